@@ -18,14 +18,13 @@ from gpt.checkpoint.folders import FailedSave, Retention, Saved
 from gpt.checkpoint.manager import room_error
 from gpt.checkpoint.part import SharedMemory
 from gpt.checkpoint.writer import ProcessWriter
-from gpt.parallel.distributed import World
 from gpt.train import build, train
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.worker import Run as Rank
-from tests.support.checkpoints import Checkpoints
+from tests.support.checkpoints import Checkpoints, state
 from tests.support.distributed import run_distributed
-from tests.support.learning import compose, control_group
+from tests.support.learning import compose, world_of
 
 NEVER = 10**9
 STEPS, INTERVAL = 6, 2
@@ -59,7 +58,6 @@ class Letting(Rank):
     def save_requested(self) -> bool:
         self.calls += 1
         if self.held is not None and self.calls == INTERVAL + 2:
-            assert self.checkpoint_dir is not None
             self.saved_when_let_go = folders.steps(self.checkpoint_dir)
             self.held.let_go(STEPS)
         return False
@@ -67,7 +65,7 @@ class Letting(Rank):
 
 def train_held(rank: int, size: int, root: Path) -> dict[str, Any]:
     """Train with saves in the background whose first is held, and with saves that are waited for."""
-    found: dict[str, Any] = {}
+    found, files = dict[str, Any](), dict[int, list[dict[str, bytes]]]()
     for name in ("asynchronous", "synchronous"):
         beside = str(name == "asynchronous").lower()
         config = compose(*WORDS, f"checkpoint.asynchronous={beside}", f"checkpoint.scrub={beside}")
@@ -79,51 +77,36 @@ def train_held(rank: int, size: int, root: Path) -> dict[str, Any]:
                 writer = ProcessWriter()
         worker = Letting(rank, rank, size)
         torch.manual_seed(0)
-        world = World(rank, size, rank, size, 0, torch.device("cpu"), control_group())
-        run = build(config, RunFolder(root / name), world, 1, worker, writer)
+        run = build(config, RunFolder(root / name), world_of(rank, size), 1, worker, writer)
         worker.open_folder(run.folder.path, 1)
         assert (run.checkpoints.upkeep is not None) is config.checkpoint.scrub
         worker.held = held if writer else None
         assert train(run) == "finished"
         if writer is not None:
             writer.close()
+        saved = [event for event in run.folder.read_events() if event["event"] == "saved"]
         found[name] = {
             "early": worker.saved_when_let_go,
             "steps": folders.steps(run.folder.checkpoints),
-            "events": [(e["event"], e.get("step")) for e in run.folder.read_events() if e["event"] == "saved"],
-            "timed": all("write_s" in e for e in run.folder.read_events() if e["event"] == "saved"),
+            "events": [event["step"] for event in saved if "write_s" in event],
         }
     if rank == 0:
-        found["files"] = {
-            step: [
-                {
-                    path.name: path.read_bytes()
-                    for path in sorted(folder.iterdir())
-                    if path.name.startswith(("__", "rank"))
-                }
-                for folder in (
-                    folders.final_for(root / name / "checkpoints", step) for name in ("asynchronous", "synchronous")
-                )
-            ]
-            for step in range(INTERVAL, STEPS + 1, INTERVAL)
-        }
-    return found
+        for step in range(INTERVAL, STEPS + 1, INTERVAL):
+            both = (folders.final_for(root / name / "checkpoints", step) for name in found)
+            paths = [[p for p in sorted(folder.iterdir()) if p.name.startswith(("__", "rank"))] for folder in both]
+            files[step] = [{path.name: path.read_bytes() for path in of} for of in paths]
+    return found | {"files": files}
 
 
 def test_steps_go_on_beside_a_save_and_change_nothing_in_it(tmp_path: Path) -> None:
     first, second = run_distributed(train_held, 2, tmp_path)
-    saved = [("saved", step) for step in range(INTERVAL, STEPS + 1, INTERVAL)]
+    saved = [*range(INTERVAL, STEPS + 1, INTERVAL)]
     assert first["asynchronous"]["early"] == [], "a step was done while the writers were held in their first write"
     for name in ("asynchronous", "synchronous"):
-        assert first[name]["events"] == saved and first[name]["timed"]
-        assert first[name]["steps"] == second[name]["steps"] == [step for _, step in saved]
+        assert first[name]["events"] == first[name]["steps"] == second[name]["steps"] == saved
     for step, (beside, waited_for) in first["files"].items():
         assert len(beside) == 4, "tensors and own state of both ranks"
         assert beside == waited_for, f"step {step} holds the state of another step"
-
-
-def state(step: int) -> dict[str, Any]:
-    return {"model": {"w": torch.full((5,), float(step))}}
 
 
 def fail_on_one(rank: int, size: int, root: Path, number: int) -> tuple[list[Any], list[int], list[int], str]:

@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from gpt.checkpoint import upkeep
 from gpt.checkpoint.folders import NAME, DamagedError, Manifest, Retention, sum_file, write_manifest
@@ -20,7 +19,7 @@ from gpt.config.optim import CheckpointConfig
 from launch.errors import ConfigError
 from launch.runs.events import uncopied_text
 from launch.runs.folder import RunFolder
-from tests.support.checkpoints import Checkpoints, read_weights
+from tests.support.checkpoints import Checkpoints, differing, read_weights, state
 from tests.support.commands import TINY, run
 from tests.support.distributed import run_distributed
 
@@ -106,8 +105,7 @@ def test_a_copy_counts_only_when_all_of_it_is_there_and_right(target: Target, tm
 
 def test_a_manifest_that_names_files_outside_is_damage(target: Target, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "near", 3)
-    files = {f"../../{name}": entry for name, entry in {"x": sum_file(path / "empty")}.items()}
-    write_manifest(path, Manifest(3, 1, 0.0, {}, files))
+    write_manifest(path, Manifest(3, 1, 0.0, {}, {"../../x": sum_file(path / "empty")}))
     target.fs.makedirs(f"{target.root}/step_00000003", exist_ok=True)
     target.fs.pipe_file(f"{target.root}/step_00000003/{NAME}", (path / NAME).read_bytes())
     fetched = fetch_newest(tmp_path / "back", target)
@@ -197,30 +195,24 @@ def test_a_damaged_checkpoint_is_not_copied_again_and_again(target: Target, tmp_
     assert event["event"] == "copy_failed" and "empty has 1 bytes instead of 0" in event["cause"]
 
 
-def fill(value: float) -> dict[str, Any]:
-    return {"model": {"w": torch.full((5,), value)}}
-
-
 def load_from_copies(rank: int, size: int, root: Path) -> list[Any]:
     folder, url = root / "run" / "checkpoints", f"file://{root}/far"
     target = Target(url, "n/p")
     store = Checkpoints(folder, Retention(9, 0))
     store.connect = lambda: Target(url, "n/p")
-    found: list[Any] = [store.load(fill(0))]
+    found: list[Any] = [store.load(state(0))]
     for step in (1, 2):
-        path = store.save(step, fill(step), {}, {})
+        path = store.save(step, state(step), {}, {})
         if rank == 0:
             target.put(path, yes)
-    state = fill(0)
+    blank = state(0)
     if rank == 0:
         shutil.rmtree(folder)
-    lost = store.load(state)
-    assert lost is not None
-    found += [lost.step, lost.fetched_for, float(state["model"]["w"][0]), store.steps()]
+    lost = store.load(blank)
+    found += [lost.step, lost.fetched_for, float(blank["model"]["w"][0]), store.steps()]
     if rank == 0:
         next(folder.glob("step_00000002/__*")).write_bytes(b"")
-    damaged = store.load(fill(0))
-    assert damaged is not None
+    damaged = store.load(state(0))
     return [*found, damaged.step, damaged.fetched_for, damaged.set_aside]
 
 
@@ -238,14 +230,14 @@ def load_without_a_good_copy(rank: int, size: int, root: Path) -> list[str]:
     store = Checkpoints(root / "run", Retention(1))
     store.connect = never
     with pytest.raises(CheckpointError) as unreachable:
-        store.load(fill(0))
+        store.load(state(0))
     said.append(str(unreachable.value))
     target = Target(f"file://{root}/far", "n/p")
     target.put(make_checkpoint(root / "near", 4), yes)
     target.fs.pipe_file(f"{target.root}/step_00000004/empty", b"x")
     store.connect = lambda: target
     with pytest.raises(ConfigError) as damaged:
-        store.load(fill(0))
+        store.load(state(0))
     return [*said, str(damaged.value)]
 
 
@@ -258,25 +250,25 @@ def test_a_start_does_not_begin_anew_where_it_cannot_know_that_there_are_no_copi
 
 def test_a_run_whose_folder_is_gone_goes_on_from_its_copies(tmp_path: Path) -> None:
     words = [*SMALL, "checkpoint.interval=2", f"checkpoint.copy_to=file://{tmp_path}/far", f"run_dir={tmp_path}/n/p"]
+    words += ["optim.max_steps=4", "eval.interval=0"]
     folder = RunFolder(tmp_path / "n" / "p")
-    run("gpt.train", *words, "optim.max_steps=4", "eval.interval=0", cwd=tmp_path)
+    run("gpt.train", *words, cwd=tmp_path)
     # That of step 2 only where its copy had begun before step 4 was saved: the newest goes first.
     copied = [event["step"] for event in folder.read_events() if event["event"] == "copied"]
     assert copied in ([2, 4], [4])
     before = read_weights(folder.path, 4, tmp_path)
     shutil.rmtree(folder.path)
-    run("gpt.train", *words, "optim.max_steps=4", "eval.interval=0", cwd=tmp_path)
+    run("gpt.train", *words, cwd=tmp_path)
     events = {event["event"]: event for event in folder.read_events()}
     assert events["loaded_from_copy"]["step"] == 4 and events["loaded_from_copy"]["cause"] == "none on the disk"
-    after = read_weights(folder.path, 4, tmp_path)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert differing(before, read_weights(folder.path, 4, tmp_path)) == []
     said = run("launch.verify", "--copies", str(folder.path), cwd=tmp_path)
     assert all(f"p step_{step:08d}: whole" in said for step in copied)
     next((tmp_path / "far" / "n" / "p" / "step_00000004").glob("__*")).write_bytes(b"")
     said = run("launch.verify", "--copies", str(folder.path), cwd=tmp_path, status=1)
     assert "has 0 bytes instead of" in said and f"{len(copied) - 1} whole, 1 damaged" in said
     shutil.rmtree(folder.path)
-    said = run("gpt.train", *words, "optim.max_steps=4", "optim.lr=0.5", cwd=tmp_path, status=2)
+    said = run("gpt.train", *words, "optim.lr=0.5", cwd=tmp_path, status=2)
     assert "of a run with optim.lr=" in said and "now optim.lr=0.5" in said
 
 

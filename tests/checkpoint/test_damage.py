@@ -27,7 +27,7 @@ from gpt.checkpoint.writer import ProcessWriter
 from launch.errors import ConfigError
 from launch.runs.events import damaged_text
 from launch.runs.folder import RunFolder
-from tests.support.checkpoints import Checkpoints, DiskCalls, Trained
+from tests.support.checkpoints import Checkpoints, DiskCalls, Trained, state
 from tests.support.commands import TINY
 from tests.support.composing import config_from
 from tests.support.distributed import RankFailedError, run_distributed
@@ -95,7 +95,7 @@ def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, An
         run.step(step)
         weights.append([part.clone() for part in own_parts(run)])
         saved.save(step, run.state(), {"rank": rank, "step": step}, {"position": step})
-    state = run.state()
+    loaded_into = run.state()
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
@@ -111,11 +111,10 @@ def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, An
         warnings.clear()
         for part, newest in zip(own_parts(run), weights[1], strict=True):
             part.copy_(newest)
-        loaded = Checkpoints(folder, Retention(2, 0)).load(state)
+        loaded = Checkpoints(folder, Retention(2, 0)).load(loaded_into)
         is_before = all(map(torch.equal, own_parts(run), weights[0]))
-        found = {"name": name, "loaded": loaded, "is_before": is_before, "warnings": list(warnings)}
-        results.append(found)
-    again = Checkpoints(folder, Retention(2, 0)).load(state)
+        results.append({"name": name, "loaded": loaded, "is_before": is_before, "warnings": list(warnings)})
+    again = Checkpoints(folder, Retention(2, 0)).load(loaded_into)
     assert again is not None and (again.step, again.set_aside) == (10, ())
     return results
 
@@ -172,9 +171,9 @@ def meet_hopeless_cases(rank: int, world_size: int, root: Path) -> dict[str, Any
     store.save(1, run.state(), {}, {})
     small = {"model": {"0.weight": torch.zeros(7, 10)}}
     reshaped = {"model": {**run.state()["model"], "0.weight": torch.zeros(5, 10)}, "optim": run.state()["optim"]}
-    for name, state in (("part of it", small), ("other shape", reshaped)):
+    for name, other in (("part of it", small), ("other shape", reshaped)):
         with pytest.raises(ConfigError) as refusal:
-            store.load(state)
+            store.load(other)
         found[name] = str(refusal.value)
     with pytest.raises(CheckpointError, match="a step is saved once"):
         store.save(1, run.state(), {}, {})
@@ -213,10 +212,6 @@ def cut() -> None:
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def state(step: int) -> dict[str, Any]:
-    return {"model": {"w": torch.full((5,), float(step))}, "optimizer": {"lr": 0.5}}
 
 
 def newest(folder: Path) -> int | None:

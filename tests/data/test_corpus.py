@@ -36,7 +36,6 @@ def text_config(path: Path | str, **changes: object) -> DataConfig:
 
 def text_of(source: TokenSource) -> bytes:
     """The bytes of a corpus of bytes."""
-    assert source.folder is not None
     parts = [np.fromfile(source.folder / f"{split}.bin", dtype="<u2") for split in ("train", "val")]
     return bytes(np.concatenate(parts).tolist())
 
@@ -75,15 +74,15 @@ def test_text_file_becomes_tokens_with_a_manifest(tmp_path: Path, monkeypatch: p
     content = bytes(range(256)) * 40
     (tmp_path / "text.bin").write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    source = prepared(text_config("text.bin", val_fraction=0.25), tmp_path / "cache")
+    config = text_config("text.bin", val_fraction=0.25)
+    source = prepared(config, tmp_path / "cache")
     assert text_of(source) == content and (source.train.tokens, source.val.tokens) == (7680, 2560)
-    assert source.folder is not None
     manifest = json.loads((source.folder / "manifest.json").read_text())
     assert manifest["tokenizer"]["kind"] == "byte" and manifest["sha256"] == source.sha256
     assert manifest["splits"]["val"]["tokens"] == manifest["splits"]["val"]["bytes"] == 2560
-    corpus = describe_corpus(text_config("text.bin", val_fraction=0.25), NOWHERE)
+    corpus = describe_corpus(config, NOWHERE)
     assert (corpus.train_tokens, corpus.val_tokens) == (7680, 2560)
-    assert describe_corpus(text_config("text.bin", val_fraction=0.25), tmp_path / "cache") == corpus, "before and after"
+    assert describe_corpus(config, tmp_path / "cache") == corpus, "before and after"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert describe_corpus(text_config("~/text.bin", val_fraction=0.25), NOWHERE).sources[0].val == (2560,)
 
@@ -92,7 +91,6 @@ def test_tokens_are_made_once_until_the_text_changes(tmp_path: Path) -> None:
     text, cache = tmp_path / "text", tmp_path / "cache"
     text.write_bytes(b"abc" * 1000)
     first = prepared(text_config(text), cache)
-    assert first.folder is not None
     written = (first.folder / "train.bin").stat().st_mtime_ns
     assert prepared(text_config(text), cache) == first
     assert (first.folder / "train.bin").stat().st_mtime_ns == written
@@ -107,7 +105,6 @@ def test_a_broken_corpus_is_made_again(tmp_path: Path, harm: str) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"abc" * 1000)
     source = prepared(text_config(text), tmp_path / "cache")
-    assert source.folder is not None
     manifest, tokens = source.folder / "manifest.json", source.folder / "train.bin"
     if harm == "cut":
         tokens.write_bytes(b"abcd")
@@ -288,20 +285,19 @@ def test_large_texts_are_not_prepared_while_ranks_wait(tmp_path: Path) -> None:
 
 
 def test_keys_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
-    for changes, fix in (
-        ({"tokenizer": TokenizerKind.hf}, "data.tokenizer=hf data.tokenizer_path="),
-        ({"tokenizer_path": "file"}, "data.tokenizer=hf"),
-        ({"source": Source.dataset}, "data=tinystories"),
-        ({"source": Source.tokens, "path": None}, "data=tokens data.path=FOLDER"),
+    for config, fix in (
+        (text_config(tmp_path, tokenizer=TokenizerKind.hf), "data.tokenizer=hf data.tokenizer_path="),
+        (text_config(tmp_path, tokenizer_path="file"), "data.tokenizer=hf"),
+        (DataConfig(source=Source.dataset), "data=tinystories"),
+        (DataConfig(source=Source.tokens), "data=tokens data.path=FOLDER"),
     ):
         with pytest.raises(ConfigError) as refusal:
-            text_config(tmp_path, **{**changes}).validate() if "source" not in changes else DataConfig(
-                **changes  # type: ignore[arg-type]
-            ).validate()
+            config.validate()
         assert refusal.value.fix.startswith(fix)
     assert main(["data=tokens", f"data.path={tmp_path}"]) == 2
 
 
-def test_looking_up_a_corpus_loads_no_torch_and_no_numpy() -> None:
-    code = "import sys, gpt.data.corpus; assert not {'torch', 'numpy'} & set(sys.modules)"
+def test_looking_up_a_corpus_loads_no_torch_and_no_numpy_and_preparing_no_torch() -> None:
+    code = "import sys, gpt.data.corpus; assert not {'torch', 'numpy'} & set(sys.modules); "
+    code += "import gpt.prepare; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -254,9 +254,7 @@ def test_one_process_reads_the_weights(name: str, seen: Seen) -> None:
     assert {name for name, _ in model.named_parameters()} == seen.followed[name].weights.keys()
     assert any(key.endswith("balance_bias") for key in ours)
     assert (last / "zero_to_fp32.py").exists() is (theirs is not None)
-    for key, tensor in seen.followed[name].weights.items():
-        assert torch.equal(ours[key], tensor), key
-    for key, tensor in (theirs or {}).items():
+    for key, tensor in (*seen.followed[name].weights.items(), *(theirs or {}).items()):
         assert torch.equal(ours[key], tensor), key
 
 
@@ -336,7 +334,11 @@ def test_a_run_from_the_command_line_and_its_tools(tmp_path: Path) -> None:
 # DeepSpeed's configuration is this run's: what contradicts it, and what cannot be asked for, is refused in words.
 
 
-def config_of(*words: str) -> TrainConfig:
+def config_with(folder: Path, content: Any, strategy: str = "zero2") -> TrainConfig:
+    """The configuration of a run with a file of DeepSpeed's, of this text or with these settings."""
+    path = folder / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    words = [f"parallel={strategy}", f"parallel.deepspeed_config={path}"]
     config = config_from([*TINY, "optim.max_micro_batch=2", *words])
     config.validate()
     return config
@@ -366,26 +368,23 @@ OF_ZERO = ("cpu_offload", "round_robin_gradients", "zero_hpz_partition_size", "m
 
 @pytest.mark.parametrize(("key", "value"), REFUSED.items())
 def test_a_file_that_contradicts_the_run_is_refused(key: str, value: Any, tmp_path: Path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {key: value}} if key in OF_ZERO else {key: value}))
+    content = {"zero_optimization": {key: value}} if key in OF_ZERO else {key: value}
     with pytest.raises(ConfigError) as refusal:
-        check_parallel_dims(config_of("parallel=zero2", f"parallel.deepspeed_config={path}"), 4)
+        check_parallel_dims(config_with(tmp_path, content), 4)
     assert key in refusal.value.found and "ds.json" in refusal.value.found and "in ds.json" in refusal.value.fix
 
 
 def test_timers_that_the_pipeline_cannot_run_are_refused_there_alone(tmp_path: Path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"wall_clock_breakdown": True}))
-    check_parallel_dims(config_of("parallel=zero2", f"parallel.deepspeed_config={path}"), 4)
+    timed = {"wall_clock_breakdown": True}
+    check_parallel_dims(config_with(tmp_path, timed), 4)
     with pytest.raises(ConfigError, match="wall_clock_breakdown"):
-        check_parallel_dims(config_of("parallel=ds_pp", f"parallel.deepspeed_config={path}"), 4)
+        check_parallel_dims(config_with(tmp_path, timed, "ds_pp"), 4)
 
 
 def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
     from gpt.topology import split_batch
     from gpt.topology.deepspeed_config import ds_config
 
-    path = tmp_path / "ds.json"
     theirs = {
         "train_batch_size": "auto",
         "gradient_clipping": 1,
@@ -394,16 +393,14 @@ def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
         "bf16": {"enabled": "auto"},
         "wall_clock_breakdown": False,
     }
-    path.write_text(json.dumps(theirs))
-    config = config_of("parallel=zero2", f"parallel.deepspeed_config={path}")
+    config = config_with(tmp_path, theirs)
     made = ds_config(config, split_batch(config.optim, 4))
     assert made["zero_optimization"] == theirs["zero_optimization"]
     assert made["train_batch_size"] == BATCH and "optimizer" not in made and "bf16" not in made
     assert made["wall_clock_breakdown"] is False
     for text in ("{", "[]"):
-        path.write_text(text)
         with pytest.raises(ConfigError, match="deepspeed_config"):
-            check_parallel_dims(config, 4)
+            check_parallel_dims(config_with(tmp_path, text), 4)
 
 
 def test_micro_batches_are_not_timed_unless_the_file_asks_for_it(tmp_path: Path) -> None:
@@ -413,13 +410,8 @@ def test_micro_batches_are_not_timed_unless_the_file_asks_for_it(tmp_path: Path)
     from gpt.topology import split_batch
     from gpt.topology.deepspeed_config import ds_config
 
-    path = tmp_path / "ds.json"
-    for words in (
-        ["parallel=zero2"],
-        ["parallel=ds_pp_zero1"],
-        [f"parallel.deepspeed_config={path}", "parallel=zero2"],
-    ):
-        config = config_of(*words)
-        path.write_text(json.dumps({"timers": {"throughput": {"enabled": True}}}))
+    asking = {"timers": {"throughput": {"enabled": True}}}
+    for strategy, content in (("zero2", {}), ("ds_pp_zero1", {}), ("zero2", asking)):
+        config = config_with(tmp_path, content, strategy)
         timed = get_timers_config(ds_config(config, split_batch(config.optim, 4))).enabled
-        assert timed is (config.parallel.deepspeed_config is not None)
+        assert timed is (content is asking)

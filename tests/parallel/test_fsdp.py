@@ -97,7 +97,6 @@ def test_the_embedding_alone_is_gathered_first_and_what_ends_a_pass_once(model: 
 
 def test_a_tied_matrix_is_gathered_once(mesh: DeviceMesh) -> None:
     whole = GPT(TIED)
-    assert whole.position is not None
     forward, backward = gathers(sharded(TIED, mesh))
     block = elements(whole.blocks[0])
     assert forward == [elements(whole.token_embedding, whole.position, whole.norm), *[block] * BLOCKS]

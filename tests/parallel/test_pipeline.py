@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
@@ -30,7 +30,6 @@ from tests.support.learning import MODELS, start, step
 COSTS = st.lists(st.integers(1, 30), min_size=1, max_size=9)
 
 
-@settings(deadline=None)
 @given(COSTS, st.data())
 def test_no_other_split_has_a_faster_slowest_stage(costs: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import ParallelConfig
 from gpt.model.gpt import GPT
@@ -16,6 +15,7 @@ from gpt.parallel.distributed import build_mesh
 from gpt.parallel.tensor import apply_tensor_parallel, vocabulary_loss
 from gpt.topology import ParallelDims
 from tests.support.distributed import run_distributed
+from tests.support.learning import Operations
 from tests.support.small_models import LLAMA, random_tokens, small
 
 
@@ -29,28 +29,19 @@ def cut_model(rank: int, size: int) -> dict[str, Any]:
     model.blocks[1].register_forward_pre_hook(lambda _, inputs: shapes.update(stream=tuple(inputs[0].shape)))
     tokens_BT = random_tokens(config, 5)
     counts = []
-    with Collectives() as seen:
+    with Operations(is_collective) as seen:
         logits_BTV = model(tokens_BT)
-        counts.append(dict(seen.counts))
+        counts.append(Counter(name.split(".")[1] for name in seen.found))
         logits_BTV.sum().backward()
-        counts.append(dict(seen.counts))
+        counts.append(Counter(name.split(".")[1] for name in seen.found))
     held = {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
     grads = {name: tuple(p.grad.to_local().shape) for name, p in model.named_parameters()}
     return {"shapes": {**shapes, "logits": tuple(logits_BTV.shape)}, "counts": counts, "held": held, "grads": grads}
 
 
-class Collectives(TorchDispatchMode):
-    """Counts the collectives that pass by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[1]
-        if "c10d" in func.namespace and name != "wait_tensor" and not name.startswith("_"):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+def is_collective(name: str, *_: Any) -> bool:
+    space, kind, _ = name.split(".")
+    return "c10d" in space and kind != "wait_tensor" and not kind.startswith("_")
 
 
 def test_a_rank_holds_its_part_and_sends_no_more_than_it_must() -> None:

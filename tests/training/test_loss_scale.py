@@ -77,7 +77,6 @@ def plain_loop(folder: Path, factor: int, casts: bool) -> dict[str, Any]:
             total += loss.item()
         scaler.unscale_(optimizer)
         for parameter in parameters:
-            assert parameter.grad is not None
             parameter.grad /= factor
         norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip).item()
         for group in optimizer.param_groups:
@@ -103,7 +102,6 @@ def record_of(run: Run) -> StepRecord:
 
 def begin(rank: int, size: int, folder: Path, *words: str) -> Run:
     run = start(rank, size, folder, *words)
-    assert run.engine.loss_scale is not None
     if not run.step:
         run.engine.loss_scale.load({"scale": HIGH, "steps": 0})
     return run

@@ -7,31 +7,27 @@ import os
 import signal
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gpt.checkpoint import folders
 from gpt.config import TrainConfig
-from gpt.config.optim import OptimConfig, describe_extended_schedule
+from gpt.config.optim import describe_extended_schedule
 from gpt.training.step import queue_step
 from launch.batch import job_overrides
 from launch.errors import ConfigError
 from launch.report.goodput import measure_goodput
 from launch.runs.compose import read_document
 from launch.runs.events import (
-    Continuation,
-    SavedCheckpoint,
-    apply_continuation,
-    is_finished,
     plan_continuation,
     refuse_alive,
     saves_that_count,
 )
-from launch.runs.files import append_lines, read_json_lines, write_json
+from launch.runs.files import read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
 from launch.runs.records import read_records
@@ -40,6 +36,7 @@ from tests.support.commands import TINY, agents_of, descendants, kill_all, ranks
 from tests.support.distributed import run_distributed
 from tests.support.learning import TINY as LEARNING
 from tests.support.learning import compose, save, start_composed
+from tests.support.small_models import optim
 
 MORE = 6
 """Steps after the checkpoint that a killed run goes on from: over the next checkpoint, to one at the end."""
@@ -82,13 +79,8 @@ def test_kill_9_and_another_start_end_in_the_same_weights(tmp_path: Path) -> Non
     assert differing(whole, resumed) == []
     losses = [[r["loss"] for r in read_records(RunFolder(tmp_path / name).metrics(0))] for name in ("whole", "killed")]
     assert losses[0] == losses[1]
-    samples = [
-        s
-        for rank in killed.metric_ranks()
-        for r in read_records(killed.metrics(rank))
-        for s in range(r["samples"][0], r["samples"][1] + 1)
-    ]
-    assert sorted(samples) == list(range(8 * steps))
+    records = [r for rank in killed.metric_ranks() for r in read_records(killed.metrics(rank))]
+    assert_each_once([r["samples"] for r in records], 8 * steps)
 
 
 # A finished run goes on where more steps are asked for, and back to an earlier checkpoint, with nothing lost.
@@ -137,68 +129,30 @@ def test_a_run_that_is_extended_and_one_that_goes_back_end_as_one_that_ran_throu
     }
     kept = read_records(folder.aside / "0001" / "metrics" / "rank_00000.jsonl")
     assert kept == before[4:]
+    events = folder.read_events()
+    assert [save["step"] for save in saves_that_count(events)] == [4, 8, 12]
+    assert measure_goodput(folder, events).seconds["lost"] > 0, "time that was used stays used"
     assert folders.steps(folder.aside / "0001" / "checkpoints") == [8, 12] and folders.steps(folder.checkpoints) == [
         4, 8, 12
     ]  # fmt: skip
     assert read_document(folder).resume_from is None, "a start of the job in the queue must not go back again"
 
 
-def checkpoint(folder: RunFolder, step: int) -> SavedCheckpoint:
-    path = folder.checkpoints / f"step_{step}"
-    path.mkdir(parents=True, exist_ok=True)
-    return SavedCheckpoint(path, step, 0, lambda told: ())
-
-
-def finished_run(path: Path, steps: int = 8, began: float = 1000.0) -> tuple[RunFolder, list[SavedCheckpoint]]:
-    """A run of one rank that took a second a step and saved every four."""
-    folder = RunFolder(path)
-    folder.create_attempt()
-    job = {"job": "a", "nodes": 1, "gpus": 1, "limit_s": 9e9, "allocated_at": began}
-    told: list[dict[str, Any]] = [
-        {"event": "submitted", "time": began, "job_id": "1", "cluster": "slurm"},
-        {"event": "agent_started", "time": began, **job},
-        {"event": "started", "time": began, "attempt": 1, "max_steps": steps, "from_step": 0},
-        *({"event": "saved", "time": began + s, "attempt": 1, "step": s} for s in range(4, steps + 1, 4)),
-        {"event": "finished", "time": began + steps, "attempt": 1, "step": steps},
-        {"event": "attempt_ended", "time": began + steps, "attempt": 1, "cause": "finished"},
-        {"event": "agent_ended", "time": began + steps, "ended_at": began + steps, "job": "a", "cause": "finished"},
-    ]
-    folder.events.write_text("".join(json.dumps(event) + "\n" for event in told))
-    records = [{"step": s, "attempt": 1, "time": began + s, "step_time_s": 1.0} for s in range(1, steps + 1)]
-    append_lines(folder.metrics(0), records)
-    return folder, [checkpoint(folder, step) for step in range(4, steps + 1, 4)]
-
-
-def test_what_a_run_goes_back_from_is_kept_and_counts_no_longer(tmp_path: Path) -> None:
-    folder, saved = finished_run(tmp_path / "run")
-    assert plan_continuation(folder, 8, 8, saved) == plan_continuation(folder, "last", 8, saved) == Continuation()
-    goes_on = plan_continuation(folder, 4, 6, saved)
-    assert goes_on == Continuation(back_to=4, last=8)
-    apply_continuation(folder, goes_on, 6, saved)
-    events = folder.read_events()
+def test_a_run_without_a_checkpoint_has_nothing_to_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none has no checkpoint"):
         plan_continuation(RunFolder(tmp_path / "none"), "last", 12, [])
-    assert not is_finished(events) and [save["step"] for save in saves_that_count(events)] == [4]
-    assert [r["step"] for r in read_records(folder.metrics(0))] == [1, 2, 3, 4]
-    assert not (folder.checkpoints / "step_8").exists() and (folder.aside / "0001" / "checkpoints" / "step_8").is_dir()
-    goodput = measure_goodput(folder, events)
-    assert goodput is not None
-    assert goodput.seconds == pytest.approx({"steps": 4.0, "lost": 4.0}), "time that was used stays used"
 
 
-@pytest.mark.parametrize(("ended", "alive"), [(False, True), (True, False)])
-def test_a_run_that_is_worked_on_does_not_go_back(ended: bool, alive: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_run_that_is_worked_on_does_not_go_back(alive: bool, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     attempt = folder.create_attempt()
     machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     rank = {"rank": 0, "pid": os.getpid(), "machine": machine, "host": socket.gethostname()}
     write_json(folder.environment(attempt), {"time": time.time(), "ranks": [rank]})
-    if ended:
+    if not alive:
         folder.record_event("stopped", attempt=attempt)
-    if alive:
-        with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
-            refuse_alive(folder)
-    else:
+    with pytest.raises(ConfigError, match=f"process {os.getpid()}") if alive else nullcontext():
         refuse_alive(folder)
 
 
@@ -209,7 +163,7 @@ def test_a_job_that_comes_back_from_the_queue_does_not_go_back_again() -> None:
 
 
 def test_the_schedule_of_an_extended_run_is_said_in_figures() -> None:
-    config = OptimConfig(max_steps=20, global_batch=1, max_micro_batch=1, lr=3e-4, min_lr=0.0, warmup_steps=0)
+    config = optim(max_steps=20, lr=3e-4)
     # Half of a cosine of 20 steps is over at step 10; one more is cos(11/20 pi).
     assert describe_extended_schedule(config, 10).startswith("learning rate 0 at step 10, 0.000127 at step 11")
 
@@ -267,7 +221,6 @@ def go_on(rank: int, size: int, folder: Path, configs: dict[str, TrainConfig], s
         made = []
         for _ in range(steps):
             record, _ = queue_step(run, None, Phase.training).finish(0.0)
-            assert record.loss is not None and record.grad_norm is not None
             made.append((record.loss, record.grad_norm, *record.samples))
         save(run)
         run.batches.close()
@@ -290,10 +243,10 @@ def assert_same_curve(curve: list[tuple[float, float]], alone: Steps) -> None:
         assert norm == pytest.approx(norm_alone, rel=1e-4)
 
 
-def assert_each_once(seen: list[tuple[int, int]]) -> None:
+def assert_each_once(seen: Iterable[Sequence[int]], count: int = BATCH * ALL_STEPS) -> None:
     """First and last samples of ranks and steps hold every sample of the run once."""
     samples = [sample for first, last in seen for sample in range(first, last + 1)]
-    assert sorted(samples) == list(range(BATCH * ALL_STEPS))
+    assert sorted(samples) == list(range(count))
 
 
 def test_four_two_three_and_one_rank_learn_through_checkpoints_what_one_process_learns(
@@ -343,4 +296,4 @@ def test_a_job_that_loses_nodes_twice_learns_what_one_process_learns(alone: Step
     ]
     assert len(records) == 4
     assert_same_curve([(r["loss"], r["grad_norm"]) for r in records[0].values()], alone)
-    assert_each_once([(r["samples"][0], r["samples"][1]) for of_rank in records for r in of_rank.values()])
+    assert_each_once([r["samples"] for of_rank in records for r in of_rank.values()])
