@@ -249,9 +249,12 @@ class LayoutSearch:
 
     def out_of_memory_error(self, tried: Sequence[SearchResult]) -> ConfigError:
         """Return the error for a search in which no layout fits, with the least change that would help."""
+        machine = self.machine
+        host = machine.host if tried[-1].offload else None
+        there = f" and {host.room / GIB:.2f} GiB of host memory" if host is not None and host.room is not None else ""
         return ConfigError(
             f"parallel.strategy=auto on {counted(self.world_size, 'rank')}: nothing fits ({self.nearest(*tried)})",
-            f"at most {self.machine.room / GIB:.2f} GiB, the part of {self.machine.device} that tensors may take",
+            f"at most {machine.room / GIB:.2f} GiB{there}, the part of {machine.device} that tensors may take",
             self.remedy() or "a smaller model, or a smaller model.block_size",
         )
 
