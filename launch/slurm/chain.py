@@ -1,7 +1,7 @@
-"""``python -m launch.slurm.chain RUN JOB``: submit the next job of a run, which starts when the job JOB has ended.
+"""Chain of jobs: submit the next job of a run, which starts when the present one has ended.
 
-The agents of a run call this on a cluster that does not requeue jobs (``launch.agent.outcome``). The next job has the
-resources of the first one, and continues the run in the same run folder.
+The agents of a run start this module on a cluster that does not requeue jobs (``launch.agent.outcome``). The next job
+has the resources of the first one, and continues the run in the same run folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def submit_next_job(folder: RunFolder, after: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Submit the next job of a run. Ends with a message of Slurm, and exit status 1, if Slurm does not accept it."""
-    parser = argparse.ArgumentParser(prog="python -m launch.slurm.chain", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     parser.add_argument("job", metavar="JOB", help="the job after which the next one starts")
     args = parser.parse_args(arguments)
