@@ -192,8 +192,13 @@ STRATEGY_OF_KEY = {
         "parallel=hsdp parallel.dp_shard={value}, or no parallel.dp_shard",
     ),
     **{
-        key: (Strategy.deepspeed, "DeepSpeed, whose key it is", f"parallel=zero2, or no parallel.{key}")
-        for key in ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
+        key: (Strategy.deepspeed, "DeepSpeed, whose key it is", f"{words}, or no parallel.{key}")
+        for key, words in (
+            ("zero_stage", "parallel.strategy=deepspeed"),
+            ("offload_optimizer", "parallel=zero2"),
+            ("offload_parameters", "parallel=zero3"),
+            ("deepspeed_config", "parallel=zero2"),
+        )
     },
 }
 """Key of one strategy -> the strategy, and the rest of the error with another strategy."""

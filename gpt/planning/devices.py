@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpt.accounting import GIB
-from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops, words_of
-from gpt.config import Precision
+from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, words_of
 from gpt.topology import ParallelDims
 from launch.errors import ConfigError, closest
 from launch.runs.measured import COLLECTIVES, TIERS, Curve, LinkFit, MatmulRates, Network
@@ -101,28 +100,18 @@ class Machine:
 
 
 def gpus(
-    name: str,
-    precision: Precision,
-    ranks_per_node: int,
-    *,
-    memory: int | None = None,
-    peak_tflops: float | None = None,
-    host_memory: int | None = None,
-    tf32: bool = False,
+    name: str, peak: float | None, ranks_per_node: int, *, memory: int | None = None, host_memory: int | None = None
 ) -> Machine | None:
     """Return the machine of GPU nodes; None if their peak or memory is unknown.
 
     Args:
         name: result of ``torch.cuda.get_device_name()``.
-        precision: precision of the run.
+        peak: dense peak of one device in the precision of the run, FLOP/s; None if unknown.
         ranks_per_node: number of used devices of a node.
         memory: bytes of one device; None for that of the table.
-        peak_tflops: dense peak of one device in the precision of the run, TFLOP/s; None for that of the table.
         host_memory: host memory in bytes that one rank may use; None if unknown.
-        tf32: True to use TF32 for fp32, if the device supports it.
     """
     known = find(name)
-    peak = peak_flops(name, precision, tf32) if peak_tflops is None else peak_tflops * TERA
     memory = memory_bytes(name) if memory is None else memory
     if peak is None or memory is None:
         return None

@@ -65,11 +65,10 @@ def machine_of_rank(config: TrainConfig, world: World) -> Machine:
     seen = torch.cuda.get_device_properties(world.device)
     found = gpus(
         seen.name,
-        config.precision,
+        peak_flops(seen.name, config.precision, choose_tf32(config, on_cpus=False)),
         world.local_size,
         memory=seen.total_memory,
         host_memory=free_memory() // world.local_size,
-        tf32=choose_tf32(config, on_cpus=False),
     )
     if found is None:
         raise ConfigError(

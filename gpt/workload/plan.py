@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.accounting import FP32, GIB, count, training_flops_per_token
-from gpt.accounting.hardware import GIGA, KNOWN, expand, find, memory_bytes
+from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops
 from gpt.components.facts import optimizer_state
 from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.config.optim import describe_extended_schedule
@@ -82,15 +82,9 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
             )
         return calibrate(cpus(memory, ranks), rates, request)
     name = gpu_name(request)
-    found = gpus(
-        name or "",
-        config.precision,
-        ranks,
-        memory=gpu_memory(request),
-        peak_tflops=cluster.gpu_tflops,
-        host_memory=host_memory(request),
-        tf32=choose_tf32(config, on_cpus=False),
-    )
+    known = peak_flops(name or "", config.precision, choose_tf32(config, on_cpus=False))
+    peak = known if cluster.gpu_tflops is None else cluster.gpu_tflops * TERA
+    found = gpus(name or "", peak, ranks, memory=gpu_memory(request), host_memory=host_memory(request))
     if found is None:
         raise ConfigError(
             f"parallel.strategy=auto, and GPUs of which nothing is known ({name or 'no cluster.gpu_name'}) in "

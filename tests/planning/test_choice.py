@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gpt.accounting import GIB
+from gpt.accounting.hardware import peak_flops
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.config.train import compose_train, settle_parallel
 from gpt.planning.auto import NO_DIFFERENCE, LayoutChoice, ParallelChoice, choose_parallelism, rank_layouts, typed_keys
@@ -39,7 +40,7 @@ def config_of(*words: str) -> TrainConfig:
 
 
 def machine(gib: float = 72.0, **changes: Any) -> Machine:
-    found = gpus("NVIDIA H100 80GB HBM3", config_of().precision, 8)
+    found = gpus("NVIDIA H100 80GB HBM3", peak_flops("NVIDIA H100 80GB HBM3", config_of().precision), 8)
     return replace(found, room=int(gib * GIB), **changes)
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.accounting import count, recomputed_flops_per_token, training_flops
+from gpt.accounting.hardware import peak_flops
 from gpt.bench_matmul import main
 from gpt.config import (
     AttentionBackend,
@@ -268,16 +269,16 @@ def test_a_slower_machine_is_never_faster(keys: dict[str, Any], accumulation: in
 
 
 def test_what_is_assumed_of_a_device() -> None:
-    known = gpus("NVIDIA H100 80GB HBM3", Precision.bf16, 8)
+    known = gpus("NVIDIA H100 80GB HBM3", peak_flops("NVIDIA H100 80GB HBM3", Precision.bf16), 8)
     assert known.flops_per_s == 989e12 / 2
     assert (known.intra_node.bytes_per_s, known.inter_node.bytes_per_s) == (450e9, 50e9)
     assert known.room == int(0.9 * 80e9)
     for name in ("NVIDIA H100 80GB HBM3", "something new"):
-        told = gpus(name, Precision.bf16, 4, memory=10**10, peak_tflops=100)
+        told = gpus(name, 100e12, 4, memory=10**10)
         assert (told.flops_per_s, told.room) == (50e12, 9 * 10**9)
-    assert gpus("something new", Precision.bf16, 8) is None
-    assert gpus("Tesla V100-SXM2-32GB", Precision.bf16, 8) is None  # has no bf16
-    plain = gpus("NVIDIA L40S", Precision.bf16, 4)
+    assert gpus("something new", peak_flops("something new", Precision.bf16), 8) is None
+    assert gpus("Tesla V100-SXM2-32GB", peak_flops("Tesla V100-SXM2-32GB", Precision.bf16), 8) is None  # has no bf16
+    plain = gpus("NVIDIA L40S", peak_flops("NVIDIA L40S", Precision.bf16), 4)
     assert plain is not None and plain.inter_node.bytes_per_s == pytest.approx(12.5e9 / 4)
     assert cpus(1000, 2).room == 900
 
