@@ -352,7 +352,7 @@ TOKENS = {
     "gpt/metrics": 4_670,
     "gpt_launch": 690,
     "hydra_plugins": 2_410,
-    "launch/agent": 25_550,
+    "launch/agent": 25_840,
     "launch/bench_network": 2_850,
     "launch/config": 3_760,
     "launch/doctor": 7_440,

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,17 +54,39 @@ class Start:
     """Path of the file to which the rank's output is appended."""
 
 
-class ForkedProcess(subprocess.Popen[bytes]):
-    """A forked rank, for torch elastic. The rank is a child of this process, although ``Popen`` has not started it."""
+class ForkedProcess:
+    """A forked rank, a child of this process. Has the part of ``subprocess.Popen`` that torch elastic uses."""
 
     def __init__(self, args: Sequence[str], pid: int) -> None:
         self.args = args
         self.pid = pid
-        self.returncode = None
-        # ``Popen`` waits for the process under this lock; its destructor and Ctrl-C need the other values.
-        self._waitpid_lock = threading.Lock()
-        self._child_created = True
-        self._sigint_wait_secs = 0.0
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit status, negative for a signal; None while the rank runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status once the rank has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: the rank has not ended after ``timeout`` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            time.sleep(0.01)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the rank has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 class ForkServer:

@@ -185,12 +185,15 @@ def submit_next_job(context: RunContext) -> None:
 
 def continue_in_next_job(context: RunContext, cause: Cause, exclude: Mapping[str, str], text: str) -> None:
     """Leave the run to the next job, which starts when this one has ended. Arguments and errors as ``requeue_job``."""
+    job = context.node.slurm_job
+    with suppress(scheduler.SlurmError):
+        wait_for_controller(context.folder, lambda: scheduler.job_details(job))
     submit_next_job(context)
-    job_id = next_job(context.events(), context.node.slurm_job)
+    job_id = next_job(context.events(), job)
     if job_id is None:
         why = [event["cause"] for event in context.events("no_next_job")] or ["the next job was cancelled"]
         raise failed_to_requeue(context, text or cause, f"there is no next job: {why[-1]}")
-    context.record("requeued", job_id=context.node.slurm_job, by=CHAIN, cause=cause)
+    context.record("requeued", job_id=job, by=CHAIN, cause=cause)
     exclude_hosts(context, job_id, exclude)
     record_found(context.folder, job_id, context.node.count, by="agent")
 

@@ -27,10 +27,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing import api as elastic_processes
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from launch.agent.exchange import POLL_S, derive
-from launch.agent.fork_server import ForkServer
+from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.health import gpu_telemetry
 from launch.agent.node import VISIBLE_GPUS, AgentContext, Attempt, Node, RendezvousRound, RunContext
 from launch.agent.watch import RankRecords, Watch
@@ -233,18 +233,40 @@ LAST_MESSAGES_S = 3.0
 """Seconds after the first failure in which other ranks can still record their own failures."""
 
 
-def fixed_rendezvous(attempt: Attempt) -> StaticTCPRendezvous:
-    """Return a rendezvous for torch elastic with the members and the address on which the agents have agreed.
+class FixedRendezvous(RendezvousHandler):
+    """Rendezvous for torch elastic with members and an address on which the agents have agreed."""
 
-    The ranks use the store of the head node: no further port is opened, which another process could take.
-    """
-    rdzv = attempt.rdzv
-    handler = StaticTCPRendezvous(
-        rdzv.address, rdzv.port, attempt.place, len(rdzv.members), f"attempt-{attempt.number}", timeout=0
-    )
-    # Elastic reads and writes nothing in its own store, since the nodes have the same number of ranks.
-    handler._store = dist.HashStore()
-    return handler
+    use_agent_store = True
+    """The ranks use the store of the head node: no further port is opened, which another process could take."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Return the place of this node among the members, and the address of the ranks' store."""
+        rdzv = self._attempt.rdzv
+        where = RendezvousStoreInfo(rdzv.address, rdzv.port)
+        # Elastic reads and writes nothing in its own store, since the nodes have the same number of ranks.
+        return RendezvousInfo(dist.HashStore(), self._attempt.place, len(rdzv.members), where)
+
+    # Elastic requires these methods. The object serves one round, and the store belongs to the head node's agent group.
+
+    def get_backend(self) -> str:
+        return "fixed"
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None: ...
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return f"attempt-{self._attempt.number}"
+
+    def shutdown(self) -> bool:
+        return True
 
 
 DEVICES = Path("/sys/bus/pci/devices")
@@ -285,7 +307,7 @@ class RankAgent(LocalElasticAgent):
             local_world_size=config.ranks_on_node,
             entrypoint="/bin/sh",
             args=("-c", START_RANK, "sh", self._workdir, str(logs), *command.args),
-            rdzv_handler=fixed_rendezvous(attempt),
+            rdzv_handler=FixedRendezvous(attempt),
             max_restarts=0,  # The agents decide on restarts, not elastic.
             monitor_interval=POLL_S,
             local_addr=attempt.group.address,
@@ -319,7 +341,7 @@ class RankAgent(LocalElasticAgent):
         original = elastic_processes.get_subprocess_handler
 
         class Handler(SubprocessHandler):
-            def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
+            def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes] | ForkedProcess:  # type: ignore[override]
                 env = {**tracker_variables(attempt.folder, int(env["RANK"])), **env}
                 log = str(attempt.log(int(env["RANK"])))
                 forked = None if server is None else server.start(attempt.command.args, env, workdir, log)

@@ -7,15 +7,12 @@ import importlib.util
 import inspect
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from launch.agent.after_step import submitted_run_dir
-from launch.agent.fork_server import ForkedProcess
 from launch.agent.node import Node
 from launch.slurm import jobs
 from launch.slurm import jobs as sbatch
@@ -107,18 +104,6 @@ def test_torch_elastic_has_the_private_parts_that_the_agent_uses() -> None:
     lacking = used - {"pid", "poll", "wait", "send_signal"}
     assert not lacking, message(f"the use of {lacking} of a process")
     assert callable(torch.cuda._is_in_bad_fork), changed("torch", "cuda._is_in_bad_fork", "launch/agent/fork_server.py")
-
-
-def test_a_forked_rank_has_all_that_popen_sets_for_a_process_without_pipes() -> None:
-    """``launch.agent.fork_server.ForkedProcess`` sets the values that the methods of ``Popen`` read."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as executed:
-        executed.wait()
-    methods = ("poll", "wait", "_wait", "_try_wait", "_internal_poll", "_handle_exitstatus", "send_signal", "__del__")
-    used = {name for method in methods for name in getattr(subprocess.Popen, method).__code__.co_names}
-    forked = ForkedProcess(["rank"], executed.pid)
-    forked.returncode = 0
-    missing = [name for name in vars(executed) if name in used and not hasattr(forked, name)]
-    assert not missing, f"subprocess.Popen is not what launch/agent/fork_server.py expects: {', '.join(missing)}"
 
 
 def test_ddp_has_the_setting_for_its_step_measurements() -> None:
