@@ -19,6 +19,7 @@ from gpt.config import Device
 from gpt.parallel.timeline import WORLD, waiting
 from gpt.topology import ParallelDims
 from launch.errors import ConfigError
+from launch.runs.environment import driver_problem, driver_version
 from launch.worker import STORE_PREFIX
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -210,6 +211,13 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
             f"{local_size} ranks on a node with {gpus} visible GPUs{without}",
             "a GPU for each rank" + (", and a torch with CUDA (docs/setup.md)" if without else ""),
             f"ranks_per_node={gpus}" if gpus else "device=cpu",
+        )
+    if not torch.cuda.is_available():
+        why = driver_problem(driver_version(), torch.version.cuda) or f"torch {torch.__version__} cannot use them"
+        raise ConfigError(
+            f"{gpus} GPUs, and {why}",
+            "GPUs, a driver and a torch that fit together (docs/setup.md)",
+            "nvidia-smi on this node; a newer driver, or a torch for an older CUDA",
         )
     return torch.device("cuda", local_rank)
 

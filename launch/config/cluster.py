@@ -131,8 +131,8 @@ class ClusterConfig(PlacementConfig):
     cpus_per_task: Optional[int] = key(
         None,
         "CPUs of each node for all of its ranks together, because the agent is the only task of a node. null: 4 for"
-        " each rank, at most what every node of the partition has; Slurm's own number if nodes are whole, or if the"
-        " site gives CPUs by GPU.",
+        " each rank, at most what every node of the partition has; all CPUs of a node for all of its GPUs; Slurm's own"
+        " number if nodes are whole, or if the site gives CPUs by GPU.",
         least=1,
     )
     mem_gb: Optional[float] = key(None, "Memory of each node (sbatch --mem=NG: Slurm's G is GiB).", unit="GiB", least=1)

@@ -8,14 +8,17 @@ import torch.
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -35,7 +38,7 @@ from launch.doctor.machine import filesystem_of
 from launch.plan.plan import JOBS
 from launch.process import lasting_imports
 from launch.runs import compose
-from launch.runs.environment import reachable_files
+from launch.runs.environment import driver_problem, driver_version, reachable_files
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.slurm.checks import Request
@@ -164,11 +167,57 @@ def measure_node(root: str) -> None:
     }
     health = HealthCheck(folder.path, config.resilience.health_check, config.cluster.gpus_per_node)
     record["faults"] = [fault.found for fault in health.examine()]
+    record["lacks"] = [] if (folder.path / ON_CPUS).exists() else lacking_parts()
     try:
         meet_others(folder, node, config, record)
     except Exception as error:  # The login node shows errors of any kind.
         record["error"] = f"{type(error).__name__}: {error}"
     write_json(folder.path / "nodes" / f"{node.index:05d}.json", record)
+
+
+SMALL_SHM = 2**30
+"""Bytes of /dev/shm below which workers of data loaders run out of it."""
+
+
+def lacking_parts(devices: Path = Path("/sys/class/infiniband"), shm: Path = Path("/dev/shm")) -> list[list[str]]:
+    """Return what this node lacks for training on GPUs: what was found, its effect, and the remedy, of each part.
+
+    Args:
+        devices: folder with the InfiniBand devices of the machine.
+        shm: filesystem for memory that processes share.
+    """
+    found = []
+    if shutil.which(os.environ.get("CC", "cc")) is None and shutil.which("gcc") is None:
+        found.append(["no C compiler", "torch.compile needs one", "the site's module of gcc in cluster.setup"])
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        found.append([f"no {header}", "torch.compile needs it", "the package python3-dev, or Python by conda or uv"])
+    if (problem := driver_problem(driver_version(), torch_cuda())) != "":
+        found.append([problem, "the ranks cannot use the GPUs", "a newer driver, or a torch for an older CUDA"])
+    states = [path.read_text() for path in devices.glob("*/ports/*/state")]
+    if any("ACTIVE" in state for state in states):
+        if ctypes.util.find_library("ibverbs") is None:
+            slow = "NCCL does not use InfiniBand, and is many times slower"
+            found.append(["InfiniBand without libibverbs", slow, "the packages libibverbs1 and ibverbs-providers"])
+        locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        if locked not in (resource.RLIM_INFINITY, -1):
+            limit = "NCCL cannot register its buffers with InfiniBand"
+            found.append([f"ulimit -l is {locked // 1024} KiB", limit, "LimitMEMLOCK=infinity of slurmd, by the site"])
+    size = shutil.disk_usage(shm).total if shm.is_dir() else 0
+    if size < SMALL_SHM:
+        effect = "workers of data loaders end with a bus error"
+        found.append(
+            [f"{shm} of {size / 2**20:.0f} MiB", effect, "a larger one: docker run --shm-size=8g, or the site"]
+        )
+    return found
+
+
+def torch_cuda() -> str | None:
+    """Return the version of CUDA for which torch was built; None for a torch without CUDA."""
+    with lasting_imports():
+        from torch.version import cuda
+
+    return cuda
 
 
 def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -> None:

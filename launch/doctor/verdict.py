@@ -77,6 +77,10 @@ def check_node_records(results: Results) -> Iterator[Finding]:
         found = ", ".join(f"{software} on {name}" for software, name in sorted(kinds.items()))
         why = "ranks of one run must run the same software"
         yield fail("software", found, why, "one environment on a shared filesystem")
+    for lacking in dict.fromkeys(tuple(part) for node in nodes for part in node.get("lacks", ())):
+        found, why, fix = lacking
+        there = hosts(node for node in nodes if list(lacking) in node.get("lacks", ()))
+        yield warn("parts", f"{found} on {there}", why, fix)
     if few := [node for node in nodes if node["open_files"] < FEW_FILES]:
         found = f"ulimit -Hn is below {FEW_FILES} on {hosts(few)}"
         why = "'Too many open files'; agents raise the soft limit to the hard one, and no further"

@@ -97,6 +97,23 @@ class Gpu:
     """Address on the PCI bus, in the format of Linux."""
 
 
+DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
+"""Major version of CUDA -> the oldest driver that runs its programs (NVIDIA, CUDA Compatibility)."""
+
+
+def driver_problem(driver: str | None, cuda: str | None) -> str:
+    """Return why a driver is too old for the CUDA of torch; empty if it is not, or if either is not known.
+
+    Args:
+        driver: version of the driver, such as ``550.54.15``.
+        cuda: version of CUDA for which torch was built, such as ``13.0``.
+    """
+    oldest = None if driver is None or cuda is None else DRIVER_OF_CUDA.get(int(cuda.partition(".")[0]))
+    if oldest is None or driver is None or int(driver.partition(".")[0]) >= oldest:
+        return ""
+    return f"driver {driver}, and a torch for CUDA {cuda}, which needs driver {oldest} or newer"
+
+
 def visible_gpus(
     folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os.environ, devices: Path = Path("/dev")
 ) -> list[Gpu]:

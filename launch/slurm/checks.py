@@ -334,10 +334,7 @@ def check_defaults(case: Case) -> Iterator[Finding]:
 
 
 def check_preemption(case: Case) -> Iterator[Finding]:
-    """Warn of a partition whose preempted jobs do not return to the queue.
-
-    The plan compares the time of a preempted job with measured saves.
-    """
+    """Warn of a partition whose preempted jobs do not return to the queue."""
     name, mode = case.partition.name, how_preempted(case.limits, case.partition)
     found = f"PreemptMode of {name} is {mode}"
     if "SUSPEND" in mode:

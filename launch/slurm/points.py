@@ -284,7 +284,7 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
     if known is None or not all(is_given_one_cpu(known, partition, place.cluster) for partition, place in there):
         return None, None
     rooms = [
-        (min(node.cpus, partition.max_cpus_per_node or node.cpus), f"{node.name} in {partition.name}")
+        (min(node.cpus, partition.max_cpus_per_node or node.cpus), f"{node.name} in {partition.name}", node, place)
         for partition, place in there
         for node in known.nodes_of(partition)
         if node.is_usable and node.count("gpu") >= (place.cluster.gpus_per_node or 0)
@@ -292,9 +292,14 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
     if not rooms:
         return None, None
     ranks, wanted = counted(config.ranks_on_node, "rank"), CPUS_PER_RANK * config.ranks_on_node
-    smallest, name = min(rooms, key=lambda room: room[0])
-    why = f"{CPUS_PER_RANK} for each of {ranks} on a node" if wanted <= smallest else f"all of {name}, for {ranks}"
-    number = min(wanted, smallest)
+    smallest, name, _, _ = min(rooms, key=lambda room: room[0])
+    # Slurm would give fewer CPUs from one socket, far from the GPUs of the other socket.
+    if all(0 < node.count("gpu") == place.cluster.gpus_per_node for _, _, node, place in rooms):
+        number, why = smallest, f"all of {name}, as the job has all its GPUs"
+    elif wanted > smallest:
+        number, why = smallest, f"all of {name}, for {ranks}"
+    else:
+        number, why = wanted, f"{CPUS_PER_RANK} for each of {ranks} on a node"
     return number, fine("cpus", f"cluster.cpus_per_task={number}: {why}")
 
 

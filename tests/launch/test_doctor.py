@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from launch.config import ClusterKind
 from launch.config.compose import sweep_points
 from launch.doctor import __main__ as doctor
-from launch.doctor import machine, verdict
+from launch.doctor import job, machine, verdict
 from launch.doctor.__main__ import configs_of, main
 from launch.doctor.links import partner
 from launch.slurm.checks import Finding, Level
@@ -227,6 +227,37 @@ def test_every_other_thing_that_a_node_can_have_is_named() -> None:
     assert "clock of n3 is -30.0 s off" in told["clocks", "warning"]
     assert "rank 2 on n3: 300 TFLOP/s" in told["gpus", "warning"] and told["gpus", "error"].startswith("n2")
     assert [f.fix for f in bad(measured) if f.check == "cpus"] == ["cluster.cpus_per_task=1"]
+
+
+def test_parts_that_a_node_lacks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "mlx5_0" / "ports" / "1" / "state"
+    state.parent.mkdir(parents=True)
+    state.write_text("4: ACTIVE\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("launch.doctor.job.sysconfig.get_path", lambda name: "/no/python/include")
+    monkeypatch.setattr("launch.doctor.job.ctypes.util.find_library", lambda name: None)
+    monkeypatch.setattr("launch.doctor.job.resource.getrlimit", lambda limit: (65536, 65536))
+    monkeypatch.setattr(job, "driver_version", lambda: "550.54.15")
+    monkeypatch.setattr(job, "torch_cuda", lambda: "13.0")
+    lacking = job.lacking_parts(tmp_path, tmp_path / "no shm")
+    assert [part[0] for part in lacking] == [
+        "no C compiler",
+        "no /no/python/include/Python.h",
+        "driver 550.54.15, and a torch for CUDA 13.0, which needs driver 580 or newer",
+        "InfiniBand without libibverbs",
+        "ulimit -l is 64 KiB",
+        f"{tmp_path / 'no shm'} of 0 MiB",
+    ]
+    state.write_text("1: DOWN\n")
+    monkeypatch.setattr(job, "driver_version", lambda: "580.65.06")
+    assert [part[0] for part in job.lacking_parts(tmp_path, tmp_path)] == [part[0] for part in lacking[:2]]
+    measured = results(all_rates(3), 3)
+    measured["nodes"][0]["lacks"], measured["nodes"][2]["lacks"] = lacking[:1], lacking[:2]
+    assert [(found.found, found.level) for found in bad(measured)] == [
+        ("no C compiler on n1, n3", Level.warning),
+        ("no /no/python/include/Python.h on n3", Level.warning),
+    ]
 
 
 def test_a_job_that_never_ran_or_left_nothing() -> None:

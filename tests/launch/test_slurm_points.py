@@ -157,7 +157,8 @@ def test_a_batch_script_without_gpus_is_refused_where_all_nodes_have_some(monkey
     ("words", "cpus", "text"),
     [
         (("cluster.gpus_per_node=0", "ranks_per_node=2"), 8, "4 for each of 2 ranks on a node"),
-        (("cluster.gpus_per_node=4",), 8, "all of n1 in low, for 4 ranks"),
+        (("cluster.gpus_per_node=2",), 8, "4 for each of 2 ranks on a node"),
+        (("cluster.gpus_per_node=4", "ranks_per_node=1"), 8, "all of n1 in low, as the job has all its GPUs"),
         (("cluster.gpus_per_node=0", "ranks_per_node=3", TWO_PLACES), 8, "all of n1 in low, for"),
         # Named by the user or given by the site, or unknown: unchanged.
         (("cluster.cpus_per_task=2",), 2, ""),

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import PipelineStage
 
+from gpt.config.train import Device
+from gpt.parallel import distributed
 from gpt.parallel.context import SequenceShard
 from gpt.parallel.nd import COLLECTIVE
 from gpt.parallel.timeline import BUBBLE, Span, Timeline, recorded, schedule_waits, total, waiting, working
@@ -21,6 +23,21 @@ from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder
 from tests.support.distributed import run_distributed
 from tests.support.learning import world_of
+
+
+def test_gpus_that_torch_cannot_use_are_refused_with_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(distributed, "driver_version", lambda: "535.183.01")
+    found = "8 GPUs, and driver 535.183.01, and a torch for CUDA 13.0, which needs driver 580 or newer"
+    with pytest.raises(ConfigError, match=found):
+        distributed.choose_device(Device.auto, 0, 8)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    with pytest.raises(ConfigError, match="cannot use them"):
+        distributed.choose_device(Device.auto, 0, 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.choose_device(Device.auto, 3, 8) == torch.device("cuda", 3)
 
 
 def refuse() -> str:
