@@ -361,7 +361,7 @@ TOKENS = {
     "launch/report": 29_530,
     "launch/runs": 23_550,
     "launch/script": 3_550,
-    "launch/slurm": 20_720,
+    "launch/slurm": 20_740,
     "launch/storm": 6_610,
     "launch/worker": 6_390,
     "slurm": 7_330,

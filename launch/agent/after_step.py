@@ -52,7 +52,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
     if action is None:
         return status
     job = wait_for_controller(folder, lambda: scheduler.job_details(node.slurm_job))
-    if job.state != "RUNNING" or job.restarts != node.restarts:  # cancelled, preempted or requeued meanwhile
+    if not job.is_running or job.restarts != node.restarts:  # cancelled, preempted or requeued meanwhile
         return status
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's requeue sends it, and more events follow.
     if action is Action.requeue:  # An agent decided this, and was killed before Slurm received its request.

@@ -210,7 +210,7 @@ def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: 
         signal_delay_s: seconds from the signal to the time limit; sbatch may send the signal a minute earlier.
         now: time when the signal came, Unix seconds.
     """
-    if job.state in ("RUNNING", "SUSPENDED"):
+    if job.is_running:
         near_the_limit = job.end_time is not None and now > job.end_time - signal_delay_s - EARLY_S
         return Cause.timed_out if near_the_limit and not job.is_preempted else Cause.preempted
     if job.restarts > restarts or job.state == "PENDING":

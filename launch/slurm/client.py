@@ -273,6 +273,14 @@ class JobDetails:
     reason: str = ""
     """Slurm's reason for the wait or the end; the text ``None`` for a cancelled job."""
 
+    @property
+    def is_running(self) -> bool:
+        """Return whether the job has its nodes and is not at its end.
+
+        Slurm shows the state SIGNALING, in place of RUNNING, while it sends a signal to the job.
+        """
+        return self.state in WORKING and self.state not in ("COMPLETING", "STAGE_OUT")
+
 
 def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
     """Return the details of one job, or of one element of an array (``123_4``).

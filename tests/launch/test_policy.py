@@ -233,6 +233,7 @@ def test_a_program_without_checkpoints_is_not_restarted() -> None:
         ("RUNNING", True, 0, 120, "None", Cause.preempted),  # preemption with a grace time
         ("RUNNING", False, 0, 120, "None", Cause.timed_out),  # the signal ahead of the limit
         ("RUNNING", False, 0, 7200, "None", Cause.preempted),  # a signal long before the limit
+        ("SIGNALING", True, 0, 7200, "None", Cause.preempted),  # the controller is busy, and still sends the signal
         ("CANCELLED", False, 0, 2, "None", Cause.cancelled),
         ("COMPLETING", False, 0, 2, "NonZeroExitCode", Cause.node_failed),  # a killed batch script
         ("COMPLETING", False, 0, 2, "JobLaunchFailure", Cause.node_failed),

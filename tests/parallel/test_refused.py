@@ -118,10 +118,10 @@ REFUSED = [
     (4, "parallel=zero2 parallel.offload_parameters=true", "with parallel.zero_stage=2", "parallel.zero_stage=3"),
     (4, "parallel=ds_zero0 parallel.offload_optimizer=true", "with parallel.zero_stage=0", "parallel.zero_stage=1"),
     *(
-        (4, f"parallel=fsdp parallel.{key}", f"parallel.{key.split('=')[0]}=", "parallel=zero2")
-        for key in ("zero_stage=2", "offload_optimizer=true")
+        (4, f"parallel={group} parallel.zero_stage=2", f"with parallel.strategy={group}", "parallel.strategy=deepspeed")
+        for group in ("fsdp", "auto")
     ),
-    (4, "parallel=auto parallel.zero_stage=2", "parallel.zero_stage=2 with parallel.strategy=auto", "parallel=zero2"),
+    (4, "parallel=fsdp parallel.offload_optimizer=true", "parallel.offload_optimizer=", "parallel=zero2"),
 ]
 """Ranks, overrides, and what the refusal names; the beginning of what to type next where it is one of several."""
 

@@ -150,7 +150,7 @@ def test_parts_and_losses_of_a_stormy_run_are_those_worked_out_by_hand(tmp_path:
     assert shares == pytest.approx([100 * seconds / (run.now - T0) for seconds in PARTS.values()], abs=0.05)
     line = text[text.index("## What interruptions cost") :].splitlines()[4]
     told = [float(cell.strip().removesuffix(" GPU-h")) for cell in line.split("|")[2:6]]
-    hours = found.losses.hours
+    hours = found.lost_h
     expected = [*(hours[cause] for cause in ("crashed", "diverged", "preempted")), sum(hours.values())]
     assert told == pytest.approx(expected, rel=5e-3)
     cost = f"cost {sum(hours.values()):.3g} GPU-hours"

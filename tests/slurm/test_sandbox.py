@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -186,28 +186,35 @@ def assert_nothing_left(cluster: Cluster, namespaces_used: set[str]) -> None:
     assert str(cluster.directory) not in Path("/proc/self/mountinfo").read_text()
 
 
-def namespaces_of(cluster: Cluster) -> set[str]:
-    """The network namespaces of a sandbox's nodes."""
+@contextmanager
+def namespaces_of(cluster: Cluster) -> Iterator[set[str]]:
+    """The network namespaces of a sandbox's nodes, held open so that no later namespace gets one of their numbers."""
     owners = [owner for name, owner in require_state(cluster.directory).processes.items() if name in cluster.nodes]
-    return {str(Path(f"/proc/{owner.pid}/ns/net").readlink()) for owner in owners}
+    paths = [Path(f"/proc/{owner.pid}/ns/net") for owner in owners]
+    with ExitStack() as held:
+        for path in paths:
+            held.enter_context(path.open())
+        yield {str(path.readlink()) for path in paths}
 
 
 def test_down_leaves_nothing_and_two_sandboxes_share_nothing(sandbox: Cluster, place: Cluster) -> None:
     place.up(SMALL)
-    used = namespaces_of(place)
-    assert len(used) == 2 and used <= network_namespaces()
-    bridge = require_state(place.directory).bridge
-    assert sorted(interfaces(place)) == [bridge, f"{bridge}n1", f"{bridge}n2"]
-    addresses = {entry.address for cluster in (sandbox, place) for entry in cluster.status()}
-    assert len(addresses) == 6
-    here = place.slurm("srun", "--nodes=2", "hostname", "-I").split()
-    there = sandbox.slurm("srun", "--nodes=2", "hostname", "-I").split()
-    assert len({*here, *there}) == 4
-    place.slurm("sbatch", "--output=/dev/null", "--nodes=2", "--wrap", "srun sleep 300 & setsid sleep 300")
-    wait_until(lambda: "R" in place.slurm("squeue", "--noheader", "--format=%t"), timeout_s=30, what="the job to run")
-    faults.freeze(place, "n2")
-    assert place.down()
-    assert_nothing_left(place, used)
+    with namespaces_of(place) as used:
+        assert len(used) == 2 and used <= network_namespaces()
+        bridge = require_state(place.directory).bridge
+        assert sorted(interfaces(place)) == [bridge, f"{bridge}n1", f"{bridge}n2"]
+        addresses = {entry.address for cluster in (sandbox, place) for entry in cluster.status()}
+        assert len(addresses) == 6
+        here = place.slurm("srun", "--nodes=2", "hostname", "-I").split()
+        there = sandbox.slurm("srun", "--nodes=2", "hostname", "-I").split()
+        assert len({*here, *there}) == 4
+        place.slurm("sbatch", "--output=/dev/null", "--nodes=2", "--wrap", "srun sleep 300 & setsid sleep 300")
+        wait_until(
+            lambda: "R" in place.slurm("squeue", "--noheader", "--format=%t"), timeout_s=30, what="the job to run"
+        )
+        faults.freeze(place, "n2")
+        assert place.down()
+        assert_nothing_left(place, used)
     assert not place.down()
     sandbox.wait_idle()
 
