@@ -6,9 +6,7 @@ import fcntl
 import logging
 import os
 import random
-import shutil
 import sys
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +22,7 @@ from gpt.parallel.distributed import World, set_timeouts
 from gpt.planning.auto import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
 from launch.errors import ConfigError, counted
 from launch.process import hash_seed
-from launch.runs.environment import COMPILE_CACHE
+from launch.runs.environment import COMPILE_CACHE, missing_for_compiling
 from launch.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -63,8 +61,7 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
 
 def has_compiler() -> bool:
     """Return True if this node has a C compiler and the headers of Python, with which Triton builds its kernels."""
-    programs = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
-    return any(map(shutil.which, programs)) and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    return not missing_for_compiling()
 
 
 def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> CompileMode:

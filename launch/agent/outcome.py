@@ -172,8 +172,8 @@ def submit_next_job(context: RunContext) -> None:
     is_chain = node.is_slurm and config.resilience.requeue == CHAIN and resumes
     if not is_chain or next_job(events, node.slurm_job) is not None:
         return
-    started = max((i for i, event in enumerate(events) if event["event"] == "started"), default=0)
-    if len(select_events(events[started:], "next_job")) >= config.resilience.max_without_progress:
+    without_start = select_events(events[last_index(events, "started") + 1 :], "next_job")
+    if len(without_start) >= config.resilience.max_without_progress:
         context.record("no_next_job", after=node.slurm_job, cause="the ranks did not start in the jobs before")
         return
     command = [sys.executable, "-m", "gpt_launch", "launch.slurm.chain", str(context.folder.path), node.slurm_job]

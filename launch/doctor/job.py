@@ -18,7 +18,6 @@ import socket
 import struct
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -38,7 +37,7 @@ from launch.doctor.machine import filesystem_of
 from launch.plan.plan import JOBS
 from launch.process import lasting_imports
 from launch.runs import compose
-from launch.runs.environment import driver_problem, driver_version, reachable_files
+from launch.runs.environment import driver_problem, driver_version, missing_for_compiling, reachable_files
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.slurm.checks import Request
@@ -186,12 +185,8 @@ def lacking_parts(devices: Path = Path("/sys/class/infiniband"), shm: Path = Pat
         devices: folder with the InfiniBand devices of the machine.
         shm: filesystem for memory that processes share.
     """
-    found = []
-    if shutil.which(os.environ.get("CC", "cc")) is None and shutil.which("gcc") is None:
-        found.append(["no C compiler", "torch.compile needs one", "the site's module of gcc in cluster.setup"])
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.is_file():
-        found.append([f"no {header}", "torch.compile needs it", "the package python3-dev, or Python by conda or uv"])
+    compilers = "the site's modules in cluster.setup, or the packages gcc and python3-dev"
+    found = [[part, "torch.compile needs it", compilers] for part in missing_for_compiling()]
     if (problem := driver_problem(driver_version(), torch_cuda())) != "":
         found.append([problem, "the ranks cannot use the GPUs", "a newer driver, or a torch for an older CUDA"])
     states = [path.read_text() for path in devices.glob("*/ports/*/state")]

@@ -10,8 +10,10 @@ import platform
 import re
 import resource
 import shlex
+import shutil
 import socket
 import subprocess
+import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,6 +97,14 @@ class Gpu:
     uuid: str | None
     bus: str | None = None
     """Address on the PCI bus, in the format of Linux."""
+
+
+def missing_for_compiling() -> list[str]:
+    """Return what this node lacks to build Triton's kernels: a C compiler, the headers of Python, or both."""
+    programs = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    found = [] if any(map(shutil.which, programs)) else ["no C compiler"]
+    return found if header.is_file() else [*found, f"no {header}"]
 
 
 DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}

@@ -269,21 +269,22 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
 
 def adopt_job(point: RunStatus) -> None:
     """Set the job of a point to the newest job in its event log. Any process may have submitted or moved it."""
-    submitted = select_events(point.events(), "submitted")
+    events = point.events()
+    submitted = select_events(events, "submitted")
     if not submitted:
         point.job = point.found or point.job
         return
     newest = job_of(submitted[-1])
-    following = following_job(point, newest)
+    following = following_job(events, newest)
     if following is not None and (point.job == following or point.job_status.phase == "over"):
         newest = following
     if point.job is None or (isinstance(point.job, SlurmJob) and newest.job_id != point.job.job_id):
         point.job = newest
 
 
-def following_job(point: RunStatus, job: Job) -> SlurmJob | None:
+def following_job(events: Events, job: Job) -> SlurmJob | None:
     """Return the job that continues a run when ``job`` has ended (``resilience.requeue=chain``); None if none."""
-    job_id = next_job(point.events(), job.job_id)
+    job_id = next_job(events, job.job_id)
     return None if job_id is None else SlurmJob(job_id)
 
 
@@ -319,12 +320,13 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
     else:
         point.job_status = status = point.job.status(queue)
         point.state, point.detail = status.phase, status.detail
-        if status.phase == "over" and (following := following_job(point, point.job)) is not None:
-            point.state, point.detail = "pending", f"continues in job {following.job_id}"
-        elif status.phase == "over":
+        if status.phase == "over":
             is_out = status.state in ("CANCELLED", "GONE")
             events = point.events()
-            point.state, point.detail = state_between_places(events, is_out) or (outcome(events), status.detail)
+            following = following_job(events, point.job)
+            chained = None if following is None else ("pending", f"continues in job {following.job_id}")
+            placed = chained or state_between_places(events, is_out)
+            point.state, point.detail = placed or (outcome(events), status.detail)
             if point.detail.lower() == point.state:  # Slurm has the same state under another name.
                 point.detail = ""
             if point.state == "failed" and status.state != "CANCELLED" and (silent := silence(point)):

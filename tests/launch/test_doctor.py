@@ -235,7 +235,7 @@ def test_parts_that_a_node_lacks_are_named(tmp_path: Path, monkeypatch: pytest.M
     state.write_text("4: ACTIVE\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr("launch.doctor.job.sysconfig.get_path", lambda name: "/no/python/include")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/no/python/include")
     monkeypatch.setattr("launch.doctor.job.ctypes.util.find_library", lambda name: None)
     monkeypatch.setattr("launch.doctor.job.resource.getrlimit", lambda limit: (65536, 65536))
     monkeypatch.setattr(job, "driver_version", lambda: "550.54.15")

@@ -47,7 +47,7 @@ class Watched:
         return self._dog.poll(self._ranks)
 
     def found(self, until_s: float) -> list[Any]:
-        """What is found at last, looking every four seconds: a jump would be a pause of the agent itself."""
+        """Return the last finding of checks every four seconds: a jump would be a pause of the agent itself."""
         while self.ahead < until_s - 4:
             self.poll(4)
         return self.poll(4)

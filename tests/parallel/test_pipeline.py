@@ -200,7 +200,7 @@ def test_the_picture_in_the_documentation_is_true(schedule: Schedule) -> None:
 
 
 def reduced_over_the_pipeline(rank: int, size: int, folder: Path) -> list[bool]:
-    """Whether the ranks of a pipeline have met in a collective when it is built, and transfers before that."""
+    """Return whether the ranks of a pipeline have met in a collective when it is built, and transfers before that."""
     order = list[str]()
 
     def note(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

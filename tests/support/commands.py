@@ -101,7 +101,7 @@ def run(line: str, *words: str, cwd: Path, status: int | Collection[int] = 0, **
 
 
 def python(code: str, *words: object, cwd: Path, status: int = 0, **extra: str) -> str:
-    """What ``python -c code words`` prints in an interpreter of its own, with this checkout on its path."""
+    """Return the output of ``python -c code words`` in an interpreter of its own, with this checkout on its path."""
     env = environment(**{"PYTHONPATH": str(ROOT), **extra})
     words = (sys.executable, "-c", code, *map(str, words))
     done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
@@ -110,7 +110,7 @@ def python(code: str, *words: object, cwd: Path, status: int = 0, **extra: str) 
 
 
 def call(main: Callable[[list[str]], int], *words: object, status: int = 0) -> str:
-    """What ``main(words)`` prints in this process, standard error included."""
+    """Return the output of ``main(words)`` in this process, standard error included."""
     output = io.StringIO()
     with redirect_stdout(output), redirect_stderr(output):
         ended = main([*map(str, words)])

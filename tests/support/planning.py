@@ -1,4 +1,4 @@
-"""What a command line becomes in this process: its config, its plan, or the refusal with what to type next."""
+"""Builders for a command line in this process: its config, its plan, or the refusal with what to type next."""
 
 from __future__ import annotations
 
