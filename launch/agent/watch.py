@@ -51,7 +51,7 @@ STACK_SIGNAL = signal.SIGQUIT
 STACK_BEGUN = b"(most recent call first)"
 """End of the first line of each thread's stack."""
 STACK_WAIT_S = 3.0
-"""Longest wait in seconds for the first line of the stacks."""
+"""Longest wait in seconds for the first line of the stacks, and for the rest of a line."""
 STACK_QUIET_S = 1.0
 """Seconds without a further line after which the stacks count as complete."""
 NEARLY = 0.8
@@ -169,7 +169,9 @@ def stack_of(pid: int, log: Path) -> str:
             former, answer = answer, file.read()
         if answer != former:
             grew = time.monotonic()
-        if is_done or time.monotonic() - grew > (STACK_QUIET_S if STACK_BEGUN in answer else STACK_WAIT_S):
+        # On a busy machine a process may pause in the middle of a line.
+        is_whole = STACK_BEGUN in answer and answer.endswith(b"\n")
+        if is_done or time.monotonic() - grew > (STACK_QUIET_S if is_whole else STACK_WAIT_S):
             return answer.decode(errors="replace").strip()
 
 

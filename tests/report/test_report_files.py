@@ -7,6 +7,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -378,7 +380,14 @@ def test_a_run_that_was_called_off_has_ended(tmp_path: Path, event: str, monkeyp
     run = RunBuilder(folder, 1, 1, ()).attempt()
     run.steps(1, [1.0] * 12)
     run.event(event)
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for a run that has ended"))
+    here, sleep = threading.get_ident(), time.sleep  # other tests may have left threads that sleep
+
+    def fail_here(seconds: float) -> None:
+        if threading.get_ident() == here:
+            pytest.fail("waits for a run that has ended")
+        sleep(seconds)
+
+    monkeypatch.setattr("time.sleep", fail_here)
     text = call(main, folder, "--watch", "0.2", "--files", "md")
     assert f"wrote summary.md in {folder}" in " ".join(text.splitlines())
 
