@@ -31,11 +31,6 @@ from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 from launch.slurm.client import JobState
 
-CONTROLLER = "submitit.local._local"
-"""Module of the controller that submitit starts for a local job.
-
-The controller's process is recognized by this name.
-"""
 SECOND_SIGNAL_S = 0.5  # Two signals that are pending at the same time count as one.
 ACTIVE = ("pending", "running")
 
@@ -79,15 +74,22 @@ class LocalJob:
     host: str
     """Machine of the controller."""
     started: str | None = None
-    """Start time of the controller, since the kernel reuses process ids; None if not known."""
+    """Start time of the controller, since the kernel reuses process ids; None if the controller ended at once."""
     process: subprocess.Popen[bytes] | None = None
     """Process of the controller in the launcher that started it; None in other processes."""
     _is_asked: bool = False
 
     @property
     def is_alive(self) -> bool:
-        """Return whether the controller runs."""
-        return is_local_job(int(self.job_id), self.started) if self.process is None else self.process.poll() is None
+        """Return whether the controller runs.
+
+        Other processes than its launcher identify it by id and start time. Its command line would not do: the kernel
+        shows an empty one until exec has ended, which takes some 20 ms under load.
+        """
+        if self.process is not None:
+            return self.process.poll() is None
+        pid = int(self.job_id)
+        return processes.start_time(pid) == self.started and not processes.is_gone(pid)
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
         """Return the state RUNNING or GONE; UNKNOWN if the controller is on another machine. Ignores ``queue``."""
@@ -111,15 +113,6 @@ class LocalJob:
 
 
 Job = SlurmJob | LocalJob
-
-
-def is_local_job(pid: int, started: str | None = None) -> bool:
-    """Return whether process ``pid`` is a submitit controller that still runs, and began at ``started`` if given."""
-    try:
-        is_controller = CONTROLLER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return is_controller and started in (None, processes.start_time(pid))
 
 
 def job_of(event: Mapping[str, Any]) -> Job:

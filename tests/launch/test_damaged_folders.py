@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from gpt.compare import read_metrics
 from launch import cancel, logs, move, status
+from launch.agent.node import start_time
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch
 from launch.errors import refusing
@@ -25,7 +26,7 @@ from launch.runs.files import append_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.slurm import watch
 from launch.slurm.client import JobState
-from launch.slurm.jobs import CONTROLLER, SlurmJob
+from launch.slurm.jobs import SlurmJob
 from launch.slurm.status import explain_end, find_run_status, update
 from tests.support.commands import TINY
 from tests.support.planning import plan, refused
@@ -77,9 +78,9 @@ def folder(whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(watch, "POLL_S", 0.01)
     shutil.copytree(whole.path.parent, tmp_path / "sweep")
     folder = RunFolder(tmp_path / "sweep" / "run")
-    controller = subprocess.Popen(["bash", "-c", f"exec -a {CONTROLLER} sleep 600"])
+    controller = subprocess.Popen(["sleep", "600"])
     place = {"cluster": "local", "job_id": str(controller.pid), "host": os.uname().nodename, "nodes": 1}
-    folder.record_event("submitted", **place)
+    folder.record_event("submitted", **place, pid_started=start_time(controller.pid))
     folder.record_event("agent_started", job="j", nodes=1, allocated_at=0.0)
     folder.record_event("started", attempt=1, max_steps=9)
     yield folder

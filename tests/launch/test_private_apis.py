@@ -15,7 +15,6 @@ from typing import Any
 from launch.agent.after_step import submitted_run_dir
 from launch.agent.node import Node
 from launch.slurm import jobs
-from launch.slurm import jobs as sbatch
 
 TAKEN = ("command", "folder", "map_count", "job_name", "partition", "time", "nodes", "ntasks_per_node", "cpus_per_task")
 TAKEN += ("gpus_per_node", "qos", "setup", "mem", "signal_delay_s", "comment", "constraint", "exclude", "account")
@@ -48,8 +47,8 @@ def test_submitit_writes_the_batch_script_from_the_same_parameters() -> None:
 def test_submitit_runs_the_same_modules_and_keeps_the_process_of_a_local_job() -> None:
     from submitit.local.local import LocalJob
 
-    for name in (sbatch.SUBMISSION, jobs.CONTROLLER):
-        assert importlib.util.find_spec(name) is not None, changed("submitit", f"module {name}", "launch/slurm/jobs.py")
+    found, what = importlib.util.find_spec(jobs.SUBMISSION), f"module {jobs.SUBMISSION}"
+    assert found is not None, changed("submitit", what, "launch/slurm/jobs.py")
     source = inspect.getsource(LocalJob)
     assert "self._process" in source, changed("submitit", "LocalJob._process", "launch/slurm/jobs.py")
 

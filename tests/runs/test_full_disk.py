@@ -16,6 +16,7 @@ import pytest
 from gpt.checkpoint.folders import steps
 from gpt.metrics.writers import Records, StepsCsv, View
 from launch import cancel
+from launch.agent.node import start_time
 from launch.agent.watch import RankRecords
 from launch.runs import files as unwritten
 from launch.runs import heartbeat
@@ -172,8 +173,9 @@ def test_a_cancel_that_cannot_be_entered_ends_the_run_all_the_same(
     monkeypatch.setattr(jobs, "SECOND_SIGNAL_S", 0.01)
     folder = RunFolder(disk / "run")
     folder.create_attempt()
-    controller = subprocess.Popen(["bash", "-c", f"exec -a {jobs.CONTROLLER} sleep 600"])
-    folder.record_event("submitted", cluster="local", job_id=str(controller.pid), host=os.uname().nodename)
+    controller = subprocess.Popen(["sleep", "600"])
+    place = {"cluster": "local", "job_id": str(controller.pid), "host": os.uname().nodename}
+    folder.record_event("submitted", **place, pid_started=start_time(controller.pid))
     fill(disk)
     use_up_the_last_block(folder)
     assert cancel.main([str(folder.path)]) == 0
