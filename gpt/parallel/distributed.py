@@ -253,6 +253,9 @@ def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=choose_store(size, timeout), rank=rank, world_size=size, timeout=timeout)
+    # The ranks connect now: a broken network fails before the model is built, and NCCL gets its memory before torch's
+    # allocator takes it.
+    dist.all_reduce(torch.zeros(1, device=device))
     # Groups do not inherit the timeout of the first one.
     control = dist.new_group(backend="gloo", timeout=timeout)
     yield World(rank, size, local_rank, local_size, node, device, control)

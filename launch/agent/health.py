@@ -63,6 +63,12 @@ class GpuReading:
     """Numbers of the Xid errors since the first reading, without the errors in ``OF_APPLICATIONS``."""
     problem: str = ""
     """Error that the GPU returned instead of its state; empty if there was none."""
+    used: int = 0
+    """Memory in use, bytes, of all processes together; 0 if the GPU does not report it."""
+    users: tuple[int, ...] = ()
+    """Ids of the processes that compute on the GPU; in a container those of the host, or none."""
+    is_persistent: bool = True
+    """False if the driver unloads its state whenever no process uses the GPU."""
 
 
 class Nvml:
@@ -160,7 +166,12 @@ class Nvml:
             throttled = self._call(GAUGES["throttle_reasons"][0], handle)
         except self._nvml.NVMLError as error:
             return GpuReading(bus, xids=xids, problem=f"does not answer: {error}")
-        return GpuReading(bus, errors, throttled or 0, xids)
+        used, users, persistent = 0, tuple[int, ...](), True
+        with contextlib.suppress(self._nvml.NVMLError):
+            persistent = bool(self._nvml.nvmlDeviceGetPersistenceMode(handle))
+            used = int(self._nvml.nvmlDeviceGetMemoryInfo(handle).used)
+            users = tuple(int(one.pid) for one in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        return GpuReading(bus, errors, throttled or 0, xids, "", used, users, persistent)
 
     def _call(self, function: str, handle: Any, *constants: str) -> int | None:
         """Return the value of a function of NVML; None if the GPU or the driver does not have the value."""
@@ -188,6 +199,7 @@ def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading],
         expected: number of GPUs of a node; None if not known.
     """
     before = {reading.bus: reading.uncorrected or 0 for reading in first}
+    kept = {reading.bus: reading for reading in keeping_memory(readings, first)}
     for reading in readings:
         name = f"GPU {reading.bus}"
         if reading.problem:
@@ -200,16 +212,29 @@ def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading],
         slow = [text for bit, text in THROTTLED.items() if reading.throttled & bit]
         if slow:
             yield f"{name}: its clocks are lowered ({', '.join(slow)})"
+        if reading.bus in kept:
+            held = f"{reading.used / GIB:.1f} GiB are in use {MEMORY_WAIT_S:g} s after the ranks have ended"
+            yield f"{name}: {held}, by {', '.join(f'process {pid}' for pid in reading.users) or 'no known process'}"
     answering = sum(not reading.problem for reading in readings)
     if expected is not None and answering < expected:
         yield f"{answering} GPUs answer, and cluster.gpus_per_node={expected}"
+
+
+def keeping_memory(readings: Sequence[GpuReading], first: Sequence[GpuReading]) -> list[GpuReading]:
+    """Return the readings of GPUs with more than ``SLACK`` bytes in use beyond those before the first start."""
+    before = {reading.bus: reading.used for reading in first}
+    return [one for one in readings if one.used > before.get(one.bus, one.used) + SLACK]
 
 
 # The health check of a node.
 
 
 SYS = Path("/sys/class")
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
+SLACK = GIB
+"""Bytes by which the memory in use on a GPU may grow between two starts, because of other programs of the user."""
+MEMORY_WAIT_S, MEMORY_POLL_S = 50.0, 0.2
+"""Longest time in which a GPU may give back the memory of ranks that have ended, and time between two readings."""
 LONGEST = 200
 """Maximum number of characters that are kept of the last output line of the site's command."""
 CHECK_TIMEOUT_S = 60.0
@@ -241,7 +266,8 @@ class HealthCheck:
         self._limits = limits
         self._gpus = gpus
         self._nvml: Nvml | None = None
-        self._first: list[GpuReading] | None = None
+        self.first: list[GpuReading] | None = None
+        """State of this job's GPUs at the first examination; None without a driver."""
         self._first_up: set[str] | None = None
         own = [path for path in (Path(tempfile.gettempdir()), Path("/dev/shm")) if path.is_dir()]
         self._checks: Mapping[str, Callable[[], Iterator[str]]] = {
@@ -287,7 +313,8 @@ class HealthCheck:
     def _gpu_faults(self) -> Iterator[str]:
         """Yield faults of this job's GPUs, compared with their state at the first start.
 
-        Yields nothing without an NVIDIA driver, or without nvidia-ml-py.
+        Waits until the GPUs have given back the memory of ranks that have ended: ranks that start before it would run
+        out of memory. Yields nothing without an NVIDIA driver, or without nvidia-ml-py.
         """
         if not DRIVER.is_dir():
             return
@@ -296,13 +323,19 @@ class HealthCheck:
             self._nvml = self._nvml or Nvml()
         except ImportError:
             return
-        readings = self._nvml.read_health()
-        own = [gpu.bus for gpu in visible_gpus()]
-        readings = [reading for reading in readings if not own or None in own or reading.bus in own]
-        if self._first is None:
-            self._first = readings
+        readings = self._read_own_gpus(self._nvml)
+        if self.first is None:
+            self.first = readings
+        deadline = time.monotonic() + MEMORY_WAIT_S
+        while keeping_memory(readings, self.first) and time.monotonic() < deadline:
+            time.sleep(MEMORY_POLL_S)
+            readings = self._read_own_gpus(self._nvml)
         if readings:
-            yield from describe_faults(readings, self._first, self._gpus)
+            yield from describe_faults(readings, self.first, self._gpus)
+
+    def _read_own_gpus(self, nvml: Nvml) -> list[GpuReading]:
+        own = [gpu.bus for gpu in visible_gpus()]
+        return [one for one in nvml.read_health() if not own or None in own or one.bus in own]
 
 
 def full_disks(folders: Iterable[Path]) -> Iterator[str]:

@@ -21,16 +21,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from omegaconf import OmegaConf
 
-from launch.agent.health import HealthCheck
+from launch.agent.health import GpuReading, HealthCheck
 from launch.agent.node import Node
 from launch.config import Config
 from launch.doctor.machine import filesystem_of
@@ -166,7 +167,7 @@ def measure_node(root: str) -> None:
     }
     health = HealthCheck(folder.path, config.resilience.health_check, config.cluster.gpus_per_node)
     record["faults"] = [fault.found for fault in health.examine()]
-    record["lacks"] = [] if (folder.path / ON_CPUS).exists() else lacking_parts()
+    record["lacks"] = [] if (folder.path / ON_CPUS).exists() else lacking_parts(health.first or ())
     try:
         meet_others(folder, node, config, record)
     except Exception as error:  # The login node shows errors of any kind.
@@ -178,17 +179,36 @@ SMALL_SHM = 2**30
 """Bytes of /dev/shm below which workers of data loaders run out of it."""
 
 
-def lacking_parts(devices: Path = Path("/sys/class/infiniband"), shm: Path = Path("/dev/shm")) -> list[list[str]]:
+def lacking_parts(
+    gpus: Sequence[GpuReading] = (),
+    devices: Path = Path("/sys/class/infiniband"),
+    shm: Path = Path("/dev/shm"),
+    switches: Path = Path("/dev"),
+) -> list[list[str]]:
     """Return what this node lacks for training on GPUs: what was found, its effect, and the remedy, of each part.
 
     Args:
+        gpus: state of the GPUs before ranks run.
         devices: folder with the InfiniBand devices of the machine.
         shm: filesystem for memory that processes share.
+        switches: folder with the device files of NVSwitches.
     """
     compilers = "the site's modules in cluster.setup, or the packages gcc and python3-dev"
     found = [[part, "torch.compile needs it", compilers] for part in missing_for_compiling()]
     if (problem := driver_problem(driver_version(), torch_cuda())) != "":
         found.append([problem, "the ranks cannot use the GPUs", "a newer driver, or a torch for an older CUDA"])
+    if any(switches.glob("nvidia-nvswitch*")) and "nv-fabricmanager" not in running_programs():
+        effect = "without it, CUDA does not start (error 802, system not yet initialized)"
+        fix = "systemctl status nvidia-fabricmanager there"
+        found.append(["NVSwitches, and no visible nv-fabricmanager", effect, fix])
+    for gpu in gpus:
+        if gpu.users:
+            held = f"GPU {gpu.bus} with {gpu.used / 2**30:.1f} GiB in use by process {', '.join(map(str, gpu.users))}"
+            fix = "nvidia-smi there; cluster.exclusive=true"
+            found.append([held, "ranks may run out of memory, and are slower", fix])
+    if not all(gpu.is_persistent for gpu in gpus):
+        effect = "each first use of a GPU takes seconds, and its error counts are lost"
+        found.append(["persistence mode off", effect, "nvidia-persistenced, by the site"])
     states = [path.read_text() for path in devices.glob("*/ports/*/state")]
     if any("ACTIVE" in state for state in states):
         if ctypes.util.find_library("ibverbs") is None:
@@ -205,6 +225,11 @@ def lacking_parts(devices: Path = Path("/sys/class/infiniband"), shm: Path = Pat
             [f"{shm} of {size / 2**20:.0f} MiB", effect, "a larger one: docker run --shm-size=8g, or the site"]
         )
     return found
+
+
+def running_programs() -> set[str]:
+    """Return the names of the programs that run on this machine."""
+    return {process.info["name"] for process in psutil.process_iter(["name"])}
 
 
 def torch_cuda() -> str | None:

@@ -175,6 +175,8 @@ DEFAULTS = (
     # NCCL's flight recorder: the last collectives of a rank, written to a file when one of them times out.
     (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "20000"),
     (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+    # Matrix products that are queued before a collective do not delay its kernel.
+    (("TORCH_NCCL_HIGH_PRIORITY",), "1"),
 )
 """Variables that are set before torch is imported, also in the process from which ranks are forked.
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.agent.health import GpuReading
 from launch.config import ClusterKind
 from launch.config.compose import sweep_points
 from launch.doctor import __main__ as doctor
@@ -240,18 +241,25 @@ def test_parts_that_a_node_lacks_are_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("launch.doctor.job.resource.getrlimit", lambda limit: (65536, 65536))
     monkeypatch.setattr(job, "driver_version", lambda: "550.54.15")
     monkeypatch.setattr(job, "torch_cuda", lambda: "13.0")
-    lacking = job.lacking_parts(tmp_path, tmp_path / "no shm")
+    (tmp_path / "nvidia-nvswitchctl").touch()
+    used = [GpuReading("0000:3b:00.0", used=3 * 2**30, users=(41, 42)), GpuReading("0000:d8:00.0", is_persistent=False)]
+    lacking = job.lacking_parts(used, tmp_path, tmp_path / "no shm", tmp_path)
     assert [part[0] for part in lacking] == [
         "no C compiler",
         "no /no/python/include/Python.h",
         "driver 550.54.15, and a torch for CUDA 13.0, which needs driver 580 or newer",
+        "NVSwitches, and no visible nv-fabricmanager",
+        "GPU 0000:3b:00.0 with 3.0 GiB in use by process 41, 42",
+        "persistence mode off",
         "InfiniBand without libibverbs",
         "ulimit -l is 64 KiB",
         f"{tmp_path / 'no shm'} of 0 MiB",
     ]
     state.write_text("1: DOWN\n")
     monkeypatch.setattr(job, "driver_version", lambda: "580.65.06")
-    assert [part[0] for part in job.lacking_parts(tmp_path, tmp_path)] == [part[0] for part in lacking[:2]]
+    monkeypatch.setattr(job, "running_programs", lambda: {"nv-fabricmanager"})
+    idle = [GpuReading("0000:3b:00.0", used=2**29)]
+    assert job.lacking_parts(idle, tmp_path, tmp_path, tmp_path) == lacking[:2]
     measured = results(all_rates(3), 3)
     measured["nodes"][0]["lacks"], measured["nodes"][2]["lacks"] = lacking[:1], lacking[:2]
     assert [(found.found, found.level) for found in bad(measured)] == [

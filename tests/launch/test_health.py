@@ -178,8 +178,27 @@ def test_gauges_have_si_units_and_unknown_gauges_are_absent(driver: ModuleType) 
 
 def test_nvml_gives_memory_errors_throttling_and_xid_errors(driver: ModuleType) -> None:
     nvml = Nvml()
-    expected = [GpuReading(A, 7, 4, xids=(79,)), GpuReading(B, None, 1)]
+    expected = [GpuReading(A, 7, 4, xids=(79,), used=2**29), GpuReading(B, None, 1)]
     assert nvml.read_health() == expected and nvml.read_health() == expected, "Xid 43 is an application's"
+
+
+def test_ranks_start_again_when_the_gpus_have_given_back_their_memory(
+    driver: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU keeps the memory of a killed process for seconds; of one that hangs in the driver, for ever."""
+    monkeypatch.setattr(health, "DRIVER", tmp_path)
+    monkeypatch.setattr(health, "visible_gpus", lambda: [])
+    monkeypatch.setattr(health, "MEMORY_POLL_S", 0.001)
+    driver.xids.clear()
+    check = HealthCheck(tmp_path, HealthCheckConfig(), None)
+    assert check.examine() == []
+    driver.used[:] = [40 * 2**30, 40 * 2**30, 2**30]
+    assert check.examine() == [] and driver.used == [2**30]
+    monkeypatch.setattr(health, "MEMORY_WAIT_S", 0.05)
+    driver.used[:] = [40 * 2**30]
+    driver.users[:] = [4711]
+    (fault,) = check.examine()
+    assert fault.found == f"GPU {A}: 40.0 GiB are in use 0.05 s after the ranks have ended, by process 4711"
 
 
 def test_a_driver_that_does_not_answer_is_an_error(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def test_what_the_user_has_set_is_left_alone() -> None:
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "TORCH_FR_BUFFER_SIZE": "20000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_HIGH_PRIORITY": "1",
     }
     # Former names count as well: torch would join both, or warn.
     typed = {
@@ -80,12 +81,14 @@ def test_what_the_user_has_set_is_left_alone() -> None:
         "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128",
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "TORCH_NCCL_HIGH_PRIORITY": "0",
     }
     before = dict(typed)
     set_defaults(typed)
     assert typed == before
     set_defaults(nothing, typed=["PYTORCH_CUDA_ALLOC_CONF", "TORCH_GLOO_LAZY_INIT"])  # by script.env, which comes later
-    assert nothing == {"TORCH_FR_BUFFER_SIZE": "20000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    kept = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_HIGH_PRIORITY")
+    assert tuple(nothing) == kept
 
 
 def test_each_attempt_has_dumps_of_its_own(tmp_path: Path) -> None:

@@ -327,6 +327,8 @@ def test_the_timeout_follows_the_step_time(slowest: float, typed: int | None, ex
 def timeouts_of(world_size: int) -> list[timedelta]:
     """Timeouts of the default group, of one made later, and of the control group, after the first steps."""
     with open_world(Device.cpu, timeout_s=500) as world:
+        made = dist.distributed_c10d._get_default_group()._get_sequence_number_for_group()
+        assert made == 1, "the ranks have connected, so that a broken network fails before the model is built"
         other = dist.new_group(backend="gloo", timeout=timedelta(seconds=500))
         timeouts = StepTimeouts(world, ParallelConfig(timeout_s=500))
         cpu, found = torch.device("cpu"), []

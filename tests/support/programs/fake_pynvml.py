@@ -18,6 +18,11 @@ WATTS = 250
 xids = [79, 43]
 """Xid errors that GPU 0 has to tell; 43 is an application's."""
 
+used = [2**29]
+"""Bytes in use on GPU 0, one for each reading; the last one stays."""
+users: list[int] = []
+"""Processes that compute on it."""
+
 
 class NVMLError(Exception): ...
 
@@ -82,6 +87,20 @@ def nvmlDeviceGetTotalEccErrors(handle: int, errorType: int, counterType: int) -
     if handle == 1:
         raise NVMLError_NotSupported
     return 7
+
+
+def nvmlDeviceGetPersistenceMode(handle: int) -> int:
+    return 1
+
+
+def nvmlDeviceGetMemoryInfo(handle: int) -> SimpleNamespace:
+    if handle == 1:
+        raise NVMLError_NotSupported
+    return SimpleNamespace(used=used.pop(0) if len(used) > 1 else used[0])
+
+
+def nvmlDeviceGetComputeRunningProcesses(handle: int) -> list[SimpleNamespace]:
+    return [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in users]
 
 
 def nvmlEventSetCreate() -> str:
