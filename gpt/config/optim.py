@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Optional, Union
 
 from omegaconf import MISSING
@@ -23,9 +25,31 @@ from launch.errors import ConfigError, require_range
 ADAMW = "adamw"
 
 
+class LrSchedule(Enum):
+    """Learning rate after the linear warm-up.
+
+    ``cosine`` and ``linear`` go down to ``min_lr`` at the last step; ``constant`` stays at ``lr``. ``wsd`` (warm-up,
+    stable, decay; arXiv 2404.06395, section 4) stays at ``lr`` until ``decay_from``, and then goes down to ``min_lr``.
+    """
+
+    cosine = "cosine"
+    wsd = "wsd"
+    linear = "linear"
+    constant = "constant"
+
+
+class DecayShape(Enum):
+    """Curve of a decay whose share *p* is done: ``linear`` 1 - *p*, ``sqrt`` 1 - sqrt(*p*) (arXiv 2405.18392),
+    ``cosine`` half a cosine. The names are torchtitan's."""
+
+    linear = "linear"
+    sqrt = "sqrt"
+    cosine = "cosine"
+
+
 @dataclass
 class OptimConfig:
-    """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then a cosine to ``min_lr``."""
+    """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then ``schedule``."""
 
     optimizer: str = ADAMW
     """adamw. Or a class of your own, as ``package.module:Class`` or as an entry point of the group ``gpt.optimizer``.
@@ -50,9 +74,16 @@ class OptimConfig:
     lr: float = MISSING
     """Peak learning rate."""
     min_lr: float = MISSING
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of cosine, linear and wsd."""
     warmup_steps: int = MISSING
     """Steps in which the learning rate rises linearly from zero to lr."""
+    schedule: LrSchedule = LrSchedule.cosine
+    """Learning rate after the warm-up: cosine or linear down to min_lr; constant at lr; or wsd, which is constant until
+    decay_from. A run may continue with another schedule that gives the steps so far the same rates."""
+    decay_from: Optional[float] = None
+    """wsd only: step after which the rate decays, until the last step. Below 1 a share of all steps; null is 0.9."""
+    decay_shape: DecayShape = DecayShape.linear
+    """wsd only: curve of the decay."""
     weight_decay: float = 0.1
     """Applied to matrices, not to biases and norms."""
     beta1: float = 0.9
@@ -87,7 +118,7 @@ class OptimConfig:
                 *("max_steps", "global_batch", "max_micro_batch", "lr"),
                 *("target_val_loss", "target_val_nats_per_byte", "patience"),
             ),
-            at_least_0=("min_lr", "warmup_steps", "weight_decay", "grad_clip"),
+            at_least_0=("min_lr", "warmup_steps", "weight_decay", "grad_clip", "decay_from"),
             **{"max_tokens": (1.0, 1e18), "beta1": (0.0, 0.9999999), "beta2": (0.0, 0.9999999)},
         )
         if self.min_lr > self.lr:
@@ -96,26 +127,91 @@ class OptimConfig:
                 "a schedule that goes down",
                 f"optim.min_lr={self.lr / 10:g}",
             )
+        self._validate_decay()
+
+    def _validate_decay(self) -> None:
+        if self.schedule is LrSchedule.wsd:
+            if self.max_tokens is None:
+                check_decay(self)
+            return
+        for key, idle in (("decay_from", None), ("decay_shape", DecayShape.linear)):
+            value = getattr(self, key)
+            if value != idle:
+                shown = value.name if isinstance(value, Enum) else f"{value:.10g}"
+                raise ConfigError(
+                    f"optim.{key}={shown} with optim.schedule={self.schedule.name}",
+                    "a schedule with a decay of its own after a stable phase",
+                    f"optim.schedule=wsd optim.{key}={shown}",
+                )
+
+
+SCHEDULE = ("schedule", "decay_from", "decay_shape")
+"""Keys that may change during a run, if the steps so far keep their learning rates."""
+DECAY_FROM = 0.9
+"""Share of a run after which wsd decays by default: MiniCPM's decays take a tenth of the steps (arXiv 2404.06395)."""
+CURVES: dict[DecayShape, Callable[[float], float]] = {
+    DecayShape.linear: lambda done: 1 - done,
+    DecayShape.sqrt: lambda done: 1 - math.sqrt(done),
+    DecayShape.cosine: lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+"""Shape -> share of the decay that is left after a share ``done`` of its steps."""
+
+
+def decay_start(config: OptimConfig) -> int:
+    """Return the last step before the learning rate goes down; for ``constant`` that of the warm-up."""
+    if config.schedule is not LrSchedule.wsd:
+        return config.warmup_steps
+    since = DECAY_FROM if config.decay_from is None else config.decay_from
+    return round(since * config.max_steps if since < 1 else since)
+
+
+def check_decay(config: OptimConfig) -> None:
+    """Raise ConfigError unless the decay of ``wsd`` begins after the warm-up, and before the last step."""
+    start, warmup, steps = decay_start(config), config.warmup_steps, config.max_steps
+    if warmup <= start < steps:
+        return
+    typed = "null" if config.decay_from is None else f"{config.decay_from:.10g}"
+    usual = max(warmup, round(DECAY_FROM * steps))
+    raise ConfigError(
+        f"optim.decay_from={typed}: a decay after step {start} in a run of {steps} steps, {warmup} of them warm-up",
+        "a step after the warm-up and before the last one, or a share of all steps below 1",
+        f"optim.decay_from={usual}" if usual < steps else f"optim.warmup_steps={steps // 10}",
+    )
 
 
 def lr_at(config: OptimConfig, step: int) -> float:
-    """Learning rate of step ``step`` (counted from 1): linear warm-up, then a cosine down to ``min_lr``.
+    """Learning rate of step ``step`` (counted from 1): linear warm-up, then ``config.schedule``.
 
-    The rate depends only on the step and on the number of all steps, so a resumed run needs no schedule state. An
-    extended run uses the schedule of its new length from its next step.
+    The rate depends only on the step and on the config, so a resumed run needs no schedule state. An extended run uses
+    the schedule of its new length from its next step.
     """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
+    start = decay_start(config)
+    done = (step - start) / max(1, config.max_steps - start)
+    if done <= 0 or config.schedule is LrSchedule.constant:
+        return config.lr
+    shape = config.decay_shape if config.schedule is LrSchedule.wsd else DecayShape[config.schedule.name]
+    return config.min_lr + (config.lr - config.min_lr) * CURVES[shape](min(1.0, done))
 
 
-def describe_extended_schedule(config: OptimConfig, before: int) -> str:
-    """Describe the learning rate of a run of ``before`` steps that is extended to ``config.max_steps``."""
-    last, following = lr_at(replace(config, max_steps=before), before), lr_at(config, before + 1)
+def describe_schedule(config: OptimConfig) -> str:
+    """Describe the learning rate of a run, such as ``cosine: 10 steps of warm-up to 0.002, down to 0.0002 at 60``."""
+    text = f"{config.schedule.name}: {config.warmup_steps} steps of warm-up to {config.lr:g}"
+    if config.schedule is LrSchedule.constant:
+        return text
+    stable = ""
+    if config.schedule is LrSchedule.wsd:
+        stable = f"stable to step {decay_start(config)}, {config.decay_shape.name} "
+    return f"{text}, {stable}down to {config.min_lr:g} at step {config.max_steps}"
+
+
+def describe_extended_schedule(config: OptimConfig, before: OptimConfig) -> str:
+    """Describe the learning rate of a finished run with the config ``before`` that is extended to ``config``."""
+    end = before.max_steps
     return (
-        f"learning rate {last:.3g} at step {before}, {following:.3g} at step {before + 1}: from there on that of a run "
-        f"of {config.max_steps} steps (optim.lr and optim.min_lr alike keep it even)"
+        f"learning rate {lr_at(before, end):.3g} at step {end}, {lr_at(config, end + 1):.3g} at step {end + 1}: from "
+        f"there on that of a run of {config.max_steps} steps (optim.schedule=constant from the beginning keeps it even)"
     )
 
 

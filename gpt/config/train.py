@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from gpt.config import rules
 from gpt.config.data import DataConfig
 from gpt.config.model import ModelConfig
-from gpt.config.optim import CheckpointConfig, DivergenceConfig, OptimConfig
+from gpt.config.optim import SCHEDULE, CheckpointConfig, DivergenceConfig, OptimConfig
 from gpt.config.parallel import ParallelConfig, Strategy
 from gpt.config.rules import check_numbers, is_importable
 from launch.errors import ConfigError
@@ -383,7 +383,8 @@ EXECUTION = (
     *("parallel", "optim.max_micro_batch", "device", "compile", "recompute", "deterministic"),
     *("compile_fullgraph", "optim.target_val_loss", "optim.target_val_nats_per_byte", "optim.patience"),
 )
-LENGTH = ("optim.max_steps", "optim.max_tokens")
-"""Keys of the number of steps. A larger number extends the run beyond its former end."""
+LENGTH = (*(f"optim.{key}" for key in SCHEDULE), "optim.max_steps", "optim.max_tokens")
+"""Keys of the number of steps, and of the learning rate of the further ones. A larger number extends the run beyond its
+former end."""
 RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", "divergence", *EXECUTION, *LENGTH)
 """Keys that may change between the attempts of one run: they extend the run, or do not change the loss curve."""

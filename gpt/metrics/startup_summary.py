@@ -12,7 +12,7 @@ import torch
 
 from gpt.accounting import training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, TrainConfig
-from gpt.config.optim import ADAMW
+from gpt.config.optim import ADAMW, describe_schedule
 from gpt.config.train import float8_words
 from gpt.parallel.distributed import World
 from launch.errors import counted
@@ -145,7 +145,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
     return {
         "batch": f"{record['global_batch']:,} sequences = {tokens:,} tokens a step; {per_rank} per rank",
         "steps": f"{steps}; {tokens * optim.max_steps:,} tokens in all",
-        "optimizer": f"{optimizer}, lr {optim.lr:g} to {optim.min_lr:g} after {optim.warmup_steps} steps of warm-up, "
+        "optimizer": f"{optimizer}, {describe_schedule(optim)}, "
         f"weight decay {optim.weight_decay:g}, gradients clipped at {optim.grad_clip:g}",
         **({"first weights": first["path"]} if first else {}),
         "execution": ", ".join(execution),

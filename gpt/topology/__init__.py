@@ -9,8 +9,12 @@ from typing import Any
 
 from gpt.accounting import block_shapes
 from gpt.config import Ffn, ModelConfig, OptimConfig, ParallelConfig, Strategy, TrainConfig, nearest_divisor
+from gpt.config.optim import SCHEDULE, LrSchedule, check_decay, describe_schedule, lr_at
 from gpt.config.rules import divisors
 from launch.errors import ConfigError, counted
+from launch.runs.compose import read_config
+from launch.runs.events import last_step
+from launch.runs.folder import RunFolder
 
 # Parallel dimensions: the number of ranks along each axis of the device mesh.
 #
@@ -171,7 +175,32 @@ def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
     if optim.max_tokens is None:
         return config
     steps = math.ceil(optim.max_tokens / (batch.global_batch * config.model.block_size))
-    return replace(config, optim=replace(optim, max_steps=steps))
+    optim = replace(optim, max_steps=steps)
+    if optim.schedule is LrSchedule.wsd:
+        check_decay(optim)
+    return replace(config, optim=optim)
+
+
+def refuse_other_rates(config: TrainConfig, batch: Batch, folder: RunFolder) -> None:
+    """Raise ConfigError if a changed schedule gives another learning rate to a step that the run of ``folder`` keeps.
+
+    ``config`` has its number of steps settled.
+    """
+    now = config.optim
+    if not folder.config.exists():
+        return
+    before = settle_steps(read_config(folder, TrainConfig), batch).optim
+    if all(getattr(now, key) == getattr(before, key) for key in SCHEDULE):
+        return
+    kept = config.resume_from if isinstance(config.resume_from, int) else last_step(folder, ())
+    other = next((step for step in range(1, kept + 1) if lr_at(now, step) != lr_at(before, step)), None)
+    if other is not None:
+        raise ConfigError(
+            f"{describe_schedule(now)}: learning rate {lr_at(now, other):.3g} at step {other}, which {folder.path} has "
+            f"made with {lr_at(before, other):.3g}",
+            "a schedule with the learning rates of the steps that the run has made",
+            f"resume_from={other - 1}, or fresh=true for a new folder" if other > 1 else "fresh=true, for a new folder",
+        )
 
 
 # Sharding of experts: the dimension that FSDP shards, and checks of expert parallelism.

@@ -33,7 +33,7 @@ from gpt.planning import memory
 from gpt.planning.auto import choose_parallelism, choose_precision, choose_tf32, execution_warnings
 from gpt.planning.devices import Machine, cpus, free_memory, gpus
 from gpt.planning.search import table
-from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
+from gpt.topology import Batch, ParallelDims, refuse_other_rates, settle_steps, split_batch
 from gpt.topology.check_dims import check_parallel_dims, refuse_without_deepspeed
 from gpt.topology.deepspeed_config import ds_config
 from gpt.training import execution as reproducibility
@@ -149,7 +149,9 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
         batch = split_batch(config.optim, check_parallel_dims(config, world.size).data_ranks)
         check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
         # Back to the checkpoint of ``resume_from``, or beyond the run's end, as the launcher does.
-        max_steps = settle_steps(config, batch).optim.max_steps
+        config = settle_steps(config, batch)
+        refuse_other_rates(config, batch, folder)
+        max_steps = config.optim.max_steps
         goes_on = plan_continuation(folder, config.resume_from, max_steps, saved_checkpoints(folder.checkpoints))
         if goes_on.back_to is not None:
             refuse_alive(folder)

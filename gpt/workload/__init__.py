@@ -34,7 +34,7 @@ from gpt.planning.auto import (
 )
 from gpt.planning.devices import Machine
 from gpt.planning.search import layout_text
-from gpt.topology import settle_steps, split_batch
+from gpt.topology import refuse_other_rates, settle_steps, split_batch
 from gpt.topology.check_dims import check_parallel_dims, refuse_without_deepspeed
 from gpt.workload.plan import (
     checkpoint_text,
@@ -50,7 +50,7 @@ from gpt.workload.plan import (
     refuse_size,
     refuse_what_does_not_fit,
     requested_machine,
-    schedule_rows,
+    schedule_text,
     split_batch_over_nodes,
 )
 from launch.errors import ConfigError
@@ -212,6 +212,7 @@ class GptWorkload(Workload):
         dims = check_parallel_dims(config, request.world_size, request.ranks_per_node)
         batch = split_batch_over_nodes(config, dims, request)
         config = settle_steps(config, batch)
+        refuse_other_rates(config, batch, request.folder)
         corpus = describe_corpus(config.data, config.data_cache)
         check_fit(corpus, config.model, config.eval.sequences)
         needed = memory.per_rank(config, dims, batch)
@@ -224,7 +225,7 @@ class GptWorkload(Workload):
                 **plan_rows(config, dims, batch, needed, str(corpus)),
                 "checkpoints": checkpoint_text(config, request.world_size, request.nodes),
                 **execution_rows(config, precision, request),
-                **schedule_rows(config, request.folder.read_events()),
+                "schedule": schedule_text(config, batch, request.folder),
             },
             notes=plan_notes(choice),
             facts=plan_facts(config, dims, batch, needed, str(corpus), choice),

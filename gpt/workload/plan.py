@@ -13,7 +13,7 @@ from gpt.accounting import FP32, GIB, count, training_flops_per_token
 from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops
 from gpt.components.facts import optimizer_state
 from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
-from gpt.config.optim import describe_extended_schedule
+from gpt.config.optim import describe_extended_schedule, describe_schedule
 from gpt.config.train import float8_words
 from gpt.data.corpus import Corpus
 from gpt.planning.auto import (
@@ -28,10 +28,12 @@ from gpt.planning.cost import estimate
 from gpt.planning.devices import Machine, cpus, free_memory, gpus, known_gpu, with_network
 from gpt.planning.memory import RankMemory, in_memory_bytes, per_rank, staging_bytes
 from gpt.planning.search import table
-from gpt.topology import Batch, ParallelDims, split_batch
+from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
 from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError, closest, counted
-from launch.runs.events import Events, is_finished, planned_steps
+from launch.runs.compose import read_config
+from launch.runs.events import is_finished, planned_steps
+from launch.runs.folder import RunFolder
 from launch.runs.measured import MatmulRates, read_matmul_rates, read_network
 from launch.workload import PlanRequest, StepTime
 
@@ -230,12 +232,14 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
     return {"execution": f"{name}{tf32}{float8}, compile {compiled.name}"}
 
 
-def schedule_rows(config: TrainConfig, events: Events) -> dict[str, str]:
-    """Return the printed row on the learning rate of a finished run that is extended; empty for other runs."""
-    before = planned_steps(events)
-    if before is None or before >= config.optim.max_steps or not is_finished(events):
-        return {}
-    return {"schedule": describe_extended_schedule(config.optim, before)}
+def schedule_text(config: TrainConfig, batch: Batch, folder: RunFolder) -> str:
+    """Describe the learning rate, also around the former end of a finished run in ``folder`` that is extended."""
+    text, events = describe_schedule(config.optim), folder.read_events()
+    steps = planned_steps(events)
+    if steps is None or steps >= config.optim.max_steps or not is_finished(events):
+        return text
+    before = settle_steps(read_config(folder, TrainConfig), batch).optim
+    return f"{text}; {describe_extended_schedule(config.optim, before)}"
 
 
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:

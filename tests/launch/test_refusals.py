@@ -94,6 +94,14 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
     ("data.max_bytes=1000", "validation tokens", "model.block_size="),
     ("model.vocab_size=100", "model.vocab_size=100", "model.vocab_size=256"),
     ("optim.min_lr=1", "optim.min_lr=1", "optim.min_lr="),
+    (
+        "optim.decay_from=0.8",
+        "optim.decay_from=0.8 with optim.schedule=cosine",
+        "optim.schedule=wsd optim.decay_from=0.8",
+    ),
+    ("optim.schedule=wsd optim.decay_from=70", "after step 70 in a run of 60 steps", "optim.decay_from=54"),
+    ("optim.schedule=wsd optim.max_steps=10", "10 of them warm-up", "optim.warmup_steps=1"),
+    ("optim.schedule=wsd optim.max_tokens=1e5 optim.decay_from=90", "in a run of 49 steps", "optim.decay_from=44"),
     ("cluster.gpus_per_node=2 ranks_per_node=4", "ranks_per_node=4 on nodes with cluster.gpus_per_node=2", "=2"),
     ("device=cuda nodes=64 optim.global_batch=64", "64 ranks on a machine with", "device=cpu"),
     (

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import OptimConfig, TrainConfig
+from gpt.config.optim import DecayShape, LrSchedule
 from gpt.config.train import compose_train
 from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import Samples
@@ -274,3 +275,26 @@ def test_the_schedule_is_torchs_warm_up_and_cosine() -> None:
         optimizer.step()
         (warm_up if step < 10 else cosine).step()
     assert [lr_at(config, step) for step in range(1, 51)] == pytest.approx([*expected[:10], *expected[10:]], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"schedule": LrSchedule.linear}, [0.5, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]),
+        ({"schedule": LrSchedule.constant}, [0.5, *[1.0] * 9]),
+        ({"schedule": LrSchedule.wsd}, [0.5, *[1.0] * 8, 0.2]),
+        ({"schedule": LrSchedule.wsd, "decay_from": 6}, [0.5, *[1.0] * 5, 0.8, 0.6, 0.4, 0.2]),
+        ({"schedule": LrSchedule.wsd, "decay_from": 0.6}, [0.5, *[1.0] * 5, 0.8, 0.6, 0.4, 0.2]),
+        (
+            {"schedule": LrSchedule.wsd, "decay_from": 6, "decay_shape": DecayShape.sqrt},
+            [0.5, *[1.0] * 5, 0.6, 0.434315, 0.307180, 0.2],  # 0.2 + 0.8 (1 - sqrt(1/4)), of 2/4, of 3/4
+        ),
+        (
+            {"schedule": LrSchedule.wsd, "decay_from": 6, "decay_shape": DecayShape.cosine},
+            [0.5, *[1.0] * 5, 0.882843, 0.6, 0.317157, 0.2],
+        ),
+    ],
+)
+def test_schedules_are_those_worked_out_by_hand(words: dict[str, Any], expected: list[float]) -> None:
+    config = OptimConfig(max_steps=10, lr=1.0, min_lr=0.2, warmup_steps=2, **words)
+    assert [lr_at(config, step) for step in range(1, 11)] == pytest.approx(expected, abs=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -138,6 +139,30 @@ def test_a_run_that_is_extended_and_one_that_goes_back_end_as_one_that_ran_throu
     assert read_document(folder).resume_from is None, "a start of the job in the queue must not go back again"
 
 
+def test_a_decay_from_a_checkpoint_equals_one_run_with_this_schedule(tmp_path: Path) -> None:
+    words = [*(word for word in WORDS_OF_EXTEND if "lr=" not in word), "optim.lr=0.01", "name=n"]
+    decay = ["optim.schedule=wsd", "optim.decay_from=4", "optim.min_lr=0"]
+    whole, trunk, branch = (RunFolder(tmp_path / name) for name in ("whole", "trunk", "branch"))
+    run("gpt.train", *words, *decay, "optim.max_steps=8", f"run_dir={whole.path}", cwd=tmp_path)
+    stable = [*words, "optim.schedule=constant", "optim.min_lr=0"]
+    run("gpt.train", *stable, "optim.max_steps=6", f"run_dir={trunk.path}", cwd=tmp_path)
+    for part in (".hydra", "checkpoints"):
+        shutil.copytree(trunk.path / part, branch.path / part)
+    words_of_branch = [*words, *decay, "optim.max_steps=8", f"run_dir={branch.path}", "resume_from=4"]
+    run("gpt.train", *words_of_branch, cwd=tmp_path)
+
+    whole_run, branched = (read_records(folder.metrics(0)) for folder in (whole, branch))
+    assert [r["lr"] for r in whole_run] == pytest.approx([0.01] * 4 + [0.0075, 0.005, 0.0025, 0])
+    assert [(r["step"], r["loss"]) for r in branched] == [(r["step"], r["loss"]) for r in whole_run[4:]]
+    assert differing(*(read_weights(folder.path, 8, tmp_path) for folder in (whole, branch))) == []
+
+    # In the place of the constant run the same steps are kept, and no other decay fits them.
+    late = [*words, *decay[::2], "optim.max_steps=8", f"run_dir={trunk.path}", "dry_run=true"]
+    assert "stable to step 7" in run("launch", *late, cwd=tmp_path)
+    refused = run("launch", *late, "optim.decay_from=5", cwd=tmp_path, status=2)
+    assert "learning rate 0.00667 at step 6" in refused and "resume_from=5" in refused
+
+
 def test_a_run_without_a_checkpoint_has_nothing_to_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none has no checkpoint"):
         plan_continuation(RunFolder(tmp_path / "none"), "last", 12, [])
@@ -163,9 +188,9 @@ def test_a_job_that_comes_back_from_the_queue_does_not_go_back_again() -> None:
 
 
 def test_the_schedule_of_an_extended_run_is_said_in_figures() -> None:
-    config = optim(max_steps=20, lr=3e-4)
+    config, before = optim(max_steps=20, lr=3e-4), optim(max_steps=10, lr=3e-4)
     # Half of a cosine of 20 steps is over at step 10; one more is cos(11/20 pi).
-    assert describe_extended_schedule(config, 10).startswith("learning rate 0 at step 10, 0.000127 at step 11")
+    assert describe_extended_schedule(config, before).startswith("learning rate 0 at step 10, 0.000127 at step 11")
 
 
 # A run goes on with other numbers of ranks: the losses of one process, and every sample once.
