@@ -28,7 +28,7 @@ from gpt.parallel.distributed import open_world
 from gpt.parallel.timeline import Timeline, recorded, waiting
 from gpt.train import build
 from gpt.training.diagnostics import Gradients
-from gpt.training.guards import StragglerJudge
+from gpt.training.guards import STRAGGLER_WINDOW, StragglerJudge
 from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
 from gpt.training.step import QueuedStep, fill_in_phases, queue_step
 from launch import worker
@@ -109,7 +109,7 @@ def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, f
     """CPU seconds that each part takes for one step, by itself, many times over."""
     record, _ = queue_step(run, None, Phase.training).finish(0.0)
     logging = run.config.logging
-    judge = StragglerJudge(logging.straggler_factor, logging.straggler_window)
+    judge = StragglerJudge(logging.straggler_factor, STRAGGLER_WINDOW)
     own_times = [0.1 + 1e-5 * (rank % 7) for rank in range(RANKS)]
     actions: dict[str, Callable[[], object]] = {
         "gradients by layer, every tenth step": lambda: gradients.sums(run.engine.gradients()),

@@ -226,21 +226,16 @@ class DivergenceConfig:
     max_skipped_steps: int = 10
     """Number of skipped steps in a row, with a non-finite loss or gradient, after which the run rolls back. It loads
     the last good checkpoint and skips the batches of these steps."""
-    max_rollbacks: int = 2
-    """Number of roll-backs without a newer checkpoint after which the run ends. The launcher does not restart it."""
     spike_sigmas: Optional[float] = None
-    """Roll back if the loss of a step exceeds the mean of the steps before by this many standard deviations, and skip
-    its batch. null never does."""
-    spike_window: int = 100
-    """Number of steps whose losses a spike is compared with. No spike is found before that many steps."""
+    """Roll back if the loss of a step exceeds the mean of the 100 steps before by this many standard deviations, and
+    skip its batch. null never does."""
     replica_check_interval: int = 0
     """Steps between bit-by-bit comparisons of the replicas of the parameters. Each save also compares them first. 0
     compares none."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
-        steps = ("max_rollbacks", "replica_check_interval")
-        check_numbers("divergence.", self, ("max_skipped_steps",), steps, spike_window=(2, 1e6))
+        check_numbers("divergence.", self, ("max_skipped_steps",), ("replica_check_interval",))
         if self.spike_sigmas is not None and not self.spike_sigmas > 0:
             raise ConfigError(
                 f"divergence.spike_sigmas={self.spike_sigmas}",

@@ -57,14 +57,12 @@ class LoggingConfig:
     """Steps between profiled steps. On every rank torch's profiler divides such a step into computing, communication,
     copies and idle time, for the step records. 0 profiles none. A profiled step is slower."""
     straggler_factor: float = 1.2
-    """Name a rank and its host if its own time per step exceeds this many times the median of the other ranks. The own
-    time excludes waits for other ranks. 0 names none."""
-    straggler_window: int = 20
-    """Number of steps over which the own times of the ranks are averaged."""
+    """Name a rank and its host if its own time per step, over 20 steps, exceeds this many times the median of the other
+    ranks. The own time excludes waits for other ranks. 0 names none."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or a required extra is not installed."""
-        check_numbers("logging.", self, ("straggler_window",), ("gradients_interval", "breakdown_interval"))
+        check_numbers("logging.", self, (), ("gradients_interval", "breakdown_interval"))
         if self.straggler_factor and not 1 < self.straggler_factor < float("inf"):
             raise ConfigError(
                 f"logging.straggler_factor={self.straggler_factor:g}",

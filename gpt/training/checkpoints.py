@@ -14,7 +14,7 @@ from gpt.config.train import RESUMABLE
 from gpt.data.order import PassedOver
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import World
-from gpt.training.guards import BadSteps, checkpoint_before, is_bad, last_rollback, remedy
+from gpt.training.guards import MAX_ROLLBACKS, BadSteps, checkpoint_before, is_bad, last_rollback, remedy
 from gpt.training.run import Run
 from launch.errors import ConfigError, RepeatedFailureError
 from launch.runs import compose
@@ -168,9 +168,8 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
     run.worker.phase(Phase.starting, run.step)  # loading takes as long as at the start
     target = run.world.on_first(lambda: checkpoint_before(run.checkpoints.steps(), bad.first))
     where = locate(run, bad.first, bad.last)
-    if target is None or run.guard.rollbacks >= run.config.divergence.max_rollbacks:
-        limit = f"divergence.max_rollbacks={run.config.divergence.max_rollbacks}"
-        why_not = f"gone back {run.guard.rollbacks} times since the last checkpoint ({limit}); other batches end alike"
+    if target is None or run.guard.rollbacks >= MAX_ROLLBACKS:
+        why_not = f"gone back {run.guard.rollbacks} times since the last checkpoint; other batches end alike"
         if target is None:
             why_not = f"no checkpoint to go back to (checkpoint.interval={run.config.checkpoint.interval})"
         raise (FloatingPointError if target is None else RepeatedFailureError)(

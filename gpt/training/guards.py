@@ -70,6 +70,12 @@ class BadSteps:
     """Fault of these steps, as text."""
 
 
+SPIKE_WINDOW = 100
+"""Number of steps whose losses a spike is compared with. No spike is found before that many steps."""
+MAX_ROLLBACKS = 2
+"""Number of roll-backs without a newer checkpoint after which the run ends. The launcher does not restart it."""
+
+
 class DivergenceGuard:
     """Check of each step for divergence, by its loss and gradients. Every step must be judged once, in order."""
 
@@ -82,7 +88,7 @@ class DivergenceGuard:
         self._failed_at = 0
         self._bad: list[int] = []
         """Consecutive steps, up to the last one, whose loss or gradients were not finite."""
-        self._losses: deque[float] = deque(maxlen=config.spike_window)
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def judge(self, record: StepRecord) -> BadSteps | None:
         """Judge a finished step, and count it if it was skipped.
@@ -103,7 +109,7 @@ class DivergenceGuard:
         limit, before = self._config.spike_sigmas, self._losses
         if limit is None or record.loss is None:
             return None
-        if len(before) == self._config.spike_window:
+        if len(before) == SPIKE_WINDOW:
             mean, sigma = statistics.fmean(before), statistics.pstdev(before)
             if record.loss > mean + limit * sigma:
                 cause = f"a loss of {record.loss:.4f}, beyond {mean:.4f} + {limit:g} x {sigma:.4f}"
@@ -147,7 +153,7 @@ class DivergenceGuard:
         """Restore what ``state`` has returned."""
         self.skipped, self.rollbacks, self._failed_at = state["skipped_steps"], state["rollbacks"], state["failed_at"]
         self._bad = []
-        self._losses = deque(state["losses"], maxlen=self._config.spike_window)
+        self._losses = deque(state["losses"], maxlen=SPIKE_WINDOW)
 
     def _bad_steps(self, cause: str) -> BadSteps:
         return BadSteps(self._bad[0], self._bad[-1], cause)
@@ -310,6 +316,8 @@ def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
 
 WARMUP_STEPS = 5
 """First steps of an attempt that are left out: they compile, connect, and fill caches."""
+STRAGGLER_WINDOW = 20
+"""Number of steps over which the own times of the ranks are averaged."""
 ENDS_AT = 0.5
 """A slow rank recovers when its excess over the median is below this share of ``factor - 1``.
 
@@ -374,7 +382,7 @@ class StragglerWatch:
         is_known = run.engine.timed_groups is not None and run.world.size > 1
         self.size = run.world.size if is_known and logging.straggler_factor else 0
         """Numbers that a step sums for the watch: one for each rank, or none."""
-        self._judge = StragglerJudge(logging.straggler_factor, logging.straggler_window)
+        self._judge = StragglerJudge(logging.straggler_factor, STRAGGLER_WINDOW)
         self._since = run.step
         self._own_s = 0.0
 
@@ -403,7 +411,7 @@ class StragglerWatch:
             self._run.folder.record_event(
                 "straggler" if found.is_slow else "straggler_ended",
                 attempt=record.attempt, step=record.step, rank=found.rank, host=host,
-                own_s=found.own_s, median_s=found.median_s, steps=self._run.config.logging.straggler_window,
+                own_s=found.own_s, median_s=found.median_s, steps=STRAGGLER_WINDOW,
             )  # fmt: skip
             place = f"rank {found.rank}" + (f" on {host}" if host else "")
             state = f"is slow{'' if found.is_slow else ' no more'}: {found.own_s:.3g} s of its own a step"

@@ -19,7 +19,7 @@ from gpt.data.order import PassedOver
 from gpt.model.gpt import Block
 from gpt.parallel.dtensor import local_tensor
 from gpt.train import train
-from gpt.training.guards import BadSteps, DivergenceGuard, checkpoint_before, last_rollback
+from gpt.training.guards import SPIKE_WINDOW, BadSteps, DivergenceGuard, checkpoint_before, last_rollback
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.errors import RepeatedFailureError
@@ -98,18 +98,19 @@ def test_an_overflow_that_the_loss_scale_provides_for_is_counted_and_no_fault() 
 
 
 def test_a_spike_is_found_where_it_is_asked_for_and_the_window_resumes() -> None:
-    losses = [2.0, 2.1, 1.9, 2.0, 2.05]
+    losses = [2.0, *(2.1, 1.9, 2.0, 2.05) * (SPIKE_WINDOW // 4)]
     quiet = DivergenceGuard(DivergenceConfig())
-    guard = DivergenceGuard(DivergenceConfig(spike_sigmas=6.0, spike_window=4))
+    guard = DivergenceGuard(DivergenceConfig(spike_sigmas=6.0))
     for step, loss in enumerate(losses, 1):
         assert guard.judge(record(step, loss)) is None and quiet.judge(record(step, loss)) is None
-    again = DivergenceGuard(DivergenceConfig(spike_sigmas=6.0, spike_window=4))
-    again.load(json.loads(json.dumps(guard.state(5))))
+    again = DivergenceGuard(DivergenceConfig(spike_sigmas=6.0))
+    again.load(json.loads(json.dumps(guard.state(len(losses)))))
+    after = len(losses) + 1
     window = torch.tensor(losses[1:], dtype=torch.float64)
     limit = (window.mean() + 6 * window.std(correction=0)).item()
-    assert again.judge(record(6, limit - 1e-6)) is None
-    spike = guard.judge(record(6, limit + 1e-6))
-    assert spike is not None and (spike.first, spike.last) == (6, 6) and "4 steps" in spike.cause
+    assert again.judge(record(after, limit - 1e-6)) is None
+    spike = guard.judge(record(after, limit + 1e-6))
+    assert spike is not None and (spike.first, spike.last) == (after, after) and "100 steps" in spike.cause
     assert quiet.judge(record(6, 1e9)) is None
     assert quiet.judge_evaluation(7, 3.0) is None
     assert quiet.judge_evaluation(7, math.nan) == BadSteps(7, 7, "a validation loss of nan after step 7")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpt.parallel.dtensor import ReplicaCheck, find_odd, local_tensor
 from gpt.train import train
+from gpt.training import guards
 from gpt.training.guards import EarlyStop, StragglerJudge, refuse_unknown_text
 from gpt.training.run import Run
 from gpt.training.step import queue_step
@@ -148,8 +149,9 @@ def test_one_slow_rank_of_any_number_is_found(ranks: int) -> None:
 
 
 def run_with_a_slow_rank(rank: int, size: int, folder: Path) -> None:
+    guards.STRAGGLER_WINDOW = WINDOW
     words = [*LEARNING, "parallel=ddp", "optim.max_micro_batch=8", "optim.max_steps=14", "checkpoint.interval=0"]
-    run = start(rank, size, folder, *words, f"logging.straggler_window={WINDOW}", "logging.tensorboard=true")
+    run = start(rank, size, folder, *words, "logging.tensorboard=true")
     run.worker = Rank(rank, rank, size)
     run.worker.open_folder(run.folder.path, run.attempt)
     run.hosts = ("first-host", socket.gethostname())
