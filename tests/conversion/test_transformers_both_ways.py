@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from gpt.training.run import first_weights, zeros
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
-from tests.support.commands import TINY
+from tests.support.commands import ROOT, TINY
 from tests.support.distributed import run_distributed
 from tests.support.learning import world_of
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
@@ -90,6 +92,35 @@ def assert_equal_logits(ours: GPT, theirs: Any) -> None:
         expected = theirs(tokens_BT).logits
         assert expected.std() > 0.5
         torch.testing.assert_close(ours(tokens_BT), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_weights_of_nanogpt_give_the_same_logits(has_bias: bool, tmp_path: Path) -> None:
+    """nanoGPT has the tensors of GPT-2, but stores matrices as (out, in), repeats the embedding, and has a mask."""
+    theirs = gpt2(activation_function="gelu")
+    if not has_bias:
+        with torch.no_grad():
+            for name, tensor in theirs.named_parameters():
+                tensor.mul_(not name.endswith("bias"))
+    compiled = {}
+    for name, tensor in theirs.state_dict().items():
+        is_matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        if has_bias or not name.endswith("bias"):
+            compiled[f"_orig_mod.{name}"] = tensor.mT if is_matrix else tensor
+    compiled["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 12, 12).tril()
+    sizes = {
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 32,
+        "block_size": 12,
+        "vocab_size": 50,
+        "bias": has_bias,
+        "dropout": 0.1,
+    }
+    torch.save({"model": compiled, "model_args": sizes, "config": {"dtype": "bfloat16"}}, tmp_path / "ckpt.pt")
+    command = [sys.executable, ROOT / "examples" / "nanogpt_weights.py", "ckpt.pt", "weights"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert_equal_logits(imported(tmp_path / "weights"), theirs)
 
 
 SHARDED = ("gpt2 untied", "llama", "mixtral")
