@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from enum import Enum
 from functools import lru_cache
 from typing import Any
 
@@ -163,7 +164,8 @@ def optimizer_state(optim: OptimConfig) -> StateBytes:
     """
     if optim.optimizer == ADAMW:
         return StateBytes(8, 4)
-    return _state_after_step(json.dumps(asdict(optim), sort_keys=True))
+    numbers = {key: value for key, value in asdict(optim).items() if not isinstance(value, Enum)}
+    return _state_after_step(json.dumps(numbers, sort_keys=True))
 
 
 @lru_cache(maxsize=16)
