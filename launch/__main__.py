@@ -97,7 +97,20 @@ def unknown_flag(flag: str, argv: Sequence[str], flags: Sequence[str]) -> Config
     return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
 
 
-COMMANDS = ("status", "logs", "cancel", "attach", "report", "project", "verify", "doctor", "move", "keys", "batch")
+COMMANDS = (
+    "status",
+    "logs",
+    "cancel",
+    "attach",
+    "report",
+    "fleet",
+    "project",
+    "verify",
+    "doctor",
+    "move",
+    "keys",
+    "batch",
+)
 """Other commands, each in a module of its own."""
 
 

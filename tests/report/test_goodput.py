@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 
 from gpt.training.loop import train
 from launch.agent.policy import Cause
+from launch.fleet.__main__ import Fleet, main, rate_interval
 from launch.report import build, write
 from launch.report.goodput import CAUSES, Goodput, measure_goodput
 from launch.report.text import markdown_text, parts_csv_text
@@ -21,6 +25,7 @@ from launch.runs.files import ReportFile, append_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.worker import run_of_environment
+from tests.support.commands import run
 from tests.support.distributed import run_distributed
 from tests.support.learning import start
 from tests.support.run_folders import RunBuilder, notes_with
@@ -348,3 +353,50 @@ def test_a_compiled_run_tells_compilation_in_the_steps_that_had_it_once(tmp_path
     assert 100 * sum(s / sum(goodput.seconds.values()) for s in goodput.seconds.values()) == pytest.approx(
         100.0, abs=1e-9
     )
+
+
+# All runs together: launch.fleet.
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(0, 0.0, 2.996), (3, 0.818, 7.754), (10, 5.425, 16.962)])
+def test_the_interval_of_a_rate_is_the_tabulated_one(count: int, low: float, high: float) -> None:
+    """Garwood, Fiducial limits for the Poisson distribution, Biometrika 28 (1936): 90 % limits of the mean."""
+    assert rate_interval(count, 1.0) == pytest.approx((low, high), abs=1e-3)
+    assert rate_interval(count, 100.0) == pytest.approx((low / 100, high / 100), abs=1e-5)
+
+
+def test_hosts_are_suspect_where_chance_is_no_explanation() -> None:
+    fleet = Fleet(host_hours=defaultdict(float, {f"n{index}": 100.0 for index in range(10)}))
+    fleet.host_failures |= {"n3": 6, "n5": 1}
+    expected = 10 * (7 * 0.1**6 * 0.9 + 0.1**7)  # six or seven of seven failures on one of ten hosts
+    assert fleet.suspects() == {"n3": pytest.approx(expected)}
+    fleet.host_failures["n5"] = 6
+    fleet.host_hours["n3"] = fleet.host_hours["n5"] = 100_000.0
+    assert fleet.suspects() == {}, "they fail more because they work more"
+
+
+def test_the_fleet_is_the_sum_of_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [stormy(tmp_path / name) for name in ("a", "b")]
+    for clock, model in zip(runs, ("small", "large"), strict=True):
+        clock.builder.run.config.parent.mkdir(exist_ok=True)
+        clock.builder.run.config.write_text(f"model: {{name: {model}}}\n")
+    (tmp_path / "torn" / "attempts" / "0001").mkdir(parents=True)
+    RunFolder(tmp_path / "torn").record_event("agent_started", job="slurm-9")
+    assert main([str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    one = measure_goodput(runs[0].builder.run, runs[0].builder.run.read_events())
+    assert one is not None and (told["runs"], told["unknown"]) == (2, 1)
+    allocated = sum(seconds for part, seconds in one.seconds.items() if part != "waiting")
+    assert told["node_hours"] == pytest.approx(2 * 2 * allocated / 3600)
+    assert told["gpu_hours"] == pytest.approx(2 * (one.gpu_hours or 0)) and told["goodput"] == pytest.approx(
+        one.goodput
+    )
+    assert {cause: row["interruptions"] for cause, row in told["causes"].items()} == {
+        cause: 2 * count for cause, count in one.interruptions.items()
+    }
+    crashed_h = 2 * 2 * one.lost_s["crashed"] / 3600
+    assert told["causes"]["crashed"]["lost_node_hours"] == pytest.approx(crashed_h)
+    shown = run("launch.fleet a b --by model.name", cwd=tmp_path)
+    assert re.search(r"crashed +2 ", shown) and re.search(r"large +1 .*%", shown) and "preempted" in shown
+    assert main([str(tmp_path / "a"), "--by", "model.nam"]) != 0
+    assert "found: --by model.nam, which " in capsys.readouterr().err

@@ -1,0 +1,259 @@
+"""``python -m launch.fleet FOLDERS``: where the time of all runs went, what interrupts them, and hosts that fail more.
+
+    python -m launch.fleet outputs
+    python -m launch.fleet outputs /scratch/team/outputs --by cluster.partition
+    python -m launch.fleet outputs --json
+
+The figures come from the event logs and step records of the run folders. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import gpt_launch.own_names  # noqa: F401
+from launch.agent.policy import failures_of_hosts
+from launch.errors import CommandParser, ConfigError, refusing
+from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat
+from launch.report.goodput import CAUSES, PARTS, measure_goodput
+from launch.report.read import read_environment
+from launch.runs.compose import read_document
+from launch.runs.console import plain_console, print_table
+from launch.runs.events import Events
+from launch.runs.find import find_runs
+from launch.runs.folder import RunFolder
+
+OF_MACHINES = ("crashed", "hung", "out_of_memory", "node_failed", "node_sick")
+"""Causes of interruptions after which a time between failures is meaningful; the others are decisions of people."""
+CONFIDENCE = 0.9
+"""Probability with which an interval contains the true rate."""
+SUSPECT = 0.05
+"""A host is suspect if chance gives any host of the fleet so many failures with less than this probability."""
+
+
+@dataclass
+class Fleet:
+    """Sums over runs."""
+
+    runs: int = 0
+    node_hours: float = 0.0
+    gpu_hours: float = 0.0
+    seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
+    """Part of ``launch.report.goodput.PARTS`` -> node-seconds, of all parts but ``waiting``; that one is in seconds."""
+    interruptions: defaultdict[str, int] = field(default_factory=partial(defaultdict, int))
+    """Cause of ``launch.report.goodput.CAUSES`` -> number of interruptions."""
+    lost_node_hours: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
+    """Cause -> node-hours that its interruptions cost."""
+    host_hours: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
+    """Host -> hours in which ranks ran there."""
+    host_failures: defaultdict[str, int] = field(default_factory=partial(defaultdict, int))
+    """Host -> number of attempts that failed because of it."""
+    unknown: int = 0
+    """Number of runs whose event logs do not describe all their allocations. They are in no other figure."""
+
+    @property
+    def goodput(self) -> float:
+        """Share of the allocated node-hours, 0 to 1, in steps that count."""
+        allocated = sum(seconds for part, seconds in self.seconds.items() if part != "waiting")
+        return (self.seconds["steps"] + self.seconds["fewer"]) / allocated if allocated else 0.0
+
+    def suspects(self) -> dict[str, float]:
+        """Return the hosts that fail more often than the rest of the fleet: host -> probability of chance.
+
+        If all hosts fail at one rate, the failures of a host are binomial, by its share of the hours. The probability
+        is that of so many failures or more, times the number of hosts (Bonferroni).
+        """
+        total, hours = sum(self.host_failures.values()), sum(self.host_hours.values())
+        found = {}
+        for host, count in self.host_failures.items():
+            share = self.host_hours[host] / hours if hours else 1.0
+            tail = sum(math.comb(total, n) * share**n * (1 - share) ** (total - n) for n in range(count, total + 1))
+            if (chance := min(1.0, tail * len(self.host_hours))) < SUSPECT:
+                found[host] = chance
+        return found
+
+
+def add_run(fleet: Fleet, folder: RunFolder, now: float) -> None:
+    """Add a run to the sums. ``now`` is the Unix time until which a running allocation counts."""
+    events = folder.read_events()
+    measured = measure_goodput(folder, events)
+    if measured is None:
+        fleet.unknown += 1
+        return
+    found = allocations(EventLog(list(events), last_heartbeat(folder)), now, Rates().poll_s)
+    hours = [(one, max(0.0, ended - one["allocated_at"]) / 3600) for one, ended in found]
+    node_hours = sum(hour * one["nodes"] for one, hour in hours)
+    fleet.runs += 1
+    fleet.node_hours += node_hours
+    fleet.gpu_hours += sum(hour * (one.get("gpus") or 0) for one, hour in hours)
+    # A run has one number of nodes in nearly all of its time, so its mean stands for all parts.
+    nodes = node_hours / sum(hour for _, hour in hours) if node_hours else 0.0
+    for part, seconds in measured.seconds.items():
+        fleet.seconds[part] += seconds if part == "waiting" else seconds * nodes
+    for cause, count in measured.interruptions.items():
+        fleet.interruptions[cause] += count
+        fleet.lost_node_hours[cause] += measured.lost_s.get(cause, 0.0) / 3600 * nodes
+    for host, seconds in seconds_of_hosts(folder, events, now).items():
+        fleet.host_hours[host] += seconds / 3600
+    for host, texts in failures_of_hosts(events).items():
+        fleet.host_failures[host] += len(texts)
+
+
+def seconds_of_hosts(folder: RunFolder, events: Events, now: float) -> dict[str, float]:
+    """Return the seconds in which ranks of a run were on each host, over all attempts."""
+    begun = {e["attempt"]: e["time"] for e in reversed(events) if e["event"] == "started"}
+    ends = ("attempt_ended", "finished", "stopped")
+    ended = {e["attempt"]: e["time"] for e in events if e["event"] in ends and e.get("attempt") is not None}
+    last = min(now, last_heartbeat(folder) or max((e["time"] for e in events), default=now))
+    total: dict[str, float] = defaultdict(float)
+    for attempt, since in begun.items():
+        environment = read_environment(folder, attempt)
+        for host in {place.host for place in environment.ranks} if environment else ():
+            total[host] += max(0.0, ended.get(attempt, last) - since)
+    return total
+
+
+def rate_interval(count: int, exposure: float) -> tuple[float, float]:
+    """Return the exact interval of a Poisson rate for ``count`` events in ``exposure`` (Garwood 1936)."""
+    tail = (1 - CONFIDENCE) / 2
+
+    def mean_where(most: int, probability: float) -> float:
+        """Return the mean for which at most ``most`` events have the given probability, by bisection."""
+        low, high = 0.0, 10.0 * (most + 10)
+        for _ in range(100):
+            mean = (low + high) / 2
+            logs = (n * math.log(mean) - mean - math.lgamma(n + 1) for n in range(most + 1))
+            low, high = (mean, high) if sum(map(math.exp, logs)) > probability else (low, mean)
+        return low
+
+    least = mean_where(count - 1, 1 - tail) if count else 0.0
+    return least / exposure, mean_where(count, tail) / exposure
+
+
+def between_text(count: int, node_hours: float) -> str:
+    """Return node-hours between two failures, and their interval, as text."""
+    low, high = rate_interval(count, node_hours)
+    return f"{node_hours / count:.3g} ({1 / high:.3g} to {1 / low:.3g})"
+
+
+def as_dict(fleet: Fleet) -> dict[str, Any]:
+    """Return the figures for ``--json``."""
+    suspects = fleet.suspects()
+    hosts = {
+        host: {"hours": fleet.host_hours[host], "failures": count, "chance": suspects.get(host)}
+        for host, count in fleet.host_failures.items()
+    }
+    causes = {
+        cause: {"interruptions": count, "lost_node_hours": fleet.lost_node_hours[cause]}
+        for cause, count in fleet.interruptions.items()
+    }
+    return {
+        **{key: getattr(fleet, key) for key in ("runs", "unknown", "node_hours", "gpu_hours", "goodput")},
+        "seconds": dict(fleet.seconds),
+        "causes": causes,
+        "hosts": hosts,
+    }
+
+
+def show(fleet: Fleet) -> None:
+    """Print the parts of the time, the causes of interruptions, and the hosts that failed."""
+    console = plain_console()
+    console.print(
+        f"{fleet.runs} runs, {fleet.node_hours:.4g} node-hours, {fleet.gpu_hours:.4g} GPU-hours, goodput "
+        f"{fleet.goodput:.1%}" + (f"; {fleet.unknown} more runs have no complete event log" if fleet.unknown else "")
+    )
+    allocated = sum(seconds for part, seconds in fleet.seconds.items() if part != "waiting") or 1.0
+    rows = [
+        [name, f"{fleet.seconds[part] / 3600:.3g}", f"{fleet.seconds[part] / allocated:.1%}"]
+        for part, name in PARTS.items()
+        if fleet.seconds[part] and part != "waiting"
+    ]
+    print_table(console, ["part", "node-hours", "share"], rows, left=["part"])
+    rows = [
+        [
+            CAUSES[cause],
+            str(fleet.interruptions[cause]),
+            f"{fleet.lost_node_hours[cause]:.3g}",
+            between_text(fleet.interruptions[cause], fleet.node_hours) if cause in OF_MACHINES else "",
+        ]
+        for cause in CAUSES
+        if fleet.interruptions[cause]
+    ]
+    titles = ["interrupted by", "times", "lost node-hours", "node-hours between two (90 % interval)"]
+    if rows:
+        print_table(console, titles, rows, left=["interrupted by"])
+    suspects = fleet.suspects()
+    rows = [
+        [
+            host,
+            str(count),
+            f"{fleet.host_hours[host]:.3g}",
+            f"yes: chance {suspects[host]:.2g}" if host in suspects else "",
+        ]
+        for host, count in sorted(fleet.host_failures.items(), key=lambda item: -item[1])
+    ]
+    if rows:
+        print_table(console, ["host", "failures", "hours of ranks", "suspect"], rows, left=["host"])
+        if suspects:
+            console.print(f"leave suspect hosts out: cluster.exclude={','.join(sorted(suspects))}")
+
+
+def group_of(folder: RunFolder, key: str) -> str:
+    """Return the value of a config key of a run as text. Raise ConfigError if the run has no such key."""
+    document = read_document(folder)
+    value = OmegaConf.select(document, key, default=...)
+    if value is ...:
+        raise ConfigError(f"--by {key}, which {folder.path} has not", "a key of the runs", "python -m launch.keys")
+    return str(value)
+
+
+def show_groups(groups: Mapping[str, Fleet], key: str) -> None:
+    """Print the use of each group of runs, the largest first."""
+    rows = [
+        [name, str(one.runs), f"{one.node_hours:.4g}", f"{one.gpu_hours:.4g}", f"{one.goodput:.1%}"]
+        for name, one in sorted(groups.items(), key=lambda item: -item[1].node_hours)
+    ]
+    print_table(plain_console(), [key, "runs", "node-hours", "GPU-hours", "goodput"], rows, left=[key])
+
+
+@refusing
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the figures of all runs below the folders. Returns the exit status."""
+    parser = CommandParser(
+        prog="python -m launch.fleet",
+        description="Where the time of all runs below some folders went, what interrupted them, and which hosts fail "
+        "more often than chance explains.",
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folders with runs in them")
+    parser.add_argument("--by", metavar="KEY", help="also the use by the value of a config key, e.g. cluster.partition")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    typed = parser.parse_args(arguments)
+    fleet, groups = Fleet(), defaultdict[str, Fleet](Fleet)
+    now = time.time()
+    for folder in find_runs(typed.folders):
+        add_run(fleet, folder, now)
+        if typed.by is not None:
+            add_run(groups[group_of(folder, typed.by)], folder, now)
+    if typed.json:
+        by = {"by": {name: as_dict(one) for name, one in groups.items()}} if groups else {}
+        print(json.dumps(as_dict(fleet) | by, indent=2))
+        return 0
+    show(fleet)
+    if groups:
+        show_groups(groups, typed.by)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
