@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 
-def run(run_dir: str) -> None:
-    """Run this node's ranks until the run ends, as ``launch.agent.__main__.run_agent`` does."""
+def run(*run_dirs: str) -> None:
+    """Run this node's ranks until the run ends, as ``launch.agent.__main__.run_agent`` does.
+
+    With several run folders, each task of the job runs one of them (``launch.agent.step.take_part``).
+    """
     import gpt_launch.own_names  # noqa: F401
     from launch.agent.__main__ import run_agent
+    from launch.agent.step import take_part
 
-    run_agent(run_dir)
+    run_agent(take_part(run_dirs))
 
 
 def run_step(run_dir: str, job: str, shares: bool) -> None:

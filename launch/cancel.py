@@ -9,18 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
-from launch.errors import CommandParser, refusing
+from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.console import plain_console
 from launch.runs.files import deny_others_writing
 from launch.runs.find import add_paths, find_runs
 from launch.slurm.client import SlurmError
 from launch.slurm.jobs import ACTIVE
 from launch.slurm.status import adopt_found, find_run_statuses, poll
-from launch.slurm.watch import leaving_text, outcome_text, stop_points
+from launch.slurm.watch import leaving_text, others_in_job, outcome_text, stop_points
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
@@ -38,6 +39,14 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
         if point not in ours:
             why = f", {point.detail}" if point.detail else ""
             console.print(f"{point.name}: nothing to cancel, {point.state}{why}")
+    for point in ours if now else ():
+        others = [path for path in others_in_job(point) if path not in {one.folder.path for one in ours}]
+        if others:
+            raise ConfigError(
+                f"--now for {point.name}, whose job has other points: {', '.join(path.name for path in others)}",
+                "all points of the job, or a point that has its grace period to leave",
+                f"python -m launch.cancel {quote(str(point.folder.path))}; --now with {quote(str(others[0].parent))}",
+            )
     if ours and not now:
         names = ", ".join(point.name for point in ours)
         text = f"{names}: {leaving_text(ours)}; --now would not wait for that"

@@ -11,8 +11,9 @@ import ctypes
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 
 @contextmanager
@@ -29,6 +30,14 @@ def lasting_imports() -> Iterator[None]:
         gc.freeze()
         if was_on:
             gc.enable()
+
+
+Item = TypeVar("Item")
+
+
+def share(items: Sequence[Item], part: int, parts: int) -> Sequence[Item]:
+    """Return one of ``parts`` consecutive parts of ``items``, which differ by one item at most."""
+    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
 
 
 MOST_COMPILERS = 8

@@ -116,7 +116,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_launched_is_planned(command: str, folder: Path) -> None:
     typed = [word for word in words_of(command) if word not in ("-m", "slurm/multi_node.sh")]
     # Of a sweep its first point.
-    several = re.compile(r"^(nodes=\d+|parallel=\w+|optim\.lr=[\de-]+),.*")
+    several = re.compile(r"^(nodes=\d+|parallel=\w+|optim\.lr=[\de-]+|script\.options\.seed=\d+),.*")
     words = prepare_overrides([several.sub(r"\1", word) for word in without_openwebtext(typed, folder)])
     kind = ClusterKind.slurm if "cluster=slurm" in typed or command.startswith("sbatch") else ClusterKind.local
     if "model.activation=relu" in words:  # the row that shows a refusal

@@ -20,6 +20,7 @@ from typing import Any
 
 import gpt_launch.own_names  # noqa: F401
 from launch.agent.node import (
+    SHARES_JOB,
     AgentContext,
     HeadNodeLostError,
     Node,
@@ -39,7 +40,16 @@ from launch.agent.outcome import (
     submit_next_job,
     take_over_as_leader,
 )
-from launch.agent.policy import WANTED, Action, AlreadyDecidedError, Cause, Meter, RunFailedError, unreliable_hosts
+from launch.agent.policy import (
+    WANTED,
+    Action,
+    AlreadyDecidedError,
+    Cause,
+    Meter,
+    RunFailedError,
+    has_stopped,
+    unreliable_hosts,
+)
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import refuse_other_code
@@ -70,7 +80,10 @@ def run_agent(run_dir: str) -> None:
         return
     keep_unwritten()
     context = RunContext(folder, Node.from_env(), read_point(folder))
-    node = context.node
+    node, shares_job = context.node, SHARES_JOB in os.environ
+    if shares_job and node.restarts and has_stopped(context.events()):
+        print(f"not started again, as it has stopped before the other points of its job: {run_dir}", flush=True)
+        return
     raise_open_files()
     set_default_threads(context.config.ranks_on_node)  # Set before the fork server loads libraries for the ranks.
     set_defaults()
@@ -88,6 +101,8 @@ def run_agent(run_dir: str) -> None:
             rendezvous.join(context) as group,
         ):
             lost = group.lost
+            if shares_job and context.events("cancelled", job_id=node.slurm_job):
+                raise InterruptedError("cancelled before the ranks had started")
             work_in_group(
                 AgentContext(**vars(context), group=group, stop=stop, meter=meter, server=server, store=store)
             )

@@ -23,7 +23,7 @@ from launch.agent import node as processes
 from launch.agent.__main__ import on_event
 from launch.agent.node import Node, RunContext
 from launch.agent.outcome import apply_decision, cause_of_stop, requeue_job, wait_for_controller
-from launch.agent.policy import WANTED, Action, Cause, RunFailedError, hosts_to_avoid, open_attempts
+from launch.agent.policy import WANTED, Action, Cause, RunFailedError, has_stopped, hosts_to_avoid, open_attempts
 from launch.config import CHAIN
 from launch.config.compose import read_point
 from launch.errors import CommandParser, refusing
@@ -43,8 +43,9 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
         RunFailedError: the run ends here, and the event log has the reason.
     """
     folder, node = context.folder, context.node
-    wait_for_agents(folder, node)
     events = events_of(folder, node)
+    if not events and has_stopped(context.events()):  # in an earlier start of a job that several points share
+        return 0
     ends = select_events(events, "attempt_ended")
     if ends and ends[-1]["cause"] in WANTED:
         return 0
@@ -121,9 +122,9 @@ def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[in
     return attempt, Cause.node_failed
 
 
-def submitted_run_dir(folder: str, node: Node) -> str:
-    """Return the run folder from submitit's pickle of this job, or of this element of a job array."""
-    return str(DelayedSubmission.load(JobPaths(folder, node.slurm_job).submitted_pickle).args[0])
+def submitted_run_dirs(folder: str, node: Node) -> list[str]:
+    """Return the run folders from submitit's pickle of this job, or of this element of a job array."""
+    return [*DelayedSubmission.load(JobPaths(folder, node.slurm_job).submitted_pickle).args]
 
 
 @refusing
@@ -138,14 +139,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--submitit", action="store_true", help="FOLDER is submitit's folder with the job's pickle")
     args = parser.parse_args(arguments)
     node = Node.from_env()
-    folder = RunFolder(Path(submitted_run_dir(args.folder, node) if args.submitit else args.folder).absolute())
-    context = RunContext(folder, node, read_point(folder))
+    run_dirs = submitted_run_dirs(args.folder, node) if args.submitit else [args.folder]
+    folders = [RunFolder(Path(run_dir).absolute()) for run_dir in run_dirs]
+    for folder in folders:  # All agents of a job save before a requeue ends the last of them.
+        wait_for_agents(folder, node)
+    statuses = [end_of_run(RunContext(folder, node, read_point(folder)), args.status) for folder in folders]
+    return max(statuses)
+
+
+def end_of_run(context: RunContext, status: int) -> int:
+    """Requeue the job of a run that should continue, and return the exit status of the batch script for this run."""
     try:
         with on_event(context):
-            return requeue_unless_ended(context, args.status)
+            return requeue_unless_ended(context, status)
     except (RunFailedError, scheduler.SlurmError) as error:
         print(error, file=sys.stderr)
-        return args.status
+        return status
 
 
 if __name__ == "__main__":

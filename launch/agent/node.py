@@ -138,6 +138,8 @@ VISIBLE_GPUS = "LAUNCH_VISIBLE_GPUS"
 """Environment variable with the GPUs of all agents of a local point, as CUDA_VISIBLE_DEVICES names them."""
 TOKEN = "LAUNCH_TOKEN"
 """Environment variable of the agents of a local run: a random name of this start, as process ids can come again."""
+SHARES_JOB = "LAUNCH_SHARES_JOB"
+"""Environment variable of an agent whose Slurm job has other points, too (``cluster.points_per_job``)."""
 LOOPBACK = "127.0.0.1"
 
 

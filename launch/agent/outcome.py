@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from launch.agent.node import (
+    SHARES_JOB,
     STOP_FILE,
     AgentContext,
     Node,
@@ -116,6 +118,8 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
     if not node.is_slurm or not context.config.resilience.requeue:
         why = "there is no queue here" if not node.is_slurm else "resilience.requeue=false"
         raise failed_to_requeue(context, text or cause, f"{cause}, and {why}")
+    if SHARES_JOB in os.environ:  # The batch script requeues the job when the agents of all its points have left.
+        return
     if context.config.resilience.requeue == CHAIN:
         continue_in_next_job(context, cause, exclude, text)
         return

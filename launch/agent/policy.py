@@ -87,6 +87,12 @@ class Decision:
     reason: str
 
 
+def has_stopped(events: Events) -> bool:
+    """Return whether the last decision of the agents in these events is that the run stops."""
+    decided = select_events(events, "decided")
+    return bool(decided) and decided[-1]["action"] == Action.stop
+
+
 WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
 """Causes that a user or the run requested: the run does not start again, and did not fail."""
 FINAL = {

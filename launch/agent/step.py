@@ -1,4 +1,7 @@
-"""Start of a run's agents as a step of a Slurm job that the user holds (``launch.slurm.allocation``)."""
+"""Start of a run's agents in a step of a Slurm job that they do not have alone.
+
+The job is one that the user holds (``launch.slurm.allocation``), or one of several points (``cluster.points_per_job``).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from launch.agent.node import OWNER, TOKEN
+from launch.agent.node import OWNER, SHARES_JOB, TOKEN
 from launch.config.compose import read_point
 from launch.plan.placement import agent_words
+from launch.process import share
 from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 
@@ -51,3 +56,25 @@ def run_step(run_dir: str, job: str, shares: bool) -> None:
     signal.signal(signal.SIGTERM, pass_on)
     if process.wait():
         raise SystemExit(f"srun left with status {process.returncode}")
+
+
+def take_part(run_dirs: Sequence[str]) -> str:
+    """Return the run folder of this task. If several points share the job, take this task's part of the node.
+
+    The process binds itself to its part of the job's CPUs, and its environment describes a job with this part alone.
+    """
+    if len(run_dirs) == 1:
+        return run_dirs[0]
+    env, parts = os.environ, len(run_dirs)
+    part = int(env["SLURM_PROCID"])
+    cpus = sorted(os.sched_getaffinity(0))
+    # Where Slurm does not confine jobs to CPUs, another job on the node would bind itself to the same ones.
+    if len(cpus) <= int(env["SLURM_CPUS_ON_NODE"]):
+        os.sched_setaffinity(0, share(cpus, part, parts) or cpus)
+    env |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", SHARES_JOB: "1"}
+    if gpus := env.get("CUDA_VISIBLE_DEVICES"):
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(share(gpus.split(","), part, parts))
+    for name in ("SLURM_CPUS_ON_NODE", "SLURM_MEM_PER_NODE"):
+        if whole := env.get(name):
+            env[name] = str(max(1, int(whole) // parts))
+    return run_dirs[part]

@@ -199,7 +199,7 @@ class LaunchConfig:
     parallel: Any = key(
         1,
         "Points that run side by side on this machine, each with its share of the GPUs, or without GPUs of the CPUs."
-        " auto: as many as their ranks have room. Slurm runs points side by side without it.",
+        " auto: as many as their ranks have room. On Slurm, cluster.points_per_job does the same.",
     )
     stop_at_first_failure: bool = key(
         False, "Stop all other points of the command when one fails. Runs that can resume save a checkpoint before."
@@ -329,6 +329,7 @@ class Config(RunConfig):
                 "runs that keep their job: the next job would no longer wait for a run that continues in another one",
                 "launch.sequential=false, or cluster.partition=NAME in place of cluster.placement",
             )
+        self.validate_shared_job()
         if self.launch.stop_at_first_failure and self.launch.detach:
             raise ConfigError(
                 "launch.stop_at_first_failure=true with launch.detach=true",
@@ -342,3 +343,22 @@ class Config(RunConfig):
                 "at most one rank for each GPU",
                 f"ranks_per_node={gpus}",
             )
+
+    def validate_shared_job(self) -> None:
+        """Raise ConfigError if ``cluster.points_per_job`` is set for points that cannot share a job."""
+        cluster, each = self.cluster, f"cluster.points_per_job={self.cluster.points_per_job}"
+        refused = {
+            f"nodes={self.nodes} spare_nodes={self.spare_nodes}": self.nodes_asked > 1,
+            "cluster.gres": cluster.gres is not None,
+            "cluster.placement": bool(cluster.placement),
+            "cluster.give_up_after_min": cluster.give_up_after_min is not None,
+            f"resilience.requeue={CHAIN}": self.resilience.requeue == CHAIN,
+            "launch.sequential=true": self.launch.sequential,
+        }
+        for found, is_set in refused.items():
+            if is_set and cluster.points_per_job > 1:
+                raise ConfigError(
+                    f"{each} with {found}",
+                    "points of one node each, which share its GPUs (cluster.gpus_per_node) and keep their job",
+                    f"cluster.points_per_job=1, or the same without {found.split('=')[0]}",
+                )

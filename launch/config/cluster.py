@@ -153,6 +153,12 @@ class ClusterConfig(PlacementConfig):
     mail_user: Optional[str] = key(
         None, "Address for Slurm's mail when a job begins, ends, fails or is requeued (sbatch --mail-user)."
     )
+    points_per_job: int = key(
+        1,
+        "Points of a sweep in one job, side by side on one node, with requeue and cancel for each. The other keys say"
+        " what one point gets, and the job requests as much for each of its points.",
+        least=1,
+    )
     array_parallelism: int = key(256, "Largest number of elements of a job array that run at the same time.", above=0)
     python: Optional[str] = key(
         None,

@@ -91,7 +91,7 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
         (root / ON_CPUS).touch()
     limit = min(JOB_MIN, config.cluster.timeout_min)
     resources = {**plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0}
-    (job,) = submit_calls(root / JOBS, resources, measure_node, [str(root)])
+    (job,) = submit_calls(root / JOBS, resources, measure_node, [[str(root)]])
     say(f"job {job.job_id} on {config.nodes} nodes, folder {root}")
     try:
         state, started = wait_for_job(job, wait_min, say)

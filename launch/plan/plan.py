@@ -66,6 +66,8 @@ class Plan:
     """Plan of the workload. Its facts are at the root of ``plan.json``."""
     command_run_dirs: tuple[str, ...] = ()
     """Run folders of all points of the command. These points share its budget."""
+    job_points: tuple[str, ...] = ()
+    """Names of the run folders that share the job, in the order of its tasks; empty if the point has its own job."""
     code: str | None = None
     """Copy of the code from which the job runs; None if it runs from the checkout."""
     warnings: tuple[str, ...] = ()
@@ -337,6 +339,7 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, **more: Any) -
     if plan.cluster == "slurm" and is_recorded([e for e in folder.read_events() if "by" in e], [job_id]):
         return
     where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
+    more |= {"points": plan.job_points} if plan.job_points else {}
     place = plan.placement.candidates[candidate].as_event()
     folder.record_event("submitted", **where, candidate=candidate, **place, **more)
 

@@ -236,7 +236,8 @@ def plan_text(plan: Plan) -> str:
         "worst case": f"{_sum_text([plan], [plan.worst])}{gpus}{on}",
         "expected": expected_text([plan]),
         "folder": plan.run_dir,
-        "nodes are": "the run's alone (cluster.exclusive)" if plan.slurm.get("exclusive") else "",
+        "nodes are": "the job's alone (cluster.exclusive)" if plan.slurm.get("exclusive") else "",
+        "job": f"one for {', '.join(plan.job_points)}, side by side" if plan.job_points else "",
         "code": plan.code or "",
     }
     lines = [f"point {plan.title}", *(f"  {key:<11} {value}" for key, value in rows.items() if value)]

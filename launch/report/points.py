@@ -196,10 +196,12 @@ class Point(StepReading):
     """
     cluster: str | None = None
     """Cluster of the last submission, ``local`` or ``slurm``; None if the run was not submitted."""
+    shared_job: str | None = None
+    """Id of the job that other points of the sweep shared; None if the point had a job of its own."""
     source: str = ""
     """Label of the folder that the point is from in a comparison; empty in a report of one folder."""
     neighbours: tuple[str, ...] = ()
-    """Titles of the points that shared cores or a GPU with this point while it made steps."""
+    """Titles of the points that shared cores, a GPU or a job with this point while it made steps."""
 
     @property
     def is_gpt(self) -> bool:
@@ -246,7 +248,7 @@ class Point(StepReading):
     def crowding(self) -> list[str]:
         """Return one phrase for each way in which ranks of the point shared cores or a GPU; empty if none did."""
         own = [] if self.environment is None else self.environment.crowding()
-        return own + ([f"at the same time as {' and '.join(self.neighbours)}"] if self.neighbours else [])
+        return own + ([f"on a node at the same time as {' and '.join(self.neighbours)}"] if self.neighbours else [])
 
     @property
     def is_coarse(self) -> bool:
@@ -288,7 +290,7 @@ def read_point(path: Path) -> Point:
     on_fewer = Counter[int]()
     for attempt, event in fewer.items():
         on_fewer[int(event["nodes"])] += reading.attempt_steps.get(attempt, 0)
-    clusters = [event.get("cluster") for event in events if event.get("event") == "submitted"]
+    submitted = [{}, *(event for event in events if event.get("event") == "submitted")][-1]
     unit = reading.unit if reading.last_step is not None or environment is None else environment.unit
     return Point(
         **{**vars(reading), "span": span, "unit": unit},
@@ -298,7 +300,8 @@ def read_point(path: Path) -> Point:
         environment=environment,
         run_time_s=sum(ended) if ended and len(ended) == len(times) else None,
         attempts=len(setups),
-        cluster=clusters[-1] if clusters else None,
+        cluster=submitted.get("cluster"),
+        shared_job=submitted.get("job_id") if "points" in submitted else None,
         fewer_nodes={nodes: on_fewer[nodes] for nodes in sorted(on_fewer, reverse=True) if on_fewer[nodes]},
         goodput=measure_goodput(run, events),
         gpu_use=read_gpu_use(run, known),
@@ -340,11 +343,13 @@ def _end(event_log: Sequence[dict[str, Any]], last: int) -> PointState | None:
 
 
 def disturbs(other: Point, point: Point) -> bool:
-    """Return True if ``other`` shared cores or a GPU with ``point`` while both made steps."""
+    """Return True if ``other`` shared cores, a GPU or a job with ``point`` while both made steps."""
     if other.path == point.path or point.environment is None or other.environment is None:
         return False
     if point.span is None or other.span is None or point.span[0] >= other.span[1] or other.span[0] >= point.span[1]:
         return False
+    if point.shared_job is not None and point.shared_job == other.shared_job:
+        return True
     sides = (point.environment.ranks, other.environment.ranks)
     gpus = [{place.gpu for place in side if place.gpu is not None} for side in sides]
     if gpus[0] & gpus[1]:

@@ -302,12 +302,14 @@ def check_resources(case: Case) -> Iterator[Finding]:
     config, name, enough = case.config, case.partition.name, case.nodes
     if len(enough) < config.nodes_asked:
         return  # check_node_count reports this.
+    points = len(case.request.plan.job_points) or 1
     for key, kind, amount, unit, have in wants(case):
-        most = max(have(node) for node in case.nodes)
+        most = max(have(node) for node in case.nodes) // points
         if amount <= most:
-            enough = [node for node in enough if have(node) >= amount]
+            enough = [node for node in enough if have(node) >= points * amount]
             continue
         there = f" (nodes have {kinds_text(case.nodes)})" if most == 0 else ""
+        there += f" for each of {points} points" if points > 1 else ""
         found = f"{key}={kind}{amount:.12g}, and the best node of {name} has {most:.4g} {unit}{there}"
         yield fail("resources", found, PENDS, f"{key}={f'{kind}{int(most)}' if most else 'null'}")
     if len(enough) < config.nodes_asked:

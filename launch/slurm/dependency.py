@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from launch.config import CHAIN
 from launch.config.compose import read_point
 from launch.errors import ConfigError
-from launch.plan.plan import Plan
+from launch.plan.plan import Plan, unfinished
 from launch.runs.find import find_runs
 from launch.runs.folder import read_plan
 from launch.slurm.client import max_array_size
@@ -23,16 +23,54 @@ from launch.slurm.status import RunStatus, find_run_statuses, poll
 def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
     """Group plans that one job array can have: those that request the same resources at every candidate.
 
-    The groups are in order of first appearance. None is larger than Slurm's MaxArraySize.
+    Plans that share a job are a group of their own. The groups are in order of first appearance. No array is larger
+    than Slurm's MaxArraySize.
     """
     groups: dict[str, list[Plan]] = {}
     for plan in plans:
-        asked = [str(submitit_folder(plan.run_dir)), plan.slurm, asdict(plan.placement)]
+        asked = [str(submitit_folder(plan.run_dir)), plan.slurm, asdict(plan.placement), plan.job_points]
         key = json.dumps(asked, sort_keys=True, default=str)
         groups.setdefault(key, []).append(plan)
     is_array = any(len(group) > 1 and group[0].cluster == "slurm" for group in groups.values())
     most = max_array_size() if is_array else len(plans)
-    return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
+    return [part for group in groups.values() for part in ([group] if group[0].job_points else chunks(group, most))]
+
+
+def chunks(plans: Sequence[Plan], most: int) -> list[list[Plan]]:
+    """Return the plans in consecutive groups of ``most``; the last group may be smaller."""
+    return [[*plans[start : start + most]] for start in range(0, len(plans), most)]
+
+
+SIDE_BY_SIDE = ["--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"]
+"""Options of srun for agents that share a job. The end of one ends no other, and each binds itself to its CPUs."""
+
+
+def share_jobs(plans: Sequence[Plan], most: int) -> list[Plan]:
+    """Return the plans, changed so that up to ``most`` with equal resources share a job (``cluster.points_per_job``).
+
+    The job requests the resources of each of its points. Plans of finished runs, and those on this machine, stay.
+    """
+    shared = dict[str, Plan]()
+    for group in shapes([plan for plan in unfinished(plans) if plan.cluster == "slurm"]) if most > 1 else ():
+        for part in chunks(group, most):
+            names = tuple(plan.point for plan in part)
+            shared |= {plan.run_dir: share_job(plan, names) for plan in part if len(part) > 1}
+    return [shared.get(plan.run_dir, plan) for plan in plans]
+
+
+def share_job(plan: Plan, names: tuple[str, ...]) -> Plan:
+    """Return a plan whose job has the points with these names of run folders, each with the resources of the plan."""
+
+    def multiply(slurm: dict[str, Any]) -> dict[str, Any]:
+        more = {"ntasks_per_node": len(names), "srun_args": [*SIDE_BY_SIDE, *slurm.get("srun_args", [])]}
+        if "gpus_per_node" in slurm:
+            more["gpus_per_node"] = len(names) * slurm["gpus_per_node"]
+        if "mem" in slurm:
+            more["mem"] = f"{len(names) * int(slurm['mem'].removesuffix('MB'))}MB"
+        return more
+
+    shared = replace(plan, node_hours=plan.node_hours / len(names), job_points=names)
+    return shared.replace_placement(plan.placement.change_slurm(multiply))
 
 
 def depend(plan: Plan, dependency: str, **options: str) -> Plan:

@@ -40,6 +40,8 @@ class SlurmJob:
     """A Slurm job, or one element of a job array."""
 
     job_id: str
+    points: tuple[str, ...] = ()
+    """Names of the run folders of the points that share the job, by number of their task; empty if one point has it."""
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
         """Return the state of the job from ``queue`` (job id -> state); GONE if the queue lacks the job.
@@ -119,7 +121,7 @@ def job_of(event: Mapping[str, Any]) -> Job:
     """Return the handle of the job that a ``submitted`` event records."""
     if event["cluster"] != "slurm":
         return LocalJob(str(event["job_id"]), str(event.get("host")), started=event.get("pid_started"))
-    return SlurmJob(str(event["job_id"]))
+    return SlurmJob(str(event["job_id"]), tuple(event.get("points", ())))
 
 
 def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
@@ -179,6 +181,8 @@ def slurm_folder(run_dir: str | Path) -> Path:
 def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
     """Return the paths of the standard output and error of a node's agent. The files may not exist."""
     folder = slurm_folder(run_dir) if isinstance(job, SlurmJob) else submitit_folder(run_dir)
+    if isinstance(job, SlurmJob) and job.points:
+        node += job.points.index(Path(run_dir).name)
     paths = JobPaths(folder, job.job_id, node)
     return [Path(paths.stdout), Path(paths.stderr)]
 
@@ -212,7 +216,9 @@ def batch_parameters(plan: Plan) -> dict[str, Any]:
     after = f'{python} -m {AFTER_STEP} "$status" {folder} --submitit'
     own = plan.slurm.get("setup", [])
     setup = [*([SETUP_FAILED, *own, "trap - ERR"] if own else []), "set +e"]
-    return {**plan.slurm, "setup": setup, "teardown": ["status=$?", f'[ "$status" -eq 0 ] || exec {after}']}
+    # The agents of a shared job leave its requeue to the batch script.
+    condition = "" if plan.job_points else '[ "$status" -eq 0 ] || '
+    return {**plan.slurm, "setup": setup, "teardown": ["status=$?", f"{condition}exec {after}"]}
 
 
 def sbatch_text(plans: Sequence[Plan]) -> str:
@@ -221,7 +227,7 @@ def sbatch_text(plans: Sequence[Plan]) -> str:
     parameters = batch_parameters(plans[0])
     python = parameters.pop("python", None) or shlex.quote(sys.executable)
     command = f"{python} -u -m {SUBMISSION} {shlex.quote(str(folder))}"
-    count = len(plans) if len(plans) > 1 else None
+    count = len(plans) if len(plans) > 1 and not plans[0].job_points else None
     text = _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
     assert isinstance(text, str)
     return text
@@ -267,7 +273,7 @@ def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
     for pickle in slurm_folder(folder.path).glob(f"[0-9]*{SUBMITTED}"):
         job = SlurmJob(pickle.name.removesuffix(SUBMITTED))
         # The pickles name the run, so that squeue asks only for jobs of this run; mostly there are none.
-        if job.job_id not in known and run_dir_of(pickle) == str(folder.path):
+        if job.job_id not in known and str(folder.path) in run_dirs_of(pickle):
             own.append(job)
     queue = ask_queue(own)
     ours = [job for job in own if job.status(queue).phase in ACTIVE]
@@ -275,17 +281,17 @@ def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
 
 
 @cache  # A pickle never changes, and every point of a sweep reads the pickles of all points.
-def run_dir_of(pickle: Path) -> str | None:
-    """Return the run folder of a job from its pickle; None if the pickle is incomplete, or has no run.
+def run_dirs_of(pickle: Path) -> Sequence[str]:
+    """Return the run folders of a job from its pickle; none if the pickle is incomplete, or has no run.
 
     A pickle that other users could have written is not opened: it would run their code.
     """
     try:
         with pickle.open("rb") as file:
             if not is_own(file):
-                return None
+                return ()
             # Opened by its descriptor: in a folder of other users, another file may have replaced the pickle.
             arguments = DelayedSubmission.load(f"/proc/self/fd/{file.fileno()}").args
     except Exception:  # Unpickling can raise any exception.
-        return None
-    return arguments[0] if arguments and isinstance(arguments[0], str) else None
+        return ()
+    return [argument for argument in arguments if isinstance(argument, str)]

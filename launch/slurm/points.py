@@ -36,7 +36,7 @@ from launch.slurm.checks import (
     warn,
     why_unsure,
 )
-from launch.slurm.dependency import start_after
+from launch.slurm.dependency import share_jobs, start_after
 from launch.slurm.limits import Limits, NodeLimits, Partition, SlurmFacts, gres
 from launch.slurm.places import check_before_submitting
 from launch.slurm.submit import side_by_side
@@ -105,6 +105,7 @@ def plan_sweep(
     labels = labels_for([(Path(plan.run_dir), words) for plan, words in zip(plans, typed, strict=True)])
     plans = [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
     configs = [point.config for point in points]
+    plans = share_jobs(plans, configs[0].cluster.points_per_job)
     plans = [start_after(plan, config.launch.after) for plan, config in zip(plans, configs, strict=True)]
     return check_plans(plans, configs, slurm, console), configs
 
@@ -250,7 +251,7 @@ def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
     """
     is_open = not says_gpus(config) and not workload_of(config).computes_on_cpus(config)
     there = nodes_there(config, slurm) if is_open else {}
-    counts = [node.count("gpu") for nodes in there.values() for node in nodes]
+    counts = [node.count("gpu") // config.cluster.points_per_job for nodes in there.values() for node in nodes]
     if not any(counts):
         return None, None
     where, least, most, kind = ", ".join(there), min(counts), max(counts), gpu_type(config, slurm)
@@ -293,6 +294,7 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
         return None, None
     ranks, wanted = counted(config.ranks_on_node, "rank"), CPUS_PER_RANK * config.ranks_on_node
     smallest, name, _, _ = min(rooms, key=lambda room: room[0])
+    smallest = max(1, smallest // config.cluster.points_per_job)
     # Slurm would give fewer CPUs from one socket, far from the GPUs of the other socket.
     if all(0 < node.count("gpu") == place.cluster.gpus_per_node for _, _, node, place in rooms):
         number, why = smallest, f"all of {name}, as the job has all its GPUs"

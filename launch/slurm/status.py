@@ -68,6 +68,12 @@ def agent_has_left(events: Events) -> bool:
     return decision.get("event") == "requeue_failed" or decision.get("action") == Action.stop
 
 
+def has_left_job(events: Events) -> bool:
+    """Return whether a point has ended, or was cancelled before it began, in a job that other points share."""
+    waits = last_of(events, *DECISIVE).get("event") not in ("agent_started", "started")
+    return agent_has_left(events) or (waits and bool(select_events(events, "cancelled")))
+
+
 def why_not_restarted(events: Events) -> str | None:
     """Return the recorded reason for which a failed or interrupted run does not start again; None if there is none."""
     last = last_of(events, "decided", "requeue_failed", "started")
@@ -318,7 +324,10 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
     if point.job is None:
         point.state, point.detail = state_without_job(point)
     else:
-        point.job_status = status = point.job.status(queue)
+        status = point.job.status(queue)
+        if isinstance(point.job, SlurmJob) and point.job.points and has_left_job(point.events()):
+            status = JobState("GONE")  # The job continues for its other points.
+        point.job_status = status
         point.state, point.detail = status.phase, status.detail
         if status.phase == "over":
             is_out = status.state in ("CANCELLED", "GONE")

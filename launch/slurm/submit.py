@@ -10,9 +10,9 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import submitit
 from rich.console import Console
@@ -27,6 +27,7 @@ from launch.errors import ConfigError, counted
 from launch.plan.placement import RUNS_FROM, next_candidate, running_from
 from launch.plan.plan import JOBS, Plan
 from launch.plan.preflight import plan_text, worst_case_text
+from launch.process import share
 from launch.runs.environment import visible_gpus
 from launch.runs.events import select_events
 from launch.runs.files import make_folder
@@ -64,8 +65,9 @@ def clean_environment() -> Iterator[None]:
 
 
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
-    """Submit plans with equal resources as a job array; one plan as a plain job. Returns the jobs in order of the
-    plans.
+    """Submit plans with equal resources as a job array, or as the one job that they share; one plan as a plain job.
+
+    Returns the jobs in order of the plans.
 
     Raises:
         SlurmBusyError: the controller did not answer.
@@ -73,27 +75,28 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
     """
     if gone := missing_configuration():  # sbatch would search for the file for ten seconds.
         raise SlurmError(gone)
+    folder, resources = slurm_folder(plans[0].run_dir), batch_parameters(plans[0])
+    run_dirs, names = [plan.run_dir for plan in plans], plans[0].job_points
     try:
-        return submit_calls(
-            slurm_folder(plans[0].run_dir), batch_parameters(plans[0]), run_agent, [plan.run_dir for plan in plans]
-        )
+        jobs = submit_calls(folder, resources, run_agent, [run_dirs] if names else [[one] for one in run_dirs])
+        return [replace(jobs[0], points=names) for _ in plans] if names else jobs
     except FailedJobError as error:
         busy = any(text in str(error).lower() for text in BUSY)
         raise (SlurmBusyError if busy else SlurmError)(f"sbatch: {error}") from error
 
 
 def submit_calls(
-    folder: Path, resources: Mapping[str, Any], function: Callable[[str], object], arguments: Sequence[str]
+    folder: Path, resources: Mapping[str, Any], function: Callable[..., object], arguments: Sequence[Sequence[str]]
 ) -> list[SlurmJob]:
-    """Submit calls of a function with one argument, to run on every node: a job array, or one plain job.
+    """Submit calls of a function, to run in every task: a job array, or one plain job.
 
     Returns the jobs in order of ``arguments``.
 
     Args:
         folder: folder for submitit's files; made before sbatch runs, since a job may start at once.
         resources: parameters of submitit's Slurm executor; ``python`` is the command line of the jobs' Python.
-        function: function that every node calls.
-        arguments: one argument for each job.
+        function: function that every task calls.
+        arguments: arguments of the function for each job.
 
     Raises:
         submitit.core.utils.FailedJobError: sbatch refused.
@@ -104,7 +107,7 @@ def submit_calls(
     executor.update_parameters(**{key: value for key, value in resources.items() if key != "python"})
     said = redirect_stderr(io.StringIO())  # submitit also prints the text of its error.
     with clean_environment(), said, executor.batch() if len(arguments) > 1 else nullcontext():
-        jobs = [executor.submit(function, argument) for argument in arguments]
+        jobs = [executor.submit(function, *words) for words in arguments]
     for job in jobs:
         job.paths.submitted_pickle.chmod(0o600)  # Readable by this user only.
     return [SlurmJob(job.job_id) for job in jobs]
@@ -188,14 +191,6 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
         return ConfigError(found, "options of this cluster's sbatch (sbatch --help)", fix)
     doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
     return ConfigError(found, "resources that this cluster gives to you", doctor)
-
-
-Item = TypeVar("Item")
-
-
-def share(items: Sequence[Item], part: int, parts: int) -> Sequence[Item]:
-    """Return one of ``parts`` consecutive parts of ``items``, which differ by one item at most."""
-    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
 
 
 def side_by_side(typed: Any, plans: Sequence[Plan]) -> int:
@@ -286,6 +281,7 @@ def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Consol
             group = in_line(group, [SlurmJob("JOBID")] if number else [])
         names = ", ".join(plan.title for plan in group)
         kind = f"job array of {len(group)}" if len(group) > 1 else "job"
+        kind = f"job of {len(group)} points on one node" if group[0].job_points else kind
         here = "" if group[0].cluster == "slurm" else ", as cluster=slurm would submit it"
         console.print(f"\nsbatch text of the {kind}{here}: {names}")
         console.print(sbatch_text(group))

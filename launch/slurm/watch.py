@@ -9,21 +9,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
 from gpt_launch import as_typed
+from launch.agent.node import STOP_FILE
 from launch.config import Config
 from launch.config.compose import default_grace_period_s
 from launch.errors import ConfigError, duration_text
 from launch.plan.plan import record_submitted
 from launch.runs.compose import read_config
-from launch.runs.events import damaged_text, saves_that_count, select_events
+from launch.runs.events import damaged_text, events_since_submission, saves_that_count, select_events
+from launch.runs.folder import RunFolder
 from launch.runs.records import throughput
 from launch.slurm.client import SlurmBusyError, SlurmError
 from launch.slurm.failover import fail_over
 from launch.slurm.jobs import Job, LocalJob, LocalQueueEntry, SlurmJob
-from launch.slurm.status import RunStatus, poll
+from launch.slurm.status import RunStatus, has_left_job, poll
 from launch.slurm.submit import start_local
 
 POLL_S = 0.5
@@ -236,12 +239,18 @@ class Stop:
         job = self.point.job
         if job is None:
             return
-        if time.monotonic() >= self.kill_at:
+        others, shares = others_in_job(self.point), isinstance(job, SlurmJob) and job.points
+        if time.monotonic() >= self.kill_at and not others:
             if self._killed is not job:
                 job.kill()
                 self._killed = job
         elif self.point.state == "pending":
-            job.stop("pending")  # At every poll: the job may have started at the same moment.
+            if not others:
+                job.stop("pending")  # At every poll: the job may have started at the same moment.
+        elif shares:
+            if self._asked is not job:  # A signal would reach the agents of all points.
+                (self.point.folder.path / STOP_FILE).touch()
+                self._asked = job
         elif self._asked is not job:
             names = [e["event"] for e in self.point.events()]
             # The agents already have the request if only the answer to an earlier scancel was lost. A second signal
@@ -292,7 +301,21 @@ def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = Fa
                 stop.error = busy or SlurmError("not over long after it was ended")
         if not all(stop.is_done for stop in left):
             time.sleep(POLL_S if any(isinstance(stop.point.job, LocalJob) for stop in left) else STOP_POLL_S)
+    for stop in stops:
+        if stop.point.is_over:  # Otherwise the next start of the run would obey the file.
+            (stop.point.folder.path / STOP_FILE).unlink(missing_ok=True)
     return stops
+
+
+def others_in_job(point: RunStatus) -> list[Path]:
+    """Return the run folders that share the job of a point, and neither have ended nor are cancelled."""
+    found, job = [], point.job
+    for name in job.points if isinstance(job, SlurmJob) else ():
+        path = point.folder.path.with_name(name)
+        events = events_since_submission(RunFolder(path).read_events())
+        if name != point.folder.point and not has_left_job(events) and not select_events(events, "cancelled"):
+            found.append(path)
+    return found
 
 
 def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:

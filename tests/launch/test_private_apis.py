@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from launch.agent.after_step import submitted_run_dir
+from launch.agent.after_step import submitted_run_dirs
 from launch.agent.node import Node
 from launch.slurm import jobs
 
@@ -59,7 +59,7 @@ def test_submitit_keeps_the_run_folder_where_the_batch_script_looks_for_it(tmp_p
     folder, node = tmp_path, Node(0, 2, "slurm-9-0-0", is_slurm=True, slurm_job="7_1")
     pickle = JobPaths(folder, "7_1").submitted_pickle
     DelayedSubmission(os.fspath, "the/run").dump(pickle)
-    assert submitted_run_dir(str(folder), node) == "the/run", changed(
+    assert submitted_run_dirs(str(folder), node) == ["the/run"], changed(
         "submitit", "its pickle of a job", "launch/agent/after_step.py"
     )
 

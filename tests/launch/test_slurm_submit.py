@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.after_step import submitted_run_dir
+from launch.agent.after_step import submitted_run_dirs
 from launch.agent.node import Node
 from launch.plan.plan import Plan, refuse_exposed
 from launch.runs.folder import RunFolder
@@ -73,7 +73,7 @@ def test_the_folder_of_the_logs_is_there_before_sbatch_is_called(count: int, see
     assert (seen / "folders").read_text().splitlines() == [where, where]
     assert [job.job_id for job in jobs] == ([NUMBER] if count == 1 else [f"{NUMBER}_0", f"{NUMBER}_1"])
     for made, job in zip(plans, jobs, strict=True):
-        assert submitted_run_dir(where, Node(0, 2, "", is_slurm=True, slurm_job=job.job_id)) == made.run_dir
+        assert submitted_run_dirs(where, Node(0, 2, "", is_slurm=True, slurm_job=job.job_id)) == [made.run_dir]
         assert list(map(str, agent_logs(made.run_dir, job, 0))) == logs_named_by(seen / "script", job)
         assert Path(where, f"{job.job_id}_submitted.pkl").stat().st_mode & 0o777 == 0o600
 

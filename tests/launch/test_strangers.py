@@ -22,7 +22,7 @@ from launch.plan.plan import refuse_exposed
 from launch.runs.files import deny_others_writing, make_folder, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.slurm.jobs import run_dir_of
+from launch.slurm.jobs import run_dirs_of
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 from tests.support.planning import refused
 
@@ -242,5 +242,5 @@ def test_a_pickle_that_other_users_could_write_is_not_opened(
         if os.getuid() != 0:
             pytest.skip("only root can give a file away")
         os.chown(path, owner, -1)
-    assert run_dir_of(path) is None
+    assert run_dirs_of(path) == ()
     assert pwned.exists() is runs
