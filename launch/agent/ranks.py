@@ -136,10 +136,13 @@ def set_run_variables(attempt: Attempt) -> None:
 def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
     """Return the variables with which a rank continues its run of an earlier attempt in an experiment tracker.
 
-    Weights & Biases and Neptune read their variables themselves. Other trackers get the id from LAUNCH_TRACKER_ID.
+    Weights & Biases, Neptune and Comet read their variables themselves. Comet takes keys of 32 to 50 letters and
+    digits, and ``comet_ml.start`` creates the experiment of a key or continues it
+    (https://comet.com/docs/v2/api-and-sdk/python-sdk/reference/start). Other trackers get the id from
+    LAUNCH_TRACKER_ID.
     """
     same = folder.tracker_id(rank)
-    ids = dict.fromkeys(("LAUNCH_TRACKER_ID", "WANDB_RUN_ID", "NEPTUNE_CUSTOM_RUN_ID"), same)
+    ids = dict.fromkeys(("LAUNCH_TRACKER_ID", "WANDB_RUN_ID", "NEPTUNE_CUSTOM_RUN_ID", "COMET_EXPERIMENT_KEY"), same)
     return {**ids, "WANDB_RESUME": "allow"}
 
 

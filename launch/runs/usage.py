@@ -1,4 +1,4 @@
-"""Memory and CPUs that a run used beside those that it asked for, and the request to type next time."""
+"""Memory, CPUs and memory of GPUs that a run used beside those that it asked for, and the request to type next time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import psutil
 
 from .files import read_json, write_json
 from .folder import RunFolder
+from .records import recent_records
 
 FIRST_S, SAMPLE_S = 1.0, 10.0
 """Seconds until the first sample, and between samples."""
@@ -88,9 +89,24 @@ def usage_text(folder: RunFolder) -> str:
     rows = (
         ("cluster.mem_gb", memory, found[0].get("memory_given_gib"), "GiB of memory on a node"),
         ("cluster.cpus_per_task", cpus, found[0].get("cpus_given"), "CPUs on average"),
+        ("", *gpu_memory_gib(folder, last), "GiB of memory on the fullest GPU"),
         ("cluster.timeout_min", (ended_at - job["allocated_at"]) / 60, job["limit_s"] / 60, "min"),
     )
     known = [(key, used, float(asked), unit) for key, used, asked, unit in rows if asked]
-    less = [f"{key}={max(1, math.ceil(ROOM * used))}" for key, used, asked, _ in known if used < WASTED * asked]
+    less = [f"{key}={max(1, math.ceil(ROOM * used))}" for key, used, asked, _ in known if key and used < WASTED * asked]
     texts = ", ".join(f"{used:.3g} of {asked:.4g} {unit}" for _, used, asked, unit in known)
     return f"used {texts}" + (f"; next time: {' '.join(less)}" if less else "")
+
+
+def gpu_memory_gib(folder: RunFolder, attempt: int) -> tuple[float, float | None]:
+    """Return the peak use and the size of the memory of the fullest GPU of an attempt in GiB; 0 and None if unknown.
+
+    Ranks that record the memory of their GPU, as those of the GPT library do, make the figures known.
+    """
+    ranks = read_json(folder.environment(attempt)).get("ranks") or ()
+    peaks = [(0.0, None)]
+    for rank in (rank for rank in ranks if rank.get("memory_gib")):
+        newest = (recent_records(folder.metrics(rank["rank"])) or [{}])[-1]
+        used = max(newest.get(name) or 0.0 for name in ("memory_peak_gib", "memory_reserved_gib"))
+        peaks.append((used, rank["memory_gib"]))
+    return max(peaks, key=lambda peak: peak[0])

@@ -329,6 +329,8 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
             status = JobState("GONE")  # The job continues for its other points.
         point.job_status = status
         point.state, point.detail = status.phase, status.detail
+        if point.state == "running" and last_of(point.events(), *DECISIVE).get("cluster") == "allocation":
+            point.state, point.detail = "pending", "until no other run uses the nodes of its job"
         if status.phase == "over":
             is_out = status.state in ("CANCELLED", "GONE")
             events = point.events()

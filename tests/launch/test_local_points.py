@@ -18,7 +18,7 @@ from tests.support.commands import ROOT, run, start_fork, wait_for
 from tests.support.runs import COUNTING, LOCAL, MEETING, PROGRAM, checkpoint, names, options, printed, write_script
 
 TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-TRACKERS = ("LAUNCH_TRACKER_ID", "WANDB_RUN_ID", "NEPTUNE_CUSTOM_RUN_ID", "WANDB_RESUME")
+TRACKERS = ("LAUNCH_TRACKER_ID", "WANDB_RUN_ID", "NEPTUNE_CUSTOM_RUN_ID", "COMET_EXPERIMENT_KEY", "WANDB_RESUME")
 FAILING_ONCE = f"""
 import os, sys
 
@@ -86,8 +86,8 @@ def test_trackers_continue_the_run_of_each_rank(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     ids = [[printed(folder, attempt, rank).split()[1:] for rank in (0, 1)] for attempt in (1, 2)]
     assert ids[0] == ids[1] and ids[0][0] != ids[0][1]
-    for same, wandb, neptune, resume in ids[0]:
-        assert same == wandb == neptune and resume == "allow" and re.fullmatch(r"[0-9a-f]{32}", same)
+    for same, wandb, neptune, comet, resume in ids[0]:
+        assert same == wandb == neptune == comet and resume == "allow" and re.fullmatch(r"[0-9a-f]{32}", same)
     again = run("launch run_dir=other script.env.WANDB_RUN_ID=mine", *words, cwd=tmp_path)
     assert "finished" in again
     mine = printed(RunFolder(tmp_path / "other")).split()[1:]

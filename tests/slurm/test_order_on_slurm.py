@@ -125,6 +125,25 @@ def test_a_job_that_asked_for_too_much_is_told_what_to_ask_for(sandbox: Cluster,
     assert re.search(text.removeprefix("run: "), command("launch.report", "run"))
 
 
+def test_two_commands_in_one_held_job_wait_for_each_other_and_say_so(
+    sandbox: Cluster, held: str, tmp_path: Path
+) -> None:
+    there = {"SLURM_CONF": sandbox.env["SLURM_CONF"], "SLURM_JOB_ID": held}
+    gate, program = tmp_path / "gate", write_script(tmp_path, WAITING)
+    gate.touch()
+    words = ("workload=script", f"script.path={program}", f"script.args={gate}", "nodes=2", "ranks_per_node=1")
+    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+    processes = []
+    for folder, wanted in ((one, "started"), (two, "submitted")):
+        log = tmp_path / f"{folder.point}.log"
+        processes.append(start_fork("launch", *words, f"run_dir={folder.path}", cwd=tmp_path, log=log, **there))
+        wait_for(lambda here=folder, name=wanted: events(here, name), wanted)
+    assert "pending, until no other run uses the nodes of its job" in run("launch.status two", cwd=tmp_path, **there)
+    gate.write_text("0")
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert events(one, "attempt_ended")[0]["time"] < events(two, "agent_started")[0]["time"]
+
+
 def test_a_failed_line_of_the_set_up_ends_the_job_with_its_words(sandbox: Cluster, tmp_path: Path) -> None:
     module = 'module() { echo \\"no module $2\\" >&2; return 1; }'
     lines = f'cluster.setup=["{module}","module purge || true","module load cuda/99","export NEVER=1"]'
