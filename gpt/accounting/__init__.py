@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from gpt.accounting.hardware import TERA
 from gpt.components import NOTHING
@@ -71,6 +72,21 @@ class Parameters:
         """Return the components and their sums."""
         sums = ("total", "active", "non_embedding", "active_non_embedding")
         return {**asdict(self), **{name: getattr(self, name) for name in sums}}
+
+
+class HiddenMatrices(NamedTuple):
+    """Elements of the matrices of the blocks, which Muon steps, and FLOPs of one Newton-Schulz iteration of all."""
+
+    elements: int
+    flops: int
+
+
+def count_hidden(model: ModelConfig) -> HiddenMatrices:
+    """Count the matrices of the blocks. An iteration over *r* rows and *c* columns, *r* at most *c*, has three matrix
+    products: 2 r^2 c + 2 r^3 + 2 r^2 c FLOPs. Each expert has matrices of its own."""
+    found = [(math.prod(shape), *sorted(shape[-2:])) for shape in block_shapes(model).values() if len(shape) > 1]
+    flops = sum(4 * elements * rows + 2 * elements * rows**2 // columns for elements, rows, columns in found)
+    return HiddenMatrices(model.n_layer * sum(elements for elements, *_ in found), model.n_layer * flops)
 
 
 def count(model: ModelConfig) -> Parameters:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpt.components import KINDS_OF_PARALLELISM, PartCounts, StateBytes, build_custom_optimizer, load_part
 from gpt.config.model import CACHED, ModelConfig
-from gpt.config.optim import ADAMW, OptimConfig
+from gpt.config.optim import ADAMW, MUON, OptimConfig
 from launch.errors import ConfigError
 
 # Counts of the parts. B batch, T time, D width, H heads, C head width.
@@ -159,10 +159,12 @@ def owner_of(name: str, model: ModelConfig) -> tuple[str, str] | None:
 def optimizer_state(optim: OptimConfig) -> StateBytes:
     """Return the bytes of an optimizer's state: two moments and a count for AdamW, those of a step for one of the user.
 
+    For Muon these are the bytes of the parameters that are left to AdamW.
+
     Raises:
         ConfigError: the user's optimizer cannot be imported, refuses its arguments, or fails.
     """
-    if optim.optimizer == ADAMW:
+    if optim.optimizer in (ADAMW, MUON):
         return StateBytes(8, 4)
     numbers = {key: value for key, value in asdict(optim).items() if not isinstance(value, Enum)}
     return _state_after_step(json.dumps(numbers, sort_keys=True))

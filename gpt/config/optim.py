@@ -13,7 +13,7 @@ from typing import Any, Optional, Union
 from omegaconf import MISSING
 
 from gpt.config.rules import check_custom_name, check_numbers
-from launch.errors import ConfigError, require_range
+from launch.errors import ConfigError, closest, require_range
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
 # ruff: noqa: UP007, UP045
@@ -23,6 +23,7 @@ from launch.errors import ConfigError, require_range
 
 
 ADAMW = "adamw"
+MUON = "muon"
 
 
 class LrSchedule(Enum):
@@ -52,11 +53,11 @@ class OptimConfig:
     """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then ``schedule``."""
 
     optimizer: str = ADAMW
-    """adamw. Or a class of your own, as ``package.module:Class`` or as an entry point of the group ``gpt.optimizer``.
-    See docs/components.md."""
+    """adamw; or muon for the matrices of the blocks, with adamw for the rest (docs/training.md). Or a class of your
+    own, as ``package.module:Class`` or as an entry point of the group ``gpt.optimizer`` (docs/components.md)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of an optimizer of your own. It receives lr, betas and eps from this config if it accepts
-    them."""
+    """Further arguments of muon (those of ``torch.optim.Muon``), or of an optimizer of your own. The latter receives
+    lr, betas and eps from this config if it accepts them."""
 
     max_steps: int = MISSING
     """Number of optimizer steps; without effect if ``max_tokens`` is given. A larger number than before extends a
@@ -103,13 +104,15 @@ class OptimConfig:
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
-        if self.optimizer != ADAMW:
-            check_custom_name("optim.optimizer", self.optimizer, (ADAMW,))
+        if self.optimizer == MUON:
+            check_muon_options(self.options)
+        elif self.optimizer != ADAMW:
+            check_custom_name("optim.optimizer", self.optimizer, (ADAMW, MUON))
         elif self.options:
             raise ConfigError(
                 f"optim.options={self.options} with optim.optimizer={ADAMW}",
-                "arguments for an optimizer of your own only",
-                "optim.options={}, or optim.optimizer=PACKAGE.MODULE:CLASS",
+                "arguments for muon, or for an optimizer of your own",
+                "optim.options={}, or optim.optimizer=muon, or optim.optimizer=PACKAGE.MODULE:CLASS",
             )
         check_numbers(
             "optim.",
@@ -143,6 +146,34 @@ class OptimConfig:
                     "a schedule with a decay of its own after a stable phase",
                     f"optim.schedule=wsd optim.{key}={shown}",
                 )
+
+
+MUON_OPTIONS: dict[str, Any] = {
+    **{"momentum": 0.95, "nesterov": True, "ns_coefficients": [3.4445, -4.7750, 2.0315], "ns_steps": 5},
+    "adjust_lr_fn": "match_rms_adamw",
+}
+"""Arguments of torch.optim.Muon, with its defaults except for the last. With ``match_rms_adamw`` (arXiv 2502.16982,
+section 2.2) a matrix moves as far as with AdamW, so that one learning rate fits the parameters of both."""
+
+
+def check_muon_options(options: dict[str, Any]) -> None:
+    """Raise ConfigError unless torch.optim.Muon takes these arguments."""
+    for key, value in options.items():
+        usual = MUON_OPTIONS.get(key)
+        suits = value in ("original", usual) if isinstance(value, str) else type(value) is type(usual)
+        if not suits or (key == "momentum" and not 0 <= value < 1):
+            near = (closest(key, MUON_OPTIONS) or ["momentum"])[0]
+            raise ConfigError(
+                f"optim.options={options} with optim.optimizer={MUON}",
+                "momentum below 1, nesterov, three ns_coefficients, ns_steps, or adjust_lr_fn as original or "
+                "match_rms_adamw",
+                f"'optim.options={{{near}: {MUON_OPTIONS[near]}}}'",
+            )
+
+
+def muon_options(config: OptimConfig) -> dict[str, Any]:
+    """Return the arguments of torch.optim.Muon that ``optim.options`` may set, with their defaults."""
+    return MUON_OPTIONS | config.options
 
 
 SCHEDULE = ("schedule", "decay_from", "decay_shape")

@@ -12,7 +12,7 @@ import torch
 
 from gpt.accounting import training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, TrainConfig
-from gpt.config.optim import ADAMW, describe_schedule
+from gpt.config.optim import ADAMW, MUON, describe_schedule
 from gpt.config.train import float8_words
 from gpt.parallel.distributed import World
 from launch.errors import counted
@@ -140,7 +140,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
         f"recompute {config.recompute.name}",
         *(["deterministic"] if config.deterministic else []),
     ]
-    optimizer = "AdamW" if optim.optimizer == ADAMW else optim.optimizer
+    optimizer = {ADAMW: "AdamW", MUON: "Muon and AdamW"}.get(optim.optimizer, optim.optimizer)
     first = record["initialised_from"]
     return {
         "batch": f"{record['global_batch']:,} sequences = {tokens:,} tokens a step; {per_rank} per rank",

@@ -1,9 +1,9 @@
-"""The engine: a parallelized model with AdamW, clipping of gradients, the loss scale of fp16, and its checkpoints."""
+"""The engine: a parallelized model, its optimizer, clipping of gradients, the loss scale of fp16, and checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,18 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpt.checkpoint.formats import TensorFiles
-from gpt.components import build_custom_optimizer
-from gpt.config import OptimConfig, Precision, TrainConfig
-from gpt.config.optim import ADAMW
+from gpt.config import Precision, TrainConfig
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.layers import cross_entropy, summed_loss
 from gpt.parallel.compile import compile_loss
 from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import inverse_replicas, local_tensor
+from gpt.parallel.optimizer import build_optimizer, skipping
 from gpt.parallel.timeline import WORLD
 from gpt.topology import Batch, ParallelDims
 
@@ -138,66 +136,7 @@ class LossScale:
         self._steps.fill_(int(state["steps"]))
 
 
-# AdamW (arXiv 1711.05101) and its skipped steps; norms of sharded gradients.
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, whose step works on the local shards of DTensors. Its state remains DTensors, for checkpoints.
-
-    Local shards suffice, since the step is elementwise and gradients are sharded like their parameters. On DTensors,
-    torch would derive a sharding for each parameter: 2 to 3 ms of host time per parameter in the first step. It would
-    also hash all parameters in each step, and refuse a list that mixes DTensors and plain tensors.
-    """
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
-        has_complex = super()._init_group(group, *lists)  # fills the lists: parameters, gradients, state
-        for index, (p, grad) in enumerate(zip(*lists[:2], strict=True)):
-            if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
-                lists[1][index] = grad.redistribute(placements=p.placements)  # completes a partial sum
-        for tensors in lists:
-            tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-        return has_complex
-
-
-def build_optimizer(
-    module: nn.Module, config: OptimConfig, kind: type[torch.optim.AdamW] = AdamW, fused: bool = False
-) -> torch.optim.Optimizer:
-    """Build AdamW, or the user's optimizer, over the parameters of ``module``; weight decay is for matrices only.
-
-    Biases and norms have no weight decay. ``fused`` chooses the fused step also on devices for which it is not the
-    default.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer != ADAMW:
-        own: torch.optim.Optimizer = build_custom_optimizer(config, groups)
-        return own
-    fused = fused or all(p.device.type in ("cuda", "cpu") for p in parameters)
-    return kind(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=fused,
-    )
-
-
-@contextmanager
-def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
-    """Context in which a step of the fused ``optimizer`` changes nothing, if ``skip``, a bool (), is true.
-
-    The fused kernel reads ``skip`` on the device; for a user's optimizer the host reads it before the step. Offloaded
-    parameters are stepped by the host, which waits here: torch would read the flag while it is still being copied.
-    """
-    optimizer.found_inf = skip.float().to(optimizer.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        del optimizer.found_inf  # type: ignore[attr-defined]
+# Norms of sharded gradients.
 
 
 def shared_squares(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, ...]:
@@ -363,7 +302,7 @@ class Engine:
 
 
 class TorchEngine(Engine):
-    """A model parallelized by torch, with AdamW; each strategy overrides the methods in which it differs.
+    """A model parallelized by torch; each strategy overrides the methods in which it differs.
 
     Args:
         module: the module that is called.
@@ -383,7 +322,9 @@ class TorchEngine(Engine):
         self.files = TensorFiles()
         if self.config.precision is Precision.fp16:
             self.loss_scale = LossScale(self.world.device)
-        self.optimizer = build_optimizer(trained, self.config.optim, fused=self.loss_scale is not None)
+        self.optimizer = build_optimizer(
+            trained, self.config.optim, fused=self.loss_scale is not None, world=self.world
+        )
         self._parameters = tuple(module.parameters())
         # Tensor-parallel ranks route the same tokens, and their gradients are summed. Each context-parallel rank has
         # the mean over its own tokens.

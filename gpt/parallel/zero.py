@@ -32,13 +32,8 @@ from gpt.model.gpt import GPT, Block
 from gpt.model.layers import autocast, cross_entropy
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World
-from gpt.parallel.engine import (
-    Clipped,
-    Engine,
-    RunLayout,
-    build_optimizer,
-    skipping,
-)
+from gpt.parallel.engine import Clipped, Engine, RunLayout
+from gpt.parallel.optimizer import build_optimizer, skipping
 from gpt.topology.deepspeed_config import casts_weights, checkpoint_settings, ds_config
 
 

@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gpt.accounting import BF16, FP32, GIB, count
+from gpt.accounting import BF16, FP32, GIB, count, count_hidden
 from gpt.components.facts import optimizer_state
 from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
+from gpt.config.optim import MUON
 from gpt.planning.rank_shards import (
     ParallelFactors,
     ParameterShard,
@@ -52,7 +53,7 @@ class RankMemory:
     """Weights in fp32; with DeepSpeed in bf16, the bf16 weights."""
     gradients: int = 0
     optimizer: int = 0
-    """AdamW's moments in fp32 and step counts; with DeepSpeed also the fp32 master weights."""
+    """AdamW's moments and Muon's momentum in fp32, and step counts; with DeepSpeed also the fp32 master weights."""
     compute_weights: int = 0
     """Weights that were all-gathered or cast for computing, and unsharded gradients before their reduction."""
     activations: int = 0
@@ -79,12 +80,22 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
         found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
         return found(config, dims.data_ranks, shards)
     stepped = shards.stored(dims.data_ranks) if config.parallel.strategy is Strategy.zero1 else shards.stored()
-    sizes_of_state = optimizer_state(config.optim)
     kept, gradients = FP32 * shards.stored(), FP32 * stepped
-    state = round(sizes_of_state.per_element * stepped) + sizes_of_state.per_tensor * shards.tensors
+    state = optimizer_bytes(config, shards, dims.data_ranks if config.parallel.strategy is Strategy.zero1 else None)
     if config.parallel.cpu_offload:
         return RankMemory(host=kept + gradients + state)
     return RankMemory(kept, gradients, state)
+
+
+def optimizer_bytes(config: TrainConfig, shards: ParameterShards, ranks: int | None) -> int:
+    """Return the bytes of a rank's optimizer state, sharded over ``ranks``, by default over FSDP's ranks."""
+    each = optimizer_state(config.optim)
+    found = round(each.per_element * shards.stored(ranks)) + each.per_tensor * shards.tensors
+    if config.optim.optimizer != MUON:
+        return found
+    # Muon has one momentum, and counts no steps.
+    hidden = replace(shards, block=tuple(p for p in shards.block if len(p.shape) > 1), around=())
+    return found - FP32 * hidden.stored(ranks) - each.per_tensor * hidden.tensors
 
 
 def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> RankMemory:
@@ -174,8 +185,14 @@ def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
 
 def shared_bytes(config: TrainConfig, world_size: int) -> int:
     """Return a rank's share of the weights and of the optimizer's state, in bytes."""
+    return math.ceil(checkpoint_bytes(config) / world_size)
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Return the bytes of all weights and of the optimizer's state, without counts of steps."""
     each = FP32 + optimizer_state(config.optim).per_element  # the weight, and for AdamW both moments
-    return math.ceil(count(config.model).total * each / world_size)
+    hidden = count_hidden(config.model).elements if config.optim.optimizer == MUON else 0
+    return round(count(config.model).total * each) - FP32 * hidden
 
 
 # Total memory of one rank: states, gathered weights, activations of micro-batches in flight, and logits.

@@ -24,7 +24,7 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.config.model import PARTS
-from gpt.config.optim import ADAMW
+from gpt.config.optim import ADAMW, MUON
 from gpt.config.rules import GROUPED_MULTIPLE, divisors, is_importable
 from gpt.topology import ParallelDims, check_expert, parallel_dims, split_batch
 from gpt.topology.deepspeed_config import ds_config
@@ -42,7 +42,7 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
     """
     dims = parallel_dims(config.parallel, world_size, ranks_per_node)
     checks = (check_parallel_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert)
-    for check in (*checks, check_selective, check_deepspeed):
+    for check in (*checks, check_selective, check_deepspeed, check_muon):
         check(config, dims)
     return dims
 
@@ -239,6 +239,16 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
             "parallel=fsdp, or precision=fp32",
         )
     ds_config(config, split_batch(config.optim, dims.data_ranks))
+
+
+def check_muon(config: TrainConfig, _: ParallelDims) -> None:
+    """Raise ConfigError for Muon over parameters in host memory."""
+    if config.optim.optimizer == MUON and config.parallel.cpu_offload:
+        raise ConfigError(
+            "optim.optimizer=muon with parallel.cpu_offload=true",
+            "matrices on the devices, which orthogonalize them, or an optimizer for parameters in host memory",
+            "parallel.cpu_offload=false, or optim.optimizer=adamw",
+        )
 
 
 def check_stages(config: TrainConfig, dims: ParallelDims) -> None:

@@ -13,10 +13,9 @@ from functools import partial
 
 from omegaconf import DictConfig
 
-from gpt.accounting import FP32, count, training_flops_per_token
+from gpt.accounting import count, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.checkpoint.target import check_target, saved_checkpoints, saved_copies
-from gpt.components.facts import optimizer_state
 from gpt.config import Device, ModelConfig, TrainConfig
 from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths
 from gpt.conversion.source import check_init_from
@@ -217,7 +216,6 @@ class GptWorkload(Workload):
         check_fit(corpus, config.model, config.eval.sequences)
         needed = memory.per_rank(config, dims, batch)
         refuse_what_does_not_fit(config, needed, request)
-        counted = count(config.model)
         step = estimated_step(config, dims, batch, request)
         step_s = None if step is None else step.step_s
         return WorkloadPlan(
@@ -238,7 +236,7 @@ class GptWorkload(Workload):
             },
             warnings=tuple(plan_warnings(config, batch, corpus, request, step_s)),
             max_steps=config.optim.max_steps,
-            checkpoint_bytes=round(counted.total * (FP32 + optimizer_state(config.optim).per_element)),
+            checkpoint_bytes=memory.checkpoint_bytes(config),
             step_s=None if on_cpus(config, request) else step_s,  # the estimate assumes one rate for all CPUs
             saves_more_often=f"checkpoint.interval={saves_more_often(config)}",
             checkpoints_kept=config.checkpoint.keep_last + 1,

@@ -9,11 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from gpt.accounting import FP32, GIB, count, training_flops_per_token
+from gpt.accounting import GIB, count, count_hidden, training_flops_per_token
 from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops
-from gpt.components.facts import optimizer_state
 from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
-from gpt.config.optim import describe_extended_schedule, describe_schedule
+from gpt.config.optim import MUON, describe_extended_schedule, describe_schedule, muon_options
 from gpt.config.train import float8_words
 from gpt.data.corpus import Corpus
 from gpt.planning.auto import (
@@ -26,7 +25,7 @@ from gpt.planning.auto import (
 )
 from gpt.planning.cost import estimate
 from gpt.planning.devices import Machine, cpus, free_memory, gpus, known_gpu, with_network
-from gpt.planning.memory import RankMemory, in_memory_bytes, per_rank, staging_bytes
+from gpt.planning.memory import RankMemory, checkpoint_bytes, in_memory_bytes, per_rank, staging_bytes
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
 from gpt.topology.check_dims import check_parallel_dims
@@ -191,8 +190,21 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Ran
         "batch": f"global batch {batch.global_batch} x {config.model.block_size} tokens = {batch.accumulation} "
         f"micro-batch{'es' if batch.accumulation > 1 else ''} of {batch.micro} per rank",
         "tokens": f"{tokens:,} a step, {tokens * steps:,} in {steps} steps",
+        **muon_row(config, tokens * training_flops_per_token(config.model).palm),
         "memory": f"{needed.total / GIB:.3f} GiB per rank ({parts}){host}",
         "data": corpus,
+    }
+
+
+def muon_row(config: TrainConfig, flops: float) -> dict[str, str]:
+    """Return the printed row on Muon beside a model that computes ``flops`` a step; empty for other optimizers."""
+    if config.optim.optimizer != MUON:
+        return {}
+    hidden = count_hidden(config.model)
+    cost = muon_options(config.optim)["ns_steps"] * hidden.flops
+    return {
+        "optimizer": f"Muon for {hidden.elements:,} parameters in matrices of the blocks, {cost / TERA:.3g} "
+        f"TFLOP a step, {cost / flops:.1%} of the model's; AdamW for the rest"
     }
 
 
@@ -271,7 +283,7 @@ DISK_BYTES_PER_S = 1e9
 def frequent_saves(config: TrainConfig, step_s: float) -> Iterator[str]:
     """Warn if writing a checkpoint takes longer than the steps until the next one: training waits for the disk."""
     steps = config.checkpoint.every().steps
-    size = count(config.model).total * (FP32 + optimizer_state(config.optim).per_element)
+    size = checkpoint_bytes(config)
     if steps and steps * step_s < size / DISK_BYTES_PER_S:
         yield (
             f"checkpoint.interval={steps}: a checkpoint of {size / GIB:.3g} GiB takes {size / DISK_BYTES_PER_S:.2g} s "

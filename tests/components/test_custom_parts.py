@@ -219,7 +219,7 @@ def test_state_of_an_optimizer_is_that_of_a_step_and_its_arguments_are_checked()
     assert optimizer_state(theirs).per_element == 12, "two moments, and the largest of the second"
     with pytest.raises(ConfigError, match="unexpected keyword argument 'momentum'"):
         optimizer_state(optim(optimizer="gpt_parts.optim:Lion", options={"momentum": 0.5}))
-    with pytest.raises(ConfigError, match="expected: arguments for an optimizer of your own only"):
+    with pytest.raises(ConfigError, match="expected: arguments for muon, or for an optimizer of your own"):
         optim(options={"momentum": 0.5}).validate()
     with pytest.raises(ConfigError, match=r"type next: optim\.optimizer=adamw"):
         optim(optimizer="adam").validate()

@@ -114,3 +114,24 @@ def test_ddp_has_the_setting_for_its_step_measurements() -> None:
     assert list(inspect.signature(getattr(DistributedDataParallel, name)).parameters) == ["self", "sample_rate"], (
         message
     )
+
+
+def test_muon_orthogonalizes_one_matrix_in_a_function_of_its_own() -> None:
+    from torch.optim import _muon
+
+    message = changed("torch", "optim._muon", "gpt/parallel/optimizer.py")
+    named = {"_zeropower_via_newtonschulz": ["grad", "ns_coefficients", "ns_steps", "eps"]}
+    named["_adjust_lr"] = ["lr", "adjust_lr_fn", "param_shape"]
+    for name, parameters in named.items():
+        assert list(inspect.signature(getattr(_muon, name)).parameters) == parameters, f"{message} ({name})"
+    assert isinstance(_muon.EPS, float), message
+
+
+def test_adamw_steps_a_group_without_tensors() -> None:
+    from torch.optim import adam
+
+    for function in (adam._fused_adam, adam._multi_tensor_adam):
+        source = inspect.getsource(function)
+        assert "if len(params) == 0:" in source or "if not params:" in source, changed(
+            "torch", f"optim.adam.{function.__name__}", "gpt/parallel/optimizer.py"
+        )

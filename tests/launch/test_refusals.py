@@ -95,6 +95,12 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
     ("model.vocab_size=100", "model.vocab_size=100", "model.vocab_size=256"),
     ("optim.min_lr=1", "optim.min_lr=1", "optim.min_lr="),
     (
+        ["optim.optimizer=muon", "optim.options={momentun: 0.9}"],
+        "optim.options={'momentun': 0.9} with optim.optimizer=muon",
+        "'optim.options={momentum: 0.95}'",
+    ),
+    ("optim.optimizer=moun", "optim.optimizer=moun", "optim.optimizer=muon"),
+    (
         "optim.decay_from=0.8",
         "optim.decay_from=0.8 with optim.schedule=cosine",
         "optim.schedule=wsd optim.decay_from=0.8",

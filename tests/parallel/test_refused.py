@@ -92,7 +92,19 @@ REFUSED = [
     (4, "parallel=fsdp parallel.fsdp_min_num_params=0", "fsdp_min_num_params=0", "parallel.fsdp_min_num_params=1"),
     (4, f"parallel=ddp {EACH}", EACH, "parallel=fsdp"),
     (4, f"parallel=pp_fsdp {EACH}", EACH, "parallel.reduce_each_micro_batch=false"),
+    (
+        2,
+        "parallel=fsdp_offload optim.optimizer=muon",
+        "muon with parallel.cpu_offload=true",
+        "parallel.cpu_offload=false",
+    ),
     # DeepSpeed.
+    (
+        2,
+        "parallel=zero2 optim.optimizer=muon",
+        "optim.optimizer=muon with parallel.strategy=deepspeed",
+        "parallel=fsdp",
+    ),
     (4, "parallel=zero2 parallel.pp=2", "zero_stage=2 with parallel.pp=2", "parallel.zero_stage=1"),
     (4, "parallel=zero3_offload parallel.pp=2", "zero_stage=3 with parallel.pp=2", "parallel=ds_pp_zero1"),
     *(

@@ -18,7 +18,7 @@ from gpt.config import OptimConfig
 from gpt.model.gpt import GPT
 from gpt.parallel import engine, nd
 from gpt.parallel.distributed import PendingSum, World
-from gpt.parallel.engine import AdamW, build_optimizer
+from gpt.parallel.optimizer import AdamW, build_optimizer
 from gpt.training.diagnostics import Gradients
 from gpt.training.step import keep_freed_memory
 from tests.support.distributed import run_distributed

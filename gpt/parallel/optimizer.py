@@ -1,0 +1,306 @@
+"""Optimizers of the engines: AdamW and Muon over whole or sharded parameters, or the user's; steps that are skipped."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import _muon
+
+from gpt.components import build_custom_optimizer
+from gpt.config import OptimConfig
+from gpt.config.optim import ADAMW, MUON, muon_options
+from gpt.parallel.distributed import World
+from gpt.parallel.dtensor import local_tensor
+from gpt.parallel.timeline import WORLD, waiting
+
+# AdamW (arXiv 1711.05101) and its skipped steps.
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, whose step works on the local shards of DTensors. Its state remains DTensors, for checkpoints.
+
+    Local shards suffice, since the step is elementwise and gradients are sharded like their parameters. On DTensors,
+    torch would derive a sharding for each parameter: 2 to 3 ms of host time per parameter in the first step. It would
+    also hash all parameters in each step, and refuse a list that mixes DTensors and plain tensors.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
+        has_complex = super()._init_group(group, *lists)  # fills the lists: parameters, gradients, state
+        lists[1][:] = map(sharded_alike, *lists[:2])
+        for tensors in lists:
+            tensors[:] = [local_tensor(tensor) for tensor in tensors]
+        return has_complex
+
+
+def sharded_alike(p: Tensor, grad: Tensor) -> Tensor:
+    """Return a gradient with the placements of its parameter; a partial sum is completed."""
+    if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
+        return grad.redistribute(placements=p.placements)
+    return grad
+
+
+@contextmanager
+def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
+    """Context in which a step of the fused ``optimizer`` changes nothing, if ``skip``, a bool (), is true.
+
+    The fused kernel reads ``skip`` on the device; for a user's optimizer the host reads it before the step. Offloaded
+    parameters are stepped by the host, which waits here: torch would read the flag while it is still being copied.
+    """
+    optimizer.found_inf = skip.float().to(optimizer.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+# Muon (https://kellerjordan.github.io/posts/muon; arXiv 2502.16982): the momentum of each hidden matrix, orthogonalized
+# by Newton-Schulz iterations.
+#
+# The momentum is sharded as its matrix is. The iterations need the whole matrix. So for each sharded matrix one of the
+# ranks that share it is the owner: it receives the parts, orthogonalizes, and returns to each rank its part of the
+# result. All matrices of a step travel in one all-to-all there and one back, in the bf16 in which the iterations begin.
+# A rank receives 4 bytes for each element that it stores. With an all-gather it would receive 2 bytes for each element
+# of the model, and every rank would do all iterations.
+#
+# Shapes: R rows and C columns of a matrix, or of a part of one; E experts.
+
+
+class Matrix(NamedTuple):
+    """A matrix of the model: name of its parameter, and number of the expert, 0 for a parameter without experts."""
+
+    parameter: str
+    expert: int
+
+
+class Part(NamedTuple):
+    """The part of a matrix that a rank stores."""
+
+    matrix: Matrix
+    whole: tuple[int, int]
+    """Rows and columns of the matrix."""
+    place: tuple[slice, slice]
+    """Rows and columns of the part, in the matrix."""
+    shape: tuple[int, int]
+    rank: int
+    """Rank that stores the part."""
+    owner: int
+    """Rank that orthogonalizes the matrix for this rank."""
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the part."""
+        return self.shape[0] * self.shape[1]
+
+
+Chunk = tuple[str, Sequence[int], Sequence[int], Sequence[int]]
+"""Name and shape of a parameter, and offsets and sizes of a rank's shard."""
+
+
+def chunk_of(name: str, p: Tensor) -> Chunk | None:
+    """Return this rank's shard of a parameter; None if the rank stores whole matrices of it, or nothing."""
+    if not isinstance(p, DTensor) or not p.to_local().numel() or p.to_local().shape[-2:] == p.shape[-2:]:
+        return None
+    (chunk,) = p.__create_chunk_list__()  # the function that checkpoints use
+    return name, list(p.shape), list(chunk.offsets), list(chunk.sizes)
+
+
+def share_out(chunks_of_ranks: Sequence[Sequence[Chunk]]) -> list[Part]:
+    """Return the parts of all sharded matrices on all ranks, each with its owner; the same list on every rank.
+
+    Replicas orthogonalize for themselves. In a replica, each matrix goes to the rank with the least elements so far.
+    """
+    holders: dict[tuple[Matrix, tuple[int, ...]], dict[tuple[int, ...], list[int]]]
+    holders = defaultdict(lambda: defaultdict(list))
+    for rank, chunks in enumerate(chunks_of_ranks):
+        for name, shape, offsets, sizes in chunks:
+            for expert in range(offsets[0], offsets[0] + sizes[0]) if len(shape) > 2 else (0,):
+                holders[Matrix(name, expert), tuple(shape[-2:])][*offsets[-2:], *sizes[-2:]].append(rank)
+    load: dict[int, int] = defaultdict(int)
+    parts = []
+    for (matrix, (height, width)), ranks_of in sorted(holders.items()):
+        for team in zip(*ranks_of.values(), strict=True):
+            owner = min(team, key=lambda rank: (load[rank], rank))
+            load[owner] += height * width
+            for rank, (row, column, rows, columns) in zip(team, ranks_of, strict=True):
+                place = slice(row, row + rows), slice(column, column + columns)
+                parts.append(Part(matrix, (height, width), place, (rows, columns), rank, owner))
+    return parts
+
+
+class Exchange:
+    """Orthogonalizes sharded matrices: each on its owner, which receives and returns the parts. Collective."""
+
+    def __init__(self, parts: Sequence[Part], world: World) -> None:
+        self._sent = sorted((p for p in parts if p.rank == world.rank), key=lambda p: p.owner)
+        self._received = sorted((p for p in parts if p.owner == world.rank), key=lambda p: p.rank)
+        ranks = range(world.size)
+        self._there = [sum(p.elements for p in self._sent if p.owner == rank) for rank in ranks]
+        self._back = [sum(p.elements for p in self._received if p.rank == rank) for rank in ranks]
+        self._nothing = torch.empty(0, dtype=torch.bfloat16, device=world.device)
+
+    def __call__(self, updates: dict[Matrix, Tensor], newton_schulz: Callable[[Tensor], Tensor]) -> None:
+        """Replace parts of matrices, (R, C) bf16 each, by those of the orthogonalized matrices; remove them from the
+        dict."""
+        sent = [updates.pop(part.matrix) for part in self._sent]
+        wholes = {part.matrix: self._nothing.new_empty(part.whole) for part in self._received}
+        received = [wholes[part.matrix][part.place] for part in self._received]
+        self._send(sent, received, self._there, self._back)
+        for whole in wholes.values():
+            whole.copy_(newton_schulz(whole))
+        self._send(received, sent, self._back, self._there)
+
+    def _send(self, given: Sequence[Tensor], taken: Sequence[Tensor], there: list[int], back: list[int]) -> None:
+        """Exchange tensors in the order of their ranks: send ``given``, and fill ``taken`` with what arrives."""
+        collectives, group = torch.ops._c10d_functional, dist.group.WORLD
+        assert group is not None
+        flat = torch.cat([self._nothing, *(tensor.reshape(-1) for tensor in given)])
+        with waiting(WORLD):
+            flat = collectives.wait_tensor(collectives.all_to_all_single(flat, back, there, group.group_name))
+        for tensor, values in zip(taken, flat.split([tensor.numel() for tensor in taken]), strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+
+class Muon(AdamW):
+    """Muon for hidden matrices, and AdamW for all other parameters.
+
+    A step of Muon has the result of ``torch.optim.Muon`` over whole matrices. Stacked experts, (E, R, C), are
+    orthogonalized one by one.
+
+    Args:
+        groups: parameter groups; those with ``muon`` contain hidden matrices only.
+        names: parameter of these groups -> its name, the same on all ranks.
+        config: config of the optimizer.
+        world: all ranks, which construct and step the optimizer together.
+        fused: choice of the fused step of AdamW.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        names: Mapping[nn.Parameter, str],
+        config: OptimConfig,
+        world: World,
+        fused: bool,
+    ) -> None:
+        super().__init__(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+        self._options = muon_options(config)
+        chunks = {p: chunk_of(name, p) for p, name in names.items()}
+        self._first = {
+            p: Matrix(names[p], chunk[2][0] if chunk is not None and p.dim() > 2 else 0) for p, chunk in chunks.items()
+        }
+        """Parameter -> the first of the matrices that this rank stores of it."""
+        parts = share_out(world.gather([chunk for chunk in chunks.values() if chunk is not None]))
+        self._exchange = Exchange(parts, world) if parts else None
+        # A hook, since a step of the superclass inside of another step would call the hooks of a step twice.
+        self.register_step_pre_hook(lambda *_: self._step_matrices())
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
+        return False if "muon" in group else super()._init_group(group, *lists)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # AdamW expects a count of steps in each state that it sees; those of matrices have none.
+        counted = {p: values for p, values in state["state"].items() if "step" in values}
+        super().__setstate__(state | {"state": counted})
+        self.state = state["state"]
+
+    @torch.no_grad()
+    def _step_matrices(self) -> None:
+        found = getattr(self, "found_inf", None)
+        if found is None:
+            found = local_tensor(self.param_groups[0]["params"][0]).new_zeros(())
+        skip = found.bool()
+        moved = [
+            (p, self._momentum(p, skip), group)
+            for group in self.param_groups
+            for p in (group["params"] if "muon" in group else ())
+        ]
+        updates: dict[Matrix, Tensor] = {}
+        for p, update, _ in moved:
+            name, first = self._first[p]
+            matrices = update.unbind() if update.dim() > 2 else [update]
+            updates |= {Matrix(name, first + number): matrix for number, matrix in enumerate(matrices)}
+        if self._exchange is not None:  # also on ranks that have no matrices
+            self._exchange(updates, self._newton_schulz)
+        for matrix in updates.values():
+            matrix.copy_(self._newton_schulz(matrix))
+        for p, direction, group in moved:
+            self._apply(p, direction, group, skip)
+
+    def _momentum(self, p: nn.Parameter, skip: Tensor) -> Tensor:
+        """Add this rank's gradient to its momentum; return the update before it is orthogonalized, bf16."""
+        state, options = self.state[p], self._options
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        momentum = local_tensor(state["momentum_buffer"])
+        # A parameter that took no part in the step counts as zeros: other ranks may wait for its part.
+        grad = torch.zeros_like(momentum) if p.grad is None else local_tensor(sharded_alike(p, p.grad))
+        following = momentum.lerp(grad, 1 - options["momentum"])
+        update = grad.lerp(following, options["momentum"]) if options["nesterov"] else following
+        momentum.copy_(torch.where(skip, momentum, following))
+        return update.bfloat16()
+
+    def _newton_schulz(self, matrix: Tensor) -> Tensor:
+        """Orthogonalize a whole matrix, (R, C) bf16, which is overwritten."""
+        coefficients, steps = self._options["ns_coefficients"], self._options["ns_steps"]
+        result: Tensor = _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, _muon.EPS)
+        return result
+
+    def _apply(self, p: nn.Parameter, direction: Tensor, group: dict[str, Any], skip: Tensor) -> None:
+        """Decay this rank's shard of a parameter, and move it along its part of the orthogonalized update."""
+        weight, lr = local_tensor(p), group["lr"]
+        rate = _muon._adjust_lr(lr, self._options["adjust_lr_fn"], p.shape[-2:])
+        stepped = weight.mul(1 - lr * group["weight_decay"]).add_(direction, alpha=-rate)
+        weight.copy_(torch.where(skip, weight, stepped))
+
+
+# The optimizer that a config names.
+
+
+def build_optimizer(
+    module: nn.Module,
+    config: OptimConfig,
+    kind: type[torch.optim.AdamW] = AdamW,
+    fused: bool = False,
+    world: World | None = None,
+) -> torch.optim.Optimizer:
+    """Build the optimizer over the parameters of ``module``; weight decay is for matrices only.
+
+    Biases and norms have no weight decay. Collective with Muon.
+
+    Args:
+        module: the module whose parameters are stepped.
+        config: config of the optimizer.
+        kind: class of AdamW.
+        fused: choice of the fused step also on devices for which it is not the default.
+        world: all ranks; needed by Muon only.
+    """
+    named = {p: name for name, p in module.named_parameters() if p.requires_grad}
+    is_muon = config.optimizer == MUON
+    hidden = {p: name for p, name in named.items() if is_muon and "blocks." in name and p.dim() in (2, 3)}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in named if p.dim() >= 2 and p not in hidden], "weight_decay": config.weight_decay},
+        {"params": [p for p in named if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [*hidden], "weight_decay": config.weight_decay, "muon": True},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = fused or all(p.device.type in ("cuda", "cpu") for p in named)
+    if is_muon:
+        assert world is not None
+        return Muon(groups, hidden, config, world, fused)
+    if config.optimizer != ADAMW:
+        own: torch.optim.Optimizer = build_custom_optimizer(config, groups)
+        return own
+    return kind(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fused,
+    )
