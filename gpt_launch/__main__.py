@@ -15,7 +15,7 @@ import gpt_launch.own_names  # noqa: F401  # before anything else of the project
 COMMANDS = {
     name: f"launch.{name}"
     for name in (
-        *("status", "logs", "cancel", "attach", "report", "verify", "doctor", "project", "keys", "storm"),
+        *("status", "why", "logs", "cancel", "attach", "report", "verify", "doctor", "project", "keys", "storm"),
         *("bench_network", "fleet", "agent", "batch", "move"),
     )
 }

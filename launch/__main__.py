@@ -110,6 +110,7 @@ COMMANDS = (
     "move",
     "keys",
     "batch",
+    "why",
 )
 """Other commands, each in a module of its own."""
 

@@ -8,7 +8,7 @@ import errno
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
@@ -159,6 +159,13 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
         things: plural; None for the singular with an s.
     """
     return f"{number} {thing if number == 1 else things or f'{thing}s'}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write increasing numbers in short: 0, 2-5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def duration_text(seconds: float) -> str:

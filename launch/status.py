@@ -31,6 +31,7 @@ from launch.slurm.status import (
     find_run_statuses,
     poll,
     update_from_event_log,
+    verdict_of,
     why_not_restarted,
 )
 from launch.slurm.watch import quiet_text, speed_text
@@ -44,6 +45,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
     """Return the state of a run for ``--json``. Unknown values are absent."""
     events, since = point.events(), point.job_status.since
     failure = point.failure() if point.state in ("failed", "running", "pending") else None
+    verdict = verdict_of(point)
     known = {
         "point": point.folder.point,
         "label": point.name,
@@ -77,6 +79,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "sick_nodes": sick_nodes(point) or None,
         "not_restarted": why_not_restarted(events),
         "usage": usage_text(point.folder) or None,
+        "verdict": verdict and {"kind": verdict.kind, "cause": verdict.sentence, "fix": verdict.fix},
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
     }
     return {key: value for key, value in known.items() if value is not None}
@@ -131,9 +134,9 @@ def status_notes(known: dict[str, Any]) -> list[str]:
         lines.append(f"continues with {nodes_text(known)} nodes: {known['fewer_nodes']['cause']}")
     failure = known.get("failure")
     if failure is not None:
-        step = f" after step {failure['step']}" if failure.get("step") is not None else ""
-        lines.append(f"rank {failure['rank']} on {failure['host']} failed first{step}: {failure['cause']}")
         lines.append(f"log: {failure['log']}")
+    if "verdict" in known:
+        lines += [f"why: {known['verdict']['cause']}", f"type next: {known['verdict']['fix']}"]
     if "not_restarted" in known:
         lines.append(f"not started again: {known['not_restarted']}")
     lines += [known["usage"]] if "usage" in known else []

@@ -34,7 +34,7 @@ from launch.process import become_helper, die_with_parent, lasting_imports
 LOOK_S = 0.2
 EARLY = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_")
 """Prefixes of variables that Python and its libraries read at their start. A forked process sets them too late."""
-LATE = ("PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
+LATE = ("PYTHONUNBUFFERED", "PYTHONFAULTHANDLER", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
 """Prefixes of exceptions from ``EARLY``: variables that take effect even if a forked rank sets them."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 

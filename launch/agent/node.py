@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -77,6 +79,26 @@ def start_time(pid: int) -> str | None:
     """
     fields = _stat_fields(pid)
     return None if fields is None else fields[19]
+
+
+def describe_wait(pid: int) -> str:
+    """Return the state of a process and the kernel function in which it waits: ``S pipe_read``, ``R 0``."""
+    try:
+        return f"{process_state(pid)} {Path(f'/proc/{pid}/wchan').read_text()}"
+    except OSError:
+        return process_state(pid)
+
+
+def count_oom_kills() -> int:
+    """Return how many processes of this process's cgroup the kernel has killed for memory; 0 if not known."""
+    count = 0
+    # Versions 2 and 1 of cgroups.
+    for names, path in re.findall(r"^\d+:(|memory):(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE):
+        file = "memory.oom_control" if names else "memory.events"
+        with suppress(OSError):
+            text = Path(f"/sys/fs/cgroup/{names}{path}/{file}").read_text()
+            count += sum(map(int, re.findall(r"^oom_kill (\d+)", text, re.MULTILINE)))
+    return count
 
 
 def _stat_fields(pid: int) -> list[str] | None:

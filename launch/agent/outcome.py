@@ -50,6 +50,7 @@ from launch.runs.events import failure_text, first_failure, last_index, select_e
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.slurm import client as scheduler
+from launch.why.rules import diagnose
 
 # Queries to Slurm's controller: why the job was stopped, and the requeue of the job.
 
@@ -252,6 +253,9 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
         is_lost = any(i in group.lost for i in rdzv.members)
         cause = Cause.node_failed if is_lost else cause_of_failure(failure)
         text = problems_text("lost", group.lost.values()) if is_lost else text
+        if verdict := diagnose(folder):
+            context.record("verdict", attempt=attempt, kind=verdict.kind, cause=verdict.sentence, fix=verdict.fix)
+            text = f"{text}\n{verdict}"
     return apply_decision(context, attempt, cause, text, left=group.next_size)
 
 

@@ -33,12 +33,13 @@ from launch.agent.exchange import POLL_S, derive
 from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.health import gpu_telemetry
 from launch.agent.node import VISIBLE_GPUS, AgentContext, Attempt, Node, RendezvousRound, RunContext
-from launch.agent.watch import RankRecords, Watch
+from launch.agent.watch import RankRecords, Watch, log_end
 from launch.config import Config
 from launch.config.compose import workload_of
 from launch.process import set_default_threads
 from launch.runs import heartbeat
 from launch.runs.environment import Gpu, set_defaults, set_dump_file, visible_gpus
+from launch.runs.events import ECHO
 from launch.runs.folder import RunFolder, read_plan
 from launch.runs.usage import UsageMeter, usage_file
 from launch.worker import STORE_PREFIX
@@ -95,6 +96,7 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
     """Set the variables of this process that ranks inherit in every attempt."""
     set_default_threads(config.ranks_on_node)
     os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a crash in compiled code leaves its stack in the log
     # All nodes have the same number of ranks, so elastic's agents need not write sizes into a store that strangers can
     # reach.
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
@@ -219,11 +221,11 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
         finally:
             records.close()
             rank_agent.usage.write(usage_file(context.folder, rdzv.attempt, context.node.index))
-    if result is not None and result.is_failed():
-        # First the event log: the head node reads the failure there as soon as it receives the report.
-        records.record_silent_failures(result, rank_agent.killed)
-        group.report_failed(rdzv.number)
-        return watch.kill_reason or "ranks failed on this node"
+        if result is not None and result.is_failed():
+            # First the event log: the head node reads the failure there as soon as it receives the report.
+            records.record_silent_failures(result, rank_agent.killed)
+            group.report_failed(rdzv.number)
+            return watch.kill_reason or "ranks failed on this node"
     if watch.kill_reason is None:  # Otherwise the failure is on another node.
         records.record_end(rank_agent.asks_for_requeue)
     return watch.kill_reason
@@ -403,6 +405,9 @@ class RankAgent(LocalElasticAgent):
         patience_s = self._attempt.config.resilience.grace_period_s if is_requeue else LAST_MESSAGES_S
         if time.monotonic() - self._first_exit < patience_s:
             return True
+        logs = [self._attempt.log(self._attempt.ranks[local]) for local, code in enumerate(codes) if code]
+        if all(ECHO.search(log_end(log)) for log in logs):  # a collective timed out: ranks that still run show why
+            self._watch.record_stacks(self.ranks())
         self.send(signal.SIGKILL)
         return False
 

@@ -8,7 +8,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,13 +261,31 @@ class Watch:
         Returns a text that blames the rank with the longest silence; None if all ranks make progress.
         """
         stuck = self._watchdog.poll(agent.ranks(), share)
-        for one in stuck:
-            stacks = stack_of(one.pid, self._attempt.log(one.rank)) if one.step is not None else ""
-            enter_failure(
-                self._attempt.folder, self._attempt.number, one.rank,
-                cause=one.why, trace=stacks, step=one.step, hung=True, since=one.since,
-            )  # fmt: skip
+        if stuck:
+            self.record_stacks(agent.ranks(), stuck)
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
+
+    def record_stacks(self, pids: Mapping[int, int], stuck: Sequence[StuckRank] = ()) -> None:
+        """Record the ranks in ``stuck`` as failed, with their stacks, and the stacks of all other ranks in ``pids``.
+
+        A rank without a heartbeat gets no signal, and has no stacks.
+        """
+        attempt = self._attempt
+        paths = {rank: attempt.heartbeats / str(rank) for rank in pids}
+        beats = {rank: beat for rank, path in paths.items() if (beat := heartbeat.read_heartbeat(path))}
+        states = {rank: processes.describe_wait(beat.pid) for rank, beat in beats.items()}
+        with ThreadPoolExecutor() as pool:
+            stacks = dict(
+                zip(beats, pool.map(lambda rank: stack_of(beats[rank].pid, attempt.log(rank)), beats), strict=True)
+            )
+        for one in stuck:
+            enter_failure(
+                attempt.folder, attempt.number, one.rank, cause=one.why, trace=stacks.get(one.rank, ""),
+                step=one.step, hung=True, since=one.since, state=states.get(one.rank),
+            )  # fmt: skip
+        for rank in beats.keys() - {one.rank for one in stuck}:
+            known = {"step": beats[rank].step, "state": states[rank], "traceback": stacks[rank]}
+            attempt.record("stacks", attempt=attempt.number, rank=rank, host=attempt.node.host, **known)
 
     def find_lost(self) -> str | None:
         """Return a text that names a lost node; None if no node is lost.
@@ -288,6 +307,11 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 """Pattern of the line in a Python traceback that names the exception."""
 
 
+WHAT = re.compile(r"^ *what\(\)(:.*)", re.MULTILINE)
+"""Pattern of the message of an uncaught exception in C++."""
+PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
+
+
 class RankRecords:
     """Writer of the records of this node's ranks in one attempt that the ranks do not write themselves."""
 
@@ -298,6 +322,7 @@ class RankRecords:
         self._unwritten_part: dict[str, Any] | None = None
         self._environment: dict[str, Any] | None = None
         self._is_environment_written = False
+        self._oom_kills = processes.count_oom_kills()
 
     def begin(self) -> None:
         """Record the start and the environment of the ranks, unless the ranks record both."""
@@ -381,8 +406,8 @@ class RankRecords:
             # Rank 0 of a script that uses launch.worker records its end itself.
             attempt.record("stopped" if stop.count else "finished", **details, **stop_details(stop))
 
-    def record_silent_failures(self, result: RunResult, killed: Collection[int]) -> None:
-        """Record ranks that died without a record, with their traceback or the end of their log.
+    def record_silent_failures(self, result: RunResult, killed: Set[int]) -> None:
+        """Record ranks that died without a record, with their traceback or the end of their log, and ranks that left.
 
         Args:
             result: exit status of each rank of this node.
@@ -390,6 +415,8 @@ class RankRecords:
         """
         attempt, contract = self._attempt, self._contract
         known = {e["rank"] for e in attempt.events("rank_failed", attempt=attempt.number)}
+        for rank in sorted({*attempt.ranks} - killed - result.failures.keys()):
+            attempt.record("rank_left", attempt=attempt.number, rank=rank, host=attempt.node.host, left=True)
         kinds: dict[str, int] = {}
         for rank, failure in sorted(result.failures.items()):
             # A program that does not know the launcher may end in any way after a request to stop.
@@ -397,22 +424,35 @@ class RankRecords:
             if rank in known or rank in killed or stopped or failure.exitcode == contract.requeue_exit:
                 continue
             cause, trace = failure_message(failure, attempt.log(rank))
+            if failure.exitcode == -signal.SIGKILL and processes.count_oom_kills() > self._oom_kills:
+                cause += ", out of memory: the kernel has killed a process of this job for its memory"
             first = kinds.setdefault(failure_kind(cause, trace), rank)
             same = None if first == rank else first
-            enter_failure(attempt.folder, attempt.number, rank, cause=cause, trace=trace, same_as=same)
+            beat = heartbeat.read_heartbeat(attempt.heartbeats / str(rank))
+            step = None if beat is None else beat.step
+            enter_failure(attempt.folder, attempt.number, rank, cause=cause, trace=trace, step=step, same_as=same)
+
+
+def log_end(log: Path) -> str:
+    """Return the last lines of a log, after a crash in compiled code those from the crash on; empty without a log.
+
+    The prefix ``[rank0]: `` of torch's tracebacks is left out.
+    """
+    text = PREFIX.sub("", log.read_text(errors="replace")) if log.exists() else ""
+    crash = text.rfind("Fatal Python error")
+    # C++ prints its exception before. Stacks of many threads are long.
+    return "\n".join(text.splitlines()[-30:]) if crash < 0 else text[max(0, crash - 500) :][:20_000]
 
 
 def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
     """Return cause and traceback of a rank's failure, from the error file of torch's @record or the rank's log."""
-    try:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-    except FileNotFoundError:
-        end = ""
+    end = log_end(log)
     message = failure.error_file_data.get("message") if failure.error_file_data else None
     if isinstance(message, dict) and message.get("message"):
         return str(message["message"]), str((message.get("extraInfo") or {}).get("py_callstack") or end)
     number = -failure.exitcode
     if number > 0:
-        return f"killed by {signal.Signals(number).name}", end
+        what = "".join(WHAT.findall(end)[-1:])
+        return f"killed by {signal.Signals(number).name}{what}", end
     last = LAST_LINE.findall(end)
     return (f"{last[-1]} (exit status {failure.exitcode})" if last else f"exit status {failure.exitcode}"), end

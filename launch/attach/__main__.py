@@ -26,7 +26,7 @@ import psutil
 
 import gpt_launch.own_names  # noqa: F401
 from launch.config.compose import read_point
-from launch.errors import CommandParser, ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, ranges, refusing
 from launch.logs import find_run
 from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
@@ -79,6 +79,12 @@ def answers(job: str | None, run: Path, *words: str) -> list[str]:
         fix = f"python -m launch.status {shlex.quote(str(run))}"
         raise ConfigError(f"nodes of {run} that do not answer: {done.stderr.strip()}", "a run whose nodes work", fix)
     return done.stdout.splitlines()
+
+
+def stacks_of(point: RunStatus) -> Stacks:
+    """Return the stacks of all ranks of a running run. Raises ConfigError if it does not run, or if srun fails."""
+    lines = answers(job_of_nodes(point), point.folder.path, "--stacks")
+    return {int(rank): text for line in lines for rank, text in json.loads(line).items()}
 
 
 # On every node: the processes of the ranks.
@@ -137,13 +143,6 @@ def grouped(stacks: Stacks) -> str:
     return "\n\n".join(f"{len(ranks)} of {len(stacks)} ranks: {ranges(ranks)}\n{text}" for text, ranks in ordered)
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Write increasing numbers in short: 0, 2-5."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
-
-
 def attach(args: argparse.Namespace) -> int:
     """Print the stacks of a run, or run a command beside a rank. Returns the exit status of the command.
 
@@ -151,11 +150,10 @@ def attach(args: argparse.Namespace) -> int:
         ConfigError: the run does not run, has no such rank, or its nodes do not answer.
     """
     point = find_run(args.path)
-    job, run = job_of_nodes(point), point.folder.path
     if args.stacks:
-        lines = answers(job, run, "--stacks")
-        print(grouped({int(rank): text for line in lines for rank, text in json.loads(line).items()}))
+        print(grouped(stacks_of(point)))
         return 0
+    job, run = job_of_nodes(point), point.folder.path
     rank = f"--rank={args.rank}"
     found = answers(job, run, rank, "--find")
     if not found:

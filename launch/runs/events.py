@@ -183,15 +183,17 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
     """
     cause = f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
-    # Files and lines are equal for equal failures, while messages may name the rank.
-    places = "\n".join(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__))
-    same = None if isinstance(error, ConfigError) else same_failure(rank, failure_kind(cause, places))
+    same = None if isinstance(error, ConfigError) else same_failure(rank, failure_kind(cause, trace))
     enter_failure(folder, attempt, rank, cause=cause, trace=trace, step=step, same_as=same)
 
 
-def failure_kind(cause: str, places: str) -> str:
-    """Return a text that is equal for failures that need one traceback: echoes, or equal type and source lines."""
-    return "echo" if ECHO.search(cause) else f"{cause.partition(':')[0]}\n{places}"
+def failure_kind(cause: str, trace: str) -> str:
+    """Return a text that is equal for failures that need one traceback: equal source lines, of echoes or of one type.
+
+    Messages are left out, since they may name the rank.
+    """
+    places = re.findall(r'File "[^"]*", line \d+', trace)
+    return "\n".join(["echo" if ECHO.search(cause) else cause.partition(":")[0], *places])
 
 
 def same_failure(rank: int, kind: str) -> int | None:

@@ -300,6 +300,14 @@ def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
     )
 
 
+def accounted_state(job_id: str) -> str:
+    """Return the state of a job in Slurm's accounting, such as NODE_FAIL; empty without an entry or accounting."""
+    try:
+        return run("sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", job_id).strip()
+    except SlurmError:
+        return ""
+
+
 def unix_time(text: str) -> float | None:
     """Return the Unix seconds of a time that Slurm prints in local time; None for ``Unknown`` and other words."""
     try:

@@ -21,6 +21,8 @@ from launch.runs.records import recent_records
 from launch.slurm.client import RETRIES, JobState, SlurmError
 from launch.slurm.jobs import ACTIVE, Job, LocalQueueEntry, SlurmJob, agent_logs, ask_queue, find_unrecorded, job_of
 from launch.slurm.limits import advice
+from launch.why.facts import job_event
+from launch.why.rules import Verdict, diagnose
 
 NOT_ASKED = JobState("UNKNOWN")
 OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placement_timeout")
@@ -416,8 +418,20 @@ def update_steps(point: RunStatus) -> None:
 # Explanations of ends for people.
 
 
+def verdict_of(point: RunStatus) -> Verdict | None:
+    """Return the verdict on the newest attempt of a point; None if the point did not fail."""
+    if point.state != "failed" and (point.is_over or point.failure() is None):
+        return None
+    return diagnose(point.folder, [job_event(point.job_status.state)] if point.job_status.phase == "over" else ())
+
+
 def explain_end(point: RunStatus) -> str:
-    """Explain why a point did not finish, and name the log with more details."""
+    """Explain why a point did not finish. Names the log with more details, and the verdict in the last lines."""
+    verdict = verdict_of(point)
+    return _explain_end(point) + (f"\n{verdict}" if verdict else "")
+
+
+def _explain_end(point: RunStatus) -> str:
     head = f"{point.name} {point.state}" + (f" ({point.detail})" if point.detail else "")
     failed = point.state == "failed"
     if failed and is_full(point.folder.path):

@@ -101,6 +101,7 @@ def run_of_environment(environment: Mapping[str, str]) -> Run:
         with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # Standard error may be no file.
             # The agent of a rank without progress requests the stacks of its threads by this signal.
             faulthandler.register(signal.SIGQUIT)
+            faulthandler.enable()  # a forked rank has not read PYTHONFAULTHANDLER
         # A killed wrapper between agent and rank, such as a shell or `uv run`, would leave the rank behind.
         wrapper = None if is_direct else parent
         threading.Thread(target=beat_on, args=(heartbeat, wrapper), name="heartbeat", daemon=True).start()

@@ -197,4 +197,4 @@ def test_a_run_whose_ranks_did_not_fail_says_why_it_does_not_start_again(folder:
     )
     point = find_run_status(folder)
     update(point, {SlurmJob("7").job_id: JobState("FAILED", "None")})
-    assert explain_end(point).endswith("\nnot started again: the limit is reached")
+    assert "\nnot started again: the limit is reached\nwhy: the job was preempted\n" in explain_end(point)

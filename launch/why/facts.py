@@ -1,0 +1,282 @@
+"""Facts about the end of an attempt: what each rank did last, by event log, stacks, step records and dumps."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import linecache
+import math
+import pickle
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from launch.runs.environment import DUMP_PREFIX, dumped_ranks
+from launch.runs.events import Events, events_since_submission, first_failure, select_events
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+
+# Stacks and tracebacks as text -> frames.
+
+
+FRAME = re.compile(r'^ +File "([^"]+)", line (\d+)(,?) in (\S+)', re.MULTILINE)
+LIBRARY = re.compile(r"/(site|dist)-packages/|/lib/python3[^/]*/|^<|/launch/(worker|agent)/")
+"""Files that are not the user's program."""
+COLLECTIVE = re.compile(r"torch/distributed/(distributed_c10d|_functional_collectives)\.py$")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A line of a stack."""
+
+    file: str
+    line: int
+    function: str
+
+
+def parse_stack(text: str) -> list[Frame]:
+    """Return the frames of the thread that matters, innermost first; empty without a stack.
+
+    In stacks of faulthandler, that is the main thread, which comes last; after a crash, the thread that crashed. Of a
+    Python traceback, the last exception counts.
+    """
+    block = text.rpartition("Traceback (most recent call last)")[2]
+    if "(most recent call first)" in text:
+        crashed = text.partition("Fatal Python error")[2].partition("Current thread")[2].partition("\n\n")[0]
+        block = crashed or text.rpartition("(most recent call first)")[2]
+    found = FRAME.findall(block)
+    frames = [Frame(file, int(line), function) for file, line, _, function in found]
+    return frames[::-1] if any(comma for *_, comma, _ in found) else frames
+
+
+# One rank, or a cause that has no rank.
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What is known of one rank at the end of an attempt. Most fields are those of its event."""
+
+    source: Path
+    """File with the evidence."""
+    rank: int | None = None
+    """None for a host, or for the run as a whole."""
+    host: str = ""
+    step: int | None = None
+    """Steps done."""
+    cause: str = ""
+    """Failure of the rank; empty if it did not fail."""
+    traceback: str = ""
+    """Traceback, stacks, or end of the log."""
+    echo: bool = False
+    """True if the rank failed because it lost another rank."""
+    hung: bool = False
+    left: bool = False
+    """True if the rank left with exit status 0 while other ranks worked."""
+    since: float = math.inf
+    """Time of the last progress of a hung rank, Unix seconds."""
+    state: str = ""
+    """State of the process, and the kernel function in which it waits: S pipe_read."""
+    dump: Mapping[str, Any] = field(default_factory=dict)
+    """Last collective in torch's flight recorder: name, group, seq, sizes, done. Empty without a dump."""
+
+    @cached_property
+    def frames(self) -> list[Frame]:
+        """Frames of the thread that matters, innermost first; empty without a stack."""
+        return parse_stack(self.traceback)
+
+    @property
+    def own(self) -> Frame | None:
+        """Innermost frame of the user's program; of any program if there is none; None without a stack."""
+        return next((frame for frame in self.frames if not LIBRARY.search(frame.file)), next(iter(self.frames), None))
+
+    @property
+    def place(self) -> str:
+        """File and line of the user's program, such as train.py:88; empty if not known."""
+        return "" if self.own is None else f"{Path(self.own.file).name}:{self.own.line}"
+
+    @property
+    def collective(self) -> str:
+        """Name of the collective in which the rank waits; empty if it waits in none."""
+        if self.cause.startswith(("stopped", "frozen")):
+            return ""
+        inside = [frame.function for frame in self.frames if COLLECTIVE.search(frame.file)]
+        if inside:
+            return inside[-1]
+        if not self.frames:
+            return "" if self.dump.get("done", True) else str(self.dump["name"])
+        # DDP reduces gradients inside the backward pass.
+        in_backward = self.frames[0].function == "_engine_run_backward" and not self.state.startswith("R")
+        return "backward" if in_backward else ""
+
+    @property
+    def activity(self) -> str:
+        """Cause, process state, innermost line and files of the stack: ``state ...``, ``at ...``, ``in ...``."""
+        sources = [f"at {linecache.getline(frame.file, frame.line).strip()}" for frame in self.frames[:1]]
+        return "\n".join([self.cause, f"state {self.state}", *sources, *(f"in {frame.file}" for frame in self.frames)])
+
+    @property
+    def who(self) -> str:
+        """Rank and host as text."""
+        return f"rank {self.rank} on {self.host}" if self.host else f"rank {self.rank}"
+
+    @property
+    def waits_in(self) -> str:
+        """Collective, place, group and step at which the rank waits, as text."""
+        at = f" ({self.place})" if self.place else ""
+        group = f" of group {self.dump['group']}" if self.dump else ""
+        return f"{self.collective}{at}{group}" + (f" since step {self.step}" if self.step is not None else "")
+
+
+# Flight recorder of torch: the last collectives of a rank.
+
+
+class _Plain(pickle.Unpickler):
+    """Unpickler of numbers, texts and containers. A pickle with anything else is refused: it could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} in a dump of the flight recorder")
+
+
+MOST_DUMPS = 64
+"""Largest number of dumps that are read: each may have 20,000 collectives."""
+
+
+def read_dump(path: Path) -> dict[str, Any]:
+    """Return the last collective in a dump: name, group, seq, sizes, done. Empty if it cannot be read."""
+    try:
+        last = max(_Plain(io.BytesIO(path.read_bytes())).load()["entries"], key=lambda entry: int(entry["record_id"]))
+        return {
+            "name": last["profiling_name"].partition(":")[2],
+            "group": last["process_group"][1],
+            "seq": last["collective_seq_id"],
+            "sizes": last["input_sizes"],
+            "done": last["state"] == "completed",
+        }
+    except (OSError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError):
+        return {}
+
+
+# All facts.
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts about the newest attempt of a run."""
+
+    folder: RunFolder
+    attempt: int
+    events: Events
+    """Events of the attempt, and those since the last submission that name no attempt."""
+    ranks: Sequence[RankFacts]
+    """Ranks that failed, hung, left early or gave stacks, by number."""
+    first: RankFacts | None
+    """Rank that failed first; an echo only if there is no other failure."""
+
+    @cached_property
+    def waiting(self) -> list[RankFacts]:
+        """Ranks that wait in a collective, or whose wait in one has failed."""
+        return [rank for rank in self.ranks if rank.collective]
+
+    @cached_property
+    def others(self) -> list[RankFacts]:
+        """Ranks with stacks outside of collectives, longest silence first. If all ranks wait: those that the flight
+        recorder has behind other ranks of their group.
+        """
+        busy = [rank for rank in self.ranks if rank.frames and not rank.collective and not rank.echo]
+        seqs = [(rank.dump["group"], rank.dump["seq"], rank) for rank in self.waiting if rank.dump]
+        behind = [rank for group, seq, rank in seqs if any(g == group and s > seq for g, s, _ in seqs)]
+        return sorted(busy or behind, key=lambda rank: rank.since)
+
+    @cached_property
+    def not_finite(self) -> RankFacts | None:
+        """Rank and step of the first record with a loss or gradient norm that is not finite; None without one."""
+        bad = [
+            RankFacts(self.folder.metrics(rank), rank, step=record["step"])
+            for rank in self.folder.metric_ranks()
+            for record in read_records(self.folder.metrics(rank))
+            if record["attempt"] == self.attempt and not _is_finite(record)
+        ]
+        return min(bad, key=lambda one: (one.step, one.rank), default=None)
+
+    def evidence(self) -> list[tuple[str, Path]]:
+        """Return the facts as sentences, each with the file that it comes from."""
+        log, told = self.folder.events, []
+        for rank in self.ranks:
+            own = rank.own
+            parts = (
+                rank.cause.partition("\n")[0] or ("left with exit status 0" if rank.left else "was working"),
+                "an echo" if rank.echo else "",
+                "" if rank.step is None else f"step {rank.step}",
+                f"in {own.function}, {own.file}:{own.line}" if own else "",
+                f"process state {rank.state}" if rank.state else "",
+                f"flight recorder {rank.dump}" if rank.dump else "",
+            )
+            told.append((f"{rank.who}: {'; '.join(filter(None, parts))}", rank.source))
+        for event in select_events(self.events, *TELLING):
+            told.append((f"{event['event']}: {event.get('cause', event.get('rank'))}", log))
+        for before, after in itertools.pairwise(self.events):
+            if after["time"] < before["time"] - CLOCK_S:
+                told.append((f"a clock jumped, or clocks of hosts differ, at the event {after['event']}", log))
+        return told
+
+
+JOB = "job"
+"""Name of an event that no log has: the end of the job, whose cause is the state that Slurm gives it."""
+TELLING = (
+    "node_lost",
+    "node_sick",
+    "step_skipped",
+    "replicas_differ",
+    "start_refused",
+    "attempt_ended",
+    "straggler",
+    JOB,
+)
+"""Events that are evidence by their cause, or by their rank."""
+CLOCK_S = 5.0
+"""Seconds by which an event may be earlier than the one before: clocks of hosts differ a little."""
+
+
+def _is_finite(record: Mapping[str, Any]) -> bool:
+    return all(math.isfinite(record.get(name) or 0.0) for name in ("loss", "grad_norm"))
+
+
+def read_facts(folder: RunFolder, more: Events = ()) -> Facts:
+    """Read the facts about the newest attempt of a run.
+
+    Args:
+        folder: folder of the run.
+        more: events that its log does not have: ``job_event``, and ``stacks`` of ranks that run now.
+    """
+    attempt = max(folder.attempts(), default=0)
+    events = [e for e in events_since_submission(folder.read_events()) if e.get("attempt") in (None, attempt)]
+    events += more
+    failed = select_events(events, "rank_failed")
+    traces = {(e.get("host"), e["rank"]): e.get("traceback", "") for e in failed}
+    # A rank that failed as another one of its host does has no traceback of its own.
+    failed = [e | {"traceback": traces.get((e.get("host"), e.get("same_as", e["rank"])), "")} for e in failed]
+    known = [*select_events(events, "rank_left", "stacks"), *reversed(failed)]
+    found = {event["rank"]: _rank_facts(folder, attempt, event) for event in known}
+    for rank in dumped_ranks(folder.attempt(attempt))[:MOST_DUMPS]:
+        one = found.get(rank) or _rank_facts(folder, attempt, {"rank": rank})
+        found[rank] = replace(one, dump=read_dump(folder.attempt(attempt) / f"{DUMP_PREFIX}{rank}"))
+    first = first_failure(events, attempt)
+    ranks = [found[rank] for rank in sorted(found)]
+    return Facts(folder, attempt, events, ranks, None if first is None else found[first["rank"]])
+
+
+def job_event(state: str) -> dict[str, Any]:
+    """Return the end of a job, in the state that Slurm names, as an event."""
+    return {"event": JOB, "time": time.time(), "cause": state}
+
+
+def _rank_facts(folder: RunFolder, attempt: int, event: Mapping[str, Any]) -> RankFacts:
+    """Return what an event tells of its rank."""
+    names = {one.name for one in fields(RankFacts)}
+    return RankFacts(
+        folder.log(attempt, event["rank"]), **{k: v for k, v in event.items() if k in names and v is not None}
+    )

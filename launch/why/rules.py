@@ -1,0 +1,242 @@
+"""The table of rules that turns facts about a failed or hanging attempt into a verdict. The first rule that fits wins.
+
+A new cause is one more row in ``RULES``, above the rows that are less certain: its kind, a function that returns the
+rank to blame or None, a sentence, and what to type next.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from textwrap import shorten
+
+from launch.errors import ranges
+from launch.runs.events import Events, select_events
+from launch.runs.folder import RunFolder
+from launch.why.facts import JOB, Facts, RankFacts, read_facts
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The cause of a failed or hanging attempt."""
+
+    kind: str
+    """Name of the rule; ``unknown`` if none fits."""
+    sentence: str
+    fix: str
+    """What to type next."""
+    rank: int | None
+    host: str
+    place: str
+    """File and line of the user's program; empty if not known."""
+    step: int | None
+    """Steps that the rank had done; None if not known."""
+    evidence: tuple[tuple[str, Path], ...]
+    """Facts, each with the file that it comes from."""
+
+    def __str__(self) -> str:
+        return f"why: {self.sentence}\ntype next: {self.fix}"
+
+
+Find = Callable[[Facts], RankFacts | None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table.
+
+    ``sentence`` and ``fix`` may name {failed} (rank, step, cause and place of a failure), {scene} (which ranks wait,
+    and where the blamed rank is), {scenes} (all that wait), and the other names that ``_texts`` returns.
+    """
+
+    kind: str
+    find: Find
+    """Function that returns the rank to blame; None if the rule does not fit."""
+    sentence: str
+    fix: str
+
+
+# Conditions of rules.
+
+
+def failed_with(pattern: str) -> Find:
+    """Fit if ``pattern`` is in the cause of a failure that is neither an echo nor a hang."""
+    wanted = re.compile(pattern, re.IGNORECASE)
+
+    def find(facts: Facts) -> RankFacts | None:
+        own = (rank for rank in (facts.first, *facts.ranks) if rank and not rank.echo and not rank.hung)
+        return next((rank for rank in own if wanted.search(rank.cause)), None)
+
+    return find
+
+
+def recorded(*names: str, cause: str = "") -> Find:
+    """Fit if the attempt has such an event, with a cause that begins with the pattern ``cause``; blame its host."""
+
+    def find(facts: Facts) -> RankFacts | None:
+        for event in reversed(select_events(facts.events, *names)):
+            if re.match(cause, str(event.get("cause"))):
+                return RankFacts(facts.folder.events, None, event.get("host", ""), cause=str(event.get("cause")))
+        return None
+
+    return find
+
+
+def elsewhere(pattern: str) -> Find:
+    """Fit if ``pattern`` is in the activity of the rank outside of collectives with the longest silence."""
+    wanted = re.compile(pattern, re.MULTILINE)
+    return lambda facts: next((one for one in facts.others[:1] if wanted.search(one.activity)), None)
+
+
+def mismatched(facts: Facts) -> RankFacts | None:
+    """Fit if all ranks hang in collectives that differ, by name, place or sizes."""
+    # A send and the receive that fits it differ, too.
+    waiting = [rank for rank in facts.waiting if not re.search("send|recv", rank.collective)]
+    different = {(rank.collective, rank.place, str(rank.dump.get("sizes"))) for rank in waiting}
+    return waiting[-1] if not facts.others and len(different) > 1 else None
+
+
+def all_wait(facts: Facts) -> RankFacts | None:
+    """Fit if all ranks of the attempt wait in one collective, or lost each other there."""
+    size = max([event.get("world_size", 0) for event in select_events(facts.events, "started")], default=0)
+    return facts.waiting[0] if 1 < size == len(facts.waiting) and not facts.others else None
+
+
+def diverged(facts: Facts) -> RankFacts | None:
+    """Fit if a rank failed for a number that is not finite; blame the first rank that recorded one."""
+    failed = failed_with(r"FloatingPoint|RepeatedFailure|\bnan\b|\binf\b|not finite|non-?finite")(facts)
+    return failed and (facts.not_finite or failed)
+
+
+# The table.
+
+
+LOGS = "python -m launch.logs {run} --rank {rank}"
+AGAIN = "the same command, which continues from the last checkpoint if there is one"
+MEMORY = "cluster.mem_gb=N with a larger N, or fewer loader workers"
+LOCKS = r"^at .*(\.acquire\(|\bwith\b.*lock|\.join\(|\.wait\(|\.get\()|^in .*/(threading|queue)\.py$"
+READS = r"^state D|^state [^R](?! futex).*\nat .*(open\(|read|recv|write|load\(|fsync|flush\(|stat\()"
+RULES = (
+    Rule("refused", recorded("start_refused"), "the ranks were not started: {cause}", "what the refusal names"),
+    Rule("node_lost", recorded("node_lost"), "node {host} was lost: {cause}", "sinfo --nodes={host}"),
+    Rule("bit_flip", recorded("replicas_differ"), "{cause}", "cluster.exclude=HOST with that host"),
+    Rule("node_lost", recorded(JOB, cause="NODE_FAIL"), "a node of the job failed (Slurm: {cause})", AGAIN),
+    Rule("oom_kill", recorded(JOB, cause="OUT_OF_ME"), "the job was killed for its memory (Slurm: {cause})", MEMORY),
+    Rule(
+        "time_limit", recorded(JOB, "attempt_ended", cause="TIMEOUT|timed_out"), "the job reached its time limit", AGAIN
+    ),
+    Rule("preempted", recorded(JOB, "attempt_ended", cause="(?i)preempted"), "the job was preempted", AGAIN),
+    Rule(
+        *("full_disk", failed_with(r"No space left|Errno 28|quota exceeded|Errno 122")),
+        *("{failed}: a filesystem is full", "df -h {run} /tmp /dev/shm, on {host}"),
+    ),
+    Rule(
+        *("gpu_memory", failed_with(r"(CUDA|HIP) out of memory|OutOfMemoryError"), "{failed}"),
+        "optim.max_micro_batch=N with a smaller N; for a script, a smaller batch",
+    ),
+    Rule("oom_kill", failed_with("^killed by SIGKILL.*out of memory"), "{failed}", MEMORY),
+    Rule("memory_error", failed_with("^MemoryError|bad_alloc|cannot allocate memory"), "{failed}: no memory", MEMORY),
+    Rule(
+        *("mismatched_collective", failed_with(r"preamble\.length|collective mismatch|between collectives")),
+        *("{failed}: its collective does not match those of other ranks, in size or kind", LOGS),
+    ),
+    Rule(
+        *("dead_loader_worker", failed_with("DataLoader worker.*(killed by signal|exited unexpectedly)")),
+        *("{failed}: a loader worker died, mostly for memory", "df -h /dev/shm, on {host}; fewer loader workers"),
+    ),
+    Rule(
+        *("not_finite", diverged, "{who} has the first loss or gradient that is not finite, in step {step}"),
+        "the samples of rank {rank} in step {step}; optim.lr=N with a smaller N",
+    ),
+    Rule("crash", failed_with("^killed by SIG(SEGV|BUS|ILL|FPE|ABRT)"), "{failed}: a crash in compiled code", LOGS),
+    Rule("missing_file", failed_with("FileNotFoundError|No such file"), "{failed}", "ls -ld of that path, on {host}"),
+    Rule("killed", failed_with("^killed by SIG"), "{failed}, by a process outside of the run", "dmesg -T, on {host}"),
+    Rule("exit_status", failed_with(r"^exit status \d+"), "{failed}: the program chose this status", LOGS),
+    Rule("exception", failed_with("."), "{failed}", LOGS),
+    Rule("stopped", elsewhere("^stopped"), "{who} is stopped (SIGSTOP){since}{at}", "ps -o stat,cmd, on {host}"),
+    Rule("gil_held", elsewhere("^frozen"), "{scene}: none of its threads runs, so compiled code holds the GIL", LOGS),
+    Rule("data", elsewhere("/torch/utils/data/"), "{scene}: data, not network", LOGS),
+    Rule("deadlock", elsewhere(LOCKS), "{scene}: a lock, queue or thread of its own, not network", LOGS),
+    Rule("slow_disk", elsewhere(READS), "{scene}: a file, not network", "ls -l of that file, on {host}"),
+    Rule(
+        *("slow_cpu", elsewhere("^state R"), "{scene}: it computes, slower than the others"),
+        "top, on {host}; resilience.hang_timeout_s=N with a larger N if such steps are right",
+    ),
+    Rule("elsewhere", elsewhere(""), "{scene}: not network", LOGS),
+    Rule(
+        "left_early",
+        lambda facts: next((one for one in facts.ranks if one.left and facts.waiting), None),
+        "{scene}",
+        LOGS,
+    ),
+    Rule("mismatched_collective", mismatched, "the ranks wait in different collectives: {scenes}", LOGS),
+    Rule(
+        "network",
+        all_wait,
+        "{scenes}: all ranks wait in it and none failed before, so network",
+        "python -m launch.doctor --on-cluster",
+    ),
+    Rule("unknown", lambda facts: facts.first, "unknown: {failed}", LOGS),
+    Rule(
+        "unknown",
+        recorded("attempt_ended", JOB),
+        "unknown: {cause}, and no rank recorded why",
+        "python -m launch.status {run}",
+    ),
+)
+"""Rules from the most certain to the least. What ranks and nodes recorded comes before what a hang shows."""
+
+
+# A verdict.
+
+
+def diagnose(folder: RunFolder, more: Events = ()) -> Verdict | None:
+    """Return the verdict on the newest attempt of a run. None if nothing of it failed. Arguments as ``read_facts``."""
+    facts = read_facts(folder, more)
+    if recorded("attempt_ended", cause="finished|cancelled|budget")(facts):
+        return None
+    for rule in RULES:
+        one = rule.find(facts)
+        if one:
+            texts = _texts(facts, one)
+            sentence, fix = rule.sentence.format(**texts), rule.fix.format(**texts)
+            evidence = (*facts.evidence(), (f"{rule.kind}: {texts['who']}{texts['since']}", one.source))
+            return Verdict(rule.kind, sentence, fix, one.rank, one.host, one.place, one.step, evidence)
+    return None
+
+
+def _texts(facts: Facts, blamed: RankFacts) -> dict[str, object]:
+    """Return the texts that a rule may name."""
+    at = f" ({blamed.place})" if blamed.place else ""
+    since = f" after step {blamed.step}" if blamed.step is not None else ""
+    cause = shorten(blamed.cause, 300, placeholder="...")
+    where = "left with exit status 0" if blamed.left else "gave no stack"
+    where = f"is in {blamed.own.function}{at}" if blamed.own else where
+    waits = waits_text([rank for rank in facts.waiting if rank.rank != blamed.rank])
+    return {
+        **vars(blamed),
+        "who": blamed.who,
+        "at": at,
+        "since": since,
+        "cause": cause,
+        "run": quote(str(facts.folder.path)),
+        "failed": f"{blamed.who} failed first{since}: {cause}{at}",
+        "scene": f"{waits} for {blamed.who}, which {where}" if waits else f"{blamed.who} {where}{since}",
+        "scenes": waits_text(facts.waiting),
+    }
+
+
+def waits_text(waiting: Sequence[RankFacts]) -> str:
+    """Describe the collectives in which ranks wait: the ranks together that wait at the same place."""
+    groups: dict[str, list[RankFacts]] = {}
+    for rank in waiting:
+        groups.setdefault(rank.waits_in, []).append(rank)
+    return " and ".join(
+        f"{ranks[0].who} waits in {where}"
+        if len(ranks) == 1
+        else f"ranks {ranges([rank.rank or 0 for rank in ranks])} wait in {where}"
+        for where, ranks in groups.items()
+    )
