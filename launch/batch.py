@@ -35,6 +35,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.overrides import typed_value, without_key
 from launch.slurm import client as scheduler
 from launch.slurm import limits
+from launch.slurm.allocation import refuse_without_srun
 from launch.slurm.jobs import refuse_running
 from launch.slurm.points import choose_gpus, says_gpus
 
@@ -104,6 +105,7 @@ def make_run_in_job(
             composed.cluster.timeout_min = math.ceil(limit_s / 60) if limit_s else composed.cluster.timeout_min
     config = typed_config(composed)
     refuse_snapshot(config)
+    refuse_without_srun(config)
     if config.resilience.requeue == CHAIN:
         raise ConfigError(
             f"resilience.requeue={CHAIN} inside a job of your own",

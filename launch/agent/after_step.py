@@ -61,7 +61,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
         requeue_job(context, Cause(decided["cause"]), hosts_to_avoid(events))
         return status
     attempt, cause = cut_short(context, events)
-    apply_decision(context, attempt, cause, f"srun ended with exit status {status}", step_has_ended=True)
+    apply_decision(context, attempt, cause, f"the agents' starter ended with exit status {status}", step_has_ended=True)
     return 0 if cause in WANTED else status
 
 
@@ -100,7 +100,7 @@ def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | No
 
     Args:
         events: events since the agents of this start of the job began.
-        status: exit status of srun.
+        status: exit status of srun, or of ``launch.agent.hosts``.
     """
     if not events:  # The job was killed before the agents began. A refusal by the agents would come again.
         return Action.restart if status > KILLED else None

@@ -162,6 +162,8 @@ TOKEN = "LAUNCH_TOKEN"
 """Environment variable of the agents of a local run: a random name of this start, as process ids can come again."""
 SHARES_JOB = "LAUNCH_SHARES_JOB"
 """Environment variable of an agent whose Slurm job has other points, too (``cluster.points_per_job``)."""
+HOSTS = "LAUNCH_HOSTS"
+"""Environment variable of the agents on hosts of a hostfile: the names of these hosts, separated by commas."""
 LOOPBACK = "127.0.0.1"
 
 
@@ -182,7 +184,7 @@ class Node:
     restarts: int = 0
     """Number of times that Slurm has requeued this job."""
     hosts: tuple[str, ...] = ()
-    """Names of the job's nodes in Slurm's order; empty outside of Slurm."""
+    """Names of the job's nodes, in the order of Slurm or of the hostfile; empty on one machine without Slurm."""
     switches: tuple[str, ...] = ()
     """Names of the switches or blocks above this node, the topmost first; empty if Slurm knows no topology."""
 
@@ -209,7 +211,8 @@ class Node:
         env = os.environ
         if env.get("SUBMITIT_EXECUTOR") == "local":
             index, count = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"])
-            return cls(index, count, f"local-{env['SUBMITIT_LOCAL_JOB_ID']}-{env.get(TOKEN)}", False)
+            hosts = tuple(filter(None, env.get(HOSTS, "").split(",")))
+            return cls(index, count, f"local-{env['SUBMITIT_LOCAL_JOB_ID']}-{env.get(TOKEN)}", False, hosts=hosts)
         if "SLURM_PROCID" in env and "SLURM_JOB_ID" in env:
             restarts = env.get("SLURM_RESTART_COUNT", "0")
             job = f"slurm-{env['SLURM_JOB_ID']}-{restarts}-{env.get('SLURM_STEP_ID', '0')}"
@@ -223,7 +226,7 @@ class Node:
 
     def own_address(self) -> str:
         """Return the address at which the other nodes of the job reach this node."""
-        peer = next((host for host in self.hosts if host != self.host), None) if self.is_slurm else None
+        peer = next((host for host in self.hosts if host != self.host), None)
         return LOOPBACK if peer is None else address_towards(peer)
 
 

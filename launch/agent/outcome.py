@@ -417,7 +417,8 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
     """
     node = context.node
     decided = context.events("decided")
-    if not (node.is_head and node.is_slurm and lost and decided and decided[-1]["action"] == Action.stop):
+    by_srun = context.config.cluster.by_srun  # launch.agent.hosts does not wait for lost agents.
+    if not (by_srun and node.is_head and node.is_slurm and lost and decided and decided[-1]["action"] == Action.stop):
         return
     details = {"job": node.job, "hosts": [one.host for one in lost]}
     context.record("step_ended", **details, cause=problems_text("lost", lost))  # This agent ends with the step.

@@ -310,6 +310,7 @@ class Config(RunConfig):
         check_ranges(self)
         super().validate()
         self.cluster.validate()
+        self.cluster.validate_start(self.nodes_asked)
         _ = self.resilience.health_check.command_words, self.launch.on_event_command  # refuses what cannot be read
         least = self.resilience.min_nodes
         if least is not None and least > self.nodes:
@@ -354,6 +355,7 @@ class Config(RunConfig):
             "cluster.give_up_after_min": cluster.give_up_after_min is not None,
             f"resilience.requeue={CHAIN}": self.resilience.requeue == CHAIN,
             "launch.sequential=true": self.launch.sequential,
+            f"cluster.start={cluster.start.name} or cluster.hostfile": not cluster.by_srun,
         }
         for found, is_set in refused.items():
             if is_set and cluster.points_per_job > 1:

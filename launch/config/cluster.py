@@ -24,13 +24,22 @@ class ClusterKind(Enum):
     """Source of the nodes.
 
     ``auto`` is allocation inside a Slurm job, such as a shell of salloc: the run uses the nodes of that job. Otherwise
-    it is slurm if sbatch is found and a controller answers, else local.
+    it is slurm if sbatch is found and a controller answers, else local. ``hosts`` are those of ``cluster.hostfile``.
     """
 
     auto = "auto"
     local = "local"
     slurm = "slurm"
     allocation = "allocation"
+    hosts = "hosts"
+
+
+class AgentStart(Enum):
+    """Program that starts the agents on the nodes of a job: Slurm's srun; ssh; or none, for a job of one node."""
+
+    srun = "srun"
+    ssh = "ssh"
+    none = "none"
 
 
 class ContainerRuntime(Enum):
@@ -178,7 +187,22 @@ class ClusterConfig(PlacementConfig):
         " first line that fails; end a line with || true if its failure is harmless.",
     )
     srun_args: list[str] = key(list, "Further options of srun.")
+    start: AgentStart = key(
+        AgentStart.srun,
+        "Start of the agents by the batch script, for clusters where srun fails there. ssh: your own ssh, to each node"
+        " of the job, which then has whole nodes unless exclusive=false. none: no program, for a job of one node.",
+    )
+    hostfile: Optional[str] = key(
+        None,
+        "File with the hosts of a run without Slurm, whatever kind says: lines NAME or NAME slots=8, as for DeepSpeed"
+        " and MPI, with a rank for each slot. The run uses the first hosts, by ssh, as many as nodes and spare_nodes.",
+    )
     additional_parameters: dict[str, Any] = key(dict, "Further options of sbatch: name without dashes, and value.")
+
+    @property
+    def by_srun(self) -> bool:
+        """True if srun starts the agents on the nodes of a job."""
+        return self.start is AgentStart.srun and self.hostfile is None
 
     def validate(self) -> None:
         """Raise ConfigError for keys that contradict each other. ``check_ranges`` checks the range of numbers."""
@@ -201,6 +225,22 @@ class ClusterConfig(PlacementConfig):
             read_matmul_rates(Path(self.matmul_rates))
         self.validate_container()
         self.validate_placement()
+
+    def validate_start(self, nodes: int) -> None:
+        """Raise ConfigError if the agents of ``nodes`` nodes, spares included, cannot be started in this way."""
+        if self.start is AgentStart.none and nodes > 1:
+            raise ConfigError(
+                f"cluster.start=none with {nodes} nodes",
+                "one node: the batch script starts the agent of its own node only",
+                "cluster.start=ssh, or nodes=1",
+            )
+        needs_srun = self.srun_args or self.container_runtime is ContainerRuntime.pyxis
+        if needs_srun and not self.by_srun:
+            raise ConfigError(
+                "cluster.srun_args, or pyxis, for agents that srun does not start",
+                "nothing that only srun can do",
+                "cluster.srun_args=[] and cluster.container_runtime=apptainer; or cluster.start=srun",
+            )
 
     def validate_container(self) -> None:
         """Raise ConfigError if only one of image and runtime is set, or if ``container_mounts`` has a wrong form."""

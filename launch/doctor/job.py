@@ -26,6 +26,7 @@ from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from shlex import join, quote
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -36,6 +37,7 @@ from launch.agent.node import Node
 from launch.config import Config
 from launch.doctor.machine import filesystem_of
 from launch.plan.plan import JOBS
+from launch.plan.remote import SSH
 from launch.process import lasting_imports
 from launch.runs import compose
 from launch.runs.environment import driver_problem, driver_version, missing_for_compiling, reachable_files
@@ -48,6 +50,11 @@ from launch.slurm.submit import submit_calls
 if TYPE_CHECKING:
     from launch.agent.exchange import RendezvousEndpoint
 
+TRY_STARTS = (
+    '{{ srun --nodes=1 --ntasks=1 true || {{ {ssh} "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n 1)" '
+    "test -d {root} && echo cluster.start=ssh; }}; }}"
+)
+"""Shell line at the end of the batch script: it prints nothing if srun works, else errors and what works instead."""
 JOB_MIN = 5
 """Time limit of the job in minutes."""
 POLL_S = 1.0
@@ -91,6 +98,8 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
         (root / ON_CPUS).touch()
     limit = min(JOB_MIN, config.cluster.timeout_min)
     resources = {**plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0}
+    start = root / "start"
+    resources["teardown"] = [TRY_STARTS.format(ssh=join(SSH), root=quote(str(root))) + f" >{quote(str(start))} 2>&1"]
     (job,) = submit_calls(root / JOBS, resources, measure_node, [[str(root)]])
     say(f"job {job.job_id} on {config.nodes} nodes, folder {root}")
     try:
@@ -113,6 +122,7 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
             "cpus_per_task": config.cluster.cpus_per_task,
             "gpus_per_node": None if uses_cpus else config.cluster.gpus_per_node,
         },
+        "start": start.read_text().strip() if start.exists() else "",
         "nodes": records(root, "nodes"),
         "ranks": records(root, "ranks"),
     }

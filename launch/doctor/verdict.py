@@ -49,6 +49,11 @@ def check_job(results: Results) -> Iterator[Finding]:
         again = "python -m launch.doctor --on-cluster --wait-min 60 ..."
         found = f"job {job} did not start: {results['state']}; it was cancelled"
         yield warn("job", found, "nothing was measured", again)
+    elif count == 0 and (said := results.get("start")):
+        works = "cluster.start=ssh"
+        found = f"srun fails inside of job {job}, and ssh {'works' if said.endswith(works) else 'too'}: {said}"
+        fix = works if said.endswith(works) else "cluster.start=none nodes=1"
+        yield fail("start", found, "the batch script of a run starts the agents by srun", fix)
     elif count == 0:
         found = f"job {job} ended ({results['state']}), and no node wrote anything into {results['folder']}"
         yield fail("job", found, f"the nodes {why}", f"{logs}; then {SHARED_PATH}")

@@ -6,6 +6,7 @@ import os
 import secrets
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import ClusterConfig, Config
-from launch.config.cluster import ContainerRuntime
+from launch.config.cluster import AgentStart, ContainerRuntime
 from launch.errors import ConfigError
 from launch.plan.budget import Use, use_of
 from launch.runs.environment import ORIGIN, ROOT, code_state, describe_code
@@ -217,7 +218,9 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         "exclusive": cluster.exclusive or None,
         "gpus_per_node": cluster.gpus_per_node or None,  # 0 requests no GPUs
         "mem": f"{round(cluster.mem_gb * 1024)}MB" if cluster.mem_gb else None,
-        "setup": [*cluster.setup, *(shell_lines(code) if code else [])] or None,
+        "setup": [*cluster.setup, *(shell_lines(code) if code else []), *([] if cluster.by_srun else [LAUNCH_AGENTS])]
+        or None,
+        "use_srun": None if cluster.by_srun else False,
         "srun_args": srun_args or None,
         "python": None if python is None else shlex.join(python),
         "additional_parameters": {
@@ -227,6 +230,13 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
             **cluster.additional_parameters,
         },
     }
+    if not cluster.by_srun:
+        starter = ["launch_agents", sys.executable, "-m", "gpt_launch", "launch.agent.hosts"]
+        asked["python"] = shlex.join([*starter, *(python or [sys.executable])])
+        # Slurm does not bind what ssh starts to the CPUs and GPUs of the job.
+        whole = cluster.start is AgentStart.ssh if cluster.exclusive is None else cluster.exclusive
+        asked |= {"use_srun": False, "exclusive": whole or None, "setup": [*(asked["setup"] or []), LAUNCH_AGENTS]}
+        asked["additional_parameters"].setdefault("signal", f"B:USR2@{cluster.signal_delay_s}")
     for key, value in {**asked, **asked["additional_parameters"]}.items():
         # Without the quotes, the shell would execute the rest.
         if isinstance(value, str) and ("\n" in value or "\r" in value):
@@ -236,6 +246,18 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
                 f"cluster.{key}={shlex.quote(' '.join(value.split()))}",
             )
     return {key: value for key, value in asked.items() if value is not None}
+
+
+LAUNCH_AGENTS = (
+    """launch_agents() { "$@" & launch_pid=$!; trap 'kill -s TERM $launch_pid' TERM URG; """
+    """trap 'kill -s USR2 $launch_pid' USR2; while wait $launch_pid; kill -s 0 $launch_pid 2>/dev/null; do :; done; """
+    """wait $launch_pid; }"""
+)
+"""Line of batch scripts without srun: a shell function that runs a command, and passes Slurm's signals on to it.
+
+Slurm sends TERM and USR2, and ``launch.cancel`` sends URG, which a shell without such a trap ignores. A signal ends
+``wait``, which is then repeated. Its last call returns the exit status of the command.
+"""
 
 
 AS_IN_CLUSTER = ("signal_delay_s", "partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task")

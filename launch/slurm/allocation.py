@@ -1,14 +1,16 @@
-"""Runs inside a Slurm job that the user holds: in a shell of salloc, or in a batch script of the user's own.
+"""Runs on nodes that the user holds: inside a Slurm job, as in a shell of salloc, or on the hosts of a hostfile.
 
-The points run one after another, each as a step of the job. A process of submitit on this machine starts the step, so
-that status and cancel of a local run work here, too.
+The points run one after another, inside a job each as a step of the job. A process of submitit on this machine starts
+their agents, so that status and cancel of a local run work here, too.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
+from launch.agent.hosts import check_hosts, hosts_of, read_hostfile
 from launch.config import Config
 from launch.errors import ConfigError, counted
 from launch.slurm import client as scheduler
@@ -61,6 +63,7 @@ def fit_job(config: Config) -> str:
             "at most the nodes of the job in which this command runs",
             f"nodes={max(1, nodes - config.spare_nodes)}; or cluster=slurm, which submits another job",
         )
+    refuse_without_srun(config)
     if config.cluster.gpus_per_node is None:
         asked = fields.get("TresPerNode", "").replace("gres:", "gres/")
         config.cluster.gpus_per_node = sum(part.count for part in gres(asked) if part.name == "gpu") or None
@@ -68,3 +71,31 @@ def fit_job(config: Config) -> str:
     config.cluster.timeout_min, config.cluster.placement = left_min, []
     config.resilience.requeue = False
     return f"inside job {job}: {counted(nodes, 'node')}, {left_min} min left; cluster=slurm submits another job"
+
+
+def fit_hosts(config: Config) -> str:
+    """Set the number of ranks of a point to the slots of its hosts, unless it has a number.
+
+    Returns:
+        Description of the hosts for people.
+
+    Raises:
+        ConfigError: the hostfile is wrong or has too few hosts, or a host cannot take part.
+    """
+    if config.ranks_per_node is None and config.cluster.gpus_per_node is None:
+        slots = list(read_hostfile(config).values())[: config.nodes_asked]
+        config.ranks_per_node = min(slots, default=0) or None
+    hosts = hosts_of(config)
+    if not config.dry_run:
+        check_hosts(hosts, Path(config.run_dir or config.output_dir).absolute())
+    return f"on {', '.join(hosts)}, by ssh: {counted(config.ranks_on_node, 'rank')} on each"
+
+
+def refuse_without_srun(config: Config) -> None:
+    """Raise ConfigError if the agents of a run inside a job of the user's own are not to be started by srun."""
+    if not config.cluster.by_srun:
+        raise ConfigError(
+            "cluster.start or cluster.hostfile in a batch script of your own, or cluster.start in a job that you hold",
+            "srun, or the hosts of a file",
+            "scontrol show hostnames > hosts; then python -m launch cluster=local cluster.hostfile=hosts ...",
+        )

@@ -56,6 +56,8 @@ class SlurmJob:
             self.take_out()
         else:
             # Not repeated: a second signal would end ranks that are saving.
+            # A batch script without srun has the agents, and passes SIGURG on as SIGTERM. Other shells ignore it.
+            scheduler.scancel(self.job_id, "--signal=URG", "--batch", retries=1)
             scheduler.scancel(self.job_id, "--signal=TERM", retries=1)
 
     def take_out(self) -> None:

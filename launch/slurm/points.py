@@ -24,7 +24,7 @@ from launch.runs.overrides import typed_key
 from launch.runs.records import refuse_unknown_figure
 from launch.slurm import client as scheduler
 from launch.slurm import limits
-from launch.slurm.allocation import fit_job, held_job
+from launch.slurm.allocation import fit_hosts, fit_job, held_job
 from launch.slurm.checks import (
     Finding,
     Level,
@@ -58,7 +58,7 @@ class OpenPoint:
     document: DictConfig
     """Composed config, for the run folder."""
     kind: ClusterKind
-    """Local, slurm or allocation, never auto."""
+    """Local, slurm, allocation or hosts, never auto."""
     overrides: Sequence[str] = ()
     config: Config = field(init=False)
     """The same config as a Config object."""
@@ -71,9 +71,10 @@ class OpenPoint:
         for key in keys:
             self.document.cluster[key] = getattr(self.config.cluster, key)
 
-    def fit_job(self) -> str:
-        """Fit the point into the job that this process runs in. Returns a description of the job."""
-        described = fit_job(self.config)
+    def fit_nodes(self) -> str:
+        """Fit the point into the job that this process runs in, or to its hosts. Returns a description of the nodes."""
+        described = (fit_hosts if self.kind is ClusterKind.hosts else fit_job)(self.config)
+        self.document.ranks_per_node = self.config.ranks_per_node
         self.store("gpus_per_node", "timeout_min", "placement")
         self.document.resilience.requeue = self.config.resilience.requeue
         return described
@@ -111,12 +112,14 @@ def plan_sweep(
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
-    """Return the kind of cluster of each point: local, slurm or allocation. ``auto`` is decided once and printed.
+    """Return the kind of cluster of each point: local, slurm, allocation or hosts.
+
+    ``auto`` is decided once and printed.
 
     Raises:
         ConfigError: ``auto`` on a machine of a cluster whose controller does not answer.
     """
-    kinds = [config.cluster.kind for config in configs]
+    kinds = [ClusterKind.hosts if config.cluster.get("hostfile") else config.cluster.kind for config in configs]
     if ClusterKind.auto not in kinds:
         return list(kinds)
     if held_job() is not None:
@@ -151,7 +154,8 @@ def choose_resources(points: Sequence[OpenPoint], console: Console) -> SlurmFact
     """
     on_slurm = [point for point in points if point.kind is ClusterKind.slurm]
     lines = choose_exclusive(on_slurm)
-    lines += [point.fit_job() for point in points if point.kind is ClusterKind.allocation]
+    held = (ClusterKind.allocation, ClusterKind.hosts)
+    lines += [point.fit_nodes() for point in points if point.kind in held]
     if len(on_slurm) < len(points):
         lines += choose_local_ranks([point for point in points if point.kind is ClusterKind.local], len(visible_gpus()))
     slurm = None
@@ -389,9 +393,8 @@ def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts 
         plans = check_before_submitting(slurm, plans, configs, console)
     kind = next((plan.cluster for plan in plans if plan.cluster != "slurm"), None)
     if configs[0].launch.detach and kind is not None:
-        where = "on this machine" if kind == "local" else "inside this job"
         raise ConfigError(
-            f"launch.detach=true with agents {where} (cluster={kind})",
+            f"launch.detach=true with agents that this command starts (cluster={kind})",
             "a Slurm cluster: a local run ends with its launcher, so that no run is forgotten",
             "cluster=slurm; or, without launch.detach: nohup python -m launch ... > launch.out &",
         )

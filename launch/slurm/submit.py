@@ -20,7 +20,8 @@ from submitit.core.utils import FailedJobError
 
 from gpt_launch.agent import run as run_agent
 from gpt_launch.agent import run_step
-from launch.agent.node import OWNER, TOKEN, VISIBLE_GPUS, start_time
+from launch.agent.hosts import hosts_of
+from launch.agent.node import HOSTS, OWNER, TOKEN, VISIBLE_GPUS, start_time
 from launch.config import Config
 from launch.config.compose import read_point, workload_of
 from launch.errors import ConfigError, counted
@@ -225,7 +226,7 @@ def on_cpus(cpus: Sequence[int]) -> Iterator[None]:
 
 
 def start_local(plan: Plan, part: int = 0, parts: int = 1) -> LocalJob:
-    """Start the agents of a point on this machine, or on the nodes of the Slurm job in which this process runs.
+    """Start the agents of a point on this machine, on the hosts of its hostfile, or on the nodes of this Slurm job.
 
     The agents ignore Ctrl-C, which the launcher handles.
 
@@ -241,13 +242,18 @@ def start_local(plan: Plan, part: int = 0, parts: int = 1) -> LocalJob:
     folder = submitit_folder(plan.run_dir)
     make_folder(folder)
     # One folder for all jobs: submitit would make a job's folder only after the start of its controller.
-    executor = submitit.LocalExecutor(folder=folder, max_num_timeout=0)
+    hosts, starter = list[str](), None
+    if plan.cluster == "hosts":
+        hosts = hosts_of(read_point(RunFolder(plan.run_dir)))
+        starter = plan.slurm["python"].partition(" ")[2]  # without the first word, which is a function of batch scripts
+    os.environ[HOSTS] = ",".join(hosts)
+    executor = submitit.LocalExecutor(folder=folder, max_num_timeout=0, python=starter)
     # submitit hides all other GPUs.
     gpus = share([int(gpu.index) for gpu in visible_gpus() if gpu.index.isdigit()], part, parts)
     cpus = share(sorted(os.sched_getaffinity(0)), part, parts) or sorted(os.sched_getaffinity(0))
     job_id = held_job() if plan.cluster == "allocation" else None
     executor.update_parameters(
-        tasks_per_node=plan.nodes if job_id is None else 1,
+        tasks_per_node=plan.nodes if plan.cluster == "local" else 1,
         timeout_min=plan.timeout_min,
         gpus_per_node=len(gpus),
         visible_gpus=gpus,

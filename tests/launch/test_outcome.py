@@ -241,7 +241,7 @@ def test_multi_node_sh_runs_after_step_if_srun_fails_and_returns_its_status(
 def test_a_batch_script_obeys_the_restart_limits(folder: RunFolder, tmp_path: Path) -> None:
     slurm = Controller(tmp_path, BUSY)
     killed_in_the_middle(folder)
-    with pytest.raises(RunFailedError, match="srun ended with exit status 137\nnot started again: "):
+    with pytest.raises(RunFailedError, match="starter ended with exit status 137\nnot started again: "):
         requeue_unless_ended(RunContext(folder, NODE, config("resilience.max_restarts.node_failed=0")), 137)
     assert slurm.asked("scontrol requeue") == []
     decided = select_events(folder.read_events(), "decided")[0]

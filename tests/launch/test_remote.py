@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,46 +10,23 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import run
-from tests.support.runs import write_program
+from tests.support.ssh import make_ssh
 
-SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin")
 PROGRAM = Path(sys.executable).with_name("gpt-launch")
 CLIENT = """
 Host login
   ProxyCommand {sshd} -i -f {folder}/sshd_config
 Host away
   ProxyCommand false
-Host *
-  IdentityFile {folder}/key
-  IdentitiesOnly yes
-  UserKnownHostsFile /dev/null
-  StrictHostKeyChecking no
-  LogLevel ERROR
-"""
-SERVER = """
-HostKey {folder}/host
-AuthorizedKeysFile {folder}/key.pub
-PasswordAuthentication no
-PermitRootLogin yes
-StrictModes no
-UsePAM no
 """
 
 
 @pytest.fixture
 def login(tmp_path: Path) -> Path:
     """The home of a login node called ``login``. Its ``bin`` has the ssh that reaches it with a key made for it."""
-    if SSHD is None or os.getuid() != 0 or not PROGRAM.exists():
-        pytest.skip("needs openssh-server, root, and an installed gpt-launch")
-    Path("/run/sshd").mkdir(exist_ok=True)
-    folder = tmp_path / "login"
-    (folder / "bin").mkdir(parents=True)
-    for name in ("key", "host"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    (folder / "config").write_text(CLIENT.format(sshd=SSHD, folder=folder))
-    (folder / "sshd_config").write_text(SERVER.format(folder=folder))
-    write_program(folder / "bin" / "ssh", f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
-    return folder
+    if not PROGRAM.exists():
+        pytest.skip("needs an installed gpt-launch")
+    return make_ssh(tmp_path / "login", CLIENT)
 
 
 def test_a_command_runs_on_a_login_node_with_the_code_of_this_folder(login: Path, tmp_path: Path) -> None:

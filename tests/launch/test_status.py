@@ -131,7 +131,7 @@ def test_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "found: no run in empty" in call(logs.main, "empty", status=2)
     assert "type next: python -m launch.logs" in call(logs.main, "two", status=2)
     detached = run("launch cluster=local launch.detach=true", cwd=tmp_path, status=2)
-    assert "found: launch.detach=true with agents on this machine" in detached
+    assert "found: launch.detach=true with agents that this command starts" in detached
     assert not (tmp_path / "outputs").exists()
 
 

@@ -46,7 +46,7 @@ def test_runs_inside_a_held_job_leave_it_to_the_next(sandbox: Cluster, held: str
     refused = command("launch", "nodes=3", *words, *options(steps=3), status=2)
     assert f"nodes=3 inside job {held}, which has 2 nodes" in refused and "type next: nodes=2; or cluster=" in refused
     detached = command("launch", "launch.detach=true", *words, *options(steps=3), status=2)
-    assert "launch.detach=true with agents inside this job (cluster=allocation)" in detached
+    assert "launch.detach=true with agents that this command starts (cluster=allocation)" in detached
     assert not (tmp_path / "outputs").exists()
 
     text = command("launch", "-m", "nodes=1,2", "name=sweep", *words, *options(steps=5))

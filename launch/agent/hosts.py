@@ -1,0 +1,216 @@
+"""Start of a run's agents without srun: by ssh, on the nodes of a Slurm job or on the hosts of a hostfile.
+
+    python -m launch.agent.hosts COMMAND ...      runs submitit's command on every host, as srun runs it on every node
+
+``ssh`` is the user's own, with its configuration and keys. It never asks for a password. On each host, a shell becomes
+the agent. A helper of this shell reads numbers of signals from the connection, and sends them to the agent. If the
+connection ends, for example because this process was killed, the helper kills the agent.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from shlex import join, quote
+
+from submitit.core.utils import JobPaths
+
+from launch.agent import node as processes
+from launch.agent.node import OWNER, VISIBLE_GPUS, Node
+from launch.config import Config
+from launch.errors import ConfigError, counted, refusing
+from launch.plan.remote import SSH
+
+# Hosts of a run, from its hostfile.
+
+
+LINE = re.compile(r"(\w[\w.:-]*)(?:\s+slots\s*=\s*([1-9]\d*))?")
+
+
+def read_hostfile(config: Config) -> dict[str, int]:
+    """Return host -> slots of a run's hostfile, in order. Slots are the most ranks of the host; 0 without a number.
+
+    Raises:
+        ConfigError: the file cannot be read, has a line of another form, or names a host twice.
+    """
+    hosts: dict[str, int] = {}
+    path, problem = Path(str(config.cluster.hostfile)), ""
+    try:
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            text = line.partition("#")[0].strip()
+            found = LINE.fullmatch(text)
+            if found and found[1] not in hosts:
+                hosts[found[1]] = int(found[2] or 0)
+            elif text:
+                problem = problem or f"line {number}: {text}"
+    except (OSError, UnicodeDecodeError) as error:
+        problem = str(error)
+    if problem:
+        form = "each host once, on a line, as for DeepSpeed and MPI: NAME or NAME slots=8; # begins a comment"
+        raise ConfigError(f"cluster.hostfile={path}: {problem}", form, "cluster.hostfile=FILE, with such lines")
+    return hosts
+
+
+def hosts_of(config: Config) -> list[str]:
+    """Return the hosts of a run: the first of its hostfile that have slots for its ranks. Raises ConfigError."""
+    ranks, wanted = config.ranks_on_node, config.nodes_asked
+    hosts = [host for host, slots in read_hostfile(config).items() if not 0 < slots < ranks]
+    if len(hosts) < wanted:
+        fit = f"{counted(len(hosts), 'host')} with room for {counted(ranks, 'rank')}"
+        raise ConfigError(
+            f"{fit} in {config.cluster.hostfile}, and a run of {counted(wanted, 'node')}",
+            "a host with enough slots for each node, spares included",
+            "fewer nodes, spare_nodes or ranks_per_node, or more lines in that file",
+        )
+    return hosts[:wanted]
+
+
+# A command on another host.
+
+
+BY_SSH = (*SSH, "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+"""ssh that ends if the other host does not answer for a minute."""
+STAY = 'trap "" TERM USR2; exec "$@"'
+"""Shell script that becomes ssh. Slurm signals all processes of a batch script; connections stay while agents save."""
+RECEIVE = 'read -r line && eval "$(printf %s "$line" | base64 -d)"'
+"""Shell script that reads a line with more script: it sets directory, environment, logs, and command, ``"$@"``.
+
+They come by standard input, since every user of a host can read command lines, and the environment may hold secrets.
+"""
+BECOME = ' && exec "$@" </dev/null'
+"""The rest of the script for a command that ends by itself."""
+KEEP = (
+    ' && exec 3<&0 && { { trap "" TERM USR2; while read -r number <&3; do kill -"$number" $$; done; kill -s KILL $$; }'
+    ' >/dev/null 2>&1 & } && exec "$@" </dev/null 3<&-'
+)
+"""The rest of the script for an agent, with the helper. ``$$`` is the process that becomes the agent."""
+
+
+def start(
+    host: str, words: Sequence[str], env: Mapping[str, str], script: str, logs: Sequence[Path] = ()
+) -> subprocess.Popen[str]:
+    """Start a command on a host, in this working directory: by ssh, unless this is the host.
+
+    Args:
+        host: name of the host.
+        words: program and arguments.
+        env: environment of the command.
+        script: ``BECOME`` or ``KEEP``.
+        logs: files for standard output and error; by default, the process returns both.
+    """
+    lines = [f"cd {quote(str(Path.cwd()))} || exit", f"set -- {join(words)}"]
+    # The shell protects some variables, such as UID, and may refuse them.
+    lines += [f"command export {name}={quote(value)}" for name, value in env.items() if name.isidentifier()]
+    lines += [f"exec {stream}>>{quote(str(log))}" for stream, log in enumerate(logs, start=1)]
+    is_here = host in (socket.gethostname(), os.environ.get("SLURMD_NODENAME"), "localhost")
+    shell = ["sh", "-c", RECEIVE + script]
+    connect = ["sh", "-c", STAY, "sh", *BY_SSH, host, f"exec {join(shell)}"]
+    pipe = None if logs else subprocess.PIPE
+    process = subprocess.Popen(
+        shell if is_here else connect,
+        stdin=subprocess.PIPE,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    send(process, base64.b64encode(os.fsencode("\n".join(lines))).decode())
+    return process
+
+
+def send(process: subprocess.Popen[str], line: str) -> None:
+    """Write a line to the standard input of a process, unless the process has ended."""
+    with suppress(BrokenPipeError):
+        print(line, file=process.stdin, flush=True)
+
+
+ASK = """import os, sys, gpt_launch
+sys.exit(f"Python {sys.version}" if sys.version != sys.argv[2] else 0 if os.path.exists(sys.argv[1]) else 3)"""
+"""Program that compares Python with that of this host, and looks for a file."""
+
+
+def check_hosts(hosts: Sequence[str], folder: Path) -> None:
+    """Raise ConfigError for the first host that does not answer, does not see ``folder``, or has another Python.
+
+    If ``folder`` does not exist yet, the deepest existing folder above it counts.
+    """
+    there, here = next(path for path in (folder, *folder.parents) if path.is_dir()), quote(str(Path.cwd()))
+    with tempfile.NamedTemporaryFile(prefix=".launch-", dir=there) as probe:
+        words = [sys.executable, "-c", ASK, probe.name, sys.version]
+        asked = [start(host, words, os.environ, BECOME) for host in hosts]
+        for host, process in zip(hosts, asked, strict=True):
+            said, status = process.communicate()[1].strip(), process.returncode
+            expected = f"this folder, {here}, and {sys.executable} with this package, as here"
+            fix = f"ssh {host} ls -ld {here} {quote(sys.executable)}"
+            if status == 255:
+                expected = "a host that your ssh reaches by a key, without a password or a question"
+                fix = f"ssh -o BatchMode=yes {host} true"
+            elif status == 3:
+                said = f"it does not see a new file in {there}"
+                expected, fix = "a folder on a filesystem that all hosts of the run mount", "output_dir=FOLDER"
+            if status:
+                raise ConfigError(f"host {host}: {said}", expected, fix)
+
+
+# The agents of a run.
+
+
+POLL_S = 0.1
+LEAVE_S = 10.0
+"""Seconds for the next of the other agents to leave after the head node's agent, which decides for all."""
+
+
+@refusing
+def main() -> int:
+    """Run the command of this process's arguments, submitit's, on each host, and pass signals on to the agents.
+
+    Returns:
+        The largest exit status of the agents, where signals count as their numbers; 2 if a host is refused.
+    """
+    node, words = Node.from_env(), sys.argv[1:]
+    folder = words[-1]
+    check_hosts(node.hosts, Path(folder))
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: asked.append(number))
+    # Variables that are true on this host only, and variables with the number of a node.
+    of_this_host, numbered = ["SLURM_TOPOLOGY_ADDR"], ["SLURM_PROCID", "SLURM_NODEID"]
+    if not node.is_slurm:
+        of_this_host, numbered = [OWNER, VISIBLE_GPUS, "CUDA_VISIBLE_DEVICES"], ["SUBMITIT_LOCAL_GLOBALID"]
+    env = {name: value for name, value in os.environ.items() if name not in of_this_host}
+    env["SUBMITIT_LOCAL_NTASKS"] = str(len(node.hosts))
+    started = []
+    for index, host in enumerate(node.hosts):
+        paths = JobPaths(folder, node.slurm_job or env["SUBMITIT_LOCAL_JOB_ID"], index)
+        own = {**env, **dict.fromkeys(numbered, str(index))}
+        started.append(start(host, words, own, KEEP, (paths.stdout, paths.stderr)))
+    owner = os.environ.get(OWNER)
+    while started[0].poll() is None:
+        if owner is not None and processes.is_gone(int(owner)):
+            asked.append(signal.SIGTERM)
+            owner = None
+        while asked:
+            line = str(int(asked.pop(0)))
+            for process in started:
+                send(process, line)
+        time.sleep(POLL_S)
+    for process in started:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LEAVE_S)
+        process.kill()
+    return max(abs(process.wait()) for process in started)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
