@@ -5,7 +5,7 @@
     python -m benchmarks.faults.storm_on_sandbox --write                 # and keep the page
 
 Every case is a training run of two nodes on a Slurm sandbox of four (SlurmdTimeout=20, KillWait=5, no accounting),
-with the default limits of `resilience.max_restarts` and `resilience.max_without_progress`. A node that "is back after
+with the default limits of `resilience.max_restarts`. A node that "is back after
 3 s" has no power for 3 s. With `spare` there is a third node, and `resilience.node_timeout_s=5` lets it replace a
 node that is back after 8 s. The controller stops at the moment at which the agents receive SIGTERM and must ask it
 for the reason. The script compares weights and optimizer after the last step with those of an undisturbed run, tensor

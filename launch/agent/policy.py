@@ -133,7 +133,7 @@ def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes:
         return Decision(Action.stop, NO_CHECKPOINT)
     stuck = attempts_without_progress(events)
     if stuck >= limits.max_without_progress:
-        return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (resilience.max_without_progress)")
+        return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (docs/resilience.md)")
     ends = [end for end in attempt_ends(events) if end["cause"] == cause]
     seen = sum(not is_forgiven(end, events, limits.forgive_after_s) for end in ends)
     forgiven = f"; {len(ends) - seen} before newer checkpoints are forgiven" if seen < len(ends) else ""

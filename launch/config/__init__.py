@@ -84,12 +84,10 @@ class ResilienceConfig:
 
     max_restarts: RestartLimits = key(RestartLimits, "Largest number of restarts by cause.")
     health_check: HealthCheckConfig = key(HealthCheckConfig, "Checks of a node before ranks start on it.")
-    max_without_progress: int = key(
-        MISSING,
-        "Largest number of attempts in a row that save no new checkpoint; then the run stops. An attempt that was"
-        " preempted or lost a node before its first step does not count.",
-        least=1,
-    )
+    max_without_progress: ClassVar[int] = 3
+    """Largest number of attempts in a row that save no new checkpoint; then the run stops. An attempt that was
+    preempted or lost a node before its first step does not count.
+    """
     forgive_after_s: ClassVar[float] = 3600.0
     """Seconds after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint
     since.
@@ -324,11 +322,13 @@ class Config(RunConfig):
         if requeue not in (True, False, CHAIN):
             raise ConfigError(f"resilience.requeue={requeue}", f"true, false or {CHAIN}", f"resilience.requeue={CHAIN}")
         if self.launch.sequential and (self.cluster.placement or requeue == CHAIN):
-            key = "cluster.placement" if self.cluster.placement else f"resilience.requeue={CHAIN}"
+            found, instead = f"resilience.requeue={CHAIN}", "resilience.requeue=true"
+            if self.cluster.placement:
+                found, instead = "cluster.placement", "cluster.partition=NAME in place of cluster.placement"
             raise ConfigError(
-                f"launch.sequential=true with {key}",
+                f"launch.sequential=true with {found}",
                 "runs that keep their job: the next job would no longer wait for a run that continues in another one",
-                "launch.sequential=false, or cluster.partition=NAME in place of cluster.placement",
+                f"launch.sequential=false, or {instead}",
             )
         self.validate_shared_job()
         if self.launch.stop_at_first_failure and self.launch.detach:

@@ -375,4 +375,4 @@ def next_job(events: Events, after: str) -> str | None:
 
 def is_recorded(events: Events, names: Collection[str]) -> bool:
     """Return whether the event log has the submission of a job with one of these ids."""
-    return any(event["event"] == "submitted" and str(event["job_id"]) in names for event in events)
+    return any(event["event"] == "submitted" and str(event.get("job_id")) in names for event in events)

@@ -56,7 +56,8 @@ def last_command(events: Events) -> int:
     last, before = 0, None
     for index, event in enumerate(events):
         if event["event"] == "submitted":
-            is_second = before is not None and "by" in {**event, **before} and event["job_id"] == before["job_id"]
+            is_same = before is not None and event.get("job_id") == before.get("job_id")
+            is_second = is_same and "by" in {**event, **(before or {})}
             if not event.get("moved") and not is_second:
                 last = index
             before = event

@@ -323,7 +323,8 @@ def fitting_value(typed: str, schema: type) -> tuple[str, str]:
         return f"keys of your own below {key}, each with its value", f"{key}.NAME=VALUE"
     elif kind in (bool, int, float):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        return expected, f"{key}={'true' if kind is bool else 'NUMBER'}"
+        known = f"; python -m launch.keys {key} has its meaning" if value == "null" else ""
+        return expected, f"{key}={'true' if kind is bool else 'NUMBER'}{known}"
     elif not is_list:
         words = ["TEXT" if value == "null" else value.strip("[]") if value.startswith("[") else value]
     texts = ",".join(map(quoted, words))

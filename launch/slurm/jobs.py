@@ -121,9 +121,11 @@ Job = SlurmJob | LocalJob
 
 def job_of(event: Mapping[str, Any]) -> Job:
     """Return the handle of the job that a ``submitted`` event records."""
-    if event["cluster"] != "slurm":
-        return LocalJob(str(event["job_id"]), str(event.get("host")), started=event.get("pid_started"))
-    return SlurmJob(str(event["job_id"]), tuple(event.get("points", ())))
+    job_id = str(event.get("job_id"))
+    if event.get("cluster") != "slurm":
+        host = str(event.get("host", "a machine that its event log does not name"))
+        return LocalJob(job_id, host, started=event.get("pid_started"))
+    return SlurmJob(job_id, tuple(event.get("points", ())))
 
 
 def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
@@ -270,7 +272,7 @@ def refuse_running(plan: Plan, own: str | None = None) -> None:
 
 def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
     """Return the newest active Slurm job of a run that no event names; None if there is none. Raises SlurmError."""
-    known = {str(event["job_id"]) for event in select_events(folder.read_events(), "submitted")}
+    known = {str(event.get("job_id")) for event in select_events(folder.read_events(), "submitted")}
     own = []
     for pickle in slurm_folder(folder.path).glob(f"[0-9]*{SUBMITTED}"):
         job = SlurmJob(pickle.name.removesuffix(SUBMITTED))

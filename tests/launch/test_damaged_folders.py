@@ -29,6 +29,7 @@ from launch.slurm.client import JobState
 from launch.slurm.jobs import SlurmJob
 from launch.slurm.status import explain_end, find_run_status, update
 from tests.support.commands import TINY
+from tests.support.commands import call as output_of
 from tests.support.planning import plan, refused
 from tests.support.runs import recorded
 
@@ -198,3 +199,12 @@ def test_a_run_whose_ranks_did_not_fail_says_why_it_does_not_start_again(folder:
     point = find_run_status(folder)
     update(point, {SlurmJob("7").job_id: JobState("FAILED", "None")})
     assert "\nnot started again: the limit is reached\nwhy: the job was preempted\n" in explain_end(point)
+
+
+def test_a_submission_without_its_cluster_and_job_leaves_the_state_unknown(tmp_path: Path) -> None:
+    folder = recorded(RunFolder(tmp_path / "run"), {"event": "submitted"})
+    folder.create_attempt()
+    assert "unknown" in output_of(status.main, folder.path)
+    assert "nothing to cancel, unknown" in output_of(cancel.main, folder.path, status=1)
+    assert "nothing waits any more" in output_of(move.main, folder.path)
+    assert "no log of rank 0" in output_of(logs.main, folder.path, status=2)

@@ -82,7 +82,7 @@ if "SABOTAGE" in os.environ:  # also where ranks are forked from a process that 
 @pytest.fixture(scope="module")
 def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
     """A run of two ranks of which one raises in its third step; what the launcher printed, and the run folder."""
-    return run_sabotaged(tmp_path_factory.mktemp("sabotaged"), "resilience.max_without_progress=2")
+    return run_sabotaged(tmp_path_factory.mktemp("sabotaged"), "resilience.max_restarts.crashed=1")
 
 
 def run_sabotaged(folder: Path, *words: str, **environment: str) -> tuple[str, RunFolder]:
@@ -108,7 +108,7 @@ def test_an_exception_on_any_rank_is_recorded_and_told_with_its_traceback_and_th
         assert all(part in told for part in ("Traceback (most recent call last)", "queue_step", "ZeroDivisionError"))
     assert "ZeroDivisionError" in log.read_text()
     assert causes(folder) == ["crashed", "crashed"]
-    assert "saved nothing new" in select_events(events, "decided")[-1]["reason"]
+    assert "its limit is 1" in select_events(events, "decided")[-1]["reason"]
 
 
 def test_the_report_counts_the_time_that_a_crash_cost(sabotaged: tuple[str, RunFolder]) -> None:

@@ -60,8 +60,8 @@ def decide(
     events: Events, cause: Cause, limits: RestartLimits | None = None, without_progress: int = 3,
     resumes: bool = True, forgive_after_s: float = math.inf,
 ) -> Decision:  # fmt: skip
-    config = ResilienceConfig(max_restarts=limits or RestartLimits(), max_without_progress=without_progress)
-    with mock.patch.object(ResilienceConfig, "forgive_after_s", forgive_after_s):
+    config, constants = ResilienceConfig(max_restarts=limits or RestartLimits()), {"forgive_after_s": forgive_after_s}
+    with mock.patch.multiple(ResilienceConfig, max_without_progress=without_progress, **constants):
         return decide_next([{"time": 0.0, **event} for event in events], cause, config, resumes)
 
 

@@ -67,7 +67,16 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
     (["cluster.gpu=NVIDIA H100"], "unknown key cluster.gpu", "'cluster.gpu_name=NVIDIA H100'"),
     ("workload=script script.path=x.py batch_size=4", "unknown key batch_size", "script.options.batch_size=4"),
     ("cluster.time=1:30:00", "unknown key cluster.time", "cluster.timeout_min=MINUTES"),
-    ("checkpoint.keep_last=null", "checkpoint.keep_last=null", "checkpoint.keep_last=NUMBER"),
+    (
+        "checkpoint.keep_last=null",
+        "checkpoint.keep_last=null",
+        "checkpoint.keep_last=NUMBER; python -m launch.keys checkpoint.keep_last has its meaning",
+    ),
+    (
+        "launch.sequential=true resilience.requeue=chain",
+        "launch.sequential=true with resilience.requeue=chain",
+        "launch.sequential=false, or resilience.requeue=true",
+    ),
     (["cluster.placement=[{partition gpu}]"], "cannot be read", "cluster.placement='[{partition: VALUE}]'"),
     (["placement=[{partition gpu}]"], "unknown key placement", "cluster.placement='[{partition: VALUE}]'"),
     (
