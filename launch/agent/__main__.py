@@ -13,10 +13,10 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpt_launch.own_names  # noqa: F401
 from launch.agent.node import (
@@ -36,9 +36,8 @@ from launch.agent.outcome import (
     handle_attempt_end,
     handle_early_stop,
     handle_too_few_nodes,
-    refuse_replaced,
     submit_next_job,
-    take_over_as_leader,
+    take_over,
 )
 from launch.agent.policy import (
     WANTED,
@@ -48,8 +47,10 @@ from launch.agent.policy import (
     Meter,
     RunFailedError,
     has_stopped,
+    refuse_replaced,
     unreliable_hosts,
 )
+from launch.agent.term import is_replaced
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import refuse_other_code
@@ -60,6 +61,9 @@ from launch.runs.files import deny_others_writing, keep_unwritten, make_folder
 from launch.runs.folder import RunFolder, is_event
 from launch.runs.progress import NewLines
 from launch.worker import STORE_PREFIX
+
+if TYPE_CHECKING:
+    from launch.agent.exchange import RendezvousEndpoint
 
 
 def run_agent(run_dir: str) -> None:
@@ -84,40 +88,47 @@ def run_agent(run_dir: str) -> None:
     if shares_job and node.restarts and has_stopped(context.events()):
         print(f"not started again, as it has stopped before the other points of its job: {run_dir}", flush=True)
         return
+    limits = context.config.resilience
     raise_open_files()
     set_default_threads(context.config.ranks_on_node)  # Set before the fork server loads libraries for the ranks.
     set_defaults()
     with lasting_imports():
-        from launch.agent import ranks, rendezvous  # All agents import torch now, before they meet.
+        from launch.agent import exchange, ranks, rendezvous  # All agents import torch now, before they meet.
 
     stop.interruptible = True
     lost: Mapping[int, NodeProblem] = {}
     try:
-        with (
-            ranks.fork_server(context) as server,
-            ranks.MemoryStore() as store,
-            on_event(context, node.is_head),  # This starts a thread, so it follows the fork of the server.
-            Meter(context) as meter,
-            rendezvous.join(context) as group,
-        ):
-            lost = group.lost
-            if shares_job and context.events("cancelled", job_id=node.slurm_job):
-                raise InterruptedError("cancelled before the ranks had started")
-            work_in_group(
-                AgentContext(**vars(context), group=group, stop=stop, meter=meter, server=server, store=store)
-            )
+        with ranks.fork_server(context) as server, ranks.MemoryStore() as store:
+            timeouts = (limits.rendezvous_timeout_s, limits.node_timeout_s)
+            endpoint: RendezvousEndpoint | None = exchange.open_endpoint(folder, node, *timeouts)
+            while endpoint is not None:  # Each turn is a term of one head node.
+                context = replace(context, node=replace(node, head=endpoint.term.head))
+                with (
+                    on_event(context, context.node.is_head),  # This starts a thread, so it follows the server's fork.
+                    Meter(context) as meter,
+                    rendezvous.join(context, endpoint) as group,
+                ):
+                    lost = group.lost
+                    if shares_job and context.events("cancelled", job_id=node.slurm_job):
+                        raise InterruptedError("cancelled before the ranks had started")
+                    endpoint = work_in_group(
+                        AgentContext(**vars(context), group=group, stop=stop, meter=meter, server=server, store=store)
+                    )
     except InterruptedError as error:
-        with on_event(context, node.is_head):
+        with on_event(context, context.node.is_head):
             handle_early_stop(context, str(error))
     finally:
         end_lost_agents(context, lost.values())
         os.umask(0o077)  # submitit's pickle of the result follows
 
 
-def work_in_group(context: AgentContext) -> None:
-    """Start the ranks until the run ends or too few nodes are left.
+def work_in_group(context: AgentContext) -> RendezvousEndpoint | None:
+    """Start the ranks until the run ends, too few nodes are left, or the head node is lost.
 
     At the end, the head node tells the other nodes that the run is over, and its failure if there is one.
+
+    Returns:
+        The way to the next term if the head node is lost, else None.
 
     Raises:
         RunFailedError, ConfigError: as ``run_agent``.
@@ -125,7 +136,9 @@ def work_in_group(context: AgentContext) -> None:
     node, group, stop = context.node, context.group, context.stop
     failure: str | None = None
     try:
-        if node.is_head:
+        if node.is_head and node.index > 0 and not take_over(context):
+            return None
+        if node.is_head and node.index == 0:
             why = context.meter.poll()
             if why is not None:  # the ranks would be stopped as soon as they have started
                 raise RunFailedError(f"not started: {why}")
@@ -136,9 +149,7 @@ def work_in_group(context: AgentContext) -> None:
         handle_too_few_nodes(context, error)
     except HeadNodeLostError as error:
         stop.interruptible = False
-        with on_event(context):
-            announced = group.heartbeat.of(0).round
-            take_over_as_leader(context, str(error), None if announced is None else announced.attempt)
+        return group.next_endpoint(str(error))
     except (RunFailedError, ConfigError) as error:
         failure = str(error)
         if node.is_head and not isinstance(error, AlreadyDecidedError):
@@ -148,6 +159,7 @@ def work_in_group(context: AgentContext) -> None:
         stop.interruptible = False
         if node.is_head:
             group.end(failure)
+    return None
 
 
 def start_repeatedly(context: AgentContext) -> None:
@@ -176,6 +188,7 @@ def start_repeatedly(context: AgentContext) -> None:
             if handle_attempt_end(context, rdzv, ended).action is not Action.restart:
                 return
         elif ended not in (Cause.crashed, Cause.requested):
+            group.await_end(rdzv)
             return
 
 
@@ -242,12 +255,19 @@ def on_event(context: RunContext, is_active: bool = True) -> contextlib.Abstract
 
     ``is_active`` is False on nodes that leave the events to the head node.
     """
-    command = context.config.launch.on_event_command
-    return run_at_events(context.folder, command) if is_active and command else contextlib.nullcontext()
+    command, folder, node = context.config.launch.on_event_command, context.folder, context.node
+    if not is_active or not command:
+        return contextlib.nullcontext()
+    return run_at_events(folder, command, is_silent=lambda: node.is_head and is_replaced(folder, node))
 
 
 @contextlib.contextmanager
-def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = COMMAND_TIMEOUT_S) -> Iterator[None]:
+def run_at_events(
+    folder: RunFolder,
+    command: Sequence[str],
+    timeout_s: float = COMMAND_TIMEOUT_S,
+    is_silent: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
     """Run a command, in a thread, for each event with an ``event_name`` that is recorded during a ``with`` block.
 
     The end of the block waits at most about ``timeout_s`` seconds for the commands of the last events.
@@ -256,6 +276,7 @@ def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = 
         folder: folder of the run.
         command: program and arguments.
         timeout_s: seconds after which a command is killed.
+        is_silent: function that returns True once another process runs the command.
     """
     lines = NewLines(folder.events, re.compile(rb"\n"), LONGEST_LINE, skip=True)
     closing = threading.Event()
@@ -266,7 +287,7 @@ def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = 
             is_last = closing.wait(POLL_S)  # before the log is read, so that no event is missed
             with contextlib.suppress(OSError):  # The filesystem does not answer; the next poll finds the same lines.
                 while (found := lines.read()) is not None:
-                    for line in found:
+                    for line in found if not is_silent() else ():
                         handle_line(folder, command, line, timeout_s)
 
     thread = threading.Thread(target=follow, name="on-event", daemon=True)

@@ -22,18 +22,23 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from launch.agent import node as processes
 from launch.agent.__main__ import on_event
 from launch.agent.node import Node, RunContext
-from launch.agent.outcome import apply_decision, cause_of_stop, requeue_job, wait_for_controller
-from launch.agent.policy import WANTED, Action, Cause, RunFailedError, has_stopped, hosts_to_avoid, open_attempts
-from launch.config import CHAIN
+from launch.agent.outcome import (
+    apply_decision,
+    cut_short,
+    events_of,
+    pending_action,
+    requeue_job,
+    wait_for_controller,
+)
+from launch.agent.policy import WANTED, Action, Cause, RunFailedError, has_stopped, hosts_to_avoid
 from launch.config.compose import read_point
 from launch.errors import CommandParser, refusing
-from launch.runs.events import events_since_submission, select_events
+from launch.plan.budget import last_heartbeat
+from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 
 POLL_S = 1.0
-KILLED = 128
-"""Exit statuses above this value mean that a signal has ended the process."""
 
 
 def requeue_unless_ended(context: RunContext, status: int) -> int:
@@ -65,61 +70,33 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
     return 0 if cause in WANTED else status
 
 
-def wait_for_agents(folder: RunFolder, node: Node) -> None:
-    """Wait until the head node's agent on this host has ended. Slurm's step can continue after srun was killed."""
+def wait_for_agents(context: RunContext) -> None:
+    """Wait until the agent of the head node has ended. Slurm's step can continue after srun was killed."""
     is_recorded = False
     while True:
-        started = select_events(events_of(folder, node), "agent_started")
-        if not started or not is_alive(started[-1]):
+        events = events_of(context.folder, context.node)
+        started = select_events(events, "agent_started", "head_replaced")
+        if not started or not is_alive(context, started[-1], events):
             return
         if not is_recorded:
-            folder.record_event("srun_lost", job=started[-1]["job"], cause="srun has ended, and the agents continue")
+            cause = "srun has ended, and the agents continue"
+            context.record("srun_lost", job=started[-1]["job"], cause=cause)
             is_recorded = True
         time.sleep(POLL_S)
 
 
-def is_alive(started: dict[str, Any]) -> bool:
-    """Return whether the agent of an event ``agent_started`` still runs on this host."""
-    pid = started["pid"]
-    return not processes.is_gone(pid) and processes.start_time(pid) == started["pid_started"]
+def is_alive(context: RunContext, last: dict[str, Any], events: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the agent of the head node still runs, by the last event about it.
 
-
-def events_of(folder: RunFolder, node: Node) -> list[dict[str, Any]]:
-    """Return the events since the agents of this start of the job began; empty if the agents did not begin."""
-    events = events_since_submission(folder.read_events())
-    this_start = node.job.rpartition("-")[0] + "-"  # The agents of a batch script without a step have no such event.
-    began = [e for e in select_events(events, "agent_started") if e["job"].startswith(this_start)]
-    return events[events.index(began[-1]) :] if began else []
-
-
-def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | None:
-    """Return the action that is still to be done after the agents have ended; None if there is none.
-
-    It is ``requeue`` if an agent decided to requeue the job, but did not. It is ``restart`` if the agents were killed
-    before they decided.
-
-    Args:
-        events: events since the agents of this start of the job began.
-        status: exit status of srun, or of ``launch.agent.hosts``.
+    The first one runs on this host. One that has replaced it on another host counts as ended if it has written no
+    heartbeat for ``resilience.rendezvous_timeout_s``.
     """
-    if not events:  # The job was killed before the agents began. A refusal by the agents would come again.
-        return Action.restart if status > KILLED else None
-    if select_events(events, "requeue_failed") or select_events(events, "requeued", by=CHAIN):
-        return None
-    last = [{}, *select_events(events, "decided", "started")][-1]
-    if last.get("action", Action.restart) != Action.restart:  # "started" has no action
-        return Action.requeue if last["action"] == Action.requeue else None
-    return None if select_events(events, "agent_ended") else Action.restart
-
-
-def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[int | None, Cause]:
-    """Return the number of the killed attempt (None if no ranks had started) and the cause of its end."""
-    attempt = ([None, *open_attempts(events)])[-1]
-    if select_events(events, "budget_reached"):
-        return attempt, Cause.budget
-    if context.events("cancelled") or select_events(events, "signalled", "agent_stopped"):
-        return attempt, cause_of_stop(context, attempt)
-    return attempt, Cause.node_failed
+    if last["event"] == "head_replaced":
+        seen = max(last["time"], last_heartbeat(context.folder) or 0.0)
+        is_silent = time.time() - seen > context.config.resilience.rendezvous_timeout_s
+        return not is_silent and not select_events(events, "agent_ended")
+    pid = last["pid"]
+    return not processes.is_gone(pid) and processes.start_time(pid) == last["pid_started"]
 
 
 def submitted_run_dirs(folder: str, node: Node) -> list[str]:
@@ -141,10 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     node = Node.from_env()
     run_dirs = submitted_run_dirs(args.folder, node) if args.submitit else [args.folder]
     folders = [RunFolder(Path(run_dir).absolute()) for run_dir in run_dirs]
-    for folder in folders:  # All agents of a job save before a requeue ends the last of them.
-        wait_for_agents(folder, node)
-    statuses = [end_of_run(RunContext(folder, node, read_point(folder)), args.status) for folder in folders]
-    return max(statuses)
+    contexts = [RunContext(folder, node, read_point(folder)) for folder in folders]
+    for context in contexts:  # All agents of a job save before a requeue ends the last of them.
+        wait_for_agents(context)
+    return max([end_of_run(context, args.status) for context in contexts])
 
 
 def end_of_run(context: RunContext, status: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import secrets
 import socket
 import threading
@@ -20,7 +19,8 @@ from msgspec.structs import replace
 
 from launch.agent.health import Fault
 from launch.agent.node import Node, RendezvousRound, RunningClock, address_towards
-from launch.runs.files import has_written
+from launch.agent.policy import RunFailedError
+from launch.agent.term import Term, claim_term, newest_term
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile, Request
 
@@ -95,17 +95,16 @@ class SignedStore:
 
 @dataclass(frozen=True)
 class RendezvousEndpoint:
-    """The store in which the agents of a job find each other."""
+    """Store of the agents in one term, and this node's way to it."""
 
     store: dist.TCPStore
     address: str
     """Address of this node, as the other nodes reach it."""
-    token: str
-    """Secret of this start of the job, with which its agents sign their messages."""
+    term: Term
 
 
 def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> RendezvousEndpoint:
-    """Open the store on the head node; connect to it on other nodes, by the endpoint file in the run folder.
+    """Open the store on the first node; connect to the head node's store on other nodes, by the term's file.
 
     The head node takes a free port and writes it into the file, so no port is fixed in advance. The file also holds the
     job's token, so only its owner can read it.
@@ -113,30 +112,68 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
     Args:
         folder: folder of the run.
         node: this node.
-        timeout_s: longest wait in seconds until the endpoint file is written.
+        timeout_s: longest wait in seconds until the first term's file is written.
         answer_s: longest wait in seconds for an answer of the store.
 
     Raises:
-        TimeoutError: the head node did not, or could not, write the endpoint file in time.
+        TimeoutError: the head node did not write the file in time.
     """
-    timeout, deadline = timedelta(seconds=answer_s), time.monotonic() + timeout_s
-    file = folder.path / ".launch" / f"{node.job}.json"  # A requeued job has another file.
-    if node.is_head:
-        address, token = node.own_address(), secrets.token_hex(32)
-        store = open_tcp_store(address, timeout)
-        while not has_written(file, {"address": address, "port": store.port, "token": token}, mode=0o600):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no room for {file} in {timeout_s:.0f} s")
-            time.sleep(POLL_S)
-        return RendezvousEndpoint(store, address, token)
-    while not file.exists():
+    if node.index == 0:
+        address = node.own_address()
+        store = open_tcp_store(address, timedelta(seconds=answer_s))
+        first = Term(node.index, address, store.port, secrets.token_hex(32))
+        claim_term(folder, node.job, first)  # A requeued job has another name.
+        return RendezvousEndpoint(store, address, first)
+    deadline = time.monotonic() + timeout_s
+    while (term := newest_term(folder, node.job)) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the head node of this job did not write {file} in {timeout_s:g} s")
-        list(file.parent.glob("*"))  # An NFS client then looks again instead of answering from its cache.
+            raise TimeoutError(f"the head node of this job did not open its store in {timeout_s:g} s")
         time.sleep(POLL_S)
-    head = json.loads(file.read_text())
-    store = dist.TCPStore(head["address"], head["port"], is_master=False, wait_for_workers=False, timeout=timeout)
-    return RendezvousEndpoint(store, address_towards(head["address"]), head["token"])
+    return connect(term, answer_s)
+
+
+def connect(term: Term, answer_s: float) -> RendezvousEndpoint:
+    """Connect to the store of a term. Raises dist.DistError if nothing answers in ``answer_s`` seconds."""
+    timeout = timedelta(seconds=answer_s)
+    store = dist.TCPStore(term.address, term.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return RendezvousEndpoint(store, address_towards(term.address), term)
+
+
+FIRST_S, EACH_S = 0.2, 0.1
+"""Seconds after the loss of the head node until node i claims the next term: the first, and i times the second."""
+
+
+def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s: float) -> RendezvousEndpoint:
+    """After the loss of the head node, claim the next term, or connect to the node that was faster.
+
+    Args:
+        folder: folder of the run.
+        node: this node.
+        gone: term of the lost head node.
+        why: reason for which the head node counts as lost.
+        answer_s: longest wait in seconds for an answer of a store.
+
+    Raises:
+        RunFailedError: this node itself counts as lost.
+    """
+    address, began = node.own_address(), time.monotonic()
+    store = open_tcp_store(address, timedelta(seconds=answer_s))
+    while True:
+        newest = newest_term(folder, node.job) or gone
+        if node.index in dict(newest.lost):
+            raise RunFailedError(f"{node.host} was cut off, and the run continues without it: {why}")
+        if newest.head != gone.head:
+            try:
+                return connect(newest, answer_s)
+            except dist.DistError as error:  # The next head node is lost, too.
+                gone, why = newest, str(error).partition("\n")[0]
+        elif time.monotonic() - began >= FIRST_S + EACH_S * node.index:
+            # The head node may have begun this term itself, when it lost other nodes.
+            lost = (*newest.lost, (gone.head, why))
+            own = Term(node.index, address, store.port, gone.token, newest.number + 1, lost)
+            if claim_term(folder, node.job, own):
+                return RendezvousEndpoint(store, address, own)
+        time.sleep(POLL_S)
 
 
 # Messages. Every agent writes its message several times a second. The head node reads all messages; the other agents
@@ -233,10 +270,10 @@ def heartbeat_key(index: int) -> str:
 class Heartbeat:
     """Thread that exchanges heartbeats: it sends this agent's message and keeps the newest messages of other agents."""
 
-    def __init__(self, index: int, count: int, store: SignedStore) -> None:
+    def __init__(self, index: int, count: int, store: SignedStore, head: int = 0) -> None:
         self._index = index
         self._interval_s = exchange_interval_s(count)
-        self._others = range(1, count) if index == 0 else range(1)
+        self._others = [i for i in range(count) if i != head] if index == head else [head]
         self.store = store
         self._own = Message()
         self.agreement: Agreement | None = None
@@ -337,8 +374,8 @@ class Agreement:
 
     Args:
         number: number of the round; messages about another round are ignored.
-        index: index of this node in the job; 0 is the head node.
-        members: indices of the nodes that take part in the round.
+        index: index of this node in the job.
+        members: indices of the nodes that take part in the round; the first is the head node.
         ranks: heartbeat files of this node's ranks.
     """
 
@@ -364,18 +401,19 @@ class Agreement:
         """Advance all agreements as far as the messages allow. Returns new fields for this agent's message.
 
         Args:
-            received: newest messages of other agents, by node; outside of the head node only the message of node 0.
+            received: newest messages of other agents, by node; outside of the head node only its message.
         """
         about_this = {i: m for i, m in received.items() if m.agreement == self._number and i in self._members}
         reports = {request: self._report(request) for request in Request}
-        if self._index == 0:
+        head = self._members[0]
+        if self._index == head:
             for request in Request:
                 others = [message.reports[request] for message in about_this.values()]
                 self._tickets[request] = self._decide(request, [reports[request], *others])
-        elif 0 in about_this:
-            self._tickets = dict(zip(Request, about_this[0].tickets, strict=True))
+        elif head in about_this:
+            self._tickets = dict(zip(Request, about_this[head].tickets, strict=True))
         self._obey()
-        tickets = tuple(self._tickets.values()) if self._index == 0 else ()
+        tickets = tuple(self._tickets.values()) if self._index == head else ()
         return {"agreement": self._number, "reports": tuple(reports.values()), "tickets": tickets}
 
     def _report(self, request: Request) -> RequestState:

@@ -187,14 +187,13 @@ class Node:
     """Names of the job's nodes, in the order of Slurm or of the hostfile; empty on one machine without Slurm."""
     switches: tuple[str, ...] = ()
     """Names of the switches or blocks above this node, the topmost first; empty if Slurm knows no topology."""
+    head: int = 0
+    """Index of the head node, which decides for all nodes: the first node, until it is lost (``launch.agent.term``)."""
 
     @property
     def is_head(self) -> bool:
-        """Return whether this is the head node, which decides for all nodes.
-
-        The batch script runs on the head node: the loss of this node ends the job.
-        """
-        return self.index == 0
+        """Return whether this is the head node."""
+        return self.index == self.head
 
     @property
     def host(self) -> str:

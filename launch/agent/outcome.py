@@ -38,15 +38,18 @@ from launch.agent.policy import (
     cause_of_signal,
     decide_next,
     hosts_to_avoid,
+    is_inside_job,
     open_attempts,
     reasons,
+    refuse_replaced,
 )
+from launch.agent.term import is_replaced
 from launch.config import CHAIN
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
 from launch.plan.plan import is_recorded, next_job, record_found, record_next_job
 from launch.runs.environment import DUMP_PREFIX, dumped_ranks
-from launch.runs.events import failure_text, first_failure, last_index, select_events
+from launch.runs.events import events_since_submission, failure_text, first_failure, last_index, select_events
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.slurm import client as scheduler
@@ -63,6 +66,8 @@ CONTROLLER_WAIT_S = 12 * 3600.0
 A failover takes minutes, an upgrade or a restored database hours. By then the job's own time limit has mostly passed.
 """
 ASK_AGAIN_S = 5.0
+KILLED = 128
+"""Exit statuses above this value mean that a signal has ended the process."""
 
 
 def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
@@ -325,16 +330,6 @@ def record_decision(context: RunContext, attempt: int | None, cause: Cause, deci
     context.record("decided", attempt=attempt, action=decision.action, cause=cause, reason=decision.reason)
 
 
-def refuse_replaced(context: RunContext) -> None:
-    """Raise RunFailedError if Slurm has restarted the job while this node had no connection to it.
-
-    Otherwise two agents would work on the run and restart it again and again.
-    """
-    starts = select_events(context.folder.read_events(), "agent_started")
-    if starts and starts[-1]["job"] != context.node.job:
-        raise RunFailedError(f"{starts[-1]['job']} works on this run now; {context.node.job} was left over")
-
-
 def refuse_decided(context: RunContext, attempt: int | None) -> None:
     """Raise AlreadyDecidedError if another agent, which lost contact with this one, has recorded the attempt's end."""
     for end in attempt_ends(context.events()):
@@ -413,81 +408,85 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
     """Have Slurm end the step with the agents of lost nodes. The head node calls this after the end of the run.
 
     An agent that is stopped, or hangs in its kernel, never ends by itself. srun waits for every agent, so all nodes
-    would stay allocated until the time limit.
+    would stay allocated until the time limit. So they would without srun and the batch script, which were on the first
+    node: if that one is lost, the whole job is cancelled.
     """
-    node = context.node
+    node, folder = context.node, context.folder
     decided = context.events("decided")
-    by_srun = context.config.cluster.by_srun  # launch.agent.hosts does not wait for lost agents.
-    if not (by_srun and node.is_head and node.is_slurm and lost and decided and decided[-1]["action"] == Action.stop):
+    if not (node.is_head and node.is_slurm and lost and decided and decided[-1]["action"] == Action.stop):
         return
+    has_no_script = any(one.index == 0 for one in lost) and not is_inside_job(folder)
+    # launch.agent.hosts does not wait for lost agents.
+    if is_replaced(folder, node) or not (has_no_script or context.config.cluster.by_srun):
+        return
+    step = "" if has_no_script else f".{node.job.rpartition('-')[2]}"
     details = {"job": node.job, "hosts": [one.host for one in lost]}
     context.record("step_ended", **details, cause=problems_text("lost", lost))  # This agent ends with the step.
     try:
-        scheduler.scancel(f"{node.slurm_job}.{node.job.rpartition('-')[2]}")
+        wait_for_controller(folder, lambda: scheduler.scancel(f"{node.slurm_job}{step}"))
     except scheduler.SlurmError as error:
         context.record("step_not_ended", **details, cause=str(error))
 
 
-# Takeover of a job whose head node is lost: the next remaining node requeues the job.
+# The end of a start of the job that an agent has not decided: the head node is lost, or the agents were killed.
 
 
-TAKE_OVER_S = 5.0
-"""Seconds between the takeovers of two nodes: node i waits i times as long, so the first remaining node takes over.
-
-In this time, a head node that still works records that it counts this node as lost.
-"""
-
-
-def take_over_as_leader(context: RunContext, why: str, known: int | None) -> None:
-    """Decide in place of a lost head node, from another node, and requeue the job.
-
-    Args:
-        context: run and node.
-        why: reason for which the head node counts as lost.
-        known: newest attempt that the head node has announced to this node; None if it has announced none.
-
-    Raises:
-        RunFailedError: this node does not decide, or the run does not continue.
-    """
-    node, head = context.node, context.node.host_of(0)
-    time.sleep(TAKE_OVER_S * node.index)  # The nodes before this one have precedence.
-    if not node.is_slurm:
-        raise RunFailedError(f"the head node, {head}, is lost: {why}")
-    events = context.events()
-    # If the head node of this start of the job counts this node as lost, the head node still works, and decides.
-    if select_events(events[last_index(events, "agent_started") + 1 :], "node_lost", host=node.host):
-        raise RunFailedError(f"{node.host} was cut off, and the run continues without it: {why}")
-    attempt = orphaned_attempt(events, node, known)
-    problem = NodeProblem(0, head, why)
-    context.record_problems("node_lost", attempt, [problem])
-    try:
-        apply_decision(context, attempt, Cause.node_failed, problems_text("lost", [problem]))
-    except AlreadyDecidedError:
-        raise
-    except RunFailedError:
-        # No other process ends the rest of the job.
-        wait_for_controller(context.folder, lambda: scheduler.scancel(node.slurm_job))
-        raise
+def events_of(folder: RunFolder, node: Node) -> list[dict[str, Any]]:
+    """Return the events since the agents of this start of the job began; empty if the agents did not begin."""
+    events = events_since_submission(folder.read_events())
+    this_start = node.job.rpartition("-")[0] + "-"  # The agents of a batch script without a step have no such event.
+    began = [e for e in select_events(events, "agent_started") if e["job"].startswith(this_start)]
+    return events[events.index(began[-1]) :] if began else []
 
 
-def orphaned_attempt(events: Sequence[dict[str, Any]], node: Node, known: int | None) -> int | None:
-    """Return the number of the attempt that ran when the head node was lost; None if no attempt ran.
+def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | None:
+    """Return the action that is still to be done after the agents have ended; None if there is none.
+
+    It is ``requeue`` if an agent decided to requeue the job, but did not. It is ``restart`` if the agents were killed
+    before they decided.
 
     Args:
-        events: the event log since the submission.
-        node: this node.
-        known: newest attempt that the head node has announced to this node; None if it has announced none.
-
-    Raises:
-        RunFailedError: the head node has continued without this node, or has already decided what follows.
+        events: events since the agents of this start of the job began.
+        status: exit status of srun, or of ``launch.agent.hosts``.
     """
-    events = events[last_index(events, "agent_started", job=node.job) + 1 :]
-    started = max((e["attempt"] for e in select_events(events, "started")), default=None)
-    if started is not None and (known is None or started > known):
-        raise RunFailedError(f"attempt {started} was started without {node.host}, which had been cut off")
-    if not select_events(events, "attempt_ended", attempt=known):
-        return known
-    decided = select_events(events, "decided")
-    if decided and decided[-1]["action"] == Action.restart:
+    if not events:  # The job was killed before the agents began. A refusal by the agents would come again.
+        return Action.restart if status > KILLED else None
+    if select_events(events, "requeue_failed") or select_events(events, "requeued", by=CHAIN):
         return None
-    raise RunFailedError(f"the head node, {node.host_of(0)}, is lost, and has decided what follows attempt {known}")
+    last = [{}, *select_events(events, "decided", "started")][-1]
+    if last.get("action", Action.restart) != Action.restart:  # "started" has no action
+        return Action.requeue if last["action"] == Action.requeue else None
+    return None if select_events(events, "agent_ended") else Action.restart
+
+
+def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[int | None, Cause]:
+    """Return the number of the attempt that has no recorded end (None if no ranks had started), and the end's cause."""
+    attempt = ([None, *open_attempts(events)])[-1]
+    if attempt is not None and select_events(events, "finished", attempt=attempt):
+        return attempt, Cause.finished
+    if select_events(events, "budget_reached"):
+        return attempt, Cause.budget
+    if context.events("cancelled") or select_events(events, "signalled", "agent_stopped"):
+        return attempt, cause_of_stop(context, attempt)
+    return attempt, Cause.node_failed
+
+
+def take_over(context: AgentContext) -> bool:
+    """On the next head node: record the loss of the one before, and decide in its place what it has not decided.
+
+    Returns whether the ranks start again inside of the allocation.
+
+    Raises:
+        RunFailedError: the run ends unfinished.
+    """
+    node, events = context.node, events_of(context.folder, context.node)
+    lost, action = [*context.group.lost.values()][-1:], pending_action(events, KILLED + 1)
+    attempt, cause = cut_short(context, events)
+    text = problems_text("lost", lost)
+    context.record_problems("node_lost", attempt, lost)
+    context.record("head_replaced", node=node.index, host=node.host, job=node.job, attempt=attempt, cause=text)
+    if action is Action.requeue:
+        requeue_job(context, Cause(select_events(events, "decided")[-1]["cause"]), hosts_to_avoid(events), text)
+    if action is not Action.restart or (attempt is None and select_events(events, "decided")):
+        return action is Action.restart
+    return apply_decision(context, attempt, cause, text, left=context.group.next_size).action is Action.restart

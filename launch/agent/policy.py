@@ -15,6 +15,7 @@ from typing import Any
 
 from launch.agent import node as processes
 from launch.agent.node import RunContext
+from launch.agent.term import is_replaced
 from launch.config import ClusterKind, ResilienceConfig
 from launch.errors import ConfigError, RepeatedFailureError
 from launch.plan.budget import (
@@ -36,6 +37,7 @@ from launch.runs.events import (
     select_events,
 )
 from launch.runs.files import write_unwritten
+from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 from launch.slurm.client import JobDetails
 
@@ -252,7 +254,26 @@ class RunFailedError(RuntimeError):
 
 
 class AlreadyDecidedError(RunFailedError):
-    """Raised if another agent has already recorded the end of the attempt. That agent decides what follows."""
+    """Raised if another agent decides: it has recorded the end of the attempt, or is the head node now."""
+
+
+def refuse_replaced(context: RunContext) -> None:
+    """Raise AlreadyDecidedError on a head node that another node or another start of the job has replaced meanwhile.
+
+    Otherwise two agents would work on the run and restart it again and again.
+    """
+    node = context.node
+    starts = select_events(context.folder.read_events(), "agent_started")
+    if starts and starts[-1]["job"] != node.job:
+        raise AlreadyDecidedError(f"{starts[-1]['job']} works on this run now; {node.job} was left over")
+    if is_replaced(context.folder, node):
+        raise AlreadyDecidedError(f"{node.host} was cut off, and another node is the head node now")
+
+
+def is_inside_job(folder: RunFolder) -> bool:
+    """Return whether the run is a step of a job that the user holds, which began before the run."""
+    submitted = select_events(folder.read_events(), "submitted")
+    return bool(submitted) and submitted[-1].get("cluster") == ClusterKind.allocation.name
 
 
 # Hosts that a run avoids, and why: a pure function of its event log.
@@ -340,13 +361,13 @@ class Meter:
 
     def __enter__(self) -> Meter:
         node = self._context.node
-        if node.is_head:
+        if node.is_head and node.index == 0:  # A later head node continues the meter.
             self._close_killed_allocation()
             if node.is_slurm:
                 # An element of a job array has two ids in Slurm.
                 ids = (node.slurm_job, node.job.split("-")[1])
                 # The launcher ended before it recorded its submission, or is slower than this agent.
-                if not self._is_inside_job and not is_recorded(self._folder.read_events(), ids):
+                if not is_inside_job(self._folder) and not is_recorded(self._folder.read_events(), ids):
                     record_found(self._folder, node.slurm_job, node.count, by="agent")
             # The batch script identifies the agent's process by its number and start time.
             pid = os.getpid()
@@ -356,8 +377,9 @@ class Meter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._context.node.is_head:
-            self._context.record("agent_ended", job=self._context.node.job, ended_at=time.time())
+        node = self._context.node
+        if node.is_head and not is_replaced(self._folder, node):
+            self._context.record("agent_ended", job=node.job, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool = False) -> str | None:
         """Write a heartbeat. If a cap of the budget is reached, record this and return it as text; else return None.
@@ -393,17 +415,11 @@ class Meter:
             ended_at = min(seen, time.time())
             self._context.record("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
-    @property
-    def _is_inside_job(self) -> bool:
-        """Return whether the run is a step of a job that the user holds, which began before the run."""
-        submitted = select_events(self._folder.read_events(), "submitted")
-        return bool(submitted) and submitted[-1].get("cluster") == ClusterKind.allocation.name
-
     def _allocation(self) -> dict[str, Any]:
         """Return the allocation's nodes, GPUs, price per GPU-hour, start (Unix seconds) and time limit (seconds)."""
         config, node = self._context.config, self._context.node
         begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
-        if node.is_slurm and not self._is_inside_job:
+        if node.is_slurm and not is_inside_job(self._folder):
             with contextlib.suppress(scheduler.SlurmError):  # The agent started a moment after its job.
                 job = scheduler.job_details(node.slurm_job, retries=1)
                 begun, limit_s = job.start_time or begun, job.time_limit_s or limit_s

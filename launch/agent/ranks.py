@@ -128,7 +128,7 @@ def set_run_variables(attempt: Attempt) -> None:
         "LAUNCH_GRACE_S": attempt.config.resilience.grace_period_s,
         "LAUNCH_AGENT_PID": os.getpid(),
         heartbeat.ENVIRONMENT: attempt.heartbeats,
-        STORE_PREFIX: derive(group.token, f"ranks of round {attempt.rdzv.number}"),
+        STORE_PREFIX: derive(group.token, f"ranks of attempt {number}"),
     }
     os.environ |= {name: str(value) for name, value in {**variables, **command.env}.items()}
     if command.wants_memory_store:

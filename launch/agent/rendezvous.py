@@ -13,6 +13,7 @@ from datetime import timedelta
 from itertools import zip_longest
 
 import torch.distributed as dist
+from msgspec.structs import replace
 
 from launch.agent.exchange import (
     POLL_S,
@@ -20,7 +21,7 @@ from launch.agent.exchange import (
     Message,
     RendezvousEndpoint,
     SignedStore,
-    open_endpoint,
+    next_endpoint,
     open_tcp_store,
 )
 from launch.agent.health import RUN_FOLDER, HealthCheck
@@ -32,7 +33,8 @@ from launch.agent.node import (
     TooFewNodesError,
     problems_text,
 )
-from launch.agent.policy import NO_HOSTS, RunFailedError, reasons
+from launch.agent.policy import NO_HOSTS, AlreadyDecidedError, RunFailedError, reasons, refuse_replaced
+from launch.agent.term import claim_term, presence_file
 from launch.runs.events import ALL_NODES, FEWER_NODES, fewer_nodes
 from launch.runs.folder import read_plan, writing_into
 
@@ -42,6 +44,11 @@ ROOM_POLL_S = 2.0
 ECHO_S = 8.0
 """Seconds of silence after which a node counts as the cause of a broken connection that no rank has explained."""
 FLUSH_S = 5.0
+JOIN_S = 1.5
+"""Seconds that a head node of a later term waits for nodes that have not noticed the loss of the head node before."""
+MINORITY_S = 2.0
+"""Seconds that a head node leaves to the others to take over, if it has lost most nodes at once."""
+TERM_POLL_S = 1.0
 
 
 class AgentGroup:
@@ -51,19 +58,29 @@ class AgentGroup:
         node, config = context.node, context.config
         self._context = context
         self._node = node
+        self._head = node.head
         self._limits = config.resilience
         promised = (read_plan(context.folder).get("promised") or {}) if node.is_head and config.may_shrink else {}
         self._sizes: Sequence[int] = (config.nodes, *(promised.get("fewer_nodes") or ()))
         """Numbers of nodes with which the run can start, by its plan, largest first."""
         self.address = endpoint.address
         """Address at which the other nodes reach this node."""
-        self.token = endpoint.token
+        self._term = endpoint.term
+        self._saw_term = 0.0
+        self.token = endpoint.term.token
         """Secret that the agents of this job share."""
-        self.heartbeat = Heartbeat(node.index, node.count, SignedStore(endpoint.store, endpoint.token, "heartbeats"))
+        # A message of another term, which a stranger could put back, has another signature.
+        signed = SignedStore(endpoint.store, self.token, f"heartbeats at {endpoint.store.host}:{endpoint.store.port}")
+        self.heartbeat = Heartbeat(node.index, node.count, signed, node.head)
         self._health = HealthCheck(context.folder.path, self._limits.health_check, config.cluster.gpus_per_node)
         self._has_recorded_foreign = False
-        self.lost: dict[int, NodeProblem] = {}
-        """Index -> lost node. Lost nodes take no further part in this job. Empty except on the head node."""
+        self._has_shown_presence = False
+        lost = endpoint.term.lost if node.is_head else ()
+        self._head_before = lost[-1][0] if lost else None
+        self.lost = {index: NodeProblem(index, node.host_of(index), why) for index, why in lost}
+        """Index -> lost node, the last loss last. Lost nodes take no further part in this job. Empty except on the head
+        node.
+        """
         self._stores: list[dist.TCPStore] = []  # Stores stay open for ranks that are still leaving the previous round.
 
     # On every node.
@@ -117,7 +134,22 @@ class AgentGroup:
         heartbeat.publish(left=number)
         if self._node.is_head and all(heartbeat.of(index).left >= number for index in rdzv.members):
             heartbeat.publish(all_left=number)
-        return heartbeat.of(0).all_left >= number
+        return heartbeat.of(self._head).all_left >= number
+
+    def await_end(self, rdzv: RendezvousRound) -> None:
+        """Wait until the head node has recorded the end of a round that was the last one. Errors as ``next_round``."""
+        self._await_round(rdzv.number + 1)
+
+    def next_endpoint(self, why: str) -> RendezvousEndpoint:
+        """Return the way to the next term, after the loss of the head node for the reason ``why``.
+
+        Raises:
+            RunFailedError: there is no Slurm, whose job continues, or this node itself counts as lost.
+        """
+        node = self._node
+        if not node.is_slurm:
+            raise RunFailedError(f"the head node, {node.host_of(self._head)}, is lost: {why}")
+        return next_endpoint(self._context.folder, node, self._term, why, self._limits.node_timeout_s)
 
     def close(self) -> None:
         """Leave the group. The head node waits ``resilience.node_timeout_s`` at most for the other agents to leave."""
@@ -138,9 +170,16 @@ class AgentGroup:
         self.heartbeat.publish(over=True, failure=failure)
 
     def find_silent(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """Mark members of a round that were silent longer than ``resilience.node_timeout_s`` as lost; return them."""
+        """Mark members of a round that were silent longer than ``resilience.node_timeout_s`` as lost; return them.
+
+        Raises:
+            AlreadyDecidedError: another node has become the head node.
+        """
+        if time.monotonic() - self._saw_term > TERM_POLL_S:
+            refuse_replaced(self._context)
+            self._saw_term = time.monotonic()
         limit = self._limits.node_timeout_s
-        return [self._lose(i, self._silence_text(i)) for i in rdzv.members if i and self._silence(i) > limit]
+        return self._lose({i: self._silence_text(i) for i in rdzv.members[1:] if self._silence(i) > limit})
 
     def find_reason(self, rdzv: RendezvousRound) -> list[NodeProblem]:
         """After a broken connection, wait up to ``ECHO_S`` seconds for two heartbeats of every other member.
@@ -148,14 +187,14 @@ class AgentGroup:
         Members that send fewer are marked as lost and returned.
         """
         heartbeat = self.heartbeat
-        waiting = {index: heartbeat.of(index).beat for index in rdzv.members if index and index not in self.lost}
+        waiting = {index: heartbeat.of(index).beat for index in rdzv.members[1:] if index not in self.lost}
         limit = min(ECHO_S, self._limits.node_timeout_s)
         deadline = time.monotonic() + limit
         while waiting and time.monotonic() < deadline:
             time.sleep(POLL_S)
             waiting = {index: beat for index, beat in waiting.items() if heartbeat.of(index).beat < beat + 2}
         silent = f"no answer in {limit:.0f} s after a connection between the ranks was lost"
-        return [self._lose(index, f"{silent}, {self._silence_text(index)}") for index in waiting]
+        return self._lose({index: f"{silent}, {self._silence_text(index)}" for index in waiting})
 
     @property
     def next_size(self) -> int | None:
@@ -169,8 +208,9 @@ class AgentGroup:
         healthy, sick = self._gather(number)
         full, folder = self._sizes[0], self._context.folder
         near = {i: distance(self.heartbeat.of(i).switches, self._node.switches) for i in healthy}
-        order = sorted(healthy, key=lambda i: (i != 0, self._host(i) in avoid, near[i], i))
-        members = tuple(sorted(order[: self._largest_size(len(healthy))], key=lambda i: (i != 0, near[i], i)))
+        head = self._head
+        order = sorted(healthy, key=lambda i: (i != head, self._host(i) in avoid, near[i], i))
+        members = tuple(sorted(order[: self._largest_size(len(healthy))], key=lambda i: (i != head, near[i], i)))
         store = open_tcp_store(self.address, timedelta(seconds=self._limits.rendezvous_timeout_s))
         self._stores.append(store)
         with writing_into(folder.path):
@@ -203,27 +243,29 @@ class AgentGroup:
         while (size := self.next_size) is not None:
             # A spare can reach this round long before the other nodes, and may be gone by now.
             present = {i: m for i, m in self._present().items() if self._silence(i) <= self._limits.node_timeout_s}
-            present[0] = self.heartbeat.of(0)
+            present[self._head] = self.heartbeat.of(self._head)
             ready = {index: message for index, message in present.items() if message.ready >= number}
             sick = []
             for index, faults in sorted((i, message.faults) for i, message in ready.items() if message.faults):
                 why, is_shared = "; ".join(f.found for f in faults), all(f.part == RUN_FOLDER for f in faults)
                 sick.append(NodeProblem(index, self._host(index), why, is_shared))
-            absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
+            absent = [i for i in range(self._node.count) if i not in ready and i not in self.lost]
             waited = time.monotonic() - began
             healthy = sorted(ready.keys() - {one.index for one in sick})
             # An absent node may still arrive: a round with fewer nodes begins only if no node is absent.
             is_enough = len(healthy) >= (size if absent else self._sizes[-1])
-            if 0 in healthy and is_enough and (not absent or waited > SPARE_WAIT_S):
+            if self._head in healthy and is_enough and (not absent or waited > SPARE_WAIT_S):
                 return healthy, sick
             if not absent:
                 raise TooFewNodesError(problems_text("sick", sick), sick)
+            gone = {}
             for index in absent:
                 came = self.heartbeat.silence(index) is not None
                 if self._silence(index) > self._limits.node_timeout_s:
-                    self._lose(index, self._silence_text(index))
-                elif waited > self._limits.rendezvous_timeout_s:
-                    self._lose(index, f"{'not ready' if came else 'did not show up'} in {waited:.0f} s")
+                    gone[index] = self._silence_text(index)
+                elif waited > (self._limits.rendezvous_timeout_s if came or self._is_alive(index) else JOIN_S):
+                    gone[index] = f"{'not ready' if came else 'did not show up'} in {waited:.0f} s"
+            self._context.record_problems("node_lost", None, self._lose(gone))
             time.sleep(POLL_S)
         raise TooFewNodesError(f"{self._node.count - len(self.lost)} nodes left, and {self._sizes[-1]} are needed")
 
@@ -240,15 +282,37 @@ class AgentGroup:
     def _host(self, index: int) -> str:
         return self.heartbeat.of(index).host or self._node.host_of(index)
 
-    def _lose(self, index: int, why: str) -> NodeProblem:
-        self.lost[index] = NodeProblem(index, self._host(index), why)
-        return self.lost[index]
+    def _is_alive(self, index: int) -> bool:
+        """Return whether a node that has not joined this term may still come: its ranks may need time to end."""
+        before = self._head_before
+        return before is None or presence_file(self._context.folder, self._node.job, before, index).exists()
+
+    def _lose(self, why: Mapping[int, str]) -> list[NodeProblem]:
+        """Mark nodes as lost, index -> reason, and begin a new term, in which they take no part. Returns them.
+
+        Raises AlreadyDecidedError if another node has begun it.
+        """
+        node, folder = self._node, self._context.folder
+        if not why:
+            return []
+        others = [i for i in range(node.count) if i != node.index and i not in self.lost]
+        silent = sum(i in why or self._silence(i) > self._limits.node_timeout_s / 2 for i in others)
+        if node.is_slurm and silent > 1 + len(others) - silent:
+            time.sleep(MINORITY_S)
+        found = [NodeProblem(index, self._host(index), text) for index, text in why.items()]
+        lost = (*self._term.lost, *why.items())
+        term = replace(self._term, number=self._term.number + 1, lost=lost)
+        if not claim_term(folder, node.job, term):
+            raise AlreadyDecidedError(f"{node.host} was cut off, and another node is the head node now")
+        self._term = term
+        self.lost |= {one.index: one for one in found}
+        return found
 
     # On the other nodes.
 
     def _await_round(self, number: int) -> RendezvousRound | None:
         while True:
-            head = self.heartbeat.of(0)
+            head = self.heartbeat.of(self._head)
             if head.failure:
                 raise RunFailedError(head.failure)
             if head.over:
@@ -257,18 +321,24 @@ class AgentGroup:
                 return head.round
             if self.head_is_lost():
                 connection = self.heartbeat.lost_connection
-                why = self._silence_text(0) if connection is None else f"its connection ended ({connection})"
+                why = self._silence_text(self._head) if connection is None else f"its connection ended ({connection})"
                 raise HeadNodeLostError(why)
             time.sleep(POLL_S)
 
     def head_is_lost(self) -> bool:
         """Return whether the store of the head node is gone.
 
-        Also True if the head node was silent for more than ``resilience.node_timeout_s``.
+        Also True if the head node was silent for more than ``resilience.node_timeout_s``. Then this node shows the
+        next head node that it lives.
         """
-        silent = self.heartbeat.silence(0)
-        is_silent = silent is not None and silent > self._limits.node_timeout_s
-        return self.heartbeat.lost_connection is not None or is_silent
+        if self._node.is_head:
+            return False
+        silent = self.heartbeat.silence(self._head)
+        is_lost = self.heartbeat.lost_connection is not None or (silent or 0.0) > self._limits.node_timeout_s
+        if is_lost and not self._has_shown_presence:
+            self._has_shown_presence = True
+            presence_file(self._context.folder, self._node.job, self._head, self._node.index).touch()
+        return is_lost
 
 
 def distance(switches: Sequence[str], head: Sequence[str]) -> list[tuple[bool, str]]:
@@ -282,14 +352,8 @@ def distance(switches: Sequence[str], head: Sequence[str]) -> list[tuple[bool, s
 
 
 @contextmanager
-def join(context: RunContext) -> Iterator[AgentGroup]:
-    """Join the other agents of this job for the length of a ``with`` block, which gets the group.
-
-    Raises:
-        TimeoutError: the head node did not open its store within ``resilience.rendezvous_timeout_s``.
-    """
-    limits = context.config.resilience
-    endpoint = open_endpoint(context.folder, context.node, limits.rendezvous_timeout_s, limits.node_timeout_s)
+def join(context: RunContext, endpoint: RendezvousEndpoint) -> Iterator[AgentGroup]:
+    """Join the other agents of a term for the length of a ``with`` block, which gets the group."""
     group = AgentGroup(context, endpoint)
     try:
         yield group

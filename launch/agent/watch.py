@@ -18,7 +18,7 @@ from launch.agent import node as processes
 from launch.agent.exchange import Agreement
 from launch.agent.node import OWNER, STOP_FILE, Attempt
 from launch.agent.outcome import stop_details
-from launch.agent.policy import BUDGET
+from launch.agent.policy import BUDGET, AlreadyDecidedError
 from launch.config import ResilienceConfig
 from launch.runs import heartbeat
 from launch.runs.environment import (
@@ -295,7 +295,10 @@ class Watch:
         attempt = self._attempt
         if not attempt.node.is_head:
             return "the head node is lost" if attempt.group.head_is_lost() else None
-        lost = attempt.group.find_silent(attempt.rdzv)
+        try:
+            lost = attempt.group.find_silent(attempt.rdzv)
+        except AlreadyDecidedError as error:
+            return str(error)
         attempt.record_problems("node_lost", attempt.number, lost)
         return f"node {lost[0].host} is lost" if lost else None
 

@@ -322,9 +322,9 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
 
 def _in_sandbox(fault: PlannedFault, site: Site) -> str:
     """Make the fault of this kind on the node of the rank or on the controller, and undo it after its seconds."""
-    host = [] if fault.kind == "stop_controller" else [site.host_of(fault.rank)]
+    host = [] if fault.kind == "stop_controller" else [site.host_of(0 if fault.kind in OF_HEAD else fault.rank)]
     try:
-        done = site.in_sandbox(fault.kind.replace("_", "-"), *host)
+        done = site.in_sandbox(fault.kind.removesuffix("_head").replace("_", "-"), *host)
         if not host:
             with suppress(FaultError):
                 # Slurm then queries the sender of the request, and gets no answer.
@@ -346,6 +346,8 @@ OUTAGES = (2.0, 8.0, 40.0)
 """Seconds without a sign of life: a moment, less than ``resilience.node_timeout_s``, and more."""
 ABSENCES = (20.0, 75.0, 300.0)
 """Seconds without a controller."""
+OF_HEAD = ("power_cut_head",)
+"""Kinds that hit the head node, which is the node of rank 0, whatever the rank of the fault."""
 MILD = {"sigstop_agent", "kill_srun", "freeze", "cut_link"}
 """Kinds that need not end an attempt."""
 
@@ -399,6 +401,7 @@ KINDS = {
         "a job that preempts this one", lambda fault, site: site.in_sandbox("preempt", site.job, "--seconds=1"), SANDBOX
     ),
     "power_cut": Kind("the node of rank {rank} without power for {seconds:g} s", _in_sandbox, SANDBOX, REBOOTS),
+    "power_cut_head": Kind("the head node without power for {seconds:g} s", _in_sandbox, SANDBOX, REBOOTS),
     "freeze": Kind("the node of rank {rank} frozen for {seconds:g} s", _in_sandbox, SANDBOX, OUTAGES),
     "cut_link": Kind("the node of rank {rank} without a link for {seconds:g} s", _in_sandbox, SANDBOX, OUTAGES),
     "stop_controller": Kind(

@@ -12,10 +12,6 @@ from typing import Any
 import pytest
 
 from gpt.checkpoint import folders
-from launch.agent.node import Node, RunContext
-from launch.agent.outcome import take_over_as_leader
-from launch.agent.policy import RunFailedError
-from launch.config import Config
 from launch.plan.plan import Plan
 from launch.plan.preflight import plan_text
 from launch.runs.events import select_events
@@ -73,22 +69,6 @@ LARGE += " cluster.gpus_per_node=1 cluster.gpu_memory_gib=2.5"
 )
 def test_impossible_fewer_nodes_are_refused_before_the_queue(words: str, found: str, fix: str) -> None:
     refused(plan, *words.split(), found=found, fix=fix)
-
-
-def test_a_node_that_counts_as_lost_does_not_requeue_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut off and alive: the head node it hears nothing of goes on without it."""
-    monkeypatch.setattr("launch.agent.outcome.TAKE_OVER_S", 0.0)
-    folder = RunFolder(tmp_path)
-    for event in ("submitted", "agent_started"):
-        folder.record_event(event, job="slurm-1-0-0", job_id="1")
-    folder.record_event("node_lost", attempt=1, node=1, host="n1", cause="silent for 30 s")
-    folder.record_event("attempt_ended", attempt=1, cause="node_failed", job="slurm-1-0-0")
-    folder.record_event("started", attempt=2)
-    before = folder.read_events()
-    with pytest.raises(RunFailedError, match="n1 was cut off, and the run continues without it"):
-        cut_off = Node(1, 2, "slurm-1-0-0", True, "1", hosts=("n0", "n1"))
-        take_over_as_leader(RunContext(folder, cut_off, Config(nodes=2)), "silence", known=1)
-    assert folder.read_events() == before
 
 
 def test_a_run_continues_without_a_lost_node_and_uses_all_nodes_when_the_command_is_typed_again(

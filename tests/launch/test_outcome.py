@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +17,9 @@ import pytest
 
 from launch.agent import node
 from launch.agent import outcome as requeue
-from launch.agent.after_step import events_of, pending_action, requeue_unless_ended
+from launch.agent.after_step import requeue_unless_ended
 from launch.agent.node import Node, NodeProblem, RunContext
-from launch.agent.outcome import cause_of_stop, end_lost_agents, orphaned_attempt
+from launch.agent.outcome import cause_of_stop, end_lost_agents, events_of, pending_action
 from launch.agent.policy import Action, Cause, RunFailedError
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config
@@ -249,36 +248,6 @@ def test_a_batch_script_obeys_the_restart_limits(folder: RunFolder, tmp_path: Pa
 
 
 SECOND_NODE = Node(1, 3, "slurm-7-1-0", is_slurm=True, slurm_job="7", hosts=("n1", "n2", "n3"))
-BEFORE = [
-    {"event": "agent_started", "job": "slurm-7-0-0"},
-    {"event": "started", "attempt": 3},
-    {"event": "attempt_ended", "attempt": 3},
-    {"event": "decided", "action": "requeue"},
-    {"event": "agent_started", "job": "slurm-7-1-0"},
-]
-"""Events of an earlier start of the job, which say nothing of this one."""
-BEGUN = [*BEFORE, {"event": "started", "attempt": 4}]
-ENDED = [*BEGUN, {"event": "attempt_ended", "attempt": 4}]
-
-
-@pytest.mark.parametrize(
-    ("events", "known", "left"),
-    [
-        (BEGUN, 4, 4),
-        (BEFORE, 4, 4),  # announced, and no rank has started yet
-        (BEFORE, None, None),
-        ([*ENDED, {"event": "decided", "action": "restart"}], 4, None),
-        # A node that was cut off comes back while the others train: it must not end what they do.
-        ([*ENDED, {"event": "decided", "action": "restart"}, {"event": "started", "attempt": 5}], 4, "without n2"),
-        (BEGUN, None, "without n2"),
-        ([*ENDED, {"event": "decided", "action": "requeue"}], 4, "has decided"),
-    ],
-)
-def test_the_attempt_of_a_lost_head_node_is_taken_over_unless_other_nodes_continue(
-    events: Events, known: int | None, left: int | str | None
-) -> None:
-    with pytest.raises(RunFailedError, match=left) if isinstance(left, str) else nullcontext():
-        assert orphaned_attempt(events, SECOND_NODE, known) == left
 
 
 def test_lost_agents_are_ended_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

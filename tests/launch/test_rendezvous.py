@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Barrier, Event
 from typing import TypeVar
@@ -13,7 +14,7 @@ import pytest
 from launch.agent import exchange, rendezvous
 from launch.agent.health import Fault
 from launch.agent.node import HeadNodeLostError, Node, RendezvousRound, RunContext, TooFewNodesError
-from launch.agent.rendezvous import AgentGroup, join
+from launch.agent.rendezvous import AgentGroup
 from launch.config import Config
 from launch.runs.events import fewer_nodes, select_events
 from launch.runs.files import write_json
@@ -37,6 +38,13 @@ def config_of(nodes: int, spares: int = 0) -> Config:
 def context(folder: RunFolder, index: int, config: Config, count: int, switches: str = "") -> RunContext:
     node = Node(index, count, "job", is_slurm=False, hosts=HOSTS[:count], switches=tuple(switches.split()))
     return RunContext(folder, node, config)
+
+
+def join(context: RunContext) -> AbstractContextManager[AgentGroup]:
+    """The agent in the group of the first term."""
+    limits = context.config.resilience
+    endpoint = exchange.open_endpoint(context.folder, context.node, limits.rendezvous_timeout_s, limits.node_timeout_s)
+    return rendezvous.join(context, endpoint)
 
 
 def run_agents(
