@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from gpt_launch import as_typed
-from launch.config import LaunchConfig, ReportFile
+from launch.config import DEEP, Config, LaunchConfig, ReportFile
 from launch.config.compose import workload_of
 from launch.plan.placement import copy_code
-from launch.plan.plan import Plan, record_submitted, unfinished, write_run
+from launch.plan.plan import Plan, record_submitted, unfinished, write_run, write_settled
 from launch.plan.preflight import announce_plans
 from launch.runs.console import plain_console
 from launch.runs.find import Sweep, record_sweep, sweep_overrides
@@ -89,6 +91,8 @@ def run_sweep(
     plans, configs = plan_sweep(documents, typed, console)
     if configs[0].dry_run:
         show_plans(plans, configs, console)
+        if configs[0].dry_run == DEEP:
+            rehearse_points(plans, configs, points)
         return []
     for plan in unfinished(plans):
         refuse_running(plan)
@@ -115,6 +119,23 @@ def run_sweep(
             value = objective_value(RunFolder(plan.run_dir), name, config.objective_of)
         results.append(PointResult(plan.run_dir, name, value, why))
     return results
+
+
+def rehearse_points(plans: Sequence[Plan], configs: Sequence[Config], points: Sequence[Composed]) -> None:
+    """Rehearse a step of every point on this machine.
+
+    Raises:
+        ConfigError: a point cannot be rehearsed.
+        SweepFailedError: a rehearsal has found a fault.
+    """
+    failed = []
+    for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
+        with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
+            write_settled(plan, RunFolder(folder), copy.deepcopy(composed), overrides)
+            if not workload_of(config).rehearse(config, RunFolder(folder)):
+                failed.append(plan.title)
+    if failed:
+        raise SweepFailedError(f"dry_run=deep: the rehearsal has failed for {', '.join(failed)}", 2)
 
 
 def submit_and_watch(

@@ -312,6 +312,21 @@ class Workload:
         """
         return None
 
+    def rehearse(self, config: Any, folder: RunFolder) -> bool:
+        """Rehearse a step of a point on this machine, for ``dry_run=deep``; print the findings, and return if all is
+        well.
+
+        ``folder`` is a temporary folder that contains the config of the point and nothing else.
+
+        Raises:
+            ConfigError: the workload, or this point of it, cannot be rehearsed.
+        """
+        raise ConfigError(
+            f"dry_run=deep with workload={self.name}",
+            "workload=gpt, or a workload whose class has the method rehearse",
+            "dry_run=true",
+        )
+
     def set_ups(self, config: Any, request: PlanRequest, goal: TrainingGoal) -> Sequence[SetUp]:
         """Return ways to train towards a goal on the requested nodes, fastest first; none by default.
 

@@ -58,6 +58,7 @@ ELSEWHERE = {
     "launch.attach": "launch/test_local_points.py",
     "launch.storm": "launch/test_storm.py",
     "gpt.prepare": "data/test_prepare.py",
+    "gpt.rehearse": "rehearsal/test_rehearsal.py",
 }
 """Commands whose own tests take these arguments apart; composed here, not run."""
 

@@ -16,7 +16,7 @@ from launch.config.compose import compose_launch, typed_config
 from tests.support.commands import ROOT
 
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
-COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare", "smoke", "bench_matmul")
+COMMANDS = ("train", "prepare", "generate", "evaluate", "export", "compare", "smoke", "bench_matmul", "rehearse")
 
 
 @cache
@@ -120,6 +120,8 @@ ROOMS = {
     "gpt.workload": ("gpt.training", "launch.workload"),
     **dict.fromkeys((f"gpt.{command}" for command in COMMANDS), ("gpt.training",)),
     "gpt.smoke": ("gpt.train", "gpt.generate"),
+    "gpt.rehearsal": ("gpt.train",),
+    "gpt.rehearse": ("gpt.rehearsal",),
     "slurm": ("launch.runs",),
     "configs": (),
 }
@@ -349,7 +351,7 @@ def test_every_preset_says_what_it_is() -> None:
 
 
 TOKENS = {
-    "gpt": 139_330,
+    "gpt": 146_240,
     "gpt/components": 2_150,
     "gpt/conversion": 5_120,
     "gpt/data": 17_440,
@@ -358,10 +360,10 @@ TOKENS = {
     "hydra_plugins": 2_410,
     "launch/agent": 29_810,
     "launch/bench_network": 2_850,
-    "launch/config": 4_050,
+    "launch/config": 4_065,
     "launch/doctor": 8_070,
     "launch/fleet": 1_970,
-    "launch/plan": 8_931,
+    "launch/plan": 8_955,
     "launch/project": 6_900,
     "launch/report": 29_600,
     "launch/runs": 23_830,

@@ -6,15 +6,17 @@ Imports no torch.
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from omegaconf import DictConfig
 
 from gpt.accounting import count, training_flops_per_token
-from gpt.accounting.hardware import peak_flops
+from gpt.accounting.hardware import expand, peak_flops
 from gpt.checkpoint.target import check_target, saved_checkpoints, saved_copies
 from gpt.config import Device, ModelConfig, TrainConfig
 from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths
@@ -255,6 +257,15 @@ class GptWorkload(Workload):
         config = assume_precision(config, precision)
         dims = check_parallel_dims(config, request.world_size)
         return estimated_step(config, dims, split_batch_over_nodes(config, dims, request), request)
+
+    def rehearse(self, config: Any, folder: RunFolder) -> bool:
+        """Run ``gpt.rehearse`` on a config, in a process of its own, because this one loads no torch."""
+        stated = config.cluster
+        gpu = stated.gpu_name if stated.gpu_name and expand(stated.gpu_name) else ""
+        words = [*(sys.executable, "-m", "gpt_launch", "gpt.rehearse", "--run", str(folder.path), "--gpu", gpu)]
+        words += ["--ranks", str(config.world_size), "--ranks-per-node", str(config.ranks_on_node)]
+        words += [] if stated.gpu_memory_gib is None else ["--gpu-gib", str(stated.gpu_memory_gib)]
+        return subprocess.run(words).returncode == 0
 
     def set_ups(self, config: TrainConfig, request: PlanRequest, goal: TrainingGoal) -> list[SetUp]:
         """Return layouts that train a model of a given size on the nodes of ``request``, the fastest first.

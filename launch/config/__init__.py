@@ -74,6 +74,8 @@ class HealthCheckConfig:
         return split_command("resilience.health_check.command", self.command)
 
 
+DEEP = "deep"
+"""Value of ``dry_run`` with which the workload also rehearses a step."""
 CHAIN = "chain"
 """Value of ``resilience.requeue`` for clusters that do not requeue jobs: a next job continues the run."""
 
@@ -269,7 +271,11 @@ class Config(RunConfig):
     objective_of: ObjectiveOf = key(
         ObjectiveOf.minimum, "Value of the objective that a run returns: its minimum, its maximum or the last one."
     )
-    dry_run: bool = key(False, "Print the plan and the sbatch text, and submit nothing.")
+    dry_run: Any = key(
+        False,
+        "Print the plan and the sbatch text, and submit nothing. deep: also rehearse a step without GPUs, at the true"
+        " number of ranks.",
+    )
     copy_code: bool = key(
         False, "Run a copy of the code, made at submission, so that later changes of the checkout have no effect."
     )
@@ -318,6 +324,8 @@ class Config(RunConfig):
                 f"resilience.min_nodes={self.nodes}, or nodes={least}",
             )
         self.budget.validate(self.cluster)
+        if self.dry_run not in (True, False, DEEP):
+            raise ConfigError(f"dry_run={self.dry_run}", f"true, false or {DEEP}", f"dry_run={DEEP}")
         requeue = self.resilience.requeue
         if requeue not in (True, False, CHAIN):
             raise ConfigError(f"resilience.requeue={requeue}", f"true, false or {CHAIN}", f"resilience.requeue={CHAIN}")

@@ -224,11 +224,16 @@ def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> Non
     folder = RunFolder(plan.run_dir)
     apply_continuation(folder, plan.goes_on, plan.max_steps, workload_of(composed).checkpoints(folder) or ())
     composed.resume_from = None  # The change is done now: a later start of the same job must not repeat it.
+    write_settled(plan, folder, composed, overrides)
+    with writing_into(folder.path):
+        write_json(folder.plan, plan.as_dict())
+
+
+def write_settled(plan: Plan, folder: RunFolder, composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Write the config of a point with the values that the plan chose into ``folder``."""
     for key, value in plan.promised.settled.items():
         OmegaConf.update(composed, key, value, merge=True)
     compose.write_config(folder, composed, without_key(overrides, "resume_from"))
-    with writing_into(folder.path):
-        write_json(folder.plan, plan.as_dict())
 
 
 # Refusals of a point, before anything is written.

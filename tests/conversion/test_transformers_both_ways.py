@@ -118,7 +118,7 @@ def test_weights_of_nanogpt_give_the_same_logits(has_bias: bool, tmp_path: Path)
         "dropout": 0.1,
     }
     torch.save({"model": compiled, "model_args": sizes, "config": {"dtype": "bfloat16"}}, tmp_path / "ckpt.pt")
-    command = [sys.executable, ROOT / "examples" / "nanogpt_weights.py", "ckpt.pt", "weights"]
+    command = [sys.executable, ROOT / "examples" / "conversion" / "nanogpt_weights.py", "ckpt.pt", "weights"]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert_equal_logits(imported(tmp_path / "weights"), theirs)
 

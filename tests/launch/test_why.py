@@ -77,7 +77,7 @@ def test_a_failed_command_ends_with_the_cause_in_one_sentence(fault: str, tmp_pa
 def test_a_finished_run_has_no_verdict(tmp_path: Path) -> None:
     text, folder = run_faulty("none", tmp_path, status=0)
     assert "why:" not in text and "verdict" not in names(folder)
-    assert "no verdict: it is finished" in call(main, folder.path)
+    assert "no verdict: it is finished" in run("launch.why", str(folder.path), cwd=tmp_path)
     assert diagnose(folder) is None
 
 

@@ -1,6 +1,6 @@
 """Write the weights of a nanoGPT checkpoint as a folder of the transformers library, from which a run can start:
 
-    python examples/nanogpt_weights.py out/ckpt.pt weights
+    python examples/conversion/nanogpt_weights.py out/ckpt.pt weights
     python -m gpt.train init_from=weights ...
 
 The folder describes the same model: a GPT-2 with the exact GELU. nanoGPT without biases gets biases of zeros. A first

@@ -1,0 +1,277 @@
+"""Rehearsal of one rank: its model, engine, optimizer and training steps, without its peers and without a device.
+
+Tensors are fake: they have shapes and no values, so a rank of any model takes some 0.4 GB and some seconds. Collectives
+go to torch's fake process group, which sends nothing. All other code is that of a run.
+
+torch without CUDA cannot differentiate fake tensors of a GPU, so the tensors are those of a CPU. ``as_on_gpu`` makes
+the choices of a GPU where the code looks at the device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # makes c10d's collectives take fake tensors
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import distributed as torch_ddp
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from gpt import train
+from gpt.config import LOSS_CHUNK, TrainConfig
+from gpt.data.loader import StepBatch
+from gpt.model import attention, layers
+from gpt.model.gpt import GPT
+from gpt.parallel import context, ddp, distributed, nd
+from gpt.parallel.dtensor import local_tensor
+from gpt.parallel.engine import Engine, RunLayout
+from gpt.rehearsal.recorder import Recorder, calling_line, recording
+from gpt.rehearsal.report import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, RankRehearsal
+from gpt.topology import Batch, ParallelDims
+from gpt.training.run import Run
+from gpt.training.step import queue_step
+from launch import worker
+from launch.runs.folder import RunFolder
+from launch.runs.heartbeat import Phase
+
+FAKE = "fake"
+"""Name of torch's process group that sends nothing."""
+
+
+# Code that needs values, or a real process group, replaced for the whole process.
+
+
+def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` on real tensors: meshes read the values of their tensors of ranks."""
+
+    @wraps(function)
+    def on_real_tensors(*args: Any, **options: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **options)
+
+    return on_real_tensors
+
+
+def as_on_gpu() -> None:
+    """Make this process choose as on a GPU where code looks at the device: size of the loss's chunks, no masks."""
+    kernel = attention.sdpa_attention
+    replace_functions(
+        (layers, "chunk_elements", lambda _: LOSS_CHUNK),
+        (attention, "sdpa_attention", lambda q, k, v, _: kernel(q, k, v, 0.0)),  # a GPU keeps no T x T for dropout
+        *((module, "causal_bias", lambda *_: None) for module in (attention, context)),  # nor for a mask
+    )
+
+
+def replace_functions(*replacements: tuple[Any, str, Any]) -> None:
+    """Replace functions, each given as (owner, name, replacement), for the rest of this process."""
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
+
+
+def replace_values() -> None:
+    """Replace, in this process, the code that reads values of tensors or needs another rank's answer."""
+    distributed.BACKENDS["cpu"] = FAKE
+    for name in ("__init__", "__getitem__", "_flatten", "_unflatten"):
+        replace_functions((DeviceMesh, name, without_fakes(getattr(DeviceMesh, name))))
+    for name in ("_verify_param_shape_across_processes", "_sync_module_states"):
+        replace_functions((torch_ddp, name, lambda *_, **__: None))
+    replace_functions(
+        (DeviceMesh, "_concatenate", staticmethod(without_fakes(DeviceMesh._concatenate))),
+        (distributed, "init_device_mesh", without_fakes(distributed.init_device_mesh)),
+        *((module, "materialize", allocate) for module in (train, nd)),
+        (ddp, "DistributedDataParallel", FakeReplica),
+        (nd, "plan_dispatch", plan_balanced_dispatch),
+    )
+
+
+def allocate(parts: Sequence[GPT], _: Any, device: torch.device, home: torch.device | None = None) -> None:
+    """Allocate a model without values, as ``materialize``."""
+    for part in parts:
+        if any(parameter.is_meta for parameter in part.parameters()):
+            part.to_empty(device=home or device)
+    for part in parts:
+        part.reset_buffers()
+
+
+class FakeReplica(DistributedDataParallel):
+    """DDP whose reducer, in C++, reads no values.
+
+    DDP rebuilds its buckets after the first backward pass, in the order in which gradients came. This class does it in
+    Python, with torch's own function and limits.
+    """
+
+    def _ddp_init_helper(self, parameters: list[Tensor], *settings: Any) -> None:
+        self._settings = settings
+        self._came: list[Tensor] = []
+        self._rebuilt = False
+        self._place = {parameter: number for number, parameter in enumerate(parameters)}
+        self._build_reducer(parameters)
+        self._hooks = [cast(Any, p).register_post_accumulate_grad_hook(self._came.append) for p in parameters]
+
+    def _pre_forward(self, *inputs: Any, **options: Any) -> Any:
+        if not self._rebuilt and len(self._came) == len(self._place):
+            self._rebuilt = True
+            for hook in self._hooks:
+                hook.remove()
+            limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, self.bucket_bytes_cap]
+            assign = dist._compute_bucket_assignment_by_size
+
+            def in_order(parameters: Any, _: Any, *rest: Any) -> Any:
+                return tuple([*reversed(found)] for found in assign(parameters, limits, *rest))  # DDP reverses it
+
+            replace_functions((dist, assign.__name__, in_order))
+            self._build_reducer(self._came)
+            replace_functions((dist, assign.__name__, assign))
+        return super()._pre_forward(*inputs, **options)
+
+    def _build_reducer(self, parameters: list[Tensor]) -> None:
+        super()._ddp_init_helper(parameters, *self._settings)
+        dist._register_comm_hook(self.reducer, None, self._reduce)
+        self.reducer = Reducer(self.reducer)
+
+    def _reduce(self, _: None, bucket: Any) -> Future[Tensor]:
+        buffer = bucket.buffer().div_(dist.get_world_size())
+        dist.all_reduce(buffer)
+        done: Future[Tensor] = Future()
+        done.set_result(buffer)
+        return done
+
+
+class Reducer:
+    """DDP's reducer, which never rebuilds its buckets itself."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+
+EXPECTED_WAITS: Counter[str] = Counter()
+"""Waits of the method itself in this process, by place."""
+plan_dispatch = nd.plan_dispatch
+
+
+def plan_balanced_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> nd.DispatchPlan:
+    """Plan an all-to-all as ``gpt.parallel.nd``; where the counts decide the sizes, assume equal counts."""
+    if fixed_places:
+        return plan_dispatch(rows, ends_E, group, fixed_places)
+    ranks = group.size()
+    held = len(ends_E) // ranks
+    sent_PH = ends_E.long().diff(prepend=ends_E.new_zeros(1).long()).view(ranks, held)
+    nd.all_to_all(sent_PH, [1] * ranks, [1] * ranks, group)
+    EXPECTED_WAITS[f"{calling_line()} (sizes of experts without a capacity)"] += 1
+    sent = [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
+    received = [sent[group.rank()]] * ranks
+    order_S = torch.arange(sum(received))
+    return nd.DispatchPlan(sent, received, order_S, torch.arange(held, dtype=torch.int32))
+
+
+# One rank.
+
+
+class FakeBatches:
+    """Batches of tokens without values."""
+
+    def __init__(self, batch: Batch, block_size: int) -> None:
+        self._shape = batch.per_rank, block_size
+
+    def take(self, step: int) -> StepBatch:
+        """Return the tokens and targets of a step, (per_rank, T)."""
+        tokens_BT, targets_BT = (torch.empty(self._shape, dtype=torch.long) for _ in range(2))
+        return StepBatch(tokens_BT, targets_BT, 0, 0, 0.0)
+
+
+def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: int, kind: str) -> RankRehearsal:
+    """Build one rank and take two training steps; return what the second one needs and does.
+
+    The first step makes buffers and connections that stay. Call it in a process of its own: it replaces parts of torch.
+    """
+    size = dims.data_ranks * dims.model_ranks
+    found = RankRehearsal(rank, kind)
+    dist.init_process_group(FAKE, store=FakeStore(), rank=rank, world_size=size)
+    replace_values()
+    as_on_gpu()
+    control = dist.new_group(backend=FAKE)
+    world = distributed.World(rank, size, 0, 1, 0, torch.device("cpu"), control)
+    recorder = Recorder()
+    with torch.device("meta"):
+        model = GPT(config.model)
+    with FakeTensorMode(allow_non_fake_inputs=True), recording(recorder, copies=True):
+        engine = train.parallelize(model, no_values, RunLayout(config, world, dims, batch))
+        engine.module.train()
+        run = make_run(config, world, dims, batch, engine)
+        queue_step(run, None, Phase.training)
+        recorder.waits.clear()
+        EXPECTED_WAITS.clear()
+        found.in_step, since = len(recorder.collectives), recorder.memory.now
+        held: dict[str, list[Tensor]] = {PARAMETERS: [*engine.module.parameters()], OPTIMIZER: states_of(engine)}
+        for kind_of, tensors in held.items():
+            recorder.memory.name(tensors, kind_of)
+        with torch.autograd.graph.saved_tensors_hooks(partial(note_saved, recorder), lambda saved: saved):
+            queue_step(run, None, Phase.training)
+        held[GRADIENTS] = [p.grad for p in engine.trained.parameters() if p.grad is not None]
+        recorder.memory.name(held[GRADIENTS], GRADIENTS)
+        found.memory = recorder.memory.peak(since)
+        found.dtypes = {kind_of: bytes_by_dtype(tensors) for kind_of, tensors in held.items()}
+    found.collectives, found.groups = recorder.collectives, recorder.groups
+    found.waits, found.expected_waits = dict(recorder.waits), dict(EXPECTED_WAITS)
+    return found
+
+
+def note_saved(recorder: Recorder, tensor: Tensor) -> Tensor:
+    """Note a tensor that autograd saves for the backward pass."""
+    recorder.memory.name([tensor], ACTIVATIONS)
+    return tensor
+
+
+def states_of(engine: Engine) -> list[Tensor]:
+    """Return the tensors of the optimizer's state."""
+    state = cast(Any, engine).optimizer.state
+    return [tensor for values in state.values() for tensor in values.values() if isinstance(tensor, Tensor)]
+
+
+def bytes_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Return the bytes of this rank's shards of tensors, by dtype."""
+    found: Counter[str] = Counter()
+    for tensor in map(local_tensor, tensors):
+        found[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
+    return dict(found)
+
+
+def no_values(name: str, shape: torch.Size) -> Tensor:
+    """Return a tensor for a parameter whose values nobody needs."""
+    return torch.empty(shape)
+
+
+def make_run(config: TrainConfig, world: distributed.World, dims: ParallelDims, batch: Batch, engine: Engine) -> Run:
+    """Return a run with everything that a step uses, and nothing else."""
+    none: Any = None
+    return Run(
+        config=config,
+        folder=RunFolder(Path("rehearsal")),
+        world=world,
+        attempt=1,
+        batch=batch,
+        dims=dims,
+        engine=engine,
+        tokens=none,
+        samples=none,
+        batches=cast(Any, FakeBatches(batch, config.model.block_size)),
+        checkpoints=none,
+        guard=none,
+        worker=worker.attach(handle_signals=False),
+        early_stop=none,
+    )

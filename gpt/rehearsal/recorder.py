@@ -1,0 +1,272 @@
+"""Records of a step: its collectives, the places where the host waits for the device, and the memory of its tensors.
+
+``Recorder`` sees every operation of torch in this process. It works on real tensors and on fake ones, which have shapes
+but no values. So the collectives of a rehearsal can be compared with those of a real run.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gpt.rehearsal.compare import Collective, RankGroup
+from gpt.rehearsal.report import REST
+
+# The line of our code, or of the user's, that called an operation.
+
+
+LIBRARIES = (
+    *(str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")),
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parent),
+    "<",
+)
+"""Beginnings of the paths of code that is neither ours nor the user's."""
+ROOT = Path(__file__).parents[2]
+
+
+@cache
+def place_of(path: str) -> str | None:
+    """Return the path of a source file for people; None for code of a library."""
+    if path.startswith(LIBRARIES):
+        return None
+    return str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else path
+
+
+def calling_line() -> str:
+    """Return ``file:line`` of the innermost caller that is not in a library."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        place = place_of(frame.f_code.co_filename)
+        if place is not None:
+            return f"{place}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "torch"
+
+
+# Memory: the storages that are alive, from the results of all operations.
+
+
+@dataclass
+class Block:
+    """Memory of one storage, from ``born`` to ``died``, which count operations."""
+
+    bytes: int
+    born: int
+    kind: str = REST
+    died: float = float("inf")
+    storage: weakref.ref[torch.UntypedStorage] | None = None
+    """Reference whose callback notes the end of the storage."""
+
+
+class MemoryRecord:
+    """Memory of all storages that operations return, in bytes, without what an allocator rounds up or keeps."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        """Number of operations so far."""
+        self._blocks: list[Block] = []
+        self._block_of: Any = WeakIdKeyDictionary()
+
+    def add(self, results: Any) -> None:
+        """Note the storages of the results of one operation."""
+        self.now += 1
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage not in self._block_of:
+                    self._open(storage, REST)
+
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """Note that a storage has another size, as FSDP's gathered parameters after their use."""
+        before = self._block_of.get(storage)
+        if before is not None:
+            self.now += 1
+            before.died = self.now
+            self._open(storage, before.kind)
+
+    def name(self, tensors: Iterable[Tensor | None], kind: str) -> None:
+        """Say what tensors are that have no kind yet."""
+        for tensor in tensors:
+            if tensor is not None:
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                block = self._block_of.get(local.untyped_storage())
+                if block is not None and block.kind == REST:
+                    block.kind = kind
+
+    def peak(self, since: int) -> dict[str, int]:
+        """Return the bytes by kind at the moment of the highest total, after operation ``since``."""
+        changes = []
+        for block in self._blocks:
+            if block.died > since:
+                changes += [(max(block.born, since), 0, block.bytes), (block.died, 1, -block.bytes)]
+        total, highest, moment = 0, 0, since
+        for when, _, change in sorted(changes):  # at the same moment births come first: operands live until the end
+            total += change
+            if total > highest:
+                highest, moment = total, int(when)
+        found: Counter[str] = Counter()
+        for block in self._blocks:
+            if block.born <= moment <= block.died and block.died > since:
+                found[block.kind] += block.bytes
+        return dict(found)
+
+    def _open(self, storage: torch.UntypedStorage, kind: str) -> None:
+        block = Block(storage.nbytes(), self.now, kind)
+
+        def end(_: object) -> None:
+            block.died = min(block.died, self.now)
+
+        block.storage = weakref.ref(storage, end)
+        self._blocks.append(block)
+        self._block_of[storage] = block
+
+
+# Collectives, as operations of torch.distributed (c10d, functional, DTensor's).
+
+
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+"""Namespaces of operations that communicate."""
+
+
+Call = tuple[dist.ProcessGroup, list[Tensor], int | None]
+"""Group of a collective, tensors that this rank gives or receives into, and its peer in the group for a transfer."""
+
+
+def read_call(space: str, operation: str, args: Sequence[Any]) -> Call | None:
+    """Find group and tensors among the arguments of a collective: c10d's take the group, others its name.
+
+    Where an operation has results and inputs, the inputs come second. None for an operation without a group.
+    """
+    if space == "c10d":
+        place = next(i for i, arg in enumerate(args) if isinstance(arg, torch.ScriptObject))
+        group: Any = dist.ProcessGroup.unbox(args[place])
+        given = args[place - 1]
+    else:
+        names = [arg for arg in args if isinstance(arg, str)]
+        if not names:
+            return None
+        group = c10d._resolve_process_group(cast(Any, names[-1]))
+        given = args[0]
+    peer = int(args[2]) if operation in ("send", "recv_") else None
+    return group, [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)], peer
+
+
+HOST_READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
+"""Operations whose result the host needs. ``item``, ``tolist`` and ``bool`` of a tensor come here."""
+
+
+class Recorder(TorchDispatchMode):
+    """Records operations. Use it through ``recording``, which also sees batches and resizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[Collective] = []
+        self.groups: dict[str, RankGroup] = {}
+        """Groups that took part, by the name that ``Collective.group`` has."""
+        self.waits: Counter[str] = Counter()
+        """Places where the host waits for the device -> number of times."""
+        self.memory = MemoryRecord()
+        self.batch_at: str | None = None
+        """Line of the batch of point-to-point transfers that is being made; None outside of one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its operations on shards come here
+        name = str(func)
+        space, operation, *_ = name.split(".")
+        call = read_call(space, operation, args) if space in COLLECTIVES else None
+        if call is not None:
+            self._note(operation, *call)
+        if name in HOST_READS and isinstance(args[0], FakeTensor):  # not meshes, which are on the host
+            self.waits[calling_line()] += 1
+            if name == HOST_READS[0]:
+                return 1.0 if args[0].dtype.is_floating_point else 1  # in place of the unknown value
+        results = func(*args, **(kwargs or {}))
+        self.memory.add(results)
+        return results
+
+    def _note(self, operation: str, group: dist.ProcessGroup, tensors: list[Tensor], peer: int | None) -> None:
+        self.collectives.append(
+            Collective(
+                operation=operation.strip("_"),
+                group=self._group_name(group),
+                dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+                bytes=sum(t.numel() * t.element_size() for t in tensors),
+                peer=None if peer is None else dist.get_global_rank(group, peer),
+                place=self.batch_at or calling_line(),
+                batched=self.batch_at is not None,
+            )
+        )
+
+    def _group_name(self, group: dist.ProcessGroup) -> str:
+        ranks = tuple(dist.get_process_group_ranks(group))
+        label = group.group_desc.removeprefix("mesh_")
+        label = "world" if label == "default_pg" else label
+        name = f"{label}#{zlib.crc32(repr(ranks).encode()):08x}"
+        self.groups[name] = RankGroup(label, ranks)
+        return name
+
+
+class HostCopies(TorchFunctionMode):
+    """Records blocking copies to the host: ``cpu()``, ``numpy()`` and ``to("cpu")``. On fake CPUs these do nothing."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_copy = func in (Tensor.cpu, Tensor.numpy)
+        is_copy |= func is Tensor.to and "cpu" in (*args[1:2], kwargs.get("device")) and not kwargs.get("non_blocking")
+        if is_copy:
+            self._recorder.waits[calling_line()] += 1
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def recording(recorder: Recorder, copies: bool = False) -> Iterator[None]:
+    """Have a recorder see operations, batches of point-to-point transfers and resizes of storages in a ``with`` block.
+
+    With ``copies``, blocking copies to the host are waits.
+    """
+    batch, resize = dist.batch_isend_irecv, torch.UntypedStorage.resize_
+
+    def recorded_batch(operations: list[dist.P2POp]) -> list[dist.Work]:
+        recorder.batch_at = calling_line()
+        try:
+            return batch(operations)
+        finally:
+            recorder.batch_at = None
+
+    def recorded_resize(storage: torch.UntypedStorage, size: int) -> Any:
+        resized = resize(storage, size)
+        recorder.memory.resize(storage)
+        return resized
+
+    dist.batch_isend_irecv, torch.UntypedStorage.resize_ = recorded_batch, recorded_resize  # type: ignore
+    try:
+        with recorder, HostCopies(recorder) if copies else nullcontext():
+            yield
+    finally:
+        dist.batch_isend_irecv, torch.UntypedStorage.resize_ = batch, resize  # type: ignore

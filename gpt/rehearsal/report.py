@@ -1,0 +1,219 @@
+"""Ranks that a rehearsal takes, its verdict, and its text for people. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from gpt.accounting import GIB
+from gpt.config import TrainConfig
+from gpt.planning.memory import RankMemory, rank_memory
+from gpt.rehearsal.compare import Collective, RankGroup, find_hangs
+from gpt.topology import Batch, ParallelDims
+from launch.errors import ConfigError, counted, duration_text
+
+PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, REST = "parameters", "gradients", "optimizer", "activations", "rest"
+PARTS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, REST)
+"""Parts of a rank's memory. Activations are what autograd saves, without parameters; the rest is all else."""
+AGREES = 0.05
+"""Largest difference between plan and rehearsal, relative to the rehearsal, that is not reported."""
+UNSEEN = (
+    "not seen: workspaces of kernels, fragments of the allocator, buffers of NCCL, graphs of torch.compile; CPU kernels"
+    " of norms may save more than those of a GPU; ranks between the first and the last of an axis"
+)
+
+
+@dataclass
+class RankRehearsal:
+    """Findings about one rank. Sent between processes, so it has no tensors."""
+
+    rank: int
+    kind: str
+    """Place of the rank in the mesh, for people."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes at the peak of the step, by part."""
+    collectives: list[Collective] = field(default_factory=list)
+    """All collectives in order: those of the set-up, of the first step, and of the step."""
+    in_step: int = 0
+    """Number of the first collective of the step in ``collectives``."""
+    groups: dict[str, RankGroup] = field(default_factory=dict)
+    waits: dict[str, int] = field(default_factory=dict)
+    """Places where the host waits for the device in the step -> number of times."""
+    expected_waits: dict[str, int] = field(default_factory=dict)
+    """Waits that belong to the method, such as those of experts without a capacity."""
+    dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Bytes of parameters, gradients and optimizer state, by dtype."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the rank at the peak of the step."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The rehearsed ranks of a run, and what a plan says about them."""
+
+    config: TrainConfig
+    dims: ParallelDims
+    batch: Batch
+    ranks: Sequence[RankRehearsal]
+    gpu_bytes: int | None = None
+    """Memory of one GPU; None if unknown."""
+    step_s: float | None = None
+    """Seconds of a step by the cost model; None if unknown."""
+
+    def planned(self, rank: int) -> RankMemory:
+        """Return the plan's estimate for a rank."""
+        of_a_stage = self.dims.data_ranks * self.dims.cp * self.dims.tp
+        return rank_memory(self.config, self.dims, self.batch, rank // of_a_stage)
+
+    def difference(self, rank: RankRehearsal) -> float:
+        """Return the plan's total for a rank relative to the rehearsed peak, less 1."""
+        return self.planned(rank.rank).total / rank.peak - 1 if rank.peak else 0.0
+
+    def hangs(self) -> list[str]:
+        """Return one sentence for each place where ranks would wait forever."""
+        groups: dict[str, RankGroup] = {}
+        for rank in self.ranks:
+            groups |= rank.groups
+        return find_hangs({rank.rank: rank.collectives for rank in self.ranks}, groups)
+
+    def waits(self) -> dict[str, int]:
+        """Return the places where the host waits for the device in a step -> most times on one rank."""
+        found: Counter[str] = Counter()
+        for rank in self.ranks:
+            found |= Counter(rank.waits)
+        return dict(found)
+
+    def refuse_faults(self) -> None:
+        """Raise ConfigError if the run would hang, wait for its devices, or not fit into their memory."""
+        hangs, waits = self.hangs(), [f"the host waits at {place}" for place in self.waits()]
+        largest = max(self.ranks, key=lambda rank: rank.peak)
+        too_large = self.gpu_bytes is not None and largest.peak > self.gpu_bytes
+        found = [*(f"would hang here: {hang}" for hang in hangs), *waits]
+        fixes = ["the lines that are named, then the same command"] if found else []
+        if too_large and self.gpu_bytes is not None:
+            has = self.gpu_bytes / GIB
+            found.append(f"rank {largest.rank} needs {largest.peak / GIB:.1f} GiB, and a GPU has {has:.1f} GiB")
+            fixes.append(f"optim.max_micro_batch={max(1, self.batch.micro // 2)}, recompute=full or parallel=fsdp")
+        if found:
+            raise ConfigError(
+                "\n  ".join(found),
+                "equal collectives on the ranks of a group, no wait of the host in a step, and tensors that fit",
+                "; ".join(fixes),
+            )
+
+
+def kinds_of_ranks(dims: ParallelDims) -> dict[int, str]:
+    """Return the ranks to rehearse, with their places: each pipeline stage, first and last of each axis, the last one.
+
+    Ranks between the first and the last of an axis have the same shapes and code.
+    """
+    sizes = dims.sizes
+    ends = {name: size - 1 for name, size in sizes.items() if name != "pp" and size > 1}
+    places = [({"pp": stage}, f"pp {stage}" if dims.pp > 1 else "first") for stage in range(dims.pp)]
+    places += [({name: end}, f"{name} {end}") for name, end in ends.items()]
+    if dims.ep > 1:
+        axis = "dp_shard" if dims.is_sharded else "dp_replicate"
+        places.append(({axis: dims.ep - 1}, f"ep {dims.ep - 1}"))
+    places.append(({name: size - 1 for name, size in sizes.items()}, "last"))
+    found: dict[int, str] = {}
+    for place, kind in places:
+        rank = 0
+        for name, size in sizes.items():
+            rank = rank * size + place.get(name, 0)
+        found.setdefault(rank, kind)
+    return found
+
+
+# Text.
+
+
+def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
+    """Yield the lines of a rehearsal: memory, collectives, dtypes, waits, time, hangs, and what is not seen."""
+    dims, batch, config = rehearsal.dims, rehearsal.batch, rehearsal.config
+    size = dims.data_ranks * dims.model_ranks
+    yield (
+        f"rehearsal of {counted(size, 'rank')} ({len(rehearsal.ranks)} of them taken), {dims}, {config.model.name} in "
+        f"{config.precision.name}, {batch.accumulation} x {batch.micro} sequences a rank; tensors without values"
+    )
+    yield from memory_lines(rehearsal)
+    first = rehearsal.ranks[0]
+    yield f"  collectives of a step of rank {first.rank}, in order by group; bytes that the rank gives or receives"
+    yield from collective_lines(first)
+    for part, found in first.dtypes.items():
+        yield f"  dtypes  {part}: {', '.join(f'{dtype} {size_text(size)}' for dtype, size in found.items())}"
+    yield from reduction_lines(first)
+    waits = [f"{place} ({times} times)" for place, times in rehearsal.waits().items()]
+    yield f"  waits of the host for the device: {', '.join(waits) or 'none'}"
+    for place, times in first.expected_waits.items():
+        yield f"    expected: {place}, {times} times a step"
+    step = "unknown, as the GPU is" if rehearsal.step_s is None else duration_text(rehearsal.step_s)
+    yield f"  step by the cost model: {step}"
+    yield f"  would hang: {'; '.join(rehearsal.hangs()) or 'nowhere'}"
+    yield f"  {UNSEEN}"
+
+
+def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
+    """Yield the peak of each rank by part, beside the plan."""
+    for rank in rehearsal.ranks:
+        said, off = rehearsal.planned(rank.rank).total, rehearsal.difference(rank)
+        shown = ", ".join(f"{part} {size_text(rank.memory.get(part, 0))}" for part in PARTS)
+        planned = f"plan {size_text(said)}, {off:+.1%}"
+        yield f"  rank {rank.rank} ({rank.kind}): peak {size_text(rank.peak)} ({planned}): {shown}"
+    apart = [rank for rank in rehearsal.ranks if abs(rehearsal.difference(rank)) > AGREES]
+    if apart:
+        of_plan = vars(rehearsal.planned(apart[0].rank))
+        told = ", ".join(f"{part} {size_text(size)}" for part, size in of_plan.items() if size)
+        yield f"  differs by more than {AGREES:.0%}; the plan of rank {apart[0].rank} is {told}"
+
+
+def collective_lines(rank: RankRehearsal) -> Iterator[str]:
+    """Yield the collectives of a step by group, in their order; what repeats is written once."""
+    by_group: dict[str, list[str]] = {}
+    for one in rank.collectives[rank.in_step :]:
+        peer = "" if one.peer is None else f" {'to' if one.operation == 'send' else 'from'} {one.peer}"
+        by_group.setdefault(one.group, []).append(f"{one.operation}{peer} {one.dtype} {size_text(one.bytes)}")
+    for name, calls in by_group.items():
+        group = rank.groups[name]
+        shown = [f"{times} x {text}" if times > 1 else text for times, text in in_runs(calls)]
+        yield f"    {group.label} of {len(group.ranks)}: {', '.join(shown)}"
+
+
+def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
+    """Return (times, text) for repeated runs of up to ``longest`` items, in order."""
+    found, at = list[tuple[int, str]](), 0
+    while at < len(items):
+        best = (1, 1)
+        for length in range(1, longest + 1):
+            run, times = items[at : at + length], 1
+            while items[at + times * length : at + (times + 1) * length] == run:
+                times += 1
+            if times > 1 and times * length > best[0] * best[1]:
+                best = times, length
+        times, length = best
+        run = items[at : at + length]
+        text = ", ".join(run)
+        found.append((times, f"({text})" if length > 1 else text))
+        at += times * length
+    return found
+
+
+def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
+    """Yield the bytes of each kind of collective of a step by dtype, so that a silent fp32 is seen."""
+    sums: Counter[tuple[str, str, str]] = Counter()
+    for one in rank.collectives[rank.in_step :]:
+        sums[rank.groups[one.group].label, one.operation, one.dtype] += one.bytes
+    for (label, operation, dtype), size in sorted(sums.items()):
+        yield f"  dtypes  {operation} in {label}: {dtype} {size_text(size)}"
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3f} GiB"
