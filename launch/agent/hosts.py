@@ -26,13 +26,10 @@ from shlex import join, quote
 from submitit.core.utils import JobPaths
 
 from launch.agent import node as processes
-from launch.agent.after_step import submitted_run_dirs
 from launch.agent.node import OWNER, VISIBLE_GPUS, Node
-from launch.agent.term import newest_term
 from launch.config import Config
 from launch.errors import ConfigError, counted, refusing
 from launch.plan.remote import SSH
-from launch.runs.folder import RunFolder
 
 # Hosts of a run, from its hostfile.
 
@@ -174,14 +171,6 @@ LEAVE_S = 10.0
 """Seconds for the next of the other agents to leave after the head node's agent, which decides for all."""
 
 
-def head_of(folder: str, node: Node) -> int:
-    """Return the index of the head node. ``folder`` is submitit's, with the pickle of the job."""
-    if not node.is_slurm:
-        return 0
-    term = newest_term(RunFolder(submitted_run_dirs(folder, node)[0]), node.job)
-    return 0 if term is None else term.head
-
-
 @refusing
 def main() -> int:
     """Run the command of this process's arguments, submitit's, on each host, and pass signals on to the agents.
@@ -206,8 +195,8 @@ def main() -> int:
         paths = JobPaths(folder, node.slurm_job or env["SUBMITIT_LOCAL_JOB_ID"], index)
         own = {**env, **dict.fromkeys(numbered, str(index))}
         started.append(start(host, words, own, KEEP, (paths.stdout, paths.stderr)))
-    owner, head = os.environ.get(OWNER), 0
-    while started[head].poll() is None or started[head := head_of(folder, node)].poll() is None:
+    owner = os.environ.get(OWNER)
+    while started[0].poll() is None:
         if owner is not None and processes.is_gone(int(owner)):
             asked.append(signal.SIGTERM)
             owner = None

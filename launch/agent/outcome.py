@@ -296,7 +296,7 @@ def apply_decision(
     if action is Action.requeue and cause is Cause.requested and not context.node.is_slurm:
         action, reason = Action.restart, f"{reason}; there is no queue here"
     if action is Action.restart and left is None:
-        why = "its step has ended" if step_has_ended else "too few nodes are left to start again here"
+        why = "its step has ended" if step_has_ended else "the nodes that are left cannot start it again here"
         action, reason = Action.requeue, f"{reason}; {why}"
     elif action is Action.restart and left is not None and left < context.config.nodes:
         reason = f"{reason}; the run continues on {left} of {context.config.nodes} nodes"
@@ -489,4 +489,6 @@ def take_over(context: AgentContext) -> bool:
         requeue_job(context, Cause(select_events(events, "decided")[-1]["cause"]), hosts_to_avoid(events), text)
     if action is not Action.restart or (attempt is None and select_events(events, "decided")):
         return action is Action.restart
-    return apply_decision(context, attempt, cause, text, left=context.group.next_size).action is Action.restart
+    # Agents that srun has not started end with their connection to the lost node, and then nobody would end the job.
+    left = context.group.next_size if context.config.cluster.by_srun else None
+    return apply_decision(context, attempt, cause, text, left=left).action is Action.restart
