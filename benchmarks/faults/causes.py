@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks.page import chosen, cores, keep, line_of, stamp
 from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
-from launch.why.rules import diagnose
+from launch.why.rules import find_verdict
 from tests.support.commands import ROOT, environment
 
 PROGRAM = ROOT / "tests" / "support" / "programs" / "faulty.py"
@@ -128,7 +128,7 @@ def try_fault(fault: str, rank: int, step: int) -> Trial:
         done = subprocess.run(command, cwd=scratch, env=env, capture_output=True, text=True, timeout=300, check=False)
     told = select_events(run.read_events(), "verdict")
     began = time.perf_counter()
-    verdict = diagnose(run)
+    verdict = find_verdict(run)
     took_s = time.perf_counter() - began
     if verdict is None or not told:
         return Trial(fault, "-" if verdict is None and not told else "differs", done.returncode)

@@ -68,7 +68,7 @@ def calling_line() -> str:
 
 
 @dataclass
-class Block:
+class MemoryBlock:
     """Memory of one storage, from ``born`` to ``died``, which count operations."""
 
     bytes: int
@@ -85,7 +85,7 @@ class MemoryRecord:
     def __init__(self) -> None:
         self.now = 0
         """Number of operations so far."""
-        self._blocks: list[Block] = []
+        self._blocks: list[MemoryBlock] = []
         self._block_of: Any = WeakIdKeyDictionary()
 
     def add(self, results: Any) -> None:
@@ -132,7 +132,7 @@ class MemoryRecord:
         return dict(found)
 
     def _open(self, storage: torch.UntypedStorage, kind: str) -> None:
-        block = Block(storage.nbytes(), self.now, kind)
+        block = MemoryBlock(storage.nbytes(), self.now, kind)
 
         def end(_: object) -> None:
             block.died = min(block.died, self.now)

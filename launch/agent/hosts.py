@@ -96,7 +96,7 @@ KEEP = (
 """The rest of the script for an agent, with the helper. ``$$`` is the process that becomes the agent."""
 
 
-def start(
+def start_on(
     host: str, words: Sequence[str], env: Mapping[str, str], script: str, logs: Sequence[Path] = ()
 ) -> subprocess.Popen[str]:
     """Start a command on a host, in this working directory: by ssh, unless this is the host.
@@ -125,11 +125,11 @@ def start(
         errors="replace",
         start_new_session=True,
     )
-    send(process, base64.b64encode(os.fsencode("\n".join(lines))).decode())
+    write_line(process, base64.b64encode(os.fsencode("\n".join(lines))).decode())
     return process
 
 
-def send(process: subprocess.Popen[str], line: str) -> None:
+def write_line(process: subprocess.Popen[str], line: str) -> None:
     """Write a line to the standard input of a process, unless the process has ended."""
     with suppress(BrokenPipeError):
         print(line, file=process.stdin, flush=True)
@@ -148,7 +148,7 @@ def check_hosts(hosts: Sequence[str], folder: Path) -> None:
     there, here = next(path for path in (folder, *folder.parents) if path.is_dir()), quote(str(Path.cwd()))
     with tempfile.NamedTemporaryFile(prefix=".launch-", dir=there) as probe:
         words = [sys.executable, "-c", ASK, probe.name, sys.version]
-        asked = [start(host, words, os.environ, BECOME) for host in hosts]
+        asked = [start_on(host, words, os.environ, BECOME) for host in hosts]
         for host, process in zip(hosts, asked, strict=True):
             said, status = process.communicate()[1].strip(), process.returncode
             expected = f"this folder, {here}, and {sys.executable} with this package, as here"
@@ -194,7 +194,7 @@ def main() -> int:
     for index, host in enumerate(node.hosts):
         paths = JobPaths(folder, node.slurm_job or env["SUBMITIT_LOCAL_JOB_ID"], index)
         own = {**env, **dict.fromkeys(numbered, str(index))}
-        started.append(start(host, words, own, KEEP, (paths.stdout, paths.stderr)))
+        started.append(start_on(host, words, own, KEEP, (paths.stdout, paths.stderr)))
     owner = os.environ.get(OWNER)
     while started[0].poll() is None:
         if owner is not None and processes.is_gone(int(owner)):
@@ -203,7 +203,7 @@ def main() -> int:
         while asked:
             line = str(int(asked.pop(0)))
             for process in started:
-                send(process, line)
+                write_line(process, line)
         time.sleep(POLL_S)
     for process in started:
         with suppress(subprocess.TimeoutExpired):

@@ -53,7 +53,7 @@ from launch.runs.events import events_since_submission, failure_text, first_fail
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.slurm import client as scheduler
-from launch.why.rules import diagnose
+from launch.why.rules import find_verdict
 
 # Queries to Slurm's controller: why the job was stopped, and the requeue of the job.
 
@@ -258,7 +258,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
         is_lost = any(i in group.lost for i in rdzv.members)
         cause = Cause.node_failed if is_lost else cause_of_failure(failure)
         text = problems_text("lost", group.lost.values()) if is_lost else text
-        if verdict := diagnose(folder):
+        if verdict := find_verdict(folder):
             context.record("verdict", attempt=attempt, kind=verdict.kind, cause=verdict.sentence, fix=verdict.fix)
             text = f"{text}\n{verdict}"
     return apply_decision(context, attempt, cause, text, left=group.next_size)

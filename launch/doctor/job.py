@@ -264,7 +264,7 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
     with socket.create_server((endpoint.address, 0), backlog=512) as listener:
         threading.Thread(target=serve_clock, args=(listener,), daemon=True).start()
         address = f"{endpoint.address}:{listener.getsockname()[1]}"
-        others = share(endpoint, "at", node.index, address, range(node.count))
+        others = share_value(endpoint, "at", node.index, address, range(node.count))
         record["missing"] = [index for index in range(node.count) if index not in others]
         record["unseen"] = unseen(seen, set(others))
         record["ports"] = {}
@@ -273,7 +273,7 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
                 record["ports"][str(index)], offset = read_clock(address)
                 if index == 0 and offset:
                     record["clock_offset_s"], record["clock_error_s"] = offset
-        closed = share(endpoint, "closed", node.index, str(any(record["ports"].values())), others)
+        closed = share_value(endpoint, "closed", node.index, str(any(record["ports"].values())), others)
     if record["missing"]:
         record["skipped"] = f"node {record['missing'][0]} of the job did not come to the rendezvous"
     elif "True" in closed.values():
@@ -282,10 +282,10 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
         ranks.prepare_environment(node, config, endpoint.address)
         record["error"] = run_link_ranks(folder.path, node, config, endpoint)
     # The head node runs the store, so it leaves last.
-    share(endpoint, "done", node.index, "", others if node.index == 0 else ())
+    share_value(endpoint, "done", node.index, "", others if node.index == 0 else ())
 
 
-def share(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: Iterable[int]) -> dict[int, str]:
+def share_value(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: Iterable[int]) -> dict[int, str]:
     """Publish this node's value under ``name``, and wait for the other values, ARRIVAL_S seconds at most.
 
     Returns node -> value for ``nodes``, without nodes that are late.

@@ -147,7 +147,7 @@ def between_text(count: int, node_hours: float) -> str:
     return f"{node_hours / count:.3g} ({1 / high:.3g} to {1 / low:.3g})"
 
 
-def as_dict(fleet: Fleet) -> dict[str, Any]:
+def fleet_figures(fleet: Fleet) -> dict[str, Any]:
     """Return the figures for ``--json``."""
     suspects = fleet.suspects()
     hosts = {
@@ -166,7 +166,7 @@ def as_dict(fleet: Fleet) -> dict[str, Any]:
     }
 
 
-def show(fleet: Fleet) -> None:
+def show_fleet(fleet: Fleet) -> None:
     """Print the parts of the time, the causes of interruptions, and the hosts that failed."""
     console = plain_console()
     console.print(
@@ -246,10 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if typed.by is not None:
             add_run(groups[group_of(folder, typed.by)], folder, now)
     if typed.json:
-        by = {"by": {name: as_dict(one) for name, one in groups.items()}} if groups else {}
-        print(json.dumps(as_dict(fleet) | by, indent=2))
+        by = {"by": {name: fleet_figures(one) for name, one in groups.items()}} if groups else {}
+        print(json.dumps(fleet_figures(fleet) | by, indent=2))
         return 0
-    show(fleet)
+    show_fleet(fleet)
     if groups:
         show_groups(groups, typed.by)
     return 0

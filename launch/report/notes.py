@@ -16,7 +16,7 @@ from launch.report.steps import MIN_STEPS, NOISY, PROFILED, WARMUP_STEPS
 from launch.runs.events import unread_text
 from launch.runs.folder import RunFolder
 from launch.runs.usage import usage_text
-from launch.why.rules import diagnose
+from launch.why.rules import find_verdict
 
 if TYPE_CHECKING:
     from launch.report.table import Row
@@ -308,6 +308,6 @@ def _ends(points: Sequence[Point]) -> Iterator[str]:
     for point in points:
         if text := STATE_TEXTS.get(point.state):
             at = f" (last step recorded: {point.last_step})" if point.last_step is not None else ""
-            verdict = diagnose(RunFolder(point.path))
+            verdict = find_verdict(RunFolder(point.path))
             why = f": {verdict.sentence}" if verdict else ""
             yield f"{point.title} {text}{at}{why}; see {point.path}."

@@ -22,7 +22,7 @@ from launch.slurm.client import RETRIES, JobState, SlurmError
 from launch.slurm.jobs import ACTIVE, Job, LocalQueueEntry, SlurmJob, agent_logs, ask_queue, find_unrecorded, job_of
 from launch.slurm.limits import advice
 from launch.why.facts import job_event
-from launch.why.rules import Verdict, diagnose
+from launch.why.rules import Verdict, find_verdict
 
 NOT_ASKED = JobState("UNKNOWN")
 OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placement_timeout")
@@ -422,7 +422,7 @@ def verdict_of(point: RunStatus) -> Verdict | None:
     """Return the verdict on the newest attempt of a point; None if the point did not fail."""
     if point.state != "failed" and (point.is_over or point.failure() is None):
         return None
-    return diagnose(point.folder, [job_event(point.job_status.state)] if point.job_status.phase == "over" else ())
+    return find_verdict(point.folder, [job_event(point.job_status.state)] if point.job_status.phase == "over" else ())
 
 
 def explain_end(point: RunStatus) -> str:

@@ -20,7 +20,7 @@ from launch.slurm.client import SlurmError, accounted_state
 from launch.slurm.jobs import SlurmJob
 from launch.slurm.status import RunStatus, poll, verdict_of
 from launch.why.facts import job_event
-from launch.why.rules import Verdict, diagnose
+from launch.why.rules import Verdict, find_verdict
 
 
 def verdict_now(point: RunStatus) -> Verdict | None:
@@ -28,12 +28,12 @@ def verdict_now(point: RunStatus) -> Verdict | None:
     poll([point], trust_log=True)
     if point.state == "running" and point.quiet_s is not None:
         now = {**job_event(""), "event": "stacks"}
-        return diagnose(
+        return find_verdict(
             point.folder, [{**now, "rank": rank, "traceback": text} for rank, text in stacks_of(point).items()]
         )
     verdict = verdict_of(point)
     if verdict and verdict.kind == "unknown" and isinstance(point.job, SlurmJob):
-        return diagnose(point.folder, [job_event(accounted_state(point.job.job_id))])
+        return find_verdict(point.folder, [job_event(accounted_state(point.job.job_id))])
     return verdict
 
 

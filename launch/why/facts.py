@@ -164,7 +164,7 @@ def read_dump(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Facts:
+class AttemptFacts:
     """Facts about the newest attempt of a run."""
 
     folder: RunFolder
@@ -245,7 +245,7 @@ def _is_finite(record: Mapping[str, Any]) -> bool:
     return all(math.isfinite(record.get(name) or 0.0) for name in ("loss", "grad_norm"))
 
 
-def read_facts(folder: RunFolder, more: Events = ()) -> Facts:
+def read_facts(folder: RunFolder, more: Events = ()) -> AttemptFacts:
     """Read the facts about the newest attempt of a run.
 
     Args:
@@ -266,7 +266,7 @@ def read_facts(folder: RunFolder, more: Events = ()) -> Facts:
         found[rank] = replace(one, dump=read_dump(folder.attempt(attempt) / f"{DUMP_PREFIX}{rank}"))
     first = first_failure(events, attempt)
     ranks = [found[rank] for rank in sorted(found)]
-    return Facts(folder, attempt, events, ranks, None if first is None else found[first["rank"]])
+    return AttemptFacts(folder, attempt, events, ranks, None if first is None else found[first["rank"]])
 
 
 def job_event(state: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from textwrap import shorten
 from launch.errors import ranges
 from launch.runs.events import Events, select_events
 from launch.runs.folder import RunFolder
-from launch.why.facts import JOB, Facts, RankFacts, read_facts
+from launch.why.facts import JOB, AttemptFacts, RankFacts, read_facts
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Verdict:
         return f"why: {self.sentence}\ntype next: {self.fix}"
 
 
-Find = Callable[[Facts], RankFacts | None]
+Find = Callable[[AttemptFacts], RankFacts | None]
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ def failed_with(pattern: str) -> Find:
     """Fit if ``pattern`` is in the cause of a failure that is neither an echo nor a hang."""
     wanted = re.compile(pattern, re.IGNORECASE)
 
-    def find(facts: Facts) -> RankFacts | None:
+    def find(facts: AttemptFacts) -> RankFacts | None:
         own = (rank for rank in (facts.first, *facts.ranks) if rank and not rank.echo and not rank.hung)
         return next((rank for rank in own if wanted.search(rank.cause)), None)
 
     return find
 
 
-def recorded(*names: str, cause: str = "") -> Find:
+def has_event(*names: str, cause: str = "") -> Find:
     """Fit if the attempt has such an event, with a cause that begins with the pattern ``cause``; blame its host."""
 
-    def find(facts: Facts) -> RankFacts | None:
+    def find(facts: AttemptFacts) -> RankFacts | None:
         for event in reversed(select_events(facts.events, *names)):
             if re.match(cause, str(event.get("cause"))):
                 return RankFacts(facts.folder.events, None, event.get("host", ""), cause=str(event.get("cause")))
@@ -91,7 +91,7 @@ def elsewhere(pattern: str) -> Find:
     return lambda facts: next((one for one in facts.others[:1] if wanted.search(one.activity)), None)
 
 
-def mismatched(facts: Facts) -> RankFacts | None:
+def mismatched(facts: AttemptFacts) -> RankFacts | None:
     """Fit if all ranks hang in collectives that differ, by name, place or sizes."""
     # A send and the receive that fits it differ, too.
     waiting = [rank for rank in facts.waiting if not re.search("send|recv", rank.collective)]
@@ -99,13 +99,13 @@ def mismatched(facts: Facts) -> RankFacts | None:
     return waiting[-1] if not facts.others and len(different) > 1 else None
 
 
-def all_wait(facts: Facts) -> RankFacts | None:
+def all_wait(facts: AttemptFacts) -> RankFacts | None:
     """Fit if all ranks of the attempt wait in one collective, or lost each other there."""
     size = max([event.get("world_size", 0) for event in select_events(facts.events, "started")], default=0)
     return facts.waiting[0] if 1 < size == len(facts.waiting) and not facts.others else None
 
 
-def diverged(facts: Facts) -> RankFacts | None:
+def diverged(facts: AttemptFacts) -> RankFacts | None:
     """Fit if a rank failed for a number that is not finite; blame the first rank that recorded one."""
     failed = failed_with(r"FloatingPoint|RepeatedFailure|\bnan\b|\binf\b|not finite|non-?finite")(facts)
     return failed and (facts.not_finite or failed)
@@ -120,15 +120,18 @@ MEMORY = "cluster.mem_gb=N with a larger N, or fewer loader workers"
 LOCKS = r"^at .*(\.acquire\(|\bwith\b.*lock|\.join\(|\.wait\(|\.get\()|^in .*/(threading|queue)\.py$"
 READS = r"^state D|^state [^R](?! futex).*\nat .*(open\(|read|recv|write|load\(|fsync|flush\(|stat\()"
 RULES = (
-    Rule("refused", recorded("start_refused"), "the ranks were not started: {cause}", "what the refusal names"),
-    Rule("node_lost", recorded("node_lost"), "node {host} was lost: {cause}", "sinfo --nodes={host}"),
-    Rule("bit_flip", recorded("replicas_differ"), "{cause}", "cluster.exclude=HOST with that host"),
-    Rule("node_lost", recorded(JOB, cause="NODE_FAIL"), "a node of the job failed (Slurm: {cause})", AGAIN),
-    Rule("oom_kill", recorded(JOB, cause="OUT_OF_ME"), "the job was killed for its memory (Slurm: {cause})", MEMORY),
+    Rule("refused", has_event("start_refused"), "the ranks were not started: {cause}", "what the refusal names"),
+    Rule("node_lost", has_event("node_lost"), "node {host} was lost: {cause}", "sinfo --nodes={host}"),
+    Rule("bit_flip", has_event("replicas_differ"), "{cause}", "cluster.exclude=HOST with that host"),
+    Rule("node_lost", has_event(JOB, cause="NODE_FAIL"), "a node of the job failed (Slurm: {cause})", AGAIN),
+    Rule("oom_kill", has_event(JOB, cause="OUT_OF_ME"), "the job was killed for its memory (Slurm: {cause})", MEMORY),
     Rule(
-        "time_limit", recorded(JOB, "attempt_ended", cause="TIMEOUT|timed_out"), "the job reached its time limit", AGAIN
+        "time_limit",
+        has_event(JOB, "attempt_ended", cause="TIMEOUT|timed_out"),
+        "the job reached its time limit",
+        AGAIN,
     ),
-    Rule("preempted", recorded(JOB, "attempt_ended", cause="(?i)preempted"), "the job was preempted", AGAIN),
+    Rule("preempted", has_event(JOB, "attempt_ended", cause="(?i)preempted"), "the job was preempted", AGAIN),
     Rule(
         "full_disk",
         failed_with(r"No space left|Errno 28|quota exceeded|Errno 122"),
@@ -194,7 +197,7 @@ RULES = (
     Rule("unknown", lambda facts: facts.first, "unknown: {failed}", LOGS),
     Rule(
         "unknown",
-        recorded("attempt_ended", JOB),
+        has_event("attempt_ended", JOB),
         "unknown: {cause}, and no rank recorded why",
         "python -m launch.status {run}",
     ),
@@ -205,10 +208,10 @@ RULES = (
 # A verdict.
 
 
-def diagnose(folder: RunFolder, more: Events = ()) -> Verdict | None:
+def find_verdict(folder: RunFolder, more: Events = ()) -> Verdict | None:
     """Return the verdict on the newest attempt of a run. None if nothing of it failed. Arguments as ``read_facts``."""
     facts = read_facts(folder, more)
-    if recorded("attempt_ended", cause="finished|cancelled|budget")(facts):
+    if has_event("attempt_ended", cause="finished|cancelled|budget")(facts):
         return None
     for rule in RULES:
         one = rule.find(facts)
@@ -220,7 +223,7 @@ def diagnose(folder: RunFolder, more: Events = ()) -> Verdict | None:
     return None
 
 
-def _texts(facts: Facts, blamed: RankFacts) -> dict[str, object]:
+def _texts(facts: AttemptFacts, blamed: RankFacts) -> dict[str, object]:
     """Return the texts that a rule may name."""
     at = f" ({blamed.place})" if blamed.place else ""
     since = f" after step {blamed.step}" if blamed.step is not None else ""

@@ -19,7 +19,7 @@ from launch.runs.folder import RunFolder
 from launch.slurm.client import JobState
 from launch.why.__main__ import main
 from launch.why.facts import job_event, read_dump
-from launch.why.rules import RULES, diagnose
+from launch.why.rules import RULES, find_verdict
 from tests.support.commands import ROOT, call, kill_all, python, run, start_fork, wait_for
 from tests.support.runs import COUNTING, PROGRAM, names, recorded
 
@@ -78,7 +78,7 @@ def test_a_finished_run_has_no_verdict(tmp_path: Path) -> None:
     text, folder = run_faulty("none", tmp_path, status=0)
     assert "why:" not in text and "verdict" not in names(folder)
     assert "no verdict: it is finished" in run("launch.why", str(folder.path), cwd=tmp_path)
-    assert diagnose(folder) is None
+    assert find_verdict(folder) is None
 
 
 def test_a_hang_that_the_agents_have_not_found_yet_is_explained_by_live_stacks(
@@ -206,7 +206,7 @@ def folder_with(path: Path, events: list[dict[str, Any]]) -> RunFolder:
 
 @pytest.mark.parametrize(("kind", "events", "part"), TABLE, ids=[f"{i}-{row[0]}" for i, row in enumerate(TABLE)])
 def test_facts_and_their_verdict(kind: str, events: list[dict[str, Any]], part: str, tmp_path: Path) -> None:
-    verdict = diagnose(folder_with(tmp_path / "run", events))
+    verdict = find_verdict(folder_with(tmp_path / "run", events))
     assert verdict is not None and verdict.kind == kind, verdict
     assert part in verdict.sentence
     assert not re.search(r"\{|None", verdict.sentence + verdict.fix)
@@ -219,7 +219,7 @@ def test_the_table_above_has_every_kind_of_rule_with_a_sentence() -> None:
 
 @pytest.mark.parametrize("cause", ["finished", "cancelled", "budget"])
 def test_an_end_that_somebody_wanted_has_no_verdict(cause: str, tmp_path: Path) -> None:
-    assert diagnose(folder_with(tmp_path / "run", [failed(0, "killed by SIGTERM"), ended(cause)])) is None
+    assert find_verdict(folder_with(tmp_path / "run", [failed(0, "killed by SIGTERM"), ended(cause)])) is None
 
 
 def test_the_first_rank_with_a_loss_that_is_not_finite_is_blamed(tmp_path: Path) -> None:
@@ -229,13 +229,13 @@ def test_the_first_rank_with_a_loss_that_is_not_finite_is_blamed(tmp_path: Path)
         append_json_lines(
             folder.metrics(rank), [{"step": i, "attempt": 1, "loss": loss} for i, loss in enumerate(losses, 1)]
         )
-    verdict = diagnose(folder)
+    verdict = find_verdict(folder)
     assert verdict is not None and (verdict.kind, verdict.rank, verdict.step) == ("not_finite", 1, 5)
 
 
 def test_a_clock_that_jumps_back_is_evidence(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "run", [{**failed(0, "KeyError: 1"), "time": 1.0}])
-    verdict = diagnose(folder)
+    verdict = find_verdict(folder)
     assert verdict is not None and any("a clock jumped" in text for text, _ in verdict.evidence)
 
 
@@ -258,7 +258,7 @@ def test_the_flight_recorder_names_the_rank_that_is_behind_and_its_group(tmp_pat
     python(DUMP, tmp_path, folder.attempt(1) / DUMP_PREFIX, cwd=tmp_path, TORCH_FR_BUFFER_SIZE="100")
     known = read_dump(folder.attempt(1) / f"{DUMP_PREFIX}0")
     assert (known["name"], known["group"], known["seq"], known["sizes"]) == ("all_reduce", "default_pg", 2, [[8]])
-    verdict = diagnose(folder)
+    verdict = find_verdict(folder)
     assert verdict is not None and verdict.rank == 1
     assert "rank 0 on n0 waits in all_reduce of group default_pg since step 7 for rank 1 on n1" in verdict.sentence
 
