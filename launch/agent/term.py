@@ -7,6 +7,7 @@ reach each other never both continue.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from launch.runs.files import has_written, numbers_in
 from launch.runs.folder import RunFolder
 
 ROOM_POLL_S = 2.0
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""Errors of filesystems that have no hard links, such as some object stores. A folder is created in place of a link."""
 
 
 class Term(msgspec.Struct, frozen=True):
@@ -54,8 +57,16 @@ def claim_term(folder: RunFolder, job: str, term: Term) -> bool:
         os.link(own, file)
     except FileExistsError:
         return own.stat().st_nlink == 2  # NFS repeats a request that succeeded if the answer was lost.
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS:
+            raise
+        try:  # If this node dies between the two calls, nobody begins another term.
+            file.with_suffix(".claimed").mkdir()
+        except FileExistsError:
+            return False
+        own.rename(file)
     finally:
-        own.unlink()
+        own.unlink(missing_ok=True)
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,15 @@ def node(index: int) -> Node:
     return Node(index, 4, JOB, is_slurm=True, slurm_job="7", hosts=HOSTS)
 
 
-def test_of_many_claims_of_a_term_one_succeeds_and_its_file_is_whole_and_private(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_many_claims_of_a_term_one_succeeds_and_its_file_is_whole_and_private(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr("launch.agent.term.os.link", refuse)
     folder, together = RunFolder(tmp_path), Barrier(8)
 
     def claim(index: int) -> bool:
@@ -42,7 +51,7 @@ def test_of_many_claims_of_a_term_one_succeeds_and_its_file_is_whole_and_private
         won = [index for index, has_won in enumerate(nodes.map(claim, range(8))) if has_won]
     term = newest_term(folder, JOB)
     assert term is not None and [term.head] == won and term.lost == ((0, "silent"),)
-    (file,) = (tmp_path / ".launch").iterdir()
+    (file,) = (path for path in (tmp_path / ".launch").iterdir() if path.is_file())
     assert file.stat().st_mode & 0o077 == 0, "it has the secret"
     assert newest_term(folder, "slurm-7-1-0") is None, "another start of the job"
     assert [is_replaced(folder, node(index)) for index in range(2)] == [index not in won for index in range(2)]
