@@ -358,7 +358,7 @@ TOKENS = {
     "gpt/metrics": 4_680,
     "gpt_launch": 700,
     "hydra_plugins": 2_410,
-    "launch/agent": 29_775,
+    "launch/agent": 29_800,
     "launch/bench_network": 2_850,
     "launch/config": 4_065,
     "launch/doctor": 8_070,

@@ -141,6 +141,8 @@ def connect(term: Term, answer_s: float) -> RendezvousEndpoint:
 
 FIRST_S, EACH_S = 0.2, 0.1
 """Seconds after the loss of the head node until node i claims the next term: the first, and i times the second."""
+ALONE_S = 2.0
+"""Further seconds for a node with no other node besides the head node: it may be cut off itself."""
 
 
 def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s: float) -> RendezvousEndpoint:
@@ -157,6 +159,7 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
         RunFailedError: this node itself counts as lost.
     """
     address, began = node.own_address(), time.monotonic()
+    is_alone = node.count - len(gone.lost) == 2
     store = open_tcp_store(address, timedelta(seconds=answer_s))
     while True:
         newest = newest_term(folder, node.job) or gone
@@ -167,7 +170,7 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
                 return connect(newest, answer_s)
             except dist.DistError as error:  # The next head node is lost, too.
                 gone, why = newest, str(error).partition("\n")[0]
-        elif time.monotonic() - began >= FIRST_S + EACH_S * node.index:
+        elif time.monotonic() - began >= FIRST_S + EACH_S * node.index + (ALONE_S if is_alone else 0.0):
             # The head node may have begun this term itself, when it lost other nodes.
             lost = (*newest.lost, (gone.head, why))
             own = Term(node.index, address, store.port, gone.token, newest.number + 1, lost)

@@ -93,7 +93,7 @@ def test_a_key_of_a_script_is_sent_to_its_workload() -> None:
         ("script.command=hostname -f", "a list", "'script.command=[hostname,-f]'"),
         ("cluster.exclude=[a,b]", "one text", "'cluster.exclude=\"a,b\"'"),
         ("script.env=FOO", "keys of your own below script.env, each with its value", "script.env.NAME=VALUE"),
-        ("dry_run=nope", "true or false", "dry_run=true"),
+        ("fresh=nope", "true or false", "fresh=true"),
         ("name=null", "one text", "name=TEXT"),
         ("name=ünï", "KEY=VALUE, quoted", "'name=\"ünï\"'"),
         ("nodes=[1,2]", "a whole number", "nodes=NUMBER"),

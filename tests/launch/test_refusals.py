@@ -73,6 +73,11 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
         "checkpoint.keep_last=NUMBER; python -m launch.keys checkpoint.keep_last has its meaning",
     ),
     (
+        "dry_run=shallow",
+        "dry_run=shallow",
+        "dry_run=deep",
+    ),
+    (
         "launch.sequential=true resilience.requeue=chain",
         "launch.sequential=true with resilience.requeue=chain",
         "launch.sequential=false, or resilience.requeue=true",

@@ -54,7 +54,6 @@ REAL = {
         *("deadlock", f"rank 0 on {{host}} waits in all_reduce ({REDUCE}) since step 4 for rank 1 on {{host}}, "),
         f"which is in take_locks_in_two_orders ({line_with('b_lock.acquire()')}): a lock",
     ),
-    "gil": ("gil_held", "rank 0 on {host} waits in all_reduce", f"hold_the_gil ({line_with('ctypes.PyDLL')})"),
 }
 
 

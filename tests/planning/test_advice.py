@@ -205,7 +205,7 @@ def test_the_baseline(tmp_path: Path) -> None:
     assert (model.n_layer, model.n_embd, model.vocab_size, model.tie_embeddings) == (6, 384, 16384, False)
     assert config.precision is Precision.fp32 and model.attention is AttentionBackend.manual
     assert (optim.max_steps, optim.lr, optim.warmup_steps, config.eval.interval) == (3000, 3e-4, 200, 500)
-    assert optim.target_val_loss == 1.55 and config.checkpoint.keep_best == 1
+    assert optim.target_val_loss == 1.55 and config.checkpoint.keep_last == 3 and config.tf32 is False
     told = config_from(["+experiment=baseline"]).data
     assert (told.tokenizer.name, told.tokenizer_vocab_size) == ("sentencepiece", 16384)
     assert f"{2 * 16384 * 384 + 256 * 384 + 6 * (12 * 384**2 + 13 * 384) + 2 * 384:,} parameters" in text
