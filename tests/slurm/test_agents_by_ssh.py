@@ -99,23 +99,6 @@ def test_a_run_by_ssh_survives_preemption_a_cut_node_and_the_end_of_its_starter(
     assert logs == [f"{storm.job}_{node}_log.err" for node in range(2)]
 
 
-def test_a_lost_head_node_requeues_a_run_by_ssh(
-    sandbox: Cluster, nodes: dict[str, str], keys: Path, tmp_path: Path
-) -> None:
-    """The other agents would end at any time after it, with their connections."""
-    hurry = tmp_path / "hurry"
-    words = [*COUNTING, *options(steps=5000, save_every=20, hurry=hurry), "resilience.node_timeout_s=5"]
-    storm = StormyRun(sandbox, tmp_path, *words, "cluster.start=ssh", without_srun(keys), "spare_nodes=1")
-    storm.wait_for_steps(attempt=1)
-    head = storm.rank_hosts(1)[0]
-    cut_link(sandbox, head)
-    storm.wait_for_steps(attempt=2)
-    assert len(storm.of("requeued")) == 1 and head not in storm.rank_hosts(2) and from_step(storm.folder, attempt=2)
-    hurry.touch()
-    assert storm.process.wait(timeout=300) == 0, (storm.folder.read_events(), storm.log.read_text())
-    assert causes(storm.folder) == ["node_failed", "finished"] and checkpoint(storm.folder)["step"] == 5000
-
-
 def test_a_job_of_one_node_starts_its_agent_without_any_program_and_saves_when_it_is_cancelled(
     sandbox: Cluster, tmp_path: Path
 ) -> None:
