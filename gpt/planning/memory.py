@@ -46,7 +46,7 @@ class RankMemory:
 
     Within 4 % of measurements with ddp on small models, including experts and recomputation. The estimate is up to a
     tenth too high with recomputation in bf16, which casts the matrices of a block again and keeps none. It is up to a
-    third too high with fsdp: gradients grow only while activations shrink, and the residual stream may also be bf16.
+    tenth too high for CPUs in bf16 under fsdp, whose norms keep bf16; those of a GPU keep fp32.
     """
 
     parameters: int = 0
@@ -60,6 +60,9 @@ class RankMemory:
     """Activations saved by forward passes for backward passes."""
     logits: int = 0
     """Logits, their gradient, and in bf16 an fp32 copy of a chunk of them."""
+    freed: int = 0
+    """Negative. fsdp reduces gradients while it frees activations and logits, so the smaller of the two is not held
+    at the peak."""
     host: int = 0
     """Parameters, gradients and optimizer state in host memory. Not in the total."""
 
@@ -79,9 +82,9 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
     if config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage:
         found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
         return found(config, dims.data_ranks, shards)
-    stepped = shards.stored(dims.data_ranks) if config.parallel.strategy is Strategy.zero1 else shards.stored()
-    kept, gradients = FP32 * shards.stored(), FP32 * stepped
-    state = optimizer_bytes(config, shards, dims.data_ranks if config.parallel.strategy is Strategy.zero1 else None)
+    ranks = dims.data_ranks if config.parallel.strategy is Strategy.zero1 else None
+    kept, gradients = FP32 * shards.stored(), FP32 * shards.stored(ranks)
+    state = optimizer_bytes(config, shards, ranks)
     if config.parallel.cpu_offload:
         return RankMemory(host=kept + gradients + state)
     return RankMemory(kept, gradients, state)
@@ -223,12 +226,18 @@ def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: 
     stages = rank_stages(config, pp_rank)
     shards = parameter_shards(config.model, dims, stages)
     in_flight = micro_batches_in_flight(config.parallel, pp_rank, batch.accumulation)
-    return replace(
+    found = replace(
         states(config, dims, shards),
         compute_weights=compute_weights(config, shards, batch.accumulation > 1),
         activations=activations(config, dims, batch, stages, in_flight),
         logits=logits(config, dims, batch, in_flight) if any(stage.last for stage in stages) else 0,
     )
+    # With reduce_each_micro_batch, reduced gradients of the first micro-batch are there during the others.
+    if config.parallel.strategy is not Strategy.fsdp or (
+        batch.accumulation > 1 and config.parallel.reduce_each_micro_batch
+    ):
+        return found
+    return replace(found, freed=-min(found.gradients, found.activations + found.logits))
 
 
 def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors:

@@ -22,9 +22,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as torch_ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_map_only
 
 from gpt import train
 from gpt.config import LOSS_CHUNK, TrainConfig
@@ -62,13 +64,23 @@ def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_on_gpu() -> None:
-    """Make this process choose as on a GPU where code looks at the device: size of the loss's chunks, no masks."""
+    """Make this process choose as on a GPU where code looks at the device: chunks of the loss, no masks, fp32 norms."""
     kernel = attention.sdpa_attention
     replace_functions(
         (layers, "chunk_elements", lambda _: LOSS_CHUNK),
         (attention, "sdpa_attention", lambda q, k, v, _: kernel(q, k, v, 0.0)),  # a GPU keeps no T x T for dropout
         *((module, "causal_bias", lambda *_: None) for module in (attention, context)),  # nor for a mask
+        *((functional, name, in_fp32(getattr(functional, name))) for name in ("layer_norm", "rms_norm")),
     )
+
+
+def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function of torch for norms that computes in fp32, as it does on a GPU under autocast."""
+
+    def on_gpu(*values: Any, **named: Any) -> Tensor:
+        return norm(*tree_map_only(Tensor, Tensor.float, values), **tree_map_only(Tensor, Tensor.float, named))
+
+    return on_gpu
 
 
 def replace_functions(*replacements: tuple[Any, str, Any]) -> None:

@@ -33,6 +33,7 @@ class MultinodeConf:
     """CPUs of each node for all of its ranks: the agent is the only Slurm task of a node."""
     gpus_per_node: Optional[int] = None
     gpus_per_task: Optional[int] = None
+    """Refused: one agent starts all ranks of a node."""
     mem_gb: Optional[float] = None
     partition: Optional[str] = None
     qos: Optional[str] = None
@@ -55,6 +56,8 @@ class MultinodeConf:
     mem_per_cpu: Optional[str] = None
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     placement: Optional[list[Any]] = None
+    submitit_folder: Optional[str] = None
+    """Refused: the logs and batch scripts of a point are in its run folder."""
     cluster: dict[str, Any] = field(default_factory=dict)
     resilience: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)

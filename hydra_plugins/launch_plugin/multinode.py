@@ -1,7 +1,7 @@
 """Hydra launcher for any ``@hydra.main`` app: the task function runs in every rank of a multi-node job.
 
     python app.py -m lr=1e-3,3e-4 hydra/launcher=multinode hydra.launcher.nodes=2
-    python app.py -m hydra/launcher=multinode hydra.launcher.nodes=1,2,4        # own resources for each point
+    python app.py -m n=1,2,4 hydra/launcher=multinode 'hydra.launcher.nodes=${n}'    # own resources for each point
     python app.py -m lr=1e-3,3e-4 hydra/launcher=multinode_local                # processes of this machine
 
 Keys of hydra-submitit-launcher mean the same. Hydra imports this module in every app of the environment, also in a
@@ -35,6 +35,18 @@ OF_SBATCH = ("cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment")
 """Keys of this launcher that become options of sbatch, with the same names."""
 GROUPS = ("cluster", "resilience", "budget", "launch")
 """Keys of this launcher that are whole groups of keys: ``+hydra.launcher.resilience.requeue=false``."""
+
+REFUSED = {
+    "gpus_per_task": (
+        "GPUs of a whole node: one agent starts all of its ranks",
+        "hydra.launcher.gpus_per_node=N, and hydra.launcher.tasks_per_node=N for one rank on each",
+    ),
+    "submitit_folder": (
+        "no such folder: logs and batch script of a point are in its run folder, in launch/ below hydra.sweep.dir",
+        "hydra.launcher.submitit_folder=null",
+    ),
+}
+"""Keys of hydra-submitit-launcher without a counterpart -> what is expected in their place, and what to type."""
 
 
 def run_task(
@@ -127,12 +139,9 @@ def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str
     chosen = re.findall(r"\$\{([\w.]+)\}", str(OmegaConf.to_container(config.hydra.launcher, resolve=False)))
     arguments = [text for text in overrides if text.partition("=")[0].lstrip("+") not in chosen]
     assert isinstance(keys, dict)
-    if keys["gpus_per_task"] is not None:
-        raise ConfigError(
-            f"hydra.launcher.gpus_per_task={keys['gpus_per_task']}",
-            "GPUs of a whole node: one agent starts all of its ranks",
-            "hydra.launcher.gpus_per_node=N, and hydra.launcher.tasks_per_node=N for one rank on each",
-        )
+    for name, (expected, fix) in REFUSED.items():
+        if keys[name] is not None:
+            raise ConfigError(f"hydra.launcher.{name}={keys[name]}", expected, fix)
     values = {f"cluster.{name}": keys[name] for name in OF_CLUSTER}
     values |= {f"cluster.additional_parameters.{name}": keys[name] for name in OF_SBATCH}
     values |= {"ranks_per_node": keys["tasks_per_node"]}

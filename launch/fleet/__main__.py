@@ -63,10 +63,14 @@ class Fleet:
     """Number of runs whose event logs do not describe all their allocations. They are in no other figure."""
 
     @property
+    def allocated_s(self) -> float:
+        """Node-seconds of all allocations."""
+        return sum(seconds for part, seconds in self.seconds.items() if part != "waiting")
+
+    @property
     def goodput(self) -> float:
         """Share of the allocated node-hours, 0 to 1, in steps that count."""
-        allocated = sum(seconds for part, seconds in self.seconds.items() if part != "waiting")
-        return (self.seconds["steps"] + self.seconds["fewer"]) / allocated if allocated else 0.0
+        return (self.seconds["steps"] + self.seconds["fewer"]) / (self.allocated_s or 1.0)
 
     def suspects(self) -> dict[str, float]:
         """Return the hosts that fail more often than the rest of the fleet: host -> probability of chance.
@@ -84,30 +88,33 @@ class Fleet:
         return found
 
 
-def add_run(fleet: Fleet, folder: RunFolder, now: float) -> None:
-    """Add a run to the sums. ``now`` is the Unix time until which a running allocation counts."""
+def add_run(fleets: Sequence[Fleet], folder: RunFolder, now: float) -> None:
+    """Add a run to the sums of each fleet. ``now`` is the Unix time until which a running allocation counts."""
     events = folder.read_events()
     measured = measure_goodput(folder, events)
     if measured is None:
-        fleet.unknown += 1
+        for fleet in fleets:
+            fleet.unknown += 1
         return
-    found = allocations(EventLog(list(events), last_heartbeat(folder)), now, Rates().poll_s)
+    found = allocations(EventLog(events, last_heartbeat(folder)), now, Rates().poll_s)
     hours = [(one, max(0.0, ended - one["allocated_at"]) / 3600) for one, ended in found]
     node_hours = sum(hour * one["nodes"] for one, hour in hours)
-    fleet.runs += 1
-    fleet.node_hours += node_hours
-    fleet.gpu_hours += sum(hour * (one.get("gpus") or 0) for one, hour in hours)
     # A run has one number of nodes in nearly all of its time, so its mean stands for all parts.
     nodes = node_hours / sum(hour for _, hour in hours) if node_hours else 0.0
-    for part, seconds in measured.seconds.items():
-        fleet.seconds[part] += seconds if part == "waiting" else seconds * nodes
-    for cause, count in measured.interruptions.items():
-        fleet.interruptions[cause] += count
-        fleet.lost_node_hours[cause] += measured.lost_s.get(cause, 0.0) / 3600 * nodes
-    for host, seconds in seconds_of_hosts(folder, events, now).items():
-        fleet.host_hours[host] += seconds / 3600
-    for host, texts in failures_of_hosts(events).items():
-        fleet.host_failures[host] += len(texts)
+    host_seconds, failures = seconds_of_hosts(folder, events, now), failures_of_hosts(events)
+    for fleet in fleets:
+        fleet.runs += 1
+        fleet.node_hours += node_hours
+        fleet.gpu_hours += sum(hour * (one.get("gpus") or 0) for one, hour in hours)
+        for part, seconds in measured.seconds.items():
+            fleet.seconds[part] += seconds if part == "waiting" else seconds * nodes
+        for cause, count in measured.interruptions.items():
+            fleet.interruptions[cause] += count
+            fleet.lost_node_hours[cause] += measured.lost_s.get(cause, 0.0) / 3600 * nodes
+        for host, seconds in host_seconds.items():
+            fleet.host_hours[host] += seconds / 3600
+        for host, texts in failures.items():
+            fleet.host_failures[host] += len(texts)
 
 
 def seconds_of_hosts(folder: RunFolder, events: Events, now: float) -> dict[str, float]:
@@ -173,9 +180,8 @@ def show_fleet(fleet: Fleet) -> None:
         f"{fleet.runs} runs, {fleet.node_hours:.4g} node-hours, {fleet.gpu_hours:.4g} GPU-hours, goodput "
         f"{fleet.goodput:.1%}" + (f"; {fleet.unknown} more runs have no complete event log" if fleet.unknown else "")
     )
-    allocated = sum(seconds for part, seconds in fleet.seconds.items() if part != "waiting") or 1.0
     rows = [
-        [name, f"{fleet.seconds[part] / 3600:.3g}", f"{fleet.seconds[part] / allocated:.1%}"]
+        [name, f"{fleet.seconds[part] / 3600:.3g}", f"{fleet.seconds[part] / fleet.allocated_s:.1%}"]
         for part, name in PARTS.items()
         if fleet.seconds[part] and part != "waiting"
     ]
@@ -235,16 +241,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Where the time of all runs below some folders went, what interrupted them, and which hosts fail "
         "more often than chance explains.",
     )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folders with runs in them")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folders with runs")
     parser.add_argument("--by", metavar="KEY", help="also the use by the value of a config key, e.g. cluster.partition")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     typed = parser.parse_args(arguments)
     fleet, groups = Fleet(), defaultdict[str, Fleet](Fleet)
     now = time.time()
     for folder in find_runs(typed.folders):
-        add_run(fleet, folder, now)
-        if typed.by is not None:
-            add_run(groups[group_of(folder, typed.by)], folder, now)
+        group = [groups[group_of(folder, typed.by)]] if typed.by else []
+        add_run([fleet, *group], folder, now)
     if typed.json:
         by = {"by": {name: fleet_figures(one) for name, one in groups.items()}} if groups else {}
         print(json.dumps(fleet_figures(fleet) | by, indent=2))

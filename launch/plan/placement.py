@@ -218,9 +218,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         "exclusive": cluster.exclusive or None,
         "gpus_per_node": cluster.gpus_per_node or None,  # 0 requests no GPUs
         "mem": f"{round(cluster.mem_gb * 1024)}MB" if cluster.mem_gb else None,
-        "setup": [*cluster.setup, *(shell_lines(code) if code else []), *([] if cluster.by_srun else [LAUNCH_AGENTS])]
-        or None,
-        "use_srun": None if cluster.by_srun else False,
+        "setup": [*cluster.setup, *(shell_lines(code) if code else [])] or None,
         "srun_args": srun_args or None,
         "python": None if python is None else shlex.join(python),
         "additional_parameters": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -216,11 +217,11 @@ def two_ranks() -> Iterator[None]:
 def test_total_of_a_shard_bounds_the_measured_peak(
     parts: dict, precision: Precision, reshard: bool, two_ranks: None
 ) -> None:
-    # Not reached: gradients grow only while activations shrink, and the residual stream is bf16 on the CPU.
+    # Not reached in bf16: the norms of a CPU keep bf16, those of a GPU fp32.
     config = small(n_layer=4, n_embd=64, block_size=32, **parts)
     measured = sharded_peak(config, precision, reshard)
     claimed = memory(config, Strategy.fsdp, 2, precision, reshard_after_forward=reshard).total
-    assert measured < claimed < 1.35 * measured
+    assert measured < claimed < 1.1 * measured
 
 
 def test_sharding_divides_the_states_and_adds_what_is_gathered() -> None:
@@ -253,8 +254,9 @@ def test_accumulation_over_shards_keeps_whole_gradients() -> None:
     parameters = elements(GPT(config))
     block = elements(GPT(config).blocks[0])
     once, twice = (memory(config, Strategy.fsdp, 4, accumulation=a) for a in (1, 2))
+    assert once.freed == -once.gradients, "reduced while activations are freed"
     assert twice.total - once.total == 4 * (parameters - block)
-    assert memory(config, Strategy.fsdp, 4, accumulation=2, reduce_each_micro_batch=True) == once
+    assert memory(config, Strategy.fsdp, 4, accumulation=2, reduce_each_micro_batch=True) == replace(once, freed=0)
     assert memory(config, accumulation=2) == memory(config)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hydra import version
 from hydra.core.plugins import Plugins
@@ -32,3 +36,23 @@ class TestLauncher(LauncherTestSuite):
 @pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=multinode_local"])])
 class TestIntegration(IntegrationTestSuite):
     """Hydra's suite for apps, unchanged."""
+
+
+APP = """
+import hydra
+
+@hydra.main(version_base=None, config_path=None)
+def main(config):
+    print("it runs")
+
+main()
+"""
+
+
+@pytest.mark.parametrize("key", ["submitit_folder=logs", "gpus_per_task=1"])
+def test_a_key_of_submitit_without_a_counterpart_is_refused(key: str, tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    words = [sys.executable, "app.py", "-m", "hydra/launcher=multinode_local", f"hydra.launcher.{key}"]
+    told = subprocess.run(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    assert told.returncode != 0 and f"found: hydra.launcher.{key}" in told.stdout and "type next:" in told.stdout
+    assert [*tmp_path.rglob("launch")] == [] and "it runs" not in told.stdout

@@ -142,8 +142,11 @@ def test_a_silent_fp32_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {*dtypes_of(rehearse(config, 4), "allgather_base")} == {"float32"}
 
 
-def test_states_are_those_of_the_plan_and_the_peak_is_near_it() -> None:
-    config = config_of("ddp", "model.n_embd=128", "model.block_size=64", "model.n_layer=4", "optim.max_micro_batch=2")
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16], ids=str)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
+def test_states_are_those_of_the_plan_and_the_peak_is_near_it(kind: str, precision: Precision) -> None:
+    config = config_of(kind, "model.n_embd=128", "model.block_size=64", "model.n_layer=4", "optim.max_micro_batch=2")
+    config.precision = precision
     found = rehearse(config, 4)
     for rank in found.ranks:
         planned = found.planned(rank.rank)
