@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from gpt.accounting import BF16, FP32, GIB, count, count_hidden
 from gpt.components.facts import optimizer_state
-from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
+from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, Schedule, Strategy, TrainConfig
 from gpt.config.optim import MUON
 from gpt.planning.rank_shards import (
     ParallelFactors,
@@ -228,7 +228,7 @@ def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: 
     in_flight = micro_batches_in_flight(config.parallel, pp_rank, batch.accumulation)
     found = replace(
         states(config, dims, shards),
-        compute_weights=compute_weights(config, shards, batch.accumulation > 1),
+        compute_weights=compute_weights(config, shards, stages, batch.accumulation > 1, in_flight),
         activations=activations(config, dims, batch, stages, in_flight),
         logits=logits(config, dims, batch, in_flight) if any(stage.last for stage in stages) else 0,
     )
@@ -276,21 +276,24 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
     """Return the bytes of logits: those of each micro-batch in flight, and the copies of the loss for one of them.
 
     The gradient is as large as the logits. It is computed from one chunk in fp32 at a time, unless the logits are fp32
-    (gpt/model/layers.py).
+    (gpt/model/layers.py). A pipeline keeps the logits until the end of their backward pass, which copies the gradient
+    into one with columns of padding if the model has these.
     """
-    tokens = parallel_factors(config, dims).tokens(config.model, batch.micro)
-    columns = config.model.padded_vocab // dims.tp
-    if config.precision is Precision.fp32:
-        return (in_flight + 1) * FP32 * tokens * columns
-    return (in_flight + 1) * BF16 * tokens * columns + FP32 * min(tokens * columns, LOSS_CHUNK)
+    model, width = config.model, BF16 if config.precision.is_half else FP32
+    numbers = parallel_factors(config, dims).tokens(model, batch.micro) * (model.padded_vocab // dims.tp)
+    chunk = FP32 * min(numbers, LOSS_CHUNK) if config.precision.is_half else 0
+    padded = width * numbers if dims.pp > 1 and dims.tp == 1 and model.vocab_size < model.padded_vocab else 0
+    return (in_flight + 1) * width * numbers + max(chunk, padded)
 
 
-def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: bool) -> int:
+def compute_weights(
+    config: TrainConfig, shards: ParameterShards, stages: Sequence[StageLayers], accumulates: bool, in_flight: int
+) -> int:
     """Return the bytes of compute copies of weights, and of unsharded gradients, without the stored weights and
     gradients.
 
-    DDP and ZeRO-1 in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. For gradients of
-    ZeRO-1 see ``unreduced_gradients``.
+    DDP and ZeRO-1 in bf16: autocast keeps the bf16 copy of every matrix until its backward pass, and makes another one
+    for each micro-batch in flight. For gradients of ZeRO-1 see ``unreduced_gradients``.
 
     FSDP: norm and output matrix, or the tied embedding, stay all-gathered for the whole pass. Of the units of blocks
     (``fsdp_units``) two are gathered: one computes, the next is prefetched. Without resharding after the forward pass,
@@ -306,7 +309,7 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
         gathered = min(shards.elements, LIVE) if config.parallel.zero_stage == 3 else 0
         return (BF16 if bf16 else FP32) * gathered + FP32 * min(shards.elements, BUCKET)
     if config.parallel.strategy is not Strategy.fsdp:
-        casts = BF16 * cast_elements(shards) if bf16 else 0
+        casts = in_flight * BF16 * cast_elements(shards, any(stage.last for stage in stages)) if bf16 else 0
         return casts + (unreduced_gradients(shards, accumulates) if config.parallel.strategy is Strategy.zero1 else 0)
     block, around = elements(shards.block), elements(shards.around)
     width, reshards = BF16 if bf16 else FP32, config.parallel.reshard_after_forward

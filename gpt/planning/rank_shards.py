@@ -157,13 +157,16 @@ def elements(parts: Iterable[ParameterShard]) -> int:
     return sum(part.elements for part in parts)
 
 
-def cast_elements(shards: ParameterShards) -> int:
-    """Return the elements of the matrices that autocast casts: all matrices of products except the fp32 router."""
+def cast_elements(shards: ParameterShards, last: bool = True) -> int:
+    """Return the elements of the matrices that autocast casts: all matrices of products except the fp32 router.
+
+    ``last`` is True if the rank has the last pipeline stage, and so the output matrix.
+    """
     in_blocks = [p for p in shards.block if len(p.shape) > 1 and p.name != "ffn.router.weight"]
     head = [p for p in shards.around if p.name == "head.weight"] or [
         p for p in shards.around if p.name == "token_embedding.weight"
     ]
-    return shards.layers * elements(in_blocks) + elements(head)
+    return shards.layers * elements(in_blocks) + last * elements(head)
 
 
 # Activations that a forward pass saves for its backward pass, tensor by tensor.

@@ -10,6 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from gpt_launch import as_typed
 from launch.agent.policy import WANTED, Action
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, next_job, record_found
@@ -428,7 +429,7 @@ def verdict_of(point: RunStatus) -> Verdict | None:
 def explain_end(point: RunStatus) -> str:
     """Explain why a point did not finish. Names the log with more details, and the verdict in the last lines."""
     verdict = verdict_of(point)
-    return _explain_end(point) + (f"\n{verdict}" if verdict else "")
+    return _explain_end(point) + (as_typed(f"\n{verdict}") if verdict else "")
 
 
 def _explain_end(point: RunStatus) -> str:
