@@ -6,8 +6,9 @@
 
 Eight layouts on 8, 64 and 512 ranks, in bf16, for H100 GPUs of 80 GB. One rank of each kind is rehearsed, as by
 `python -m gpt.rehearse`. The difference is the plan's peak of a rank over the rehearsed one, minus one, for the ranks
-where it is smallest and largest. A rehearsal counts tensors and no more: no workspace of a kernel, no fragment of an
-allocator, no buffer of NCCL. Nothing here was measured on a GPU.
+where it is smallest and largest. The last column is the largest process of the command so far. A rehearsal counts
+tensors and no more: no workspace of a kernel, no fragment of an allocator, no buffer of NCCL. Nothing here was measured
+on a GPU.
 """
 
 from __future__ import annotations
@@ -67,7 +68,6 @@ def row(name: str, processes: int) -> list[str]:
         str(len(found.hangs())),
         str(len(found.waits())),
         f"{took:.0f}",
-        # The largest process that has ended so far.
         f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f}",
     ]
 

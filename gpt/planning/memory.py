@@ -60,7 +60,7 @@ class RankMemory:
     """Activations saved by forward passes for backward passes."""
     logits: int = 0
     """Logits, their gradient, and in bf16 an fp32 copy of a chunk of them."""
-    freed: int = 0
+    not_at_once: int = 0
     """Negative. fsdp reduces gradients while it frees activations and logits, so the smaller of the two is not held
     at the peak."""
     host: int = 0
@@ -237,7 +237,7 @@ def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: 
         batch.accumulation > 1 and config.parallel.reduce_each_micro_batch
     ):
         return found
-    return replace(found, freed=-min(found.gradients, found.activations + found.logits))
+    return replace(found, not_at_once=-min(found.gradients, found.activations + found.logits))
 
 
 def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors:

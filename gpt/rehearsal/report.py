@@ -213,7 +213,7 @@ def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
 def size_text(size: float) -> str:
     """Return a number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):
-        if size < 1000:
+        if abs(size) < 1000:
             return f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.3f} GiB"

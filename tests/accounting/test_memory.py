@@ -254,9 +254,11 @@ def test_accumulation_over_shards_keeps_whole_gradients() -> None:
     parameters = elements(GPT(config))
     block = elements(GPT(config).blocks[0])
     once, twice = (memory(config, Strategy.fsdp, 4, accumulation=a) for a in (1, 2))
-    assert once.freed == -once.gradients, "reduced while activations are freed"
+    assert once.not_at_once == -once.gradients, "reduced while activations are freed"
     assert twice.total - once.total == 4 * (parameters - block)
-    assert memory(config, Strategy.fsdp, 4, accumulation=2, reduce_each_micro_batch=True) == replace(once, freed=0)
+    assert memory(config, Strategy.fsdp, 4, accumulation=2, reduce_each_micro_batch=True) == replace(
+        once, not_at_once=0
+    )
     assert memory(config, accumulation=2) == memory(config)
 
 
