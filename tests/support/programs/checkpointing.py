@@ -1,8 +1,8 @@
 """A program with checkpoints, of the standard library and ``launch.worker`` alone: a chain of sums, step by step.
 
 Each rank saves its state into ``step_N/rank_K.json`` under the sum of its content, and goes on when all ranks have. A
-start goes on from the newest step whose files are all whole. Arguments: steps, steps between two saves, seconds a step;
-and, where steps are to take no time any more from some moment on, a file that is made then.
+start goes on from the newest step whose files are all whole, which rank 0 chooses. Arguments: steps, steps between two
+saves, seconds a step; and, where steps are to take no time any more from some moment on, a file that is made then.
 """
 
 from __future__ import annotations
@@ -42,20 +42,31 @@ def load(path: Path) -> str | None:
     return json.loads(text)["state"] if hashlib.sha256(text.encode()).hexdigest() == told else None
 
 
+def starting_step(run: worker.Run, folder: Path) -> int:
+    """The newest step whose files are all whole, or 0. Rank 0 chooses: a later rank might find one of this attempt."""
+    assert run.folder is not None
+    chosen = run.folder / "attempts" / f"{run.attempt:04d}" / "starting_step"
+    if run.is_first:
+        numbers = sorted((int(path.name.removeprefix("step_")) for path in folder.glob("step_*")), reverse=True)
+        files = {number: [file_of(folder, number, rank) for rank in range(run.world_size)] for number in numbers}
+        whole = (number for number in numbers if all(load(file) is not None for file in files[number]))
+        temporary = chosen.with_suffix(".new")
+        temporary.write_text(str(next(whole, 0)))
+        temporary.replace(chosen)
+    while not chosen.exists():
+        time.sleep(0.002)
+    return int(chosen.read_text())
+
+
 def main() -> None:
     steps, interval, step_s = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     calm = Path(sys.argv[4]) if len(sys.argv) > 4 else None
     run = worker.attach()
     folder = run.checkpoint_dir
     assert folder is not None
-    step, state = 0, str(run.rank)
-    for path in sorted(folder.glob("step_*"), reverse=True):
-        number = int(path.name.removeprefix("step_"))
-        found = [load(file_of(folder, number, rank)) for rank in range(run.world_size)]
-        own = found[run.rank]
-        if own is not None and None not in found:
-            step, state = number, own
-            break
+    step = starting_step(run, folder)
+    state = load(file_of(folder, step, run.rank)) if step else str(run.rank)
+    assert state is not None, f"the file of step {step} was damaged after rank 0 had read it"
     while step < steps:
         if calm is None or not calm.exists():
             time.sleep(step_s)
