@@ -87,7 +87,7 @@ def main() -> int:
     lines = "\n".join(f"- {name}: `python -m gpt.rehearse {text}`" for name, text in words.items())
     text = f"{stamp(cores())}\n\n{merged(Path(__file__), TITLES, rows)}\n\nThe commands of 8 ranks:\n\n{lines}"
     if given.write:
-        keep(Path(__file__), "Rehearsals of one step", __doc__, text, "--write")
+        keep(Path(__file__), "Rehearsals of one step", __doc__, text)
     return 0
 
 

@@ -232,7 +232,7 @@ def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: 
         activations=activations(config, dims, batch, stages, in_flight),
         logits=logits(config, dims, batch, in_flight) if any(stage.last for stage in stages) else 0,
     )
-    # With reduce_each_micro_batch, reduced gradients of the first micro-batch are there during the others.
+    # With reduce_each_micro_batch, reduced gradients of the first micro-batch are there from the second one on.
     if config.parallel.strategy is not Strategy.fsdp or (
         batch.accumulation > 1 and config.parallel.reduce_each_micro_batch
     ):

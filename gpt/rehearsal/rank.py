@@ -78,7 +78,8 @@ def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function of torch for norms that computes in fp32, as it does on a GPU under autocast."""
 
     def on_gpu(*values: Any, **named: Any) -> Tensor:
-        return norm(*tree_map_only(Tensor, Tensor.float, values), **tree_map_only(Tensor, Tensor.float, named))
+        values, named = tree_map_only(Tensor, Tensor.float, (values, named))
+        return norm(*values, **named)
 
     return on_gpu
 

@@ -57,7 +57,7 @@ class MultinodeConf:
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     placement: Optional[list[Any]] = None
     submitit_folder: Optional[str] = None
-    """Refused: the logs and batch scripts of a point are in its run folder."""
+    """Refused: the folder of batch scripts is ``launch/.submitit`` below ``hydra.sweep.dir``."""
     cluster: dict[str, Any] = field(default_factory=dict)
     resilience: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)

@@ -42,7 +42,7 @@ REFUSED = {
         "hydra.launcher.gpus_per_node=N, and hydra.launcher.tasks_per_node=N for one rank on each",
     ),
     "submitit_folder": (
-        "no such folder: logs and batch script of a point are in its run folder, in launch/ below hydra.sweep.dir",
+        "no other folder: batch scripts are in launch/.submitit below hydra.sweep.dir, logs in the run folders",
         "hydra.launcher.submitit_folder=null",
     ),
 }
