@@ -37,6 +37,9 @@ from launch.storm.injection import rank_processes
 Stacks = dict[int, str]
 """Rank -> its stacks as text, or the reason why there are none."""
 
+PIECE = 150
+"""Characters of a stack in one line of output: srun mixes lines of several nodes if they exceed 1,024 bytes."""
+
 
 def job_of_nodes(point: RunStatus) -> str | None:
     """Return the Slurm job whose nodes the ranks of a run are on; None if they are on this machine.
@@ -83,8 +86,11 @@ def answers(job: str | None, run: Path, *words: str) -> list[str]:
 
 def stacks_of(point: RunStatus) -> Stacks:
     """Return the stacks of all ranks of a running run. Raises ConfigError if it does not run, or if srun fails."""
-    lines = answers(job_of_nodes(point), point.folder.path, "--stacks")
-    return {int(rank): text for line in lines for rank, text in json.loads(line).items()}
+    stacks: Stacks = {}
+    for line in answers(job_of_nodes(point), point.folder.path, "--stacks"):
+        rank, piece = json.loads(line)
+        stacks[rank] = stacks.get(rank, "") + piece
+    return stacks
 
 
 # On every node: the processes of the ranks.
@@ -124,7 +130,9 @@ def act_here(args: argparse.Namespace) -> None:
     """Act on this host as the command line says: print stacks or the node of a rank, or run a command beside it."""
     process = rank_processes(args.path).get(args.rank)
     if args.stacks:
-        print(json.dumps(stacks_here(args.path)))
+        for rank, text in stacks_here(args.path).items():
+            for start in range(0, len(text), PIECE):
+                print(json.dumps([rank, text[start : start + PIECE]]))
     elif process is not None and args.find:
         print(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
     elif process is not None:
