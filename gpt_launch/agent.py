@@ -15,6 +15,14 @@ def run(*run_dirs: str) -> None:
     run_agent(take_part(run_dirs))
 
 
+def run_spare(run_dir: str, identity: str) -> None:
+    """Join the agents of a run as the node ``identity``, in JSON, in a job of its own (``spare_jobs``)."""
+    import gpt_launch.own_names  # noqa: F401
+    from launch.agent.__main__ import run_spare as join_run
+
+    join_run(run_dir, identity)
+
+
 def run_step(run_dir: str, job: str, shares: bool) -> None:
     """Run the agents of a run as a step of a Slurm job, as ``launch.agent.step.run_step`` does."""
     import gpt_launch.own_names  # noqa: F401

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 import gpt_launch.own_names  # noqa: F401
 from launch.agent.node import (
@@ -36,6 +39,7 @@ from launch.agent.outcome import (
     handle_attempt_end,
     handle_early_stop,
     handle_too_few_nodes,
+    request_spare_jobs,
     submit_next_job,
     take_over,
 )
@@ -66,8 +70,12 @@ if TYPE_CHECKING:
     from launch.agent.exchange import RendezvousEndpoint
 
 
-def run_agent(run_dir: str) -> None:
+def run_agent(run_dir: str, spare: Node | None = None) -> None:
     """Start and watch this node's ranks until the run of ``run_dir`` ends, over as many attempts as its limits allow.
+
+    Args:
+        run_dir: the run folder.
+        spare: identity of this node if it is that of a spare job; None for a node of the run's job.
 
     Raises:
         RunFailedError: the run failed and does not start again.
@@ -76,14 +84,16 @@ def run_agent(run_dir: str) -> None:
     deny_others_writing()
     refuse_other_code()
     stop = StopRequest()
-    stop.install()
+    if spare is None:
+        stop.install()
     folder = RunFolder(run_dir)
     # A batch script can be submitted again, and a spare node can start after the run has finished.
     if is_finished(folder.read_events()):
         print(f"finished already, and not started again: {run_dir} (fresh=true runs it in a new folder)", flush=True)
         return
     keep_unwritten()
-    context = RunContext(folder, Node.from_env(), read_point(folder))
+    context = RunContext(folder, spare or Node.from_env(), read_point(folder))
+    context = replace(context, node=replace(context.node, late=context.config.spare_jobs))
     node, shares_job = context.node, SHARES_JOB in os.environ
     if shares_job and node.restarts and has_stopped(context.events()):
         print(f"not started again, as it has stopped before the other points of its job: {run_dir}", flush=True)
@@ -120,6 +130,18 @@ def run_agent(run_dir: str) -> None:
     finally:
         end_lost_agents(context, lost.values())
         os.umask(0o077)  # submitit's pickle of the result follows
+
+
+def run_spare(run_dir: str, identity: str) -> None:
+    """Join the agents of a run from a spare job, as the node that ``identity`` describes in JSON.
+
+    A stop of this job is the loss of a node for the run. So a signal ends this process, and submitit's handlers, which
+    would requeue the job, do not run.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    switches = tuple(os.environ.get("SLURM_TOPOLOGY_ADDR", "").split(".")[:-1])
+    run_agent(run_dir, replace(msgspec.json.decode(identity, type=Node), switches=switches))
 
 
 def work_in_group(context: AgentContext) -> RendezvousEndpoint | None:
@@ -178,6 +200,8 @@ def start_repeatedly(context: AgentContext) -> None:
         rdzv = group.next_round(number, avoid)
         if rdzv is None:
             return
+        if node.is_head:
+            request_spare_jobs(context, rdzv)
         if node.index not in rdzv.members:
             continue
         stop.interruptible = False  # From here on all nodes leave together.
@@ -187,8 +211,9 @@ def start_repeatedly(context: AgentContext) -> None:
         if node.is_head:
             if handle_attempt_end(context, rdzv, ended).action is not Action.restart:
                 return
-        elif ended not in (Cause.crashed, Cause.requested):
-            group.await_end(rdzv)
+            stop.withdraw()
+            group.heartbeat.publish(again=rdzv.number)
+        elif ended not in (Cause.crashed, Cause.requested) and group.await_end(rdzv):
             return
 
 

@@ -159,7 +159,8 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
         RunFailedError: this node itself counts as lost.
     """
     address, began = node.own_address(), time.monotonic()
-    is_alone = node.count - len(gone.lost) == 2
+    is_alone = node.count - sum(index < node.count for index, _ in gone.lost) == 2
+    may_claim = node.index < node.count  # The node of a spare job is not in the job that continues.
     store = open_tcp_store(address, timedelta(seconds=answer_s))
     while True:
         newest = newest_term(folder, node.job) or gone
@@ -170,7 +171,9 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
                 return connect(newest, answer_s)
             except dist.DistError as error:  # The next head node is lost, too.
                 gone, why = newest, str(error).partition("\n")[0]
-        elif time.monotonic() - began >= FIRST_S + EACH_S * node.index + (ALONE_S if is_alone else 0.0):
+        elif not may_claim and time.monotonic() - began > 2 * answer_s + ALONE_S:
+            raise RunFailedError(f"no node of {node.job} continues the run: {why}")
+        elif may_claim and time.monotonic() - began >= FIRST_S + EACH_S * node.index + (ALONE_S if is_alone else 0.0):
             # The head node may have begun this term itself, when it lost other nodes.
             lost = (*newest.lost, (gone.head, why))
             own = Term(node.index, address, store.port, gone.token, newest.number + 1, lost)
@@ -211,7 +214,7 @@ class Ticket(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """State of one agent. Only the head node sets ``tickets``, ``round``, ``over`` and ``failure``."""
+    """State of one agent. Only the head node sets ``tickets``, ``round``, ``again``, ``over`` and ``failure``."""
 
     beat: int = -1
     """Number of this message, from 0; -1 if none was sent."""
@@ -237,6 +240,8 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     tickets: tuple[Ticket, ...] = ()
     round: RendezvousRound | None = None
     """Newest round that has begun."""
+    again: int = -1
+    """Newest round whose ranks have left without a failure and start again; -1 if none."""
     over: bool = False
     """True once there are no further rounds."""
     failure: str | None = None

@@ -117,6 +117,8 @@ def _stat_fields(pid: int) -> list[str] | None:
 
 OWNER = "LAUNCH_OWNER_PID"
 """Environment variable with the process id of a local run's launcher. The run stops when the launcher is gone."""
+JOINED = "a node joins"
+"""Name of the request to the ranks to save and leave, so that they start again with a node of a spare job."""
 STOP_FILE = "STOP"
 """Name of the file in a run folder that requests the ranks to save and leave; also the name of that request."""
 
@@ -147,10 +149,18 @@ class StopRequest:
             raise InterruptedError(f"{self.name} before the ranks had started")
 
     def request(self, name: str) -> None:
-        """Count a request to stop. The first one sets ``name``, its reason, and ``since``, monotonic seconds."""
-        self.count += 1
+        """Count a request to stop. The first one sets ``name``, its reason, and ``since``, monotonic seconds.
+
+        Any other request replaces the request of a node that joins.
+        """
+        self.count = 1 if self.name == JOINED else self.count + 1
         if self.count == 1:
             self.name, self.since = name, time.monotonic()
+
+    def withdraw(self) -> None:
+        """Withdraw the request of a node that joins, once the ranks have saved and left."""
+        if self.name == JOINED:
+            self.count, self.name = 0, ""
 
 
 # Identity of this node in its job: read from the variables of Slurm, of submitit's local executor, or neither.
@@ -189,6 +199,8 @@ class Node:
     """Names of the switches or blocks above this node, the topmost first; empty if Slurm knows no topology."""
     head: int = 0
     """Index of the head node, which decides for all nodes: the first node, until it is lost (``launch.agent.term``)."""
+    late: int = 0
+    """Number of nodes that may join from jobs of their own (``spare_jobs``). Their indices begin at ``count``."""
 
     @property
     def is_head(self) -> bool:
@@ -202,6 +214,10 @@ class Node:
 
     def host_of(self, index: int) -> str:
         """Return the host name of node ``index`` of the job."""
+        if self.index >= self.count and index == self.index:  # The name by which Slurm knows this node.
+            return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        if index >= self.count:
+            return f"of spare job {index - self.count + 1}"
         return self.hosts[index] if self.hosts else socket.gethostname()
 
     @classmethod

@@ -6,12 +6,17 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import msgspec
+
 from launch.agent.node import (
+    JOINED,
     SHARES_JOB,
     STOP_FILE,
     AgentContext,
@@ -186,11 +191,19 @@ def submit_next_job(context: RunContext) -> None:
     if len(without_start) >= config.resilience.max_without_progress:
         context.record("no_next_job", after=node.slurm_job, cause="the ranks did not start in the jobs before")
         return
-    command = [sys.executable, "-m", "gpt_launch", "launch.slurm.chain", str(context.folder.path), node.slurm_job]
+    command = [*CHAIN_COMMAND, str(context.folder.path), node.slurm_job]
+    run_or_record(context, command, "no_next_job", after=node.slurm_job)
+
+
+CHAIN_COMMAND = (sys.executable, "-m", "gpt_launch", "launch.slurm.chain")
+
+
+def run_or_record(context: RunContext, command: Sequence[str], event: str, **details: Any) -> None:
+    """Run a command. If it fails, record ``event`` with the last line that the command has printed."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        context.record("no_next_job", after=node.slurm_job, cause=lines[-1])
+        context.record(event, **details, cause=lines[-1])
 
 
 def continue_in_next_job(context: RunContext, cause: Cause, exclude: Mapping[str, str], text: str) -> None:
@@ -219,6 +232,28 @@ def cancel_next_job(context: RunContext) -> None:
         wait_for_controller(context.folder, lambda: scheduler.scancel(job_id))
 
 
+def request_spare_jobs(context: AgentContext, rdzv: RendezvousRound) -> None:
+    """On the head node, submit a job of one node for each node that a round lacks, at most ``spare_jobs`` of them.
+
+    The jobs are submitted in the background. If Slurm does not accept one, the event log says why.
+    """
+    node, lacking = context.node, context.config.nodes - len(rdzv.members)
+    awaited = context.group.awaited_jobs()
+    asked = [i for i in awaited if context.events("spare_job", "no_spare_job", job=node.job, node=i)]
+    for index in [i for i in awaited if i not in asked][: max(0, lacking - len(asked))]:
+        identity = msgspec.json.encode(replace(node, index=index, switches=())).decode()
+        context.record("spare_job", job=node.job, node=index, attempt=rdzv.attempt)
+        command = [*CHAIN_COMMAND, str(context.folder.path), node.slurm_job, "--spare", identity]
+        threading.Thread(target=run_or_record, args=(context, command, "no_spare_job"), name="spare-job").start()
+
+
+def cancel_spare_jobs(context: RunContext) -> None:
+    """Cancel the spare jobs of this start of the job that wait in the queue. The others leave with the agents."""
+    for event in context.events("spare_job_submitted", job=context.node.job):
+        with suppress(scheduler.SlurmError):  # A job that is left finds no agents, and ends at once.
+            scheduler.scancel(event["job_id"], "--state=PENDING")
+
+
 def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedError:
     """Record why a run cannot continue, and return the error with that reason, for the caller to raise."""
     context.record("requeue_failed", job_id=context.node.slurm_job or None, cause=why)
@@ -244,7 +279,8 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
             context.record("stopped", attempt=attempt, step=None, cause=why, **stop_details(stop))
         if stop.name == STOP_FILE:  # Remove the file, so that the next start does not obey it again.
             (folder.path / STOP_FILE).unlink(missing_ok=True)
-        cause = Cause.budget if stop.name == BUDGET else cause_of_stop(context, attempt)
+        named = {BUDGET: Cause.budget, JOINED: Cause.node_joined}
+        cause = named.get(stop.name) or cause_of_stop(context, attempt)
     elif ended is Cause.crashed:
         failure = first_failure(folder.read_events(), attempt)
         text = failure_text(failure) if failure else ""
@@ -302,6 +338,8 @@ def apply_decision(
         reason = f"{reason}; the run continues on {left} of {context.config.nodes} nodes"
     decision = Decision(action, reason)
     record_decision(context, attempt, cause, decision)
+    if action is not Action.restart:
+        cancel_spare_jobs(context)  # A requeue may end this process.
     if action is Action.requeue:
         requeue_job(context, cause, hosts_to_avoid(events), text)
     if action is Action.stop:
@@ -365,7 +403,7 @@ def close_lost_attempts(context: RunContext) -> None:
     if not lost or not (context.node.restarts or context.events("submitted", moved=True)):
         return
     attempt = lost[-1]
-    cause = Cause.preempted if context.events("signalled", attempt=attempt) else Cause.node_failed
+    cause = Cause.preempted if was_signalled(context.events(), attempt) else Cause.node_failed
     step = max((e["step"] for e in context.events("saved")), default=0)
     jobs = [e["job"] for e in context.events("agent_started") if e["job"] != context.node.job] or [context.node.job]
     reason = f"killed before it could save; continues from step {step}"
@@ -466,9 +504,14 @@ def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[in
         return attempt, Cause.finished
     if select_events(events, "budget_reached"):
         return attempt, Cause.budget
-    if context.events("cancelled") or select_events(events, "signalled", "agent_stopped"):
+    if context.events("cancelled") or select_events(events, "agent_stopped") or was_signalled(events, attempt):
         return attempt, cause_of_stop(context, attempt)
     return attempt, Cause.node_failed
+
+
+def was_signalled(events: Sequence[dict[str, Any]], attempt: int | None) -> bool:
+    """Return whether an agent had received a request to stop in an attempt, other than for a node that joins."""
+    return any(e["signal"] != JOINED for e in select_events(events, "signalled", attempt=attempt))
 
 
 def take_over(context: AgentContext) -> bool:

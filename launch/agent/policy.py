@@ -64,6 +64,8 @@ class Cause(StrEnum):
     """A loss was not finite. A new start would get the same loss, unless a device has miscalculated."""
     crashed = "crashed"
     hung = "hung"
+    node_joined = "node_joined"
+    """The agents requested the end: the ranks start again with the node of a spare job."""
     requested = "requested"
     """The ranks left with the exit status that means: the run is saved, requeue the job."""
     repeated = "repeated"
@@ -374,12 +376,16 @@ class Meter:
             process = {"pid": pid, "pid_started": processes.start_time(pid)}
             self._context.record("agent_started", **self._allocation(), **process)
             self._write_heartbeat()
+        if node.index >= node.count:
+            self._context.record("spare_started", job=node.job, node=node.index, host=node.host)
         return self
 
     def __exit__(self, *error: object) -> None:
         node = self._context.node
         if node.is_head and not is_replaced(self._folder, node):
             self._context.record("agent_ended", job=node.job, ended_at=time.time())
+        if node.index >= node.count:
+            self._context.record("spare_ended", job=node.job, node=node.index, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool = False) -> str | None:
         """Write a heartbeat. If a cap of the budget is reached, record this and return it as text; else return None.

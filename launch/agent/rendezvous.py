@@ -7,7 +7,7 @@ and wait.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import zip_longest
@@ -71,7 +71,7 @@ class AgentGroup:
         """Secret that the agents of this job share."""
         # A message of another term, which a stranger could put back, has another signature.
         signed = SignedStore(endpoint.store, self.token, f"heartbeats at {endpoint.store.host}:{endpoint.store.port}")
-        self.heartbeat = Heartbeat(node.index, node.count, signed, node.head)
+        self.heartbeat = Heartbeat(node.index, node.count + node.late, signed, node.head)
         self._health = HealthCheck(context.folder.path, self._limits.health_check, config.cluster.gpus_per_node)
         self._has_recorded_foreign = False
         self._has_shown_presence = False
@@ -136,9 +136,12 @@ class AgentGroup:
             heartbeat.publish(all_left=number)
         return heartbeat.of(self._head).all_left >= number
 
-    def await_end(self, rdzv: RendezvousRound) -> None:
-        """Wait until the head node has recorded the end of a round that was the last one. Errors as ``next_round``."""
-        self._await_round(rdzv.number + 1)
+    def await_end(self, rdzv: RendezvousRound) -> bool:
+        """Wait until the head node has recorded the end of a round whose ranks have left without a failure.
+
+        Returns whether the run is over; otherwise its ranks start again. Errors as ``next_round``.
+        """
+        return self._await_head(lambda head: head.again >= rdzv.number) is None
 
     def next_endpoint(self, why: str) -> RendezvousEndpoint:
         """Return the way to the next term, after the loss of the head node for the reason ``why``.
@@ -199,7 +202,24 @@ class AgentGroup:
     @property
     def next_size(self) -> int | None:
         """Return the size of the next round in nodes if all remaining nodes are healthy; None if too few are left."""
-        return self._largest_size(self._node.count - len(self.lost))
+        return self._largest_size(len(self._remaining()))
+
+    def can_grow(self, rdzv: RendezvousRound) -> bool:
+        """Return whether the node of a spare job is ready, and the next round would have more nodes than this one."""
+        late = range(self._node.count, self._node.count + self._node.late)
+        ready = [i for i in late if i not in self.lost and self.heartbeat.of(i).ready > rdzv.number]
+        is_healthy = any(not self.heartbeat.of(i).faults and i not in rdzv.members for i in ready)
+        return is_healthy and (self.next_size or 0) > len(rdzv.members)
+
+    def awaited_jobs(self) -> list[int]:
+        """Return the indices of the nodes of spare jobs that have neither joined nor been lost."""
+        late = range(self._node.count, self._node.count + self._node.late)
+        return [i for i in late if i not in self.lost and self.heartbeat.silence(i) is None]
+
+    def _remaining(self) -> list[int]:
+        """Return the indices of the nodes that are not lost. A node of a spare job counts once it has joined."""
+        awaited = self.awaited_jobs()
+        return [i for i in range(self._node.count + self._node.late) if i not in self.lost and i not in awaited]
 
     def _largest_size(self, available: int) -> int | None:
         return next((size for size in self._sizes if size <= available), None)
@@ -249,7 +269,7 @@ class AgentGroup:
             for index, faults in sorted((i, message.faults) for i, message in ready.items() if message.faults):
                 why, is_shared = "; ".join(f.found for f in faults), all(f.part == RUN_FOLDER for f in faults)
                 sick.append(NodeProblem(index, self._host(index), why, is_shared))
-            absent = [i for i in range(self._node.count) if i not in ready and i not in self.lost]
+            absent = [i for i in self._remaining() if i not in ready]
             waited = time.monotonic() - began
             healthy = sorted(ready.keys() - {one.index for one in sick})
             # An absent node may still arrive: a round with fewer nodes begins only if no node is absent.
@@ -267,7 +287,7 @@ class AgentGroup:
                     gone[index] = f"{'not ready' if came else 'did not show up'} in {waited:.0f} s"
             self._context.record_problems("node_lost", None, self._lose(gone))
             time.sleep(POLL_S)
-        raise TooFewNodesError(f"{self._node.count - len(self.lost)} nodes left, and {self._sizes[-1]} are needed")
+        raise TooFewNodesError(f"{len(self._remaining())} nodes left, and {self._sizes[-1]} are needed")
 
     def _present(self) -> dict[int, Message]:
         """Return the messages of the other nodes that have sent one and are not lost."""
@@ -295,7 +315,7 @@ class AgentGroup:
         node, folder = self._node, self._context.folder
         if not why:
             return []
-        others = [i for i in range(node.count) if i != node.index and i not in self.lost]
+        others = [i for i in self._remaining() if i != node.index]
         silent = sum(i in why or self._silence(i) > self._limits.node_timeout_s / 2 for i in others)
         if node.is_slurm and silent > 1 + len(others) - silent:
             time.sleep(MINORITY_S)
@@ -311,14 +331,19 @@ class AgentGroup:
     # On the other nodes.
 
     def _await_round(self, number: int) -> RendezvousRound | None:
+        head = self._await_head(lambda head: head.round is not None and head.round.number >= number)
+        return None if head is None else head.round
+
+    def _await_head(self, has_come: Callable[[Message], bool]) -> Message | None:
+        """Wait for a message of the head node. Returns None if the run is over. Errors as ``next_round``."""
         while True:
             head = self.heartbeat.of(self._head)
             if head.failure:
                 raise RunFailedError(head.failure)
             if head.over:
                 return None
-            if head.round is not None and head.round.number >= number:
-                return head.round
+            if has_come(head):
+                return head
             if self.head_is_lost():
                 connection = self.heartbeat.lost_connection
                 why = self._silence_text(self._head) if connection is None else f"its connection ended ({connection})"

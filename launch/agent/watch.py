@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.agent import node as processes
 from launch.agent.exchange import Agreement
-from launch.agent.node import OWNER, STOP_FILE, Attempt
+from launch.agent.node import JOINED, OWNER, STOP_FILE, Attempt
 from launch.agent.outcome import stop_details
 from launch.agent.policy import BUDGET, AlreadyDecidedError
 from launch.config import ResilienceConfig
@@ -217,6 +217,10 @@ class Watch:
             stop.request(BUDGET)
         if not stop.count and self._finds_stop_file():
             stop.request(STOP_FILE)
+        # Ranks that do not know the launcher could not save before they leave: they take the node in after a failure.
+        can_save = all(file.is_open for file in self._files)
+        if not stop.count and can_save and self._attempt.node.is_head and group.can_grow(self._attempt.rdzv):
+            stop.request(JOINED)
         if stop.count:
             self._stop_ranks(agent)
         elif self.kill_reason is None:

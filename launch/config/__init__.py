@@ -263,6 +263,13 @@ class Config(RunConfig):
     spare_nodes: int = key(
         0, "On Slurm, further nodes of the job. They wait, and one replaces a node that is lost.", least=0
     )
+    spare_jobs: int = key(
+        0,
+        "On Slurm, jobs of one node that replace lost nodes, at most this number for each start of the job. Such a job"
+        " is submitted when a node is lost, no spare is left and the run continues with fewer nodes"
+        " (resilience.min_nodes).",
+        least=0,
+    )
     objective: Optional[str] = key(
         None,
         "Figure of the step records, such as val_loss, that each point returns to Hydra's sweeper; Optuna, Ax and"
@@ -339,6 +346,12 @@ class Config(RunConfig):
                 f"launch.sequential=false, or {instead}",
             )
         self.validate_shared_job()
+        if self.spare_jobs and not (self.may_shrink and self.cluster.by_srun):
+            raise ConfigError(
+                f"spare_jobs={self.spare_jobs} for a run that cannot continue with fewer nodes, or without srun",
+                "resilience.min_nodes below nodes, and agents that srun starts",
+                f"resilience.min_nodes={max(1, self.nodes - self.spare_jobs)}, or spare_jobs=0",
+            )
         if self.launch.stop_at_first_failure and self.launch.detach:
             raise ConfigError(
                 "launch.stop_at_first_failure=true with launch.detach=true",

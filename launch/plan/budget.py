@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError
+from launch.runs.events import select_events
 from launch.runs.folder import RunFolder, read_plan
 
 if TYPE_CHECKING:  # reports use this module, and do not load Hydra
@@ -78,7 +79,8 @@ def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
     """
     total = Use()
     for event_log in event_logs:
-        for started, ended in allocations(event_log, now, rates.poll_s):
+        found = allocations(event_log, now, rates.poll_s)
+        for started, ended in [*found, *spare_allocations(event_log, found)]:
             gpus, price = started.get("gpus"), started.get("price_per_gpu_hour")
             if gpus is None and rates.gpus_per_node is not None:
                 gpus = started["nodes"] * rates.gpus_per_node
@@ -109,6 +111,25 @@ def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[di
         is_silent = now - seen > max(SILENT_S, 10 * poll_s)
         found.append((started, min(now, limit, seen if is_silent else math.inf)))
     return found
+
+
+def spare_allocations(
+    event_log: EventLog, found: Sequence[tuple[dict[str, Any], float]]
+) -> list[tuple[dict[str, Any], float]]:
+    """Return the start of each node of a spare job with the Unix time at which it left, as ``allocations`` does.
+
+    A node whose end was not recorded leaves with the job that it has joined. ``found`` has the run's own jobs.
+    """
+    jobs = {started["job"]: (started, ended) for started, ended in found}
+    nodes = []
+    for number, event in enumerate(event_log.events):
+        if event["event"] == "spare_started" and event["job"] in jobs:
+            job, ended = jobs[event["job"]]
+            ends = select_events(event_log.events[number:], "spare_ended", job=event["job"], node=event["node"])
+            left = [end["ended_at"] for end in ends]
+            gpus = job["gpus"] // job["nodes"] if job.get("gpus") else None
+            nodes.append(({**job, "nodes": 1, "gpus": gpus, "allocated_at": event["time"]}, min([ended, *left])))
+    return nodes
 
 
 def caps(budget: BudgetConfig) -> dict[str, float]:

@@ -184,8 +184,11 @@ def place_point(config: Config, run_dir: Path, code: Path | None = None, resumes
     return Placement(tuple(candidates), config.cluster.retry_interval_min, config.cluster.give_up_after_min)
 
 
-def worst_case(placed: Placement, nodes: int, timeout_min: int) -> Use:
-    """Return the use of one start of the job at the most expensive candidate: all nodes, until the time limit."""
+def worst_case(placed: Placement, nodes: int, timeout_min: int, spare_jobs: int = 0) -> Use:
+    """Return the use of one start of the job at the most expensive candidate: all nodes, until the time limit.
+
+    The nodes of spare jobs count as well.
+    """
     hours = timeout_min / 60
     uses = [use_of(hours, nodes, c.gpus, c.price_per_gpu_hour) for c in placed.candidates if not c.never and c.gpus]
     costs = [use.cost for use in uses if use.cost is not None]
@@ -193,7 +196,7 @@ def worst_case(placed: Placement, nodes: int, timeout_min: int) -> Use:
         hours * nodes,
         max((use.gpu_hours or 0.0 for use in uses), default=None),
         max(costs) if costs and len(costs) == len(uses) else None,
-    )
+    ).scaled(1 + spare_jobs / nodes)
 
 
 def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: bool = True) -> dict[str, Any]:

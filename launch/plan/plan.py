@@ -64,6 +64,8 @@ class Plan:
     """Name of the workload."""
     promised: WorkloadPlan
     """Plan of the workload. Its facts are at the root of ``plan.json``."""
+    spare_jobs: int = 0
+    """Number of jobs of one node that may replace lost nodes."""
     command_run_dirs: tuple[str, ...] = ()
     """Run folders of all points of the command. These points share its budget."""
     job_points: tuple[str, ...] = ()
@@ -128,7 +130,7 @@ class Plan:
     def replace_placement(self, placement: Placement) -> Plan:
         """Return this plan with another placement, at its first possible candidate."""
         assert placement.possible
-        worst = worst_case(placement, self.nodes_asked, self.timeout_min)
+        worst = worst_case(placement, self.nodes_asked, self.timeout_min, self.spare_jobs)
         changed = replace(self, placement=placement, gpu_hours=worst.gpu_hours, cost=worst.cost)
         return changed.choose_candidate(placement.possible[0])
 
@@ -188,13 +190,14 @@ def make_plan(
     tree = workload.code(config)
     code = copy_path(folder.path, tree) if config.copy_code else None
     placed = place_point(config, folder.path, code if tree.has_launcher else None, promised.resumes)
-    worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
+    worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min, config.spare_jobs)
     return Plan(
         point=folder.point,
         run_dir=str(folder.path),
         cluster=kind.name,
         nodes=config.nodes,
         spares=config.spare_nodes,
+        spare_jobs=config.spare_jobs,
         ranks_per_node=config.ranks_on_node,
         world_size=config.world_size,
         timeout_min=config.cluster.timeout_min,
@@ -246,13 +249,14 @@ SLURM_JOBS = "slurm"
 
 
 def refuse_slurm_only(config: Config) -> None:
-    """Raise ConfigError if the config has spare nodes or a container, and the agents run on this machine."""
-    if config.spare_nodes:
-        raise ConfigError(
-            f"spare_nodes={config.spare_nodes} with agents on this machine (cluster=local)",
-            "a Slurm cluster: nodes on one machine are lost together",
-            "spare_nodes=0, or cluster=slurm",
-        )
+    """Raise ConfigError if the config has spares or a container, and the agents run on this machine."""
+    for key, number in {"spare_nodes": config.spare_nodes, "spare_jobs": config.spare_jobs}.items():
+        if number:
+            raise ConfigError(
+                f"{key}={number} with agents on this machine (cluster=local)",
+                "a Slurm cluster: nodes on one machine are lost together",
+                f"{key}=0, or cluster=slurm",
+            )
     if config.cluster.container is not None:
         raise ConfigError(
             f"cluster.container={config.cluster.container} with agents on this machine (cluster=local)",

@@ -48,6 +48,7 @@ CAUSES = {
     "diverged": "diverged",
     "node_failed": "node failed",
     "node_sick": "sick node",
+    "node_joined": "node joined",
     "preempted": "preempted",
     "timed_out": "time limit",
     "requested": "requeue requested",

@@ -90,7 +90,7 @@ def read_overrides(folder: RunFolder) -> tuple[str, ...]:
 PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "resume_from", "require_same_code")
 """Keys for the place of a run's files. They do not change the results of the run."""
 LAUNCHER_KEYS = (
-    *("workload", "nodes", "ranks_per_node", "spare_nodes", "dry_run", "copy_code"),
+    *("workload", "nodes", "ranks_per_node", "spare_nodes", "spare_jobs", "dry_run", "copy_code"),
     *("launch", "cluster", "resilience", "budget", "objective", "objective_of"),
 )
 """Keys that exist only in configs of the launcher."""

@@ -67,6 +67,18 @@ def test_an_allocation_counts_to_its_end_its_limit_or_its_last_sign_of_life() ->
     assert used([EventLog([going, started("b", 2800.0, nodes=0, gpus=0)], 2800)], 2800, RATES).node_hours == 1.0
 
 
+def test_the_node_of_a_spare_job_counts_until_it_leaves_or_the_job_ends() -> None:
+    def spare(kind: str, node: int, at: float) -> dict[str, Any]:
+        return {"event": kind, "job": "a", "node": node, "time": at, "ended_at": at}
+
+    events = [started("a", 0.0, nodes=2, gpus=16), spare("spare_started", 2, 600.0), spare("spare_started", 3, 1800.0)]
+    # The node enters the next term of the same job; the other node has recorded no end.
+    events += [spare("spare_ended", 2, 1200.0), spare("spare_started", 2, 1200.0), spare("spare_ended", 2, 2400.0)]
+    use = used([EventLog([*events, ended("a", 3600.0)])], 3600, RATES)
+    assert use.node_hours == pytest.approx(2 + 0.5 + 0.5)
+    assert use.gpu_hours == pytest.approx(16 + 4 + 4) and use.cost == pytest.approx(60)
+
+
 def test_what_the_event_log_does_not_say_is_charged_as_the_command_says() -> None:
     hour = [started("a", 0.0, nodes=2), ended("a", 3600.0)]
     assert used([EventLog(hour)], 3600, RATES) == Use(2.0, 16.0, 40.0)
@@ -123,6 +135,11 @@ def test_the_worst_case_is_shown_with_what_was_used(tmp_path: Path) -> None:
     above = partial(announced, point, more=(*GPUS, "budget.cost=43"))
     assert refused(above, found="budget.cost=43, 12 used so far").fix.endswith("budget.cost=44")
     refused(announced, "nodes=2 budget.gpu_hours=5", found="without cluster.gpus_per_node")
+
+
+def test_the_worst_case_has_the_nodes_of_spare_jobs() -> None:
+    words = "nodes=4 resilience.min_nodes=2 optim.global_batch=32 cluster.kind=slurm cluster.gpus_per_node=8"
+    assert "worst case: 5 node-hours, 40 GPU-hours" in announced(f"{words} spare_jobs=1")
 
 
 def test_the_worst_case_of_a_sweep_is_the_sum_of_its_points(tmp_path: Path) -> None:

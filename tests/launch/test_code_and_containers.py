@@ -195,7 +195,7 @@ def test_apptainer_runs_the_agent(tmp_path: Path) -> None:
     assert done.returncode == 2 and f"found: no {tmp_path / 'none'}" in done.stderr
 
 
-def test_incomplete_container_settings_are_refused() -> None:
+def test_incomplete_container_settings_and_what_only_slurm_has_are_refused() -> None:
     for words, found in (
         (["cluster.container=x.sif"], "container_runtime=null"),
         (["cluster.container_runtime=pyxis"], "container=null"),
@@ -206,6 +206,9 @@ def test_incomplete_container_settings_are_refused() -> None:
         refused(plan, *words, found=found)
     local = partial(plan, kind=ClusterKind.local)
     refused(local, *in_container("apptainer"), found="with agents on this machine")
+    for spares in ("spare_nodes=1", "spare_jobs=1"):
+        words = ("nodes=2", "resilience.min_nodes=1", spares)
+        refused(local, *words, found=f"{spares} with agents on this machine", fix="cluster=slurm")
 
 
 def test_the_doctor_looks_for_the_image_and_its_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ LARGE += " cluster.gpus_per_node=1 cluster.gpu_memory_gib=2.5"
         ("nodes=2 resilience.min_nodes=1 parallel.tp=2 parallel=fsdp", "with 1 rank", "parallel.tp=1"),
         ("nodes=2 resilience.min_nodes=1 optim.weak_scaling=true", "weak_scaling", "optim.weak_scaling=false"),
         (f"nodes=2 resilience.min_nodes=1 {LARGE}", "with nodes=1: a rank of 2.53 GiB", "resilience.min_nodes=null"),
+        ("nodes=2 spare_jobs=1", "spare_jobs=1 for a run that cannot continue with fewer", "resilience.min_nodes=1"),
         (f"{SCRIPT} nodes=2 resilience.min_nodes=1", "a script that is not", "script.elastic=true"),
         (f"{SCRIPT} nodes=2 script.elastic=true", "without script.resumes=true", "script.resumes=true"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster, cut_link, freeze, power_cut
 from tests.support.commands import wait_for
 from tests.support.runs import COUNTING, StormyRun, from_step, options
@@ -101,3 +102,66 @@ def test_a_cut_link_and_a_frozen_head_node_are_noticed_and_named_and_the_job_com
         assert set(run.rank_hosts(3)) == set(sandbox.nodes) - {cut, frozen}
     finally:
         run.end(*KILL)
+
+
+def test_a_spare_job_replaces_a_lost_node_and_the_run_survives_its_head_node_with_it(
+    sandbox: Cluster, tmp_path: Path
+) -> None:
+    words = ("script.elastic=true", "resilience.min_nodes=1", "spare_jobs=1")
+    run = StormyRun(sandbox, tmp_path, *WORDS, *words, nodes=3)
+    try:
+        run.wait(lambda: run.of("saved"), "a checkpoint")
+        head, stays, dead = run.rank_hosts(1)
+        power_cut(sandbox, dead)
+        run.wait_for_steps(attempt=3, count=1)
+        assert run.rank_hosts(2) == [head, stays]
+        assert run.rank_hosts(3)[:2] == [head, stays]
+        (joined,) = set(run.rank_hosts(3)) - {head, stays}
+        assert joined != dead
+        (spare,) = run.of("spare_job_submitted")
+        assert spare["job_id"] != run.job and [e["host"] for e in run.of("spare_started")] == [joined]
+        assert [e["cause"] for e in run.of("attempt_ended")] == ["node_failed", "node_joined"]
+        assert [e["attempt"] for e in run.of("all_nodes")] == [3] and run.of("requeued") == []
+        last = max(r["step"] for r in read_records(run.folder.metrics(0)) if r["attempt"] == 2)
+        assert from_step(run.folder, attempt=3) == last, "the ranks have saved before they left"
+
+        power_cut(sandbox, head)
+        run.wait_for_steps(attempt=4, count=1)
+        if run.rank_hosts(4) != [stays, joined]:  # The node joins the next head node a moment later.
+            run.wait_for_steps(attempt=5, count=1)
+            assert run.rank_hosts(5) == [stays, joined]
+        assert len(run.of("spare_job")) == 1 and run.of("requeued") == []
+        assert run.of("attempt_ended")[2]["cause"] == "node_failed"
+    finally:
+        run.end()
+    assert run.of("attempt_ended")[-1]["cause"] == "cancelled"
+    wait_for(lambda: run.of("agent_ended"), "the end of the head node's agent")
+
+
+def test_a_spare_job_that_waits_in_the_queue_is_cancelled_with_the_run(sandbox: Cluster, tmp_path: Path) -> None:
+    run = StormyRun(sandbox, tmp_path, *WORDS, "script.elastic=true", "resilience.min_nodes=1", "spare_jobs=1")
+    blocking = ""
+
+    def state(job: str) -> str:
+        return sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job).strip()
+
+    try:
+        run.wait(lambda: run.of("saved"), "a checkpoint")
+        stays, dead = run.rank_hosts(1)
+        others = ",".join(set(sandbox.nodes) - {stays, dead})
+        command = ("sbatch", "--parsable", "--exclusive", f"--nodelist={others}", "--wrap=sleep infinity")
+        blocking = sandbox.slurm(*command, "--output=/dev/null").strip()
+        wait_for(
+            lambda: sandbox.slurm("squeue", "--noheader", "--format=%t", "--jobs", blocking).strip() == "R",
+            "a full cluster",
+        )
+        power_cut(sandbox, dead)
+        run.wait(lambda: run.of("spare_job_submitted"), "a spare job")
+        run.wait_for_steps(attempt=2, count=1)
+        (spare,) = run.of("spare_job_submitted")
+        assert state(spare["job_id"]) == "PENDING"
+    finally:
+        run.end()
+        sandbox.slurm("scancel", blocking)
+    assert run.of("spare_started") == []
+    assert state(spare["job_id"]) == "CANCELLED"
