@@ -261,6 +261,8 @@ EXCHANGES_PER_S = 800
 """Number of exchanges of all agents with the head node in a second, up to 400 agents."""
 QUICK_S = 0.02
 """Seconds between two exchanges while ranks wait for an agreement."""
+QUICK_EXCHANGES_PER_S = 4000
+"""Number of exchanges of all agents in a second while ranks wait for an agreement, from 80 agents on."""
 POLL_S = 0.1
 """Seconds between two reads of the messages of the other agents."""
 
@@ -281,6 +283,7 @@ class Heartbeat:
     def __init__(self, index: int, count: int, store: SignedStore, head: int = 0) -> None:
         self._index = index
         self._interval_s = exchange_interval_s(count)
+        self._quick_s = max(QUICK_S, count / QUICK_EXCHANGES_PER_S)
         self._others = [i for i in range(count) if i != head] if index == head else [head]
         self.store = store
         self._own = Message()
@@ -348,7 +351,7 @@ class Heartbeat:
                     self._rounds += 1
                     self._sent.notify_all()
                 is_urgent = agreement is not None and agreement.is_under_way
-                self._wake.wait(QUICK_S if is_urgent else self._interval_s)
+                self._wake.wait(self._quick_s if is_urgent else self._interval_s)
                 self._wake.clear()
         except RuntimeError as error:  # dist.DistError is a RuntimeError.
             with self._sent:
@@ -391,6 +394,7 @@ class Agreement:
         self._number = number
         self._index = index
         self._members = members
+        self._is_member = frozenset(members).__contains__  # A tuple would be searched for each of thousands of agents.
         self._ranks = ranks
         self._stop_signal = 0
         self._held = dict.fromkeys(Request, (0, 0.0))
@@ -411,7 +415,7 @@ class Agreement:
         Args:
             received: newest messages of other agents, by node; outside of the head node only its message.
         """
-        about_this = {i: m for i, m in received.items() if m.agreement == self._number and i in self._members}
+        about_this = {i: m for i, m in received.items() if m.agreement == self._number and self._is_member(i)}
         reports = {request: self._report(request) for request in Request}
         head = self._members[0]
         if self._index == head:

@@ -34,7 +34,7 @@ from launch.agent.node import (
     problems_text,
 )
 from launch.agent.policy import NO_HOSTS, AlreadyDecidedError, RunFailedError, reasons, refuse_replaced
-from launch.agent.term import claim_term, presence_file
+from launch.agent.term import claim_term, is_replaced, presence_file
 from launch.runs.events import ALL_NODES, FEWER_NODES, fewer_nodes
 from launch.runs.folder import read_plan, writing_into
 
@@ -67,6 +67,7 @@ class AgentGroup:
         """Address at which the other nodes reach this node."""
         self._term = endpoint.term
         self._saw_term = 0.0
+        self._log_size = -1
         self.token = endpoint.term.token
         """Secret that the agents of this job share."""
         # A message of another term, which a stranger could put back, has another signature.
@@ -179,8 +180,10 @@ class AgentGroup:
             AlreadyDecidedError: another node has become the head node.
         """
         if time.monotonic() - self._saw_term > TERM_POLL_S:
-            refuse_replaced(self._context)
-            self._saw_term = time.monotonic()
+            folder, size = self._context.folder, self._context.folder.events.stat().st_size
+            if size != self._log_size or is_replaced(folder, self._node):  # A long event log is read only if it grows.
+                refuse_replaced(self._context)
+            self._log_size, self._saw_term = size, time.monotonic()
         limit = self._limits.node_timeout_s
         return self._lose({i: self._silence_text(i) for i in rdzv.members[1:] if self._silence(i) > limit})
 
