@@ -6,11 +6,11 @@ from __future__ import annotations
 def run(*run_dirs: str) -> None:
     """Run this node's ranks until the run ends, as ``launch.agent.__main__.run_agent`` does.
 
-    With several run folders, each task of the job runs one of them (``launch.agent.step.take_part``).
+    With several run folders, each task of the job runs one of them (``launch.agent.shared_job.take_part``).
     """
     import gpt_launch.own_names  # noqa: F401
     from launch.agent.__main__ import run_agent
-    from launch.agent.step import take_part
+    from launch.agent.shared_job import take_part
 
     run_agent(take_part(run_dirs))
 
@@ -24,8 +24,8 @@ def run_spare(run_dir: str, identity: str) -> None:
 
 
 def run_step(run_dir: str, job: str, shares: bool) -> None:
-    """Run the agents of a run as a step of a Slurm job, as ``launch.agent.step.run_step`` does."""
+    """Run the agents of a run as a step of a Slurm job, as ``launch.agent.shared_job.run_step`` does."""
     import gpt_launch.own_names  # noqa: F401
-    from launch.agent.step import run_step as run_in_job
+    from launch.agent.shared_job import run_step as run_in_job
 
     run_in_job(run_dir, job, shares)

@@ -44,7 +44,7 @@ from launch.runs.folder import RunFolder
 from launch.schema import schema_keys
 from launch.script.arguments import hydra_text
 from launch.slurm.jobs import LocalQueueEntry
-from launch.slurm.points import plan_sweep
+from launch.slurm.resolve import plan_sweep
 from launch.slurm.status import OVER, RunStatus, explain_end, find_run_status, poll
 from launch.slurm.submit import show_plans
 from launch.worker import call as calls

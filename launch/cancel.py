@@ -19,9 +19,9 @@ from launch.runs.console import plain_console
 from launch.runs.files import deny_others_writing
 from launch.runs.find import add_paths, find_runs
 from launch.slurm.client import SlurmError
+from launch.slurm.follow import leaving_text, others_in_job, outcome_text, stop_points
 from launch.slurm.jobs import ACTIVE
 from launch.slurm.status import adopt_found, find_run_statuses, poll
-from launch.slurm.watch import leaving_text, others_in_job, outcome_text, stop_points
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:

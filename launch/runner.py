@@ -27,8 +27,9 @@ from launch.runs.records import objective_value
 from launch.slurm.client import SlurmError
 from launch.slurm.dependency import in_line, shapes
 from launch.slurm.failover import start_in_background
+from launch.slurm.follow import stop_on_ctrl_c, watch_points
 from launch.slurm.jobs import LocalQueueEntry, SlurmJob, refuse_running
-from launch.slurm.points import plan_sweep
+from launch.slurm.resolve import plan_sweep
 from launch.slurm.status import RunStatus, explain_end, new_run_status
 from launch.slurm.submit import (
     explain_refusal,
@@ -38,7 +39,6 @@ from launch.slurm.submit import (
     side_by_side,
     submit_somewhere,
 )
-from launch.slurm.watch import stop_on_ctrl_c, watch_points
 
 
 @dataclass(frozen=True)

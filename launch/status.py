@@ -24,6 +24,7 @@ from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS
 from launch.runs.usage import usage_text
 from launch.slurm.client import SlurmError
+from launch.slurm.follow import quiet_text, speed_text
 from launch.slurm.status import (
     RunStatus,
     adopt_found,
@@ -34,7 +35,6 @@ from launch.slurm.status import (
     verdict_of,
     why_not_restarted,
 )
-from launch.slurm.watch import quiet_text, speed_text
 
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
 SLOW = ("rank", "host", "step", "own_s", "median_s", "steps")

@@ -145,7 +145,7 @@ SECONDS = {
     "launch/test_placement.py": 11,
     "launch/test_refusals.py": 25,
     "launch/test_policy.py": 25,
-    "launch/test_slurm_points.py": 28,
+    "launch/test_resolve.py": 28,
     "launch/test_status.py": 12,
     "launch/test_storm.py": 80,
     "launch/test_strangers.py": 16,

@@ -26,6 +26,7 @@ class MultinodeConf:
     tasks_per_node: Optional[int] = None
     """Ranks on each node. None: one for each requested GPU; one if no GPU is requested."""
     spare_nodes: int = 0
+    spare_jobs: int = 0
     name: Optional[str] = None
     """Name of the jobs. None: the name of the app."""
     timeout_min: Optional[int] = None

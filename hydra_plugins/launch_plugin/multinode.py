@@ -148,7 +148,8 @@ def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str
     if keys["max_num_timeout"] == 0:
         values["resilience.requeue"] = False
     words = ["workload=function", f"cluster={keys['kind']}", f"nodes={keys['nodes']}"]
-    words += [f"spare_nodes={keys['spare_nodes']}", *overrides_of("name", keys["name"] or config.hydra.job.name)]
+    words += [f"{name}={keys[name]}" for name in ("spare_nodes", "spare_jobs")]
+    words += [*overrides_of("name", keys["name"] or config.hydra.job.name)]
     words += overrides_of("script.resumes", keys["resumes"])
     words += overrides_of("call.args.overrides", ",".join(arguments)) if arguments else []
     for key, value in values.items():

@@ -34,7 +34,7 @@ from launch.runs.files import deny_others_writing
 from launch.slurm import places
 from launch.slurm.checks import Finding, Level, Request, fail, has_errors, warn
 from launch.slurm.client import SlurmError
-from launch.slurm.points import choose_on_slurm, gpu_type
+from launch.slurm.resolve import choose_on_slurm, gpu_type
 from launch.slurm.submit import refusal_text
 
 STYLES = {Level.ok: "green", Level.warning: "yellow", Level.error: "bold red"}

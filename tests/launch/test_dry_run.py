@@ -10,7 +10,7 @@ import pytest
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch
 from launch.slurm.jobs import SlurmJob, sbatch_text
-from launch.slurm.points import OpenPoint, choose_exclusive
+from launch.slurm.resolve import OpenPoint, choose_exclusive
 from launch.slurm.submit import in_line, shapes
 from tests.support.commands import run
 from tests.support.planning import directives, plan, refused

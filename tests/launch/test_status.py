@@ -19,9 +19,9 @@ from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.client import JobState
+from launch.slurm.follow import news, plain_line, speed_text
 from launch.slurm.jobs import LocalQueueEntry, SlurmJob, job_of
 from launch.slurm.status import RunStatus, find_run_status, outcome, update_steps
-from launch.slurm.watch import news, plain_line, speed_text
 from launch.status import as_dict, status_notes
 from tests.launch.test_failures import LONG, start_long_run
 from tests.support.commands import call, descendants, ranks_of, run, start_fork, wait_for

@@ -17,7 +17,7 @@ from launch.plan.placement import place_point
 from launch.plan.plan import Plan
 from launch.slurm import client, limits
 from launch.slurm.limits import SlurmFacts
-from launch.slurm.points import (
+from launch.slurm.resolve import (
     OpenPoint,
     choose_clusters,
     choose_local_ranks,
