@@ -385,7 +385,8 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
     On CPUs the compiler takes longer than most runs.
 
     Raises:
-        ConfigError: whole graphs are requested without compilation, or CUDA graphs would overwrite gradients.
+        ConfigError: whole graphs are requested without compilation, or CUDA graphs would overwrite gradients or lose
+            the parameters.
     """
     chosen = config.compile if config.compile is not CompileMode["auto"] else best_compile(config, world_size, on_cpus)
     if chosen in WITH_CUDA_GRAPHS and not on_cpus:
@@ -400,7 +401,18 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
 
 
 def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
-    """Raise ConfigError if a step has several micro-batches whose gradients are added in place."""
+    """Raise ConfigError if fsdp moves the parameters, or several micro-batches add their gradients in place.
+
+    FSDP2 frees gathered parameters after their use (``FSDPParam.to_sharded``), and their next memory has other
+    addresses. CUDA graphs need parameters at constant addresses. Each new address is a new recording, and after 128 of
+    them the block runs without graphs (``torch._inductor``: ``cudagraph_unexpected_rerecord_limit``).
+    """
+    if config.parallel.strategy is Strategy.fsdp:
+        raise ConfigError(
+            f"compile={config.compile.name} with parallel.strategy=fsdp",
+            "whole parameters that keep their addresses, as CUDA graphs need; fsdp frees gathered ones after each use",
+            "compile=default, or parallel=zero1",
+        )
     dims = parallel_dims(config.parallel, world_size)
     batch = split_batch(config.optim, dims.data_ranks)
     if batch.accumulation == 1 or not adds_in_place(config):
@@ -418,12 +430,8 @@ def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
 def adds_in_place(config: TrainConfig) -> bool:
     """Return True if the gradients of a micro-batch stay in the memory of the backward pass until the next ones are
     added. They stay unless they are reduced or cast before."""
-    parallel = config.parallel
-    if parallel.strategy is Strategy.deepspeed:
-        return (parallel.zero_stage or 0) < 2 and not casts_weights(config)
-    if parallel.strategy is Strategy.fsdp:
-        return not (config.precision.is_half or parallel.reduce_each_micro_batch)
-    return True
+    is_deepspeed = config.parallel.strategy is Strategy.deepspeed
+    return not is_deepspeed or ((config.parallel.zero_stage or 0) < 2 and not casts_weights(config))
 
 
 def best_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:

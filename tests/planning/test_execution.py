@@ -65,7 +65,6 @@ def test_whole_graphs_where_nothing_is_compiled_are_refused(words: list[str], on
     assert choose_compile(compiled, 1, on_cpus) is CompileMode["default"]
 
 
-EACH_REDUCED = ["precision=fp32", "parallel.reduce_each_micro_batch=true"]
 SPLIT = ["precision=bf16", "optim.global_batch=32", "optim.max_micro_batch=4"]
 
 
@@ -77,7 +76,6 @@ SPLIT = ["precision=bf16", "optim.global_batch=32", "optim.max_micro_batch=4"]
         (["parallel=ddp"], 2),
         (["parallel=zero1"], 2),
         (["parallel=tp"], 2),
-        (["parallel=fsdp", "precision=fp32"], 2),
         (["parallel=ds_zero0"], 2),
         (["parallel=ds_zero1", "precision=fp32"], 2),
         (["parallel=pp"], 2),
@@ -97,8 +95,23 @@ def test_cuda_graphs_that_would_overwrite_gradients_are_refused(words: list[str]
 
 
 @pytest.mark.parametrize(
-    "words", [["parallel=fsdp"], ["parallel=zero2"], ["parallel=zero3"], ["parallel=fsdp", *EACH_REDUCED]]
+    "words",
+    [
+        ["parallel=fsdp"],
+        ["parallel=hsdp", "parallel.dp_shard=2"],
+        ["parallel=fsdp", "parallel.reshard_after_forward=false"],
+    ],
 )
+def test_cuda_graphs_of_parameters_that_fsdp_moves_are_refused(words: list[str]) -> None:
+    words = [*words, "compile=reduce-overhead", "precision=bf16"]
+    with pytest.raises(ConfigError) as refusal:
+        choose_compile(config_from(words), 2, on_cpus=False)
+    assert refusal.value.found == "compile=reduce-overhead with parallel.strategy=fsdp"
+    for fix in refusal.value.fix.split(", or "):
+        choose_compile(config_from(["optim.max_micro_batch=8", "compile=reduce-overhead", fix]), 2, on_cpus=False)
+
+
+@pytest.mark.parametrize("words", [["parallel=zero2"], ["parallel=zero3"]])
 def test_cuda_graphs_whose_gradients_are_taken_away_at_once_are_not(words: list[str]) -> None:
     config = config_from([*SPLIT, *words, "compile=reduce-overhead"])
     assert choose_compile(config, 2, on_cpus=False) is CompileMode["reduce-overhead"]
