@@ -1,14 +1,14 @@
 """Rehearsals of one step in 24 set-ups: memory beside the plan, hangs, waits of the host, time and memory they took.
 
-    python -m benchmarks.scale.rehearsal                          # all: about 20 minutes on two cores
+    python -m benchmarks.scale.rehearsal                          # all: about 25 minutes on two cores
     python -m benchmarks.scale.rehearsal --only fsdp-8,ep-8       # some
     python -m benchmarks.scale.rehearsal --write                  # and keep the page
 
 Eight layouts on 8, 64 and 512 ranks, in bf16, for H100 GPUs of 80 GB. One rank of each kind is rehearsed, as by
 `python -m gpt.rehearse`. The difference is the plan's peak of a rank over the rehearsed one, minus one, for the ranks
-where it is smallest and largest. The last column is the largest process of the command so far. A rehearsal counts
-tensors and no more: no workspace of a kernel, no fragment of an allocator, no buffer of NCCL. Nothing here was measured
-on a GPU.
+where it is smallest and largest. Other programs shared the cores, so the seconds are upper bounds. The last column is
+the largest process of the command so far. A rehearsal counts tensors and no more: no workspace of a kernel, no fragment
+of an allocator, no buffer of NCCL. Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
