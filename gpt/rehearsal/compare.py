@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, zip_longest
@@ -64,7 +64,7 @@ def find_hangs(issued: Issued, groups: Mapping[str, RankGroup]) -> list[str]:
         found += unequal_collectives(group, of_group)
         found += lost_transfers(group, of_group)
         found += unjoined_batches(group, of_group)
-    return found
+    return found or [*crossed_orders(issued, groups)]
 
 
 def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
@@ -83,6 +83,33 @@ def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
             f"{calls[odd] or 'none'}, and rank {ranks[other]} {calls[other] or 'none'}"
         )
         return
+
+
+def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[str]:
+    """Yield where ranks wait for each other in different groups, each of whose collectives are equal, if they do.
+
+    A rank waits in its oldest collective until the other rehearsed ranks of the group have come to it.
+    """
+    left = {rank: deque(one for one in own if one.peer is None) for rank, own in issued.items()}
+    waiting = [rank for rank in left if left[rank]]
+    while waiting:
+        for rank in waiting:
+            name = left[rank][0].group
+            members = [other for other in groups[name].ranks if other in left]
+            if all(left[other][0].group == name for other in members):
+                for other in members:
+                    left[other].popleft()
+                break
+        else:
+            first = min(waiting, key=lambda rank: len(groups[left[rank][0].group].ranks))
+            group = groups[left[first][0].group]
+            second = next(o for o in group.ranks if o in left and groups[left[o][0].group] is not group)
+            yield (
+                f"collectives in another order: rank {first} waits in group {group.label} with {left[first][0]}, and "
+                f"rank {second} in {groups[left[second][0].group].label} with {left[second][0]}"
+            )
+            return
+        waiting = [rank for rank in left if left[rank]]
 
 
 def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:

@@ -10,7 +10,7 @@ the choices of a GPU where the code looks at the device.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ import torch.distributed._tools.fake_collectives  # makes c10d's collectives tak
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -29,15 +30,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 
 from gpt import train
-from gpt.config import LOSS_CHUNK, TrainConfig
+from gpt.config import LOSS_CHUNK, Strategy, TrainConfig
 from gpt.data.loader import StepBatch
 from gpt.model import attention, layers
 from gpt.model.gpt import GPT
 from gpt.parallel import context, ddp, distributed, nd
 from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.engine import Engine, RunLayout
+from gpt.rehearsal.compare import Collective
 from gpt.rehearsal.recorder import Recorder, calling_line, recording
-from gpt.rehearsal.report import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, RankRehearsal
+from gpt.rehearsal.report import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, REST, RankRehearsal
 from gpt.topology import Batch, ParallelDims
 from gpt.training.run import Run
 from gpt.training.step import queue_step
@@ -68,6 +70,7 @@ def as_on_gpu() -> None:
     kernel = attention.sdpa_attention
     replace_functions(
         (layers, "chunk_elements", lambda _: LOSS_CHUNK),
+        (layers.LinearOnCpu, "apply", functional.linear),
         (attention, "sdpa_attention", lambda q, k, v, _: kernel(q, k, v, 0.0)),  # a GPU keeps no T x T for dropout
         *((module, "causal_bias", lambda *_: None) for module in (attention, context)),  # nor for a mask
         *((functional, name, in_fp32(getattr(functional, name))) for name in ("layer_norm", "rms_norm")),
@@ -194,6 +197,9 @@ def plan_balanced_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, 
 
 # One rank.
 
+IN_LAYERS = ("tp", "cp", "ep", "pp")
+"""Groups that reduce activations, in the precision of the run."""
+
 
 class FakeBatches:
     """Batches of tokens without values."""
@@ -227,8 +233,8 @@ def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: i
         engine.module.train()
         run = make_run(config, world, dims, batch, engine)
         queue_step(run, None, Phase.training)
-        recorder.waits.clear()
-        EXPECTED_WAITS.clear()
+        for counts in (recorder.waits, recorder.products, recorder.linear, EXPECTED_WAITS):
+            counts.clear()
         found.in_step, since = len(recorder.collectives), recorder.memory.now
         held: dict[str, list[Tensor]] = {PARAMETERS: [*engine.module.parameters()], OPTIMIZER: states_of(engine)}
         for kind_of, tensors in held.items():
@@ -237,11 +243,36 @@ def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: i
             queue_step(run, None, Phase.training)
         held[GRADIENTS] = [p.grad for p in engine.trained.parameters() if p.grad is not None]
         recorder.memory.name(held[GRADIENTS], GRADIENTS)
-        found.memory = recorder.memory.peak(since)
+        peak = recorder.memory.peak(since)
         found.dtypes = {kind_of: bytes_by_dtype(tensors) for kind_of, tensors in held.items()}
+    for (kind_of, place), size in peak.items():
+        found.memory[kind_of] = found.memory.get(kind_of, 0) + size
+        if kind_of in (ACTIVATIONS, REST):
+            found.largest[place] = found.largest.get(place, 0) + size
     found.collectives, found.groups = recorder.collectives, recorder.groups
+    found.doubts = [*doubts(config, recorder, engine, recorder.collectives[found.in_step :])]
     found.waits, found.expected_waits = dict(recorder.waits), dict(EXPECTED_WAITS)
     return found
+
+
+def doubts(config: TrainConfig, recorder: Recorder, engine: Engine, step: Iterable[Collective]) -> Iterator[str]:
+    """Yield what ends no step and is seldom meant: precisions, repeated layers, parameters that fsdp leaves out."""
+    for (dtype, place), elements in recorder.products.items():
+        # The router of experts computes in fp32 by design; its results are few.
+        if config.precision.is_half and dtype == torch.float32 and elements > 0.01 * recorder.products.total():
+            yield f"a matrix product in float32 in a run in {config.precision.name} at {place}"
+    for weight, times in recorder.linear.items():
+        if times > engine.batch.accumulation:
+            passes = f"{times} times in {engine.batch.accumulation} micro-batches"
+            yield f"a linear layer computed {passes} at {recorder.linear_at[weight]}"
+    for one in step:
+        if "reduce" in one.operation and "float16" in one.dtype and recorder.groups[one.group].label not in IN_LAYERS:
+            yield f"gradients reduced in {one.dtype} instead of float32, first in {one}"
+            break
+    if config.parallel.strategy is Strategy.fsdp:
+        for name, parameter in engine.trained.named_parameters():
+            if not isinstance(parameter, DTensor):
+                yield f"parameter {name}, which fsdp neither shards nor reduces"
 
 
 def note_saved(recorder: Recorder, tensor: Tensor) -> Tensor:

@@ -20,15 +20,18 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gpt.model import layers
+from gpt.parallel.distributed import World
 from gpt.rehearsal.compare import Collective, RankGroup
 from gpt.rehearsal.report import REST
 
@@ -43,6 +46,8 @@ LIBRARIES = (
 )
 """Beginnings of the paths of code that is neither ours nor the user's."""
 ROOT = Path(__file__).parents[2]
+HELPERS = (layers.linear.__code__, layers.Linear.forward.__code__, World.all_reduce.__code__)
+"""Functions whose callers are named in their place."""
 
 
 @cache
@@ -58,7 +63,7 @@ def calling_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         place = place_of(frame.f_code.co_filename)
-        if place is not None:
+        if place is not None and frame.f_code not in HELPERS:
             return f"{place}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "torch"
@@ -73,6 +78,8 @@ class MemoryBlock:
 
     bytes: int
     born: int
+    place: str
+    """Line that made it."""
     kind: str = REST
     died: float = float("inf")
     storage: weakref.ref[torch.UntypedStorage] | None = None
@@ -95,7 +102,7 @@ class MemoryRecord:
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
                 if storage not in self._block_of:
-                    self._open(storage, REST)
+                    self._open(storage, calling_line(), REST)
 
     def resize(self, storage: torch.UntypedStorage) -> None:
         """Note that a storage has another size, as FSDP's gathered parameters after their use."""
@@ -103,7 +110,7 @@ class MemoryRecord:
         if before is not None:
             self.now += 1
             before.died = self.now
-            self._open(storage, before.kind)
+            self._open(storage, before.place, before.kind)
 
     def name(self, tensors: Iterable[Tensor | None], kind: str) -> None:
         """Say what tensors are that have no kind yet."""
@@ -114,8 +121,8 @@ class MemoryRecord:
                 if block is not None and block.kind == REST:
                     block.kind = kind
 
-    def peak(self, since: int) -> dict[str, int]:
-        """Return the bytes by kind at the moment of the highest total, after operation ``since``."""
+    def peak(self, since: int) -> dict[tuple[str, str], int]:
+        """Return the bytes by kind and line at the moment of the highest total, after operation ``since``."""
         changes = []
         for block in self._blocks:
             if block.died > since:
@@ -125,14 +132,14 @@ class MemoryRecord:
             total += change
             if total > highest:
                 highest, moment = total, int(when)
-        found: Counter[str] = Counter()
+        found: Counter[tuple[str, str]] = Counter()
         for block in self._blocks:
             if block.born <= moment <= block.died and block.died > since:
-                found[block.kind] += block.bytes
+                found[block.kind, block.place] += block.bytes
         return dict(found)
 
-    def _open(self, storage: torch.UntypedStorage, kind: str) -> None:
-        block = MemoryBlock(storage.nbytes(), self.now, kind)
+    def _open(self, storage: torch.UntypedStorage, place: str, kind: str) -> None:
+        block = MemoryBlock(storage.nbytes(), self.now, place, kind)
 
         def end(_: object) -> None:
             block.died = min(block.died, self.now)
@@ -174,6 +181,13 @@ def read_call(space: str, operation: str, args: Sequence[Any]) -> Call | None:
 
 HOST_READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
 """Operations whose result the host needs. ``item``, ``tolist`` and ``bool`` of a tensor come here."""
+PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default")
+"""Matrix products."""
+
+
+def in_backward() -> bool:
+    """Return True inside of a backward pass, which also computes again what was not kept."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Recorder(TorchDispatchMode):
@@ -186,6 +200,12 @@ class Recorder(TorchDispatchMode):
         """Groups that took part, by the name that ``Collective.group`` has."""
         self.waits: Counter[str] = Counter()
         """Places where the host waits for the device -> number of times."""
+        self.products: Counter[tuple[torch.dtype, str]] = Counter()
+        """Dtype and line of matrix products of a forward pass -> elements of their results."""
+        self.linear: Counter[int] = Counter()
+        """``id`` of a parameter -> linear layers of forward passes that use it."""
+        self.linear_at: dict[int, str] = {}
+        """``id`` of a parameter -> line of the last of these."""
         self.memory = MemoryRecord()
         self.batch_at: str | None = None
         """Line of the batch of point-to-point transfers that is being made; None outside of one."""
@@ -203,6 +223,8 @@ class Recorder(TorchDispatchMode):
             if name == HOST_READS[0]:
                 return 1.0 if args[0].dtype.is_floating_point else 1  # in place of the unknown value
         results = func(*args, **(kwargs or {}))
+        if name in PRODUCTS and not in_backward():
+            self.products[args[0].dtype, calling_line()] += results.numel()
         self.memory.add(results)
         return results
 
@@ -228,8 +250,11 @@ class Recorder(TorchDispatchMode):
         return name
 
 
-class HostCopies(TorchFunctionMode):
-    """Records blocking copies to the host: ``cpu()``, ``numpy()`` and ``to("cpu")``. On fake CPUs these do nothing."""
+class Calls(TorchFunctionMode):
+    """Records what operations on fake CPUs do not show: copies to the host, and the parameters of linear layers.
+
+    Blocking copies are ``cpu()``, ``numpy()``, ``to("cpu")``, and the text of a tensor, as in ``print(loss)``.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -237,10 +262,15 @@ class HostCopies(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        is_copy = func in (Tensor.cpu, Tensor.numpy)
+        is_copy = func in (Tensor.cpu, Tensor.numpy, Tensor.__repr__)
         is_copy |= func is Tensor.to and "cpu" in (*args[1:2], kwargs.get("device")) and not kwargs.get("non_blocking")
         if is_copy:
             self._recorder.waits[calling_line()] += 1
+        if func is linear and not in_backward():
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            if isinstance(weight, nn.Parameter):  # another tensor may get the id of a former one
+                self._recorder.linear[id(weight)] += 1
+                self._recorder.linear_at[id(weight)] = calling_line()
         return func(*args, **kwargs)
 
 
@@ -248,7 +278,7 @@ class HostCopies(TorchFunctionMode):
 def recording(recorder: Recorder, copies: bool = False) -> Iterator[None]:
     """Have a recorder see operations, batches of point-to-point transfers and resizes of storages in a ``with`` block.
 
-    With ``copies``, blocking copies to the host are waits.
+    With ``copies``, blocking copies to the host are waits, and linear layers are counted.
     """
     batch, resize = dist.batch_isend_irecv, torch.UntypedStorage.resize_
 
@@ -266,7 +296,7 @@ def recording(recorder: Recorder, copies: bool = False) -> Iterator[None]:
 
     dist.batch_isend_irecv, torch.UntypedStorage.resize_ = recorded_batch, recorded_resize  # type: ignore
     try:
-        with recorder, HostCopies(recorder) if copies else nullcontext():
+        with recorder, Calls(recorder) if copies else nullcontext():
             yield
     finally:
         dist.batch_isend_irecv, torch.UntypedStorage.resize_ = batch, resize  # type: ignore

@@ -18,6 +18,8 @@ PARTS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, REST)
 """Parts of a rank's memory. Activations are what autograd saves, without parameters; the rest is all else."""
 AGREES = 0.05
 """Largest difference between plan and rehearsal, relative to the rehearsal, that is not reported."""
+LINES = 3
+"""Lines that are named where plan and rehearsal differ."""
 UNSEEN = (
     "not seen: workspaces of kernels, fragments of the allocator, buffers of NCCL, graphs of torch.compile; CPU kernels"
     " of norms may save more than those of a GPU; ranks between the first and the last of an axis"
@@ -33,6 +35,8 @@ class RankRehearsal:
     """Place of the rank in the mesh, for people."""
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes at the peak of the step, by part."""
+    largest: dict[str, int] = field(default_factory=dict)
+    """Line -> bytes of its activations and of the rest at the peak."""
     collectives: list[Collective] = field(default_factory=list)
     """All collectives in order: those of the set-up, of the first step, and of the step."""
     in_step: int = 0
@@ -42,6 +46,8 @@ class RankRehearsal:
     """Places where the host waits for the device in the step -> number of times."""
     expected_waits: dict[str, int] = field(default_factory=dict)
     """Waits that belong to the method, such as those of experts without a capacity."""
+    doubts: list[str] = field(default_factory=list)
+    """Findings that end no step and are seldom meant, such as a linear layer that is computed twice."""
     dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Bytes of parameters, gradients and optimizer state, by dtype."""
 
@@ -79,6 +85,11 @@ class Rehearsal:
         for rank in self.ranks:
             groups |= rank.groups
         return find_hangs({rank.rank: rank.collectives for rank in self.ranks}, groups)
+
+    def doubts(self) -> list[str]:
+        """Return what is seldom meant, each with the first rank that does it."""
+        first = {doubt: rank.rank for rank in reversed(self.ranks) for doubt in rank.doubts}
+        return [f"rank {rank}: {doubt}" for doubt, rank in first.items()]
 
     def waits(self) -> dict[str, int]:
         """Return the places where the host waits for the device in a step -> most times on one rank."""
@@ -153,6 +164,7 @@ def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
     step = "unknown, as the GPU is" if rehearsal.step_s is None else duration_text(rehearsal.step_s)
     yield f"  step by the cost model: {step}"
     yield f"  would hang: {'; '.join(rehearsal.hangs()) or 'nowhere'}"
+    yield f"  to check: {'; '.join(rehearsal.doubts()) or 'nothing'}"
     yield f"  {UNSEEN}"
 
 
@@ -168,6 +180,9 @@ def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
         of_plan = vars(rehearsal.planned(apart[0].rank))
         told = ", ".join(f"{part} {size_text(size)}" for part, size in of_plan.items() if size)
         yield f"  differs by more than {AGREES:.0%}; the plan of rank {apart[0].rank} is {told}"
+        lines = Counter(apart[0].largest).most_common(LINES)
+        shown = ", ".join(f"{size_text(size)} at {place}" for place, size in lines)
+        yield f"    most activations and rest of rank {apart[0].rank}: {shown}"
 
 
 def collective_lines(rank: RankRehearsal) -> Iterator[str]:

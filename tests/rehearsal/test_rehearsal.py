@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from gpt.config import Precision, TrainConfig
-from gpt.parallel import nd, pipeline
+from gpt.model import layers
+from gpt.model.gpt import GPT
+from gpt.parallel import compile, nd, optimizer, pipeline
 from gpt.parallel.engine import Engine
 from gpt.rehearsal.recorder import Recorder, recording
-from gpt.rehearsal.report import GRADIENTS, OPTIMIZER, PARAMETERS, Rehearsal
+from gpt.rehearsal.report import GRADIENTS, OPTIMIZER, PARAMETERS, Rehearsal, rehearsal_lines
 from gpt.rehearse import main, rehearse
 from gpt.training.step import queue_step
-from launch.errors import ConfigError
 from launch.runs.heartbeat import Phase
+from tests.support import faulty_parts
 from tests.support.commands import run
 from tests.support.distributed import run_distributed
 from tests.support.learning import compose, start
@@ -61,7 +65,7 @@ def recorded_step(rank: int, size: int, folder: Path, *words: str) -> list[tuple
     return [step_of(one) for one in recorder.collectives]
 
 
-@pytest.mark.parametrize("kind", ["zero1", "fsdp", "hsdp", "tp", "pp", "ring", "ep"])
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "fsdp", "hsdp", "tp", "pp", "ring", "ep"])
 def test_collectives_are_those_of_a_real_run(kind: str, tmp_path: Path) -> None:
     real = run_distributed(recorded_step, 4, tmp_path / "run", *WORDS[kind].split())
     rehearsed = rehearse(config_of(kind), 4)
@@ -71,62 +75,180 @@ def test_collectives_are_those_of_a_real_run(kind: str, tmp_path: Path) -> None:
     rehearsed.refuse_faults()
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Engine], object]) -> None:
+def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any, torch.Tensor], object]) -> None:
     """Have every engine call ``fault`` after its backward pass. Rehearsed ranks are forked, and so have it too."""
     backward = Engine.backward
 
     def with_fault(self: Engine, *args: Any) -> torch.Tensor:
         loss = backward(self, *args)
-        fault(self)
+        fault(self, loss)
         return loss
 
     monkeypatch.setattr(Engine, "backward", with_fault)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp", "3d"])
-def test_a_wait_of_the_host_and_a_rank_that_leaves_a_collective_out_are_found(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fault(engine: Any) -> None:
-        next(engine.trained.parameters()).grad.sum().item()
-        if engine.world.rank < 3:
-            engine.world.all_reduce(torch.zeros(5))
-
-    plant(monkeypatch, fault)
-    found = rehearse(config_of(kind), 4)
-    (hang,) = found.hangs()
-    assert "group world of 4 ranks" in hang and "rank 3 issues allreduce" in hang
-    assert "allreduce of 20 bytes in float32 at gpt/parallel/distributed.py" in hang
-    with pytest.raises(ConfigError, match=r"the host waits at tests/rehearsal/test_rehearsal\.py:\d+"):
-        found.refuse_faults()
+# Mistakes of a programmer, planted by ``after`` the backward pass of an engine, or by a patched function.
 
 
-def test_a_second_copy_of_the_gradients_is_in_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = rehearse(config_of("fsdp"), 4).ranks[0]
-
-    def copy(engine: Any) -> None:
-        engine.copies = [p.grad.clone() for p in engine.trained.parameters() if p.grad is not None]
-
-    plant(monkeypatch, copy)
-    faulty = rehearse(config_of("fsdp"), 4).ranks[0]
-    more = sum(sound.dtypes[GRADIENTS].values())
-    assert sound.peak + more <= faulty.peak <= sound.peak + 2 * more  # the next copy is made while there is the last
+def print_the_loss(engine: Any, loss: torch.Tensor) -> None:
+    print(loss)
 
 
-def test_a_batch_of_transfers_that_a_rank_does_not_join_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpipe = ("parallel.pp=4", "parallel.schedule=gpipe", "model.n_layer=4", "model.tie_embeddings=true")
-    config = config_of("ddp", *gpipe, "optim.max_micro_batch=1", "optim.global_batch=4")
-    first_collective = pipeline.PipelineEngine.split_model
+def leave_a_collective_out(engine: Any, _: torch.Tensor) -> None:
+    if engine.world.rank < 3:
+        engine.world.all_reduce(torch.zeros(5))
+
+
+def reduce_another_size(engine: Any, _: torch.Tensor) -> None:
+    engine.world.all_reduce(torch.zeros(6 if engine.world.rank == 3 else 5))
+
+
+def reduce_in_another_order(engine: Any, _: torch.Tensor) -> None:
+    for size in (6, 5) if engine.world.rank == 3 else (5, 6):
+        engine.world.all_reduce(torch.zeros(size))
+
+
+def reduce_over_groups_in_another_order(engine: Any, _: torch.Tensor) -> None:
+    groups = [None, engine.mesh["tp"].get_group()]
+    for group in groups if engine.world.rank == 3 else reversed(groups):
+        engine.world.all_reduce(torch.zeros(5), group)
+
+
+def copy_the_gradients(engine: Any, _: torch.Tensor) -> None:
+    engine.copies = [p.grad.clone() for p in engine.trained.parameters() if p.grad is not None]
+
+
+def wait_in_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Any) -> Any:
+        self.param_groups[0]["params"][0].detach().norm().item()
+        return torch.optim.AdamW.step(self)
+
+    monkeypatch.setattr(optimizer.AdamW, "step", step)
+
+
+def wait_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def criterion(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        loss = layers.cross_entropy(logits_BTV, targets_BT)
+        assert loss.item() >= 0
+        return loss
+
+    monkeypatch.setattr(compile, "cross_entropy", criterion)
+
+
+def compute_logits_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = GPT.logits
+    monkeypatch.setattr(GPT, "logits", lambda self, x: (once(self, x), once(self, x))[1])
+
+
+def reduce_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nd, "MixedPrecisionPolicy", lambda dtype, *_: MixedPrecisionPolicy(dtype, torch.bfloat16))
+
+
+def leave_out_of_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shard(module: Any, **options: Any) -> Any:
+        parts = module if isinstance(module, list) else [module]
+        left_out = {p for part in parts for name, p in part.named_parameters() if ".down." in f".{name}"}
+        return fully_shard(module, ignored_params=left_out, **options)
+
+    monkeypatch.setattr(nd, "fully_shard", shard)
+
+
+def free_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "checkpoint", lambda block, *args, **_: block(*args))
+
+
+def leave_the_first_collective_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = pipeline.PipelineEngine.split_model
     silent = SimpleNamespace(**{**vars(dist), "all_reduce": lambda *_, **__: None})
 
     def without_it(self: Any, *args: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, "dist", silent)
-            return first_collective(self, *args)
+            return split(self, *args)
 
     monkeypatch.setattr(pipeline.PipelineEngine, "split_model", without_it)
-    (hang,) = rehearse(config, 4).hangs()
-    assert "gpt/parallel/pipeline.py" in hang and "waits for rank 1, which issues no collective and no batch" in hang
+
+
+SIZE = "model.n_embd=128 model.block_size=64 model.n_layer=4 optim.max_micro_batch=2"
+GPIPE = (
+    "ddp parallel.pp=4 parallel.schedule=gpipe model.n_layer=4 model.tie_embeddings=true "
+    "optim.max_micro_batch=1 optim.global_batch=4"
+)
+HERE, PARTS = r"tests/rehearsal/test_rehearsal\.py:\d+", "tests.support.faulty_parts"
+FAULTS: dict[str, tuple[str, Any, str]] = {
+    "item in the model": (f"fsdp {SIZE} model.ffn={PARTS}:Waiting", None, "for the device: MISTAKE"),
+    "copy to the host": (f"ddp {SIZE} model.ffn={PARTS}:Copying", None, "for the device: MISTAKE"),
+    "item in the optimizer": (f"fsdp {SIZE}", wait_in_the_optimizer, f"for the device: {HERE}"),
+    "item in the loss": (f"ddp {SIZE}", wait_in_the_loss, f"for the device: {HERE}"),
+    "print": (f"fsdp {SIZE}", print_the_loss, f"for the device: {HERE}"),
+    "collective left out": (
+        f"fsdp {SIZE}",
+        leave_a_collective_out,
+        f"rank 3 issues allreduce of .* allreduce of 20 bytes in float32 at {HERE}",
+    ),
+    "another size": (f"ddp {SIZE}", reduce_another_size, "rank 3 issues allreduce of 24 bytes"),
+    "another order": (f"fsdp {SIZE}", reduce_in_another_order, "rank 3 issues allreduce of 24 bytes"),
+    "groups in another order": (
+        f"tp {SIZE}",
+        reduce_over_groups_in_another_order,
+        rf"another order: rank 2 waits in group tp with allreduce of 20 bytes .* at {HERE}, and rank 3 in world",
+    ),
+    "batch that a rank does not join": (
+        GPIPE,
+        leave_the_first_collective_out,
+        r"batch of transfers at gpt/parallel/pipeline\.py:\d+ waits for rank 1, which issues no collective",
+    ),
+    "second copy of the gradients": (f"ddp {SIZE}", copy_the_gradients, f"rest of rank 0: .*{HERE}"),
+    "activations kept": (f"ddp {SIZE} recompute=full model.ffn={PARTS}:Keeping", None, "rest of rank 0: .*MISTAKE"),
+    "fp32 parameter": (f"fsdp {SIZE} model.ffn={PARTS}:Fp32", "bf16", "product in float32 in a run in bf16 at MISTAKE"),
+    "reduction in bf16": (
+        f"fsdp {SIZE}",
+        reduce_in_bf16,
+        "rank 0: gradients reduced in bfloat16 instead of float32, first in reduce_scatter",
+    ),
+    "logits twice": (
+        f"fsdp {SIZE}",
+        compute_logits_twice,
+        r"computed 4 times in 2 micro-batches at gpt/model/gpt\.py:",
+    ),
+    "weights that fsdp leaves out": (
+        f"fsdp {SIZE}",
+        leave_out_of_fsdp,
+        r"rank 0: parameter blocks\.0\.ffn\.down\.weight",
+    ),
+}
+"""Mistake -> words of the run, how it is planted, and what the rehearsal says; MISTAKE is the marked line of a part."""
+
+
+def config_of_fault(words: str) -> TrainConfig:
+    kind, *rest = words.split()
+    config = config_of(kind, *rest)
+    config.precision = Precision.bf16
+    return config
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_with_its_rank_or_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, planted, said = FAULTS[name]
+    if "MISTAKE" in said:
+        lines = inspect.getsourcelines(getattr(faulty_parts, words.split(":")[1]))
+        number = next(at for at, line in enumerate(lines[0], lines[1]) if "# mistake" in line)
+        said = said.replace("MISTAKE", rf"tests/support/faulty_parts\.py:{number}")
+    elif len(inspect.signature(planted).parameters) == 2:
+        plant(monkeypatch, planted)
+    else:
+        planted(monkeypatch)
+    text = "\n".join(rehearsal_lines(rehearse(config_of_fault(words), 4)))
+    assert re.search(said, text), text
+
+
+@pytest.mark.parametrize(
+    "words", [f"{kind} {SIZE}" for kind in ("ddp", "fsdp", "tp", "ep")] + [f"ddp {SIZE} model.ffn={PARTS}:Ffn", GPIPE]
+)
+def test_nothing_is_found_where_nothing_was_planted(words: str) -> None:
+    found = rehearse(config_of_fault(words), 4)
+    assert (found.hangs(), found.waits(), found.doubts()) == ([], {}, [])
+    assert words == GPIPE or all(abs(found.difference(rank)) < 0.05 for rank in found.ranks)
 
 
 def dtypes_of(found: Rehearsal, operation: str) -> dict[str, int]:
