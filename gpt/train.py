@@ -144,6 +144,7 @@ def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
     """
     config, world, dims = layout.config, layout.world, layout.dims
     strategy = config.parallel.strategy
+    model.pads_logits = True
     convert_linears(model, config)
     prepare_blocks(model, config)  # recomputation and compilation of each block, inside the hooks of the next
     if strategy is Strategy.deepspeed:

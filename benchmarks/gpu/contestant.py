@@ -69,7 +69,7 @@ class BatchesInTurn:
 
 def with_whole_logits(run: Run, step: Callable[[], None]) -> Callable[[], None]:
     """Compute the loss as torch writes it, operation by operation, with all logits in fp32."""
-    vars(run.engine)["criterion"] = plain_cross_entropy
+    vars(run.engine)["criterion"] = partial(plain_cross_entropy, vocab_size=run.config.model.vocab_size)
     return step
 
 

@@ -203,6 +203,8 @@ class GPT(nn.Module):
         # With norms after each addition, the hidden states are already normalized.
         self.norm = build_norm(config) if config.norm_position is NormPosition.pre else nn.Identity()
         self.head = TiedHead() if config.tie_embeddings else Linear(config.n_embd, config.padded_vocab, bias=False)
+        self.pads_logits = False
+        """True if logits have the columns of padding, too, for a loss that ignores these."""
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute the logits of the token after each position, (B, T) integers -> (B, T, V).
@@ -230,7 +232,7 @@ class GPT(nn.Module):
         x_BTD = self.norm(x_BTD)
         tied = [self.token_embedding.weight] if self.config.tie_embeddings else []
         logits_BTV = self.head(x_BTD, *tied)  # call the module, so that hooks and sharding from outside apply
-        return logits_BTV[..., : self.config.vocab_size]
+        return logits_BTV if self.pads_logits else logits_BTV[..., : self.config.vocab_size]
 
     def reset_buffers(self) -> None:
         """Compute the tables that no checkpoint contains. Needed once after ``to_empty``."""
@@ -268,7 +270,7 @@ class Stage(GPT):
 
     def __init__(self, whole: GPT, blocks: Iterable[int], first: bool, last: bool) -> None:
         nn.Module.__init__(self)
-        self.config, self.first, self.last = whole.config, first, last
+        self.config, self.first, self.last, self.pads_logits = whole.config, first, last, whole.pads_logits
         if first or (last and whole.config.tie_embeddings):
             self.token_embedding = whole.token_embedding
         if first:

@@ -295,9 +295,13 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, COMPUTE_DTYPES[config.precision] if half else None, enabled=half)
 
 
-def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32."""
-    summed_loss: Tensor = CrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int | None = None) -> Tensor:
+    """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32.
+
+    The columns from ``vocab_size`` on are padding; None means that there are none. A slice of the logits would be as
+    good, but its backward pass would copy the gradient.
+    """
+    summed_loss: Tensor = CrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), vocab_size)
     return summed_loss
 
 
@@ -309,9 +313,10 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        chunks = zip(in_chunks(logits_NV), in_chunks(targets_N, logits_NV), strict=True)
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, vocab_size: int | None) -> Tensor:
         ctx.save_for_backward(logits_NV, targets_N)
+        ctx.vocab_size, logits_NV = vocab_size, logits_NV[:, :vocab_size]
+        chunks = zip(in_chunks(logits_NV), in_chunks(targets_N, logits_NV), strict=True)
         found = [
             logits_RV.log_softmax(-1, dtype=torch.float32).gather(-1, targets_R.unsqueeze(-1))
             for logits_RV, targets_R in chunks
@@ -320,9 +325,11 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, targets_N = ctx.saved_tensors
-        grad_NV = torch.empty_like(logits_NV)
+        whole_NV = torch.empty_like(logits_NV)
+        grad_NV, logits_NV = whole_NV[:, : ctx.vocab_size], logits_NV[:, : ctx.vocab_size]
+        whole_NV[:, grad_NV.size(1) :] = 0
         columns_N1 = targets_N.unsqueeze(-1)
         minus_N1 = gradient.neg().expand(columns_N1.shape)
         parts = [in_chunks(x, logits_NV) for x in (grad_NV, logits_NV, columns_N1, minus_N1)]
@@ -332,7 +339,7 @@ class CrossEntropy(torch.autograd.Function):
             softmax_RV.mul_(gradient).scatter_add_(-1, column_R1, minus_R1)
             if not own:
                 grad_RV.copy_(softmax_RV)
-        return grad_NV, None
+        return whole_NV, None, None
 
 
 def exponentials(logits_NV: Tensor, columns_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

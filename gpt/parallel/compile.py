@@ -111,14 +111,20 @@ def compile_block(block: nn.Module, config: TrainConfig) -> None:
 
 def compile_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the summed cross-entropy of a run; compiled to one kernel for each pass if the blocks are compiled."""
+    vocab_size = config.model.vocab_size
     if not config.compiles:
-        return cross_entropy
-    return torch.compile(plain_cross_entropy, dynamic=False, fullgraph=config.compile_fullgraph)
+        return partial(cross_entropy, vocab_size=vocab_size)
+    whole = partial(plain_cross_entropy, vocab_size=vocab_size)
+    return torch.compile(whole, dynamic=False, fullgraph=config.compile_fullgraph)
 
 
-def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Compute the result of ``cross_entropy`` with torch's own function, whose fp32 copies a compiler fuses away."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
+def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int) -> Tensor:
+    """Compute the result of ``cross_entropy`` with torch's own functions, whose fp32 copies a compiler fuses away."""
+    logits_NV = logits_BTV.float().flatten(0, 1)
+    if vocab_size < logits_NV.size(1):
+        padding_V = torch.arange(logits_NV.size(1), device=logits_NV.device) >= vocab_size
+        logits_NV = logits_NV.masked_fill(padding_V, -torch.inf)
+    return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
 
 
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:

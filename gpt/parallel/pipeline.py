@@ -263,5 +263,5 @@ class PipelineEngine(NDEngine):
             return torch.empty(shape, dtype=torch.long, device=meta)
         if logits:
             dtype, columns = COMPUTE_DTYPES[self.config.precision], model.padded_vocab // parallel.tp
-            return torch.empty(*shape, columns, dtype=dtype, device=meta)[..., : model.vocab_size]
+            return torch.empty(*shape, columns, dtype=dtype, device=meta)
         return self._hidden(self.batch.micro, meta).requires_grad_()

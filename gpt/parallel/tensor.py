@@ -73,7 +73,7 @@ def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable
 
     Args:
         mesh: the ranks over which the logits are sharded.
-        columns: number of logit columns of each rank. A rank's logits may have fewer; only padding is then missing.
+        columns: number of logit columns of each rank, with those of padding.
         vocab_size: number of columns that are tokens; the rest is padding.
     """
     first = mesh.get_local_rank() * columns

@@ -197,7 +197,7 @@ class ZeroEngine(Engine):
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         device = self.world.device
         logits_BTV = self.ds(tokens_BT.to(device, non_blocking=True))
-        return cross_entropy(logits_BTV, targets_BT.to(device, non_blocking=True))
+        return cross_entropy(logits_BTV, targets_BT.to(device, non_blocking=True), self.config.model.vocab_size)
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
         if not self.stage:

@@ -88,8 +88,7 @@ class ZeroPipelineEngine(ZeroEngine):
 
     def _criterion(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the loss for the backward pass, times the number of micro-batches, by which DeepSpeed divides."""
-        logits_BTV = logits_BTV[: self._rows, :, : self.config.model.vocab_size]
-        loss = cross_entropy(logits_BTV, targets_BT[: self._rows])
+        loss = cross_entropy(logits_BTV[: self._rows], targets_BT[: self._rows], self.config.model.vocab_size)
         self._loss_sum += loss.detach()
         return loss * (self.scale * self.batch.accumulation)
 

@@ -276,14 +276,15 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
     """Return the bytes of logits: those of each micro-batch in flight, and the copies of the loss for one of them.
 
     The gradient is as large as the logits. It is computed from one chunk in fp32 at a time, unless the logits are fp32
-    (gpt/model/layers.py). A pipeline keeps the logits until the end of their backward pass, which copies the gradient
-    into one with columns of padding if the model has these.
+    (gpt/model/layers.py). A pipeline keeps the logits until the end of their backward pass, which also makes a gradient
+    of the output matrix; with FSDP that one is among the compute weights.
     """
     model, width = config.model, BF16 if config.precision.is_half else FP32
     numbers = parallel_factors(config, dims).tokens(model, batch.micro) * (model.padded_vocab // dims.tp)
     chunk = FP32 * min(numbers, LOSS_CHUNK) if config.precision.is_half else 0
-    padded = width * numbers if dims.pp > 1 and dims.tp == 1 and model.vocab_size < model.padded_vocab else 0
-    return (in_flight + 1) * width * numbers + max(chunk, padded)
+    kept = dims.pp > 1 and config.parallel.strategy is not Strategy.fsdp
+    matrix = width * model.n_embd * (model.padded_vocab // dims.tp) if kept else 0
+    return (in_flight + 1) * width * numbers + max(chunk, matrix)
 
 
 def compute_weights(

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import compilation_time_metrics
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpt.train
@@ -34,10 +39,12 @@ from gpt.config import (
     Recompute,
     TrainConfig,
 )
-from gpt.model.gpt import GPT
+from gpt.model.gpt import GPT, initial_weights
 from gpt.model.layers import cross_entropy
 from gpt.parallel.compile import compile_block, compile_loss, prepare_blocks
 from gpt.parallel.distributed import World, open_world
+from gpt.parallel.engine import RunLayout
+from gpt.topology import Batch, ParallelDims
 from gpt.training.diagnostics import CompileTime
 from gpt.training.execution import (
     FIRST,
@@ -147,10 +154,11 @@ def test_the_last_norm_and_the_output_matrix_are_compiled_as_well_as_the_blocks(
     assert (model.padded_vocab, model.n_embd) in head[0] and "autograd_function_apply" in head[1]
 
 
-def test_a_compiled_loss_keeps_no_logits_in_fp32() -> None:
-    config = TrainConfig(compile=CompileMode["default"], model=small())
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_a_compiled_loss_keeps_no_logits_in_fp32(multiple: int) -> None:
+    config = TrainConfig(compile=CompileMode["default"], model=small(vocab_size=300, vocab_multiple=multiple))
     generator = torch.Generator().manual_seed(0)
-    logits_BTV = torch.randn(2, 8, 300, generator=generator).bfloat16().requires_grad_()
+    logits_BTV = torch.randn(2, 8, config.model.padded_vocab, generator=generator).bfloat16().requires_grad_()
     targets_BT = torch.randint(300, (2, 8), generator=generator)
     kept: list[torch.Tensor] = []
 
@@ -161,10 +169,68 @@ def test_a_compiled_loss_keeps_no_logits_in_fp32() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         compiled = compile_loss(config)(logits_BTV, targets_BT)
     assert kept and not [t for t in kept if t.dtype is torch.float32 and t.numel() >= logits_BTV.numel()]
-    expected = cross_entropy(logits_BTV, targets_BT)
+    expected = cross_entropy(logits_BTV[..., :300], targets_BT)
     torch.testing.assert_close(compiled, expected, rtol=1e-6, atol=0)
     (grad,), (expected_grad,) = (torch.autograd.grad(loss, logits_BTV) for loss in (compiled, expected))
     torch.testing.assert_close(grad, expected_grad, rtol=2**-7, atol=1e-9)
+    assert not grad[..., 300:].any()
+
+
+def step_of_padded_logits(config: TrainConfig, seen: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Loss and gradients of a micro-batch; adds to ``seen`` the operations whose results are as large as its logits."""
+    model, batch = config.model, Batch(3, 1, 3, 3, 1)
+    logits = batch.micro * model.block_size * model.vocab_size
+
+    def note(name: str, out: Any) -> None:
+        seen.extend(name for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.numel() >= logits)
+
+    class Trace(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            note(str(func), out)
+            return out
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            note(str(node.target), node.meta.get("val"))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    with torch.device("meta"):
+        gpt_model = GPT(model)
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)):
+        layout = RunLayout(
+            config, World(0, 1, 0, 1, 0, torch.device("cpu"), mock.MagicMock()), ParallelDims("ddp", 1, 1), batch
+        )
+        engine = gpt.train.parallelize(gpt_model, initial_weights(model, 1), layout)
+    tokens_BT = random_tokens(model, batch.micro)
+    with nullcontext() if config.compiles else Trace():  # within a mode, dynamo compiles nothing
+        loss = engine.loss(tokens_BT, tokens_BT)
+    with Trace():
+        loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", ["none", "default"])
+def test_the_gradient_of_padded_logits_is_never_copied(mode: str) -> None:
+    """An earlier slice of the logits took a backward pass of two more tensors of their size."""
+    found = {}
+    for multiple in (1, 64):
+        model = small(vocab_size=300, vocab_multiple=multiple, n_layer=1)
+        config = replace(config_from(["precision=fp32", f"compile={mode}"]), model=model)
+        seen: list[str] = []
+        found[multiple] = step_of_padded_logits(config, seen)
+        parts = {part for name in seen for part in name.split(".")}
+        assert {"_log_softmax", "onednn_linear"} <= parts, "the loss and the output matrix"
+        assert not {"slice_backward", "constant_pad_nd", "slice_scatter"} & parts
+    (loss, grads), (padded_loss, padded_grads) = found.values()
+    torch.testing.assert_close(padded_loss, loss, rtol=1e-6, atol=0)
+    for name, grad in grads.items():
+        padded = padded_grads[name]
+        assert grad is not None and padded is not None
+        torch.testing.assert_close(padded[: len(grad)], grad, rtol=1e-4, atol=1e-7)
+        assert not padded[len(grad) :].any()
 
 
 @pytest.mark.parametrize("tf32", [True, False])
