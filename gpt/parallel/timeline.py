@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class Span:
         return self.end - self.begin
 
 
+_free: deque[torch.cuda.Event] = deque()
+"""Events of timelines that have been read. Otherwise each step of a large model under fsdp would make thousands."""
+
+
 class Timeline:
     """Waits and work of one step on one rank, recorded while the step runs."""
 
@@ -54,17 +59,24 @@ class Timeline:
         """True inside of a wait: a wait inside another one belongs to the outer one."""
         self.receives = False
         """True if the rank has begun to receive data from another rank, before its next piece of work."""
+        self._events: list[torch.cuda.Event] = []
         self.start = self.now()
         self.marks = [self.start]
         """Begin of the step, and ends of its phases: gradients are computed; then they are clipped and applied."""
 
     def now(self) -> Moment:
-        """Return the present moment: host time, or a new event in the GPU's queue."""
+        """Return the present moment: host time, or an event in the GPU's queue."""
         if not self._is_cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = _free.popleft() if _free else torch.cuda.Event(enable_timing=True)
         event.record()
+        self._events.append(event)
         return event
+
+    def give_back(self) -> None:
+        """Give the events to later timelines, when all moments have been read."""
+        _free.extend(self._events)
+        self._events.clear()
 
     def mark(self) -> None:
         """Record the end of a phase: the device has done all work queued so far. Wait for nothing."""

@@ -46,6 +46,7 @@ def fill_in_phases(record: StepRecord, timeline: Timeline, groups: Sequence[str]
     """
     data, reduced, updated = (timeline.seconds(moment) for moment in timeline.marks)
     spans = timeline.spans()
+    timeline.give_back()
     own = [span for span in spans if span.name == HOST] if groups is None else spans
     record.forward_backward_s, record.optimizer_s = (
         end - begin - total(own, begin, end) for begin, end in ((data, reduced), (reduced, updated))

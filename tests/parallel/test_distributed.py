@@ -18,9 +18,11 @@ from gpt.parallel import distributed
 from gpt.parallel.context import SequenceShard
 from gpt.parallel.nd import COLLECTIVE
 from gpt.parallel.timeline import BUBBLE, Span, Timeline, recorded, schedule_waits, total, waiting, working
+from gpt.training.step import fill_in_phases
 from launch.errors import ConfigError
 from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder
+from launch.runs.records import StepRecord
 from tests.support.distributed import run_distributed
 from tests.support.learning import world_of
 
@@ -38,6 +40,43 @@ def test_gpus_that_torch_cannot_use_are_refused_with_the_driver(monkeypatch: pyt
         distributed.choose_device(Device.auto, 0, 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert distributed.choose_device(Device.auto, 3, 8) == torch.device("cuda", 3)
+
+
+class StubEvent:
+    """A CUDA event: its place in a queue, a millisecond after the one before."""
+
+    made = recorded = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        StubEvent.made += 1
+
+    def record(self) -> None:
+        StubEvent.recorded += 1
+        self.place = StubEvent.recorded
+
+    def elapsed_time(self, later: StubEvent) -> float:
+        return float(later.place - self.place)
+
+
+def test_a_step_takes_the_events_of_a_step_that_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", StubEvent)
+    unread: list[Timeline] = []
+    for _ in range(5):  # as in training, a step is queued before the one before is read
+        timeline = Timeline(torch.device("cuda"))
+        with recorded(timeline):
+            for _ in range(1000):
+                with waiting("fsdp"):
+                    pass
+        timeline.mark()
+        timeline.mark()
+        unread.append(timeline)
+        if len(unread) == 2:
+            read = unread.pop(0)
+            record = StepRecord(1, 1, 0.0, 0.0, 0.0, 1, (0, 0), 0.0)
+            fill_in_phases(record, read, ("fsdp",))
+            assert record.comm_fsdp_s == pytest.approx(1000 * 0.001)
+    assert StubEvent.made == 2 * 2003
 
 
 def refuse() -> str:
