@@ -127,8 +127,8 @@ def wait_in_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    def criterion(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        loss = layers.cross_entropy(logits_BTV, targets_BT)
+    def criterion(logits_BTV: torch.Tensor, targets_BT: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        loss = layers.cross_entropy(logits_BTV, targets_BT, vocab_size)
         assert loss.item() >= 0
         return loss
 
