@@ -362,7 +362,7 @@ TOKENS = {
     "launch/bench_network": 2_850,
     "launch/config": 4_110,
     "launch/doctor": 8_070,
-    "launch/fleet": 1_970,
+    "launch/fleet": 2_820,
     "launch/plan": 9_210,
     "launch/project": 6_900,
     "launch/report": 29_600,

@@ -3,8 +3,10 @@
     python -m launch.fleet outputs
     python -m launch.fleet outputs /scratch/team/outputs --by cluster.partition
     python -m launch.fleet outputs --json
+    python -m launch.fleet outputs --openmetrics /var/lib/prometheus/node-exporter/runs.prom
 
-The figures come from the event logs and step records of the run folders. Nothing is written.
+The figures come from the event logs and step records of the run folders. Nothing is written but the file of
+``--openmetrics``, which asks Slurm for the states of unfinished jobs, too.
 """
 
 from __future__ import annotations
@@ -24,15 +26,18 @@ from omegaconf import OmegaConf
 
 import gpt_launch.own_names  # noqa: F401
 from launch.agent.policy import failures_of_hosts
-from launch.errors import CommandParser, ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, counted, refusing
+from launch.fleet.openmetrics import openmetrics_text
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat
 from launch.report.goodput import CAUSES, PARTS, measure_goodput
 from launch.report.read import read_environment
 from launch.runs.compose import read_document
 from launch.runs.console import plain_console, print_table
 from launch.runs.events import Events
+from launch.runs.files import write_atomically
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
+from launch.slurm.status import find_run_statuses, poll, update_from_event_log
 
 OF_MACHINES = ("crashed", "hung", "out_of_memory", "node_failed", "node_sick")
 """Causes of interruptions after which a time between failures is meaningful; the others are decisions of people."""
@@ -233,6 +238,17 @@ def show_groups(groups: Mapping[str, Fleet], key: str) -> None:
     print_table(plain_console(), [key, "runs", "node-hours", "GPU-hours", "goodput"], rows, left=[key])
 
 
+def write_openmetrics(folders: Sequence[Path], file: Path) -> int:
+    """Write the metrics of all runs below the folders. Return 1 if Slurm did not answer, as ``launch.status``; or 0."""
+    points = find_run_statuses(find_runs(folders))
+    if problem := poll(points, trust_log=True):
+        update_from_event_log(points)
+        print(f"{problem}\nstates of Slurm jobs are what their event logs say", file=sys.stderr)
+    write_atomically(file, openmetrics_text(points, time.time()).encode())
+    print(f"{file}: metrics of {counted(len(points), 'run')}")
+    return 1 if problem else 0
+
+
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the figures of all runs below the folders. Returns the exit status."""
@@ -244,7 +260,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folders with runs")
     parser.add_argument("--by", metavar="KEY", help="also the use by the value of a config key, e.g. cluster.partition")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--openmetrics", type=Path, metavar="FILE", help="write the metrics of each run for Prometheus")
     typed = parser.parse_args(arguments)
+    if typed.openmetrics is not None:
+        if typed.by or typed.json:
+            raise ConfigError("--openmetrics with --by or --json", "one form of output", "two commands")
+        return write_openmetrics(typed.folders, typed.openmetrics)
     fleet, groups = Fleet(), defaultdict[str, Fleet](Fleet)
     now = time.time()
     for folder in find_runs(typed.folders):

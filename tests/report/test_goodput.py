@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
 import time
 from collections import defaultdict
 from functools import partial
@@ -18,6 +20,8 @@ import torch
 from gpt.training.loop import train
 from launch.agent.policy import Cause
 from launch.fleet.__main__ import Fleet, main, rate_interval
+from launch.fleet.openmetrics import FAMILIES
+from launch.plan.budget import heartbeat_file
 from launch.report import build, write
 from launch.report.goodput import CAUSES, Goodput, measure_goodput
 from launch.report.text import markdown_text, parts_csv_text
@@ -25,7 +29,7 @@ from launch.runs.files import ReportFile, append_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.worker import run_of_environment
-from tests.support.commands import run
+from tests.support.commands import ROOT, run
 from tests.support.distributed import run_distributed
 from tests.support.learning import start
 from tests.support.run_folders import RunBuilder, notes_with
@@ -400,3 +404,77 @@ def test_the_fleet_is_the_sum_of_its_runs(tmp_path: Path, capsys: pytest.Capture
     assert re.search(r"crashed +2 ", shown) and re.search(r"large +1 .*%", shown) and "preempted" in shown
     assert main([str(tmp_path / "a"), "--by", "model.nam"]) != 0
     assert "found: --by model.nam, which " in capsys.readouterr().err
+
+
+SAMPLE = re.compile(r'(?P<name>[a-z_]+)\{(?P<labels>(?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)+)\} (?P<value>\S+)')
+LABEL = re.compile(r'([a-z_]+)="((?:[^"\\\n]|\\.)*)"')
+
+
+def read_openmetrics(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Samples by name and labels, after the rules of OpenMetrics 1.0 on order, types, units and the end."""
+    *lines, end, nothing = text.split("\n")
+    assert (end, nothing) == ("# EOF", "")
+    found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+    family = kind = ""
+    seen = set()
+    for line in lines:
+        if line.startswith("#"):
+            _, what, name, told = line.split(" ", 3)
+            if what == "TYPE":
+                assert name not in seen and not name.endswith("_total"), "a family is in one piece"
+                seen.add(name)
+                family, kind = name, told
+            assert name == family and (what != "UNIT" or name.endswith(f"_{told}"))
+            continue
+        sample = SAMPLE.fullmatch(line)
+        assert sample is not None, line
+        assert sample["name"] == family + ("_total" if kind == "counter" else "")
+        labels = [(name, re.sub(r"\\(.)", r"\1", value)) for name, value in LABEL.findall(sample["labels"])]
+        key = (sample["name"], frozenset(labels))
+        assert key not in found
+        found[key] = float(sample["value"])
+    return found
+
+
+def test_the_metrics_of_runs_are_those_of_the_report_and_of_the_dashboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "absent"))
+    folder = tmp_path / 'a "quoted" \\ name'
+    clock = stormy(folder)
+    last = {"step": 21, "attempt": 3, "tokens": 1024, "loss": float("nan"), "step_time_s": 1.0, "tokens_per_s": 2048.5}
+    append_lines(clock.builder.run.metrics(0), [{**last, "time": clock.now}])
+    heartbeat_file(clock.builder.run).parent.mkdir()
+    heartbeat_file(clock.builder.run).touch()
+    os.utime(heartbeat_file(clock.builder.run), (clock.now, clock.now))
+    file = tmp_path / "collector" / "runs.prom"
+    assert main([str(tmp_path), "--openmetrics", str(file)]) == 1, "Slurm does not answer, and the file is written"
+    assert "states of Slurm jobs are what their event logs say" in capsys.readouterr().err
+    assert [path.name for path in file.parent.iterdir()] == ["runs.prom"], "no temporary file stays"
+    found = read_openmetrics(file.read_text())
+    goodput = goodput_of(clock)
+
+    def value(name: str, **labels: str) -> float:
+        return found[f"launch_run_{name}", frozenset({"run": str(folder), **labels}.items())]
+
+    assert value("state", state="unknown", job_id="1") == 1 and value("heartbeat_timestamp_seconds") == clock.now
+    assert (value("step"), value("tokens_per_second")) == (21, 2048.5) and value("loss") != value("loss")
+    assert value("goodput_ratio") == pytest.approx(goodput.goodput)
+    assert {cause: value("interruptions_total", cause=cause) for cause in LOST} == dict.fromkeys(LOST, 1)
+    allocated_s = sum(goodput.seconds.values()) - goodput.seconds["waiting"]
+    assert value("node_seconds_total") == pytest.approx(2 * allocated_s)
+
+    if promtool := shutil.which("promtool"):  # It reads the older format, and wants _total of the family's name, too.
+        text = re.sub(r"(# (?:TYPE|HELP) launch_run_(?:interruptions|node_seconds)) ", r"\1_total ", file.read_text())
+        checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True)
+        assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+    dashboard = (ROOT / "docs" / "grafana.json").read_text()
+    panels = json.loads(dashboard)["panels"]
+    written = {f"launch_run_{family}" + "_total" * (kind == "counter") for family, (kind, *_) in FAMILIES.items()}
+    assert len(panels) <= 6 and set(re.findall(r"launch_run_\w+", dashboard)) <= written
+
+
+def test_metrics_are_one_form_of_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--json", "--openmetrics", str(tmp_path / "runs.prom")]) != 0
+    assert "found: --openmetrics with --by or --json" in capsys.readouterr().err
+    assert not (tmp_path / "runs.prom").exists()
