@@ -26,7 +26,7 @@ from gpt.config.model import (
     RopeScaling,
 )
 from gpt.config.optim import DivergenceConfig, OptimConfig
-from gpt.config.parallel import CpMethod, ParallelConfig, Schedule, Strategy
+from gpt.config.parallel import CpMethod, ParallelConfig, ReduceDtype, Schedule, Strategy
 from gpt.config.rules import nearest_divisor
 from gpt.config.train import (
     LOSS_CHUNK,
@@ -62,6 +62,7 @@ __all__ = [
     "Position",
     "Precision",
     "Recompute",
+    "ReduceDtype",
     "RopeScaling",
     "Schedule",
     "Source",

@@ -47,9 +47,16 @@ class CpMethod(Enum):
     ring = "ring"
 
 
+class ReduceDtype(Enum):
+    """Dtype in which gradients are summed over the ranks: ``fp32``, or ``bf16`` in half the bytes."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 @dataclass
 class ParallelConfig:
-    """Parallelism of a run. Its keys do not change the loss curve."""
+    """Parallelism of a run. Its keys do not change the loss curve, except ``reduce_dtype``."""
 
     strategy: Strategy = MISSING
     dp_shard: Optional[int] = None
@@ -66,6 +73,10 @@ class ParallelConfig:
     """fsdp only, without pp: reduce-scatter gradients after each micro-batch, not only after the last one of a step. A
     rank then keeps only its shard of the gradients, not all of them in fp32. This saves up to 4 bytes a parameter, and
     costs one reduce-scatter per micro-batch."""
+    reduce_dtype: ReduceDtype = ReduceDtype.fp32
+    """fsdp only: dtype of reduce-scattered gradients, and of the all-reduce between replicas. ``bf16`` sends half the
+    bytes, and keeps the gradients of several micro-batches in half the memory. Sums then have 8 bits of precision, so
+    this key does change the loss curve."""
     cpu_offload: bool = False
     """fsdp only: keep parameters, gradients and moments in host memory, and compute the optimizer step there. A GPU
     then has only the parameters that it computes with. This is slow: every forward and backward pass copies parameters,
@@ -116,8 +127,8 @@ class ParallelConfig:
             value = getattr(self, key)
             # parallel=auto may choose FSDP.
             fits = self.strategy in (strategy, Strategy.auto if strategy is Strategy.fsdp else strategy)
-            if value not in (None, False) and not fits:
-                text = str(value).lower() if value is True else value
+            if value not in (None, False, ReduceDtype.fp32) and not fits:
+                text = str(value).lower() if value is True else getattr(value, "name", value)
                 found = f"parallel.{key}={text} with parallel.strategy={self.strategy.name}"
                 raise ConfigError(found, expected, fix.format(value=value))
         positive = ("tp", "pp", "cp", "ep", "timeout_s", "dp_shard", "fsdp_min_num_params")
@@ -180,6 +191,11 @@ STRATEGY_OF_KEY = {
         Strategy.fsdp,
         "a strategy that shards the gradients",
         "parallel=fsdp, or parallel.reduce_each_micro_batch=false",
+    ),
+    "reduce_dtype": (
+        Strategy.fsdp,
+        "a strategy that casts gradients before it reduces them",
+        "parallel=fsdp, or parallel.reduce_dtype=fp32",
     ),
     "fsdp_min_num_params": (
         Strategy.fsdp,

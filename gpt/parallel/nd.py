@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from gpt.config import Strategy, TrainConfig
+from gpt.config import ReduceDtype, Strategy, TrainConfig
 from gpt.model.ffn import MixtureOfExperts, autocast_rows, find_mixtures, invert_order
 from gpt.model.gpt import GPT, Weights
 from gpt.model.layers import COMPUTE_DTYPES
@@ -73,15 +73,16 @@ def fsdp_shard_modules(
         reshard: True to free whole parameters after the forward pass, and gather them again for the backward pass.
         dimension: dimension along which to shard.
     """
-    half = config.precision.is_half
+    half, in_bf16 = config.precision.is_half, config.parallel.reduce_dtype is ReduceDtype.bf16
     # Only copies from pinned memory overlap with computing on the GPU.
     host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     fully_shard(
         list(modules) if len(modules) > 1 else modules[0],
         mesh=mesh,
-        mp_policy=MixedPrecisionPolicy(COMPUTE_DTYPES[config.precision], torch.float32)
-        if half
-        else MixedPrecisionPolicy(),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=COMPUTE_DTYPES[config.precision] if half else None,
+            reduce_dtype=torch.bfloat16 if in_bf16 else torch.float32 if half else None,
+        ),
         offload_policy=host if config.parallel.cpu_offload else OffloadPolicy(),
         reshard_after_forward=reshard,
         shard_placement_fn=lambda _: Shard(dimension),

@@ -29,6 +29,7 @@ from gpt.accounting import (
 )
 from gpt.config import AttentionBackend, CpMethod, Ffn, Recompute, Schedule, Strategy, TrainConfig
 from gpt.planning.devices import Group, Host, Machine, group, strided_group
+from gpt.planning.memory import reduced_width
 from gpt.planning.rank_shards import ParameterShards, elements, parameter_shards
 from gpt.topology import BUCKET_BYTES, Batch, ParallelDims, fsdp_units
 from gpt.topology.schedules import StageLayers, bubble_fraction, local_stages, rank_stages
@@ -244,6 +245,7 @@ class RankStep:
         all-gather of a forward pass, and the last reduction of a backward pass. Both transfer the embedding and the
         first unit of blocks. If the embedding is tied, they transfer the last norm, too (gpt/parallel/nd.py).
         """
+        reduced = reduced_width(self.config)
         config, shards, width, count = self.config, self.shards, self.width, self.batch.accumulation
         rings, replicas = self.groups("dp_shard", "cp"), self.ring("dp_replicate")
         ring, units = rings[0][1], fsdp_units(config, shards.layers) or [1]
@@ -255,12 +257,12 @@ class RankStep:
         parts = [[*blocks, *outside], [1] * shards.layers]
         gathers = sum(in_pieces(r.all_gather, width * size, of) for (size, r), of in zip(rings, parts, strict=False))
         scatters = sum(
-            in_pieces(r.reduce_scatter, FP32 * size, of) for (size, r), of in zip(rings, parts, strict=False)
+            in_pieces(r.reduce_scatter, reduced * size, of) for (size, r), of in zip(rings, parts, strict=False)
         )
-        sums = scatters + replicas.all_reduce(FP32 * shards.stored())
+        sums = scatters + replicas.all_reduce(reduced * shards.stored())
         ends = [blocks[0], outside[0]]
         first = in_pieces(ring.all_gather, width * sum(ends), ends)
-        last = in_pieces(ring.reduce_scatter, FP32 * sum(ends), ends)
+        last = in_pieces(ring.reduce_scatter, reduced * sum(ends), ends)
         again = 0.0
         freed = replace(shards, layers=max(0, shards.layers - units[-1]), around=())
         if config.parallel.reshard_after_forward and freed.layers:

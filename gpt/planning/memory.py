@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from gpt.accounting import BF16, FP32, GIB, count, count_hidden
 from gpt.components.facts import optimizer_state
-from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, Schedule, Strategy, TrainConfig
+from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, ReduceDtype, Schedule, Strategy, TrainConfig
 from gpt.config.optim import MUON
 from gpt.planning.rank_shards import (
     ParallelFactors,
@@ -300,7 +300,7 @@ def compute_weights(
     (``fsdp_units``) two are gathered: one computes, the next is prefetched. Without resharding after the forward pass,
     all units and the embedding are gathered. The gradient of one unit or of the output matrix is unsharded until its
     reduce-scatter. With gradient accumulation nothing is reduced before the last micro-batch. So all gradients are
-    unsharded, in fp32, unless ``parallel.reduce_each_micro_batch`` is set.
+    unsharded, in ``parallel.reduce_dtype``, unless ``parallel.reduce_each_micro_batch`` is set.
 
     ZeRO-3 frees gathered parameters only beyond ``LIVE`` elements, or when they are not needed again. ZeRO-1 and 2
     compute with their own parameters. All three have a gradient bucket, in fp32 at most.
@@ -319,8 +319,13 @@ def compute_weights(
     # An embedding that is tied to the output matrix is not freed after its forward pass.
     kept = around - (elements(shards.entry) if reshards and not config.model.tie_embeddings else 0)
     accumulates = accumulates and not config.parallel.reduce_each_micro_batch
-    whole = FP32 * shards.elements if accumulates else width * max(max(units, default=0) * block, kept)
+    whole = reduced_width(config) * shards.elements if accumulates else width * max(max(units, default=0) * block, kept)
     return width * (kept + gathered * block) + whole
+
+
+def reduced_width(config: TrainConfig) -> int:
+    """Return the bytes of an element of the gradients that FSDP reduces."""
+    return BF16 if config.parallel.reduce_dtype is ReduceDtype.bf16 else FP32
 
 
 def unreduced_gradients(shards: ParameterShards, accumulates: bool) -> int:

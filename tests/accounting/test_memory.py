@@ -25,6 +25,7 @@ from gpt.config import (
     ParallelConfig,
     Precision,
     Recompute,
+    ReduceDtype,
     Strategy,
     TrainConfig,
 )
@@ -256,6 +257,8 @@ def test_accumulation_over_shards_keeps_whole_gradients() -> None:
     once, twice = (memory(config, Strategy.fsdp, 4, accumulation=a) for a in (1, 2))
     assert once.not_at_once == -once.gradients, "reduced while activations are freed"
     assert twice.total - once.total == 4 * (parameters - block)
+    in_bf16 = memory(config, Strategy.fsdp, 4, accumulation=2, reduce_dtype=ReduceDtype.bf16)
+    assert twice.total - in_bf16.total == 2 * parameters
     assert memory(config, Strategy.fsdp, 4, accumulation=2, reduce_each_micro_batch=True) == replace(
         once, not_at_once=0
     )

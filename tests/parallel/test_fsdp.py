@@ -36,6 +36,9 @@ from tests.support.learning import (
     living_bytes,
     save,
     start_composed,
+    step,
+    tensors_of,
+    whole,
 )
 from tests.support.small_models import LLAMA, random_tokens, small
 
@@ -163,6 +166,34 @@ def test_what_is_on_the_host_is_not_planned_on_the_device() -> None:
 
 WORDS_OF_MATERIALIZE = ["optim.max_micro_batch=2", "model.vocab_multiple=8"]
 UNTIED_OF_MATERIALIZE = MODELS["untied, grouped queries"]
+
+
+def reduced(rank: int, size: int, folder: Path) -> dict[str, tuple[dict[str, Tensor], set[torch.dtype]]]:
+    """Gradients of a first step, and the dtypes of its reduce-scatters, by ``parallel.reduce_dtype``."""
+    found = {}
+    words = ("parallel=hsdp", "parallel.dp_shard=2", "optim.max_micro_batch=2", "optim.grad_clip=0")
+    for dtype in ("fp32", "bf16"):
+        run = start_composed(rank, size, folder / dtype, compose(*words, f"parallel.reduce_dtype={dtype}"))
+        dtypes: set[torch.dtype] = set()
+
+        def note(name: str, inputs: Sequence[Any], _: Any, dtypes: set[torch.dtype] = dtypes) -> bool:
+            dtypes.update(x.dtype for x in tensors_of(inputs) if "reduce_scatter" in name)
+            return False
+
+        with Operations(note):
+            step(run)
+        grads = {name: p.grad for name, p in run.engine.trained.named_parameters() if p.grad is not None}
+        found[dtype] = whole(run, grads), dtypes
+    return found
+
+
+def test_gradients_may_be_reduced_in_bf16(tmp_path: Path) -> None:
+    for found in run_distributed(reduced, 4, tmp_path / "runs"):
+        (exact, in_fp32), (rounded, in_bf16) = found["fp32"], found["bf16"]
+        assert in_fp32 == {torch.float32} and in_bf16 == {torch.bfloat16}
+        for name, grad in exact.items():
+            assert rounded[name].dtype == torch.float32
+            assert 0 < (rounded[name] - grad).norm() <= 2**-7 * grad.norm(), name
 
 
 def watch(rank: int, size: int, folder: Path) -> tuple[list[int], int, int]:

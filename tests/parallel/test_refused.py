@@ -91,6 +91,7 @@ REFUSED = [
     ),
     (4, "parallel=fsdp parallel.fsdp_min_num_params=0", "fsdp_min_num_params=0", "parallel.fsdp_min_num_params=1"),
     (4, f"parallel=ddp {EACH}", EACH, "parallel=fsdp"),
+    (4, "parallel=ddp parallel.reduce_dtype=bf16", "parallel.reduce_dtype=bf16 with", "parallel=fsdp"),
     (4, f"parallel=pp_fsdp {EACH}", EACH, "parallel.reduce_each_micro_batch=false"),
     (
         2,
