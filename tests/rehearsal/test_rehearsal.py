@@ -141,7 +141,10 @@ def compute_logits_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reduce_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nd, "MixedPrecisionPolicy", lambda dtype, *_: MixedPrecisionPolicy(dtype, torch.bfloat16))
+    def policy(param_dtype: torch.dtype, **_: object) -> MixedPrecisionPolicy:
+        return MixedPrecisionPolicy(param_dtype, torch.bfloat16)
+
+    monkeypatch.setattr(nd, "MixedPrecisionPolicy", policy)
 
 
 def leave_out_of_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +263,7 @@ def test_a_silent_fp32_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("fsdp")
     config.precision = Precision.bf16
     assert {*dtypes_of(rehearse(config, 4), "allgather_base")} == {"bfloat16"}
-    monkeypatch.setattr(nd, "MixedPrecisionPolicy", lambda *_: MixedPrecisionPolicy())
+    monkeypatch.setattr(nd, "MixedPrecisionPolicy", lambda **_: MixedPrecisionPolicy())
     assert {*dtypes_of(rehearse(config, 4), "allgather_base")} == {"float32"}
 
 
