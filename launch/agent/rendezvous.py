@@ -208,11 +208,12 @@ class AgentGroup:
         return self._largest_size(len(self._remaining()))
 
     def can_grow(self, rdzv: RendezvousRound) -> bool:
-        """Return whether the node of a spare job is ready, and the next round would have more nodes than this one."""
+        """Return whether nodes of spare jobs are ready, with which the next round would have more nodes."""
         late = range(self._node.count, self._node.count + self._node.late)
-        ready = [i for i in late if i not in self.lost and self.heartbeat.of(i).ready > rdzv.number]
-        is_healthy = any(not self.heartbeat.of(i).faults and i not in rdzv.members for i in ready)
-        return is_healthy and (self.next_size or 0) > len(rdzv.members)
+        waiting = {i: self.heartbeat.of(i) for i in late if i not in self.lost and i not in rdzv.members}
+        alive = [m for i, m in waiting.items() if self._silence(i) <= self._limits.node_timeout_s and not m.faults]
+        members = len(rdzv.members)
+        return (self._largest_size(members + sum(m.ready > rdzv.number for m in alive)) or 0) > members
 
     def awaited_jobs(self) -> list[int]:
         """Return the indices of the nodes of spare jobs that have neither joined nor been lost."""

@@ -24,7 +24,7 @@ from launch.report import build
 from launch.runner import run_sweep
 from launch.runs.files import append_lines, write_json
 from launch.runs.folder import RunFolder
-from launch.slurm import watch
+from launch.slurm import follow
 from launch.slurm.client import JobState
 from launch.slurm.jobs import SlurmJob
 from launch.slurm.status import explain_end, find_run_status, update
@@ -76,7 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture
 def folder(whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
     """A copy of it, worked on by what looks like its controller: a process that ends at SIGTERM."""
-    monkeypatch.setattr(watch, "POLL_S", 0.01)
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
     shutil.copytree(whole.path.parent, tmp_path / "sweep")
     folder = RunFolder(tmp_path / "sweep" / "run")
     controller = subprocess.Popen(["sleep", "600"])

@@ -24,7 +24,7 @@ from launch.runs.events import unsaved_text
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import RecordWriter, StepRecord, read_records
-from launch.slurm import jobs, watch
+from launch.slurm import follow, jobs
 from launch.workload import CodeTree, RankCommand, RankContract
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 
@@ -169,7 +169,7 @@ def test_a_run_outlives_a_full_disk_and_saves_when_there_is_room(disk: Path, tmp
 def test_a_cancel_that_cannot_be_entered_ends_the_run_all_the_same(
     disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(watch, "POLL_S", 0.01)
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
     monkeypatch.setattr(jobs, "SECOND_SIGNAL_S", 0.01)
     folder = RunFolder(disk / "run")
     folder.create_attempt()
