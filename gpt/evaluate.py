@@ -23,6 +23,7 @@ from gpt.checkpoint.folders import read_manifest, step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples
+from gpt.data.prepared import find_document_end
 from gpt.model.layers import summed_loss
 from gpt.parallel.distributed import World, open_world
 from gpt.training.loop import EvaluationShare, mean_loss
@@ -121,7 +122,8 @@ def open_validation(config: TrainConfig, checkpoint: Path, world: World, sequenc
             "the text the model was trained on, since the validation split is its end",
             "the original file put back, or gpt.train again with this one",
         )
-    samples = Samples(tokens, config.model.block_size, config.seed)
+    end = find_document_end(config.data, tokens)
+    samples = Samples(tokens, config.model.block_size, config.seed, document_end=end)
     wanted = samples.num_val if sequences is None else sequences
     if not 0 < wanted <= samples.num_val:
         raise ConfigError(

@@ -33,6 +33,7 @@ with lasting_imports():
     from gpt.config import CheckpointConfig, Strategy, TrainConfig
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import BatchPrefetcher, Samples
+    from gpt.data.prepared import find_document_end
     from gpt.model.attention import prefer_fast_kernels
     from gpt.model.gpt import GPT, Weights
     from gpt.parallel.compile import convert_linears, prepare_blocks
@@ -96,7 +97,8 @@ def build(
     tokens = world.on_first(lambda: prepare_tokens(config))
     world.on_first(lambda: keep_tokenizer(tokens, folder))
     seed_all(config.seed, world.rank)
-    samples = Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size)
+    end = find_document_end(config.data, tokens)
+    samples = Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size, end)
 
     with torch.device("meta"):
         model = GPT(config.model)

@@ -6,6 +6,7 @@ The schema imports no torch, so that the login node can use it.
 from gpt.config.data import (
     BYTE_VOCAB,
     DataConfig,
+    Pack,
     Source,
     SyntheticConfig,
     TokenDtype,
@@ -58,6 +59,7 @@ __all__ = [
     "Norm",
     "NormPosition",
     "OptimConfig",
+    "Pack",
     "ParallelConfig",
     "Position",
     "Precision",

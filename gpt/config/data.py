@@ -67,6 +67,17 @@ class TokenDtype(Enum):
     uint32 = "uint32"
 
 
+class Pack(Enum):
+    """Treatment of documents that share a sequence.
+
+    ``none``: a token attends to all earlier tokens of its sequence. ``documents``: a token attends to its own document
+    only, positions begin anew at each document, and the last token of a document predicts nothing.
+    """
+
+    none = "none"
+    documents = "documents"
+
+
 @dataclass
 class WeightedPath:
     """One source of a mixture."""
@@ -139,6 +150,11 @@ class DataConfig:
     """Format of the prepared files. All formats contain the same tokens."""
     token_dtype: Optional[TokenDtype] = None
     """source=tokens only: width of tokens in files without a header; null means uint16, as nanoGPT writes them."""
+    pack: Pack = Pack.none
+    """Treatment of documents that share a sequence. ``documents`` needs a token that ends a document."""
+    document_end: Optional[int] = None
+    """pack=documents only: id of the token that ends a document; null takes the tokenizer's, which a corpus prepared
+    from documents has after each of them."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     cache_dir: Optional[str] = None
     """Folder of the prepared corpora, shared by all nodes; null means <output_dir>/.cache."""
@@ -173,6 +189,13 @@ class DataConfig:
                 raise ConfigError(f"data.{key}={value} with data={self.title}, which does not read it", expected, fix)
         sizes = (260, 1_000_000)
         check_numbers("data.", self, ("max_bytes",), val_fraction=(0.0001, 0.5), tokenizer_vocab_size=sizes)
+        check_numbers("data.", self, at_least_0=("document_end",))
+        if self.document_end is not None and self.pack is Pack.none:
+            raise ConfigError(
+                f"data.document_end={self.document_end} with data.pack=none, which does not read it",
+                "documents to be packed",
+                f"data.pack=documents data.document_end={self.document_end}, or data.document_end=null",
+            )
         self.synthetic.validate()
         self._validate_tokenizer()
         self._validate_tokens()

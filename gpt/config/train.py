@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from gpt.config import rules
-from gpt.config.data import DataConfig
+from gpt.config.data import DataConfig, Pack
 from gpt.config.model import ModelConfig
 from gpt.config.optim import SCHEDULE, CheckpointConfig, DivergenceConfig, OptimConfig
 from gpt.config.parallel import ParallelConfig, Strategy
@@ -216,6 +216,7 @@ class TrainConfig(RunConfig):
         check_numbers("", self, ("profile_from",), seed=(0, 2**63 - 1))
         check_tf32(self)
         check_float8(self)
+        check_packing(self)
         if self.checkpoint.in_memory and self.parallel.strategy is Strategy.deepspeed:
             raise ConfigError(
                 "checkpoint.in_memory=true with parallel.strategy=deepspeed",
@@ -297,6 +298,26 @@ def check_float8(config: TrainConfig) -> None:
             f"{found} with {key} of {size}",
             f"multiples of {FLOAT8_MULTIPLE} on both sides of every matrix",
             f"a model whose {key} is {-(-size // FLOAT8_MULTIPLE) * FLOAT8_MULTIPLE}, or float8=none",
+        )
+
+
+def check_packing(config: TrainConfig) -> None:
+    """Raise ConfigError if a part of the model or of the parallelism cannot keep packed documents apart."""
+    if config.data.pack is Pack.none:
+        return
+    own = next((key for key in ("attention", "position") if key in config.model.custom_parts), None)
+    if own is not None:
+        raise ConfigError(
+            f"data.pack=documents with model.{own}={config.model.custom_parts[own]}",
+            "attention and positions of ours, which take the documents of a sequence",
+            "data.pack=none, or a part of ours",
+        )
+    parallel = config.parallel
+    if parallel.cp > 1 or parallel.strategy is Strategy.deepspeed:
+        raise ConfigError(
+            "data.pack=documents with " + ("DeepSpeed" if parallel.cp == 1 else f"parallel.cp={parallel.cp}"),
+            "whole sequences on each rank, and an engine of torch",
+            "parallel=fsdp parallel.cp=1, or data.pack=none",
         )
 
 

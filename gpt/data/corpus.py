@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config import BYTE_VOCAB, DataConfig, ModelConfig, Source
-from gpt.data.prepared import Tokens, largest_id_seen, open_folder, open_tokens
+from gpt.data.prepared import Tokens, find_document_end, largest_id_seen, open_folder, open_tokens
 from gpt.data.spec import FIRST_USE_BYTES, build_spec, prepare_command
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
@@ -63,13 +63,17 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
     """Describe the corpus of a config, from its manifest or from the text to tokenize.
 
     Raises:
-        ConfigError: the text is missing, or the corpus must be prepared before training.
+        ConfigError: the text is missing, the corpus must be prepared before training, or packed documents have no
+            token for their end.
     """
     if config.source is Source.tokens:
-        return describe_tokens(config.title, open_tokens(config))
+        tokens = open_tokens(config)
+        find_document_end(config, tokens)
+        return describe_tokens(config.title, tokens)
     spec = build_spec(config, cache)
     prepared = None if spec is None else open_folder(cache / spec.key, spec.identity)
     if prepared is not None:
+        find_document_end(config, Tokens((prepared,)))
         return describe_tokens(str(config.path or config.title), Tokens((prepared,)))
     # Training itself prepares a small corpus whose size is known here. Later a refusal would stop a started job.
     known = spec.known_tokens() if spec is not None and spec.num_bytes <= FIRST_USE_BYTES else None
@@ -79,6 +83,7 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
             "a corpus of this size, or with this tokenizer, that was prepared before training",
             prepare_command(config, cache),
         )
+    find_document_end(config, None)
     tokenizer, vocab_size, entropy = "byte", BYTE_VOCAB, None
     if config.source is Source.synthetic:
         from gpt.data.shards import chain_of

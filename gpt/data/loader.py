@@ -34,6 +34,8 @@ from launch.errors import ConfigError
 Split = Literal["train", "val"]
 Indices = npt.NDArray[np.int64]
 
+IGNORED = -1
+"""Target of a token that ends a document: no token is predicted, and the loss leaves it out."""
 MOST_OPEN = 128
 """Number of files of a split that a rank keeps open. The kernel also caches the pages of closed files."""
 SOURCE_SEED_STEP = 0x5851F42D4C957F2D  # odd (Knuth's MMIX multiplier), so that sources of one size differ in order
@@ -130,13 +132,23 @@ class Samples:
         block_size: tokens of a sample, T.
         seed: seed of the order.
         vocab_size: all ids must be below this number; None checks nothing.
+        document_end: id of the token that ends a document and predicts nothing: its target is ``IGNORED``. None if all
+            tokens predict the next one.
 
     Raises:
         ConfigError: the first file of a split is missing or truncated on this machine.
     """
 
-    def __init__(self, tokens: Tokens, block_size: int, seed: int, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        block_size: int,
+        seed: int,
+        vocab_size: int | None = None,
+        document_end: int | None = None,
+    ) -> None:
         self.block_size = block_size
+        self.document_end = document_end
         self.seed = seed
         self._vocab_size = vocab_size
         self._sources = tokens.sources
@@ -153,8 +165,14 @@ class Samples:
         Raises:
             ConfigError: as ``read``.
         """
-        ids_BT1 = self.read(split, indices)
-        return ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
+        return self.split_ids(self.read(split, indices))
+
+    def split_ids(self, ids_BT1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split ids (B, T + 1) into tokens and targets, both (B, T), on the same device."""
+        tokens_BT, targets_BT = ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
+        if self.document_end is not None:
+            targets_BT.masked_fill_(tokens_BT == self.document_end, IGNORED)
+        return tokens_BT, targets_BT
 
     def read(self, split: Split, indices: Indices) -> torch.Tensor:
         """Read the ids of the samples with these indices (B,): tokens and last target, (B, T + 1) int64 on the CPU.
@@ -284,7 +302,7 @@ class BatchPrefetcher:
         waited_s = time.perf_counter() - started
         ids_BT1 = ids_BT1.to(self._device, non_blocking=True)
         indices = train_indices(number, self._data_rank, self._batch)
-        tokens_BT, targets_BT = ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
+        tokens_BT, targets_BT = self._samples.split_ids(ids_BT1)
         return StepBatch(tokens_BT, targets_BT, int(indices[0]), int(indices[-1]), waited_s)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gpt.config import DataConfig, WeightedPath
+from gpt.config import DataConfig, Pack, WeightedPath
 from gpt.data.token_file import ITEM_BYTES, Segment, missing_tokens_error, open_token_files, read_token_file, split_end
 from launch.errors import ConfigError
 
@@ -100,6 +100,32 @@ class Tokens:
             }
             for source in self.sources
         ]
+
+
+def find_document_end(config: DataConfig, tokens: Tokens | None) -> int | None:
+    """Return the id of the token that ends a document; None without packing.
+
+    ``tokens`` is None for a text that is tokenized at the first use, which has no such token.
+
+    Raises:
+        ConfigError: documents are packed, and no such token is known.
+    """
+    if config.pack is Pack.none or config.document_end is not None:
+        return config.document_end
+    ends = {end_of_source(source) for source in (tokens.sources if tokens is not None else ())}
+    end = ends.pop() if len(ends) == 1 else None
+    if end is None:
+        raise ConfigError(
+            f"data.pack=documents with data={config.title}, whose tokens do not show where a document ends",
+            "a corpus prepared from documents, by a tokenizer with a token for their end; or the id of that token",
+            "data.document_end=ID, or data.pack=none",
+        )
+    return end
+
+
+def end_of_source(source: TokenSource) -> int | None:
+    """Return the id that ends each document of a source; None if the source has no documents, or no such id."""
+    return None if source.tokenizer is None or source.train.documents is None else source.tokenizer["eot"]
 
 
 def read_corpus_manifest(folder: Path) -> dict[str, Any] | None:

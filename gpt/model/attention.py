@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from gpt.config import AttentionBackend, ModelConfig
-from gpt.model.layers import Linear, build_norm, build_rotation
+from gpt.model.layers import Documents, Linear, build_norm, build_rotation
 
 # Key-value cache of attention: generation computes the keys and values of each token once.
 #
@@ -232,9 +232,11 @@ class Attention(nn.Module):
         self.backend = config.attention
         self.dropout = config.dropout
 
-    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, past: LayerCache | Documents | None = None) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D). With a cache, the T tokens follow the cached ones, and are added to the
-        cache."""
+        cache. With documents, a token attends to its own."""
+        cache = past if isinstance(past, LayerCache) else None
+        documents = past if isinstance(past, Documents) else None
         q_BTHC = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKC = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
@@ -242,36 +244,44 @@ class Attention(nn.Module):
             # Under autocast a norm returns fp32, while the values stay bf16.
             q_BTHC, k_BTKC = self.query_norm(q_BTHC).type_as(v_BTKC), self.key_norm(k_BTKC).type_as(v_BTKC)
         if self.rope is not None:
-            start = 0 if cache is None else cache.length
+            start = documents.positions if documents is not None else 0 if cache is None else cache.length
             q_BTHC, k_BTKC = self.rope(q_BTHC, start), self.rope(k_BTKC, start)
         q_BHTC, k_BKSC, v_BKSC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2)
         if cache is not None:
             k_BKSC, v_BKSC = cache.extend(k_BKSC, v_BKSC)
-        y_BHTC = self.attend(q_BHTC, k_BKSC, v_BKSC)
+        y_BHTC = self.attend(q_BHTC, k_BKSC, v_BKSC, *([] if documents is None else [documents.bias]))
         return self.output(y_BHTC.transpose(1, 2).flatten(2))
 
-    def attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
+    def attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
         """Compute attention by the backend of the config, (B, H, T, C). The T queries are the last T of the S tokens.
+
+        ``bias_B1TS`` is added to the scores instead of the causal mask.
 
         Context parallelism replaces this method, because other ranks have some of the keys.
         """
         dropout = self.dropout if self.training else 0.0
         if self.backend is AttentionBackend.manual:
-            return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
+            return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
         if self.backend is AttentionBackend.flash:
             with sdpa_kernel(FLASH_FIRST, set_priority=True):
-                return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
-        return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
+                return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
+        return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
 
 
-def manual_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
-    """Compute softmax(Q K^T / sqrt(C)) V with the future masked, (B, H, T, C). This reference needs T x S in memory."""
+def manual_attention(
+    q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, bias_B1TS: Tensor | None = None
+) -> Tensor:
+    """Compute softmax(Q K^T / sqrt(C) + bias) V, (B, H, T, C). The default bias masks the future. This reference needs
+    T x S in memory."""
     k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
     new, seen = q_BHTC.size(2), k_BHSC.size(2)
-    future_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BHTC.device).triu(seen - new + 1)
     scores_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(3))
-    weights_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf).softmax(-1)
-    return F.dropout(weights_BHTS, dropout) @ v_BHSC
+    if bias_B1TS is None:
+        future_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BHTC.device).triu(seen - new + 1)
+        scores_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf)
+    else:
+        scores_BHTS = scores_BHTS + bias_B1TS
+    return F.dropout(scores_BHTS.softmax(-1), dropout) @ v_BHSC
 
 
 FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -291,17 +301,19 @@ def prefer_fast_kernels(device: torch.device) -> AbstractContextManager[object]:
     return sdpa_kernel(CUDNN_FIRST, set_priority=True)
 
 
-def sdpa_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
+def sdpa_attention(
+    q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, bias_B1TS: Tensor | None = None
+) -> Tensor:
     """Compute attention by torch's fused kernels, (B, H, T, C): flash attention (arXiv 2307.08691) if the device and
-    dtype support it."""
+    dtype support it. On GPUs flash attention takes no bias, and torch chooses another kernel."""
     new, seen = q_BHTC.size(2), k_BKSC.size(2)
     # torch's is_causal aligns the first query with the first key. With cached keys, the last query belongs to the last
     # key, and a single query sees all keys. This bias needs no T x S mask if the kernel supports it.
-    bias = causal_bias(new, seen) if 1 < new < seen else None
+    bias = causal_bias(new, seen) if 1 < new < seen else bias_B1TS
     # enable_gqa restricts torch's choice of kernels, so it is set only if needed.
     grouped = q_BHTC.size(1) != k_BKSC.size(1)
     return F.scaled_dot_product_attention(
-        q_BHTC, k_BKSC, v_BKSC, bias, dropout_p=dropout, is_causal=new == seen, enable_gqa=grouped
+        q_BHTC, k_BKSC, v_BKSC, bias, dropout_p=dropout, is_causal=new == seen and bias is None, enable_gqa=grouped
     )
 
 

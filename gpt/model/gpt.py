@@ -15,7 +15,7 @@ from gpt.components.facts import owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention, Cache, LayerCache
 from gpt.model.ffn import DenseFfn, MixtureOfExperts
-from gpt.model.layers import INIT_STD, Linear, build_norm, build_position, linear
+from gpt.model.layers import INIT_STD, Documents, Linear, build_norm, build_position, linear
 
 # Transformer block: the unit that is repeated, and the unit that a strategy shards.
 #
@@ -39,14 +39,14 @@ class Block(nn.Module):
         self.post = config.norm_position is NormPosition.post
         self.parallel = config.parallel_residual
 
-    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, past: LayerCache | Documents | None = None) -> Tensor:
         if self.post:
-            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, cache)))
+            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, past)))
             return self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD)))
         if self.parallel:
-            attended_BTD = self.dropout(self.attention(self.attention_norm(x_BTD), cache))
+            attended_BTD = self.dropout(self.attention(self.attention_norm(x_BTD), past))
             return x_BTD + attended_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), cache))
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), past))
         return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
 
 
@@ -206,22 +206,26 @@ class GPT(nn.Module):
         self.pads_logits = False
         """True if logits have the columns of padding, too, for a loss that ignores these."""
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, past: Cache | Documents | None = None) -> Tensor:
         """Compute the logits of the token after each position, (B, T) integers -> (B, T, V).
 
         With a cache (gpt/model/attention.py), the T tokens follow the cached ones, and are added to the cache. All
-        tokens together are at most ``block_size``.
+        tokens together are at most ``block_size``. With documents, a token attends to its own document.
         """
-        start = 0 if cache is None else cache.length
-        seen = start + tokens_BT.size(1)
+        cache = past if isinstance(past, Cache) else None
+        start = past.positions if isinstance(past, Documents) else 0 if cache is None else cache.length
+        seen = (0 if cache is None else cache.length) + tokens_BT.size(1)
         assert seen <= self.config.block_size, f"{seen} tokens in a model of block_size={self.config.block_size}"
         x_BTD = self.embed(tokens_BT, start)
         for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD) if cache is None else block(x_BTD, cache.layer(index))
+            x_BTD = block(x_BTD) if past is None else block(x_BTD, past if cache is None else cache.layer(index))
         return self.logits(x_BTD)
 
-    def embed(self, tokens_BT: Tensor, start: int = 0) -> Tensor:
-        """Compute the hidden states before the first block, (B, T) -> (B, T, D); the first token is at ``start``."""
+    def embed(self, tokens_BT: Tensor, start: int | Tensor = 0) -> Tensor:
+        """Compute the hidden states before the first block, (B, T) -> (B, T, D).
+
+        ``start`` is the position of the first token, or the positions of all tokens, (B, T).
+        """
         x_BTD = self.token_embedding(tokens_BT)
         if self.position is not None:
             x_BTD = self.position(x_BTD, start)
@@ -281,11 +285,11 @@ class Stage(GPT):
         if last:
             self.norm, self.head = whole.norm, whole.head
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Cache | Documents | None = None) -> Tensor:
         """Compute hidden states or logits from tokens or hidden states."""
-        assert cache is None, "a stage does not generate"
+        assert not isinstance(past, Cache), "a stage does not generate"
         if self.first:
-            x = self.embed(x)
+            x = self.embed(x, 0 if past is None else past.positions)
         for block in self.blocks:
-            x = block(x)
+            x = block(x) if past is None else block(x, past)
         return self.logits(x) if self.last else x

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from gpt.components import load_part
-from gpt.config import LOSS_CHUNK, ModelConfig, Norm, Position, Precision, RopeScaling, TrainConfig
+from gpt.config import LOSS_CHUNK, ModelConfig, Norm, Pack, Position, Precision, RopeScaling, TrainConfig
 
 
 def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
@@ -142,7 +142,9 @@ class LearnedPosition(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         self.positions_T: Tensor | None = None
 
-    def forward(self, x_BTD: Tensor, start: int = 0) -> Tensor:
+    def forward(self, x_BTD: Tensor, start: int | Tensor = 0) -> Tensor:
+        if isinstance(start, Tensor):
+            return x_BTD + F.embedding(start, self.weight)
         tokens = slice(start, start + x_BTD.size(1))
         if self.positions_T is not None:
             return x_BTD + F.embedding(self.positions_T[tokens], self.weight)
@@ -178,9 +180,13 @@ class Rope(nn.Module):
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
-    def forward(self, x_BTHC: Tensor, start: int = 0) -> Tensor:
-        tokens = slice(start, start + x_BTHC.size(1))
-        rows = tokens if self.positions_T is None else self.positions_T[tokens]
+    def forward(self, x_BTHC: Tensor, start: int | Tensor = 0) -> Tensor:
+        rows: slice | Tensor
+        if isinstance(start, Tensor):
+            rows = start
+        else:
+            tokens = slice(start, start + x_BTHC.size(1))
+            rows = tokens if self.positions_T is None else self.positions_T[tokens]
         # fp32 tables promote bf16 queries and keys, while the values stay bf16.
         turned: Tensor = Rotation.apply(x_BTHC, self.cos[rows, None], self.sin[rows, None])
         return turned.type_as(x_BTHC)
@@ -244,6 +250,32 @@ def set_positions(module: nn.Module, positions_T: Tensor) -> None:
             part.positions_T = positions_T
 
 
+class Documents(NamedTuple):
+    """Documents in the sequences of a batch, as attention and positions take them."""
+
+    positions: Tensor
+    """Position of each token in its document, (B, T) integers."""
+    bias: Tensor
+    """Addend to the scores of attention, (B, 1, T, T): 0 for a token of the same document that is not later, else minus
+    infinity. It has the dtype of queries and keys, because torch would convert another one in each layer."""
+
+
+def find_documents(config: TrainConfig, targets_BT: Tensor) -> Documents | None:
+    """Return the documents of a batch, each of which ends with a token without target; None without packing.
+
+    A document that begins in an earlier sequence begins anew with the first token. Memory: B x T x T numbers.
+    """
+    if config.data.pack is Pack.none:
+        return None
+    ends_BT = targets_BT < 0
+    index_T = torch.arange(ends_BT.size(1), device=ends_BT.device)
+    starts_BT = F.pad(ends_BT[:, :-1], (1, 0))
+    first_BT = (index_T * starts_BT).cummax(1).values
+    hidden_BTT = (first_BT.unsqueeze(2) != first_BT.unsqueeze(1)) | (index_T > index_T.unsqueeze(1))
+    bias_BTT = torch.zeros(hidden_BTT.shape, dtype=COMPUTE_DTYPES[config.precision], device=ends_BT.device)
+    return Documents(index_T - first_BT, bias_BTT.masked_fill_(hidden_BTT, -math.inf).unsqueeze(1))
+
+
 def rotation_rates(config: ModelConfig) -> Tensor:
     """Compute the angle per position of each pair of channels, (C/2,) in float64 on the CPU, fastest first.
 
@@ -298,8 +330,8 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int | None = None) -> Tensor:
     """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32.
 
-    The columns from ``vocab_size`` on are padding; None means that there are none. A slice of the logits would be as
-    good, but its backward pass would copy the gradient.
+    Targets below 0 do not count. The columns from ``vocab_size`` on are padding; None means that there are none. A
+    slice of the logits would be as good, but its backward pass would copy the gradient.
     """
     summed_loss: Tensor = CrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), vocab_size)
     return summed_loss
@@ -318,10 +350,10 @@ class CrossEntropy(torch.autograd.Function):
         ctx.vocab_size, logits_NV = vocab_size, logits_NV[:, :vocab_size]
         chunks = zip(in_chunks(logits_NV), in_chunks(targets_N, logits_NV), strict=True)
         found = [
-            logits_RV.log_softmax(-1, dtype=torch.float32).gather(-1, targets_R.unsqueeze(-1))
+            logits_RV.log_softmax(-1, dtype=torch.float32).gather(-1, targets_R.clamp(min=0).unsqueeze(-1))
             for logits_RV, targets_R in chunks
         ]
-        return -torch.cat(found).sum()
+        return -torch.cat(found).masked_fill_(targets_N.unsqueeze(-1) < 0, 0).sum()
 
     @staticmethod
     @once_differentiable
@@ -330,13 +362,13 @@ class CrossEntropy(torch.autograd.Function):
         whole_NV = torch.empty_like(logits_NV)
         grad_NV, logits_NV = whole_NV[:, : ctx.vocab_size], logits_NV[:, : ctx.vocab_size]
         whole_NV[:, grad_NV.size(1) :] = 0
-        columns_N1 = targets_N.unsqueeze(-1)
-        minus_N1 = gradient.neg().expand(columns_N1.shape)
-        parts = [in_chunks(x, logits_NV) for x in (grad_NV, logits_NV, columns_N1, minus_N1)]
-        for grad_RV, logits_RV, column_R1, minus_R1 in zip(*parts, strict=True):
+        columns_N1 = targets_N.clamp(min=0).unsqueeze(-1)
+        each_N1 = gradient * (targets_N >= 0).unsqueeze(-1)
+        parts = [in_chunks(x, logits_NV) for x in (grad_NV, logits_NV, columns_N1, each_N1)]
+        for grad_RV, logits_RV, column_R1, each_R1 in zip(*parts, strict=True):
             own = grad_RV.dtype == torch.float32
             softmax_RV = torch.softmax(logits_RV, -1, dtype=torch.float32, out=grad_RV if own else None)
-            softmax_RV.mul_(gradient).scatter_add_(-1, column_R1, minus_R1)
+            softmax_RV.mul_(each_R1).scatter_add_(-1, column_R1, -each_R1)
             if not own:
                 grad_RV.copy_(softmax_RV)
         return whole_NV, None, None
@@ -388,6 +420,8 @@ def summed_loss(
     criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Tensor:
     """Compute the loss of one forward pass in nats, summed over the tokens, by ``criterion(logits, targets)``, ()."""
+    targets_BT = targets_BT.to(device, non_blocking=True)
+    documents = find_documents(config, targets_BT)
     with autocast(config, device):
-        logits_BTV = module(tokens_BT.to(device, non_blocking=True))
-    return criterion(logits_BTV, targets_BT.to(device, non_blocking=True))
+        logits_BTV = module(tokens_BT.to(device, non_blocking=True), *([] if documents is None else [documents]))
+    return criterion(logits_BTV, targets_BT)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, ge
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpt.checkpoint.formats import TensorFiles
-from gpt.config import Precision, TrainConfig
+from gpt.config import Pack, Precision, TrainConfig
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.layers import cross_entropy, summed_loss
 from gpt.parallel.compile import compile_loss
@@ -198,13 +198,16 @@ class Engine:
     """Loss scale of fp16, for records and checkpoints; None in other precisions."""
     loss_weight: float = 1.0
     """1, or 0 if another rank computes and reports the loss of the same tokens."""
+    counted: Tensor | None = None
+    """Targets of the global batch of the last step, () float64; None if every token has a target."""
     waits_as: str = WORLD
     """Name under which the timeline of a step records the wait of ``clip``."""
 
     def __init__(self, layout: RunLayout, averaged: int) -> None:
         self.config, self.world, self.dims, self.batch = layout.config, layout.world, layout.dims, layout.batch
         self.on_micro_batch: Callable[[], None] = do_nothing
-        self.scale = averaged / (self.batch.global_batch * self.config.model.block_size)
+        self._averaged = averaged
+        self.scale: float | Tensor = averaged / (self.batch.global_batch * self.config.model.block_size)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         """Run forward and backward over all micro-batches; leave the gradients of the mean loss over the global batch.
@@ -218,6 +221,9 @@ class Engine:
             This rank's part of the summed loss, () float64: over all ranks each token counts once.
         """
         self.on_micro_batch = on_micro_batch
+        if self.config.data.pack is Pack.documents:
+            self.counted = self._count_targets(targets_BT)
+            self.scale = (self._averaged / self.counted.clamp(min=1)).float()
         self.begin_backward()
         loss_sum = self.run_micro_batches(tokens_BT, targets_BT)
         self.reduce_gradients()
@@ -225,6 +231,11 @@ class Engine:
         if self.loss_scale is not None:
             self.loss_scale.unscale([local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None])
         return loss_sum * self.loss_weight
+
+    def _count_targets(self, targets_BT: Tensor) -> Tensor:
+        """Count the targets of the global batch, () float64, from the targets of this rank. Collective."""
+        mine = (targets_BT >= 0).sum().double().to(self.world.device)
+        return self.world.all_reduce(mine) * self.batch.ranks / self.world.size  # others have the same sequences
 
     def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Run forward and backward over all micro-batches; return the summed loss, () float64. See ``backward``."""

@@ -27,9 +27,9 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from gpt.config import Schedule
+from gpt.config import Pack, Schedule
 from gpt.model.gpt import GPT, Stage, Weights
-from gpt.model.layers import COMPUTE_DTYPES, autocast
+from gpt.model.layers import COMPUTE_DTYPES, autocast, find_documents
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import mesh_without
 from gpt.parallel.dtensor import local_tensor
@@ -202,7 +202,9 @@ class PipelineEngine(NDEngine):
         targets_BT = self.local_tokens(targets_BT).to(self.world.device, non_blocking=True)
         with scheduling():
             inputs = [own_BT] if 0 in self.stages else []
-            self._schedule.step(*inputs, target=targets_BT, losses=losses, return_outputs=False)
+            # Every stage finds the documents of a micro-batch in its targets.
+            packed = {"targets_BT": targets_BT} if self.config.data.pack is Pack.documents else {}
+            self._schedule.step(*inputs, target=targets_BT, losses=losses, return_outputs=False, **packed)
         if not losses:
             return torch.zeros((), dtype=torch.float64, device=self.world.device)
         return torch.stack([loss.detach().double() for loss in losses]).sum() / self.gradient_factor
@@ -214,15 +216,16 @@ class PipelineEngine(NDEngine):
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         # Forward only. A rank continues as soon as it has sent its activations, so consecutive calls fill the pipeline.
         x = self.local_tokens(tokens_BT).to(self.world.device)
+        targets_BT = self.local_tokens(targets_BT).to(self.world.device)
         total = torch.zeros((), device=self.world.device)
         for index, stage in self.stages.items():
             if index and index - 1 not in self.stages:
                 x = self._hidden(len(tokens_BT), self.world.device)
                 dist.recv(x, self.global_rank(index - 1), self.group)
-            x = stage(x)
+            x = stage(x, targets_BT)
             reshard(stage)
             if stage.last:
-                total = self.criterion(x, self.local_tokens(targets_BT).to(self.world.device))
+                total = self.criterion(x, targets_BT)
             elif index + 1 not in self.stages:
                 dist.send(x.contiguous(), self.global_rank(index + 1), self.group)
         return total * self.loss_weight
@@ -239,10 +242,13 @@ class PipelineEngine(NDEngine):
         """Return the global rank that holds a stage of this pipeline."""
         return dist.get_global_rank(self.group, self._owner[stage])
 
-    def _run_stage(self, forward: Callable[[Tensor], Tensor], last: bool, x: Tensor) -> Tensor:
+    def _run_stage(
+        self, forward: Callable[..., Tensor], last: bool, x: Tensor, targets_BT: Tensor | None = None
+    ) -> Tensor:
         self.on_micro_batch()
+        documents = None if targets_BT is None else find_documents(self.config, targets_BT)
         with autocast(self.config, self.world.device):
-            y = forward(x)
+            y = forward(x) if documents is None else forward(x, documents)
         return y if last else y.to(self._hidden(0, torch.device("meta")).dtype)
 
     def _hidden(self, sequences: int, device: torch.device) -> Tensor:

@@ -118,18 +118,20 @@ class ShardedCrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums_2N, group=group)
         rest_N, target_N = sums_2N[0].log(), sums_2N[1]
         ctx.tokens = tokens
-        ctx.save_for_backward(logits_NV, column_N, here_N, peak_N, rest_N, target_N)
-        return (rest_N - target_N).sum()
+        counts_N = targets_N >= 0
+        ctx.save_for_backward(logits_NV, column_N, here_N, peak_N, rest_N, target_N, counts_N)
+        return (rest_N - target_N).masked_fill(~counts_N, 0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits_NV, column_N, here_N, peak_N, rest_N, target_N = ctx.saved_tensors
+        logits_NV, column_N, here_N, peak_N, rest_N, target_N, counts_N = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
         grad_NV[:, ctx.tokens :] = 0
         if ctx.tokens:
             own = slice(None), slice(ctx.tokens)
-            write_softmax(grad_NV[own], logits_NV[own], peak_N, rest_N - gradient.log())
+            # Minus infinity is the logarithm of the gradient of a token that does not count.
+            write_softmax(grad_NV[own], logits_NV[own], peak_N, rest_N - (gradient * counts_N).log())
             column_N1 = column_N.unsqueeze(-1)
             of_target_N1 = (((target_N - rest_N).exp() - 1) * gradient).unsqueeze(-1).type_as(grad_NV)
             kept_N1 = grad_NV.gather(-1, column_N1)
@@ -259,9 +261,13 @@ class Replicated(ParallelStyle):
         return module
 
 
-def shift_positions(forward: Callable[[Tensor, int], Tensor], slices: int, x_BTD: Tensor, start: int = 0) -> Tensor:
-    """Call ``forward`` with its first position moved by ``slices`` sequence shards of this length."""
-    return forward(x_BTD, start + slices * x_BTD.size(1))
+def shift_positions(
+    forward: Callable[[Tensor, int | Tensor], Tensor], slices: int, x_BTD: Tensor, start: int | Tensor = 0
+) -> Tensor:
+    """Call ``forward`` with its first position moved by ``slices`` sequence shards of this length, or with the shard of
+    the positions (B, T) of all tokens."""
+    first, length = slices * x_BTD.size(1), x_BTD.size(1)
+    return forward(x_BTD, start[:, first : first + length] if isinstance(start, Tensor) else start + first)
 
 
 class ShardedMixture(ParallelStyle):

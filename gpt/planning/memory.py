@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from gpt.accounting import BF16, FP32, GIB, count, count_hidden
 from gpt.components.facts import optimizer_state
-from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, ReduceDtype, Schedule, Strategy, TrainConfig
+from gpt.config import LOSS_CHUNK, CpMethod, Pack, ParallelConfig, ReduceDtype, Schedule, Strategy, TrainConfig
 from gpt.config.optim import MUON
 from gpt.planning.rank_shards import (
     ParallelFactors,
@@ -264,6 +264,9 @@ def activations(
     around = in_flight * sum(
         stage.first * per_micro_batch.embedding + stage.last * per_micro_batch.final for stage in stages
     )
+    if config.data.pack is Pack.documents:  # the bias of attention, which all blocks of a stage share
+        width = BF16 if config.precision.is_half else FP32
+        around += in_flight * len(stages) * batch.micro * model.block_size**2 * width
     if dims.pp == 1:
         return inside + around
     hidden = factors.tokens(model, batch.micro) * FP32 * model.n_embd

@@ -71,7 +71,7 @@ def as_on_gpu() -> None:
     replace_functions(
         (layers, "chunk_elements", lambda _: LOSS_CHUNK),
         (layers.LinearOnCpu, "apply", functional.linear),
-        (attention, "sdpa_attention", lambda q, k, v, _: kernel(q, k, v, 0.0)),  # a GPU keeps no T x T for dropout
+        (attention, "sdpa_attention", lambda q, k, v, _, bias=None: kernel(q, k, v, 0.0, bias)),  # no T x T of dropout
         *((module, "causal_bias", lambda *_: None) for module in (attention, context)),  # nor for a mask
         *((functional, name, in_fp32(getattr(functional, name))) for name in ("layer_norm", "rms_norm")),
     )

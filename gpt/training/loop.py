@@ -53,7 +53,7 @@ def mean_loss(
     share: EvaluationShare,
     on_pass: Callable[[], object] = lambda: None,
 ) -> float:
-    """Return the mean cross-entropy of the first validation sequences, nats per token. Collective.
+    """Return the mean cross-entropy of the first validation sequences, nats per target that counts. Collective.
 
     The sequences are the same for any number of ranks.
 
@@ -69,7 +69,7 @@ def mean_loss(
     mine = np.arange(share.part, share.sequences, share.parts)
     was_training = module.training
     module.eval()
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    total, counted = torch.zeros((), dtype=torch.float64, device=world.device), 0
     for i in range(math.ceil(math.ceil(share.sequences / share.parts) / share.batch)):
         on_pass()
         part = mine[i * share.batch : (i + 1) * share.batch]
@@ -78,8 +78,11 @@ def mean_loss(
         summed = loss(tokens_BT, targets_BT)
         if len(part):
             total += summed
+            counted += int((targets_BT >= 0).sum())
     module.train(was_training)
-    return world.all_reduce(total).item() / (share.sequences * samples.block_size)
+    sums = world.all_reduce(torch.stack([total, torch.full_like(total, counted)]))
+    summed_loss, targets = sums.tolist()
+    return summed_loss / max(1, targets * share.parts / world.size)  # the other ranks have the same sequences
 
 
 # The training loop: steps, and the work between them: evaluations, checkpoints, records, roll-backs, the end.

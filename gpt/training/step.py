@@ -184,7 +184,8 @@ class QueuedStep:
             if name in figures:
                 setattr(record, name, figures[name][0])
         is_sound = math.isfinite(grad_norm) and math.isfinite(flaw)
-        record.loss = loss_sum / self.tokens if math.isfinite(loss_sum) else None
+        (counted,) = figures.get("counted", [self.tokens])  # the targets of the global batch
+        record.loss = loss_sum / max(1, counted) if math.isfinite(loss_sum) else None
         record.grad_norm = grad_norm if is_sound else None
         record.step_time_s, record.time = ended - since, time.time()
         record.tokens_per_s = self.tokens / record.step_time_s
@@ -258,6 +259,8 @@ def queue_step(
         after["expert_imbalance"] = balance_experts(engine, world, skip | grad_norm.isfinite().logical_not())
     if loss_scale is not None:
         after["loss_scale"] = loss_scale
+    if engine.counted is not None:
+        after["counted"] = engine.counted
     run.step = step
     tokens = run.tokens_per_step
     record = StepRecord(
