@@ -358,7 +358,7 @@ TOKENS = {
     "gpt/metrics": 4_680,
     "gpt_launch": 740,
     "hydra_plugins": 2_470,
-    "launch/agent": 30_930,
+    "launch/agent": 30_970,
     "launch/bench_network": 2_850,
     "launch/config": 4_110,
     "launch/doctor": 8_070,
