@@ -3,16 +3,16 @@
     python -m benchmarks.scale.agents --write
     python -m benchmarks.scale.agents --agents 8,64
 
-All agents run on this machine: the head node's agent is a process, the others are threads of a few processes. Each has
-its own connection to the store of the head node, its own heartbeat, and the heartbeat file of one rank, which does
-nothing. So messages, signatures, sockets and files are real, and the network and the ranks are not. The processes of
-the other agents share the cores with the head node's process, which on a cluster has its node for itself: times are
+All agents run on this machine: the head node's agent is a process, all other agents are threads of a few processes.
+Each has its own connection to the store of the head node, its own heartbeat, and the heartbeat file of one rank, which
+does nothing. So messages, signatures, sockets and files are real, and the network and the ranks are not. The processes
+of the other agents share the cores with the head node's process, which on a cluster has its node for itself: times are
 upper bounds. On two cores, 2,048 agents were silent for longer than `resilience.node_timeout_s=30`. "Meet" is the time
 from the start of the last process until all agents are in the first round. "Stop" is the time from a request to stop
-until the last agent has told its rank at which step to stop. "Lost" is the time from the last sign of life of one node
-until the head node calls it lost, beyond `resilience.node_timeout_s`; it is below zero where the clock of the silence
-is ahead by less than its tick of half a second. CPU, memory, open files and connections are those of the head node's
-process; the CPU is that of ten seconds in which nothing happens.
+until the last agent has set the step of the stop for its rank. "Lost" is the time from the last sign of life of one
+node until the head node calls it lost, beyond `resilience.node_timeout_s`; it is below zero where the clock of the
+silence is ahead by less than its tick of half a second. CPU, memory, open files and connections are those of the head
+node's process; the CPU is that of ten seconds in which nothing happens.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ TITLES = (
     "memory, MiB",
     "open files",
     "connections",
-    "measured",
 )
 
 
@@ -120,7 +119,8 @@ def lead(folder: RunFolder, count: int) -> None:
     """Run the agent of the head node, and print what it took as JSON."""
     raise_open_files()
     folder.record_event("agent_started", job="job")
-    group, process, config = join(folder, 0, config_of(count)), psutil.Process(), config_of(count)
+    process, config = psutil.Process(), config_of(count)
+    group = join(folder, 0, config)
     rdzv = group.next_round(0)
     assert rdzv is not None and len(rdzv.members) == count
     met = time.time()
@@ -194,13 +194,13 @@ def main() -> int:
         lead(folder, count)
     for count in counts:
         row = measure(count)
-        print("  ".join(f"{title}: {cell}" for title, cell in zip(TITLES, row, strict=False)), flush=True)
+        print("  ".join(f"{title}: {cell}" for title, cell in zip(TITLES, row, strict=True)), flush=True)
         if args.write:
             keep(
                 Path(__file__),
                 "Groups of agents",
                 __doc__,
-                f"{stamp(cores())}\n\n{merged(Path(__file__), TITLES[:-1], [row])}",
+                f"{stamp(cores())}\n\n{merged(Path(__file__), TITLES, [row])}",
             )
     return 0
 

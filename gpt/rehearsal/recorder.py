@@ -186,7 +186,7 @@ PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.b
 
 
 def in_backward() -> bool:
-    """Return True inside of a backward pass, which also computes again what was not kept."""
+    """Return True inside of a backward pass, which also recomputes activations that were not kept."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 

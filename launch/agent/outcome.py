@@ -238,9 +238,11 @@ def request_spare_jobs(context: AgentContext, rdzv: RendezvousRound) -> None:
     The jobs are submitted in the background. If Slurm does not accept one, the event log says why.
     """
     node, lacking = context.node, context.config.nodes - len(rdzv.members)
-    awaited = context.group.awaited_jobs()
-    asked = [i for i in awaited if context.events("spare_job", "no_spare_job", job=node.job, node=i)]
-    for index in [i for i in awaited if i not in asked][: max(0, lacking - len(asked))]:
+    if lacking == 0 or node.late == 0:
+        return
+    awaited, requested = context.group.awaited_jobs(), {e["node"] for e in context.events("spare_job", job=node.job)}
+    pending = sum(index in requested for index in awaited)
+    for index in [i for i in awaited if i not in requested][: max(0, lacking - pending)]:
         identity = msgspec.json.encode(replace(node, index=index, switches=())).decode()
         context.record("spare_job", job=node.job, node=index, attempt=rdzv.attempt)
         command = [*CHAIN_COMMAND, str(context.folder.path), node.slurm_job, "--spare", identity]

@@ -65,6 +65,8 @@ class AgentGroup:
         """Numbers of nodes with which the run can start, by its plan, largest first."""
         self.address = endpoint.address
         """Address at which the other nodes reach this node."""
+        self._late = range(node.count, node.count + node.late)
+        """Indices of the nodes that spare jobs may add."""
         self._term = endpoint.term
         self._saw_term = 0.0
         self._log_size = -1
@@ -209,21 +211,19 @@ class AgentGroup:
 
     def can_grow(self, rdzv: RendezvousRound) -> bool:
         """Return whether nodes of spare jobs are ready, with which the next round would have more nodes."""
-        late = range(self._node.count, self._node.count + self._node.late)
-        waiting = {i: self.heartbeat.of(i) for i in late if i not in self.lost and i not in rdzv.members}
+        waiting = {i: self.heartbeat.of(i) for i in self._late if i not in self.lost and i not in rdzv.members}
         alive = [m for i, m in waiting.items() if self._silence(i) <= self._limits.node_timeout_s and not m.faults]
         members = len(rdzv.members)
         return (self._largest_size(members + sum(m.ready > rdzv.number for m in alive)) or 0) > members
 
     def awaited_jobs(self) -> list[int]:
         """Return the indices of the nodes of spare jobs that have neither joined nor been lost."""
-        late = range(self._node.count, self._node.count + self._node.late)
-        return [i for i in late if i not in self.lost and self.heartbeat.silence(i) is None]
+        return [i for i in self._late if i not in self.lost and self.heartbeat.silence(i) is None]
 
     def _remaining(self) -> list[int]:
         """Return the indices of the nodes that are not lost. A node of a spare job counts once it has joined."""
-        awaited = self.awaited_jobs()
-        return [i for i in range(self._node.count + self._node.late) if i not in self.lost and i not in awaited]
+        without = self.lost.keys() | set(self.awaited_jobs())
+        return [i for i in range(self._late.stop) if i not in without]
 
     def _largest_size(self, available: int) -> int | None:
         return next((size for size in self._sizes if size <= available), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat
+from launch.plan.budget import EventLog, Rates, last_heartbeat, used
 from launch.report.goodput import measure_goodput
 from launch.runs.records import UNITS
 from launch.slurm.status import RunStatus
@@ -47,8 +47,7 @@ def samples(point: RunStatus, now: float) -> Iterator[Sample]:
     yield "goodput_ratio", {}, measured.goodput
     for cause, count in measured.interruptions.items():
         yield "interruptions", {"cause": cause}, count
-    found = allocations(EventLog(events, seen), now, Rates().poll_s)
-    yield "node_seconds", {}, sum(max(0.0, ended - one["allocated_at"]) * one["nodes"] for one, ended in found)
+    yield "node_seconds", {}, 3600 * used([EventLog(events, seen)], now, Rates()).node_hours
 
 
 def openmetrics_text(points: Sequence[RunStatus], now: float) -> str:
@@ -60,12 +59,12 @@ def openmetrics_text(points: Sequence[RunStatus], now: float) -> str:
             text = ",".join(f'{name}="{_escaped(label)}"' for name, label in known.items())
             total = "_total" if FAMILIES[family][0] == "counter" else ""
             lines[family].append(f"{PREFIX}{family}{total}{{{text}}} {_number(value)}")
-    told = []
+    blocks = []
     for family, (kind, unit, meaning) in FAMILIES.items():
         name = PREFIX + family
         head = [f"# TYPE {name} {kind}", *([f"# UNIT {name} {unit}"] if unit else []), f"# HELP {name} {meaning}"]
-        told += [*head, *lines[family]] if lines[family] else []
-    return "\n".join([*told, "# EOF", ""])
+        blocks += [*head, *lines[family]] if lines[family] else []
+    return "\n".join([*blocks, "# EOF", ""])
 
 
 def _number(value: float) -> str:
