@@ -261,7 +261,10 @@ Slurm sends TERM and USR2, and ``launch.cancel`` sends URG, which a shell withou
 """
 
 
-AS_IN_CLUSTER = ("signal_delay_s", "partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task")
+AS_IN_CLUSTER = (
+    *("signal_delay_s", "partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task"),
+    "array_parallelism",
+)
 """Parameters of submitit with the same name and value as a key of ``cluster``."""
 
 

@@ -22,6 +22,8 @@ def test_every_shape_of_resources_is_one_array() -> None:
     assert [[p.nodes for p in group] for group in groups] == [[1, 1], [2, 2], [4, 4]]
     assert [directives(sbatch_text(group))["nodes"] for group in groups] == ["1", "2", "4"]
     assert [directives(sbatch_text(group))["array"] for group in groups] == ["0-1%2"] * 3
+    limited = [plan(f"seed={seed}", "cluster.array_parallelism=2") for seed in (1, 2, 3)]
+    assert directives(sbatch_text(limited))["array"] == "0-2%2"
 
 
 def test_the_batch_script_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
