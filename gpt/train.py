@@ -86,7 +86,7 @@ def build(
 ) -> Run:
     """Return a run that is ready to train: data, parallelized model, and the newest checkpoint loaded."""
     config = settle_execution(config, folder, world)
-    keep_compiled(config, world)
+    compiled = keep_compiled(config, world)
     set_matmul_precision(config)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -123,6 +123,7 @@ def build(
         worker=rank,
         early_stop=EarlyStop(config.optim),
         initialised_from=initialised_from,
+        compiled=compiled,
     )
     kept, keeps = config.checkpoint, run.checkpoints.keeps
     if kept.scrub or kept.copy_to is not None:

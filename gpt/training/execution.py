@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import random
+import shutil
+import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -101,15 +105,77 @@ def settle_precision(folder: RunFolder, world: World) -> Precision:
     return Precision[before]
 
 
-def keep_compiled(config: TrainConfig, world: World) -> None:
+class CompileCache:
+    """Compiled code of a run: a folder of each node, and a copy on the shared filesystem for attempts on other nodes.
+
+    So the ranks of many nodes do not write, lock and load the same files over a network. A run on one node uses the
+    shared folder itself.
+
+    Args:
+        shared: folder on the shared filesystem.
+        local: folder of this node.
+    """
+
+    def __init__(self, shared: Path, local: Path) -> None:
+        self.shared, self.local = shared, local
+        self._known: set[Path] = set()
+        """Files of this node that need no copy, or have one."""
+
+    def fetch(self) -> None:
+        """Copy the files of the shared folder to this node."""
+        copy_files(compiled_files(self.shared), self.shared, self.local)
+        self._known = compiled_files(self.local)
+
+    def share(self) -> None:
+        """Copy new files of this node to the shared folder, in the background. Call it while no rank compiles."""
+        new = compiled_files(self.local) - self._known
+        self._known |= new
+        if new:
+            threading.Thread(target=copy_files, args=(new, self.local, self.shared)).start()
+
+
+def compiled_files(folder: Path) -> set[Path]:
+    """Return the files in a compile cache, without locks and files that are being written."""
+    return {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".tmp")}
+
+
+def copy_files(files: Collection[Path], source: Path, target: Path) -> None:
+    """Copy the files of ``source`` that ``target`` lacks. A reader sees whole files only. Log what is impossible."""
+    try:
+        for file in files:
+            copy = target / file.relative_to(source)
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                part = copy.with_name(f"{copy.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+                shutil.copy2(file, part)
+                part.replace(copy)
+    except OSError as error:
+        log.warning("compiled code was not copied from %s to %s: %s", source, target, error)
+
+
+def keep_compiled(config: TrainConfig, world: World) -> CompileCache | None:
     """Have torch's compiler keep its results for later attempts and for runs of the same shapes. Collective.
 
-    The results are kept on the shared filesystem, so later attempts may run on other nodes.
+    Returns:
+        The cache to share from this rank, which is the first of its node; None on other ranks, on a single node,
+        without compilation, and if the user has named a folder.
     """
-    if config.compiles:
-        folder = world.on_first(partial(open_compile_cache, Path(config.output_dir) / ".cache" / "compiled"))
-        if folder is not None and not names_compile_cache():
-            os.environ[COMPILE_CACHE] = folder
+    if not config.compiles:
+        return None
+    folder = world.on_first(partial(open_compile_cache, Path(config.output_dir) / ".cache" / "compiled"))
+    if folder is None or names_compile_cache():
+        return None
+    if world.local_size == world.size:
+        os.environ[COMPILE_CACHE] = folder
+        return None
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
+
+    cache = CompileCache(Path(folder), Path(default_cache_dir(), hashlib.sha256(folder.encode()).hexdigest()[:16]))
+    os.environ[COMPILE_CACHE] = str(cache.local)
+    if world.local_rank == 0:
+        cache.fetch()
+    world.gather(None)  # no rank compiles before the files of its node are there
+    return cache if world.local_rank == 0 else None
 
 
 def names_compile_cache() -> bool:

@@ -259,6 +259,8 @@ class Loop:
         if saves:
             self.writers.keep(record)
             record.checkpoint_s = self._schedule.save(record.val_loss, is_last=is_last, is_stop="stop" in requests)
+            if run.compiled is not None:
+                run.compiled.share()
         elif pause.remembers and guard.may_save:
             started = time.perf_counter()
             start_save(self._run, None, in_memory=True)

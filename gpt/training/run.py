@@ -37,7 +37,7 @@ from gpt.topology import Batch, ParallelDims, refuse_other_rates, settle_steps, 
 from gpt.topology.check_dims import check_parallel_dims, refuse_without_deepspeed
 from gpt.topology.deepspeed_config import ds_config
 from gpt.training import execution as reproducibility
-from gpt.training.execution import best_precision
+from gpt.training.execution import CompileCache, best_precision
 from gpt.training.guards import DivergenceGuard, EarlyStop
 from launch import worker
 from launch.errors import CommandParser, ConfigError
@@ -197,6 +197,8 @@ class Run:
     """Decides whether the run ends early."""
     initialised_from: dict[str, Any] | None = None
     """Source of the first weights of this attempt; None if they were drawn, or came from a checkpoint."""
+    compiled: CompileCache | None = None
+    """Compiled code of this node, which this rank shares with other nodes; None if it shares none."""
     step: int = 0
     """Number of the last step that was done; 0 at first."""
     hosts: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -66,7 +67,7 @@ from launch.worker import Run as Rank
 from tests.support.commands import TINY, run
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
-from tests.support.learning import start
+from tests.support.learning import control_group, start
 from tests.support.small_models import LLAMA, random_tokens, small
 
 MIXTURE = LLAMA | {"ffn": Ffn.moe, "n_expert": 4, "n_expert_per_token": 2}
@@ -333,6 +334,43 @@ def find_compile_cache(rank: int, size: int, folder: Path) -> tuple[str, str, st
 def test_what_is_compiled_lies_where_a_later_attempt_finds_it(tmp_path: Path) -> None:
     expected = str(tmp_path / ".cache" / "compiled")
     assert run_distributed(find_compile_cache, 2, tmp_path) == [(expected, expected, "highest")] * 2
+
+
+def compile_on_nodes(rank: int, size: int, folder: Path) -> tuple[Path, set[str], set[str]]:
+    """The folder of a rank alone on its node, its files at the start, and after a save of the first rank."""
+    os.environ.pop(COMPILE_CACHE)
+    world = World(rank, size, 0, 1, rank, torch.device("cpu"), control_group())
+    config = config_from([*TINY, f"output_dir={folder}", f"data.cache_dir={folder}", "compile=default", "device=cpu"])
+    with (
+        mock.patch("torch._inductor.runtime.cache_dir_utils.default_cache_dir", lambda: str(folder / f"disk{rank}")),
+        mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")),
+    ):
+        run = gpt.train.build(config, RunFolder(folder / "run"), world, 1, Rank())
+    own = Path(os.environ[COMPILE_CACHE])
+    before = {path.name for path in own.rglob("*.so")}
+    if rank == 0:
+        (own / "ab").mkdir(exist_ok=True)
+        (own / "ab" / "new.so").write_bytes(b"kernel")
+        (own / "ab" / "half.tmp").touch()
+    assert run.compiled is not None
+    run.compiled.share()
+    for thread in threading.enumerate():
+        if thread.name.endswith("(copy_files)"):
+            thread.join()
+    run.world.gather(None)
+    return own, before, {str(path.relative_to(folder)) for path in (folder / ".cache").rglob("*.*") if path.is_file()}
+
+
+def test_nodes_compile_in_a_folder_of_their_own_and_share_it_at_a_save(tmp_path: Path) -> None:
+    shared = tmp_path / ".cache" / "compiled"
+    (shared / "cd").mkdir(parents=True)
+    (shared / "cd" / "old.so").write_bytes(b"kernel")
+    found = run_distributed(compile_on_nodes, 2, tmp_path)
+    assert len({own for own, _, _ in found}) == 2
+    for rank, (own, before, after) in enumerate(found):
+        assert own.is_relative_to(tmp_path / f"disk{rank}") and before == {"old.so"}
+        assert after == {".cache/compiled/cd/old.so", ".cache/compiled/ab/new.so"}
+    assert run_distributed(compile_on_nodes, 2, tmp_path)[1][1] == {"old.so", "new.so"}, "the next attempt has both"
 
 
 def test_a_filesystem_without_locks_keeps_nothing_that_is_compiled(
