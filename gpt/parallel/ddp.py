@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model.gpt import GPT
 from gpt.parallel.distributed import build_mesh
-from gpt.parallel.dtensor import set_tensor, split_into_buckets
+from gpt.parallel.dtensor import local_tensor, set_tensor, split_into_buckets
 from gpt.parallel.engine import Clipped, RunLayout, TorchEngine, clip_replica
 from gpt.parallel.timeline import Moment, current, waiting
 from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, ParallelDims
@@ -79,73 +79,123 @@ def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None
 
 
 class GradientBucket:
-    """Parameters whose gradients are reduce-scattered together, and this rank's shards of the sums."""
+    """Parameters whose gradients are reduced together, in one collective over a process group."""
 
-    def __init__(self, parameters: Sequence[SplitParameter], mesh: DeviceMesh) -> None:
-        self.parameters, self._ranks = parameters, mesh.size()
-        sizes = [padded_chunk(whole, self._ranks) for whole, _ in parameters]
-        self.sums = parameters[0].whole.new_zeros(sum(sizes))
-        """This rank's part of the bucket, kept between steps, because the host needs time to make its DTensors."""
-        self.gradients: list[DTensor] = []
-        for (whole, shard), place in zip(parameters, self.sums.split(sizes), strict=True):
-            assert isinstance(shard, DTensor)
-            local = shard.to_local()
-            self.gradients.append(as_row_shard(place[: local.numel()].view_as(local), whole, mesh))
+    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+        self.parameters, self.group = parameters, group
         self.missing: set[nn.Parameter] = set()
         """Parameters whose gradients the backward pass has yet to compute."""
 
-    def fill(self) -> Tensor:
-        """Return all gradients as one flat tensor, ordered by the rank that gets each chunk; set them to None.
+    def send(self) -> None:
+        """Start the collective."""
+        raise NotImplementedError
 
-        A parameter that took no part in the step counts as zeros, as another rank may have used it.
-        """
-        wholes = [whole for whole, _ in self.parameters]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in wholes]
-        flat = torch._chunk_cat(gradients, dim=0, num_chunks=self._ranks)
-        for parameter in wholes:
+    def receive(self) -> None:
+        """Wait for the sums."""
+        raise NotImplementedError
+
+
+class ReplicaBucket(GradientBucket):
+    """A bucket whose gradients are all-reduced (sum). They become views of the bucket, so no sum is copied back."""
+
+    _sums: dist.Work | None = None
+
+    def send(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:  # it took no part in the step, but another rank may have used it
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([local_tensor(p.grad).flatten() for p in self.parameters if p.grad is not None])
+        places = flat.split([local_tensor(p.detach()).numel() for p in self.parameters])
+        for parameter, place in zip(self.parameters, places, strict=True):
+            own = place.view_as(local_tensor(parameter.detach()))
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                own = DTensor.from_local(
+                    own, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+                )
+            parameter.grad = own
+        self._sums = dist.all_reduce(flat, group=self.group, async_op=True)
+
+    def receive(self) -> None:
+        assert self._sums is not None
+        self._sums.wait()
+        self._sums = None
+
+
+class RowBucket(GradientBucket):
+    """A bucket whose gradients are reduce-scattered (sum): each rank gets those of its rows, and no rank keeps more."""
+
+    def __init__(self, pairs: Sequence[SplitParameter], group: dist.ProcessGroup) -> None:
+        super().__init__([whole for whole, _ in pairs], group)
+        sizes = [padded_chunk(whole, group.size()) for whole in self.parameters]
+        self.sums = self.parameters[0].new_zeros(sum(sizes))
+        """This rank's part of the bucket, kept between steps, because the host needs time to make its DTensors."""
+        self._in_flight: tuple[Tensor, Tensor] | None = None
+        """All gradients in one flat tensor, and the tensor in which the sums arrive."""
+        self._gradients: list[tuple[nn.Parameter, DTensor]] = []
+        for (whole, shard), place in zip(pairs, self.sums.split(sizes), strict=True):
+            assert isinstance(shard, DTensor)
+            local = shard.to_local()
+            rows = as_row_shard(place[: local.numel()].view_as(local), whole, shard.device_mesh)
+            self._gradients.append((shard, rows))
+
+    def send(self) -> None:
+        # A parameter that took no part in the step counts as zeros, as another rank may have used it.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in self.parameters]
+        ranks = self.group.size()
+        flat = torch._chunk_cat(gradients, dim=0, num_chunks=ranks).view(-1)  # ordered by the rank that gets a chunk
+        for parameter in self.parameters:
             parameter.grad = None
-        return flat.view(-1)
+        self._in_flight = flat, collectives.reduce_scatter_tensor(flat, "sum", ranks, self.group.group_name)
+
+    def receive(self) -> None:
+        assert self._in_flight is not None
+        self.sums.copy_(collectives.wait_tensor(self._in_flight[1]))
+        self._in_flight = None
+        for shard, gradient in self._gradients:
+            shard.grad = gradient
+
+
+def row_buckets(parameters: Sequence[SplitParameter], mesh: DeviceMesh) -> list[RowBucket]:
+    """Return buckets of at most ``BUCKET_BYTES`` for the parameters that are trained, from the last to the first."""
+    reduced = [pair for pair in reversed(parameters) if pair.whole.requires_grad and pair.whole.numel()]
+    indices = split_into_buckets([pair.whole for pair in reduced], BUCKET_BYTES)
+    return [RowBucket([reduced[index] for index in bucket], mesh.get_group()) for bucket in indices]
 
 
 class GradientReducer:
-    """Reduce-scatter (sum) of gradients in flat buckets, each when the backward pass has computed all its gradients.
+    """Reduction of gradients in flat buckets, each when the backward pass has computed all its gradients.
 
     Buckets are sent in one order, from the last parameters to the first, in whatever order gradients come. So all ranks
     send the same buckets, and every attempt of a run sums in the same order. Only a few buckets are on their way at a
-    time, since a whole gradient is freed only when its bucket has arrived.
+    time, since the memory of a bucket is freed only when its sums have arrived.
+
+    Args:
+        buckets: the buckets in the order in which they are sent.
     """
 
-    def __init__(self, parameters: Sequence[SplitParameter], mesh: DeviceMesh) -> None:
-        self._group = mesh.get_group()
-        reduced = [pair for pair in reversed(parameters) if pair.whole.requires_grad and pair.whole.numel()]
-        indices = split_into_buckets([pair.whole for pair in reduced], BUCKET_BYTES)
-        self._buckets = [GradientBucket([reduced[index] for index in bucket], mesh) for bucket in indices]
-        self._bucket_of: dict[nn.Parameter, GradientBucket] = {}
-        for bucket, held in zip(self._buckets, indices, strict=True):
-            for index in held:
-                whole = reduced[index].whole
-                self._bucket_of[whole] = bucket
-                whole.register_post_accumulate_grad_hook(self._note_gradient)
+    def __init__(self, buckets: Sequence[GradientBucket]) -> None:
+        self._buckets = buckets
+        self._bucket_of = {parameter: bucket for bucket in buckets for parameter in bucket.parameters}
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._note_gradient)
         self._to_send: deque[GradientBucket] = deque()
         """Buckets that the last backward pass of a step has yet to send; empty at other times."""
-        self._in_flight: deque[tuple[GradientBucket, Tensor, Tensor]] = deque()
+        self._in_flight: deque[GradientBucket] = deque()
 
     def begin_last(self) -> None:
         """Have the next backward pass, the last of a step, send each bucket that is complete."""
         for bucket in self._buckets:
-            bucket.missing = {whole for whole, _ in bucket.parameters}
+            bucket.missing = {*bucket.parameters}
         self._to_send.extend(self._buckets)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Send the remaining buckets, wait for all, and give every shard its gradient."""
+        """Send the remaining buckets, and wait for all."""
         while self._to_send:
             self._send(self._to_send.popleft())
         while self._in_flight:
             self._receive()
-        for bucket in self._buckets:
-            for (_, shard), gradient in zip(bucket.parameters, bucket.gradients, strict=True):
-                shard.grad = gradient
 
     def _note_gradient(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -156,14 +206,12 @@ class GradientReducer:
     def _send(self, bucket: GradientBucket) -> None:
         if len(self._in_flight) == BUCKETS_IN_FLIGHT:
             self._receive()
-        flat = bucket.fill()
-        sums = collectives.reduce_scatter_tensor(flat, "sum", self._group.size(), self._group.group_name)
-        self._in_flight.append((bucket, flat, sums))
+        bucket.send()
+        self._in_flight.append(bucket)
 
     def _receive(self) -> None:
-        bucket, _, sums = self._in_flight.popleft()
         with waiting("dp"):
-            bucket.sums.copy_(collectives.wait_tensor(sums))
+            self._in_flight.popleft().receive()
 
 
 # The engines of DDP (arXiv 2006.15704) and ZeRO-1 (arXiv 1910.02054).
@@ -268,7 +316,7 @@ class Zero1Engine(TorchEngine):
         for name, buffer in model.named_buffers():
             set_tensor(shards, name, buffer)  # replicated, and stored whole
         self._wholes = [whole.detach() for whole, _ in pairs]
-        self._reducer = GradientReducer(pairs, self._mesh)
+        self._reducer = GradientReducer(row_buckets(pairs, self._mesh))
         super().__init__(model, shards, layout, averaged=1)
         self.timed_groups = ("dp",)
         self.optimizer.register_step_post_hook(self._all_gather_parameters)

@@ -23,12 +23,13 @@ from gpt.model.gpt import GPT, Weights
 from gpt.model.layers import COMPUTE_DTYPES
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.context import SequenceShard, shard_sequences
+from gpt.parallel.ddp import GradientReducer, ReplicaBucket
 from gpt.parallel.distributed import build_mesh, expert_mesh, mesh_without, shard_mesh
-from gpt.parallel.dtensor import all_reduce_in_buckets, local_tensor, materialize
+from gpt.parallel.dtensor import all_reduce_in_buckets, local_tensor, materialize, split_into_buckets
 from gpt.parallel.engine import RunLayout, TorchEngine
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients, vocabulary_loss
 from gpt.parallel.timeline import waiting
-from gpt.topology import ParallelDims, fsdp_units, shard_dimension
+from gpt.topology import BUCKET_BYTES, ParallelDims, fsdp_units, shard_dimension
 
 # FSDP2 (``fully_shard``): parameters, gradients and optimizer state sharded over the ranks (arXiv 2304.11277).
 #
@@ -283,8 +284,9 @@ class NDEngine(TorchEngine):
         if dims.cp > 1:
             self._sequence = shard_sequences(model, self.mesh["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
-        self._all_reduced: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
-        """Parameters whose gradients this engine all-reduces, with the process group to reduce over."""
+        self._late: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
+        """Parameters whose gradients are sums over tp first, with the process group to all-reduce over after that."""
+        self._reducer = GradientReducer([])
         module, parts = self.split_model(model, layout)
         data = self.mesh
         if dims.ep > 1:
@@ -310,30 +312,51 @@ class NDEngine(TorchEngine):
                     prefetch_forward([[block, *(m.experts for m in find_mixtures(block))] for block in part.blocks])
         home = torch.device("cpu") if self._sharded and config.parallel.cpu_offload else None
         materialize(parts, weights, world.device, home)
-        if not self._sharded:
-            # Replicas all-reduce their gradients after the last micro-batch, without DistributedDataParallel. That
-            # class wants every parameter on one kind of mesh. A pipeline schedule would also end it for one stage while
-            # another stage still computes.
-            mixtures = find_mixtures(module) if dims.ep > 1 else []
-            experts = [parameter for mixture in mixtures for parameter in mixture.experts.parameters()]
-            rest = [p for p in module.parameters() if not any(p is other for other in experts)]
-            for chosen, mesh in ((rest, self.mesh), (experts, data)):
-                self._all_reduced.append((chosen, mesh_without(mesh, "pp", "ep", "tp").get_group()))
         super().__init__(module, module, layout, averaged=dims.data_ranks * dims.cp if self._sharded else 1)
+        if not self._sharded:
+            self._reducer = GradientReducer(self._plan_all_reduce(module, data))
         self.timed_groups = find_timed_groups(config, dims)
 
     def split_model(self, model: GPT, layout: RunLayout) -> tuple[GPT, list[GPT]]:
         """Return this rank's part of the model as one module, and a list of its pieces that are called one by one."""
         return model, [model]
 
+    def _plan_all_reduce(self, module: nn.Module, data: DeviceMesh) -> list[ReplicaBucket]:
+        """Return buckets for the gradients of ``module``, in the order in which the backward pass computes them.
+
+        Replicas all-reduce their gradients without DistributedDataParallel, which wants every parameter on one kind
+        of mesh. Experts are replicated over fewer ranks than the rest, those of ``data`` without ep. Parameters that
+        are replicated over tp go to ``_late``.
+        """
+        parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
+        place = {parameter: index for index, parameter in enumerate(parameters)}
+        mixtures = find_mixtures(module) if self.dims.ep > 1 else []
+        experts = {parameter for mixture in mixtures for parameter in mixture.experts.parameters()}
+        late = {p for p in parameters if isinstance(p, DTensor) and any(q.is_replicate() for q in p.placements)}
+        buckets: list[ReplicaBucket] = []
+        for chosen, mesh in (({*parameters} - experts, self.mesh), (experts, data)):
+            group = mesh_without(mesh, "pp", "ep", "tp").get_group()
+            if group.size() == 1:
+                continue
+            self._late.append((sorted(chosen & late, key=place.__getitem__), group))
+            soon = sorted(chosen - late, key=place.__getitem__, reverse=True)
+            for indices in split_into_buckets([local_tensor(p.detach()) for p in soon], BUCKET_BYTES):
+                buckets.append(ReplicaBucket([soon[index] for index in indices], group))
+        return sorted(buckets, key=lambda bucket: place[bucket.parameters[-1]], reverse=True)
+
     def reduce_gradients(self) -> None:
-        """All-reduce the gradients that FSDP did not reduce in the last backward pass."""
-        if self.dims.tp > 1 and not self._sharded:
+        """Reduce the gradients that were not reduced in the last backward pass."""
+        if self._sharded:
+            return
+        if self.dims.pp > 1:  # a schedule runs the backward passes of its stages in an order of its own
+            self._reducer.begin_last()
+        self._reducer.finish()
+        if self.dims.tp > 1:
             with waiting("tp"):
                 reduce_partial_gradients(self.module, self.mesh["tp"])
-        for parameters, group in self._all_reduced:
-            with waiting("dp"):
-                all_reduce_in_buckets([local_tensor(p.grad) for p in parameters if p.grad is not None], group)
+            for parameters, group in self._late:
+                with waiting("dp"):
+                    all_reduce_in_buckets([local_tensor(p.grad) for p in parameters if p.grad is not None], group)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         loss = super().loss(tokens_BT, targets_BT)
@@ -348,6 +371,8 @@ class NDEngine(TorchEngine):
             each = self.config.parallel.reduce_each_micro_batch
             self.module.set_requires_gradient_sync(last or each)
             self.module.set_requires_all_reduce(last)  # between replicas once, whatever happens inside a replica
+        elif last:
+            self._reducer.begin_last()
         return nullcontext()
 
 

@@ -237,6 +237,11 @@ def execution_warnings(config: TrainConfig, device_name: str | None, best: Preci
             f"parallel.tp={config.parallel.tp} with compile={config.compile.name}: without the compiler each operation "
             "on a sharded matrix goes through Python, which takes longer than the GPU computes: compile=default"
         )
+    if config.parallel.ep > 1 and config.model.capacity_factor is None:
+        yield (
+            f"parallel.ep={config.parallel.ep} without a capacity: in each mixture of experts the host waits, "
+            "since ranks exchange numbers of rows; model.capacity_factor=1.25 needs no wait, but drops some tokens"
+        )
 
 
 def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterator[str]:

@@ -231,9 +231,10 @@ class RankStep:
             last = ring.reduce_scatter(min(BUCKET_BYTES, size))
             return max(last, ring.reduce_scatter(size) - BACKWARD * self.compute_s) + ring.all_gather(size)
         sums = sum(replicas.all_reduce(FP32 * count) for count, replicas in self.groups(*axes))
-        if self.dims.model_ranks * self.dims.ep > 1:
-            return sums  # NDEngine's own all-reduce, after the last micro-batch
-        last = ring.all_reduce(min(DDP_BUCKET_BYTES, FP32 * self.shards.elements))
+        if self.dims.pp > 1:
+            return sums  # after the schedule, which runs the backward passes in an order of its own
+        bucket = BUCKET_BYTES if self.dims.model_ranks * self.dims.ep > 1 else DDP_BUCKET_BYTES
+        last = ring.all_reduce(min(bucket, FP32 * self.shards.elements))
         return max(last, sums - BACKWARD * self.compute_s)
 
     def fsdp(self) -> float:

@@ -239,6 +239,9 @@ def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: i
         held: dict[str, list[Tensor]] = {PARAMETERS: [*engine.module.parameters()], OPTIMIZER: states_of(engine)}
         for kind_of, tensors in held.items():
             recorder.memory.name(tensors, kind_of)
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:  # the gradients of earlier micro-batches may be other tensors
+                parameter.register_post_accumulate_grad_hook(lambda p: recorder.memory.name([p.grad], GRADIENTS))
         with torch.autograd.graph.saved_tensors_hooks(partial(note_saved, recorder), lambda saved: saved):
             queue_step(run, None, Phase.training)
         held[GRADIENTS] = [p.grad for p in engine.trained.parameters() if p.grad is not None]

@@ -288,7 +288,7 @@ def fsdp_units(config: TrainConfig, layers: int) -> list[int]:
     return units
 
 
-# Size of the flat buckets in which gradients are reduced. ZeRO-1's engine uses it, and the plan counts with it.
+# Size of the flat buckets in which ZeRO-1, and DDP with other dimensions, reduce gradients; the plan counts with it.
 
 
 BUCKET_BYTES = 32 * 2**20

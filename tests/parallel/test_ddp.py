@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._pytree import tree_leaves
 
 from gpt.accounting import count
-from gpt.parallel import ddp
-from gpt.parallel.ddp import DDPEngine, GradientReducer, all_gather_rows, split_parameter
+from gpt.parallel import ddp, nd
+from gpt.parallel.ddp import DDPEngine, GradientReducer, all_gather_rows, row_buckets, split_parameter
 from gpt.parallel.dtensor import local_tensor, split_into_buckets
 from tests.support.distributed import run_distributed
 from tests.support.learning import TINY, Alive, Operations, start, step
@@ -113,8 +114,7 @@ class Collectives(Operations):
     def _count(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         if "c10d" not in name or "wait" in name:
             return False
-        tensors = args[0] if isinstance(args[0], list) else [args[0]]
-        self.bytes[name.split(".")[1]] += sum(tensor.nbytes for tensor in tensors)
+        self.bytes[name.split(".")[1]] += sum(tensor.nbytes for tensor in tree_leaves(args[0]))
         return True
 
 
@@ -147,7 +147,7 @@ def reduce(rank: int, size: int) -> None:
     tensors[FROZEN].requires_grad_(False)
     pairs = [split_parameter(tensor, mesh) for tensor in tensors]
     with mock.patch.object(ddp, "BUCKET_BYTES", SMALL):
-        reducer = GradientReducer(pairs, mesh)
+        reducer = GradientReducer(row_buckets(pairs, mesh))
     expected = [torch.zeros_like(tensor) for tensor in tensors]
     used = [i for i in range(PARAMETERS) if i != FROZEN and (i != UNUSED or rank == 0)]
 
@@ -219,3 +219,32 @@ def test_a_step_reduces_each_gradient_once_and_gathers_each_parameter_once(tmp_p
     assert found["zero1"]["all_gather_into_tensor"] * 2 == found["zero1"]["reduce_scatter_tensor"]
     assert found["zero1"]["allreduce_"] <= figures
     assert found["ddp"].keys() == {"allreduce_", "parameters"} and found["ddp"]["allreduce_"] >= size
+
+
+# Replicas of engines with other dimensions reduce their gradients while the backward pass computes others.
+
+
+def sent_before_the_end(rank: int, size: int, folder: Path) -> dict[str, tuple[int, int, Counter[str], int]]:
+    """Buckets, those that were left after the backward passes, bytes of collectives and of parameters, by layout."""
+    found = {}
+    for name, settings in LAYOUTS.items():
+        with mock.patch.object(nd, "BUCKET_BYTES", SMALL):
+            run = start(rank, size, folder / name, *TINY, *settings, "parallel.strategy=ddp", "optim.max_micro_batch=2")
+        assert isinstance(run.engine, nd.NDEngine) and run.batch.accumulation > 1
+        reducer, left = run.engine._reducer, []
+        run.engine.reduce_gradients = lambda r=reducer, f=reducer.finish, n=left: (n.append(len(r._to_send)), f())  # type: ignore
+        tokens_BT = torch.zeros(run.batch.per_rank, run.config.model.block_size, dtype=torch.long)
+        with Collectives() as seen:
+            run.engine.backward(tokens_BT, tokens_BT, lambda: None)
+        found[name] = len(reducer._buckets), left[0], seen.bytes, 4 * sum(p.numel() for p in reducer._bucket_of)
+    return found
+
+
+LAYOUTS = {"cp": ["parallel.cp=2"], "ep": ["parallel.ep=2", "model.ffn=moe", "model.n_expert=4"]}
+
+
+def test_replicas_with_cp_and_ep_reduce_each_bucket_before_the_backward_pass_ends(tmp_path: Path) -> None:
+    for found in run_distributed(sent_before_the_end, 2, tmp_path / "runs"):
+        for buckets, left, sent, size in found.values():
+            assert buckets > 10 and left == 0
+            assert sent["allreduce_"] == size, "each gradient once, after the last micro-batch"

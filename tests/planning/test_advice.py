@@ -144,6 +144,14 @@ def test_tensor_parallelism_on_gpus_that_is_not_compiled_is_warned_of() -> None:
         assert not warned("tp=", *words, *further), further
 
 
+def test_experts_on_gpus_whose_exchange_waits_for_the_host_are_warned_of() -> None:
+    words = (*GPUS[:3], "model=moe_200m", "optim=moe", "parallel=ep", "parallel.ep=2")
+    (told,) = warned("ep=", *words)
+    assert told.startswith("parallel.ep=2 without a capacity: ") and "model.capacity_factor=1.25" in told
+    for further in (("model.capacity_factor=1.25",), ("device=cpu",), ("parallel.ep=1",)):
+        assert not warned("ep=", *words, *further), further
+
+
 @pytest.mark.parametrize(("name", "times"), [("NVIDIA B200", "many"), ("NVIDIA A100-SXM4-40GB", "about 16")])
 def test_the_factor_of_bf16_is_that_of_the_peaks(name: str, times: str) -> None:
     assert [times in warning for warning in slow_precision(name, Precision.fp32)] == [True]
