@@ -30,6 +30,7 @@ from gpt.config.optim import DivergenceConfig, OptimConfig
 from gpt.config.parallel import CpMethod, ParallelConfig, ReduceDtype, Schedule, Strategy
 from gpt.config.rules import nearest_divisor
 from gpt.config.train import (
+    LOGITS_AT_ONCE,
     LOSS_CHUNK,
     CheckpointConfig,
     CompileMode,
@@ -42,6 +43,7 @@ from gpt.config.train import (
 
 __all__ = [
     "BYTE_VOCAB",
+    "LOGITS_AT_ONCE",
     "LOSS_CHUNK",
     "Activation",
     "AttentionBackend",

@@ -148,6 +148,10 @@ LOSS_CHUNK = 2**23
 """Number of logits of which the loss has fp32 copies at a time: 32 MiB. This keeps a GPU busy and fits into its cache
 (an H100's L2 has 50 MB), so that passes over a chunk need not reach the GPU's memory."""
 
+LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**21}
+"""Number of logits of a chunk of ``ChunkedLoss`` by type of device: 128 MiB in 16 bits, 8 MiB in fp32. With fewer, the
+gradient of the output matrix takes more time, because each chunk reads and writes it."""
+
 
 @dataclass
 class TrainConfig(RunConfig):
@@ -178,6 +182,9 @@ class TrainConfig(RunConfig):
     CPUs. Changes the last bits."""
     compile_fullgraph: bool = False
     """End the run if torch.compile cannot compile a whole block, instead of running the rest of the block eagerly."""
+    chunked_loss: bool = False
+    """Compute the loss from hidden states and output matrix, some tokens at a time. The logits of all tokens and their
+    gradient are never in memory, so a micro-batch can be larger. The loss is the same but for rounding."""
     recompute: Recompute = Recompute.none
     """Less memory for activations, for up to a third more computing. The loss does not change."""
     deterministic: bool = False
@@ -216,6 +223,7 @@ class TrainConfig(RunConfig):
         check_numbers("", self, ("profile_from",), seed=(0, 2**63 - 1))
         check_tf32(self)
         check_float8(self)
+        check_chunked_loss(self)
         check_packing(self)
         if self.checkpoint.in_memory and self.parallel.strategy is Strategy.deepspeed:
             raise ConfigError(
@@ -298,6 +306,19 @@ def check_float8(config: TrainConfig) -> None:
             f"{found} with {key} of {size}",
             f"multiples of {FLOAT8_MULTIPLE} on both sides of every matrix",
             f"a model whose {key} is {-(-size // FLOAT8_MULTIPLE) * FLOAT8_MULTIPLE}, or float8=none",
+        )
+
+
+def check_chunked_loss(config: TrainConfig) -> None:
+    """Raise ConfigError if a chunked loss would need parts of other ranks, or runs under DeepSpeed."""
+    parallel = config.parallel
+    deepspeed = parallel.strategy is Strategy.deepspeed
+    if config.chunked_loss and (parallel.tp > 1 or parallel.pp > 1 or deepspeed):
+        split = "DeepSpeed" if deepspeed else f"parallel.{'tp' if parallel.tp > 1 else 'pp'} above 1"
+        raise ConfigError(
+            f"chunked_loss=true with {split}",
+            "an engine of torch, with the last layer and the output matrix whole on each rank",
+            "parallel=fsdp, or chunked_loss=false",
         )
 
 

@@ -15,7 +15,16 @@ from gpt.components.facts import owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention, Cache, LayerCache
 from gpt.model.ffn import DenseFfn, MixtureOfExperts
-from gpt.model.layers import INIT_STD, Documents, Linear, build_norm, build_position, linear
+from gpt.model.layers import (
+    INIT_STD,
+    Documents,
+    Linear,
+    build_norm,
+    build_position,
+    chunked_loss,
+    linear,
+    loss_and_gradient,
+)
 
 # Transformer block: the unit that is repeated, and the unit that a strategy shards.
 #
@@ -185,9 +194,19 @@ class TiedHead(nn.Module):
     Each call passes the matrix. If two modules owned it, ``to_empty`` would make two tensors of it on the meta device.
     """
 
-    def forward(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        """Compute logits, (B, T, D) -> (B, T, V)."""
-        return linear(x_BTD, weight_VD)
+    def forward(
+        self, x_BTD: Tensor, weight_VD: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Compute logits, (B, T, D) -> (B, T, V), or their summed loss, ()."""
+        return linear(x_BTD, weight_VD) if loss is None else loss(x_BTD, weight_VD)
+
+
+class Head(Linear):
+    """Output layer with a matrix of its own."""
+
+    def forward(self, x_BTD: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Compute logits, (B, T, D) -> (B, T, V), or their summed loss, ()."""
+        return super().forward(x_BTD) if loss is None else loss(x_BTD, self.weight)
 
 
 class GPT(nn.Module):
@@ -202,12 +221,18 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # With norms after each addition, the hidden states are already normalized.
         self.norm = build_norm(config) if config.norm_position is NormPosition.pre else nn.Identity()
-        self.head = TiedHead() if config.tie_embeddings else Linear(config.n_embd, config.padded_vocab, bias=False)
+        self.head = TiedHead() if config.tie_embeddings else Head(config.n_embd, config.padded_vocab, bias=False)
         self.pads_logits = False
         """True if logits have the columns of padding, too, for a loss that ignores these."""
+        self.chunk_loss = loss_and_gradient
+        """Loss of a chunk of logits and its gradient; a compiled one if the model is compiled."""
 
-    def forward(self, tokens_BT: Tensor, past: Cache | Documents | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, past: Cache | Documents | None = None, targets_BT: Tensor | None = None
+    ) -> Tensor:
         """Compute the logits of the token after each position, (B, T) integers -> (B, T, V).
+
+        With targets, (B, T), compute the summed loss instead, (), without the logits of all tokens at once.
 
         With a cache (gpt/model/attention.py), the T tokens follow the cached ones, and are added to the cache. All
         tokens together are at most ``block_size``. With documents, a token attends to its own document.
@@ -219,7 +244,7 @@ class GPT(nn.Module):
         x_BTD = self.embed(tokens_BT, start)
         for index, block in enumerate(self.blocks):
             x_BTD = block(x_BTD) if past is None else block(x_BTD, past if cache is None else cache.layer(index))
-        return self.logits(x_BTD)
+        return self.logits(x_BTD, targets_BT)
 
     def embed(self, tokens_BT: Tensor, start: int | Tensor = 0) -> Tensor:
         """Compute the hidden states before the first block, (B, T) -> (B, T, D).
@@ -231,11 +256,17 @@ class GPT(nn.Module):
             x_BTD = self.position(x_BTD, start)
         return self.dropout(x_BTD)
 
-    def logits(self, x_BTD: Tensor) -> Tensor:
-        """Compute the logits from the hidden states after the last block, (B, T, D) -> (B, T, V)."""
+    def logits(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Compute the logits from the hidden states after the last block, (B, T, D) -> (B, T, V), or their loss, ()."""
         x_BTD = self.norm(x_BTD)
         tied = [self.token_embedding.weight] if self.config.tie_embeddings else []
-        logits_BTV = self.head(x_BTD, *tied)  # call the module, so that hooks and sharding from outside apply
+        # Call the module, so that hooks and sharding from outside apply.
+        if targets_BT is not None:
+            vocab_size = self.config.vocab_size
+            summed = partial(chunked_loss, targets_BT=targets_BT, vocab_size=vocab_size, evaluate=self.chunk_loss)
+            loss: Tensor = self.head(x_BTD, *tied, summed)
+            return loss
+        logits_BTV = self.head(x_BTD, *tied)
         return logits_BTV if self.pads_logits else logits_BTV[..., : self.config.vocab_size]
 
     def reset_buffers(self) -> None:
@@ -285,9 +316,9 @@ class Stage(GPT):
         if last:
             self.norm, self.head = whole.norm, whole.head
 
-    def forward(self, x: Tensor, past: Cache | Documents | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Cache | Documents | None = None, targets_BT: Tensor | None = None) -> Tensor:
         """Compute hidden states or logits from tokens or hidden states."""
-        assert not isinstance(past, Cache), "a stage does not generate"
+        assert not isinstance(past, Cache) and targets_BT is None, "a stage neither generates nor computes a loss"
         if self.first:
             x = self.embed(x, 0 if past is None else past.positions)
         for block in self.blocks:

@@ -16,7 +16,17 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from gpt.components import load_part
-from gpt.config import LOSS_CHUNK, ModelConfig, Norm, Pack, Position, Precision, RopeScaling, TrainConfig
+from gpt.config import (
+    LOGITS_AT_ONCE,
+    LOSS_CHUNK,
+    ModelConfig,
+    Norm,
+    Pack,
+    Position,
+    Precision,
+    RopeScaling,
+    TrainConfig,
+)
 
 
 def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
@@ -374,6 +384,74 @@ class CrossEntropy(torch.autograd.Function):
         return whole_NV, None, None
 
 
+class ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden states and an output matrix, without the logits of all tokens at once.
+
+    The forward pass computes the gradients of each chunk of tokens as well, while its logits are there. So the backward
+    pass only multiplies them by a number. (N, D) hidden states, (V, D) matrix, (N,) targets, columns of the vocabulary
+    without padding, and ``loss_and_gradient``, maybe compiled.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        vocab_size: int,
+        evaluate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        device = x_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        rows = max(1, LOGITS_AT_ONCE[device] // len(weight_VD))
+        total = x_ND.new_zeros((), dtype=torch.float32)
+        x_gradient_ND = torch.empty_like(x_ND)
+        weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        with torch.autocast(device, enabled=False):
+            factor_VD = weight_VD.to(dtype)
+            parts = zip(x_ND.split(rows), targets_N.split(rows), x_gradient_ND.split(rows), strict=True)
+            for x_RD, targets_R, x_gradient_RD in parts:
+                x_RD = x_RD.to(dtype)
+                loss, gradient_RV = evaluate(F.linear(x_RD, factor_VD), targets_R, vocab_size)
+                total += loss
+                if any(ctx.needs_input_grad):
+                    x_gradient_RD.copy_(gradient_RV @ factor_VD)
+                    weight_gradient_VD += gradient_RV.mT @ x_RD
+        ctx.gradients = x_gradient_ND, weight_gradient_VD.to(weight_VD.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x_gradient_ND, weight_gradient_VD = ctx.gradients
+        ctx.gradients = ()
+        return x_gradient_ND.mul_(gradient), weight_gradient_VD.mul_(gradient), None, None, None
+
+
+def chunked_loss(
+    x_BTD: Tensor,
+    weight_VD: Tensor,
+    targets_BT: Tensor,
+    vocab_size: int,
+    evaluate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Compute the summed loss of hidden states and the output matrix in nats, (), see ``ChunkedLoss``."""
+    loss: Tensor = ChunkedLoss.apply(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), vocab_size, evaluate)
+    return loss
+
+
+def loss_and_gradient(logits_RV: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Compute the summed cross-entropy, () in fp32, and its gradient for the logits, (R, V) in their dtype.
+
+    Targets below 0 do not count. The columns from ``vocab_size`` on are padding, with a gradient of 0.
+    """
+    counts_R1, column_R1 = (targets_R >= 0).unsqueeze(-1), targets_R.clamp(min=0).unsqueeze(-1)
+    log_RV = logits_RV[:, :vocab_size].log_softmax(-1, dtype=torch.float32)
+    loss = -(log_RV.gather(-1, column_R1) * counts_R1).sum()
+    gradient_RV = log_RV.exp_().scatter_add_(-1, column_R1, torch.full_like(log_RV[:, :1], -1.0)).mul_(counts_R1)
+    return loss, F.pad(gradient_RV.to(logits_RV.dtype), (0, logits_RV.size(1) - vocab_size))
+
+
 def exponentials(logits_NV: Tensor, columns_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the parts of a softmax, each (N,) in fp32: the largest logit of each row; the sum of exp(logit - largest);
     and for one column of each row, logit - largest."""
@@ -422,6 +500,8 @@ def summed_loss(
     """Compute the loss of one forward pass in nats, summed over the tokens, by ``criterion(logits, targets)``, ()."""
     targets_BT = targets_BT.to(device, non_blocking=True)
     documents = find_documents(config, targets_BT)
+    targets = {"targets_BT": targets_BT} if config.chunked_loss else {}
     with autocast(config, device):
-        logits_BTV = module(tokens_BT.to(device, non_blocking=True), *([] if documents is None else [documents]))
-    return criterion(logits_BTV, targets_BT)
+        past = [] if documents is None else [documents]
+        result: Tensor = module(tokens_BT.to(device, non_blocking=True), *past, **targets)
+    return result if targets else criterion(result, targets_BT)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from gpt.config import Float8, Recompute, TrainConfig
 from gpt.model.gpt import GPT
-from gpt.model.layers import cross_entropy
+from gpt.model.layers import cross_entropy, loss_and_gradient
 
 # Matrix products of the blocks in 8-bit floating point (arXiv 2209.05433), by torchao.
 #
@@ -76,7 +76,8 @@ ATTENTION_KERNELS = frozenset(
 def prepare_blocks(model: GPT, config: TrainConfig) -> None:
     """Apply activation checkpointing and torch.compile to the blocks of ``model`` as ``config`` says.
 
-    The last norm and the output matrix are compiled, too, if tensor parallelism does not split them.
+    The last norm and the output matrix are compiled, too, if tensor parallelism does not split them. Of a chunked loss
+    only the work on the logits of a chunk is compiled.
     """
     # Compilation goes outside the recomputation, so that the compiler plans the backward pass around it. The compiler
     # must then see the whole block. With collectives in the block (expert dispatch, context parallelism) it goes
@@ -90,8 +91,10 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
         for way in ways:
             way(block, config)
     if parallel.tp == 1:  # torch 2.13 finds no backward pass for an output matrix whose rows are on several ranks
-        for module in (model.norm, model.head):
+        for module in (model.norm, *([] if config.chunked_loss else [model.head])):
             compile_block(module, config)
+    if config.chunked_loss and config.compiles:
+        model.chunk_loss = torch.compile(loss_and_gradient, dynamic=False, fullgraph=config.compile_fullgraph)
 
 
 def recompute_block(block: nn.Module, config: TrainConfig) -> None:

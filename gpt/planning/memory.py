@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 
 from gpt.accounting import BF16, FP32, GIB, count, count_hidden
 from gpt.components.facts import optimizer_state
-from gpt.config import LOSS_CHUNK, CpMethod, Pack, ParallelConfig, ReduceDtype, Schedule, Strategy, TrainConfig
+from gpt.config import (
+    LOGITS_AT_ONCE,
+    LOSS_CHUNK,
+    CpMethod,
+    Pack,
+    ParallelConfig,
+    ReduceDtype,
+    Schedule,
+    Strategy,
+    TrainConfig,
+)
 from gpt.config.optim import MUON
 from gpt.planning.rank_shards import (
     ParallelFactors,
@@ -280,10 +290,15 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
 
     The gradient is as large as the logits. It is computed from one chunk in fp32 at a time, unless the logits are fp32
     (gpt/model/layers.py). A pipeline keeps the logits until the end of their backward pass, which also makes a gradient
-    of the output matrix; with FSDP that one is among the compute weights.
+    of the output matrix; with FSDP that one is among the compute weights. A chunked loss keeps the gradients of hidden
+    states and output matrix, and has one chunk of logits: three times in the width of products, once in fp32.
     """
     model, width = config.model, BF16 if config.precision.is_half else FP32
     numbers = parallel_factors(config, dims).tokens(model, batch.micro) * (model.padded_vocab // dims.tp)
+    if config.chunked_loss:
+        hidden = numbers // model.padded_vocab * model.n_embd
+        of_chunk = min(numbers, LOGITS_AT_ONCE["cuda"]) * (3 * width + FP32)
+        return of_chunk + FP32 * (hidden + model.padded_vocab * model.n_embd)
     chunk = FP32 * min(numbers, LOSS_CHUNK) if config.precision.is_half else 0
     kept = dims.pp > 1 and config.parallel.strategy is not Strategy.fsdp
     matrix = width * model.n_embd * (model.padded_vocab // dims.tp) if kept else 0

@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 
 from gpt import train
-from gpt.config import LOSS_CHUNK, ReduceDtype, Strategy, TrainConfig
+from gpt.config import LOGITS_AT_ONCE, LOSS_CHUNK, ReduceDtype, Strategy, TrainConfig
 from gpt.data.loader import StepBatch
 from gpt.model import attention, layers
 from gpt.model.gpt import GPT
@@ -70,6 +70,7 @@ def as_on_gpu() -> None:
     kernel = attention.sdpa_attention
     replace_functions(
         (layers, "chunk_elements", lambda _: LOSS_CHUNK),
+        (layers, "LOGITS_AT_ONCE", dict.fromkeys(LOGITS_AT_ONCE, LOGITS_AT_ONCE["cuda"])),
         (layers.LinearOnCpu, "apply", functional.linear),
         (attention, "sdpa_attention", lambda q, k, v, _, bias=None: kernel(q, k, v, 0.0, bias)),  # no T x T of dropout
         *((module, "causal_bias", lambda *_: None) for module in (attention, context)),  # nor for a mask
