@@ -365,7 +365,7 @@ TOKENS = {
     "launch/fleet": 2_820,
     "launch/plan": 9_220,
     "launch/project": 6_900,
-    "launch/report": 29_600,
+    "launch/report": 29_760,
     "launch/runs": 23_830,
     "launch/script": 3_550,
     "launch/slurm": 22_310,

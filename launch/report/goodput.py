@@ -92,6 +92,19 @@ class Failures:
         return expected_goodput(self.save_s, self.interval_s(nodes), self.restart_s, between_s)
 
 
+@dataclass
+class Stretch:
+    """A stretch of the wall time of a run that belongs to one part."""
+
+    part: str
+    """Part of ``PARTS``."""
+    seconds: float
+    cause: str | None = None
+    """Cause of the interruption to which the time is lost, a key of ``CAUSES``; None if it is not lost."""
+    since: float | None = None
+    """Unix time of the begin; None for the end of the stretch before it."""
+
+
 @dataclass(frozen=True)
 class Goodput:
     """Wall time of a run, divided into ``PARTS``, and the use and cost of its allocations.
@@ -112,6 +125,11 @@ class Goodput:
     """Cause -> number of interruptions."""
     hours_of: str = "node"
     """Unit of ``lost_h``: GPU; node if the run has no GPUs."""
+    stretches: Sequence[Stretch] = ()
+    """The time of ``seconds`` in its order.
+
+    Steps come before the time between them, and a save before the evaluation of the same step.
+    """
 
     @property
     def goodput(self) -> float:
@@ -143,6 +161,7 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         waited_s = 0.0 if is_local else max(0.0, begun - requested)
         since = max(ended, begun)
         division.seconds["waiting"] += waited_s
+        division.stretches.append(Stretch("waiting", waited_s, since=begun - waited_s))
         division.add(begun, since, int(started[size_of]), is_last=number == len(found) - 1)
     use = used([log], clock.time(), rates)
     return Goodput(
@@ -153,6 +172,7 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         lost_h=division.lost_h,
         interruptions=Counter(division.causes.values()),
         hours_of="GPU" if size_of == "gpus" else "node",
+        stretches=division.stretches,
     )
 
 
@@ -204,6 +224,8 @@ class _Division:
     def __init__(self, run: RunFolder, events: Sequence[dict[str, Any]]) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         """Part of ``PARTS`` -> seconds."""
+        self.stretches: list[Stretch] = []
+        """The same seconds in their order; the last one is the wait for an allocation when ``add`` begins."""
         self.lost_s = defaultdict[str, float](float)
         self.lost_h = defaultdict[str, float](float)
         self.causes: dict[float, str] = {}
@@ -307,6 +329,15 @@ class _Division:
     def _spend(self, part: str, seconds: float, lost_to: RunInterruption | None = None) -> None:
         """Add seconds to a part of ``PARTS`` and, if they are lost to an interruption, to the losses of its cause."""
         self.seconds[part] += seconds
+        if seconds > 0:
+            cause = None if lost_to is None else lost_to.cause
+            recent = self.stretches[-2 if "other" in (part, self.stretches[-1].part) else -1 :]
+            for stretch in recent:
+                if (stretch.part, stretch.cause) == (part, cause):
+                    stretch.seconds += seconds
+                    break
+            else:
+                self.stretches.append(Stretch(part, seconds, cause))
         if lost_to is not None and seconds > 0:
             self.lost_s[lost_to.cause] += seconds
             self.lost_h[lost_to.cause] += seconds / 3600 * self._size
@@ -368,16 +399,16 @@ class _Division:
         lost_to = back or self._before[record.attempt]
         compiled = min(compile_s, until - at)
         restored = min(record.restore_s, until - at - compiled)
-        self._spend("compile", compiled, lost_to)
-        self._spend("restore", restored, lost_to)
         until -= compiled + restored
         if before is None or not is_same:
             self._divide_starts(at, until)
         elif back is not None:
             self._spend("restarts", until - at, lost_to)
         else:
-            compiled = self._divide_compile(before, until - at)
-            self._spend("evaluations" if before.evaluated else "other", until - at - compiled)
+            at += self._divide_compile(before, until - at)
+            self._spend("evaluations" if before.evaluated else "other", until - at)
+        self._spend("restore", restored, lost_to)
+        self._spend("compile", compiled, lost_to)
 
     def _divide_starts(self, at: float, until: float, is_last: bool = False) -> None:
         """Divide a time in which ranks start into ``start`` and ``restarts``. The first start of a run is not lost.
