@@ -16,7 +16,7 @@ COMMANDS = {
     name: f"launch.{name}"
     for name in (
         *("status", "why", "logs", "cancel", "attach", "report", "verify", "doctor", "project", "keys", "storm"),
-        *("bench_network", "fleet", "agent", "batch", "move"),
+        *("bench_network", "fleet", "trace", "agent", "batch", "move"),
     )
 }
 OF_THE_LAUNCHER = ("agent", "batch", "move")

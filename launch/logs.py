@@ -58,7 +58,7 @@ def find_run(path: Path) -> RunStatus:
         raise ConfigError(
             f"{len(runs)} runs in {path}: {names}",
             "the folder of one",
-            f"python -m launch.logs {quote(str(runs[0].path))}",
+            f"{quote(str(runs[0].path))} in place of {quote(str(path))}",
         )
     point = find_run_statuses(runs)[0]
     if point.job is None:

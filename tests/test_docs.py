@@ -47,7 +47,7 @@ COMMANDS = dict.fromkeys([command for page in PAGES for command in shown(page)])
 COMMANDS |= dict.fromkeys(shlex.join(shlex.split(command)) for command, _ in ROWS)
 TRIED = [c for c in COMMANDS if not any(word in c for word in NEEDS_MORE)]
 ON_RUNS = (
-    *(f"launch.{name}" for name in ("status", "why", "logs", "verify", "report", "project", "fleet")),
+    *(f"launch.{name}" for name in ("status", "why", "logs", "verify", "report", "project", "fleet", "trace")),
     *(f"gpt.{name}" for name in ("generate", "evaluate", "compare", "export")),
 )
 ELSEWHERE = {

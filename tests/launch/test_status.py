@@ -129,7 +129,7 @@ def test_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         RunFolder(tmp_path / "two" / point).create_attempt()
     assert "found: no folder outputs" in call(status.main, status=2)
     assert "found: no run in empty" in call(logs.main, "empty", status=2)
-    assert "type next: python -m launch.logs" in call(logs.main, "two", status=2)
+    assert f"type next: {tmp_path / 'two' / 'a'} in place of two" in call(logs.main, "two", status=2)
     detached = run("launch cluster=local launch.detach=true", cwd=tmp_path, status=2)
     assert "found: launch.detach=true with agents that this command starts" in detached
     assert not (tmp_path / "outputs").exists()
