@@ -32,7 +32,6 @@ from typing import Any
 
 from rich.console import Console
 
-from launch.config import Config
 from launch.config.compose import compose_launch, schema_of, target_of
 from launch.errors import CommandParser, ConfigError, closest, refusing
 from launch.plan.plan import Plan, unfinished
@@ -62,12 +61,6 @@ class JobFailedError(RuntimeError):
 
 
 # From keyword arguments to overrides.
-
-
-def key_of(name: str, schema: type[Config]) -> str | None:
-    """Return the key that a keyword argument names; None if the launcher has no such key."""
-    keys = schema_keys(schema)
-    return next((key for key in (name, *(f"{group}.{name}" for group in GROUPS)) if key in keys), None)
 
 
 def overrides_of(key: str, value: Any, raw_keys: Sequence[str] = ()) -> list[str]:
@@ -110,9 +103,9 @@ def point_of(program: Any, args: Sequence[Any], keys: Mapping[str, Any]) -> Poin
     words = workload_of_program(program)
     target = target_of([*words, f"workload={keys['workload']}"] if "workload" in keys else words)
     schema, raw_keys = schema_of(target), load_workload(target).raw_keys
-    own, given = arguments_of(program), dict[str, Any]()
+    known, own, given = schema_keys(schema), arguments_of(program), dict[str, Any]()
     for name, value in keys.items():
-        key = key_of(name, schema)
+        key = next((key for key in (name, *(f"{group}.{name}" for group in GROUPS)) if key in known), None)
         if key is not None and name in own:
             raise ConfigError(
                 f"{name}, an argument of {calls.name_of(program)} and the key {key} of the launcher",
@@ -205,14 +198,6 @@ class Job:
             raise problem
         return point
 
-    def _has_started(self) -> bool:
-        """Return whether the event log has events of this submission, or will never have any.
-
-        Without a launcher process, the answer is always True.
-        """
-        is_new = len(self._folder.read_events()) > self._known_events
-        return self._launcher is None or is_new or self._launcher.poll() is not None
-
     @property
     def status(self) -> str:
         """State of the run: pending, running, finished, failed, stopped, cancelled, and others of ``launch.status``.
@@ -221,7 +206,10 @@ class Job:
             SlurmError: Slurm does not answer.
         """
         point = self._status()
-        return point.state if self._has_started() else "pending"
+        # While the launcher works, the events may be those of an earlier submission.
+        has_events = len(self._folder.read_events()) > self._known_events
+        has_started = self._launcher is None or has_events or self._launcher.poll() is not None
+        return point.state if has_started else "pending"
 
     def done(self) -> bool:
         """Return whether the run has ended and will not start again."""
@@ -371,7 +359,7 @@ def submit(program: Any, *, args: Sequence[Any] = (), dry_run: bool = False, **k
         job = launch.submit(train, lr=3e-4, nodes=2, gpus_per_node=8)
         job.result()
 
-    On a machine without Slurm, a process in the background starts the ranks; it goes on when this process ends.
+    On a machine without Slurm, a process in the background starts the ranks; it continues when this process ends.
 
     Args:
         program: a script (``train.py``), a module (``package.train``), a command (a list), a function that every rank
@@ -465,7 +453,8 @@ def prepare_points(
     for words, call in points:
         if call is not None:
             content = calls.dumped(call)
-            path = calls.file_of(content, Path(compose_launch([*words, "call.file=x"]).output_dir).absolute())
+            folder = Path(compose_launch([*words, "call.file=x"]).output_dir).absolute()
+            path = folder / ".calls" / f"{calls.digest(content)}.pkl"  # equal calls have the same file
             files[path] = content
             words = [*words, *overrides_of("call.file", str(path))]
         typed.append(words)

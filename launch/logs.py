@@ -35,7 +35,7 @@ class Log:
         self._read = 0
 
     def copy(self) -> None:
-        """Print what was written since the last call, the first time after a line with title and path."""
+        """Print the lines written since the last call, the first time after a line with title and path."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)

@@ -88,7 +88,7 @@ class MultinodeLauncher(Launcher):
         self.context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the points of one batch, and return what the task function returned on rank 0 of each.
+        """Run the points of one batch, and return the values of the task function on rank 0 of each.
 
         A point that fails has its exception as its result, which Hydra raises when the sweeper reads the value.
         """

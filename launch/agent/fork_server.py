@@ -109,7 +109,7 @@ class ForkServer:
         # With SIGCHLD ignored, the kernel would discard the exit statuses of the ranks.
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        assert threading.active_count() == 1, "a lock that another thread holds would be held in the fork for ever"
+        assert threading.active_count() == 1, "a lock that another thread holds would stay locked in the fork"
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid: int | None = os.fork()
@@ -385,7 +385,7 @@ def end_with(status: int) -> NoReturn:
 def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> None:
     """Change the command line of this process in ps and /proc, and its environment in /proc if ``env`` is given.
 
-    Linux shows the memory that held both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
+    Linux shows the memory that contained both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
     This memory is overwritten, and text that does not fit is cut off.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):

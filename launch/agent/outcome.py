@@ -249,13 +249,6 @@ def request_spare_jobs(context: AgentContext, rdzv: RendezvousRound) -> None:
         threading.Thread(target=run_or_record, args=(context, command, "no_spare_job"), name="spare-job").start()
 
 
-def cancel_spare_jobs(context: RunContext) -> None:
-    """Cancel the spare jobs of this start of the job that wait in the queue. The others leave with the agents."""
-    for event in context.events("spare_job_submitted", job=context.node.job):
-        with suppress(scheduler.SlurmError):  # A job that is left finds no agents, and ends at once.
-            scheduler.scancel(event["job_id"], "--state=PENDING")
-
-
 def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedError:
     """Record why a run cannot continue, and return the error with that reason, for the caller to raise."""
     context.record("requeue_failed", job_id=context.node.slurm_job or None, cause=why)
@@ -341,7 +334,10 @@ def apply_decision(
     decision = Decision(action, reason)
     record_decision(context, attempt, cause, decision)
     if action is not Action.restart:
-        cancel_spare_jobs(context)  # A requeue may end this process.
+        # Pending spare jobs go first: a requeue may end this process. Those that run end with the agents.
+        for event in context.events("spare_job_submitted", job=context.node.job):
+            with suppress(scheduler.SlurmError):  # A job that is left finds no agents, and ends at once.
+                scheduler.scancel(event["job_id"], "--state=PENDING")
     if action is Action.requeue:
         requeue_job(context, cause, hosts_to_avoid(events), text)
     if action is Action.stop:
@@ -534,6 +530,6 @@ def take_over(context: AgentContext) -> bool:
         requeue_job(context, Cause(select_events(events, "decided")[-1]["cause"]), hosts_to_avoid(events), text)
     if action is not Action.restart or (attempt is None and select_events(events, "decided")):
         return action is Action.restart
-    # Agents that srun has not started end with their connection to the lost node, and then nobody would end the job.
+    # Agents that srun has not started end with their connection to the lost node, and no process would end the job.
     left = context.group.next_size if context.config.cluster.by_srun else None
     return apply_decision(context, attempt, cause, text, left=left).action is Action.restart

@@ -252,7 +252,7 @@ def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
 
 
 class RunFailedError(RuntimeError):
-    """Raised if the run ends without being finished, and nobody requested its end."""
+    """Raised if the run ends without being finished, and its end was not requested."""
 
 
 class AlreadyDecidedError(RunFailedError):

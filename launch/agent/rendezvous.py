@@ -47,7 +47,7 @@ FLUSH_S = 5.0
 JOIN_S = 1.5
 """Seconds that a head node of a later term waits for nodes that have not noticed the loss of the head node before."""
 MINORITY_S = 2.0
-"""Seconds that a head node leaves to the others to take over, if it has lost most nodes at once."""
+"""Seconds that a head node leaves to the other nodes to take over, if it has lost most nodes at once."""
 TERM_POLL_S = 1.0
 
 
@@ -110,7 +110,10 @@ class AgentGroup:
             faults = self._health.examine()
         node = self._node
         self.heartbeat.publish(host=node.host, switches=node.switches, ready=number, faults=tuple(faults))
-        return self._open_round(number, avoid) if node.is_head else self._await_round(number)
+        if node.is_head:
+            return self._open_round(number, avoid)
+        head = self._await_head(lambda head: head.round is not None and head.round.number >= number)
+        return None if head is None else head.round
 
     def report_failed(self, number: int) -> None:
         """Have the other agents end their ranks of round ``number`` at once, before a collective times out."""
@@ -263,7 +266,7 @@ class AgentGroup:
 
         Returns the indices of the healthy nodes, and the sick nodes. Raises TooFewNodesError as ``next_round``.
         """
-        began = time.monotonic()
+        node, folder, began = self._node, self._context.folder, time.monotonic()
         while (size := self.next_size) is not None:
             # A spare can reach this round long before the other nodes, and may be gone by now.
             present = {i: m for i, m in self._present().items() if self._silence(i) <= self._limits.node_timeout_s}
@@ -282,12 +285,14 @@ class AgentGroup:
                 return healthy, sick
             if not absent:
                 raise TooFewNodesError(problems_text("sick", sick), sick)
-            gone = {}
+            gone, before = {}, self._head_before
             for index in absent:
                 came = self.heartbeat.silence(index) is not None
+                # A node of the former term may come late: its ranks need time to end.
+                is_expected = came or before is None or presence_file(folder, node.job, before, index).exists()
                 if self._silence(index) > self._limits.node_timeout_s:
                     gone[index] = self._silence_text(index)
-                elif waited > (self._limits.rendezvous_timeout_s if came or self._is_alive(index) else JOIN_S):
+                elif waited > (self._limits.rendezvous_timeout_s if is_expected else JOIN_S):
                     gone[index] = f"{'not ready' if came else 'did not show up'} in {waited:.0f} s"
             self._context.record_problems("node_lost", None, self._lose(gone))
             time.sleep(POLL_S)
@@ -305,11 +310,6 @@ class AgentGroup:
 
     def _host(self, index: int) -> str:
         return self.heartbeat.of(index).host or self._node.host_of(index)
-
-    def _is_alive(self, index: int) -> bool:
-        """Return whether a node that has not joined this term may still come: its ranks may need time to end."""
-        before = self._head_before
-        return before is None or presence_file(self._context.folder, self._node.job, before, index).exists()
 
     def _lose(self, why: Mapping[int, str]) -> list[NodeProblem]:
         """Mark nodes as lost, index -> reason, and begin a new term, in which they take no part. Returns them.
@@ -333,10 +333,6 @@ class AgentGroup:
         return found
 
     # On the other nodes.
-
-    def _await_round(self, number: int) -> RendezvousRound | None:
-        head = self._await_head(lambda head: head.round is not None and head.round.number >= number)
-        return None if head is None else head.round
 
     def _await_head(self, has_come: Callable[[Message], bool]) -> Message | None:
         """Wait for a message of the head node. Returns None if the run is over. Errors as ``next_round``."""

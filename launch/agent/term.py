@@ -1,8 +1,8 @@
 """Terms: which node is the head of a job. A term is a file in the run folder that only one node can create.
 
 The first term is that of node 0. A node that has lost the head node claims the next term, and so does a head node that
-has lost other nodes. The filesystem lets one of them succeed, and the others follow. So two halves of a job that do not
-reach each other never both continue.
+has lost other nodes. The filesystem lets one of them succeed, and the other nodes follow. So two halves of a job that
+do not reach each other never both continue.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def claim_term(folder: RunFolder, job: str, term: Term) -> bool:
     except OSError as error:
         if error.errno not in WITHOUT_LINKS:
             raise
-        try:  # If this node dies between the two calls, nobody begins another term.
+        try:  # If this node dies between the two calls, no node begins another term.
             file.with_suffix(".claimed").mkdir()
         except FileExistsError:
             return False

@@ -1,4 +1,4 @@
-"""``python -m launch.attach RUN``: a shell beside a rank of a run, or the Python stacks of its ranks.
+"""``python -m launch.attach RUN``: a shell next to a rank of a run, or the Python stacks of its ranks.
 
     python -m launch.attach outputs/scaling/nodes=2 --rank 3                  a shell on the node of rank 3, in its job
     python -m launch.attach outputs/scaling/nodes=2 --rank 3 -- nvidia-smi    a command in place of the shell
@@ -67,7 +67,7 @@ def on_nodes(job: str | None, run: Path, words: Sequence[str], *options: str) ->
 
     Without a job, it runs on this machine.
     """
-    cluster = read_point(RunFolder(run)).cluster  # This module runs beside a container, not inside.
+    cluster = read_point(RunFolder(run)).cluster  # This module runs outside of a container.
     python = sys.executable if cluster.container else cluster.python or sys.executable
     here = [python, "-m", "gpt_launch", "launch.attach", "--here", *words]
     return here if job is None else ["srun", f"--jobid={job}", "--overlap", "--cpu-bind=none", *options, *here]
@@ -127,7 +127,7 @@ def enter(process: psutil.Process, command: list[str]) -> NoReturn:
 
 
 def act_here(args: argparse.Namespace) -> None:
-    """Act on this host as the command line says: print stacks or the node of a rank, or run a command beside it."""
+    """Act on this host as the command line says: print stacks or the node of a rank, or run a command next to it."""
     process = rank_processes(args.path).get(args.rank)
     if args.stacks:
         for rank, text in stacks_here(args.path).items():
@@ -152,7 +152,7 @@ def grouped(stacks: Stacks) -> str:
 
 
 def attach(args: argparse.Namespace) -> int:
-    """Print the stacks of a run, or run a command beside a rank. Returns the exit status of the command.
+    """Print the stacks of a run, or run a command next to a rank. Returns the exit status of the command.
 
     Raises:
         ConfigError: the run does not run, has no such rank, or its nodes do not answer.

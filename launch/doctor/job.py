@@ -195,7 +195,7 @@ def lacking_parts(
     shm: Path = Path("/dev/shm"),
     switches: Path = Path("/dev"),
 ) -> list[list[str]]:
-    """Return what this node lacks for training on GPUs: what was found, its effect, and the remedy, of each part.
+    """Return what this node lacks for training on GPUs: the finding, its effect and its remedy, for each part.
 
     Args:
         gpus: state of the GPUs before ranks run.

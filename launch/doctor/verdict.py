@@ -143,7 +143,7 @@ def check_cpus(results: Results) -> Iterator[Finding]:
 
 
 def check_gpus(results: Results) -> Iterator[Finding]:
-    """Check that each rank has a GPU if GPUs were requested, and that no GPU is slower than the others."""
+    """Check that each rank has a GPU if GPUs were requested, and that no GPU is slower than the other GPUs."""
     ranks, asked = results["ranks"], results["asked"]["gpus_per_node"]
     for node in results["nodes"] if asked else ():
         seen = [rank["gpus_seen"] for rank in ranks if rank["node"] == node["index"]]

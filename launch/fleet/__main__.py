@@ -40,7 +40,7 @@ from launch.runs.folder import RunFolder
 from launch.slurm.status import find_run_statuses, poll, update_from_event_log
 
 OF_MACHINES = ("crashed", "hung", "out_of_memory", "node_failed", "node_sick")
-"""Causes of interruptions after which a time between failures is meaningful; the others are decisions of people."""
+"""Causes of interruptions whose rate describes the machines; the other causes are decisions of people."""
 CONFIDENCE = 0.9
 """Probability with which an interval contains the true rate."""
 SUSPECT = 0.05
@@ -104,7 +104,7 @@ def add_run(fleets: Sequence[Fleet], folder: RunFolder, now: float) -> None:
     found = allocations(EventLog(events, last_heartbeat(folder)), now, Rates().poll_s)
     hours = [(one, max(0.0, ended - one["allocated_at"]) / 3600) for one, ended in found]
     node_hours = sum(hour * one["nodes"] for one, hour in hours)
-    # A run has one number of nodes in nearly all of its time, so its mean stands for all parts.
+    # A run has one number of nodes in nearly all of its time, so the mean is used for all parts.
     nodes = node_hours / sum(hour for _, hour in hours) if node_hours else 0.0
     host_seconds, failures = seconds_of_hosts(folder, events, now), failures_of_hosts(events)
     for fleet in fleets:
@@ -153,12 +153,6 @@ def rate_interval(count: int, exposure: float) -> tuple[float, float]:
     return least / exposure, mean_where(count, tail) / exposure
 
 
-def between_text(count: int, node_hours: float) -> str:
-    """Return node-hours between two failures, and their interval, as text."""
-    low, high = rate_interval(count, node_hours)
-    return f"{node_hours / count:.3g} ({1 / high:.3g} to {1 / low:.3g})"
-
-
 def fleet_figures(fleet: Fleet) -> dict[str, Any]:
     """Return the figures for ``--json``."""
     suspects = fleet.suspects()
@@ -191,16 +185,14 @@ def show_fleet(fleet: Fleet) -> None:
         if fleet.seconds[part] and part != "waiting"
     ]
     print_table(console, ["part", "node-hours", "share"], rows, left=["part"])
-    rows = [
-        [
-            CAUSES[cause],
-            str(fleet.interruptions[cause]),
-            f"{fleet.lost_node_hours[cause]:.3g}",
-            between_text(fleet.interruptions[cause], fleet.node_hours) if cause in OF_MACHINES else "",
-        ]
-        for cause in CAUSES
-        if fleet.interruptions[cause]
-    ]
+    rows = []
+    for cause in CAUSES:
+        if count := fleet.interruptions[cause]:
+            between = ""
+            if cause in OF_MACHINES:
+                low, high = rate_interval(count, fleet.node_hours)
+                between = f"{fleet.node_hours / count:.3g} ({1 / high:.3g} to {1 / low:.3g})"
+            rows.append([CAUSES[cause], str(count), f"{fleet.lost_node_hours[cause]:.3g}", between])
     titles = ["interrupted by", "times", "lost node-hours", "node-hours between two (90 % interval)"]
     if rows:
         print_table(console, titles, rows, left=["interrupted by"])

@@ -45,12 +45,6 @@ class Candidate:
     never: str = ""
     """Reason for which the point can never run there; empty if it can."""
 
-    def as_event(self) -> dict[str, Any]:
-        """Return the fields of a ``submitted`` event for this candidate; unknown ones are absent."""
-        known = {"placement": self.name or None, "partition": self.slurm.get("partition"), "gpus": self.gpus}
-        known["price_per_gpu_hour"] = self.price_per_gpu_hour
-        return {key: value for key, value in known.items() if value is not None}
-
 
 @dataclass(frozen=True)
 class Placement:
@@ -208,10 +202,15 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
     options, python = container_words(cluster, Path.cwd(), run_dir)
     # Since Slurm 22.05 srun does not inherit --cpus-per-task of sbatch: the agent would have one CPU.
     srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
-    # The loss of one node must not end the others, which continue without it or with a spare.
+    # The loss of one node must not end the other nodes, which continue without it or with a spare.
     survives = bool(config.spare_nodes) or config.may_shrink
     srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if survives else []
     srun_args += [*options, *cluster.srun_args]
+    setup = [*cluster.setup]
+    if code is not None:  # the batch script runs the code in the copy; the old PYTHONPATH follows
+        after = {"PYTHONPATH": "${PYTHONPATH:+:$PYTHONPATH}"}
+        for name, value in _variables(code).items():
+            setup.append(f"export {name}={shlex.quote(value)}{after.get(name, '')}")
     asked: dict[str, Any] = {
         "job_name": config.name,
         "nodes": config.nodes_asked,
@@ -221,7 +220,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         "exclusive": cluster.exclusive or None,
         "gpus_per_node": cluster.gpus_per_node or None,  # 0 requests no GPUs
         "mem": f"{round(cluster.mem_gb * 1024)}MB" if cluster.mem_gb else None,
-        "setup": [*cluster.setup, *(shell_lines(code) if code else [])] or None,
+        "setup": setup or None,
         "srun_args": srun_args or None,
         "python": None if python is None else shlex.join(python),
         "additional_parameters": {
@@ -236,7 +235,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         asked["python"] = shlex.join([*starter, *(python or [sys.executable])])
         # Slurm does not bind what ssh starts to the CPUs and GPUs of the job.
         whole = cluster.start is AgentStart.ssh if cluster.exclusive is None else cluster.exclusive
-        asked |= {"use_srun": False, "exclusive": whole or None, "setup": [*(asked["setup"] or []), LAUNCH_AGENTS]}
+        asked |= {"use_srun": False, "exclusive": whole or None, "setup": [*setup, LAUNCH_AGENTS]}
         asked["additional_parameters"].setdefault("signal", f"B:USR2@{cluster.signal_delay_s}")
     for key, value in {**asked, **asked["additional_parameters"]}.items():
         # Without the quotes, the shell would execute the rest.
@@ -370,12 +369,6 @@ def copy_code(target: Path, tree: CodeTree) -> None:
 def _variables(copy: Path) -> dict[str, str]:
     # PYTHONSAFEPATH: else python -m searches the current folder, which is the checkout, before PYTHONPATH.
     return {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1", RUNS_FROM: str(copy)}
-
-
-def shell_lines(copy: Path) -> list[str]:
-    """Return shell lines that make a batch script run the code in ``copy``. The old PYTHONPATH follows."""
-    before = {"PYTHONPATH": "${PYTHONPATH:+:$PYTHONPATH}"}
-    return [f"export {name}={shlex.quote(value)}{before.get(name, '')}" for name, value in _variables(copy).items()]
 
 
 @contextmanager

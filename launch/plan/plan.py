@@ -349,8 +349,15 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, **more: Any) -
         return
     where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
     more |= {"points": plan.job_points} if plan.job_points else {}
-    place = plan.placement.candidates[candidate].as_event()
-    folder.record_event("submitted", **where, candidate=candidate, **place, **more)
+    chosen = plan.placement.candidates[candidate]
+    place = {
+        "placement": chosen.name or None,
+        "partition": chosen.slurm.get("partition"),
+        "gpus": chosen.gpus,
+        "price_per_gpu_hour": chosen.price_per_gpu_hour,
+    }
+    known = {key: value for key, value in place.items() if value is not None}
+    folder.record_event("submitted", **where, candidate=candidate, **known, **more)
 
 
 def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:

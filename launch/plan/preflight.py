@@ -248,7 +248,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
-    """Print the finished points, how the others continue, their worst case, and the warnings."""
+    """Print the finished points, how the other points continue, their worst case, and the warnings."""
     lines = []
     if finished := [plan.title for plan in plans if plan.finished]:
         lines.append(f"finished already, and not submitted: {', '.join(finished)} (fresh=true uses a new folder)")

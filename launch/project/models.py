@@ -188,7 +188,7 @@ LINKS = (1e-4, 1e3)
 
 
 def fit_costs(points: Sequence[Measured], costs: Costs) -> tuple[float, float]:
-    """Return the rate factor, fitted to the smallest point, and the link factor, fitted to the others, in turns.
+    """Return the rate factor, fitted to the smallest point, and the link factor, fitted to the other points, in turns.
 
     Args:
         points: measured points, smallest first.

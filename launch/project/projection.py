@@ -263,7 +263,7 @@ class Projection:
 
 
 def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None) -> Projection:
-    """Predict the largest measured point from the others, then extrapolate all of them to ``sizes``.
+    """Predict the largest measured point from the other points, then extrapolate all of them to ``sizes``.
 
     Args:
         sweep: two points or more.

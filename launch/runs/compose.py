@@ -308,7 +308,7 @@ def choose_folder(
 
 
 def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude: Sequence[str]) -> RunFolder | None:
-    """Return the run beside ``folder`` whose overrides differ only in the keys ``exclude``; None if there is none.
+    """Return the run next to ``folder`` whose overrides differ only in the keys ``exclude``; None if there is none.
 
     Raises:
         ConfigError: there are several such runs.

@@ -184,7 +184,8 @@ class LinkFit:
     """Latency and bandwidth of a rank's link in a collective, fitted to measured times.
 
     ``error`` is the root mean square of ``predicted time / measured time - 1``. ``curve`` corrects the fitted line by
-    message size; empty without a correction.
+    message size: a line alone misses bursts that a switch buffers, and libraries that change the algorithm for long
+    messages. It is empty without a correction.
     """
 
     latency_s: float
@@ -198,19 +199,13 @@ class LinkFit:
         if not messages:
             return 0.0
         line = messages * self.latency_s + share * size / self.bytes_per_s
-        return line * factor_at(self.curve, share * size / messages)
-
-
-def factor_at(curve: Curve, size: float) -> float:
-    """Return measured over fitted time of a message of ``size`` bytes, interpolated in logarithms; 1 without a curve.
-
-    Outside the curve, return its nearest value. A line alone misses bursts that a switch buffers, and libraries that
-    change the algorithm for long messages.
-    """
-    near, known = between([point for point, _ in curve], size) if curve else [], dict(curve)
-    if len(near) < 2:
-        return known[near[0][0]] if near else 1.0
-    return math.exp(sum(share * math.log(known[point]) for point, share in near))
+        if not self.curve:
+            return line
+        # The curve is interpolated in logarithms; outside of it, its nearest value counts.
+        near, known = between([point for point, _ in self.curve], share * size / messages), dict(self.curve)
+        if len(near) < 2:
+            return line * known[near[0][0]]
+        return line * math.exp(sum(weight * math.log(known[point]) for point, weight in near))
 
 
 @dataclass(frozen=True)

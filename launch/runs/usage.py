@@ -1,4 +1,4 @@
-"""Memory, CPUs and memory of GPUs that a run used beside those that it asked for, and the request to type next time."""
+"""Memory, CPUs and memory of GPUs that a run used and requested, and the request to type next time."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def _remains(site: Site) -> list[str]:
 
 
 def _show(verdict: dict[str, Any], console: Console) -> None:
-    """Print the verdict, and the median cost of the faults by kind and road."""
+    """Print the verdict, and the median cost of the faults by kind and by how the run continued."""
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     for cost in verdict["recoveries"]:
         groups[cost["kind"], cost["road"]].append(cost["total_s"])

@@ -198,7 +198,8 @@ class AttemptFacts:
             RankFacts(self.folder.metrics(rank), rank, step=record["step"])
             for rank in self.folder.metric_ranks()
             for record in read_records(self.folder.metrics(rank))
-            if record["attempt"] == self.attempt and not _is_finite(record)
+            if record["attempt"] == self.attempt
+            and not all(math.isfinite(record.get(name) or 0.0) for name in ("loss", "grad_norm"))
         ]
         return min(bad, key=lambda one: (one.step, one.rank), default=None)
 
@@ -239,10 +240,6 @@ TELLING = (
 """Events that are evidence by their cause, or by their rank."""
 CLOCK_S = 5.0
 """Seconds by which an event may be earlier than the one before: clocks of hosts differ a little."""
-
-
-def _is_finite(record: Mapping[str, Any]) -> bool:
-    return all(math.isfinite(record.get(name) or 0.0) for name in ("loss", "grad_norm"))
 
 
 def read_facts(folder: RunFolder, more: Events = ()) -> AttemptFacts:

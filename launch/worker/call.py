@@ -90,11 +90,6 @@ def name_of(function: Callable[..., Any]) -> str:
     return "".join(letter for letter in name if letter.isalnum() or letter in "_-") or "function"
 
 
-def file_of(content: bytes, output_dir: Path) -> Path:
-    """Return the path of the file for a call: equal calls have the same file."""
-    return output_dir / ".calls" / f"{digest(content)}.pkl"
-
-
 def write_call(path: Path, content: bytes) -> None:
     """Write the file of a call. Only this user can read it."""
     write_atomically(path, content, 0o600)
