@@ -49,9 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError("--device cuda", "a GPU that torch can use", "--device cpu, or a node with GPUs")
     require_positive("--budget-s", typed.budget_s)
     device = torch.device(typed.device)
-    sizes = parse_sizes(typed.sizes or SIZES[typed.device])
+    words = (typed.sizes or SIZES[typed.device]).split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise ConfigError(f"--sizes {typed.sizes}", "whole numbers above 0 by commas", f"--sizes {SIZES['cpu']}")
+    sizes = sorted({int(word) for word in words})
+    precisions = ["fp32"]
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precisions += [*(["tf32"] if has_tf32(device) else []), *(["bf16"] if has_bf16 else []), "fp16"]
     samples: list[dict[str, Any]] = []
-    for precision in precisions_of(device):
+    for precision in precisions:
         rates = []
         for m, n, k in itertools.product(sizes, repeat=3):
             seconds = product_s(m, n, k, precision, device, typed.budget_s)
@@ -76,22 +83,6 @@ def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budg
         return timer.blocked_autorange(min_run_time=budget_s).median
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def parse_sizes(text: str) -> list[int]:
-    """Return the sizes in ascending order. Raise ConfigError if one is no whole number above 0."""
-    words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
-        raise ConfigError(f"--sizes {text}", "whole numbers above 0 by commas", f"--sizes {SIZES['cpu']}")
-    return sorted({int(word) for word in words})
-
-
-def precisions_of(device: torch.device) -> list[str]:
-    """Return the precisions to measure: fp32 on CPUs, all that a GPU supports."""
-    if device.type == "cpu":
-        return ["fp32"]
-    bf16 = ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
-    return ["fp32", *(["tf32"] if has_tf32(device) else []), *bf16, "fp16"]
 
 
 def circumstances() -> dict[str, Any]:

@@ -218,7 +218,7 @@ class Fetched:
     """Result of the search for the newest whole copy of a checkpoint."""
 
     path: Path | None
-    """Folder of the fetched checkpoint, among the others of the run; None if no copy is whole."""
+    """Folder of the fetched checkpoint, among the other folders of the run; None if no copy is whole."""
     damaged: tuple[str, ...] = ()
     """Newer copies that are damaged: one line with step and damage for each."""
 

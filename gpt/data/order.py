@@ -52,7 +52,9 @@ def sample_position(index: npt.ArrayLike, num_samples: int, seed: int) -> tuple[
 def permute(offset: Uint64s, num_samples: int, epoch: Uint64s, seed: int) -> Uint64s:
     """Permute each offset within its epoch; all arrays (N,), values below ``num_samples``."""
     half_bits = max(MIN_HALF_BITS, -(-(num_samples - 1).bit_length() // 2))
-    keys = _round_keys(epoch, seed)
+    # Keys of every round, (ROUNDS, N), for each entry's epoch: a batch may reach into the next epoch.
+    start = _mix(_mix(np.full_like(epoch, seed) + _GOLDEN) ^ epoch)
+    keys = _mix(start + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN)
     position = _feistel(offset, keys, half_bits)
     outside = np.flatnonzero(position >= num_samples)
     while outside.size:
@@ -68,13 +70,6 @@ def _feistel(value: Uint64s, keys: Uint64s, half_bits: int) -> Uint64s:
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & mask)
     return (left << shift) | right
-
-
-def _round_keys(epoch: Uint64s, seed: int) -> Uint64s:
-    """Return the keys of every round, (ROUNDS, N), for each entry's epoch. A batch may reach into the next epoch."""
-    start = _mix(_mix(np.full_like(epoch, seed) + _GOLDEN) ^ epoch)
-    count = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None]
-    return _mix(start + count * _GOLDEN)
 
 
 def _mix(word: Uint64s) -> Uint64s:

@@ -88,20 +88,17 @@ def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequ
             "best_val_loss": best["val_loss"],
             "best_val_step": best["step"],
         }
+    # Speeds without the warm-up steps of each attempt; with them if no other steps remain.
+    first: dict[int, int] = {}
+    for record in records:
+        first.setdefault(record["attempt"], record["step"])
+    steady = [one for one in records if one["step"] >= first[one["attempt"]] + WARM_UP_STEPS] or records
     shares = ("mfu_palm", "mfu_bf16", "mfu_causal", "hfu")
     for name in ("step_time_s", "tokens_per_s", "tflops_per_s", *shares, "data_wait_s"):
-        values = [record[name] for record in select_steady(records) if name in record]
+        values = [record[name] for record in steady if name in record]
         if values:
             found[name] = statistics.median(values)
     peaks = [record["memory_peak_gib"] for record in records if "memory_peak_gib" in record]
     if peaks:
         found["memory_peak_gib"] = max(peaks)
     return found | {"training_s": sum(record["step_time_s"] for record in records)}
-
-
-def select_steady(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records after the warm-up steps of each attempt; all records if none would remain."""
-    first: dict[int, int] = {}
-    for record in records:
-        first.setdefault(record["attempt"], record["step"])
-    return [r for r in records if r["step"] >= first[r["attempt"]] + WARM_UP_STEPS] or list(records)

@@ -35,12 +35,11 @@ def convert_linears(model: GPT, config: TrainConfig) -> None:
 
     recipe = Float8LinearConfig.from_recipe_name(config.float8.name)
     recipe = replace(recipe, emulate=config.float8_emulate)
-    convert_to_float8_training(model.blocks, config=recipe, module_filter_fn=is_converted)
-
-
-def is_converted(module: nn.Module, name: str) -> bool:
-    """Return True if a module of the blocks computes in float8."""
-    return isinstance(module, nn.Linear) and name.split(".")[-1] != "router"
+    convert_to_float8_training(
+        model.blocks,
+        config=recipe,
+        module_filter_fn=lambda module, name: isinstance(module, nn.Linear) and name.split(".")[-1] != "router",
+    )
 
 
 # Activation checkpointing (recomputation) and torch.compile of each block, and of the modules after the blocks.
@@ -99,8 +98,13 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
 
 def recompute_block(block: nn.Module, config: TrainConfig) -> None:
     """Apply activation checkpointing to a block as ``config.recompute`` says. Recomputed dropout is the same."""
-    if config.recompute is not Recompute.none:
-        replace_forward(block, partial(checkpoint, block.forward, use_reentrant=False, **checkpoint_context(config)))
+    if config.recompute is Recompute.none:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if config.recompute is not Recompute.full:
+        kept = MATRIX_PRODUCTS | ALL_TO_ALLS | (frozenset() if config.model.dropout else ATTENTION_KERNELS)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(save_policy, kept))
+    replace_forward(block, partial(checkpoint, block.forward, **options))
 
 
 def compile_block(block: nn.Module, config: TrainConfig) -> None:
@@ -133,14 +137,6 @@ def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int)
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
     """Make ``block(...)`` call ``forward`` instead of its own; the hooks of the block still run around it."""
     block.forward = forward
-
-
-def checkpoint_context(config: TrainConfig) -> dict[str, Any]:
-    """Return the keywords of torch's ``checkpoint`` for selective or full recomputation."""
-    if config.recompute is Recompute.full:
-        return {}
-    kept = MATRIX_PRODUCTS | ALL_TO_ALLS if config.model.dropout else MATRIX_PRODUCTS | ALL_TO_ALLS | ATTENTION_KERNELS
-    return {"context_fn": partial(create_selective_checkpoint_contexts, partial(save_policy, kept))}
 
 
 def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:

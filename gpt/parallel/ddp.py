@@ -250,7 +250,7 @@ class DDPEngine(TorchEngine):
         """Clear the gradients of the last step.
 
         With several micro-batches, gradients are zeros in DDP's buckets. If they were None, those of the first
-        micro-batches would lie beside the buckets, and take as much memory again.
+        micro-batches would need their own memory next to the buckets, as much again.
         """
         if self.world.size == 1 or self.batch.accumulation == 1:
             super().begin_backward()

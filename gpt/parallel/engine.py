@@ -222,7 +222,9 @@ class Engine:
         """
         self.on_micro_batch = on_micro_batch
         if self.config.data.pack is Pack.documents:
-            self.counted = self._count_targets(targets_BT)
+            mine = (targets_BT >= 0).sum().double().to(self.world.device)
+            # Targets of the global batch. Model-parallel ranks have the same sequences: each one is counted once.
+            self.counted = self.world.all_reduce(mine) * self.batch.ranks / self.world.size
             self.scale = (self._averaged / self.counted.clamp(min=1)).float()
         self.begin_backward()
         loss_sum = self.run_micro_batches(tokens_BT, targets_BT)
@@ -231,11 +233,6 @@ class Engine:
         if self.loss_scale is not None:
             self.loss_scale.unscale([local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None])
         return loss_sum * self.loss_weight
-
-    def _count_targets(self, targets_BT: Tensor) -> Tensor:
-        """Count the targets of the global batch, () float64, from the targets of this rank. Collective."""
-        mine = (targets_BT >= 0).sum().double().to(self.world.device)
-        return self.world.all_reduce(mine) * self.batch.ranks / self.world.size  # others have the same sequences
 
     def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Run forward and backward over all micro-batches; return the summed loss, () float64. See ``backward``."""

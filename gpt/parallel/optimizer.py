@@ -103,14 +103,6 @@ Chunk = tuple[str, Sequence[int], Sequence[int], Sequence[int]]
 """Name and shape of a parameter, and offsets and sizes of a rank's shard."""
 
 
-def chunk_of(name: str, p: Tensor) -> Chunk | None:
-    """Return this rank's shard of a parameter; None if the rank stores whole matrices of it, or nothing."""
-    if not isinstance(p, DTensor) or not p.to_local().numel() or p.to_local().shape[-2:] == p.shape[-2:]:
-        return None
-    (chunk,) = p.__create_chunk_list__()  # the function that checkpoints use
-    return name, list(p.shape), list(chunk.offsets), list(chunk.sizes)
-
-
 def share_out(chunks_of_ranks: Sequence[Sequence[Chunk]]) -> list[Part]:
     """Return the parts of all sharded matrices on all ranks, each with its owner; the same list on every rank.
 
@@ -191,12 +183,17 @@ class Muon(AdamW):
     ) -> None:
         super().__init__(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
         self._options = muon_options(config)
-        chunks = {p: chunk_of(name, p) for p, name in names.items()}
-        self._first = {
-            p: Matrix(names[p], chunk[2][0] if chunk is not None and p.dim() > 2 else 0) for p, chunk in chunks.items()
-        }
+        self._first = {p: Matrix(name, 0) for p, name in names.items()}
         """Parameter -> the first of the matrices that this rank stores of it."""
-        parts = share_out(world.gather([chunk for chunk in chunks.values() if chunk is not None]))
+        chunks: list[Chunk] = []
+        for p, name in names.items():
+            # A shard of whole matrices, or of none, needs no exchange.
+            if isinstance(p, DTensor) and p.to_local().numel() and p.to_local().shape[-2:] != p.shape[-2:]:
+                (chunk,) = p.__create_chunk_list__()  # the function that checkpoints use
+                chunks.append((name, list(p.shape), list(chunk.offsets), list(chunk.sizes)))
+                if p.dim() > 2:
+                    self._first[p] = Matrix(name, chunk.offsets[0])
+        parts = share_out(world.gather(chunks))
         self._exchange = Exchange(parts, world) if parts else None
         # A hook, since a step of the superclass inside of another step would call the hooks of a step twice.
         self.register_step_pre_hook(lambda *_: self._step_matrices())

@@ -420,7 +420,9 @@ def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
         )
     dims = parallel_dims(config.parallel, world_size)
     batch = split_batch(config.optim, dims.data_ranks)
-    if batch.accumulation == 1 or not adds_in_place(config):
+    # Only DeepSpeed may reduce or cast the gradients of a micro-batch before it adds those of the next one.
+    moves_gradients = (config.parallel.zero_stage or 0) >= 2 or casts_weights(config)
+    if batch.accumulation == 1 or (config.parallel.strategy is Strategy.deepspeed and moves_gradients):
         return
     fix = "compile=default"
     if dims.pp == 1:  # a pipeline needs several micro-batches
@@ -430,13 +432,6 @@ def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
         "one micro-batch a step: CUDA graphs write the gradients of the next one where those of the former lie",
         fix,
     )
-
-
-def adds_in_place(config: TrainConfig) -> bool:
-    """Return True if the gradients of a micro-batch stay in the memory of the backward pass until the next ones are
-    added. They stay unless they are reduced or cast before."""
-    is_deepspeed = config.parallel.strategy is Strategy.deepspeed
-    return not is_deepspeed or ((config.parallel.zero_stage or 0) < 2 and not casts_weights(config))
 
 
 def best_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:

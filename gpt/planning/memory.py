@@ -71,7 +71,7 @@ class RankMemory:
     logits: int = 0
     """Logits, their gradient, and in bf16 an fp32 copy of a chunk of them."""
     not_at_once: int = 0
-    """Negative. fsdp reduces gradients while it frees activations and logits, so the smaller of the two is not held
+    """Negative. fsdp reduces gradients while it frees activations and logits, so the smaller of the two is not kept
     at the peak."""
     host: int = 0
     """Parameters, gradients and optimizer state in host memory. Not in the total."""

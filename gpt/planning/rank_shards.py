@@ -289,7 +289,7 @@ class LayerBytes:
         """Return the bytes of the results of a block's matrix products, with attention, as gpt/parallel/compile.py
         saves them.
 
-        A built-in part beside one of the user counts with all its saved tensors, as an upper bound.
+        A built-in part next to a part of the user counts with all its saved tensors, as an upper bound.
         """
         model, width, factors = self.model, self.width, self.factors
         custom = model.custom_parts

@@ -230,14 +230,18 @@ def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: i
     with torch.device("meta"):
         model = GPT(config.model)
     with FakeTensorMode(allow_non_fake_inputs=True), recording(recorder, copies=True):
-        engine = train.parallelize(model, no_values, RunLayout(config, world, dims, batch))
+        engine = train.parallelize(model, lambda _, shape: torch.empty(shape), RunLayout(config, world, dims, batch))
         engine.module.train()
         run = make_run(config, world, dims, batch, engine)
         queue_step(run, None, Phase.training)
         for counts in (recorder.waits, recorder.products, recorder.linear, EXPECTED_WAITS):
             counts.clear()
         found.in_step, since = len(recorder.collectives), recorder.memory.now
-        held: dict[str, list[Tensor]] = {PARAMETERS: [*engine.module.parameters()], OPTIMIZER: states_of(engine)}
+        states = [value for state in cast(Any, engine).optimizer.state.values() for value in state.values()]
+        held: dict[str, list[Tensor]] = {
+            PARAMETERS: [*engine.module.parameters()],
+            OPTIMIZER: [value for value in states if isinstance(value, Tensor)],
+        }
         for kind_of, tensors in held.items():
             recorder.memory.name(tensors, kind_of)
         for parameter in engine.module.parameters():
@@ -248,7 +252,11 @@ def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: i
         held[GRADIENTS] = [p.grad for p in engine.trained.parameters() if p.grad is not None]
         recorder.memory.name(held[GRADIENTS], GRADIENTS)
         peak = recorder.memory.peak(since)
-        found.dtypes = {kind_of: bytes_by_dtype(tensors) for kind_of, tensors in held.items()}
+        for kind_of, tensors in held.items():
+            sizes: Counter[str] = Counter()
+            for tensor in map(local_tensor, tensors):
+                sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
+            found.dtypes[kind_of] = dict(sizes)
     for (kind_of, place), size in peak.items():
         found.memory[kind_of] = found.memory.get(kind_of, 0) + size
         if kind_of in (ACTIVATIONS, REST):
@@ -284,25 +292,6 @@ def note_saved(recorder: Recorder, tensor: Tensor) -> Tensor:
     """Note a tensor that autograd saves for the backward pass."""
     recorder.memory.name([tensor], ACTIVATIONS)
     return tensor
-
-
-def states_of(engine: Engine) -> list[Tensor]:
-    """Return the tensors of the optimizer's state."""
-    state = cast(Any, engine).optimizer.state
-    return [tensor for values in state.values() for tensor in values.values() if isinstance(tensor, Tensor)]
-
-
-def bytes_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
-    """Return the bytes of this rank's shards of tensors, by dtype."""
-    found: Counter[str] = Counter()
-    for tensor in map(local_tensor, tensors):
-        found[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
-    return dict(found)
-
-
-def no_values(name: str, shape: torch.Size) -> Tensor:
-    """Return a tensor for a parameter whose values nobody needs."""
-    return torch.empty(shape)
 
 
 def make_run(config: TrainConfig, world: distributed.World, dims: ParallelDims, batch: Batch, engine: Engine) -> Run:

@@ -169,7 +169,7 @@ def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
 
 
 def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    """Yield the peak of each rank by part, beside the plan."""
+    """Yield the peak of each rank by part, with the plan's figure."""
     for rank in rehearsal.ranks:
         said, off = rehearsal.planned(rank.rank).total, rehearsal.difference(rank)
         shown = ", ".join(f"{part} {size_text(rank.memory.get(part, 0))}" for part in PARTS)

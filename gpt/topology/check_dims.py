@@ -101,7 +101,7 @@ def refuse_dimensions(dims: ParallelDims, names: Sequence[str], found: str, expe
         dims: the parallel dimensions.
         names: dimensions that are not possible.
         found: override that excludes them.
-        expected: what is possible.
+        expected: the possible values.
         instead: overrides with which they are possible.
     """
     others = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in names if getattr(dims, name) > 1)

@@ -13,7 +13,6 @@ from gpt.checkpoint.folders import VALIDATION_LOSS, FailedSave, LoadedCheckpoint
 from gpt.config.train import RESUMABLE
 from gpt.data.order import PassedOver
 from gpt.metrics.writers import MetricWriters
-from gpt.parallel.distributed import World
 from gpt.training.guards import MAX_ROLLBACKS, BadSteps, checkpoint_before, is_bad, last_rollback, remedy
 from gpt.training.run import Run
 from launch.errors import ConfigError, RepeatedFailureError
@@ -40,7 +39,11 @@ def start_save(run: Run, val_loss: float | None, in_memory: bool = False) -> Non
     # The fence is sent to the writer's process, so it must not hold the run.
     may_commit = None if in_memory else partial(is_newest_attempt, run.folder, run.attempt)
     meta = checkpoint_meta(run, val_loss)
-    run.checkpoints.start(run.step, run.engine.state(), rng_state(run.world), meta, may_commit)
+    state = run.engine.state()
+    rank_state = {"cpu": torch.get_rng_state()}
+    if run.world.device.type == "cuda":
+        rank_state["cuda"] = torch.cuda.get_rng_state(run.world.device)
+    run.checkpoints.start(run.step, state, rank_state, meta, may_commit)
 
 
 def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
@@ -131,14 +134,6 @@ def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
             "the same settings, to go on with that run, or copies of each in a place of its own",
             f"{key}={there[key]}, or another checkpoint.copy_to, and fresh=true for a new folder",
         )
-
-
-def rng_state(world: World) -> dict[str, Any]:
-    """Return the state of the random generators of this rank."""
-    state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(world.device)
-    return state
 
 
 # Going back: from steps whose numbers went wrong to the last good checkpoint, and on without their batches.

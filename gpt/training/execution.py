@@ -59,13 +59,8 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
             raise float8_refusal(config, f"{world.size} ranks, of which {lacking} have GPUs that do not compute in it")
     compiled = choose_compile(config, world.size, on_cpus)
     if not on_cpus and compiled is not CompileMode["none"]:
-        compiled = settle_compile(config, compiled, world.gather(has_compiler()).count(False))
+        compiled = settle_compile(config, compiled, world.gather(not missing_for_compiling()).count(False))
     return replace(config, tf32=tf32, compile=compiled)
-
-
-def has_compiler() -> bool:
-    """Return True if this node has a C compiler and the headers of Python, with which Triton builds its kernels."""
-    return not missing_for_compiling()
 
 
 def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> CompileMode:

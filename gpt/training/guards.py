@@ -77,7 +77,7 @@ MAX_ROLLBACKS = 2
 
 
 class DivergenceGuard:
-    """Check of each step for divergence, by its loss and gradients. Every step must be judged once, in order."""
+    """Check of each step for divergence, by its loss and gradients. Every step must be checked once, in order."""
 
     def __init__(self, config: DivergenceConfig) -> None:
         self._config = config

@@ -197,7 +197,7 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Ran
 
 
 def muon_row(config: TrainConfig, flops: float) -> dict[str, str]:
-    """Return the printed row on Muon beside a model that computes ``flops`` a step; empty for other optimizers."""
+    """Return the printed row on Muon for a model that computes ``flops`` a step; empty for other optimizers."""
     if config.optim.optimizer != MUON:
         return {}
     hidden = count_hidden(config.model)

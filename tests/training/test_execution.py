@@ -51,7 +51,6 @@ from gpt.training.execution import (
     FIRST,
     MEASURED,
     StepTimeouts,
-    has_compiler,
     open_compile_cache,
     set_matmul_precision,
     settle_compile,
@@ -60,7 +59,7 @@ from gpt.training.execution import (
 )
 from gpt.training.run import Request
 from launch.errors import ConfigError
-from launch.runs.environment import COMPILE_CACHE, describe_environment
+from launch.runs.environment import COMPILE_CACHE, describe_environment, missing_for_compiling
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.worker import Run as Rank
@@ -262,11 +261,11 @@ def test_without_a_compiler_on_some_nodes_nothing_is_compiled_or_the_run_is_refu
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     monkeypatch.delenv("CC", raising=False)
-    assert not has_compiler()
+    assert missing_for_compiling()
     monkeypatch.setenv("CC", str(compiler))
-    assert has_compiler()
+    assert not missing_for_compiling()
     (tmp_path / "Python.h").unlink()
-    assert not has_compiler()
+    assert missing_for_compiling()
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
