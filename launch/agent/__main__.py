@@ -150,10 +150,11 @@ def work_in_group(context: AgentContext) -> RendezvousEndpoint | None:
     At the end, the head node tells the other nodes that the run is over, and its failure if there is one.
 
     Returns:
-        The way to the next term if the head node is lost, else None.
+        The store of the next term if the head node is lost, else None.
 
     Raises:
-        RunFailedError, ConfigError: as ``run_agent``.
+        RunFailedError: the run failed and does not start again.
+        ConfigError: the ranks cannot start here.
     """
     node, group, stop = context.node, context.group, context.stop
     failure: str | None = None
@@ -205,7 +206,7 @@ def start_repeatedly(context: AgentContext) -> None:
         if node.index not in rdzv.members:
             continue
         stop.interruptible = False  # From here on all nodes leave together.
-        # The nodes of this round count the ranks of this attempt.
+        # The number of ranks of this attempt follows from the nodes of this round, not of the job.
         problem = ranks.run_attempt(replace(context, config=replace(context.config, nodes=len(rdzv.members))), rdzv)
         ended = observed_end(folder, rdzv.attempt, problem, stop)
         if node.is_head:
@@ -251,7 +252,7 @@ OWN_NAME = (
 def event_name(event: Mapping[str, Any]) -> str | None:
     """Return the name under which the command receives an event; None if the event does not run the command."""
     kind = event["event"]
-    # Only the first failed try runs the command.
+    # Only the first failed try of a copy runs the command.
     if kind in OWN_NAME or (kind == "copy_failed" and event["failures"] == 1):
         return str(kind)
     if kind != "decided" or event["action"] == Action.requeue:  # "requeued" or "requeue_failed" follows
@@ -278,7 +279,7 @@ def event_variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> d
 def on_event(context: RunContext, is_active: bool = True) -> contextlib.AbstractContextManager[None]:
     """Run the user's command, if there is one, for each event that is recorded in a ``with`` block.
 
-    ``is_active`` is False on nodes that leave the events to the head node.
+    ``is_active`` is False on nodes other than the head node: these nodes run no command.
     """
     command, folder, node = context.config.launch.on_event_command, context.folder, context.node
     if not is_active or not command:
@@ -301,7 +302,7 @@ def run_at_events(
         folder: folder of the run.
         command: program and arguments.
         timeout_s: seconds after which a command is killed.
-        is_silent: function that returns True once another process runs the command.
+        is_silent: function that returns True if another process now runs the command for the events.
     """
     lines = NewLines(folder.events, re.compile(rb"\n"), LONGEST_LINE, skip=True)
     closing = threading.Event()

@@ -49,7 +49,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
     """
     folder, node = context.folder, context.node
     events = events_of(folder, node)
-    if not events and has_stopped(context.events()):  # in an earlier start of a job that several points share
+    if not events and has_stopped(context.events()):  # The run stopped in an earlier start of this shared job.
         return 0
     ends = select_events(events, "attempt_ended")
     if ends and ends[-1]["cause"] in WANTED:
@@ -86,10 +86,15 @@ def wait_for_agents(context: RunContext) -> None:
 
 
 def is_alive(context: RunContext, last: dict[str, Any], events: Sequence[dict[str, Any]]) -> bool:
-    """Return whether the agent of the head node still runs, by the last event about it.
+    """Return whether the agent of the head node still runs.
 
-    The first one runs on this host. One that has replaced it on another host counts as ended if it has written no
-    heartbeat for ``resilience.rendezvous_timeout_s``.
+    The job's first head node is this host, so the process of its agent is checked. The agent of a later head node, on
+    another host, counts as ended after ``resilience.rendezvous_timeout_s`` without a heartbeat.
+
+    Args:
+        context: run and node.
+        last: newest event about the agent of the head node: ``agent_started`` or ``head_replaced``.
+        events: all events of this start of the job.
     """
     if last["event"] == "head_replaced":
         seen = max(last["time"], last_heartbeat(context.folder) or 0.0)

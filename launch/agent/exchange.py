@@ -28,11 +28,11 @@ from launch.runs.heartbeat import HeartbeatFile, Request
 
 
 BACKLOG = 4096
-"""Maximum number of connections that wait to be accepted: all agents, or ranks, of a large job connect at once."""
+"""Maximum number of connections that wait to be accepted. All agents, or ranks, of a large job connect together."""
 
 
 def derive(token: str, purpose: str) -> str:
-    """Derive a name of 32 hexadecimal digits from the job's token.
+    """Derive a name of 32 hexadecimal digits for ``purpose`` from the job's token.
 
     Only this job can compute the name, and the name does not reveal the token.
     """
@@ -40,7 +40,7 @@ def derive(token: str, purpose: str) -> str:
 
 
 def open_tcp_store(address: str, timeout: timedelta) -> dist.TCPStore:
-    """Open a store on a free port of ``address`` alone. Torch alone would listen on every address of the machine."""
+    """Open a store on a free port of ``address`` alone. By default, torch listens on every address of the machine."""
     server = socket.create_server((address, 0), backlog=BACKLOG)
     port = server.getsockname()[1]
     return dist.TCPStore(
@@ -52,7 +52,7 @@ class SignedStore:
     """Messages of agents in a store, each under a key with one writer.
 
     Args:
-        store: torch's store that keeps the messages.
+        store: torch's store that contains the messages.
         token: secret of the job.
         name: name of this use of the store. A message that was signed for another name or key is ignored.
     """
@@ -73,7 +73,7 @@ class SignedStore:
             return []
         if not self._store.check(list(keys)):  # No agent has written some of them yet, or a stranger has deleted them.
             for key in keys:
-                # One operation of the store: a message that arrives meanwhile is not overwritten.
+                # One operation of the store, so that a message that arrives meanwhile is not overwritten.
                 self._store.compare_set(key, "", "")
         return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(list(keys)), strict=True)]
 
@@ -95,7 +95,7 @@ class SignedStore:
 
 @dataclass(frozen=True)
 class RendezvousEndpoint:
-    """Store of the agents in one term, and this node's way to it."""
+    """Store of the agents in one term, as this node reaches it."""
 
     store: dist.TCPStore
     address: str
@@ -104,10 +104,10 @@ class RendezvousEndpoint:
 
 
 def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> RendezvousEndpoint:
-    """Open the store on the first node; connect to the head node's store on other nodes, by the term's file.
+    """Open the store on the first node. On other nodes, connect to the store that the file of the newest term names.
 
-    The head node takes a free port and writes it into the file, so no port is fixed in advance. The file also holds the
-    job's token, so only its owner can read it.
+    The head node takes a free port and writes it into the file, so no port is fixed in advance. The file also contains
+    the job's token, so only the user of the job can read it.
 
     Args:
         folder: folder of the run.
@@ -140,9 +140,9 @@ def connect(term: Term, answer_s: float) -> RendezvousEndpoint:
 
 
 FIRST_S, EACH_S = 0.2, 0.1
-"""Seconds after the loss of the head node until node i claims the next term: the first, and i times the second."""
+"""Node i claims the next term ``FIRST_S + i * EACH_S`` seconds after the loss of the head node."""
 ALONE_S = 2.0
-"""Further seconds for a node with no other node besides the head node: it may be cut off itself."""
+"""Further seconds for the only node that is left besides the head node: this node may be cut off itself."""
 
 
 def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s: float) -> RendezvousEndpoint:
@@ -160,7 +160,7 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
     """
     address, began = node.own_address(), time.monotonic()
     is_alone = node.count - sum(index < node.count for index, _ in gone.lost) == 2
-    may_claim = node.index < node.count  # The node of a spare job is not in the job that continues.
+    may_claim = node.index < node.count  # The node of a spare job is not in the job that would continue the run.
     store = open_tcp_store(address, timedelta(seconds=answer_s))
     while True:
         newest = newest_term(folder, node.job) or gone
@@ -208,7 +208,7 @@ class Ticket(msgspec.Struct, frozen=True):
 
     number: int = 0
     at: int = 0
-    """Number of the poll at which a rank obeys; smaller than ``number`` until the agents have agreed."""
+    """Number of the poll at which all ranks obey; smaller than the ticket's ``number`` until the agents have agreed."""
     cause: int = 0
     """Value of ``RequestState.wants`` for which the head node made the ticket."""
 
@@ -232,9 +232,9 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     all_left: int = -1
     """On the head node, newest round in which the ranks of all members have left without a failure; -1 if none."""
     bye: bool = False
-    """True once the agent leaves."""
+    """True if the agent is leaving."""
     agreement: int = -1
-    """Round of ``reports`` and ``tickets``; -1 if none."""
+    """Number of the round to which ``reports`` and ``tickets`` apply; -1 if none."""
     reports: tuple[RequestState, ...] = ()
     """One report for each kind of ``Request``."""
     tickets: tuple[Ticket, ...] = ()
@@ -243,7 +243,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     again: int = -1
     """Newest round whose ranks have left without a failure and start again; -1 if none."""
     over: bool = False
-    """True once there are no further rounds."""
+    """True if there are no further rounds."""
     failure: str | None = None
     """Reason for which the run has failed; None if it has not failed."""
 
@@ -258,17 +258,18 @@ DECODER = msgspec.json.Decoder(Message)
 INTERVAL_S = 0.1
 LONGEST_INTERVAL_S = 0.5
 EXCHANGES_PER_S = 800
-"""Number of exchanges of all agents with the head node in a second, up to 400 agents."""
+"""Number of exchanges per second of 80 to 400 agents together with the head node. Other numbers of agents have
+``INTERVAL_S`` or ``LONGEST_INTERVAL_S``."""
 QUICK_S = 0.02
 """Seconds between two exchanges while ranks wait for an agreement."""
 QUICK_EXCHANGES_PER_S = 4000
-"""Number of exchanges of all agents in a second while ranks wait for an agreement, from 80 agents on."""
+"""Number of exchanges per second of all agents together while ranks wait for an agreement, from 80 agents on."""
 POLL_S = 0.1
 """Seconds between two reads of the messages of the other agents."""
 
 
 def exchange_interval_s(count: int) -> float:
-    """Return the seconds between two exchanges of each of ``count`` agents. Many agents spare the head node."""
+    """Return the seconds between two exchanges of each of ``count`` agents: longer for many, to spare the head node."""
     return min(LONGEST_INTERVAL_S, max(INTERVAL_S, count / EXCHANGES_PER_S))
 
 
@@ -293,8 +294,8 @@ class Heartbeat:
         The heartbeat thread adds the fields of the agreement to every message.
         """
         self.received: dict[int, Message] = {}
-        """Newest messages, by index of the node: on the head node of all other nodes, elsewhere of the head node
-        only.
+        """Index of a node -> its newest message. On the head node, of all other nodes; on the other nodes, only of the
+        head node.
         """
         self._when: dict[int, float] = {}
         self._clock = RunningClock()
@@ -413,7 +414,7 @@ class Agreement:
         """Advance all agreements as far as the messages allow. Returns new fields for this agent's message.
 
         Args:
-            received: newest messages of other agents, by node; outside of the head node only its message.
+            received: index of a node -> newest message of its agent, as in ``Heartbeat.received``.
         """
         about_this = {i: m for i, m in received.items() if m.agreement == self._number and self._is_member(i)}
         reports = {request: self._report(request) for request in Request}
@@ -440,14 +441,17 @@ class Agreement:
         return max([own, *(file.wants(request) for file in self._ranks)])
 
     def _decide(self, request: Request, reports: Sequence[RequestState]) -> Ticket:
-        """Return the ticket after the next step of its agreement. Only the head node calls this method."""
+        """Return the ticket for ``request`` after the next step of its agreement, from the newest report of each node.
+
+        Only the head node calls this method.
+        """
         ticket, all_there = self._tickets[request], len(reports) == len(self._members)
         if ticket.number > ticket.at:
             # Ranks wait for a silent node only as long as their own limit allows.
             if all_there and all(report.held >= ticket.number for report in reports):
                 return replace(ticket, at=max(ticket.number, 1 + max(report.most for report in reports)))
             return ticket
-        # Nothing follows a stop. A new save may begin once every rank has obeyed the previous one.
+        # Nothing follows a stop. A new save may begin after every rank has obeyed the previous save.
         had_last = request is Request.save and all_there and min(report.least for report in reports) >= ticket.at
         wants = max(report.wants for report in reports)
         if wants > ticket.cause and (ticket.at == 0 or had_last):

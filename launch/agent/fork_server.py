@@ -71,7 +71,7 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Return the exit status once the rank has ended.
+        """Wait until the rank has ended, and return its exit status.
 
         Raises:
             subprocess.TimeoutExpired: the rank has not ended after ``timeout`` seconds.
@@ -189,7 +189,7 @@ class ForkServer:
 
 
 def serve_forks(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
-    """Run the server: import the modules, send its process id or the error to the agent, then fork ranks on request.
+    """Run the server: import ``preload``, send its process id or the error to the agent, then fork ranks on request.
 
     The process ends when the agent is gone.
     """
@@ -232,7 +232,7 @@ def import_all(modules: Sequence[str]) -> str | None:
 
 
 def fork_rank(start: Start, agent: int, requests: Connection) -> NoReturn:
-    """Fork the rank from an intermediate process, and end that process: the agent then becomes the rank's parent."""
+    """Fork the rank from an intermediate process, and end that process, so that the agent becomes the rank's parent."""
     between = os.getpid()
     try:
         if os.fork():
@@ -385,7 +385,7 @@ def end_with(status: int) -> NoReturn:
 def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> None:
     """Change the command line of this process in ps and /proc, and its environment in /proc if ``env`` is given.
 
-    Linux shows the memory that contained both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
+    Linux shows the memory that had both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
     This memory is overwritten, and text that does not fit is cut off.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):

@@ -41,7 +41,7 @@ GAUGES: Mapping[str, tuple[str, float, Sequence[str]]] = {
 }
 """Gauge of ``launch.runs.environment`` -> function of NVML, divisor, and names of the function's constants.
 
-The functions are those that drivers from 535 on have, by the names that newer drivers keep.
+Drivers from 535 on have these functions, and newer drivers keep the names.
 """
 
 
@@ -91,7 +91,11 @@ class Nvml:
             return [self._read(bus, handle) for bus, handle in gpus.items()]
 
     def buses(self) -> list[str]:
-        """Return the PCI addresses of the GPUs that this process may open. Raises GpuError as ``read_health``."""
+        """Return the PCI addresses of the GPUs that this process may open.
+
+        Raises:
+            GpuError: the driver does not answer.
+        """
         with self._answering() as gpus:
             return list(gpus)
 
@@ -234,7 +238,7 @@ MIB, GIB = 2**20, 2**30
 SLACK = GIB
 """Bytes by which the memory in use on a GPU may grow between two starts, because of other programs of the user."""
 MEMORY_WAIT_S, MEMORY_POLL_S = 50.0, 0.2
-"""Longest time in which a GPU may give back the memory of ranks that have ended, and time between two readings."""
+"""Longest wait until GPUs have freed the memory of ended ranks, and the time between two readings, in seconds."""
 LONGEST = 200
 """Maximum number of characters that are kept of the last output line of the site's command."""
 CHECK_TIMEOUT_S = 60.0
@@ -292,7 +296,7 @@ class HealthCheck:
                 except (OSError, GpuError) as error:
                     found.append(Fault(at, f"{at}: {error}"))
 
-        # A mount or a driver that hangs cannot be interrupted: the check's thread is left behind.
+        # A mount or a driver that hangs cannot be interrupted, so the check's thread is left behind.
         thread = threading.Thread(target=run_checks, name="health", daemon=True)
         thread.start()
         thread.join(CHECK_TIMEOUT_S)
@@ -313,8 +317,8 @@ class HealthCheck:
     def _gpu_faults(self) -> Iterator[str]:
         """Yield faults of this job's GPUs, compared with their state at the first start.
 
-        Waits until the GPUs have given back the memory of ranks that have ended: ranks that start before it would run
-        out of memory. Yields nothing without an NVIDIA driver, or without nvidia-ml-py.
+        Waits until the GPUs have freed the memory of ended ranks, because ranks that start earlier would run out of
+        memory. Yields nothing without an NVIDIA driver, or without nvidia-ml-py.
         """
         if not DRIVER.is_dir():
             return
@@ -358,7 +362,7 @@ def full_disks(folders: Iterable[Path]) -> Iterator[str]:
 def links_up(root: Path = SYS) -> set[str]:
     """Return the physical network interfaces and InfiniBand ports of this machine that are up, by name.
 
-    Interfaces without a device, such as bridges and container interfaces, are left out: they appear and disappear.
+    Interfaces without a device, such as bridges and container interfaces, are left out, because they come and go.
     """
     states = {path.name: (path / "carrier", "1") for path in (root / "net").glob("*") if (path / "device").exists()}
     for path in (root / "infiniband").glob("*/ports/*"):
@@ -484,7 +488,7 @@ def sampling(
 def gpu_telemetry(context: RunContext, attempt: int) -> Iterator[None]:
     """Sample the GPUs of this node in a ``with`` block, every GPU_SAMPLE_S seconds. Does nothing without a GPU.
 
-    Open the block after the environment of the ranks is set: that environment names their GPUs.
+    Open the block after the environment of the ranks is set, because that environment names their GPUs.
     """
     config, node = context.config, context.node
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")

@@ -38,7 +38,7 @@ LINE = re.compile(r"(\w[\w.:-]*)(?:\s+slots\s*=\s*([1-9]\d*))?")
 
 
 def read_hostfile(config: Config) -> dict[str, int]:
-    """Return host -> slots of a run's hostfile, in order. Slots are the most ranks of the host; 0 without a number.
+    """Return host -> slots of a run's hostfile, in its order. A host has at most as many ranks as slots; 0: no limit.
 
     Raises:
         ConfigError: the file cannot be read, has a line of another form, or names a host twice.
@@ -62,7 +62,11 @@ def read_hostfile(config: Config) -> dict[str, int]:
 
 
 def hosts_of(config: Config) -> list[str]:
-    """Return the hosts of a run: the first of its hostfile that have slots for its ranks. Raises ConfigError."""
+    """Return the hosts of a run, spares included: the first hosts of its hostfile with slots for the ranks of a node.
+
+    Raises:
+        ConfigError: too few hosts have enough slots, or the file cannot be read.
+    """
     ranks, wanted = config.ranks_on_node, config.nodes_asked
     hosts = [host for host, slots in read_hostfile(config).items() if not 0 < slots < ranks]
     if len(hosts) < wanted:
@@ -81,32 +85,36 @@ def hosts_of(config: Config) -> list[str]:
 BY_SSH = (*SSH, "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 """ssh that ends if the other host does not answer for a minute."""
 STAY = 'trap "" TERM USR2; exec "$@"'
-"""Shell script that becomes ssh. Slurm signals all processes of a batch script; connections stay while agents save."""
+"""Shell script that becomes an ssh that ignores SIGTERM and SIGUSR2.
+
+Slurm sends these signals to all processes of a batch script, and the connections must stay open while agents save.
+"""
 RECEIVE = 'read -r line && eval "$(printf %s "$line" | base64 -d)"'
 """Shell script that reads a line with more script: it sets directory, environment, logs, and command, ``"$@"``.
 
-They come by standard input, since every user of a host can read command lines, and the environment may hold secrets.
+The line comes by standard input, since every user of a host can read command lines, and the environment may have
+secrets.
 """
 BECOME = ' && exec "$@" </dev/null'
-"""The rest of the script for a command that ends by itself."""
+"""The rest of the script ``RECEIVE`` for a command that ends by itself."""
 KEEP = (
     ' && exec 3<&0 && { { trap "" TERM USR2; while read -r number <&3; do kill -"$number" $$; done; kill -s KILL $$; }'
     ' >/dev/null 2>&1 & } && exec "$@" </dev/null 3<&-'
 )
-"""The rest of the script for an agent, with the helper. ``$$`` is the process that becomes the agent."""
+"""The rest of the script ``RECEIVE`` for an agent, with the helper. ``$$`` is the process that becomes the agent."""
 
 
 def start_on(
     host: str, words: Sequence[str], env: Mapping[str, str], script: str, logs: Sequence[Path] = ()
 ) -> subprocess.Popen[str]:
-    """Start a command on a host, in this working directory: by ssh, unless this is the host.
+    """Start a command on a host, in this working directory: by ssh, or directly if the host is this machine.
 
     Args:
         host: name of the host.
         words: program and arguments.
         env: environment of the command.
         script: ``BECOME`` or ``KEEP``.
-        logs: files for standard output and error; by default, the process returns both.
+        logs: files for standard output and error; by default, both are pipes of the returned process.
     """
     lines = [f"cd {quote(str(Path.cwd()))} || exit", f"set -- {join(words)}"]
     # The shell protects some variables, such as UID, and may refuse them.
@@ -143,7 +151,7 @@ sys.exit(f"Python {sys.version}" if sys.version != sys.argv[2] else 0 if os.path
 def check_hosts(hosts: Sequence[str], folder: Path) -> None:
     """Raise ConfigError for the first host that does not answer, does not see ``folder``, or has another Python.
 
-    If ``folder`` does not exist yet, the deepest existing folder above it counts.
+    If ``folder`` does not exist yet, the hosts must see the deepest existing folder above it.
     """
     there, here = next(path for path in (folder, *folder.parents) if path.is_dir()), quote(str(Path.cwd()))
     with tempfile.NamedTemporaryFile(prefix=".launch-", dir=there) as probe:
@@ -168,12 +176,12 @@ def check_hosts(hosts: Sequence[str], folder: Path) -> None:
 
 POLL_S = 0.1
 LEAVE_S = 10.0
-"""Seconds for the next of the other agents to leave after the head node's agent, which decides for all."""
+"""Longest wait in seconds for each other agent to leave after that of the first node. Then the agent is killed."""
 
 
 @refusing
 def main() -> int:
-    """Run the command of this process's arguments, submitit's, on each host, and pass signals on to the agents.
+    """Run submitit's command, which is in this process's arguments, on each host, and pass signals on to the agents.
 
     Returns:
         The largest exit status of the agents, where signals count as their numbers; 2 if a host is refused.

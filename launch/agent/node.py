@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from launch.agent.rendezvous import AgentGroup
     from launch.workload import CodeTree, RankCommand, RankContract
 
-# Processes of this machine: a clock that stops with its process, and the state of a process in /proc. Torch-free.
+# Processes of this machine: a clock that stops with its process, and the state of a process in /proc. No torch.
 
 
 TICK_S = 0.5
@@ -149,16 +149,16 @@ class StopRequest:
             raise InterruptedError(f"{self.name} before the ranks had started")
 
     def request(self, name: str) -> None:
-        """Count a request to stop. The first one sets ``name``, its reason, and ``since``, monotonic seconds.
+        """Count a request to stop for the reason ``name``. The first request also sets ``since``, monotonic seconds.
 
-        Any other request replaces the request of a node that joins.
+        A request with another reason replaces the request ``JOINED``.
         """
         self.count = 1 if self.name == JOINED else self.count + 1
         if self.count == 1:
             self.name, self.since = name, time.monotonic()
 
     def withdraw(self) -> None:
-        """Withdraw the request of a node that joins, once the ranks have saved and left."""
+        """Withdraw the request ``JOINED`` after the ranks have saved and left. Other requests remain."""
         if self.name == JOINED:
             self.count, self.name = 0, ""
 
@@ -169,7 +169,7 @@ class StopRequest:
 VISIBLE_GPUS = "LAUNCH_VISIBLE_GPUS"
 """Environment variable with the GPUs of all agents of a local point, as CUDA_VISIBLE_DEVICES names them."""
 TOKEN = "LAUNCH_TOKEN"
-"""Environment variable of the agents of a local run: a random name of this start, as process ids can come again."""
+"""Environment variable of the agents of a local run: a random name of this start, as process ids are used again."""
 SHARES_JOB = "LAUNCH_SHARES_JOB"
 """Environment variable of an agent whose Slurm job has other points, too (``cluster.points_per_job``)."""
 HOSTS = "LAUNCH_HOSTS"
@@ -267,12 +267,12 @@ class RendezvousRound(msgspec.Struct, frozen=True):
     """
     address: str
     port: int
-    """Port of the ranks' store: a fresh one on the head node for each round."""
+    """Port of the ranks' store on the head node. Each round has a new port."""
 
 
 @dataclass(frozen=True)
 class NodeProblem:
-    """A lost or sick node, which takes no part in a start."""
+    """A lost or sick node, which takes no part in a start of the ranks."""
 
     index: int
     host: str
@@ -303,7 +303,7 @@ def problems_text(state: str, nodes: Iterable[NodeProblem]) -> str:
 
 @dataclass(frozen=True)
 class RunContext:
-    """Run that an agent works on, and the node of that agent."""
+    """The run of an agent: its folder and config, and the node of that agent."""
 
     folder: RunFolder
     node: Node
@@ -336,7 +336,7 @@ class AgentContext(RunContext):
     stop: StopRequest
     """The request to stop that this agent has received."""
     meter: Meter
-    """The use of the allocation, and its budget."""
+    """Meter that compares the use of the allocation with the budget."""
     server: ForkServer | None
     """Server that forks the ranks; None if ranks are executed."""
     store: MemoryStore

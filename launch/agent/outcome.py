@@ -97,7 +97,7 @@ def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
 
 
 def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
-    """Return the cause of a stop: preemption, time limit or cancel. All three arrive as the same signals.
+    """Return the cause of a stop: preemption, time limit or cancel. Slurm sends the same signals for all three.
 
     Raises:
         RunFailedError: the controller does not know the job, or did not answer for hours.
@@ -155,7 +155,7 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
 
 
 def exclude_hosts(context: RunContext, job_id: str, exclude: Mapping[str, str]) -> None:
-    """Exclude hosts from a pending job, unless too few others are left, and record the result."""
+    """Exclude hosts from a pending job, unless too few other hosts are left, and record the result."""
 
     def exclude_once() -> str | None:
         left, needed = scheduler.usable_nodes(job_id) - set(exclude), context.config.nodes_asked
@@ -177,10 +177,10 @@ def exclude_hosts(context: RunContext, job_id: str, exclude: Mapping[str, str]) 
 
 
 def submit_next_job(context: RunContext) -> None:
-    """With ``resilience.requeue=chain``, submit the job that continues the run when this one has ended.
+    """With ``resilience.requeue=chain``, submit the next job, which continues the run when this job has ended.
 
-    The next job starts whatever happens to this one. If Slurm does not accept it, this job continues without it, with
-    an event. Does nothing for a program that cannot resume.
+    The next job starts however this job ends. If Slurm does not accept the next job, the event log says why, and this
+    job continues. Does nothing for a program that cannot resume.
     """
     node, config, events = context.node, context.config, context.events()
     resumes = workload_of(config).contract(config, config.world_size).resumes
@@ -207,7 +207,17 @@ def run_or_record(context: RunContext, command: Sequence[str], event: str, **det
 
 
 def continue_in_next_job(context: RunContext, cause: Cause, exclude: Mapping[str, str], text: str) -> None:
-    """Leave the run to the next job, which starts when this one has ended. Arguments and errors as ``requeue_job``."""
+    """Leave the run to the next job of its chain, which starts when this job has ended.
+
+    Args:
+        context: run and node.
+        cause: cause of the end of the attempt.
+        exclude: hosts that the next job must not get, each with the reason.
+        text: failure of the attempt, for the error message.
+
+    Raises:
+        RunFailedError: there is no next job.
+    """
     job = context.node.slurm_job
     with suppress(scheduler.SlurmError):
         wait_for_controller(context.folder, lambda: scheduler.job_details(job))
@@ -260,6 +270,8 @@ def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedErro
 
 def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Cause) -> Decision:
     """On the head node: find the cause of the end of an attempt, decide, and carry the decision out.
+
+    ``ended`` is the cause that every node can see (``observed_end``). Returns the decision.
 
     Raises:
         RunFailedError: the run ends without being finished, and no user requested that.
@@ -348,7 +360,7 @@ def apply_decision(
 
 
 def record_attempt_end(context: RunContext, job: str, attempt: int | None, cause: Cause, **details: Any) -> None:
-    """Record the end of an attempt of ``job``, with its last step. The step is None if the attempt made none."""
+    """Record the end of an attempt of ``job``, with its last step; None if the attempt made no step."""
     last = (recent_records(context.folder.metrics(0)) or [{}])[-1]
     step = last["step"] if attempt is not None and last.get("attempt") == attempt else None
     context.record("attempt_ended", attempt=attempt, cause=cause, step=step, job=job, **details)
@@ -367,7 +379,7 @@ def record_decision(context: RunContext, attempt: int | None, cause: Cause, deci
 
 
 def refuse_decided(context: RunContext, attempt: int | None) -> None:
-    """Raise AlreadyDecidedError if another agent, which lost contact with this one, has recorded the attempt's end."""
+    """Raise AlreadyDecidedError if an agent that lost contact with this agent has recorded the attempt's end."""
     for end in attempt_ends(context.events()):
         if end.get("job") == context.node.job and end["attempt"] == attempt:
             name = "this start of the job" if attempt is None else f"attempt {attempt}"
@@ -380,7 +392,7 @@ def refuse_decided(context: RunContext, attempt: int | None) -> None:
 def handle_early_stop(context: RunContext, why: str) -> None:
     """Record a stop that came before any ranks ran, and requeue the job after a preemption or at its time limit.
 
-    Does nothing except on the head node.
+    ``why`` is the reason for the event log. Does nothing except on the head node.
     """
     if context.node.is_head:
         context.record("agent_stopped", node=context.node.index, cause=why)
@@ -444,8 +456,8 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
     """Have Slurm end the step with the agents of lost nodes. The head node calls this after the end of the run.
 
     An agent that is stopped, or hangs in its kernel, never ends by itself. srun waits for every agent, so all nodes
-    would stay allocated until the time limit. So they would without srun and the batch script, which were on the first
-    node: if that one is lost, the whole job is cancelled.
+    would stay allocated until the time limit. If the first node is lost, with the batch script and srun, no process
+    would end the job. So the whole job is cancelled.
     """
     node, folder = context.node, context.folder
     decided = context.events("decided")
@@ -478,8 +490,8 @@ def events_of(folder: RunFolder, node: Node) -> list[dict[str, Any]]:
 def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | None:
     """Return the action that is still to be done after the agents have ended; None if there is none.
 
-    It is ``requeue`` if an agent decided to requeue the job, but did not. It is ``restart`` if the agents were killed
-    before they decided.
+    Returns ``requeue`` if an agent decided to requeue the job, but did not do so. Returns ``restart`` if the agents
+    were killed before they decided.
 
     Args:
         events: events since the agents of this start of the job began.
@@ -513,7 +525,7 @@ def was_signalled(events: Sequence[dict[str, Any]], attempt: int | None) -> bool
 
 
 def take_over(context: AgentContext) -> bool:
-    """On the next head node: record the loss of the one before, and decide in its place what it has not decided.
+    """On the next head node: record the loss of the previous one, and make the decision that it has not made.
 
     Returns whether the ranks start again inside of the allocation.
 
@@ -530,6 +542,6 @@ def take_over(context: AgentContext) -> bool:
         requeue_job(context, Cause(select_events(events, "decided")[-1]["cause"]), hosts_to_avoid(events), text)
     if action is not Action.restart or (attempt is None and select_events(events, "decided")):
         return action is Action.restart
-    # Agents that srun has not started end with their connection to the lost node, and no process would end the job.
+    # Agents that srun has not started end with their connection to the lost node. Then no process would end the job.
     left = context.group.next_size if context.config.cluster.by_srun else None
     return apply_decision(context, attempt, cause, text, left=left).action is Action.restart

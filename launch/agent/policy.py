@@ -49,13 +49,13 @@ SLACK_S = 1.0
 
 
 class Cause(StrEnum):
-    """Cause of an attempt's end. Each cause has a limit of its own: preemptions do not use up the limit of crashes."""
+    """Cause of an attempt's end. Each cause has its own limit, so preemptions do not use up the limit of crashes."""
 
     finished = "finished"
     cancelled = "cancelled"
     """A user requested the end: scancel, launch.cancel, or a file STOP."""
     budget = "budget"
-    """An agent requested the end: a cap of ``budget`` was reached."""
+    """An agent requested the end, because a cap of ``budget`` was reached."""
     preempted = "preempted"
     timed_out = "timed_out"
     node_failed = "node_failed"
@@ -65,7 +65,7 @@ class Cause(StrEnum):
     crashed = "crashed"
     hung = "hung"
     node_joined = "node_joined"
-    """The agents requested the end: the ranks start again with the node of a spare job."""
+    """The agents requested the end, so that the ranks start again with the node of a spare job."""
     requested = "requested"
     """The ranks left with the exit status that means: the run is saved, requeue the job."""
     repeated = "repeated"
@@ -98,7 +98,7 @@ def has_stopped(events: Events) -> bool:
 
 
 WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
-"""Causes that a user or the run requested: the run does not start again, and did not fail."""
+"""Causes that a user or the run requested. After such an end, the run does not start again, and has not failed."""
 FINAL = {
     Cause.refused: "it would be refused again",
     Cause.repeated: "the ranks have tried again by themselves, and it came again",
@@ -252,7 +252,7 @@ def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
 
 
 class RunFailedError(RuntimeError):
-    """Raised if the run ends without being finished, and its end was not requested."""
+    """Raised if the run ends without being finished, and without a request to end."""
 
 
 class AlreadyDecidedError(RunFailedError):
@@ -273,7 +273,7 @@ def refuse_replaced(context: RunContext) -> None:
 
 
 def is_inside_job(folder: RunFolder) -> bool:
-    """Return whether the run is a step of a job that the user holds, which began before the run."""
+    """Return whether the run is a step of the user's own job, such as one of salloc, which began before the run."""
     submitted = select_events(folder.read_events(), "submitted")
     return bool(submitted) and submitted[-1].get("cluster") == ClusterKind.allocation.name
 
@@ -294,9 +294,9 @@ A diverged loss, too little memory and a refusal come from the program, and woul
 
 
 def unreliable_hosts(events: Events) -> dict[str, str]:
-    """Return the hosts that failed in more than one attempt since the command was typed: host -> failures.
+    """Return the hosts that failed in several attempts since the command was typed: host -> its failures as text.
 
-    A host whose parameters differ from those of most replicas counts after one failure: that cannot be chance.
+    A host whose parameters differ from those of most replicas counts after one failure, which cannot be chance.
     """
     events = events_since_submission(events)
     certain = {host for event in select_events(events, DRIFT, certain=True) for host in event["hosts"]}
@@ -390,7 +390,8 @@ class Meter:
     def poll(self, *, is_leaving: bool = False) -> str | None:
         """Write a heartbeat. If a cap of the budget is reached, record this and return it as text; else return None.
 
-        Acts at most every ``budget_poll_s`` seconds. Returns None in between, and for a run that already leaves.
+        Acts at most every ``budget_poll_s`` seconds, and returns None in between. Returns None also if ``is_leaving``:
+        the ranks are already leaving.
         """
         config, now = self._context.config, time.time()
         if not self._context.node.is_head or time.monotonic() - self._polled < config.budget_poll_s:

@@ -93,7 +93,7 @@ def state_of(tree: CodeTree) -> dict[str, tuple[int, int]]:
 
 
 def prepare_environment(node: Node, config: Config, address: str) -> None:
-    """Set the variables of this process that ranks inherit in every attempt."""
+    """Set the variables of this process that ranks inherit in every attempt. ``address`` is that of this node."""
     set_default_threads(config.ranks_on_node)
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a crash in compiled code leaves its stack in the log
@@ -167,7 +167,8 @@ class MemoryStore:
     def environment(self, address: str, secret: str) -> Mapping[str, str]:
         """Return the variables with which ranks find the store. Starts a store on ``address`` if none runs.
 
-        If a store cannot be started, standard error has the reason, and the ranks run without a store.
+        If a store cannot be started, standard error says so, and the ranks run without a store. ``secret`` is the
+        secret that ranks and stores of the job share.
         """
         if self._process is None or self._process.poll() is not None:
             self.__exit__()
@@ -242,7 +243,7 @@ class FixedRendezvous(RendezvousHandler):
     """Rendezvous for torch elastic with members and an address on which the agents have agreed."""
 
     use_agent_store = True
-    """The ranks use the store of the head node: no further port is opened, which another process could take."""
+    """The ranks use the store of the head node, so that no further port is opened, which another process could take."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
@@ -283,8 +284,8 @@ def cpus_of_ranks(
     """Return for each rank of a node, by local rank, the CPUs on the NUMA node of its GPU; None to bind no rank.
 
     Only the CPUs in ``allowed`` count. Returns None if the NUMA node of a GPU is not known, or if all CPUs are near.
-    Returns None also if some GPUs have fewer near CPUs than ranks: a job on a shared node may have CPUs of another
-    socket.
+    Returns None also if some GPUs have fewer near CPUs than ranks, because a job on a shared node may have CPUs of
+    another socket.
     """
     near = []
     for gpu in gpus[:ranks]:
@@ -327,13 +328,14 @@ class RankAgent(LocalElasticAgent):
             print("launch: ranks are executed, not forked: the code has changed", file=sys.stderr)
             self._server = None
         if self._server is not None:
-            # A stop is already requested: the first poll stops the ranks. Executed ranks are watched if imports hang.
+            # If a stop is requested meanwhile, the first poll stops the ranks. If the imports of the server hang, the
+            # ranks are executed: the watchdog then finds them if they hang, too.
             deadline = time.monotonic() + config.resilience.startup_and_save_timeout_s
             self._server.wait_ready(lambda: attempt.stop.count > 0 or time.monotonic() > deadline)
         self.killed: set[int] = set()
         """Ranks that this agent killed. Their exit statuses do not show the cause of a failure."""
         self.is_given_up = False
-        """True once waiting for other nodes is useless: a node has failed or is lost, or the grace period is over."""
+        """True if waiting for other nodes is useless: a node has failed or is lost, or the grace period is over."""
         self.asks_for_requeue = False
         """True if ranks have left with the exit status that means: the run is saved, requeue the job."""
 
@@ -392,9 +394,9 @@ class RankAgent(LocalElasticAgent):
     def _wait_for_others(self, codes: Sequence[int | None]) -> bool:
         """Return whether the other ranks still have time to record their failures after one rank has failed.
 
-        They get ``LAST_MESSAGES_S`` seconds, or the grace period if the first rank requested a requeue. Then they are
-        killed. Elastic would end the other ranks at once. The error of a lost peer often comes first and would hide
-        the original failure.
+        The other ranks get ``LAST_MESSAGES_S`` seconds, or the grace period if the first rank requested a requeue. Then
+        they are killed. Elastic would end the other ranks immediately. The error of a lost peer often comes first and
+        would hide the original failure. ``codes`` are the exit statuses of the ranks; None while a rank runs.
         """
         if None not in codes or not any(codes):
             return False

@@ -45,9 +45,9 @@ ECHO_S = 8.0
 """Seconds of silence after which a node counts as the cause of a broken connection that no rank has explained."""
 FLUSH_S = 5.0
 JOIN_S = 1.5
-"""Seconds that a head node of a later term waits for nodes that have not noticed the loss of the head node before."""
+"""Seconds that a head node of a later term waits for nodes that have not yet noticed the loss of its predecessor."""
 MINORITY_S = 2.0
-"""Seconds that a head node leaves to the other nodes to take over, if it has lost most nodes at once."""
+"""Seconds that a head node waits if it has lost most nodes at once, so that one of these nodes can take over."""
 TERM_POLL_S = 1.0
 
 
@@ -81,8 +81,8 @@ class AgentGroup:
         lost = endpoint.term.lost if node.is_head else ()
         self._head_before = lost[-1][0] if lost else None
         self.lost = {index: NodeProblem(index, node.host_of(index), why) for index, why in lost}
-        """Index -> lost node, the last loss last. Lost nodes take no further part in this job. Empty except on the head
-        node.
+        """Index -> lost node, in the order of the losses. Lost nodes take no further part in this job. Empty except on
+        the head node.
         """
         self._stores: list[dist.TCPStore] = []  # Stores stay open for ranks that are still leaving the previous round.
 
@@ -95,12 +95,12 @@ class AgentGroup:
 
         Args:
             number: number of the round, from 0.
-            avoid: on the head node, hosts that take part only if no others are left, each with the reason.
+            avoid: on the head node, hosts that take part only if too few other hosts are left, each with the reason.
 
         Raises:
             TooFewNodesError: on the head node, if too few healthy nodes are left.
-            HeadNodeLostError: elsewhere, if the head node is lost.
-            RunFailedError: elsewhere, if the run has failed and does not start again.
+            HeadNodeLostError: on the other nodes, if the head node is lost.
+            RunFailedError: on the other nodes, if the run has failed and does not start again.
         """
         # The agents wait while a shared filesystem is full: a run continues when there is space again.
         deadline = time.monotonic() + (self._limits.rendezvous_timeout_s / 2 if number else 0)
@@ -134,7 +134,7 @@ class AgentGroup:
     def have_left(self, rdzv: RendezvousRound) -> bool:
         """Report that this node's ranks have left a round without a failure.
 
-        Returns whether the ranks of all members of the round have left so.
+        Returns whether the ranks of all members of the round have left without a failure.
         """
         heartbeat, number = self.heartbeat, rdzv.number
         heartbeat.publish(left=number)
@@ -145,15 +145,19 @@ class AgentGroup:
     def await_end(self, rdzv: RendezvousRound) -> bool:
         """Wait until the head node has recorded the end of a round whose ranks have left without a failure.
 
-        Returns whether the run is over; otherwise its ranks start again. Errors as ``next_round``.
+        Returns whether the run is over; otherwise its ranks start again.
+
+        Raises:
+            HeadNodeLostError: the head node is lost.
+            RunFailedError: the run has failed and does not start again.
         """
         return self._await_head(lambda head: head.again >= rdzv.number) is None
 
     def next_endpoint(self, why: str) -> RendezvousEndpoint:
-        """Return the way to the next term, after the loss of the head node for the reason ``why``.
+        """Return the store of the next term, after the loss of the head node for the reason ``why``.
 
         Raises:
-            RunFailedError: there is no Slurm, whose job continues, or this node itself counts as lost.
+            RunFailedError: the job is not one of Slurm and cannot continue, or this node itself counts as lost.
         """
         node = self._node
         if not node.is_slurm:
@@ -195,7 +199,7 @@ class AgentGroup:
     def find_reason(self, rdzv: RendezvousRound) -> list[NodeProblem]:
         """After a broken connection, wait up to ``ECHO_S`` seconds for two heartbeats of every other member.
 
-        Members that send fewer are marked as lost and returned.
+        Members that send fewer heartbeats are marked as lost and returned.
         """
         heartbeat = self.heartbeat
         waiting = {index: heartbeat.of(index).beat for index in rdzv.members[1:] if index not in self.lost}
@@ -224,7 +228,7 @@ class AgentGroup:
         return [i for i in self._late if i not in self.lost and self.heartbeat.silence(i) is None]
 
     def _remaining(self) -> list[int]:
-        """Return the indices of the nodes that are not lost. A node of a spare job counts once it has joined."""
+        """Return the indices of the nodes that are not lost; those of spare jobs only if they have joined."""
         without = self.lost.keys() | set(self.awaited_jobs())
         return [i for i in range(self._late.stop) if i not in without]
 
@@ -264,7 +268,10 @@ class AgentGroup:
     def _gather(self, number: int) -> tuple[list[int], list[NodeProblem]]:
         """Wait until every node that is not lost is ready, or enough nodes are ready after ``SPARE_WAIT_S`` seconds.
 
-        Returns the indices of the healthy nodes, and the sick nodes. Raises TooFewNodesError as ``next_round``.
+        Returns the indices of the healthy nodes, and the sick nodes.
+
+        Raises:
+            TooFewNodesError: too few healthy nodes are left.
         """
         node, folder, began = self._node, self._context.folder, time.monotonic()
         while (size := self.next_size) is not None:
@@ -303,7 +310,7 @@ class AgentGroup:
         return {i: message for i, message in list(self.heartbeat.received.items()) if i not in self.lost}
 
     def _silence(self, index: int) -> float:
-        return self.heartbeat.silence(index) or 0.0  # A node that never arrived has rendezvous_timeout_s.
+        return self.heartbeat.silence(index) or 0.0  # For a node that never arrived, rendezvous_timeout_s applies.
 
     def _silence_text(self, index: int) -> str:
         return f"silent for {self._silence(index):.0f} s"
@@ -312,9 +319,12 @@ class AgentGroup:
         return self.heartbeat.of(index).host or self._node.host_of(index)
 
     def _lose(self, why: Mapping[int, str]) -> list[NodeProblem]:
-        """Mark nodes as lost, index -> reason, and begin a new term, in which they take no part. Returns them.
+        """Mark nodes as lost, and begin a new term, in which they take no part. Returns these nodes.
 
-        Raises AlreadyDecidedError if another node has begun it.
+        ``why`` is index -> reason.
+
+        Raises:
+            AlreadyDecidedError: another node has begun the new term.
         """
         node, folder = self._node, self._context.folder
         if not why:
@@ -335,7 +345,12 @@ class AgentGroup:
     # On the other nodes.
 
     def _await_head(self, has_come: Callable[[Message], bool]) -> Message | None:
-        """Wait for a message of the head node. Returns None if the run is over. Errors as ``next_round``."""
+        """Return the head node's next message for which ``has_come`` returns True; None if the run is over.
+
+        Raises:
+            HeadNodeLostError: the head node is lost.
+            RunFailedError: the run has failed and does not start again.
+        """
         while True:
             head = self.heartbeat.of(self._head)
             if head.failure:
@@ -353,8 +368,8 @@ class AgentGroup:
     def head_is_lost(self) -> bool:
         """Return whether the store of the head node is gone.
 
-        Also True if the head node was silent for more than ``resilience.node_timeout_s``. Then this node shows the
-        next head node that it lives.
+        Also True if the head node was silent for more than ``resilience.node_timeout_s``. At the first True, this node
+        creates its ``presence_file``, which tells the next head node that this node lives.
         """
         if self._node.is_head:
             return False
@@ -378,7 +393,7 @@ def distance(switches: Sequence[str], head: Sequence[str]) -> list[tuple[bool, s
 
 @contextmanager
 def join(context: RunContext, endpoint: RendezvousEndpoint) -> Iterator[AgentGroup]:
-    """Join the other agents of a term for the length of a ``with`` block, which gets the group."""
+    """Join the other agents of a term for the length of a ``with`` block. Yields their group."""
     group = AgentGroup(context, endpoint)
     try:
         yield group

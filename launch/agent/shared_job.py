@@ -1,6 +1,6 @@
-"""Start of a run's agents in a step of a Slurm job that they do not have alone.
+"""Start of a run's agents as a step of a Slurm job that was not submitted for this run alone.
 
-The job is one that the user holds (``launch.slurm.allocation``), or one of several points (``cluster.points_per_job``).
+The job is the user's own (``launch.slurm.allocation``), or that of several points (``cluster.points_per_job``).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def take_part(run_dirs: Sequence[str]) -> str:
     env, parts = os.environ, len(run_dirs)
     part = int(env["SLURM_PROCID"])
     cpus = sorted(os.sched_getaffinity(0))
-    # Where Slurm does not confine jobs to CPUs, another job on the node would bind itself to the same ones.
+    # Where Slurm does not confine jobs to CPUs, another job on the node would bind itself to the same CPUs.
     if len(cpus) <= int(env["SLURM_CPUS_ON_NODE"]):
         os.sched_setaffinity(0, share(cpus, part, parts) or cpus)
     env |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", SHARES_JOB: "1"}

@@ -1,8 +1,8 @@
 """Terms: which node is the head of a job. A term is a file in the run folder that only one node can create.
 
 The first term is that of node 0. A node that has lost the head node claims the next term, and so does a head node that
-has lost other nodes. The filesystem lets one of them succeed, and the other nodes follow. So two halves of a job that
-do not reach each other never both continue.
+has lost other nodes. The filesystem lets one node succeed, and the other nodes follow. So two halves of a job that do
+not reach each other never both continue.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Term(msgspec.Struct, frozen=True):
 
 
 def newest_term(folder: RunFolder, job: str) -> Term | None:
-    """Return the newest term of a start of the job; None before the first one."""
+    """Return the newest term of the start of the job that is named ``job``; None before the first term."""
     place = folder.path / ".launch"
-    # An NFS client lists the folder anew where it would answer a question for one name from its cache.
+    # An NFS client reads the list of a folder anew, but may look up a single name in its cache.
     numbers = numbers_in(place, f"{job}.", ".json")
     return msgspec.json.decode(_file(folder, job, numbers[-1]).read_bytes(), type=Term) if numbers else None
 
 
 def claim_term(folder: RunFolder, job: str, term: Term) -> bool:
-    """Write the file of a term. Returns False if another node has written it before.
+    """Write the file of a term. Returns False if another node has already written that file.
 
     Waits while the filesystem is full.
     """
@@ -77,7 +77,7 @@ def is_replaced(folder: RunFolder, node: Node) -> bool:
 
 
 def presence_file(folder: RunFolder, job: str, head: int, index: int) -> Path:
-    """Return the file by which node ``index`` shows that it has lost head node ``head``, and lives itself."""
+    """Return the file by which node ``index`` shows that it still runs, but has lost head node ``head``."""
     return folder.path / ".launch" / f"{job}.without-{head}.{index}"
 
 

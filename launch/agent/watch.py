@@ -56,7 +56,7 @@ STACK_WAIT_S = 3.0
 STACK_QUIET_S = 1.0
 """Seconds without a further line after which the stacks count as complete."""
 NEARLY = 0.8
-"""Share of its limit after which a silent rank is reported as hung, once ranks of another node have failed."""
+"""Share of its limit after which a silent rank is reported as hung, if ranks of another node have failed."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class Watchdog:
 
     Args:
         folder: folder with the heartbeat files of the ranks, all of this attempt.
-        limits: longest silence of each kind.
+        limits: ``resilience`` of the run, with the longest allowed silence of each kind.
         logs: rank -> path of its log.
         must_attach: True if a rank without a heartbeat is late after ``startup_and_save_timeout_s``. Otherwise such a
-            rank does not know the launcher, and only its log shows progress.
+            rank does not use ``launch.worker``, and only its log shows progress.
         silence_timeout_s: longest time in seconds without growth of such a rank's log; None: no limit.
     """
 
@@ -105,7 +105,7 @@ class Watchdog:
         """Rank -> size of its log, and time of the log's last growth."""
 
     def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
-        """Return the ranks that were silent for more than ``share`` of their limit, longest silence first.
+        """Return the ranks that were silent for more than ``share`` of a limit, longest silence first.
 
         After a pause of this process itself, every limit begins anew (``scontrol suspend`` stops all processes alike).
 
@@ -129,7 +129,10 @@ class Watchdog:
         return sorted(found, key=lambda stuck: stuck.since)
 
     def _silences(self, rank: int, last: RankHeartbeat | None, now: float) -> Iterator[tuple[float, float, str]]:
-        """Yield the silences of a rank: seconds, longest allowed seconds, and a description."""
+        """Yield the silences of a rank: seconds, longest allowed seconds, and a description.
+
+        ``last`` is the rank's heartbeat, None if it has written none; ``now`` is the time in monotonic seconds.
+        """
         limits, started = self._limits, self._started
         if last is not None:
             state = "stopped" if processes.process_state(last.pid) in "Tt" else "frozen"
@@ -217,7 +220,7 @@ class Watch:
             stop.request(BUDGET)
         if not stop.count and self._finds_stop_file():
             stop.request(STOP_FILE)
-        # Ranks that do not know the launcher could not save before they leave: they take the node in after a failure.
+        # Ranks without ``launch.worker`` cannot save first, so the node joins them only after their next failure.
         can_save = all(file.is_open for file in self._files)
         if not stop.count and can_save and self._attempt.node.is_head and group.can_grow(self._attempt.rdzv):
             stop.request(JOINED)
@@ -250,7 +253,7 @@ class Watch:
         if not self._has_signalled:
             self._has_signalled = True
             attempt.record("signalled", attempt=attempt.number, host=attempt.node.host, signal=stop.name)
-            # Programs that do not know the launcher, and ranks that do not poll yet, end now. A rank that polls gets
+            # Programs without ``launch.worker``, and ranks that do not poll yet, end now. A rank that polls gets
             # one more request for the stop on which the agents agree.
             agent.send(self._stop_signal)
             self._agreement.request_stop(self._stop_signal)
@@ -260,9 +263,10 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
-        """Record ranks without progress as failed, with their stacks.
+        """Record ranks that were silent for more than ``share`` of a limit as failed, with their stacks.
 
-        Returns a text that blames the rank with the longest silence; None if all ranks make progress.
+        ``Watchdog.poll`` has the limits. Returns a text on the rank with the longest silence; None if no rank was
+        silent for so long.
         """
         stuck = self._watchdog.poll(agent.ranks(), share)
         if stuck:
@@ -294,7 +298,7 @@ class Watch:
     def find_lost(self) -> str | None:
         """Return a text that names a lost node; None if no node is lost.
 
-        The head node checks all members of the round and records lost ones. Other nodes check only the head node.
+        The head node checks all members of the round and records lost nodes. Other nodes check only the head node.
         """
         attempt = self._attempt
         if not attempt.node.is_head:
@@ -356,7 +360,7 @@ class RankRecords:
     def _write_environment(self) -> None:
         """Write this node's part of the environment, if not yet written.
 
-        The first node also writes ``environment.json`` once all parts exist.
+        The first node also writes ``environment.json``, as soon as all parts exist.
         """
         attempt, folder = self._attempt, self._attempt.folder
         if self._contract.records_events:
@@ -397,10 +401,8 @@ class RankRecords:
     def record_end(self, asks_for_requeue: bool) -> None:
         """Record ``stopped`` or ``finished`` for ranks that left without a failure.
 
-        Does nothing if the ranks record their end themselves.
-
-        If ranks requested a requeue, every node with such ranks records ``stopped``. Otherwise only the first node
-        records an event.
+        Does nothing if the ranks record their end themselves. If ranks of this node requested a requeue
+        (``asks_for_requeue``), this node records ``stopped``. Otherwise only the first node records an event.
         """
         attempt, stop = self._attempt, self._attempt.stop
         if self._contract.records_events:
@@ -414,7 +416,9 @@ class RankRecords:
             attempt.record("stopped" if stop.count else "finished", **details, **stop_details(stop))
 
     def record_silent_failures(self, result: RunResult, killed: Set[int]) -> None:
-        """Record ranks that died without a record, with their traceback or the end of their log, and ranks that left.
+        """Record each rank that failed without a record of its own, with its traceback or the end of its log.
+
+        Also records ``rank_left`` for ranks that left without a failure.
 
         Args:
             result: exit status of each rank of this node.
@@ -426,7 +430,7 @@ class RankRecords:
             attempt.record("rank_left", attempt=attempt.number, rank=rank, host=attempt.node.host, left=True)
         kinds: dict[str, int] = {}
         for rank, failure in sorted(result.failures.items()):
-            # A program that does not know the launcher may end in any way after a request to stop.
+            # A program without ``launch.worker`` may end in any way after a request to stop.
             stopped = attempt.stop.count and (failure.exitcode < 0 or not contract.records_events)
             if rank in known or rank in killed or stopped or failure.exitcode == contract.requeue_exit:
                 continue
@@ -441,13 +445,13 @@ class RankRecords:
 
 
 def log_end(log: Path) -> str:
-    """Return the last lines of a log, after a crash in compiled code those from the crash on; empty without a log.
+    """Return the last lines of a log; after a crash in compiled code, the lines around the crash. Empty without a log.
 
     The prefix ``[rank0]: `` of torch's tracebacks is left out.
     """
     text = PREFIX.sub("", log.read_text(errors="replace")) if log.exists() else ""
     crash = text.rfind("Fatal Python error")
-    # C++ prints its exception before. Stacks of many threads are long.
+    # C++ prints its exception before that line. The text is cut because stacks of many threads are long.
     return "\n".join(text.splitlines()[-30:]) if crash < 0 else text[max(0, crash - 500) :][:20_000]
 
 
