@@ -112,7 +112,16 @@ def _files(
     running: tuple[str, ...] | None,
     with_hydra: bool,
 ) -> DictConfig:
-    """Return the config that Hydra composes from ``primary`` and the overrides ``choices``. Callers must copy it."""
+    """Return the config that Hydra composes from ``primary`` and the overrides ``choices``. Callers must copy it.
+
+    Args:
+        primary: name of the file.
+        schema: dataclass of the config, which only distinguishes entries of the cache.
+        choices: overrides that choose files.
+        searched: the user's own folders of config files.
+        running: None if no Hydra runs in this process; otherwise the folders that it searches.
+        with_hydra: True if the result also has Hydra's own keys.
+    """
     words = [*choices, *(f"hydra.searchpath=['file://{folder}']" for folder in searched)]
     outside = running is None
     with hydra.initialize_config_module("configs", version_base="1.3") if outside else nullcontext():
@@ -165,7 +174,7 @@ def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
     """Return the config that a run folder was made with.
 
     Raises:
-        ConfigError: the folder holds no run, or its config is damaged.
+        ConfigError: the folder has no run, or its config is damaged.
     """
     return stored_as(folder, read_document(folder), schema)
 
@@ -174,7 +183,7 @@ def read_document(folder: RunFolder) -> DictConfig:
     """Return the content of ``.hydra/config.yaml``, without a check against a schema.
 
     Raises:
-        ConfigError: the folder holds no run, or its config is damaged.
+        ConfigError: the folder has no run, or its config is damaged.
     """
     if not folder.config.exists():
         raise ConfigError(f"no {folder.config}", "the folder of a run", "python -m launch, to make one")
@@ -329,12 +338,14 @@ def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude:
 
 
 def number_of(path: Path) -> int:
-    """Return the number of a run folder among those of its point: 1 of the first folder, 2 of ``<point>~2``."""
+    """Return the number of a run folder among the folders of its point: 1 for the first, 2 for ``<point>~2``."""
     return int(generation(path.name).removeprefix("~") or 1)
 
 
 def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str]) -> RunFolder:
-    """Return the newest folder of a run, which may not exist yet; with ``fresh`` the next new one, ``<point>~2``.
+    """Return the newest folder of a run, which may not exist yet; with ``fresh`` the next new folder, ``<point>~2``.
+
+    Keys in ``not_in_point`` do not distinguish runs.
 
     Raises:
         ConfigError: Slurm cannot use the path, or the folder cannot be created.
@@ -363,7 +374,7 @@ def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
 
 
 def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Sequence[str]) -> None:
-    """Raise ConfigError if ``folder`` already holds a run with other settings.
+    """Raise ConfigError if ``folder`` already has a run with other settings.
 
     Args:
         folder: folder of the run.

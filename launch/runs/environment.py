@@ -155,7 +155,10 @@ def _read_gpu(index: str, path: Path) -> Gpu:
 
 
 def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
-    """Return the GPU of entry ``index`` of CUDA_VISIBLE_DEVICES. ``name`` is a number or the beginning of a UUID."""
+    """Return the GPU of entry ``index`` of CUDA_VISIBLE_DEVICES. ``name`` is a number or the beginning of a UUID.
+
+    ``there`` are the GPUs that the driver lists; ``as_listed`` is True if CUDA numbers them in this order.
+    """
     models = " or ".join(sorted({gpu.name for gpu in there})) or "GPU"
     if name.isdigit():
         return there[int(name)] if as_listed and int(name) < len(there) else Gpu(name, models, None)
@@ -168,7 +171,7 @@ def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
 
 
 DEFAULTS = (
-    # Without it a gloo group connects all pairs of ranks at once: P (P - 1) connections and requests of the store.
+    # Without this, a gloo group connects all pairs of P ranks at once: P (P - 1) connections and requests of the store.
     (("TORCH_GLOO_LAZY_INIT",), "1"),
     # Segments that grow leave no gaps, which would make a GPU run out of memory although some is free.
     (("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"), "expandable_segments:True"),
@@ -185,7 +188,7 @@ Each is a name with its aliases, and the value that is used unless the user has 
 DUMP_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 """Variable for the path prefix of the files of NCCL's flight recorder, and its alias."""
 DUMP_PREFIX = "nccl_trace_rank_"
-"""Beginning of the names of these files in the folder of an attempt. torch appends the rank."""
+"""Beginning of the names of the flight recorder's files in the folder of an attempt. torch appends the rank."""
 
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Variable for the cache folder of torch's compiler."""
@@ -202,7 +205,7 @@ RECORDED = (
     ),
 )
 MOST_FILES = 1 << 20
-"""Highest limit of open files that is set: a program that closes all possible descriptors is slow under a billion."""
+"""Highest limit of open files that is set. Some programs close all possible descriptors, which takes long for 10^9."""
 
 
 def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()) -> None:
@@ -262,7 +265,7 @@ def raise_open_files() -> int:
 
 
 def reachable_files(hard: int) -> int:
-    """Return the number of open files that a process may reach under a hard limit (-1: unlimited)."""
+    """Return the number of open files that a process can set as its soft limit, with a hard limit (-1: unlimited)."""
     return MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
 
 
@@ -363,7 +366,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the differences between two ``environment.json`` as texts: changed code files, and changed libraries.
 
     Empty if nothing changed. CUDA and NCCL are compared only if both records have their versions, which only nodes
-    know. The driver is not compared: a requeued job may get other nodes.
+    know. The driver is not compared, because a requeued job may get other nodes.
     """
     found = []
     old, new = ((known.get("code") or {}).get("files") or {} for known in (before, now))
@@ -419,8 +422,8 @@ GAUGES = {
     "temperature_c": 0,
     "throttle_reasons": 0,
 }
-"""Gauge -> decimals that are kept. Energy is a counter: joules since the driver was loaded, so that differences count.
-Throttle reasons are the bits of NVML's clocks event reasons."""
+"""Gauge -> decimals that are written. Energy is a counter in joules since the driver was loaded, and only its small
+differences are used. Throttle reasons are the bits of NVML's clocks event reasons."""
 THROTTLE_REASONS = {
     0x04: "power cap",
     0x08: "hardware slowdown",

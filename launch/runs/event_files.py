@@ -1,8 +1,8 @@
 """TensorBoard event files: the names of the curves, and a writer of scalars, texts, images and chart layouts.
 
 A table maps the fields of a step record to tags, so that all runs show the same curves under the same names. The
-event files are a view of the step records. The writer and the messages are tensorboard's own: torch's SummaryWriter
-loads torch, and tensorboard's functions for texts, layouts and settings load TensorFlow.
+event files are a view of the step records. The writer and the messages are tensorboard's own, because torch's
+SummaryWriter loads torch, and tensorboard's functions for texts, layouts and settings load TensorFlow.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class EventWriter:
         suffix: str = "",
     ) -> None:
         self._writer = EventFileWriter(str(Path(folder)), flush_secs=FLUSH_S, filename_suffix=suffix)
-        # In every file: the first such message is the start of the run for TensorBoard, and later ones drop points.
+        # Every file begins with this message. TensorBoard begins a run at the first such message, and drops points at
+        # each later one.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.add_event(event_pb2.Event(wall_time=clock.time(), step=purge_step or 0, session_log=start))
 

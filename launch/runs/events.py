@@ -43,15 +43,15 @@ def last_index(events: Events, *names: str, **fields: Any) -> int:
 
 
 def events_since_submission(events: Events) -> list[dict[str, Any]]:
-    """Return the events since a user last typed the command of the run. Limits of restarts count from there."""
+    """Return the events since a user last typed the command of the run. Limits of restarts apply to these events."""
     return list(events[last_command(events) :])
 
 
 def last_command(events: Events) -> int:
     """Return the index of the last submission that a user typed; 0 without one.
 
-    A move to another partition does not count, nor a second entry of a job: its agent and its launcher may both
-    write one.
+    A move to another partition is no such submission. A second entry of the same job is not counted either, because its
+    agent and its launcher may both write one.
     """
     last, before = 0, None
     for index, event in enumerate(events):
@@ -189,9 +189,10 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
 
 
 def failure_kind(cause: str, trace: str) -> str:
-    """Return a text that is equal for failures that need one traceback: equal source lines, of echoes or of one type.
+    """Return a text that is equal for failures of which one traceback is enough.
 
-    Messages are left out, since they may name the rank.
+    Such failures have the same source lines, and are all echoes or have the same type of exception. The messages of
+    the exceptions are left out, since they may name the rank.
     """
     places = re.findall(r'File "[^"]*", line \d+', trace)
     return "\n".join(["echo" if ECHO.search(cause) else cause.partition(":")[0], *places])
@@ -246,7 +247,7 @@ def enter_failure(
 def first_failure(events: Events, attempt: int) -> dict[str, Any] | None:
     """Return the first failure of an attempt; an echo only if there is no other failure. None without a failure.
 
-    Of several hung ranks it is the one with the earliest last progress: the other ranks waited for it.
+    Of several hung ranks, the rank with the earliest last progress failed first: the other ranks waited for this rank.
     """
     failures = select_events(events, "rank_failed", attempt=attempt)
     first = min(failures, key=lambda e: (bool(e.get("echo")), e.get("since", e["time"])), default=None)
@@ -276,7 +277,7 @@ def best_interval_s(save_s: float, between_failures_s: float) -> float:
     """Return the computing time between two saves, seconds, that loses least time: ``sqrt(2 C M)`` (Young 1974).
 
     Args:
-        save_s: seconds for which a save holds the steps up.
+        save_s: seconds for which a save stops the steps.
         between_failures_s: mean time between failures, seconds.
     """
     return math.sqrt(2 * save_s * between_failures_s)
@@ -289,7 +290,7 @@ def expected_goodput(save_s: float, interval_s: float, restart_s: float, between
     interval (Daly 2006).
 
     Args:
-        save_s: seconds for which a save holds the steps up.
+        save_s: seconds for which a save stops the steps.
         interval_s: seconds of computing between two saves.
         restart_s: seconds from a failure to the next step.
         between_failures_s: mean time between failures, seconds.
@@ -314,7 +315,7 @@ class SavedCheckpoint:
     find_damage: Callable[[Callable[[int], None]], tuple[str, ...] | None]
     """Function that reads the checkpoint and returns a line for each damage; None if the checkpoint was deleted.
 
-    It calls its argument with the number of bytes of each read.
+    The function calls its argument with the number of bytes of each read.
     """
 
 
@@ -330,9 +331,12 @@ class Continuation:
     """How a command continues an existing run."""
 
     back_to: int | None = None
-    """Step of the checkpoint that the run goes back to; None if the run continues from its newest checkpoint."""
+    """Step of the earlier checkpoint from which the run continues; None for its newest checkpoint."""
     last: int | None = None
-    """Last step whose records are moved aside when the run goes back; None if it does not go back."""
+    """Last step of the run before it continues from an earlier checkpoint; None if it continues from its newest.
+
+    The records of the steps after ``back_to`` are moved aside.
+    """
     extends: int | None = None
     """Number of steps at which the run was finished, if the command extends the run; otherwise None."""
 

@@ -40,7 +40,8 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 def deny_others_writing() -> None:
     """Set the umask so that only the owner can write to files of this process and of its children.
 
-    The permissions to read stay as the user set them. Call it at the start of a command: the umask is process-wide.
+    The permissions to read stay as the user set them. Call this function at the start of a command, because the umask
+    is process-wide.
     """
     os.umask(os.umask(0o077) | 0o022)
 
@@ -60,7 +61,7 @@ def numbers_in(folder: Path, prefix: str = "", suffix: str = "") -> list[int]:
 
 
 def make_numbered(folder: Path) -> Path:
-    """Make and return the next numbered folder in ``folder``: 0001, 0002, ... Each process gets another one."""
+    """Make and return the next numbered folder in ``folder``: 0001, 0002, ... No two calls get the same number."""
     number = max(numbers_in(folder), default=0)
     while True:
         number += 1
@@ -76,7 +77,7 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Append each of ``values`` as one line, all in one write. Several processes and hosts may append to one file.
 
     O_APPEND is not atomic on NFS, so the file is locked around the write. A filesystem without locks, such as Lustre
-    mounted without ``flock``, has O_APPEND alone. A line torn by a crash is ended first, so that only it is lost.
+    mounted without ``flock``, has O_APPEND alone. A line torn by a crash is ended first, so that no new line is lost.
     """
     data = b"".join(json.dumps(value).encode() + b"\n" for value in values)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ def parse_json_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write a file so that its content is always either the old one or all of ``data``, even after a crash.
+    """Write a file so that its content is always either the old content or all of ``data``, even after a crash.
 
     Args:
         path: path of the file; missing folders are made.
@@ -161,7 +162,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def write_json(path: Path, value: Any, mode: int = 0o666) -> None:
-    """Write ``value`` atomically as indented JSON; ``mode`` as for ``write_atomically``."""
+    """Write ``value`` atomically as indented JSON. ``mode``: permissions of the file, minus the umask."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode(), mode)
 
 
@@ -184,7 +185,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Error numbers of a filesystem that is full, over its quota, or failing: they do not depend on the data."""
+"""Error numbers of a filesystem that is full, over its quota, or failing. Other data would fail in the same way."""
 KEPT = 10_000
 """Maximum number of lines kept for a file; the oldest lines are dropped first."""
 
@@ -259,7 +260,7 @@ def tell_unwritten() -> None:
 
 
 def say(text: str) -> None:
-    """Print on standard error. Ignores errors: the log may be on the same full filesystem."""
+    """Print ``text`` on standard error. Ignores errors, because the log may be on the same full filesystem."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -276,4 +277,4 @@ def is_full(folder: Path) -> bool:
 
 
 FULL_BYTES = 64 * 1024
-"""Number of free bytes below which a filesystem counts as full: the blocks of a small file need as much."""
+"""Number of free bytes below which a filesystem counts as full. The blocks of a small file need as much."""

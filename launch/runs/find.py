@@ -74,7 +74,7 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def alone(path: Path, overrides: Sequence[str]) -> str:
-    """Return the label of a single run: the name of its folder, or of the parent folder if the former says little."""
+    """Return the label of a single run: the name of its folder, or of the parent folder if this name says little."""
     number = generation(path.name)
     of_folder = path.name.removesuffix(number)
     # A cut name is too long for a line of a terminal, and ends in a hash without a meaning for people.
@@ -190,7 +190,7 @@ def add_paths(parser: ArgumentParser) -> None:
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """Return the run folders at or below ``paths``, each once, in the order of ``paths`` and of their names.
 
-    A path that does not exist may end with the label of a run, after the folder that contains the run.
+    A path that does not exist may have the form FOLDER/LABEL: the run in FOLDER with this label.
 
     Raises:
         ConfigError: a path has no run, or a label means several runs.

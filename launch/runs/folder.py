@@ -42,7 +42,7 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer"
         """Tokenizer of the run, if the data names one."""
         self.aside = self.path / "aside"
-        """Numbered folders with records and checkpoints of later steps, one for each return by ``resume_from``."""
+        """Numbered folders with later records and checkpoints, one for each return to an earlier checkpoint."""
 
     def attempt(self, number: int) -> Path:
         """Return the folder of an attempt, one start of the ranks, counted from 1."""
@@ -73,7 +73,7 @@ class RunFolder:
         return numbers_in(self.path / "attempts")
 
     def create_attempt(self) -> int:
-        """Make the folder of the next attempt and return its number. Safe if two processes call it at once."""
+        """Make the folder of the next attempt and return its number. Two processes never get the same number."""
         made = make_numbered(self.path / "attempts")
         (made / "logs").mkdir()
         return int(made.name)
@@ -90,7 +90,7 @@ class RunFolder:
         append_lines(self.events, [{"time": time.time(), "event": event, **details}])
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Return all events, oldest first, and those that this process could not write yet. Skips damaged lines."""
+        """Return all events, oldest first, then events that this process could not write yet. Skips damaged lines."""
         return [event for event in (*read_json_lines(self.events), *unwritten(self.events)) if is_event(event)]
 
     def tracker_id(self, rank: int = 0) -> str:
@@ -105,7 +105,7 @@ class RunFolder:
     def unread_events(self) -> int:
         """Count the lines of the event log that are neither events nor blank.
 
-        A last line without an end is not counted: a process may still be writing the line.
+        A last line without an end is not counted, because a process may still be writing the line.
         """
         try:
             data = self.events.read_bytes()

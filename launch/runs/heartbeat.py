@@ -81,7 +81,7 @@ class HeartbeatFile:
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            # Takes the room on the disk now: a write into a hole of a full filesystem would be SIGBUS later.
+            # Allocates the file's blocks now, because a write into a hole would end in SIGBUS on a full filesystem.
             os.posix_fallocate(descriptor, 0, SIZE)
             view = memoryview(mmap.mmap(descriptor, SIZE))
         finally:
@@ -170,7 +170,7 @@ class HeartbeatFile:
 
 
 def read_heartbeat(path: Path) -> RankHeartbeat | None:
-    """Return the last heartbeat in the file ``path``. None before the first one."""
+    """Return the last heartbeat in the file ``path``. None before the first heartbeat."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

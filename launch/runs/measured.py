@@ -36,12 +36,12 @@ def _read_measured(path: Path, key: str, parse: Callable[[Any], Measured], comma
         command: command that writes such a file with ``--output``, for error messages.
 
     Raises:
-        ConfigError: the file does not exist or has another content.
+        ConfigError: the file does not exist, or ``parse`` does not accept its content.
     """
     try:
         read: Measured = _read(path, path.stat().st_mtime_ns, parse)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # An error of the system says enough by itself; KeyError and the like need their names to be understood.
+        # The text of an OSError is enough; the texts of KeyError and the like are not understood without their names.
         problem = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"{key}{' ' if key.startswith('-') else '='}{path}: {problem}",
@@ -118,15 +118,18 @@ class MatmulFile:
 
 
 def rates_document(device: str, samples: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the file's content. ``samples`` have precision, m, n, k and seconds; ``measured`` has the conditions."""
+    """Return the content of a file of matmul rates.
+
+    ``samples`` have precision, m, n, k and seconds; ``measured`` has the conditions of the measurement.
+    """
     return {"format": FORMAT, "device": device, "measured": dict(measured), "samples": [*map(dict, samples)]}
 
 
 def read_matmul_rates(path: Path) -> MatmulFile:
-    """Read a file of measured rates of matrix products, the value of ``cluster.matmul_rates``.
+    """Read a file of measured rates of matrix products, FLOP/s: the file that ``cluster.matmul_rates`` names.
 
     Raises:
-        ConfigError: the file does not exist or has another content.
+        ConfigError: the file does not exist, or is not a file of matmul rates.
     """
     return _read_measured(path, "cluster.matmul_rates", _parse_rates, "python -m gpt.bench_matmul")
 
@@ -161,7 +164,7 @@ FASTEST = 1e13
 
 
 def terms(collective: str, ranks: int) -> tuple[float, float]:
-    """Return the number of consecutive messages, and the share of the bytes that pass a rank's link.
+    """Return the number of consecutive messages of a collective, and the share of its bytes that pass a rank's link.
 
     The bytes are those of the whole tensor: the result of an all-gather, the input of a reduce-scatter, the input of
     each rank of an all-to-all.
@@ -219,7 +222,10 @@ class Network:
 
 
 def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the file's content: the fits in units of ``cluster.interconnect``, and the conditions ``measured``."""
+    """Return the content of a file of measured links: fits in units of ``cluster.interconnect``, and ``measured``.
+
+    ``measured`` has the samples and the conditions of the measurement.
+    """
     tiers = {
         tier: {
             name: {
@@ -247,7 +253,7 @@ def read_network(path: Path, key: str = "cluster.network") -> Network:
         key: key or option that names the file, for error messages.
 
     Raises:
-        ConfigError: the file does not exist or has another content.
+        ConfigError: the file does not exist, or is not a file of measured links.
     """
     return _read_measured(path, key, _parse_network, "python -m launch.bench_network nodes=2")
 
@@ -270,7 +276,7 @@ def _parse_network(document: Any) -> Network:
 def _fit(tier: str, name: str, document: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> LinkFit:
     """Return the fit of a collective from its entry in the file. Raises ValueError for impossible numbers.
 
-    Its curve has, by message size, the mean over groups of ranks of the measured time over the fitted time.
+    The curve of the fit has, for each message size, the geometric mean over the samples of measured over fitted time.
     """
     latency, bandwidth = (float(document[key]) for key in ("latency_us", "bandwidth_gb_per_s"))
     if not (0 <= latency < math.inf and 0 < bandwidth < math.inf):

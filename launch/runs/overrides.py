@@ -104,7 +104,7 @@ NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves 
 
 
 def point_keys(overrides: Iterable[str], exclude: Collection[str]) -> frozenset[str]:
-    """Return the overrides that name a point. Two points with equal results are the same run.
+    """Return the overrides that name a point. Two points with the same overrides here are the same run.
 
     Args:
         overrides: as typed.
@@ -115,9 +115,10 @@ def point_keys(overrides: Iterable[str], exclude: Collection[str]) -> frozenset[
 
 
 def point_name(overrides: Iterable[str], exclude: Collection[str]) -> str:
-    """Return the name of a point: the same overrides in any order give the same name.
+    """Return the name of a point. The same overrides in any order give the same name.
 
-    Characters that do not belong into a folder name are replaced, and a hash of the exact text is appended.
+    Overrides of the keys, or groups of keys, in ``exclude`` are left out. If characters have to be replaced or cut off
+    for a folder name, a hash of the original name is appended.
     """
     kept = [o.lstrip("+") for o in overrides if point_keys([o], exclude)]
     exact = ",".join(sorted(kept)) or NOTHING_TYPED
@@ -265,7 +266,7 @@ def parse_override(typed: str, schema: type) -> Override:
 
 
 def _check_value(override: Override, typed: str, schema: type) -> None:
-    """Raise ConfigError if the value of an override, or a value of a sweep, has not the type of the key."""
+    """Raise ConfigError if the value of an override, or a value of a sweep, does not have the type of the key."""
     key, values = override.key_or_group, [override]
     if override.is_sweep_override():
         texts = override.sweep_string_iterator() if override.value_type and override.value_type.name in SWEEPS else ()
@@ -365,15 +366,15 @@ MOST_NAMES = 6
 def likely_override(name: str, value: str, schema: type) -> str | None:
     """Return the override that a user who typed an unknown key probably meant, quoted for a shell.
 
-    None if no key has a similar name. The value is that of the user if the key takes it.
+    None if no key has a similar name. The override has the user's value if the key accepts it.
     """
     keys, free = schema_keys(schema), free_keys(schema)
     name = name.replace("-", "_")
     parent, _, leaf = name.rpartition(".")
     ours, _, other = ELSEWHERE.get(leaf, "").partition("=")
-    if ours in keys and other:  # A false of another tool is what this project does without the key.
+    if ours in keys and other:  # A switch of another tool that is false needs no key here.
         return None if value.lower() == "false" else in_shell(ours, other)
-    # A name without a group is compared with the last parts of keys; of equal parts the shortest key counts.
+    # A name without a group is compared with the last parts of keys. If several are equal, the shortest key counts.
     named = {key if parent else key.rpartition(".")[2]: key for key in sorted(keys, key=lambda key: -key.count("."))}
     likely = [ours] if ours in keys else []
     likely += [named[one] for one in difflib.get_close_matches(name, named, cutoff=0.75)]

@@ -53,7 +53,8 @@ def check_pattern(pattern: str) -> None:
     """Raise ConfigError for a pattern that cannot find step records.
 
     Raises:
-        ConfigError: it is no regular expression, has no group ``step``, or names something else.
+        ConfigError: the pattern is no regular expression, has no group ``step``, or has a group that is not in
+            ``GROUPS``.
     """
     try:
         names = set(re.compile(pattern).groupindex)
@@ -102,7 +103,7 @@ class Progress:
         self._polled = time.monotonic()
 
     def close(self) -> None:
-        """Read the unread lines, at most ``CLOSE_S`` long. Record an event if no line of the attempt has matched."""
+        """Read the unread lines for at most ``CLOSE_S`` seconds. Record an event if no line of the attempt matched."""
         deadline = time.monotonic() + CLOSE_S
         for log in self._logs:
             while self._read(log) and time.monotonic() < deadline:

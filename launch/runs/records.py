@@ -51,7 +51,7 @@ class StepRecord:
     loss_variance: float | None = None
     """Variance of the loss over the last 100 steps of the attempt; absent in the first 99 steps."""
     grad_mean: float | None = None
-    """Mean over all elements of the gradient before clipping. This field and the next two: only at
+    """Mean over all elements of the gradient before clipping. This field and the next two exist only in steps at
     logging.gradients_interval."""
     grad_std: float | None = None
     layer_grad_norms: dict[str, float] | None = None
@@ -69,8 +69,8 @@ class StepRecord:
     comm_s: float | None = None
     """Exposed communication: time in which the rank waited for other ranks and computed nothing."""
     comm_dp_s: float | None = None
-    """Part of ``comm_s`` in the reduction of gradients over replicas. The next fields are for the other groups; a group
-    that the run does not have is absent. Waits for all ranks are in no group."""
+    """Part of ``comm_s`` in the reduction of gradients over replicas. The next fields are for other groups of ranks.
+    The field of a group that the run does not have is absent. Waits for all ranks are in no group."""
     comm_fsdp_s: float | None = None
     """All-gathers and reduce-scatters of FSDP, with the copies into and out of their buffers."""
     comm_tp_s: float | None = None
@@ -85,7 +85,7 @@ class StepRecord:
     expert_imbalance: float | None = None
     """Load of the busiest expert of all layers over an even share, minus 1; with experts only."""
     breakdown_compute_s: float | None = None
-    """Time of this step in which the device computed. This field and the next four: only at
+    """Time of this step in which the device computed. This field and the next four exist only in steps at
     logging.breakdown_interval."""
     breakdown_comm_s: float | None = None
     """Time in which the rank communicated, hidden by computing or not."""
@@ -101,7 +101,7 @@ class StepRecord:
     slowest_rank: int | None = None
     """Rank that took ``own_max_s``."""
     straggler: str | None = None
-    """Text about ranks that became slow or are no longer slow. Only the event log keeps it."""
+    """Text about ranks that became slow or are no longer slow. It is in the event log, not in files of records."""
     compile_s: float | None = None
     """Time in which torch compiled for this step, a part of its step time; absent if torch compiled nothing."""
     val_compile_s: float | None = None
@@ -134,12 +134,15 @@ class StepRecord:
     """Unix time, seconds."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return field -> value for the known fields that files of records keep."""
+        """Return field -> value for the fields that are written to files of records, without those that are None."""
         # dataclasses.asdict makes deep copies, which takes ten times as long, in every step and for every view.
         return {name: value for name, value in vars(self).items() if value is not None and name != TOLD_ONCE}
 
     def own(self) -> dict[str, Any]:
-        """Return the known fields that differ between ranks: the record of a rank above 0, half as long as rank 0's."""
+        """Return the fields that are not None and differ between ranks: the record of a rank above 0.
+
+        The record is half as long as that of rank 0.
+        """
         return {name: value for name, value in self.as_dict().items() if name not in OF_THE_RUN}
 
 
@@ -171,7 +174,7 @@ KEPT_LINES = 10_000
 class RecordWriter:
     """Writer of the records of a rank in a thread of its own, so that a slow filesystem delays no step.
 
-    The file is opened once. It is not locked: the rank is its only writer, and some filesystems have no locks.
+    The file is opened once. It is not locked, because the rank is its only writer and some filesystems have no locks.
 
     Args:
         path: file of the rank.
@@ -282,7 +285,7 @@ def objective_value(folder: RunFolder, name: str, of: ObjectiveOf) -> float | No
     """Return the objective of a run by the step records of the first rank that has the figure.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         name: figure of the records, such as val_loss.
         of: the value to choose.
 

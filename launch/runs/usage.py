@@ -1,4 +1,4 @@
-"""Memory, CPUs and memory of GPUs that a run used and requested, and the request to type next time."""
+"""Memory, CPUs and GPU memory that a run used, compared with its request, and the request to type next time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .records import recent_records
 FIRST_S, SAMPLE_S = 1.0, 10.0
 """Seconds until the first sample, and between samples."""
 WASTED = 0.5
-"""Share of a request that is used at most, below which a smaller request is proposed."""
+"""Share of a request: if a run used less than this, a smaller request is proposed."""
 ROOM = 1.25
 """Factor from the use of a run to the request that is proposed."""
 GIB = 2**30
@@ -37,7 +37,7 @@ class UsageMeter:
         self._began = time.monotonic()
         self._memory = 0
         self._cpu_s: dict[int, float] = {}
-        """Process id -> CPU seconds. Processes that have ended keep theirs."""
+        """Process id -> CPU seconds, also of processes that have ended."""
 
     def poll(self, ranks: Collection[int]) -> None:
         """Sample the ranks with these process ids, at most every ``SAMPLE_S`` seconds."""
@@ -56,7 +56,7 @@ class UsageMeter:
         self._memory = max(self._memory, own + shared)
 
     def write(self, path: Path) -> None:
-        """Write the use, and what Slurm gave, unless there was no sample. A full disk loses it."""
+        """Write the use, and the resources that Slurm gave, unless there was no sample. Ignores errors of the disk."""
         if not self._memory:
             return
         given = os.environ.get("SLURM_MEM_PER_NODE", "")
@@ -72,9 +72,9 @@ class UsageMeter:
 
 
 def usage_text(folder: RunFolder) -> str:
-    """Describe what a finished job of Slurm used of its request, by its busiest node; empty for all other runs.
+    """Describe the share of its request that a finished Slurm job used on its busiest node; empty for all other runs.
 
-    A request of which less than half was used is named with a smaller one to type.
+    If less than half of a request was used, the text ends with a smaller request to type.
     """
     events, last = folder.read_events(), max(folder.attempts(), default=0)
     newest = {event["event"]: event for event in events}
@@ -101,7 +101,7 @@ def usage_text(folder: RunFolder) -> str:
 def gpu_memory_gib(folder: RunFolder, attempt: int) -> tuple[float, float | None]:
     """Return the peak use and the size of the memory of the fullest GPU of an attempt in GiB; 0 and None if unknown.
 
-    Ranks that record the memory of their GPU, as those of the GPT library do, make the figures known.
+    They are known if ranks record the memory of their GPU, as those of the GPT library do.
     """
     ranks = read_json(folder.environment(attempt)).get("ranks") or ()
     peaks = [(0.0, None)]
