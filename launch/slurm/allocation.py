@@ -1,7 +1,7 @@
-"""Runs on nodes that the user holds: inside a Slurm job, as in a shell of salloc, or on the hosts of a hostfile.
+"""Runs on nodes that the user already has: those of a Slurm job, as in a shell of salloc, or the hosts of a hostfile.
 
-The points run one after another, inside a job each as a step of the job. A process of submitit on this machine starts
-their agents, so that status and cancel of a local run work here, too.
+The points run one after another. In a job, each point is a step of the job. A process of submitit on this machine
+starts the agents of a point, so that status and cancel work as for a local run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 def is_in_step() -> bool:
-    """Return whether this process runs in a step of its job, as under ``srun --pty bash``. A step holds the CPUs."""
+    """Return whether this process runs in a step of its job, as under ``srun --pty bash``.
+
+    Such a step occupies the CPUs that the steps of the points need.
+    """
     return int(os.environ.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP)) < FIRST_SPECIAL_STEP
 
 
@@ -74,7 +77,7 @@ def fit_job(config: Config) -> str:
 
 
 def fit_hosts(config: Config) -> str:
-    """Set the number of ranks of a point to the slots of its hosts, unless it has a number.
+    """Set the ranks per node of a point to the smallest number of slots of its hosts, unless the config sets them.
 
     Returns:
         Description of the hosts for people.
@@ -92,7 +95,7 @@ def fit_hosts(config: Config) -> str:
 
 
 def refuse_without_srun(config: Config) -> None:
-    """Raise ConfigError if the agents of a run inside a job of the user's own are not to be started by srun."""
+    """Raise ConfigError if srun does not start the agents, by the config of a run inside the user's own job."""
     if not config.cluster.by_srun:
         raise ConfigError(
             "cluster.start or cluster.hostfile in a batch script of your own, or cluster.start in a job that you hold",

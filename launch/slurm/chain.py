@@ -1,7 +1,7 @@
 """Further jobs of a run, which its agents submit (``launch.agent.outcome``).
 
-The next job starts when the present one has ended, on a cluster that does not requeue jobs. It has the resources of the
-first one, and continues the run in the same run folder. A spare job has one node, which joins the agents of the job.
+On a cluster that does not requeue jobs, the next job starts when the present job has ended. It has the resources of the
+first job, and continues the run in the same run folder. A spare job has one node, which joins the agents of the job.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from launch.slurm.submit import submit_calls, submit_somewhere
 
 
 def plan_of(folder: RunFolder) -> Plan:
-    """Return the plan of a run, with a place for another job. Raises SlurmError if there is none."""
+    """Return the plan of a run for another job. Raises SlurmError if no candidate is left for the job."""
     plan = promised(find_run_status(folder))
     if plan is None:
         raise SlurmError(f"{folder.plan} names no place for another job")
@@ -40,7 +40,11 @@ def plan_of(folder: RunFolder) -> Plan:
 
 
 def submit_next_job(folder: RunFolder, after: str) -> None:
-    """Submit a job that continues a run after the job ``after``, and record it as ``next_job``. Raises SlurmError."""
+    """Submit a job that continues a run after the job ``after``, and record it as ``next_job``.
+
+    Raises:
+        SlurmError: Slurm does not accept the job, or the controller does not answer.
+    """
     plan = plan_of(folder)
     at = select_events(folder.read_events(), "submitted")[-1]["candidate"]
     done = submit_somewhere([depend(plan, f"afterany:{after}")], at)
@@ -50,7 +54,7 @@ def submit_next_job(folder: RunFolder, after: str) -> None:
 def submit_spare_job(folder: RunFolder, job_id: str, node: Node) -> None:
     """Submit a job of one node that joins the agents of the job ``job_id``, and record it as ``spare_job_submitted``.
 
-    The spare job gets none of the job's hosts, and the time that the job has left.
+    The spare job gets none of that job's hosts. Its time limit is the time that is left to that job.
 
     Args:
         folder: the run folder.
@@ -70,7 +74,7 @@ def submit_spare_job(folder: RunFolder, job_id: str, node: Node) -> None:
         key: value for key, value in resources["additional_parameters"].items() if key not in ("requeue", "no_kill")
     }
     asked = {**resources, "nodes": 1, "time": minutes, "additional_parameters": {**words, "no_requeue": True}}
-    # Apart from the pickles of the run's own jobs, by which the launcher finds a job that no event names.
+    # In another folder than the pickles of the run's own jobs, by which the launcher finds a job that no event names.
     place = slurm_folder(plan.run_dir) / "spare_jobs"
     try:
         (job,) = submit_calls(place, asked, run_spare, [[plan.run_dir, msgspec.json.encode(node).decode()]])

@@ -131,7 +131,7 @@ class Case:
     def exceeds(self, check: str, found: str, fix: str) -> Finding:
         """Return the error that the request exceeds a limit of the partition.
 
-        The error is uncertain if the job names a QOS, or the partition has one: a flag of a QOS may lift the limit.
+        The error is uncertain if the job names a QOS or the partition has one, because a QOS may lift the limit.
         """
         qos = self.config.cluster.qos or self.partition.qos
         is_strict = self.limits.config.get("EnforcePartLimits", "NO") not in ("NO", "0")
@@ -377,7 +377,10 @@ def check_request(limits: Limits, request: Request) -> list[Finding]:
 
 
 def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of alternative partitions or candidates. If one has no error, all errors become warnings."""
+    """Yield the findings of alternative partitions or candidates, given as ``each``.
+
+    If one of the alternatives has no error, all errors become warnings.
+    """
     some_fit = any(not has_errors(findings) for findings in each)
     for finding in (finding for findings in each for finding in findings):
         is_mild = some_fit and finding.level is Level.error

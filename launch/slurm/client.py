@@ -198,7 +198,7 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobS
     """Return the states of jobs by id, with one squeue for all jobs. Works without accounting.
 
     The id of an array element is ``123_4``, or the number in SLURM_JOB_ID of its script. A job is absent if the
-    controller has forgotten it (MinJobAge after its end). Raises SlurmError.
+    controller has forgotten it (MinJobAge after its end). Raises SlurmError if squeue fails.
     """
     wanted = set(job_ids)
     roots = sorted({job.split("_")[0] for job in wanted})
@@ -224,7 +224,7 @@ ARRAY_SIZE = 1001
 
 
 def max_array_size() -> int:
-    """Return the largest number of jobs in an array (MaxArraySize), at least 1; Slurm's default if none answers."""
+    """Return the largest number of jobs in an array (MaxArraySize), at least 1; ARRAY_SIZE if Slurm does not answer."""
     try:
         found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.MULTILINE)
     except SlurmError:
@@ -244,7 +244,10 @@ def output_file(job_id: str) -> Path | None:
 
 
 def scancel(job_id: str, *options: str, retries: int = RETRIES) -> None:
-    """Cancel one job, or one element of an array, or send it a signal. No error if the job is over or forgotten."""
+    """Cancel one job, or one element of an array; with the option ``--signal=NAME``, send it a signal instead.
+
+    Raises SlurmError if scancel fails, but not if the job is over or forgotten.
+    """
     try:
         run("scancel", *options, job_id, retries=retries)
     except SlurmError as error:
@@ -253,7 +256,10 @@ def scancel(job_id: str, *options: str, retries: int = RETRIES) -> None:
 
 
 def host_names(hosts: str) -> set[str]:
-    """Return the names in a host list of Slurm, such as ``n[1-3],n7``; empty for ``(null)``. Raises SlurmError."""
+    """Return the names in a host list of Slurm, such as ``n[1-3],n7``; empty for ``(null)``.
+
+    Raises SlurmError if scontrol fails.
+    """
     return set() if hosts == "(null)" else set(run("scontrol", "show", "hostnames", hosts).split())
 
 
@@ -326,12 +332,15 @@ def seconds(text: str) -> float | None:
 
 
 def requeue(job_id: str) -> None:
-    """Requeue a running job, or one element of an array. Raises SlurmError."""
+    """Requeue a running job, or one element of an array. Raises SlurmError if Slurm refuses or does not answer."""
     run("scontrol", "requeue", job_id)
 
 
 def usable_nodes(job_id: str) -> set[str]:
-    """Return the names of nodes in a job's partitions that are not down, drained or failing. Raises SlurmError."""
+    """Return the names of nodes in a job's partitions that are not down, drained or failing.
+
+    Raises SlurmError if Slurm does not answer, or has forgotten the job.
+    """
     fields = job_fields(job_id)
     states = "idle,allocated,mixed,completing,planned,reserved"
     text = run("sinfo", "--noheader", "--Node", "--format=%N", f"--states={states}", "--partition", fields["Partition"])
@@ -339,11 +348,14 @@ def usable_nodes(job_id: str) -> set[str]:
 
 
 def exclude(job_id: str, hosts: Iterable[str]) -> None:
-    """Add hosts to the nodes that a pending job must not use. Raises SlurmError."""
+    """Add hosts to the nodes that a pending job must not use. Raises SlurmError if Slurm refuses or does not answer."""
     names = host_names(job_fields(job_id).get("ExcNodeList", "(null)"))
     run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted({*names, *hosts}))}")
 
 
 def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
-    """Return the fields that ``scontrol show job`` prints, by name. Raises SlurmError."""
+    """Return the fields that ``scontrol show job`` prints, by name.
+
+    Raises SlurmError if Slurm does not answer, or has forgotten the job.
+    """
     return parse_fields(run("scontrol", "show", "job", "--oneliner", job_id, retries=retries))

@@ -42,13 +42,13 @@ def chunks(plans: Sequence[Plan], most: int) -> list[list[Plan]]:
 
 
 SIDE_BY_SIDE = ["--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"]
-"""Options of srun for agents that share a job. The end of one ends no other, and each binds itself to its CPUs."""
+"""Options of srun for agents that share a job. The end of an agent ends no other; each binds itself to its CPUs."""
 
 
 def share_jobs(plans: Sequence[Plan], most: int) -> list[Plan]:
     """Return the plans, changed so that up to ``most`` with equal resources share a job (``cluster.points_per_job``).
 
-    The job requests the resources of each of its points. Plans of finished runs, and those on this machine, stay.
+    The job requests the sum of its points' resources. Plans of finished runs and of local runs do not change.
     """
     shared = dict[str, Plan]()
     for group in shapes([plan for plan in unfinished(plans) if plan.cluster == "slurm"]) if most > 1 else ():
@@ -74,7 +74,7 @@ def share_job(plan: Plan, names: tuple[str, ...]) -> Plan:
 
 
 def depend(plan: Plan, dependency: str, **options: str) -> Plan:
-    """Return a plan whose job starts after a dependency and after the user's own.
+    """Return a plan whose job starts after ``dependency``, and after the dependency that the user has set.
 
     Args:
         plan: plan of a point.
@@ -108,7 +108,8 @@ def dependency_on(typed: str) -> str:
         typed: value of ``launch.after``: a run folder or a folder of runs, and before it ``afterok:`` or ``afterany:``.
 
     Raises:
-        ConfigError: there are no such runs, one has not finished, or one that is not over has no job to wait for.
+        ConfigError: there are no such runs, or Slurm does not answer; with ``afterok``, a run has ended without being
+            finished; or a run that is not over has no job of Slurm, or may get another job.
     """
     head, _, rest = typed.partition(":")
     kind, path = (head, rest) if head in ("afterok", "afterany") else ("afterok", typed)
@@ -139,7 +140,7 @@ def dependency_on(typed: str) -> str:
 
 
 def may_move(point: RunStatus) -> bool:
-    """Return whether a point may get another job: at another candidate of its placement, or the next of a chain."""
+    """Return whether a point may get another job: at another candidate of its placement, or the next job of a chain."""
     if read_point(point.folder).resilience.requeue == CHAIN:
         return True
     return point.state == "pending" and len(read_plan(point.folder).get("placement", {}).get("candidates", ())) > 1
@@ -149,7 +150,7 @@ def start_after(plan: Plan, typed: str | None) -> Plan:
     """Return the plan of a point that waits for the runs of ``launch.after``.
 
     Raises:
-        ConfigError: these runs cannot be waited for, or the point runs on this machine and they are not over.
+        ConfigError: these runs cannot be waited for, or the point runs on this machine and these runs are not over.
     """
     dependency = "" if typed is None else dependency_on(typed)
     if dependency and plan.cluster == "local":

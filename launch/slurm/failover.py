@@ -54,9 +54,10 @@ def fail_over(points: Sequence[RunStatus], console: Console) -> SlurmError | Non
 
 
 def move_if_due(point: RunStatus, plan: Plan, console: Console) -> None:
-    """Move a pending point whose wait is over, and continue a move that another process has begun. Raises SlurmError.
+    """Move a pending point whose wait is over, and continue a move that another process has begun.
 
-    The record comes first, so that another process can continue the move after a crash. ``promised`` returns ``plan``.
+    A move is recorded before it begins, so that another process can continue the move after a crash. ``plan`` is the
+    plan that ``promised`` returns. Raises SlurmError if Slurm does not answer.
     """
     status, events, now = point.job_status, point.events(), time.time()
     last = last_placed(events)
@@ -91,7 +92,7 @@ def move_if_due(point: RunStatus, plan: Plan, console: Console) -> None:
 
 
 def submit_moved(point: RunStatus, plan: Plan, to: int, since: float, console: Console) -> None:
-    """Submit a point that has left the queue at candidate ``to``, or at the next that sbatch does not refuse.
+    """Submit a point that has left the queue at candidate ``to``, or at the next candidate that sbatch accepts.
 
     Gives the point up if sbatch refuses it everywhere. ``since`` is the time when the point began to wait.
 
@@ -121,7 +122,7 @@ def submit_moved(point: RunStatus, plan: Plan, to: int, since: float, console: C
 def has_left(job: SlurmJob) -> bool:
     """Cancel a pending job, and return whether the job has left the queue within LEAVE_S seconds.
 
-    False if the job has started meanwhile. Raises SlurmError.
+    False if the job has started meanwhile. Raises SlurmError if Slurm does not answer.
     """
     job.take_out()
     deadline = time.monotonic() + LEAVE_S

@@ -179,7 +179,7 @@ def explain_sigterm(console: Console) -> Iterator[None]:
 
 
 def start_local_points(points: Sequence[RunStatus], parallel: int) -> None:
-    """Start local points in their order while fewer than ``parallel`` run. They would slow each other down."""
+    """Start local points in their order while fewer than ``parallel`` run. More points would slow each other down."""
     local = [p for p in points if p.plan is not None and p.plan.cluster != "slurm" and not p.is_over]
     free = [part for part in range(parallel) if part not in {p.part for p in local if p.job is not None}]
     for point in (point for point in local if point.job is None):
@@ -234,7 +234,10 @@ class Stop:
                 self.unmarked = f"{self.point.name}: ended without a save, as its event log cannot say why: {error}"
 
     def push(self) -> None:
-        """Do the next step: request the save once, then end the job after its grace period. Raises SlurmError."""
+        """Do the next step of the cancel: request the save once, and end the job after its grace period.
+
+        Raises SlurmError if Slurm does not answer.
+        """
         self.mark()
         job = self.point.job
         if job is None:

@@ -51,7 +51,7 @@ class SlurmJob:
         return queue.get(self.job_id, JobState("GONE"))
 
     def stop(self, phase: str) -> None:
-        """Cancel a pending job; have the agents of a running job save, by SIGTERM."""
+        """Cancel the job if ``phase`` is ``pending``; otherwise have its agents save and leave, by SIGTERM."""
         if phase == "pending":
             self.take_out()
         else:
@@ -87,8 +87,8 @@ class LocalJob:
     def is_alive(self) -> bool:
         """Return whether the controller runs.
 
-        Other processes than its launcher identify it by id and start time. Its command line would not do: the kernel
-        shows an empty one until exec has ended, which takes some 20 ms under load.
+        Other processes than its launcher identify the controller by process id and start time. The command line is not
+        used, because it is empty until exec has ended, which takes some 20 ms under load.
         """
         if self.process is not None:
             return self.process.poll() is None
@@ -109,7 +109,7 @@ class LocalJob:
                 os.kill(int(self.job_id), signal.SIGTERM)
 
     def kill(self) -> None:
-        """Send a second SIGTERM, after the first if none was sent. Then the agents end their ranks at once."""
+        """Send SIGTERM twice, or once if ``stop`` has sent it before. At the second, agents end their ranks at once."""
         if not self._is_asked:
             self.stop("running")
             time.sleep(SECOND_SIGNAL_S)
@@ -129,12 +129,12 @@ def job_of(event: Mapping[str, Any]) -> Job:
 
 
 def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
-    """Return job id -> state, with one squeue. Other jobs than Slurm's are skipped. Raises SlurmError."""
+    """Return job id -> state of the Slurm jobs among ``jobs``, with one squeue. Raises SlurmError if squeue fails."""
     return scheduler.job_states((job.job_id for job in jobs if isinstance(job, SlurmJob)), retries)
 
 
 class LocalQueueEntry:
-    """File in the run folder of a local point that waits for earlier points. It counts while its launcher lives."""
+    """File in the run folder of a local point that waits for earlier points. It is valid while its launcher runs."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._note = folder.path / ".launch" / "waiting"
@@ -149,7 +149,7 @@ class LocalQueueEntry:
         self._note.write_text(f"{os.uname().nodename} {pid} {processes.start_time(pid)} {events_before}")
 
     def leave(self) -> None:
-        """Remove the entry: the point starts, or never will."""
+        """Remove the entry of this point from the local queue, because the point starts now or will never start."""
         self._note.unlink(missing_ok=True)
 
     def events_before(self) -> int | None:
@@ -271,7 +271,10 @@ def refuse_running(plan: Plan, own: str | None = None) -> None:
 
 
 def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
-    """Return the newest active Slurm job of a run that no event names; None if there is none. Raises SlurmError."""
+    """Return the newest active Slurm job of a run that no event names; None if there is none.
+
+    Raises SlurmError if Slurm does not answer.
+    """
     known = {str(event.get("job_id")) for event in select_events(folder.read_events(), "submitted")}
     own = []
     for pickle in slurm_folder(folder.path).glob(f"[0-9]*{SUBMITTED}"):
@@ -288,7 +291,7 @@ def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
 def run_dirs_of(pickle: Path) -> Sequence[str]:
     """Return the run folders of a job from its pickle; none if the pickle is incomplete, or has no run.
 
-    A pickle that other users could have written is not opened: it would run their code.
+    A pickle that other users could have written is not opened, because it could run their code.
     """
     try:
         with pickle.open("rb") as file:

@@ -82,7 +82,7 @@ def node_states(text: str) -> frozenset[str]:
 def from_slurm(key: str, parse: Callable[[str], Any] = str) -> Any:
     """Declare a field that ``read_record`` parses from Slurm's field ``key``.
 
-    ``key`` may name several fields, separated by spaces: the first that Slurm prints counts.
+    ``key`` may name several fields, separated by spaces. Of these, the first that Slurm prints is parsed.
     """
     return field(metadata={"key": key, "parse": parse})
 
@@ -179,7 +179,8 @@ class NoControllerError(scheduler.SlurmError):
 def read_limits() -> Limits:
     """Read the limits of the cluster. Raises SlurmError if no controller answers.
 
-    Each command runs once, for TIMEOUT_S seconds at most: a submission waits for the answers, but works without them.
+    Each command runs once, for TIMEOUT_S seconds at most, because a submission waits for the answers. It also works
+    without them.
     """
 
     def ask(*words: str) -> str:
@@ -194,7 +195,7 @@ def read_limits() -> Limits:
 
 
 def parse_limits(config_text: str, partition_text: str, node_text: str) -> Limits:
-    """Return the limits of a cluster from what scontrol shows of its config, partitions and nodes."""
+    """Return the limits of a cluster from the outputs of ``scontrol show`` for config, partitions and nodes."""
     said = re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE)
     # A plugin that a site does not use is (null) in 24.11, and none in 22.05.
     config = {key: value for key, value in said if value != "(null)"}

@@ -189,8 +189,8 @@ def choose_local_ranks(points: Sequence[OpenPoint], gpus: int) -> list[str]:
     """Use one rank for each of this machine's ``gpus`` in points that set no number of ranks. Returns the lines to
     print.
 
-    Points with several local nodes share the GPUs. If a command has such a point, nothing is chosen: each point of a
-    sweep over nodes keeps the same number of ranks.
+    Points with several local nodes share the GPUs. If a command has such a point, nothing is chosen, so that all points
+    of a sweep over nodes have the same number of ranks on a node.
     """
     if gpus < 2 or limits.torch_version().endswith("+cpu") or any(point.config.nodes > 1 for point in points):
         return []
@@ -248,7 +248,7 @@ def gpu_type(config: Config, slurm: SlurmFacts) -> str | None:
 def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
     """Return the number of GPUs to request on each node, and a finding to report.
 
-    The number is ``ranks_per_node``, or what every node has. None if the config stays as it is.
+    The number is ``ranks_per_node``, or else the smallest number of GPUs of a node. None if no number is to be set.
 
     Raises:
         ConfigError: the config requests more ranks on a node than its GPUs.
@@ -299,7 +299,7 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
     ranks, wanted = counted(config.ranks_on_node, "rank"), CPUS_PER_RANK * config.ranks_on_node
     smallest, name, _, _ = min(rooms, key=lambda room: room[0])
     smallest = max(1, smallest // config.cluster.points_per_job)
-    # Slurm would give fewer CPUs from one socket, far from the GPUs of the other socket.
+    # A job with all GPUs gets all CPUs: fewer CPUs would come from one socket, far from the GPUs of the other socket.
     if all(0 < node.count("gpu") == place.cluster.gpus_per_node for _, _, node, place in rooms):
         number, why = smallest, f"all of {name}, as the job has all its GPUs"
     elif wanted > smallest:
@@ -312,7 +312,7 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
     """Return whether Slurm would give only one CPU to a node's agent and its ranks, which are one task of Slurm.
 
-    It does so if it allocates single CPUs or cores instead of nodes, and neither request nor default sets a number.
+    Slurm does so if it allocates single CPUs or cores instead of nodes, and neither request nor default sets a number.
     """
     unit = limits.config.get("SelectTypeParameters", "").upper()
     by_core = "CR_CPU" in unit or "CR_CORE" in unit
@@ -324,7 +324,7 @@ def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfi
 CHOICES = {"gpus_per_node": choose_gpus, "cpus_per_task": choose_cpus}
 """Keys of ``cluster`` -> function that chooses the value.
 
-GPUs come first: the number of ranks on a node decides the CPUs.
+GPUs come first, because they set the number of ranks on a node, which decides the CPUs.
 """
 
 

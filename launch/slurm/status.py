@@ -119,7 +119,10 @@ def events_since_start(events: Events) -> Events:
 
 @dataclass
 class RunStatus:
-    """State of one run, as last seen."""
+    """State of one run, as last polled.
+
+    "This submission" is the run's last submission, or the one that its launcher is about to make.
+    """
 
     folder: RunFolder
     job: Job | None = None
@@ -158,7 +161,7 @@ class RunStatus:
         return self.label or self.folder.point
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events since this submission."""
+        """Return the run's events since this submission, oldest first."""
         return self.folder.read_events()[self.events_before :]
 
     def attempts(self) -> list[int]:
@@ -255,7 +258,7 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
 
     Args:
         points: status objects, which are changed.
-        retries: 1 for callers that poll again anyway.
+        retries: number of tries of squeue; 1 for callers that poll again anyway.
         trust_log: True to skip runs that ended by their event log, since Slurm's queue forgets jobs. For commands
             that show runs, not for commands that wait until jobs are gone.
 
@@ -292,7 +295,7 @@ def adopt_job(point: RunStatus) -> None:
 
 
 def following_job(events: Events, job: Job) -> SlurmJob | None:
-    """Return the job that continues a run when ``job`` has ended (``resilience.requeue=chain``); None if none."""
+    """Return the job that continues a run when ``job`` has ended (``resilience.requeue=chain``); None without one."""
     job_id = next_job(events, job.job_id)
     return None if job_id is None else SlurmJob(job_id)
 
@@ -362,7 +365,7 @@ def silence(point: RunStatus) -> str:
 
 
 def printed_logs(point: RunStatus) -> list[Path]:
-    """Return the logs of the first agent that are not empty: standard error, then standard output."""
+    """Return the non-empty logs of the agent of the run's first node: standard error, then standard output."""
     logs = [] if point.job is None else agent_logs(point.folder.path, point.job, 0)[::-1]
     return [log for log in logs if log.is_file() and log.stat().st_size]
 

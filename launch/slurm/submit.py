@@ -44,7 +44,7 @@ INHERITED_NAMES = (
     RUNS_FROM,
 )
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
-"""Variables that are not hidden, because they select the cluster for all commands of Slurm."""
+"""Variables that ``clean_environment`` does not hide, because they select the cluster for all commands of Slurm."""
 
 
 @contextmanager
@@ -121,11 +121,11 @@ class Submission:
     candidate: int
     jobs: list[SlurmJob]
     refused: dict[int, str]
-    """Candidates that sbatch refused before: index -> reason."""
+    """Index of each candidate where sbatch has refused the jobs before -> reason."""
 
 
 def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
-    """Submit plans with equal resources at the candidate with this index, or at the next that sbatch does not refuse.
+    """Submit plans with equal resources at the candidate with this index, or at the next one that sbatch accepts.
 
     Raises:
         SlurmBusyError: the controller did not answer.
@@ -202,7 +202,7 @@ def side_by_side(typed: Any, plans: Sequence[Plan]) -> int:
         plans: plans of the command.
 
     Raises:
-        ConfigError: the value is no number, or there are fewer GPUs, or without GPUs CPUs, than points at a time.
+        ConfigError: the value is no number, or larger than the number of this machine's GPUs (without GPUs, CPUs).
     """
     here = [plan.world_size for plan in plans if plan.cluster == "local"]
     room, unit = (len(visible_gpus()), "GPU") if visible_gpus() else (len(os.sched_getaffinity(0)), "CPU")
