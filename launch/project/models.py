@@ -188,7 +188,7 @@ LINKS = (1e-4, 1e3)
 
 
 def fit_costs(points: Sequence[Measured], costs: Costs) -> tuple[float, float]:
-    """Return the rate factor, fitted to the smallest point, and the link factor, fitted to the other points, in turns.
+    """Return the factors of compute rate and links, fitted in turns: to the smallest point, and to the other points.
 
     Args:
         points: measured points, smallest first.
@@ -207,14 +207,17 @@ def fit_costs(points: Sequence[Measured], costs: Costs) -> tuple[float, float]:
     for _ in range(12 if others else 0):
         before, links = links, minimum(lambda links, rate=rate: error(rate, links), *LINKS)  # type: ignore[misc]
         rate = best_rate(links)
-        # A single rank has no links, so its rate is exact. A smaller change alters no printed figure.
+        # A single rank has no links, so its rate is already exact. A change below 1e-4 alters no printed figure.
         if smallest.ranks == 1 or abs(math.log(links / before)) < 1e-4:
             break
     return rate, links
 
 
 def cost_model(costs: Costs, rate: float, links: float) -> Model:
-    """Return a workload's cost model with fitted factors. The causes are those of ``StepTime``."""
+    """Return a workload's cost model with the fitted factors ``rate`` and ``links`` of ``fit_costs``.
+
+    The causes of a step's time are those of ``StepTime``.
+    """
 
     def at(nodes: int) -> StepParts:
         found = costs(nodes, rate, links)
@@ -235,16 +238,19 @@ def terms_of(ranks: int) -> tuple[float, float, float]:
 
 
 def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
-    """Return seconds for each of ``TERMS``, fitted by least squares of relative errors. None of them is negative.
+    """Return seconds for each of ``TERMS``, fitted by least squares of relative errors, none of them negative.
 
-    In weak scaling the first term is 0. Of equal fits, the one with fewer terms is returned.
+    In weak scaling (``is_weak``) the first term is 0. Of equal fits, the fit with fewer terms is returned.
     """
     rows = np.array([terms_of(point.ranks) for point in points]) / [[point.step_s] for point in points]
     return (0.0, *fit_not_negative(rows[:, 1:]).tolist()) if is_weak else tuple(fit_not_negative(rows).tolist())
 
 
 def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) -> Model:
-    """Return a model that is a sum of ``TERMS``, for a program without cost model."""
+    """Return a model that is a sum of ``TERMS``, for a program without cost model.
+
+    ``weights`` are the seconds of each term, from ``fit_trend``.
+    """
 
     def at(nodes: int) -> StepParts:
         terms = [weight * term for weight, term in zip(weights, terms_of(nodes * ranks_per_node), strict=True)]

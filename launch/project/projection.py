@@ -78,7 +78,7 @@ class SweepPoints:
     spreads: Mapping[int, RankSpread] = field(default_factory=dict)
     """Nodes -> spread of the ranks' own times, for each point with several ranks; empty if one point lacks it."""
     untold: str = ""
-    """Name of the point for which ``spreads`` is empty; empty text if no point has several ranks."""
+    """Name of a point with several ranks and an unknown spread, for which ``spreads`` is empty; "" if there is none."""
 
     @property
     def is_weak(self) -> bool:
@@ -125,7 +125,10 @@ class SweepPoints:
         return costs if workload.step_time(*self.request(self.measured[0].nodes)) is not None else None
 
     def request(self, nodes: int, rate: float = 1.0, links: float = 1.0) -> tuple[Config, PlanRequest]:
-        """Return the largest point's config with ``nodes`` nodes, and the request to plan or estimate this run."""
+        """Return the largest point's config with ``nodes`` nodes, and the request to plan or estimate this run.
+
+        ``rate`` and ``links`` are the factors of ``request_for``.
+        """
         config = replace(self.config, nodes=nodes)
         return config, request_for(config, self.base.overrides, RunFolder(self.base.path), rate, links)
 
@@ -183,7 +186,7 @@ def read_sweep(selection: Selection, network: Path | None = None) -> SweepPoints
     untold = ""
     for point, member in zip(measured, members, strict=True):
         spread = read_spread(member) if point.ranks > 1 else None
-        # Pauses as long as the steps are no property of the ranks.
+        # An excess as long as the step itself comes from pauses, and is no property of the ranks.
         if spread is not None and spread.own_s * spread.share(point.ranks) < point.low_s:
             spreads[point.nodes] = spread
         elif point.ranks > 1:
@@ -263,7 +266,7 @@ class Projection:
 
 
 def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None) -> Projection:
-    """Predict the largest measured point from the other points, then extrapolate all of them to ``sizes``.
+    """Predict the largest measured point from the other points, then extrapolate all points to ``sizes``.
 
     Args:
         sweep: two points or more.
@@ -338,9 +341,10 @@ def straggler_notes(sweep: SweepPoints) -> list[str]:
 
 
 def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures | None, list[str]]:
-    """Return the cost of failures and a note about it.
+    """Return the cost of failures, and notes about this cost.
 
-    The cost is None unless the largest point recorded a save and a start.
+    The cost is None if ``mtbf_node_h`` (hours between failures of one node) is None, or if the largest point did not
+    record a save and a start.
     """
     if mtbf_node_h is None:
         return None, []
@@ -355,7 +359,10 @@ def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures
 
 
 def with_derived(row: ProjectedRow, sweep: SweepPoints, failures: Failures | None) -> ProjectedRow:
-    """Return the row with the figures that follow from its step time: efficiency, goodput, GPU-hours, cost."""
+    """Return the row with the figures that follow from its step time: efficiency, goodput, GPU-hours, cost.
+
+    ``failures`` is the cost of failures; None for a row without goodput.
+    """
     assert row.step_s is not None
     first, gpus, price = sweep.measured[0], sweep.config.cluster.gpus_per_node, sweep.config.cluster.price_per_gpu_hour
     shrink = first.step_s / row.step_s

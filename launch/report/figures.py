@@ -72,7 +72,7 @@ IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing with its title. ``draw`` draws into the axes that it receives; ``inches`` is the height."""
+    """One drawing with its title. ``draw`` draws into the axes that it receives; ``inches`` is the drawing's height."""
 
     title: str
     draw: Callable[[Axes], None]
@@ -98,7 +98,10 @@ def draw_report(table: ScalingTable) -> dict[str, bytes]:
 
 @rc_context(STYLE)
 def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str, bytes]:
-    """Draw panels in rows of two below a heading. Returns format -> file content, for ``png`` and ``svg``."""
+    """Draw panels in rows of two, a heading above them, and the text ``conditions`` below them.
+
+    Returns format -> file content, for ``png`` and ``svg``.
+    """
     panels = panels or [Panel("", _draw_nothing)]
     rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
     inches = [max(panel.inches for panel in row) for row in rows]
@@ -131,7 +134,10 @@ UNTIMED = ("Date", "Creator", "Format", "Type")
 
 
 def _file(whole: Figure, kind: str, left_out: Sequence[str], salt: str = "") -> bytes:
-    """Return the content of a file of a drawing, without the metadata ``left_out``."""
+    """Return the content of a file of a drawing in the format ``kind``, without the metadata ``left_out``.
+
+    ``salt`` makes the identifiers inside an SVG file.
+    """
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": salt}):  # Without a salt, identifiers inside the SVG are random.
         whole.savefig(file, format=kind, metadata=dict.fromkeys(left_out))
@@ -304,7 +310,10 @@ def loss_panels(table: ScalingTable) -> list[Panel]:
 
 
 def _draw_losses(axes: Axes, row: Row, most: float) -> None:
-    """Draw bars, in percent, that fall from the ideal to the efficiency of a point: name, bar and figure."""
+    """Draw bars that fall from the ideal to the efficiency of a point: name, bar and figure, in percent.
+
+    ``most`` is the end of the axis in percent.
+    """
     bars, at, left = [("ideal", 0.0, 100.0, LINE, "100.0 %")], 100.0, 100 * (row.efficiency or 0.0)
     for phase, share in row.losses.items():
         to, text = at - 100 * share, f"{100 * abs(share):.1f} %"

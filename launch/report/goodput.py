@@ -61,7 +61,7 @@ CAUSES = {
 }
 """Cause of an interruption -> its name for people, in the order of display.
 
-``continued``: a command extended a finished run, or went back to an earlier checkpoint by ``resume_from``.
+``continued``: a command extended a finished run, or continued a run from an earlier checkpoint (``resume_from``).
 """
 DEFINITION = (
     "allocated time from the last step that counts before an interruption to the next new one: its end, the start "
@@ -120,7 +120,7 @@ class Goodput:
     lost_s: Mapping[str, float] = field(default_factory=dict)
     """Cause of interruptions -> seconds of allocated time that they cost."""
     lost_h: Mapping[str, float] = field(default_factory=dict)
-    """Cause of interruptions -> hours of ``hours_of``."""
+    """Cause of interruptions -> GPU-hours or node-hours (``hours_of``) that they cost."""
     interruptions: Mapping[str, int] = field(default_factory=dict)
     """Cause -> number of interruptions."""
     hours_of: str = "node"
@@ -309,7 +309,13 @@ class _Division:
         return [record for record in last.values() if not math.isnan(record.ended)]
 
     def _mark_lost(self, records: list[_Record], aside: list[_Record], ends: Mapping[int, RunInterruption]) -> None:
-        """Set ``lost_to`` in the record of each lost step."""
+        """Set ``lost_to`` in the record of each lost step.
+
+        Args:
+            records: records of the run.
+            aside: records that a command has discarded.
+            ends: attempt -> the interruption that ended it.
+        """
         first: dict[int, int] = {}
         for record in records:
             first[record.attempt] = min(record.step, first.get(record.attempt, record.step))
@@ -378,19 +384,30 @@ class _Division:
             self._spend("shutdown", until - since, end)
 
     def _divide_save(self, before: _Record, at: float, until: float) -> float:
-        """Add the time of the save after a step, which begins at ``at``. Return the Unix time of its end."""
+        """Add the time of the save after the step ``before``. Return the Unix time at which the save ended.
+
+        The save begins at ``at`` and ends at ``until`` at the latest, Unix seconds.
+        """
         saved_s = min(until - at, self._save_s.get((before.attempt, before.step), 0.0))
         self._spend("saves", saved_s)
         return at + saved_s
 
     def _divide_compile(self, before: _Record, gap_s: float) -> float:
-        """Add the compilation in the evaluation after a step, at most ``gap_s``. Return the added seconds."""
+        """Add the compilation in the evaluation after the step ``before``, at most ``gap_s``. Return the seconds."""
         compiled_s = min(before.val_compile_s, gap_s)
         self._spend("compile", compiled_s, self._before[before.attempt])
         return compiled_s
 
     def _divide_gap(self, before: _Record | None, record: _Record, at: float, until: float, compile_s: float) -> None:
-        """Divide the time between two steps into save, evaluation, starts, restore and compilation."""
+        """Divide the time from ``at`` to ``until`` into save, evaluation, starts, restore and compilation.
+
+        Args:
+            before: step that ended at ``at``; None if the time begins with the allocation.
+            record: step that began at ``until``.
+            at: begin of the time, Unix seconds.
+            until: end of the time, Unix seconds.
+            compile_s: seconds of compilation in this time.
+        """
         if before is not None:
             at = self._divide_save(before, at, until)
         is_same = before is not None and before.attempt == record.attempt
@@ -421,9 +438,9 @@ class _Division:
             self._spend("start" if lost_to is None else "restarts", end - since, lost_to)
 
     def _slices(self, at: float, until: float) -> Iterator[tuple[float, float, RunInterruption | None]]:
-        """Yield begin and end, Unix seconds, and interruption of each section of a time without steps.
+        """Yield begin, end and interruption of each section of the time from ``at`` to ``until``, which has no steps.
 
-        The interruption is None before the first one.
+        Times are Unix seconds. The interruption is None before the first interruption of the run.
         """
         current = max((end for end in self._ends if end.since <= at), key=_since, default=None)
         if current is None and self._has_stepped:

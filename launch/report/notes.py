@@ -49,7 +49,7 @@ def percent(value: float | None) -> str:
 
 
 def with_unit(value: float | None, unit: str) -> str:
-    """Write a figure with its unit, in four digits, or more from 1,000 on; ``UNAVAILABLE`` for None."""
+    """Write a figure with its unit: a whole number from 1,000 on, else four digits. ``UNAVAILABLE`` for None."""
     return figure(value, f"{{:,.0f}} {unit}" if value is not None and abs(value) >= 1000 else f"{{:.4g}} {unit}")
 
 
@@ -72,13 +72,16 @@ STATE_TEXTS = {
 }
 
 NAMED = 3
-"""Largest number of slow ranks, throttled hosts or damaged files that a note names. It counts the others."""
+"""Largest number of slow ranks, throttled hosts or damaged files that a note names. It has the number of the rest."""
 LEAST_THROTTLED = 0.01
 """Smallest share (0 to 1) of throttled samples with which a host counts as throttled."""
 
 
 def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the notes below the tables of a report, each of one or more sentences."""
+    """Yield the notes below the tables of a report, each of one or more sentences.
+
+    ``points`` are all points of the report, ``every`` its series.
+    """
     shown = [point for series in every for point in series.members]
     yield from _sources(points)
     yield from chain(*map(_unread, shown))
@@ -88,14 +91,14 @@ def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequenc
     yield from _records(shown)
     yield from _inexact(shown, rows)
     yield from chain(*map(_times, shown), *map(_gpus, shown), *map(_interruptions, rows))
-    for point in shown:  # A point that used less than half of the memory or of the CPUs that it asked for.
+    for point in shown:  # A point that used less than half of the memory or of the CPUs that it requested.
         if "next time" in (text := usage_text(RunFolder(point.path))):
             yield f"{point.title} {text}."
     yield from _ends(shown)
 
 
 def _named(texts: Sequence[str]) -> str:
-    """Return one text with the first ``NAMED`` texts and the number of the others."""
+    """Return one text with the first ``NAMED`` texts and the number of the other texts."""
     return "; ".join([*texts[:NAMED], *([f"and {len(texts) - NAMED} more"] if len(texts) > NAMED else [])])
 
 

@@ -26,7 +26,7 @@ from launch.report.text import LEFT, efficiency, part_tables, point_tables, slow
 MAX_FALLS = 6
 """Largest number of waterfall panels, one for each of the largest points. The table of losses has all points."""
 MAX_RUNS = 8
-"""Largest number of runs whose ranks and step times are drawn: each drawing takes some 50 ms and 20 kB."""
+"""Largest number of runs whose ranks and step times are drawn, because each drawing takes some 50 ms and 20 kB."""
 
 
 def page(table: ScalingTable, reload_s: float | None = None) -> str:

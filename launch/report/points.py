@@ -104,7 +104,7 @@ def energy_between(before: Mapping[str, float], after: Mapping[str, float], seco
 def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | None:
     """Read the GPU telemetry of a run, with the environments of its attempts; None if no GPU was sampled.
 
-    Only sums are kept: the samples of a long run on many GPUs do not fit into memory.
+    Only sums are kept, because the samples of a long run on many GPUs do not fit into memory.
     """
     found: dict[str, dict[str, _Gpu]] = defaultdict(lambda: defaultdict(_Gpu))
     sampled_by: dict[tuple[int, str, str], int] = {}
@@ -260,7 +260,10 @@ class Point(StepReading):
 
     @property
     def has_efficiency(self) -> bool:
-        """True if an efficiency of this point, or relative to it, may be stated."""
+        """True if an efficiency of this point, or of a point that is compared with it, can be reported.
+
+        Its steps must be measured, not too coarsely, and its ranks must not have shared cores or a GPU.
+        """
         return self.figures is not None and not self.crowded and not self.is_coarse
 
     def host(self, rank: int) -> str | None:

@@ -38,7 +38,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 BLOCK = 1 << 16
-"""Number of bytes to decode together: the block stays in the cache of a core."""
+"""Number of bytes to decode together. A block of this size stays in the cache of a core."""
 MOST_ATTEMPTS = 1 << 24
 """Upper bound of attempt numbers in ``RecordColumns.keys``."""
 
@@ -50,9 +50,9 @@ class RecordColumns:
     steps: Integers
     attempts: Integers
     values: Mapping[str, Floats]
-    """Field -> its numbers, NaN in records without a number. Read only: fields may share an array."""
+    """Field -> its numbers, NaN in records without a number. Do not change the arrays, because fields may share one."""
     unread: int = 0
-    """Number of lines that are no records, without a last line that lacks its newline: a rank may still write it."""
+    """Number of lines that are no records. A last line without newline is not counted: a rank may still be writing."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -66,8 +66,8 @@ class RecordColumns:
 def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> RecordColumns:
     """Return the numbers of ``fields`` in the records of one rank; no records if there is no file.
 
-    The same records count as in ``records.read_records``: a damaged line is counted and skipped, and a repeated step
-    has the record of its latest attempt. With ``every`` all records are returned in file order.
+    As in ``records.read_records``, damaged lines are skipped, and a repeated step has the record of its latest attempt.
+    ``unread`` is the number of damaged lines. With ``every``, repeated records are returned too, in file order.
     """
     names = tuple(dict.fromkeys(("step", "attempt", *fields)))
     tables: list[Floats] = [np.empty((len(names), 0))]
@@ -179,7 +179,7 @@ MUCH = 128 << 20
 def read_ahead(read: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterator[Result]:
     """Yield ``read(item)`` for each item in order. If ``size`` is large, forked processes read the next items ahead.
 
-    A process with threads is not forked: a lock that one of its threads has would stay locked.
+    A process with threads is not forked, because a lock that one of its threads has would stay locked.
 
     Args:
         read: pure function that reads a file and returns a value that can be pickled.

@@ -33,7 +33,7 @@ class Selection:
     runs: tuple[Path, ...]
     sweep: Sweep | None = None
     is_current: bool = True
-    """False for a sweep before the newest one, and for all runs of a folder that has sweeps."""
+    """False for a sweep before the newest sweep, and for all runs of a folder that has sweeps."""
     parts: tuple[Selection, ...] = ()
     """Selections to compare, in the order of the command; empty in a report of one selection."""
     out: Path | None = None
@@ -50,7 +50,7 @@ class Selection:
 
     @property
     def folders(self) -> list[Path]:
-        """Folders into which the report is written. The current sweep has two: that of its points and its record."""
+        """Folders into which the report is written. The current sweep has two: that of its points, and its record."""
         if self.out is not None:
             return [self.out]
         if self.parts:
@@ -154,7 +154,7 @@ def _sweep_numbered(folder: Path, number: int, command: str) -> Sweep:
 
 
 def _proposal(folder: Path, command: str) -> str:
-    """Return a command for an error message: for the newest folder with runs near ``folder``, else to make runs."""
+    """Return a command for an error message: on the newest folder with runs near ``folder``, or one to make runs."""
     near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if not fitting:

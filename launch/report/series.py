@@ -103,7 +103,7 @@ class Series:
 
     @property
     def compares(self) -> bool:
-        """True if the series has several points: a single point has no speedup."""
+        """True if the series has several points. A single point has no speedup."""
         return len(self.members) > 1
 
     @property
@@ -115,7 +115,7 @@ class Series:
 def split(points: Sequence[Point]) -> list[Series]:
     """Group points into series in order of appearance, by their cluster and by all overrides except the size.
 
-    Points of different clusters are not compared: the processes of one machine do not show how nodes scale. Points with
+    Points of different clusters are not compared, as processes of one machine do not show how nodes scale. Points with
     different software, code, or folder of a comparison are in different series, too.
 
     Raises:
@@ -225,7 +225,7 @@ NORMAL = 1.959964
 def efficiency_intervals(series: Series) -> dict[str, tuple[float, float]]:
     """Return name of a point -> 95 % interval of its efficiency. The smallest point has none.
 
-    Empty if no efficiency is stated, or steps were not timed one by one.
+    Empty if the series has no efficiencies, or if steps were not timed one by one.
     """
     base = series.smallest
     runs = [point for point in series.members if point.has_efficiency]
@@ -246,7 +246,7 @@ def efficiency_intervals(series: Series) -> dict[str, tuple[float, float]]:
 def fit_not_negative(rows: Floats) -> Floats:
     """Return the weights of the columns of ``rows``, none negative, for which each row adds up to 1 with least squares.
 
-    Of equal fits, the one with fewer weights above 0 is returned.
+    Of equal fits, the fit with fewer weights above 0 is returned.
     """
     least, best = math.inf, np.zeros(rows.shape[1])
     for count in range(1, min(rows.shape) + 1):
@@ -295,7 +295,7 @@ def correlation(times: Floats) -> float:
 
 
 def block_length(times: Floats) -> int:
-    """Return the number of steps in a bootstrap block: it estimates the spread of a mean with the least error."""
+    """Return the number of steps in a bootstrap block with which the spread of a mean is estimated best."""
     steps, rho = len(times), correlation(times)
     best = (math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3) * steps ** (1 / 3)
     return max(1, min(math.ceil(best), steps // 3))

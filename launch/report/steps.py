@@ -49,7 +49,7 @@ RECORDED = {
 }
 """Phase of a step -> field of the step records with its time.
 
-Communication comes first: all other phases are part of the rank's own time.
+Communication comes first, because all other phases are part of the rank's own time.
 """
 STRAGGLERS, REST = "stragglers", "computation"
 LOSSES = {
@@ -223,7 +223,7 @@ class RankTime:
     excess_s: float
     """``own_s`` minus the median of the other ranks."""
     is_slow: bool = False
-    """True if the rank is slower than the others throughout the run, beyond their spread."""
+    """True if the rank is slower than the other ranks throughout the run, beyond their spread."""
 
 
 @dataclass(frozen=True)
@@ -476,9 +476,9 @@ class _Reduction:
     def _whole_steps(self) -> Steps:
         """Return the steps that every rank recorded, in attempts with the environment of the report.
 
-        In a GPT run every rank records. In a script, the ranks that recorded anything in the attempt count, often only
-        rank 0. The work of a step is the sum over all ranks, or the stated work. If only some ranks record, the stated
-        work has precedence, because the other ranks worked too. Without both, the work is the
+        In a GPT run every rank records. In a script, only the ranks that recorded anything in the attempt are required,
+        often rank 0 alone. The work of a step is the sum over all ranks, or the work that the user stated. If only some
+        ranks record, the stated work has precedence, because the other ranks worked too. Without both, the work is the
         recorded rate of the whole run times the step time.
         """
         first = self._first

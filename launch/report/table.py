@@ -41,10 +41,10 @@ class Row:
     speedup: float | None = None
     """Throughput divided by the throughput of the smallest point of the series.
 
-    If the work of a step is not known, it is the ratio of step times.
+    If the work of a step is not known, the speedup is the ratio of step times.
     """
     efficiency: float | None = None
-    """Speedup divided by the ratio of the number of ranks to that of the smallest point.
+    """Speedup divided by the ratio of the number of ranks to the number of ranks of the smallest point.
 
     None if ranks of either point shared cores or a GPU, or if times are too coarse.
     """
@@ -56,7 +56,7 @@ class Row:
     noisy: bool | None = None
     """True if step times of this or the smallest point vary too much, or are too coarse, for an exact efficiency.
 
-    None if no efficiency is stated.
+    None if ``efficiency`` is None.
     """
     mfu_palm: float | None = None
     oversubscribed: bool | None
@@ -126,7 +126,7 @@ class Row:
 
 
 SLOWEST = 8
-"""Largest number of ranks in the table of the slowest."""
+"""Largest number of ranks in the table of the slowest ranks."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class ScalingTable:
 
 
 def build(folder: Path) -> ScalingTable:
-    """Compute the report of ``folder``: see ``select``.
+    """Compute the report of the runs that ``select`` chooses for ``folder``.
 
     Raises:
         ConfigError: there is no point, or points that belong together are not comparable.
@@ -332,7 +332,7 @@ def _figures(point: Point) -> dict[str, Any]:
 def _against_smallest(series: Series, point: Point, interval: tuple[float | None, float | None]) -> dict[str, Any]:
     """Return speedup and efficiency relative to the smallest point, with the 95 % interval of the efficiency.
 
-    A single point has neither; without the work of a step, there is no efficiency.
+    A single point has neither. Without the work of a step, there is a speedup but no efficiency.
     """
     base, figures = series.smallest, point.figures
     if base is None or base.figures is None or figures is None or not series.compares:

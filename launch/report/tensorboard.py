@@ -25,7 +25,7 @@ def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
 
     New files are complete before the old files are removed, and each new file makes TensorBoard forget the earlier
     points. So a reader always sees a whole report, even after a crash. A TensorBoard with ``--load_fast=false`` has to
-    be restarted: that reader waits forever at a removed file.
+    be restarted, because it waits forever at a removed file.
 
     Returns:
         The folder of the TensorBoard run.
@@ -36,7 +36,7 @@ def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
         name = "scaling" if len(table.rows) > 1 else "summary"
         with EventWriter(Path(scratch), suffix=SUFFIX) as whole:
             whole.text(f"{name}/table", markdown_text(table))
-            whole.image(f"{name}/figure", png)  # That of one run includes the heat map of its ranks.
+            whole.image(f"{name}/figure", png)  # The picture of one run includes the heat map of its ranks.
             if len(table.rows) > 1:
                 _write_curves(table, whole, Path(scratch))
         for path in sorted(Path(scratch).rglob("events.out.tfevents.*")):

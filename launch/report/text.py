@@ -49,7 +49,8 @@ class Cells:
     def of(heading: str, columns: TextColumns, items: Sequence[Any], among: Sequence[Any] = ()) -> Cells:
         """Make a table with a row for each item.
 
-        A column without a figure for an item, or for an item of ``among``, is left out. The notes explain why.
+        A column is left out if no item has a figure in it; with ``among``, if none of those items has one. The notes
+        explain why.
         """
         known = among or items
         shown = {title: text for title, text in columns.items() if any(text(item) != UNAVAILABLE for item in known)}
