@@ -72,10 +72,12 @@ class Rates:
 
 
 def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
-    """Sum the use of all allocations of these runs until ``now``, Unix seconds, which may be in the future.
+    """Return the sum of the use of all allocations of these runs until ``now``, Unix seconds, maybe in the future.
 
-    A lost node counts until its allocation ends: Slurm bills it at least until ``SlurmdTimeout``. If only the agent is
-    lost, Slurm bills the node to the end. So a cap holds in both cases.
+    ``rates`` has the GPUs and the price for event logs that lack them.
+
+    A lost node counts until its allocation ends. Slurm bills a dead node at least until ``SlurmdTimeout``, and a node
+    that has lost only its agent until the end. So the sum is never below the bill, to which caps apply.
     """
     total = Use()
     for event_log in event_logs:
@@ -92,7 +94,7 @@ def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
 def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[dict[str, Any], float]]:
     """Return each ``agent_started`` of a run with the Unix time at which its allocation ended.
 
-    The time is ``now`` while the allocation runs.
+    The time is ``now`` while the allocation runs. ``poll_s`` is the interval of heartbeats in seconds.
     """
     found: list[tuple[dict[str, Any], float]] = []
     started: dict[str, Any] | None = None
@@ -116,9 +118,10 @@ def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[di
 def spare_allocations(
     event_log: EventLog, found: Sequence[tuple[dict[str, Any], float]]
 ) -> list[tuple[dict[str, Any], float]]:
-    """Return the start of each node of a spare job with the Unix time at which it left, as ``allocations`` does.
+    """Return the start of each node of a spare job, as an ``agent_started``, with the Unix time at which it left.
 
-    A node whose end was not recorded leaves with the job that it has joined. ``found`` has the run's own jobs.
+    A node whose end was not recorded left with the job that it had joined. ``found`` is what ``allocations`` returned
+    for the run's own jobs.
     """
     jobs = {started["job"]: (started, ended) for started, ended in found}
     nodes = []
@@ -138,7 +141,10 @@ def caps(budget: BudgetConfig) -> dict[str, float]:
 
 
 def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int) -> None:
-    """Raise ConfigError if the use so far plus the worst case of the next submission exceeds a cap."""
+    """Raise ConfigError if the use so far plus the worst case of the next submission exceeds a cap.
+
+    ``timeout_min`` is the time limit of that submission in minutes, for a proposal.
+    """
     for key, cap in caps(budget).items():
         before, more = getattr(so_far, key), getattr(worst, key)
         assert before is not None and more is not None, "Config.validate requires GPUs and their price where needed"
@@ -157,7 +163,7 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
 def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
     """Return a text on the cap that ``expected`` reaches, and what to type to continue; None if no cap is reached.
 
-    ``expected`` is the total use if the run is requested to stop now, counted until it has saved and left.
+    ``so_far`` is the use until now; ``expected`` is the use until the run has saved and left, if it stops now.
     """
     for key, cap in caps(budget).items():
         before, then = getattr(so_far, key), getattr(expected, key)
@@ -204,12 +210,12 @@ def read_event_logs(folders: Sequence[RunFolder]) -> list[EventLog]:
 
 
 def rates_of(config: Config) -> Rates:
-    """Return the GPUs and price of this command, for event logs that have none."""
+    """Return the GPUs and price of this command, for event logs that lack them."""
     return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget_poll_s)
 
 
 def command_folders(folder: RunFolder) -> list[RunFolder]:
-    """Return the run folders of all points of the command that submitted this run: the points share one budget.
+    """Return the run folders of all points of the command that submitted this run. The points share one budget.
 
     Raises:
         ConfigError: the plan, which names the folders, is damaged.

@@ -181,7 +181,7 @@ def place_point(config: Config, run_dir: Path, code: Path | None = None, resumes
 def worst_case(placed: Placement, nodes: int, timeout_min: int, spare_jobs: int = 0) -> Use:
     """Return the use of one start of the job at the most expensive candidate: all nodes, until the time limit.
 
-    The nodes of spare jobs count as well.
+    The nodes of spare jobs are included. ``timeout_min`` is the time limit in minutes.
     """
     hours = timeout_min / 60
     uses = [use_of(hours, nodes, c.gpus, c.price_per_gpu_hour) for c in placed.candidates if not c.never and c.gpus]
@@ -197,12 +197,18 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
     """Return the resources of a point as submitit's parameters. Each node has one task, the agent.
 
     The parameter ``python`` is the command line of the agent's Python, if it differs from the Python that submits.
+
+    Args:
+        config: config of the point.
+        run_dir: run folder of the point.
+        code: copy of the code from which the job runs; None for the checkout.
+        resumes: True if the job may be requeued.
     """
     cluster = config.cluster
     options, python = container_words(cluster, Path.cwd(), run_dir)
     # Since Slurm 22.05 srun does not inherit --cpus-per-task of sbatch: the agent would have one CPU.
     srun_args = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
-    # The loss of one node must not end the other nodes, which continue without it or with a spare.
+    # The loss of one node must not end the other nodes, which continue without that node or with a spare.
     survives = bool(config.spare_nodes) or config.may_shrink
     srun_args += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if survives else []
     srun_args += [*options, *cluster.srun_args]
@@ -271,7 +277,7 @@ AS_IN_CLUSTER = (
 
 
 SLURM_PATHS = ("/etc/slurm", "/run/munge")
-"""Paths of the node that Slurm's client needs inside the image: agents query the controller about their job."""
+"""Paths of the node that Slurm's client needs inside the image, because agents query the controller about their job."""
 
 
 def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tuple[list[str], list[str] | None]:
@@ -325,7 +331,7 @@ def copy_path(run_dir: Path, tree: CodeTree) -> Path:
     """Return the path of the code copy of a run, which need not exist.
 
     Raises:
-        ConfigError: PYTHONPATH cannot hold the path.
+        ConfigError: the path has the character that separates folders in PYTHONPATH.
     """
     if os.pathsep in str(run_dir.parent):
         raise ConfigError(
@@ -352,7 +358,7 @@ def copy_code(target: Path, tree: CodeTree) -> None:
         for name, path in tree.files(tree.root):
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, scratch / name)
-        # Before the digests: this file marks a copy, in which all files count, and not those that git tracks.
+        # Written before the digests: in a folder with this file, all files count, not only those that git tracks.
         write_json(scratch / ORIGIN, {"root": str(tree.root), "git": code_state(tree.root)})
         if describe_code(scratch, tree.files)["sha256"] != code_of(tree)["sha256"]:
             changed = f"a file under {tree.root} that changed while it was copied"

@@ -218,8 +218,8 @@ def make_plan(
 def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
     """Create the run folder with the complete config, the overrides, and the plan.
 
-    If the run goes back to a checkpoint, or beyond its end, the folder is prepared for that. No process may work on the
-    run.
+    If the run continues from an earlier checkpoint, or beyond its end, later records and checkpoints are first moved
+    aside (``apply_continuation``). No process may work on the run.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -284,8 +284,9 @@ def refuse_missing_command(config: Config) -> None:
 def refuse_exposed(run_dir: Path) -> None:
     """Raise ConfigError if other users can write into the folders that a job of ``run_dir`` reads.
 
-    Pickles are code, so no other user, and no group, may write into their folder. A group may write into the run's
-    folder and the folder above; a sticky bit (as /tmp has it) protects existing files.
+    Pickles are code, so no other user and no group may write into their folder. A group may write into the run's
+    folder and its parent. All users may write into the parent if it has the sticky bit (as /tmp), which protects
+    existing files.
     """
     jobs = run_dir.parent / JOBS
     for folder in (jobs, jobs / SLURM_JOBS):
@@ -363,7 +364,8 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, **more: Any) -
 def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
     """Record a Slurm job whose launcher ended before it recorded the job.
 
-    The candidate is the target of the run's last move, or the first possible one: refusals of sbatch are not known.
+    The recorded candidate is the target of the run's last move, or else the first possible candidate, because refusals
+    of sbatch are not known. ``by`` is the command that found the job.
     """
     ends = select_events(folder.read_events(), "submitted", "moved", "next_job")
     is_move = ends and (ends[-1]["event"] == "moved" or (ends[-1].get("after") and ends[-1]["job_id"] == job_id))
@@ -379,7 +381,10 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
 
 
 def record_next_job(folder: RunFolder, job_id: str | None, after: str, candidate: int = 0) -> None:
-    """Record the job that continues a run when the job ``after`` has ended; None if it was cancelled."""
+    """Record ``job_id`` as the job that continues a run after the job ``after``; None if that next job was cancelled.
+
+    ``candidate`` is the index of the candidate that accepted the next job.
+    """
     folder.record_event("next_job", job_id=job_id, after=after, candidate=candidate)
 
 

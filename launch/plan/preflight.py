@@ -48,7 +48,7 @@ def add_warnings(plan: Plan, config: Config, slurm: SlurmFacts | None = None) ->
 
 
 def _problems(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[Problem]:
-    """Yield a change of the code, a checkpoint that was not written, and times to stop that are too short."""
+    """Yield a problem for changed code, a checkpoint that was not written, and times to stop that are too short."""
     folder = RunFolder(plan.run_dir)
     changed = changed_since(folder, _current(workload_of(config).code(config))) if folder.attempts() else None
     if changed is not None:
@@ -77,7 +77,7 @@ def _problems(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[
 
 
 def _preemption_graces(plan: Plan, slurm: SlurmFacts | None) -> dict[str, int]:
-    """Return the partitions of the plan in which jobs are preempted -> seconds that a preempted job has left."""
+    """Return partition -> seconds from a preemption to the kill, for partitions of the plan with preemption."""
     found: dict[str, int] = {}
     if slurm is None or slurm.limits is None or plan.cluster != "slurm":
         return found
@@ -184,7 +184,7 @@ def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
 
 
 def expected_text(plans: Sequence[Plan]) -> str:
-    """Write the expected use of all points whose time is known, and the time of the longest; else empty."""
+    """Write the expected use of all points whose time is known, and the longest time; empty if no time is known."""
     known = [plan for plan in plans if plan.expected_s is not None]
     if not known:
         return ""

@@ -34,14 +34,14 @@ REPORTS = ("scaling.*", "scaling_parts.csv", "summary.*", "all_runs.*", "compari
 
 @dataclass(frozen=True)
 class Remote:
-    """A login node, as ssh names it, and the folder there for the code of this folder."""
+    """A login node, as ssh names it, and its folder to which the code of the local folder is copied."""
 
     host: str
     folder: PurePosixPath
     """Path relative to the home folder there, or absolute."""
 
     def shell(self, text: str, *, options: Sequence[str] = ()) -> list[str]:
-        """Return the words that run ``text`` in a login shell, in the folder. A ``.venv`` there comes first."""
+        """Return the words that run ``text`` in a login shell, in the folder, whose ``.venv`` comes first in PATH."""
         line = f'cd {shlex.quote(str(self.folder))} && PATH="$PWD/.venv/bin:$PATH" && {text}'
         return [*SSH, *options, self.host, f"bash -lc {shlex.quote(line)}"]
 
