@@ -1,4 +1,7 @@
-"""Entry points of the agent for submitit, whose pickles name these functions; also beside a user's ``launch.py``."""
+"""Entry points of the agent for submitit, whose pickles name these functions.
+
+The functions can be imported even in a project with its own ``launch.py``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def run(*run_dirs: str) -> None:
 
 
 def run_spare(run_dir: str, identity: str) -> None:
-    """Join the agents of a run as the node ``identity``, in JSON, in a job of its own (``spare_jobs``)."""
+    """Join the agents of a run from a spare job (``spare_jobs``), as the node that ``identity`` describes in JSON."""
     import gpt_launch.own_names  # noqa: F401
     from launch.agent.__main__ import run_spare as join_run
 
@@ -24,7 +27,10 @@ def run_spare(run_dir: str, identity: str) -> None:
 
 
 def run_step(run_dir: str, job: str, shares: bool) -> None:
-    """Run the agents of a run as a step of a Slurm job, as ``launch.agent.shared_job.run_step`` does."""
+    """Run the agents of a run as a step of the Slurm job ``job``, as ``launch.agent.shared_job.run_step`` does.
+
+    ``shares`` is True if other steps of the job may use the same nodes at the same time.
+    """
     import gpt_launch.own_names  # noqa: F401
     from launch.agent.shared_job import run_step as run_in_job
 

@@ -18,7 +18,7 @@ __all__ = ["ConfigError", "DryRun", "Job", "JobFailedError", "Sweep", "jobs", "s
 
 
 def __getattr__(name: str) -> Any:
-    """Import the names of the Python API at their first use: a rank imports ``launch.worker`` alone."""
+    """Import the names of the Python API at their first use, so that a rank loads only ``launch.worker``."""
     if name == "ConfigError":
         from launch.errors import ConfigError
 

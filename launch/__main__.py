@@ -47,7 +47,7 @@ from launch.workload import load_workload
 def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
     """Return the folder for the output of Hydra's sweeper: the sweep's folder, if the launcher or the sweeper needs it.
 
-    Otherwise the folder is temporary: a dry run or a refusal must leave no files.
+    Otherwise the folder is temporary, because a dry run or a refusal must leave no files.
     """
     if not all(target.startswith("hydra_plugins.launch_plugin.") for target in (launcher, sweeper)):
         return folder
@@ -89,7 +89,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
 def unknown_flag(flag: str, argv: Sequence[str], flags: Sequence[str]) -> ConfigError:
     """Return a ConfigError for a flag that is not among Hydra's ``flags``, with the key or flag that was meant."""
     schema: type[Config] = Config
-    with suppress(ConfigError):  # a workload of the user's own folder of configs, which is not known yet
+    with suppress(ConfigError):  # The workload may be in the user's own folder of configs, which is not known yet.
         schema = schema_of(target_of([word for word in argv if word.startswith("workload=")]))
     name, _, value = flag.partition("=")
     following = value or next(iter(argv[argv.index(flag) + 1 :]), "")

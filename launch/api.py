@@ -64,7 +64,10 @@ class JobFailedError(RuntimeError):
 
 
 def overrides_of(key: str, value: Any, raw_keys: Sequence[str] = ()) -> list[str]:
-    """Return the overrides that set ``key`` to a Python value; a mapping sets the keys of a group."""
+    """Return the overrides that set ``key`` to a Python value; a mapping sets the keys of a group.
+
+    Texts of the keys in ``raw_keys`` are not quoted.
+    """
     if isinstance(value, Mapping):
         return [text for name, inner in flatten({key: dict(value)}).items() for text in overrides_of(name, inner)]
     if key in raw_keys and isinstance(value, str):
@@ -143,7 +146,10 @@ def arguments_of(program: Any) -> Sequence[str]:
 def refuse_wrong_arguments(
     function: Callable[..., Any], args: Sequence[Any], given: Mapping[str, Any], schema: type
 ) -> None:
-    """Raise ConfigError if a function cannot be called with these arguments."""
+    """Raise ConfigError if a function cannot be called with the arguments ``args`` and the named arguments ``given``.
+
+    The message also proposes keys of the launcher, from ``schema``.
+    """
     try:
         inspect.signature(function).bind(*args, **given)
     except TypeError as error:
@@ -177,7 +183,7 @@ class Job:
     Args:
         run_dir: the run folder.
         launcher: process that runs the local points of a command; None for other runs.
-        known_events: number of events before the submission by this process. Earlier ends do not count.
+        known_events: number of events before the submission by this process. Ends in these events are ignored.
     """
 
     def __init__(
@@ -270,7 +276,7 @@ class Job:
 
         Raises:
             TimeoutError: the run has not ended in time.
-            Exception: the exception of the function, or another one that ``exception`` returns.
+            Exception: the exception of the function, or another exception that ``exception`` returns.
         """
         error = self.exception(timeout)
         if error is not None:
@@ -475,10 +481,14 @@ def log_of(run_dir: Path) -> Path:
 
 
 def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> subprocess.Popen[bytes]:
-    """Start a process that runs the points, and wait until each of them waits for its start or has begun.
+    """Start a process that runs the points, and wait until it has queued or started each unfinished point.
+
+    Args:
+        plans: plan of each point.
+        typed: overrides of each point.
 
     Raises:
-        JobFailedError: the process ended first. The message has what it printed.
+        JobFailedError: the process ended before that. The message has its output.
     """
     log = log_of(Path(plans[0].run_dir))
     make_folder(log.parent)

@@ -142,7 +142,7 @@ def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
 
 
 def refuse_snapshot(config: Config) -> None:
-    """Raise ConfigError if a copy of the code is requested: only a submission by the launcher makes a copy."""
+    """Raise ConfigError if a copy of the code is requested, because only a submission by the launcher makes a copy."""
     if config.copy_code:
         raise ConfigError(
             "copy_code=true inside a job",
@@ -185,7 +185,7 @@ def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
     """Wait until the head node's task has written ``plan.json``, which it writes last, at most ``timeout_s`` seconds.
 
     Raises:
-        ConfigError: there is no plan in time: the task refused, or the nodes do not share the folder.
+        ConfigError: there is no plan in time, because the task refused or the nodes do not share the folder.
     """
     deadline = time.monotonic() + timeout_s
     while not folder.plan.exists():

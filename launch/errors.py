@@ -123,7 +123,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
-"""Key -> value to propose, where the usual proposal 1 would waste a run: training fails at such a rate."""
+"""Key -> value to propose, where the usual proposal 1 would waste a run, because training fails at such a rate."""
 
 
 def require_positive(key: str, value: float) -> None:

@@ -56,7 +56,7 @@ def docstrings(schema: type) -> dict[str, str]:
 
 
 def enum_of(kind: Any) -> type[Enum] | None:
-    """Return the Enum of a key's options; None if it has another type."""
+    """Return the Enum of a key's options, from the type ``kind`` of the key; None if that type has no Enum."""
     kinds = (kind, *get_args(kind))
     return next((one for one in kinds if isinstance(one, type) and issubclass(one, Enum)), None)
 

@@ -35,7 +35,7 @@ class Log:
         self._read = 0
 
     def copy(self) -> None:
-        """Print the lines written since the last call, the first time after a line with title and path."""
+        """Print the text written since the last call. Before the first text, print a line with title and path."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)
@@ -103,7 +103,7 @@ def newest(point: RunStatus, rank: int, wanted: int | None = None) -> int | None
 
 
 def absent_log(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
-    """Return a ConfigError for a log that does not exist, or not yet."""
+    """Return a ConfigError for a log that does not exist, or not yet: of a rank, or with ``of_agent`` of its agent."""
     poll([point], trust_log=True)
     what, path = f"{'the agent of ' if of_agent else ''}rank {rank}", quote(str(point.folder.path))
     state = point.state + (f", {point.detail}" if point.detail else "")

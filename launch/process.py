@@ -36,19 +36,20 @@ Item = TypeVar("Item")
 
 
 def share(items: Sequence[Item], part: int, parts: int) -> Sequence[Item]:
-    """Return one of ``parts`` consecutive parts of ``items``, which differ by one item at most."""
+    """Return part ``part``, from 0, of ``items`` in ``parts`` consecutive parts, whose sizes differ by one at most."""
     return items[len(items) * part // parts : len(items) * (part + 1) // parts]
 
 
 MOST_COMPILERS = 8
-"""Largest number of processes in which a rank compiles; the blocks of a model have few different kernels."""
+"""Largest number of processes in which a rank compiles. More are not needed: models have few different kernels."""
 
 
 def set_default_threads(ranks: int) -> None:
     """Set OMP_NUM_THREADS to 1 for ranks, as torchrun does, and limit the processes in which each compiles.
 
-    By default, torch's compiler would start as many in each rank as the node has CPUs, at most 32. Variables that are
-    set stay. Call this function before the libraries are loaded, since they read the variables only then.
+    By default, torch's compiler would start one process for each CPU of the node in each rank, at most 32. Variables
+    that the user has set do not change. Call this function before the libraries are loaded, since they read the
+    variables only then.
 
     Args:
         ranks: number of ranks on this node.

@@ -145,6 +145,13 @@ def submit_and_watch(
 
     With ``launch.detach``, only submit the points, and print the commands that follow them.
 
+    Args:
+        plans: plan of each point.
+        console: console for progress.
+        after: group ``launch`` of the config.
+        typed: overrides of the command, for the record of the sweep.
+        with_report: True to write the report.
+
     Returns:
         Run folder -> reason, for each point that did not finish; empty with ``launch.detach``.
 
@@ -178,6 +185,8 @@ def submit_and_watch(
 
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
     """Submit points to Slurm, as one job array for each set of resources, and enter local points in the local queue.
+
+    With ``sequential``, the jobs of Slurm run one after another.
 
     Raises:
         NothingSubmittedError: sbatch refused. Jobs that sbatch accepted before continue.
@@ -223,7 +232,10 @@ def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
 
 
 def leave_failover(plans: Sequence[Plan], console: Console) -> None:
-    """Start a background process that moves waiting points, if their placement has other candidates."""
+    """Start a background process that moves pending points to other candidates of their placement, or gives them up.
+
+    Does nothing if no point has another candidate or a time after which it is given up.
+    """
     watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]
     if watched:
         log = watched[0].parent / ".launch" / "move.log"

@@ -55,8 +55,8 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     """Raise ConfigError for the first number of a config that is infinite or outside the range of its key.
 
     Args:
-        config: dataclass whose fields were made by ``key``. Nested ones, and lists of them, are checked too.
-        prefix: prefix of the names of its keys, such as ``cluster.``.
+        config: dataclass whose fields were made by ``key``. Nested dataclasses, and lists of them, are checked too.
+        prefix: prefix of the names of the dataclass's keys, such as ``cluster.``.
     """
     for field in dataclasses.fields(config):
         name, value, known = f"{prefix}{field.name}", getattr(config, field.name), field.metadata

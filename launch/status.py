@@ -86,7 +86,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
 
 
 def sick_nodes(point: RunStatus) -> list[dict[str, Any]]:
-    """Return ``host`` and ``cause`` of each sick node that the newest start left out, or that prevented it."""
+    """Return ``host`` and ``cause`` of each sick node that the newest start left out, or that prevented the start."""
     newest = max(point.attempts(), default=0)
     now = events_since_start(point.events())  # The start did not begin.
     found = [e for e in point.events() if e["event"] == "node_sick" and (e in now or e["attempt"] == newest)]
@@ -144,7 +144,7 @@ def status_notes(known: dict[str, Any]) -> list[str]:
 
 
 def show_statuses(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print a table and notes for each sweep, under the folder of the sweep."""
+    """Print a table and notes for each sweep, with the path of the sweep's folder as heading."""
     sweeps: dict[Path, list[dict[str, Any]]] = {}
     for row in rows:
         sweeps.setdefault(Path(row["run_dir"]).parent, []).append(row)

@@ -252,7 +252,7 @@ class Workload:
     """Overrides with which ``launch.project --fit`` starts."""
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Make the paths in the config absolute: ranks do not run in the folder of the command.
+        """Make the paths in the config absolute, because ranks do not run in the folder of the command.
 
         Args:
             document: composed config, changed in place.
@@ -313,10 +313,9 @@ class Workload:
         return None
 
     def rehearse(self, config: Any, folder: RunFolder) -> bool:
-        """Rehearse a step of a point on this machine, for ``dry_run=deep``; print the findings, and return if all is
-        well.
+        """Rehearse a step of a point on this machine, for ``dry_run=deep``, and print the findings.
 
-        ``folder`` is a temporary folder that contains the config of the point and nothing else.
+        Returns whether all is well. ``folder`` is a temporary folder that contains only the config of the point.
 
         Raises:
             ConfigError: the workload, or this point of it, cannot be rehearsed.

@@ -31,10 +31,10 @@ class MultinodeConf:
     """Name of the jobs. None: the name of the app."""
     timeout_min: Optional[int] = None
     cpus_per_task: Optional[int] = None
-    """CPUs of each node for all of its ranks: the agent is the only Slurm task of a node."""
+    """CPUs of each node for all of its ranks, because the agent is the only Slurm task of a node."""
     gpus_per_node: Optional[int] = None
     gpus_per_task: Optional[int] = None
-    """Refused: one agent starts all ranks of a node."""
+    """Refused, because one agent starts all ranks of a node."""
     mem_gb: Optional[float] = None
     partition: Optional[str] = None
     qos: Optional[str] = None
@@ -45,20 +45,20 @@ class MultinodeConf:
     comment: Optional[str] = None
     signal_delay_s: Optional[int] = None
     max_num_timeout: Optional[int] = None
-    """0 sets ``resilience.requeue=false``. Other values change nothing: the limits of ``resilience`` apply."""
+    """0 sets ``resilience.requeue=false``. Other values change nothing, because the limits of ``resilience`` apply."""
     resumes: bool = False
     """True if the task function resumes from a checkpoint of its own, so that it may be restarted and requeued."""
     array_parallelism: Optional[int] = None
     setup: Optional[list[str]] = None
     stderr_to_stdout: bool = True
-    """Without effect: the log of a rank always has both streams."""
+    """Without effect, because the log of a rank always has both streams."""
     cpus_per_gpu: Optional[int] = None
     mem_per_gpu: Optional[str] = None
     mem_per_cpu: Optional[str] = None
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     placement: Optional[list[Any]] = None
     submitit_folder: Optional[str] = None
-    """Refused: the folder of batch scripts is ``launch/.submitit`` below ``hydra.sweep.dir``."""
+    """Refused, because the folder of batch scripts is ``launch/.submitit`` below ``hydra.sweep.dir``."""
     cluster: dict[str, Any] = field(default_factory=dict)
     resilience: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)

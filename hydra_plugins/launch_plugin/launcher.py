@@ -59,7 +59,7 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
 
 
 GRID = ("hydra_plugins.launch_plugin.", "hydra._internal.core_plugins.basic_sweeper.")
-"""Prefixes of ``hydra.sweeper._target_`` of sweepers that need no result.
+"""Prefixes of ``hydra.sweeper._target_`` of sweepers that do not use the results of points.
 
 The first failed point of such a sweep ends the command.
 """

@@ -54,7 +54,8 @@ def run_task(
 ) -> JobReturn:
     """Run the task function of one point in one rank, as Hydra does in a plain sweep. Raises what the function raises.
 
-    All ranks have the same output folder. Only rank 0 writes Hydra's own files into it.
+    All ranks have the same output folder. Only rank 0 writes Hydra's own files into it. ``state`` has the singletons of
+    Hydra in the launching process, and ``base`` its ``version_base``.
     """
     Singleton.set_state(state)
     VersionBase.instance().version_base = base
@@ -84,7 +85,7 @@ class MultinodeLauncher(Launcher):
         self.task_function: TaskFunction | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Store what ``launch`` needs."""
+        """Store Hydra's context, the task function and the config for ``launch``."""
         self.context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -159,7 +160,10 @@ def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str
 
 
 def job_return(job: Any, config: DictConfig, overrides: Sequence[str]) -> JobReturn:
-    """Return the result of a point for Hydra's sweeper."""
+    """Wait for the ``launch.api.Job`` of a point, and return its result for Hydra's sweeper.
+
+    The result of a failed point has the exception as its value.
+    """
     error = job.exception()
     if error is None:
         found = job.result()

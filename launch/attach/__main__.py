@@ -38,7 +38,7 @@ Stacks = dict[int, str]
 """Rank -> its stacks as text, or the reason why there are none."""
 
 PIECE = 150
-"""Characters of a stack in one line of output: srun mixes lines of several nodes if they exceed 1,024 bytes."""
+"""Characters of a stack in one line of output, because srun mixes lines of several nodes above 1,024 bytes."""
 
 
 def job_of_nodes(point: RunStatus) -> str | None:
@@ -65,9 +65,9 @@ def job_of_nodes(point: RunStatus) -> str | None:
 def on_nodes(job: str | None, run: Path, words: Sequence[str], *options: str) -> list[str]:
     """Return the command that runs this module, with the Python of the agents, on the nodes of a job.
 
-    Without a job, it runs on this machine.
+    Without a job, the command runs on this machine. ``words`` are arguments of this module, ``options`` of srun.
     """
-    cluster = read_point(RunFolder(run)).cluster  # This module runs outside of a container.
+    cluster = read_point(RunFolder(run)).cluster  # This module runs outside of the run's container.
     python = sys.executable if cluster.container else cluster.python or sys.executable
     here = [python, "-m", "gpt_launch", "launch.attach", "--here", *words]
     return here if job is None else ["srun", f"--jobid={job}", "--overlap", "--cpu-bind=none", *options, *here]
@@ -152,7 +152,7 @@ def grouped(stacks: Stacks) -> str:
 
 
 def attach(args: argparse.Namespace) -> int:
-    """Print the stacks of a run, or run a command next to a rank. Returns the exit status of the command.
+    """Print the stacks of a run, or run a command on the node of a rank. Returns the exit status of the command.
 
     Raises:
         ConfigError: the run does not run, has no such rank, or its nodes do not answer.

@@ -127,7 +127,10 @@ class Sample:
 
 
 def fit_network(samples: Sequence[Sample], ranks_per_node: int) -> Network:
-    """Return the fit of each measured collective in each tier (within a node, between nodes)."""
+    """Return the fit of each measured collective in each tier (within a node, between nodes).
+
+    ``ranks_per_node`` is the number of ranks on each measured node, which the result only records.
+    """
     tiers: dict[str, dict[str, LinkFit]] = {}
     for tier, name in product(TIERS, COLLECTIVES):
         if found := [sample for sample in samples if (sample.tier, sample.collective) == (tier, name)]:
@@ -149,7 +152,7 @@ def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
 
 
 def show_network(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:
-    """Print one line for each collective of each tier: the fit and its misfit."""
+    """Print one line for each collective of each tier: fitted latency and bandwidth, and the error of the fit."""
     size = f"{counted(measured['nodes'], 'node')} x {counted(measured['ranks_per_node'], 'rank')}"
     print(f"{size}, {measured['device']}, {measured['backend']}, torch {measured['software']['torch']}")
     rows = []

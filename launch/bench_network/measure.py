@@ -62,7 +62,7 @@ class Bench:
         return float(both.item())
 
     def groups(self) -> Iterator[tuple[str, int, dist.ProcessGroup]]:
-        """Yield tier, number of ranks, and the process group of so many ranks to which this rank belongs.
+        """Yield tier, group size in ranks, and the process group of this size that contains this rank.
 
         The tiers are ``intra_node`` (ranks of one node) and ``inter_node`` (one rank of each of several nodes).
         """
@@ -103,12 +103,15 @@ class Bench:
 
 
 def tier_group_sizes(most: int) -> list[int]:
-    """Return the group sizes of a tier with ``most`` ranks: pairs, if all ranks have a partner, and all ranks."""
+    """Return the group sizes of a tier with ``most`` ranks: ``most``, and also 2 if ``most`` is even."""
     return [size for size in sorted({2, most}) if size > 1 and most % size == 0]
 
 
 def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:
-    """Return the ranks of all groups of a tier: neighbors on a node, or equal local ranks on neighboring nodes."""
+    """Return the ranks of all groups of a tier: neighbors on a node, or equal local ranks on neighboring nodes.
+
+    ``each`` is the number of ranks on a node.
+    """
     if tier == "intra_node":
         return [[n * each + at + i for i in range(size)] for n in range(nodes) for at in range(0, each, size)]
     return [[(at + i) * each + local for i in range(size)] for at in range(0, nodes, size) for local in range(each)]

@@ -77,7 +77,7 @@ class HealthCheckConfig:
 DEEP = "deep"
 """Value of ``dry_run`` with which the workload also rehearses a step."""
 CHAIN = "chain"
-"""Value of ``resilience.requeue`` for clusters that do not requeue jobs: a next job continues the run."""
+"""Value of ``resilience.requeue`` for clusters that do not requeue jobs, where a next job continues the run."""
 
 
 @dataclass
@@ -298,7 +298,7 @@ class Config(RunConfig):
 
     @property
     def ranks_on_node(self) -> int:
-        """Number of ranks on each node, with the default filled in."""
+        """Number of ranks on each node: as configured, or by default the number of GPUs, or 1 without GPUs."""
         return self.ranks_per_node or self.cluster.gpus_per_node or 1
 
     @property

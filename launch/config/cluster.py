@@ -43,7 +43,7 @@ class AgentStart(Enum):
 
 
 class ContainerRuntime(Enum):
-    """Program that runs a container: NVIDIA's Slurm plugin pyxis (with enroot), or Apptainer, once Singularity."""
+    """Program that runs a container: NVIDIA's Slurm plugin pyxis (with enroot), or Apptainer, formerly Singularity."""
 
     pyxis = "pyxis"
     apptainer = "apptainer"
@@ -94,7 +94,7 @@ class NodeLinkConfig(LinkConfig):
 
 @dataclass
 class InterconnectConfig:
-    """Links of the nodes, with which parallel=auto ranks layouts; ``launch.doctor --on-cluster`` measures them."""
+    """Speed of the nodes' links, for parallel=auto to compare layouts; ``launch.doctor --on-cluster`` measures it."""
 
     intra_node: LinkConfig = key(LinkConfig, "From one GPU to the other GPUs of its node.")
     inter_node: NodeLinkConfig = key(NodeLinkConfig, "From one node to other nodes, all its network adapters together.")
@@ -227,7 +227,7 @@ class ClusterConfig(PlacementConfig):
         self.validate_placement()
 
     def validate_start(self, nodes: int) -> None:
-        """Raise ConfigError if the agents of ``nodes`` nodes, spares included, cannot be started in this way."""
+        """Raise ConfigError if ``start`` cannot start the agents of ``nodes`` nodes, spares included."""
         if self.start is AgentStart.none and nodes > 1:
             raise ConfigError(
                 f"cluster.start=none with {nodes} nodes",

@@ -75,7 +75,7 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
 
 
 def refuse_other_workload(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError if keys of a script are typed without ``workload=script``, or keys of the GPT with another one.
+    """Raise ConfigError if keys of a script are typed without ``workload=script``, or the GPT's with another workload.
 
     Presets (``experiment``) of this project are for the default workload.
     """

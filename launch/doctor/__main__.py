@@ -84,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Run all checks, and with --on-cluster the job. Returns the findings, and the job's results or None."""
+    """Run all checks, and with --on-cluster the job. Returns the findings, and the job's results or None.
+
+    ``given`` has the arguments of the command line.
+    """
     config_dir = None if given.config_dir is None else require_folder("--config-dir", given.config_dir)
     points = sweep_points(given.overrides, config_dir)
     of_machine, of_request, requests, seen = examine(points, config_dir)
@@ -106,14 +109,17 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
 
 
 def configs_of(points: Sequence[Sequence[str]], config_dir: Path | None = None) -> list[Config]:
-    """Return the config of each point. Raises ConfigError."""
+    """Return the config of each point. Raises ConfigError if an override is unknown or wrong."""
     return [typed_config(compose_launch(overrides, config_dir)) for overrides in points]
 
 
 def examine(
     points: Sequence[Sequence[str]], config_dir: Path | None = None
 ) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
-    """Run the checks that need no job. Returns findings of the machine and of the requests, requests, and facts."""
+    """Run the checks that need no job.
+
+    Returns the findings about the machine, the findings about the requests, the requests, and the facts.
+    """
     configs = configs_of(points, config_dir)
     seen = machine.gather(configs)
     plans: dict[str, Plan] = {}
@@ -142,6 +148,12 @@ def run_on_cluster(
     seen: Facts, requests: Sequence[Request], wait_min: float, console: Console
 ) -> tuple[list[Finding], dict[str, Any] | None]:
     """Measure the nodes of the largest request. Returns findings and results; the results are None if sbatch refuses.
+
+    Args:
+        seen: facts about the login node and Slurm.
+        requests: requests of the command.
+        wait_min: minutes after which a pending job is cancelled.
+        console: console for progress.
 
     Raises:
         ConfigError: there is no cluster, or no run that can be planned.

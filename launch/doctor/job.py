@@ -131,7 +131,7 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
 
 
 def records(root: Path, kind: str) -> list[Record]:
-    """Return the records of the nodes, or of the ranks, in order."""
+    """Return the records of one kind, ``nodes`` or ``ranks``, in the order of their numbers."""
     return [json.loads(file.read_text()) for file in sorted((root / kind).glob("*.json"))]
 
 
@@ -195,7 +195,7 @@ def lacking_parts(
     shm: Path = Path("/dev/shm"),
     switches: Path = Path("/dev"),
 ) -> list[list[str]]:
-    """Return what this node lacks for training on GPUs: the finding, its effect and its remedy, for each part.
+    """Return what this node lacks for training on GPUs: for each part, the finding, its effect, and the remedy.
 
     Args:
         gpus: state of the GPUs before ranks run.
@@ -286,9 +286,9 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
 
 
 def share_value(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: Iterable[int]) -> dict[int, str]:
-    """Publish this node's value under ``name``, and wait for the other values, ARRIVAL_S seconds at most.
+    """Publish the value of node ``own``, this node, under ``name``, and wait for the values of ``nodes``.
 
-    Returns node -> value for ``nodes``, without nodes that are late.
+    Returns node -> value, without nodes whose value is late. Waits about ARRIVAL_S seconds at most.
     """
     endpoint.store.set(f"doctor/{name}/{own}", value)
     deadline, found = time.monotonic() + ARRIVAL_S, {}
@@ -301,7 +301,10 @@ def share_value(endpoint: RendezvousEndpoint, name: str, own: int, value: str, n
 
 
 def unseen(folder: Path, wanted: set[int], timeout_s: float = 15.0) -> list[int]:
-    """Return the nodes whose file this node does not see within ``timeout_s`` seconds. NFS may show a file late."""
+    """Return the nodes of ``wanted`` whose file in ``folder`` this node does not see within ``timeout_s`` seconds.
+
+    The function waits because NFS may show a file late.
+    """
     deadline = time.monotonic() + timeout_s
     while (left := wanted - {int(file.name) for file in folder.iterdir()}) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -321,7 +324,7 @@ def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
     """Connect to the clock at ``host:port`` and compare it with this node's clock.
 
     Returns a connection error, empty if the port answers; and a pair, None after an error: the seconds by which this
-    clock is ahead, and the bound of their error in seconds, half the round trip (Cristian 1989).
+    node's clock is ahead, and the largest error of this figure in seconds, half the round trip (Cristian 1989).
     """
     host, _, port = address.rpartition(":")
     start = time.time()

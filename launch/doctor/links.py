@@ -25,9 +25,9 @@ with lasting_imports():
 LARGE = 16 * MIB
 SMALL = MIB
 MOST_ROUNDS = 15
-"""Largest number of other nodes with which a node is measured: all of them up to 16 nodes."""
+"""Largest number of other nodes with which a node is measured. With up to 16 nodes, these are all other nodes."""
 PASSES = 3
-"""Number of measurements of each link, seconds apart. A single one may be slow because of other work."""
+"""Number of measurements of each link, seconds apart. A single measurement may be slow because of other work."""
 SLOW_S = 0.05
 """Seconds of an exchange of SMALL bytes above which LARGE bytes, which would take too long, are not measured."""
 TIMEOUT = timedelta(seconds=150)

@@ -216,7 +216,7 @@ def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def check_output_folder(facts: Facts) -> Iterator[Finding]:
-    """Check output_dir, with submitit's pickles and the logs: all nodes must see the same folder."""
+    """Check that all nodes can see output_dir, which also has submitit's pickles and the logs."""
     path, kind = facts.output.path, facts.output.filesystem
     if facts.kind is ClusterKind.local:
         yield fine("shared folder", f"{path} on {kind}, used on this machine only")

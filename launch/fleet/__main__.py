@@ -6,7 +6,7 @@
     python -m launch.fleet outputs --openmetrics /var/lib/prometheus/node-exporter/runs.prom
 
 The figures come from the event logs and step records of the run folders. Nothing is written but the file of
-``--openmetrics``, which asks Slurm for the states of unfinished jobs, too.
+``--openmetrics``. That option also queries Slurm for the states of unfinished jobs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from launch.runs.folder import RunFolder
 from launch.slurm.status import find_run_statuses, poll, update_from_event_log
 
 OF_MACHINES = ("crashed", "hung", "out_of_memory", "node_failed", "node_sick")
-"""Causes of interruptions whose rate describes the machines; the other causes are decisions of people."""
+"""Causes of interruptions for which a time between failures is meaningful; other causes are decisions of people."""
 CONFIDENCE = 0.9
 """Probability with which an interval contains the true rate."""
 SUSPECT = 0.05
@@ -55,7 +55,7 @@ class Fleet:
     node_hours: float = 0.0
     gpu_hours: float = 0.0
     seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
-    """Part of ``launch.report.goodput.PARTS`` -> node-seconds, of all parts but ``waiting``; that one is in seconds."""
+    """Part of ``launch.report.goodput.PARTS`` -> node-seconds; for the part ``waiting``, seconds."""
     interruptions: defaultdict[str, int] = field(default_factory=partial(defaultdict, int))
     """Cause of ``launch.report.goodput.CAUSES`` -> number of interruptions."""
     lost_node_hours: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
@@ -104,7 +104,7 @@ def add_run(fleets: Sequence[Fleet], folder: RunFolder, now: float) -> None:
     found = allocations(EventLog(events, last_heartbeat(folder)), now, Rates().poll_s)
     hours = [(one, max(0.0, ended - one["allocated_at"]) / 3600) for one, ended in found]
     node_hours = sum(hour * one["nodes"] for one, hour in hours)
-    # A run has one number of nodes in nearly all of its time, so the mean is used for all parts.
+    # A run has one number of nodes in nearly all of its time, so its mean is used for all parts.
     nodes = node_hours / sum(hour for _, hour in hours) if node_hours else 0.0
     host_seconds, failures = seconds_of_hosts(folder, events, now), failures_of_hosts(events)
     for fleet in fleets:
@@ -123,7 +123,7 @@ def add_run(fleets: Sequence[Fleet], folder: RunFolder, now: float) -> None:
 
 
 def seconds_of_hosts(folder: RunFolder, events: Events, now: float) -> dict[str, float]:
-    """Return the seconds in which ranks of a run were on each host, over all attempts."""
+    """Return the seconds in which ranks of a run were on each host, over all attempts until ``now``, Unix seconds."""
     begun = {e["attempt"]: e["time"] for e in reversed(events) if e["event"] == "started"}
     ends = ("attempt_ended", "finished", "stopped")
     ended = {e["attempt"]: e["time"] for e in events if e["event"] in ends and e.get("attempt") is not None}
@@ -231,7 +231,7 @@ def show_groups(groups: Mapping[str, Fleet], key: str) -> None:
 
 
 def write_openmetrics(folders: Sequence[Path], file: Path) -> int:
-    """Write the metrics of all runs below the folders. Return 1 if Slurm did not answer, as ``launch.status``; or 0."""
+    """Write the metrics of all runs below the folders. Returns the exit status: 1 if Slurm did not answer, else 0."""
     points = find_run_statuses(find_runs(folders))
     if problem := poll(points, trust_log=True):
         update_from_event_log(points)

@@ -28,7 +28,7 @@ FAMILIES = {
 PREFIX = "launch_run_"
 
 Sample = tuple[str, dict[str, str], float]
-"""Family of ``FAMILIES``, labels but ``run``, and value."""
+"""Family of ``FAMILIES``, labels without the label ``run``, and value."""
 
 
 def samples(point: RunStatus, now: float) -> Iterator[Sample]:

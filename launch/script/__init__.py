@@ -162,9 +162,9 @@ class ScriptWorkload(Workload):
         OmegaConf.register_new_resolver("script_name", script_name, replace=True)
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Make paths absolute, relative to the folder of the command.
+        """Make the paths in ``document`` absolute. Relative paths start at the working directory of the launcher.
 
-        References such as ``${run_dir}`` become ``%{run_dir}``, which ``command`` replaces when the ranks start.
+        References such as ``${run_dir}`` become ``%{run_dir}``, which the method ``command`` replaces when ranks start.
         """
         raw: Any = OmegaConf.to_container(document.script, resolve=False)
         for key in ("args", "resume_args", "options", "env", "command"):

@@ -65,7 +65,7 @@ def hydra_text(value: Any) -> str:
 def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") -> Iterator[str]:
     """Yield the options as arguments of the program. Nested mappings become dotted names.
 
-    None leaves an option out, and an empty string yields only its name.
+    None leaves an option out, and an empty string yields only its name. ``prefix`` comes before each name.
     """
     for name, value in options.items():
         key = f"{prefix}{name}"
@@ -88,7 +88,13 @@ def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") 
 
 
 def require_known(key: str, value: Any, keys: Collection[str]) -> None:
-    """Raise ConfigError if ``${NAME}`` in arguments is neither a value of the run nor a key at the root."""
+    """Raise ConfigError if ``value`` has a ``${NAME}`` that is neither in ``RANK_VALUES`` nor in ``keys``.
+
+    Args:
+        key: key of ``value``, for the message.
+        value: arguments: a text, or a list or mapping of texts.
+        keys: names of the config's keys at its root.
+    """
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for item in inner:
         require_known(key, item, keys)
@@ -103,7 +109,7 @@ def require_known(key: str, value: Any, keys: Collection[str]) -> None:
 
 
 def keep_values(value: Any) -> Any:
-    """Return ``value`` with ``${NAME}`` of ``RANK_VALUES`` as ``%{NAME}``, which ``fill`` replaces at a start."""
+    """Return ``value`` with ``${NAME}`` of ``RANK_VALUES`` as ``%{NAME}``, which ``fill`` replaces when ranks start."""
     if isinstance(value, str):
         return re.sub(r"(?<!\\)\$\{(" + "|".join(RANK_VALUES) + r")\}", r"%{\1}", value)
     if isinstance(value, list):
@@ -114,7 +120,7 @@ def keep_values(value: Any) -> Any:
 
 
 def fill(text: str, values: Mapping[str, Any]) -> str:
-    """Return an argument with each ``%{NAME}`` replaced by ``values[NAME]``. Unknown names stay."""
+    """Return an argument with each ``%{NAME}`` replaced by ``values[NAME]``. Unknown names are not replaced."""
     return PLACEHOLDER.sub(lambda found: str(values.get(found.group(1), found.group(0))), text)
 
 

@@ -141,7 +141,7 @@ def _words_and_quiet(words: Sequence[str], quiet: Path | None) -> tuple[list[str
 
 
 def _judge(quiet: RunFolder, site: Site, drill: Drill, wrong: list[str]) -> dict[str, Any]:
-    """Return the content of ``verdict.json``. ``wrong`` has errors of the drill itself."""
+    """Return the content of ``verdict.json``. ``quiet`` is the undisturbed run; ``wrong`` has errors of the drill."""
     run, events = site.folder, site.folder.read_events()
     wrong = [*wrong, *(differing_state(quiet, run) if is_finished(events) else ["the run has not finished"])]
     wrong += [*differing_steps(quiet, run), *_remains(site)]
@@ -173,7 +173,7 @@ def _remains(site: Site) -> list[str]:
 
 
 def _show(verdict: dict[str, Any], console: Console) -> None:
-    """Print the verdict, and the median cost of the faults by kind and by how the run continued."""
+    """Print the verdict, and the median cost of the faults by kind and by the way in which the run continued."""
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     for cost in verdict["recoveries"]:
         groups[cost["kind"], cost["road"]].append(cost["total_s"])

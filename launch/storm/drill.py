@@ -41,7 +41,9 @@ UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "h
 A drill has more faults than limits allow.
 """
 LEAVING = ("signalled", "agent_stopped", "attempt_ended", "requeued", "agent_ended")
-"""Events of a run that stops. A checkpoint that was saved by then does not show that the next start works."""
+"""Events of a run that stops. A checkpoint that was saved before such an event does not show that the next start
+works.
+"""
 FELT_S = 180.0
 """Seconds within which a fault ends its attempt, if at all. By default, a silent rank or node is given up earlier."""
 TRIES = 3
@@ -74,8 +76,8 @@ def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
 def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_steps: int) -> list[PlannedFault]:
     """Draw a schedule of faults: all kinds equally often if possible, in an order that the seed decides.
 
-    The rank, steps and seconds of a fault depend only on the seed and the fault's number. So a longer
-    schedule begins like a shorter one.
+    The rank, steps and seconds of a fault depend only on the seed and the fault's number. So a longer schedule begins
+    like a shorter schedule. ``most_steps`` is the largest number of steps before a fault.
     """
     shuffle = random.Random(seed)
     order: list[str] = []
@@ -186,7 +188,8 @@ class Drill:
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition, and repeat the command if it ends before the run.
 
-        Raises StuckError after ``patience_s`` seconds without a new event, or after too many repetitions.
+        Raises StuckError after ``patience_s`` seconds without a new event, or after too many repetitions. ``what``
+        names the condition in the message.
         """
         deadline, before = time.monotonic() + self.patience_s, -1
         while not condition():
@@ -223,8 +226,8 @@ class Drill:
 def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float) -> int | None:
     """Return the step of the first checkpoint after a fault by the resumed attempt; None if there is none yet.
 
-    A checkpoint that an attempt saves while it stops does not count: the next fault would hit a run that is leaving. If
-    all agents were killed, no event shows the end of the attempt, but the event of the next start does. After
+    A checkpoint that an attempt saves while it stops does not count, because the next fault would hit a run that is
+    leaving. If all agents were killed, the end of the attempt has no event, but the next start has one. After
     ``FELT_S`` seconds without an effect, the fault counts as harmless, and any checkpoint counts.
     """
     later = [event for event in events if event["time"] > last.struck]

@@ -49,9 +49,10 @@ def wait_or_fail(
     *,
     poll_s: float = 0.05,
 ) -> T:
-    """Poll a condition and return its value once it is true.
+    """Poll a condition until its value is true, and return the value.
 
-    Raises FaultError after ``timeout_s`` seconds, or if ``is_over``.
+    Raises FaultError after ``timeout_s`` seconds, or if ``is_over`` returns True. ``what`` names the condition in the
+    message.
     """
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
@@ -135,7 +136,8 @@ def wait_for_processes(
 ) -> list[psutil.Process]:
     """Wait for processes to signal, with ``in_save`` also for the start of a save, and return the processes.
 
-    Raises FaultError if no process appears, or no save starts.
+    ``what`` and ``which`` are those of ``processes_to_signal``. Raises FaultError if no process appears, if no save
+    starts, or if ``is_over`` returns True.
     """
     found = partial(processes_to_signal, run_dir, what, which)
     processes = wait_or_fail(found, f"{what} {which}", 0.0 if what == "srun" else PATIENCE_S, is_over)
@@ -198,7 +200,7 @@ class Site:
     sandbox: Path | None = None
     """Directory of the run's sandbox, whose processes are on this machine; None without a sandbox."""
     is_over: Callable[[], bool] = lambda: False
-    """Function that returns True once the run has ended."""
+    """Function that returns True if the run has ended."""
     struck: float | None = None
     """Unix time at which the current fault began to act; None before."""
 
@@ -240,7 +242,10 @@ class Site:
         return self.command(sys.executable, "-m", "gpt_launch", "slurm.sandbox", *words, "--dir", str(self.sandbox))
 
     def by_srun(self, host: str, number: signal.Signals, what: str, which: str, *options: str) -> str:
-        """Signal processes on another node by srun. Returns a text about the action."""
+        """Signal processes on another node by srun. Returns a text about the action.
+
+        ``what`` and ``which`` choose the processes as in ``processes_to_signal``.
+        """
         place = ["--overlap", f"--jobid={self.job}", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
         program = ["gpt_launch", "launch.storm.injection", str(self.folder.path), number.name, what, which]
         self.command("srun", *place, sys.executable, "-m", *program, *options)

@@ -58,12 +58,12 @@ def parse_stack(text: str) -> list[Frame]:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What is known of one rank at the end of an attempt. Most fields are those of its event."""
+    """Facts about one rank at the end of an attempt. Most fields are those of its event."""
 
     source: Path
     """File with the evidence."""
     rank: int | None = None
-    """None for a host, or for the run as a whole."""
+    """Number of the rank; None for the facts of a host, or of the run as a whole."""
     host: str = ""
     step: int | None = None
     """Steps done."""
@@ -81,7 +81,7 @@ class RankFacts:
     state: str = ""
     """State of the process, and the kernel function in which it waits: S pipe_read."""
     dump: Mapping[str, Any] = field(default_factory=dict)
-    """Last collective in torch's flight recorder: name, group, seq, sizes, done. Empty without a dump."""
+    """Last collective in torch's flight recorder, as ``read_dump`` returns it. Empty without a dump."""
 
     @cached_property
     def frames(self) -> list[Frame]:
@@ -90,7 +90,7 @@ class RankFacts:
 
     @property
     def own(self) -> Frame | None:
-        """Innermost frame of the user's program; of any program if there is none; None without a stack."""
+        """Innermost frame of the user's program; without one, of any program. None without a stack."""
         return next((frame for frame in self.frames if not LIBRARY.search(frame.file)), next(iter(self.frames), None))
 
     @property
@@ -135,18 +135,22 @@ class RankFacts:
 
 
 class _Plain(pickle.Unpickler):
-    """Unpickler of numbers, texts and containers. A pickle with anything else is refused: it could run code."""
+    """Unpickler of numbers, texts and containers. A pickle with anything else is refused, because it could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} in a dump of the flight recorder")
 
 
 MOST_DUMPS = 64
-"""Largest number of dumps that are read: each may have 20,000 collectives."""
+"""Largest number of dumps that are read, because each may have 20,000 collectives."""
 
 
 def read_dump(path: Path) -> dict[str, Any]:
-    """Return the last collective in a dump: name, group, seq, sizes, done. Empty if it cannot be read."""
+    """Return the last collective in a dump of torch's flight recorder; empty if the dump cannot be read.
+
+    ``name`` and process ``group`` of the collective, ``seq``, its number in the group, ``sizes`` of the input tensors,
+    and ``done``, True if the collective is completed.
+    """
     try:
         last = max(_Plain(io.BytesIO(path.read_bytes())).load()["entries"], key=lambda entry: int(entry["record_id"]))
         return {
@@ -183,8 +187,8 @@ class AttemptFacts:
 
     @cached_property
     def others(self) -> list[RankFacts]:
-        """Ranks with stacks outside of collectives, longest silence first. If all ranks wait: those that the flight
-        recorder has behind other ranks of their group.
+        """Ranks with stacks outside of collectives, longest silence first. If there are none: waiting ranks whose last
+        recorded collective is an earlier one of their group than that of another rank (flight recorder).
         """
         busy = [rank for rank in self.ranks if rank.frames and not rank.collective and not rank.echo]
         seqs = [(rank.dump["group"], rank.dump["seq"], rank) for rank in self.waiting if rank.dump]
@@ -226,7 +230,7 @@ class AttemptFacts:
 
 
 JOB = "job"
-"""Name of an event that no log has: the end of the job, whose cause is the state that Slurm gives it."""
+"""Name of an event that is in no event log: the end of the job, whose cause is the job's state in Slurm."""
 TELLING = (
     "node_lost",
     "node_sick",
@@ -239,7 +243,7 @@ TELLING = (
 )
 """Events that are evidence by their cause, or by their rank."""
 CLOCK_S = 5.0
-"""Seconds by which an event may be earlier than the one before: clocks of hosts differ a little."""
+"""Seconds by which an event may be earlier than the previous event, because clocks of hosts differ a little."""
 
 
 def read_facts(folder: RunFolder, more: Events = ()) -> AttemptFacts:
@@ -254,7 +258,7 @@ def read_facts(folder: RunFolder, more: Events = ()) -> AttemptFacts:
     events += more
     failed = select_events(events, "rank_failed")
     traces = {(e.get("host"), e["rank"]): e.get("traceback", "") for e in failed}
-    # A rank that failed as another one of its host does has no traceback of its own.
+    # A rank that failed in the same way as another rank of its host has no traceback of its own.
     failed = [e | {"traceback": traces.get((e.get("host"), e.get("same_as", e["rank"])), "")} for e in failed]
     known = [*select_events(events, "rank_left", "stacks"), *reversed(failed)]
     found = {event["rank"]: _rank_facts(folder, attempt, event) for event in known}
@@ -272,7 +276,7 @@ def job_event(state: str) -> dict[str, Any]:
 
 
 def _rank_facts(folder: RunFolder, attempt: int, event: Mapping[str, Any]) -> RankFacts:
-    """Return what an event tells of its rank."""
+    """Return the facts that an event contains about its rank."""
     names = {one.name for one in fields(RankFacts)}
     return RankFacts(
         folder.log(attempt, event["rank"]), **{k: v for k, v in event.items() if k in names and v is not None}

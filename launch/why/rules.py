@@ -209,7 +209,10 @@ RULES = (
 
 
 def find_verdict(folder: RunFolder, more: Events = ()) -> Verdict | None:
-    """Return the verdict on the newest attempt of a run. None if nothing of it failed. Arguments as ``read_facts``."""
+    """Return the verdict on the newest attempt of a run; None if the attempt has not failed or no rule fits.
+
+    ``more`` has events that the event log of ``folder`` does not have: ``job_event``, and ``stacks`` of running ranks.
+    """
     facts = read_facts(folder, more)
     if has_event("attempt_ended", cause="finished|cancelled|budget")(facts):
         return None
@@ -224,7 +227,7 @@ def find_verdict(folder: RunFolder, more: Events = ()) -> Verdict | None:
 
 
 def _texts(facts: AttemptFacts, blamed: RankFacts) -> dict[str, object]:
-    """Return the texts that a rule may name."""
+    """Return name -> text for the names that a rule's sentences may contain. ``blamed`` is the rank to blame."""
     at = f" ({blamed.place})" if blamed.place else ""
     since = f" after step {blamed.step}" if blamed.step is not None else ""
     cause = shorten(blamed.cause, 300, placeholder="...")
@@ -245,7 +248,7 @@ def _texts(facts: AttemptFacts, blamed: RankFacts) -> dict[str, object]:
 
 
 def waits_text(waiting: Sequence[RankFacts]) -> str:
-    """Describe the collectives in which ranks wait: the ranks together that wait at the same place."""
+    """Describe the collectives in which ranks wait. Ranks that wait at the same place are in one phrase."""
     groups: dict[str, list[RankFacts]] = {}
     for rank in waiting:
         groups.setdefault(rank.waits_in, []).append(rank)

@@ -1,6 +1,6 @@
 """The public API of a rank: a training script reports steps to the launcher and polls for requests to save or stop.
 
-    from launch import worker                   # from gpt_launch import worker, next to a launch.py of your own
+    from launch import worker                   # from gpt_launch import worker, if you have your own launch.py
 
     run = worker.attach()
     for step in range(first_step, steps):

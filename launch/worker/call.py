@@ -57,7 +57,7 @@ class Result:
 
 
 def dumped(call: Call) -> bytes:
-    """Return a call as bytes. They name no class of this module, which has another name in a rank.
+    """Return a call as bytes. The bytes name no class of this module, which has another name in a rank.
 
     Raises:
         ConfigError: the function or an argument cannot be pickled.

@@ -2,10 +2,9 @@
 
     python -m gpt_launch launch.worker.memory AGENT          a store, started by the agent; ends with it
 
-Ranks send their own part of a checkpoint to the store of their node and to that of another node. While
-ranks restart, a store keeps the last checkpoint that all ranks have agreed on. It also holds the checkpoint that is
-being sent. The files are in anonymous memory, so nothing is left behind when the processes of a node are
-killed.
+Ranks send their own part of a checkpoint to the store of their node and to that of another node. While ranks restart, a
+store keeps the last checkpoint that all ranks have agreed on. A store also contains the checkpoint that is being sent.
+The files are in anonymous memory, so nothing is left behind when the processes of a node are killed.
 
 Both ends first prove that they know the secret of the stores. Messages are JSON, signed and numbered; bytes after a
 message have a SHA-256 sum. Nothing is unpickled. A file is cut into chunks, so that each byte is hashed once, for all
@@ -59,7 +58,7 @@ class Place:
 
 
 def own_store(environment: Mapping[str, str] = os.environ) -> tuple[Place, str] | None:
-    """Return the memory store of this rank's node, and the secret of all stores; None if no agent keeps a store."""
+    """Return the memory store of this rank's node, and the secret of all stores; None if the agent runs no store."""
     place, secret = environment.get(STORE), environment.get(SECRET)
     if not place or not secret:
         return None
@@ -209,12 +208,15 @@ class StoreClient:
         self._send({"op": "append", **arguments}, payload, digest)
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytearray:
-        """Read ``size`` bytes of a file from ``offset`` on, at most ``CHUNK`` bytes."""
+        """Return ``size`` bytes, at most ``CHUNK``, from ``offset`` on, of the file ``name`` of a rank.
+
+        ``save`` is the name of the checkpoint. Raises StoreError if the store cannot read them.
+        """
         self._send({"op": "read", "save": save, "rank": rank, "name": name, "offset": offset, "size": size})
         return self._answer()[1]
 
     def read_all(self, save: str, rank: int, name: str, size: int) -> bytes:
-        """Read a whole file of ``size`` bytes."""
+        """Return the whole file ``name``, of ``size`` bytes, of a rank in the checkpoint ``save``."""
         parts = [self.read(save, rank, name, at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)]
         return b"".join(parts)
 
@@ -330,7 +332,7 @@ class StoredSave:
     step: int
     world_size: int
     is_committed: bool = False
-    """True once all ranks have agreed that the checkpoint is complete."""
+    """True if all ranks have agreed that the checkpoint is complete."""
     parts: dict[int, dict[str, StoredFile]] = field(default_factory=dict)
     """Rank -> file name -> file."""
 
@@ -343,7 +345,10 @@ class Store:
         self._lock = threading.RLock()
 
     def begin(self, save: str, rank: int, step: int, world_size: int) -> None:
-        """Begin an empty part of a rank in checkpoint ``save``. Drop all other saves that are not committed."""
+        """Begin an empty part of a rank in the checkpoint ``save`` of ``step`` by ``world_size`` ranks.
+
+        Drops all other saves that are not committed.
+        """
         with self._lock:
             self._drop([name for name, held in self._saves.items() if name != save and not held.is_committed])
             held = self._saves.setdefault(save, StoredSave(step, world_size))
@@ -352,7 +357,7 @@ class Store:
             held.parts[rank] = {}
 
     def append(self, save: str, rank: int, name: str, content: bytearray, digest: str) -> None:
-        """Append a chunk to a file; the first chunk makes the file."""
+        """Append a chunk to a file; the first chunk makes the file. ``digest`` is the chunk's SHA-256."""
         with self._lock:
             files = self._part(save, rank)
             if name not in files:
@@ -360,15 +365,15 @@ class Store:
         files[name].append(content, digest)
 
     def finish(self, save: str, rank: int) -> None:
-        """Confirm to a rank that its whole part is here: the rank has sent all chunks of its files before."""
+        """Confirm to a rank that the store has its whole part. The rank has sent all chunks of its files before."""
         with self._lock:
             self._part(save, rank)
 
     def commit(self, save: str) -> None:
         """Mark a save as committed, because all ranks have agreed on it, and drop all other saves.
 
-        Each rank sends this request, but only the first one has an effect. A later request must not drop the next save,
-        which other ranks may already send.
+        Each rank sends this request, but only the first request has an effect. A later request must not drop the next
+        save, which other ranks may already send.
         """
         with self._lock:
             held = self._saves.get(save)
@@ -398,7 +403,7 @@ class Store:
             return {"saves": saves}
 
     def verify(self, save: str, rank: int) -> dict[str, Any]:
-        """Read the part of a rank. Returns under ``damaged`` the names of files that differ from their sum."""
+        """Read the part of a rank in ``save``. Returns under ``damaged`` the names of files with a wrong checksum."""
         with self._lock:
             files = dict(self._part(save, rank))
         return {"damaged": [name for name, file in sorted(files.items()) if file.is_damaged()]}

@@ -48,8 +48,8 @@ def attach(handle_signals: bool = True) -> Run:
     """Join the launcher as the rank that the environment names. A second call returns the same Run.
 
     Without the launcher, and in a process that multiprocessing started, the Run is a stand-in. It writes nothing, and
-    ``stop_requested`` only follows signals of this process. Call this function early and in the main thread: afterwards
-    a request to stop no longer ends the process.
+    ``stop_requested`` only follows signals of this process. Call this function early and in the main thread, because
+    only afterwards a request to stop no longer ends the process.
 
     Args:
         handle_signals: take SIGTERM, SIGUSR2 and SIGINT as requests to stop. If False, the Run still receives the

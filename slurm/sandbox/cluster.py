@@ -113,7 +113,7 @@ def clear(state: SandboxState) -> None:
 
 @dataclass(frozen=True)
 class SlurmState:
-    """State of a node in Slurm: its short word, with a * if the node is silent, and the reason of a drain."""
+    """State of a node in Slurm: its short name, with a * if the node does not answer, and the reason of a drain."""
 
     word: str = "unknown"
     reason: str = ""

@@ -60,7 +60,7 @@ def run_program(
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str | Callable[[], str]) -> None:
     """Poll until the condition holds.
 
-    Raises SandboxError after ``timeout_s`` seconds. Its message has ``what``: a text, or what this function returns.
+    Raises SandboxError after ``timeout_s`` seconds. Its message has ``what``, a text or a function that returns a text.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -126,7 +126,7 @@ class Process:
     started: float
 
     def find(self) -> psutil.Process | None:
-        """Return the process while it runs; None once it has ended, even if not reaped."""
+        """Return the process while it runs; None if it has ended, even if its parent has not read the exit status."""
         with contextlib.suppress(psutil.NoSuchProcess):
             found = psutil.Process(self.pid)
             # The kernel has the start of this machine in whole seconds, and counts process starts from it.
@@ -238,7 +238,7 @@ class SandboxState:
         port: port of slurmctld and of every slurmd, each at its own address.
         nodes: address of each node's slurmd.
         processes: its daemons (munged, slurmctld, ...), and one process for each node that has power.
-        started: true once every node was idle.
+        started: true if every node was idle at the end of the start.
     """
 
     directory: Path
