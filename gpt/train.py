@@ -34,6 +34,8 @@ with lasting_imports():
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import BatchPrefetcher, Samples
     from gpt.data.prepared import find_document_end
+    from gpt.data.stream import Stream, stream_spec
+    from gpt.data.tokenizers import load_tokenizer
     from gpt.model.attention import prefer_fast_kernels
     from gpt.model.gpt import GPT, Weights
     from gpt.parallel.compile import convert_linears, prepare_blocks
@@ -99,6 +101,10 @@ def build(
     seed_all(config.seed, world.rank)
     end = find_document_end(config.data, tokens)
     samples = Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size, end)
+    if config.data.stream:
+        assert tokens.tokenizer_folder is not None
+        spec, tokenizer = stream_spec(config.data, config.data_cache), load_tokenizer(tokens.tokenizer_folder)
+        samples.stream = Stream(spec, tokenizer, config.model.block_size, config.seed)
 
     with torch.device("meta"):
         model = GPT(config.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from omegaconf import MISSING
@@ -150,6 +151,12 @@ class DataConfig:
     """Format of the prepared files. All formats contain the same tokens."""
     token_dtype: Optional[TokenDtype] = None
     """source=tokens only: width of tokens in files without a header; null means uint16, as nanoGPT writes them."""
+    stream: bool = False
+    """Training makes the tokens itself while it reads the text, without ``gpt.prepare``; not of synthetic and tokens.
+    Every rank reads and tokenizes all of the text."""
+    shuffle_buffer: int = 1024
+    """stream=true only: number of consecutive sequences that are shuffled together, 1 to 1,000,000; 1 keeps the order.
+    Each rank keeps twice as many in memory."""
     pack: Pack = Pack.none
     """Treatment of documents that share a sequence. ``documents`` needs a token that ends a document."""
     document_end: Optional[int] = None
@@ -189,7 +196,7 @@ class DataConfig:
                 raise ConfigError(f"data.{key}={value} with data={self.title}, which does not read it", expected, fix)
         sizes = (260, 1_000_000)
         check_numbers("data.", self, ("max_bytes",), val_fraction=(0.0001, 0.5), tokenizer_vocab_size=sizes)
-        check_numbers("data.", self, at_least_0=("document_end",))
+        check_numbers("data.", self, at_least_0=("document_end",), shuffle_buffer=(1, 1_000_000))
         if self.document_end is not None and self.pack is Pack.none:
             raise ConfigError(
                 f"data.document_end={self.document_end} with data.pack=none, which does not read it",
@@ -199,6 +206,7 @@ class DataConfig:
         self.synthetic.validate()
         self._validate_tokenizer()
         self._validate_tokens()
+        self._validate_stream()
 
     def _validate_tokenizer(self) -> None:
         kind, path = self.tokenizer, self.tokenizer_path
@@ -214,6 +222,41 @@ class DataConfig:
                 "a tokenizer that is kept in one",
                 "data.tokenizer=hf (or sentencepiece, tiktoken), or no data.tokenizer_path",
             )
+
+    def _validate_stream(self) -> None:
+        if not self.stream:
+            return
+        kind, is_local = self.tokenizer, self.dataset is not None and Path(self.dataset).expanduser().is_dir()
+        prepared = "data.stream=false, after python -m gpt.prepare with the same data.* keys"
+        refused = (
+            (
+                self.source in (Source.tokens, Source.synthetic),
+                f"data={self.title}, whose tokens are not made of text",
+                "text",
+                "data.stream=false",
+            ),
+            (
+                kind is TokenizerKind.char or (kind is TokenizerKind.sentencepiece and not self.tokenizer_path),
+                f"data.tokenizer={kind.name}, which first reads all of the text",
+                "bytes, or a tokenizer that exists",
+                f"data.tokenizer=sentencepiece data.tokenizer_path=FILE.model, or {prepared}",
+            ),
+            (
+                self.max_bytes is not None and (isinstance(self.source, str) or self.source in DOCUMENT_SOURCES),
+                f"data.max_bytes={self.max_bytes} of documents",
+                "all of them",
+                f"data.max_bytes=null, or {prepared}",
+            ),
+            (
+                self.source is Source.dataset and self.revision is None and not is_local,
+                f"data.dataset={self.dataset} without data.revision, which may change between two starts",
+                "a commit of the hub, so that a resumed run continues in the same text",
+                "data.revision=COMMIT",
+            ),
+        )
+        for is_refused, found, expected, fix in refused:
+            if is_refused:
+                raise ConfigError(f"data.stream=true with {found}", expected, fix)
 
     def _validate_tokens(self) -> None:
         if self.source is not Source.tokens:
@@ -237,6 +280,7 @@ class DataConfig:
                 )
 
 
+DOCUMENT_SOURCES = (Source.files, Source.dataset)
 NEEDED = (
     (Source.text, "path", "the path of a text file", "data=text data.path=FILE"),
     (Source.files, "path", "a pattern of files", "data=files 'data.path=FOLDER/*.jsonl'"),

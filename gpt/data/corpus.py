@@ -32,6 +32,7 @@ class Corpus:
 
     name: str
     sources: tuple[SourceSize, ...]
+    """Empty for a stream, whose size nobody knows before the text is read."""
     tokenizer: str
     """Kind of the tokenizer, such as ``byte`` or ``tiktoken``; ``synthetic`` or ``unknown`` without a tokenizer."""
     vocab_size: int | None
@@ -56,7 +57,7 @@ class Corpus:
 
     def __str__(self) -> str:
         floor = "" if self.entropy is None else f", entropy {self.entropy:.4f} nats per token"
-        return f"{self.name}: {self.tokens:,} {self.tokenizer} tokens{floor}"
+        return f"{self.name}: {f'{self.tokens:,}' if self.sources else 'a stream of'} {self.tokenizer} tokens{floor}"
 
 
 def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
@@ -70,6 +71,12 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
         tokens = open_tokens(config)
         find_document_end(config, tokens)
         return describe_tokens(config.title, tokens)
+    if config.stream:
+        from gpt.data.stream import look_at_stream
+
+        tokens = look_at_stream(config, cache)
+        find_document_end(config, tokens)
+        return describe_tokens(str(config.path or config.title), tokens)
     spec = build_spec(config, cache)
     prepared = None if spec is None else open_folder(cache / spec.key, spec.identity)
     if prepared is not None:
@@ -100,7 +107,8 @@ def describe_tokens(name: str, tokens: Tokens) -> Corpus:
     for source in tokens.sources:
         train = tuple(segment.tokens for segment in source.train.segments)
         val = tuple(segment.tokens for segment in source.val.segments)
-        sources.append(SourceSize(source.name, train, val, source.weight))
+        if not source.is_streamed:
+            sources.append(SourceSize(source.name, train, val, source.weight))
         sizes.append(source.vocab_size if source.vocab_size is not None else largest_id_seen(source) + 1)
     first = tokens.sources[0]  # all sources of a mixture have one tokenizer
     kind = first.tokenizer["kind"] if first.tokenizer is not None else "synthetic" if first.entropy else "unknown"
@@ -136,6 +144,8 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
                 f"at least model.block_size + 1 = {model.block_size + 1} tokens in each",
                 f"a longer text, or model.block_size={max(1, longest - 1)}",
             )
+    if not corpus.sources:  # the first start of a stream reads as many validation tokens as needed, or refuses
+        return
     samples = _val_samples(corpus, model.block_size)
     if eval_sequences > samples:
         raise ConfigError(
@@ -157,8 +167,10 @@ def _val_samples(corpus: Corpus, block_size: int) -> int:
     return max_samples(available, [source.weight for source in corpus.sources])
 
 
-def ensure_tokens(config: DataConfig, cache: Path) -> Tokens:
+def ensure_tokens(config: DataConfig, cache: Path, val_tokens: int = 0) -> Tokens:
     """Open the tokens of the corpus. The first caller prepares a small corpus in ``cache`` if it is not there yet.
+
+    Of a stream only ``val_tokens`` validation tokens are made.
 
     Raises:
         ConfigError: the text is missing or changed during reading, the corpus must be prepared before training, or
@@ -166,6 +178,13 @@ def ensure_tokens(config: DataConfig, cache: Path) -> Tokens:
     """
     if config.source is Source.tokens:
         return open_tokens(config)
+    if config.stream:
+        from gpt.data.stream import open_stream
+
+        try:
+            return open_stream(config, cache, val_tokens)
+        except OSError as error:
+            raise unwritable_folder_error(cache, error) from error
     describe_corpus(config, cache)  # raises for a corpus that must be prepared beforehand
     spec = build_spec(config, cache)
     assert spec is not None, "describe_corpus refuses what has to be downloaded"

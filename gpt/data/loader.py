@@ -19,6 +19,7 @@ from gpt.data.corpus import num_windows
 from gpt.data.order import PassedOver, max_samples, sample_position, sample_source, samples_per_source
 from gpt.data.prepared import Split as SplitFiles
 from gpt.data.prepared import Tokens
+from gpt.data.stream import Stream
 from gpt.data.token_file import Segment
 from gpt.topology import Batch
 from launch.errors import ConfigError
@@ -155,7 +156,9 @@ class Samples:
         self._weights = tuple(source.weight for source in tokens.sources)
         self._train = [Windows(source.train, block_size) for source in tokens.sources]
         self._val = [Windows(source.val, block_size) for source in tokens.sources]
-        assert all(map(len, self._train)) and all(map(len, self._val)), "check_fit is asked before"
+        self.stream: Stream | None = None
+        """Source of the training samples in place of token files; None without ``data.stream``."""
+        assert all(map(len, self._val)), "check_fit is asked before"
         self.num_train = sum(map(len, self._train))
         self.num_val = max_samples([len(windows) for windows in self._val], self._weights)
 
@@ -182,6 +185,8 @@ class Samples:
         Raises:
             ConfigError: an id is not below ``vocab_size``, or a file is missing or truncated on this machine.
         """
+        if split == "train" and self.stream is not None:
+            return torch.from_numpy(np.stack([self.stream.read(index) for index in indices.tolist()]))
         source, running = sample_source(indices, self._weights)
         windows = self._train if split == "train" else self._val
         if split == "train":

@@ -41,6 +41,7 @@ from gpt.data.shards import (
     TRAIN,
     VAL,
     WALK_TOKENS,
+    Piece,
     Shard,
     chain_of,
     decode_text,
@@ -250,17 +251,26 @@ def _tokens(
         cut = min(max(known[0] - shard.number * WALK_TOKENS, 0), len(ids))
         yield from ((split, part, len(part), False) for split, part in ((TRAIN, ids[:cut]), (VAL, ids[cut:])))
         return
-    exact = tokenizer.kind is TokenizerKind.byte  # also accepts bytes that are no UTF-8
     for piece in read_shard(spec, shard):
-        data = piece.data
-        if piece.ends and tokenizer.eot is None and spec.splits_documents:
-            data += b"\n"
-        tokens: npt.NDArray[Any] = (
-            np.frombuffer(data, np.uint8) if exact else tokenizer.encode(decode_text(data, shard))
-        )
-        if piece.ends and tokenizer.eot is not None and spec.has_documents:
-            tokens = np.append(tokens, np.uint32(tokenizer.eot))
-        yield piece.split, tokens, len(data), piece.ends
+        yield piece.split, *encode_piece(spec, tokenizer, piece, shard), piece.ends
+
+
+def encode_piece(
+    spec: PreprocessingSpec, tokenizer: Tokenizer, piece: Piece, shard: Shard
+) -> tuple[npt.NDArray[Any], int]:
+    """Return the ids of a piece, (N,), with the end of its document, and the bytes of text that they stand for.
+
+    Raises:
+        ConfigError: the text is not UTF-8, and the tokenizer needs it.
+    """
+    data = piece.data
+    if piece.ends and tokenizer.eot is None and spec.splits_documents:
+        data += b"\n"
+    exact = tokenizer.kind is TokenizerKind.byte  # also accepts bytes that are no UTF-8
+    tokens: npt.NDArray[Any] = np.frombuffer(data, np.uint8) if exact else tokenizer.encode(decode_text(data, shard))
+    if piece.ends and tokenizer.eot is not None and spec.has_documents:
+        tokens = np.append(tokens, np.uint32(tokenizer.eot))
+    return tokens, len(data)
 
 
 def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:

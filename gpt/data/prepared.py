@@ -63,6 +63,11 @@ class TokenSource:
     weight: int = 1
 
     @property
+    def is_streamed(self) -> bool:
+        """True if training makes its tokens itself. A prepared folder always has training tokens."""
+        return self.tokenizer is not None and not self.train.segments
+
+    @property
     def tokenizer_folder(self) -> Path | None:
         """Folder of the source's tokenizer; None if unknown."""
         return None if self.folder is None or self.tokenizer is None else self.folder / TOKENIZER
@@ -92,7 +97,7 @@ class Tokens:
             {
                 "name": source.name,
                 "weight": source.weight,
-                "train_tokens": source.train.tokens,
+                "train_tokens": None if source.is_streamed else source.train.tokens,
                 "val_tokens": source.val.tokens,
                 "tokenizer": source.tokenizer,
                 "entropy": source.entropy,

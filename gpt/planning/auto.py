@@ -248,7 +248,7 @@ def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterat
     """Yield a warning if a run makes more than ``MANY_EPOCHS`` passes over its training tokens."""
     a_step = batch.global_batch * config.model.block_size
     total = a_step * config.optim.max_steps
-    if total <= MANY_EPOCHS * corpus_tokens:
+    if not corpus_tokens or total <= MANY_EPOCHS * corpus_tokens:  # the size of a stream is not known
         return
     epochs, most = total / corpus_tokens, MANY_EPOCHS * corpus_tokens
     fewer = (

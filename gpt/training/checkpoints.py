@@ -59,6 +59,8 @@ def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
         "passed_over": [list(batches) for batches in run.batches.passed_over.ranges],
         "early_stop": run.early_stop.state(),
     }
+    if run.samples.stream is not None:
+        meta["stream"] = run.samples.stream.state(run.batches.passed_over.batch_of(run.step) * run.batch.global_batch)
     if run.engine.loss_scale is not None:
         meta["loss_scale"] = run.engine.loss_scale.state()
     if val_loss is not None:
@@ -113,6 +115,8 @@ def load(run: Run) -> None:
     run.batches.passed_over = PassedOver.of((loaded.meta if event is None else event)["passed_over"])
     if event is not None:
         run.guard.gone_back(event["last"], event["rollbacks"])
+    if run.samples.stream is not None:
+        run.samples.stream.restore(loaded.meta["stream"])
     run.early_stop.load(loaded.meta["early_stop"])
     run.restore_s = time.perf_counter() - began
 

@@ -148,6 +148,8 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
         refuse_without_deepspeed(config)
         batch = split_batch(config.optim, check_parallel_dims(config, world.size).data_ranks)
         check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
+        if config.data.stream:
+            prepare_tokens(config)  # refuses too few validation tokens, which only reading the text can count
         # Back to the checkpoint of ``resume_from``, or beyond the run's end, as the launcher does.
         config = settle_steps(config, batch)
         refuse_other_rates(config, batch, folder)
@@ -215,7 +217,7 @@ class Run:
 def prepare_tokens(config: TrainConfig) -> Tokens:
     """Return the tokens of the corpus; raise ConfigError if they do not fit the model or are too few."""
     check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
-    return ensure_tokens(config.data, config.data_cache)
+    return ensure_tokens(config.data, config.data_cache, config.eval.sequences * config.model.block_size + 1)
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
