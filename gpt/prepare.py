@@ -31,11 +31,12 @@ def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers
     Raises:
         ConfigError: nothing needs preparation, the text is unavailable, or ``output`` has other content.
     """
-    if config.source is Source.tokens:
+    if config.source is Source.tokens or config.stream:
+        found = "data.stream=true, which needs no preparation" if config.stream else "data=tokens, which are prepared"
         raise ConfigError(
-            "data=tokens, which are prepared already",
-            "a corpus of text",
-            "python -m gpt.prepare data=text data.path=FILE",
+            found,
+            "a corpus of text to write into token files",
+            "python -m gpt.prepare data=text data.path=FILE data.stream=false",
         )
     spec = build_spec(config, cache)
     if spec is None:  # training never downloads: compute nodes often have no network

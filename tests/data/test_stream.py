@@ -16,6 +16,7 @@ from gpt.data.preparation import make_tokenizer, prepare_folder
 from gpt.data.prepared import find_document_end
 from gpt.data.spec import build_spec
 from gpt.data.stream import Stream
+from gpt.prepare import prepare_corpus
 from launch.errors import ConfigError
 from tests.data.test_prepare import ids_of, made, write_jsonl, write_parquet
 from tests.support.composing import config_from
@@ -176,6 +177,8 @@ def test_what_cannot_be_streamed_is_refused(words: str, found: str) -> None:
 
 
 def test_text_that_is_missing_or_too_short_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.stream=true, which needs no preparation"):
+        prepare_corpus(config, tmp_path, None, 1)
     with pytest.raises(ConfigError, match=r"validate on: .* needs 100000"):
         ensure_tokens(config, tmp_path / "cache", 100_000)
     config.text_key = "content"
