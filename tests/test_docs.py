@@ -31,7 +31,16 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^( *)```bash(?P<info>[^\n]*)\n(?P<text>.*?)^\1```", re.MULTILINE | re.DOTALL)
 FEATURES = (ROOT / "docs" / "features.md").read_text()
 ROWS = re.findall(r"^\| .*? \| `((?:python|sbatch|tensorboard)[^`]*)` \| (\S+) \|$", FEATURES, re.MULTILINE)
-NEEDS_MORE = ("data=tinystories", "data=tokens", "examples/", "benchmarks.", "package.norms", "--fit", "pip wheel")
+NEEDS_MORE = (
+    "data=tinystories",
+    "data=tokens",
+    "examples/",
+    "benchmarks.",
+    "package.norms",
+    "hf:weights",
+    "--fit",
+    "pip wheel",
+)
 """What needs a network, files of others, or long. Tests of it are in its row of the features, or in test_goal.py."""
 
 

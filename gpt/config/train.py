@@ -27,6 +27,9 @@ from launch.runs.overrides import (
     typed_value,
 )
 
+HF_PREFIX = "hf:"
+"""Begins an ``init_from`` that accepts a folder of transformers only."""
+
 
 @dataclass
 class EvalConfig:
@@ -161,8 +164,8 @@ class TrainConfig(RunConfig):
     """Folder under output_dir for the points of one sweep."""
     init_from: Optional[str] = None
     """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), or the
-    folder of another run. The newest checkpoint of a run is loaded. The model must be the same. Without effect once the
-    run has a checkpoint of its own."""
+    folder of another run. hf:FOLDER accepts a folder of transformers only. The newest checkpoint of a run is loaded.
+    The model must be the same. Without effect once the run has a checkpoint of its own."""
     seed: int = 1337
     """Seed of the initial weights, of dropout and of the order of the data."""
     device: Device = Device.auto
@@ -410,7 +413,12 @@ def make_paths_absolute(config: DictConfig) -> None:
     keys += [(source, "path") for source in data.sources]
     if data.dataset is not None and Path(data.dataset).is_dir():  # otherwise the name of a dataset on the hub
         keys.append((data, "dataset"))
+    is_hf = config.init_from is not None and config.init_from.startswith(HF_PREFIX)
+    if is_hf:
+        config.init_from = config.init_from.removeprefix(HF_PREFIX)
     make_absolute(keys)
+    if is_hf:
+        config.init_from = HF_PREFIX + config.init_from
 
 
 def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from gpt.checkpoint import folders
 from gpt.config import ModelConfig, Position, TrainConfig, rules
+from gpt.config.train import HF_PREFIX
 from gpt.conversion import StateDictAdapter, architecture_fields, find_adapter, format_value
 from launch.errors import ConfigError
 from launch.runs import compose
@@ -88,14 +89,20 @@ class WeightSource:
 
 
 def find_source(init_from: str) -> WeightSource:
-    """Return the kind and the model of the weights at a path.
+    """Return the kind and the model of the weights at a path. ``hf:PATH`` accepts a folder of transformers only.
 
     Raises:
         ConfigError: the path has none of the kinds, or is incomplete.
     """
-    path = Path(init_from).expanduser().absolute()
+    path = Path(init_from.removeprefix(HF_PREFIX)).expanduser().absolute()
     if (path / HF_CONFIG).is_file():
         return WeightSource(path, False, inspect_hf_folder(path)[1])
+    if init_from.startswith(HF_PREFIX):
+        raise ConfigError(
+            f"init_from={init_from}, which is no folder with {HF_CONFIG}",
+            "a local folder that save_pretrained() of transformers has written",
+            "init_from=hf:FOLDER; for a model of the hub, first: hf download NAME --local-dir FOLDER",
+        )
     if RunFolder(path).config.is_file():
         return inspect_run(path, None)
     if folders.COMMITTED.fullmatch(path.name) and RunFolder(path.parents[1]).config.is_file():

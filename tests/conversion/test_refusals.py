@@ -215,3 +215,20 @@ def test_the_login_node_needs_no_torch_for_it(folder: Path) -> None:
         [sys.executable, "-c", look, str(folder)], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert done.stdout == "2 False\n", done.stderr
+
+
+def test_hf_accepts_a_folder_of_transformers_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (init_from,) = {
+        compose_train(["init_from=hf:llama"]).init_from,
+        compose_train([f"init_from=hf:{folder}"]).init_from,
+    }
+    assert init_from == f"hf:{folder}" and find_source(init_from) == find_source(str(folder))
+    config = tmp_path / "run" / ".hydra" / "config.yaml"  # what makes a folder a run to init_from=FOLDER
+    config.parent.mkdir(parents=True)
+    config.write_text("name: run\n")
+    with pytest.raises(ConfigError, match=r"no folder with config\.json") as refused:
+        find_source(f"hf:{tmp_path / 'run'}")
+    assert "save_pretrained" in refused.value.expected and "init_from=hf:FOLDER" in refused.value.fix

@@ -77,7 +77,7 @@ def test_an_export_that_is_refused_or_fails_leaves_everything_as_it_was(
 def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_path: Path) -> None:
     source, new = tmp_path / "source", tmp_path / "new"
     assert write(trained, "--output", source) == 0
-    words = [*TINY, "seed=7", "optim.max_steps=1", "eval.interval=0", f"init_from={source}", f"run_dir={new}"]
+    words = [*TINY, "seed=7", "optim.max_steps=1", "eval.interval=0", "init_from=hf:source", f"run_dir={new}"]
     refusal = run("launch", *words, "model.n_layer=3", "model.n_kv_head=4", cwd=tmp_path, status=2)
     assert "type next: model.n_layer=2 model.n_kv_head=2" in refusal and not new.exists()
     run("launch nodes=2 parallel=fsdp launch.report_files=[]", *words, cwd=tmp_path)
