@@ -99,10 +99,14 @@ def count(model: ModelConfig) -> Parameters:
         position=size(around, "position."),
         attention=model.n_layer * size(block, "attention."),
         ffn=model.n_layer * size(block, "ffn."),
-        norm=model.n_layer * (size(block, "attention_norm.") + size(block, "ffn_norm.")) + size(around, "norm."),
+        norm=model.n_layer * sum(size(block, f"{name}.") for name in BLOCK_NORMS) + size(around, "norm."),
         head=size(around, "head."),
         idle=experts // model.n_expert * idle_experts if experts else 0,
     )
+
+
+BLOCK_NORMS = ("attention_norm", "ffn_norm", "attended_norm", "fed_norm")
+"""Norms of a block; the last two with norm_position=both only."""
 
 
 def size(shapes: Shapes, prefix: str = "") -> int:
@@ -113,7 +117,9 @@ def size(shapes: Shapes, prefix: str = "") -> int:
 def block_shapes(model: ModelConfig) -> Shapes:
     """Return name and shape of every parameter of one block."""
     width, queries, keys = model.n_embd, model.n_head * model.head_dim, model.kv_heads * model.head_dim
-    shapes = norm_shapes(model, "attention_norm", width)
+    shapes: Shapes = {}
+    for norm in BLOCK_NORMS[: norms_per_block(model)]:
+        shapes |= norm_shapes(model, norm, width)
     if isinstance(model.attention, str):
         shapes |= part_shapes(model, "attention", "attention")
     else:
@@ -126,10 +132,14 @@ def block_shapes(model: ModelConfig) -> Shapes:
             shapes |= norm_shapes(model, "attention.key_norm", model.head_dim)
         if isinstance(model.position, str) and part_counts(model)["position"].on_heads:
             shapes |= part_shapes(model, "position", "attention.rope")
-    shapes |= norm_shapes(model, "ffn_norm", width)
     if isinstance(model.ffn, str):
         return shapes | part_shapes(model, "ffn", "ffn")
     return shapes | (mixture_shapes(model) if model.ffn is Ffn.moe else dense_shapes(model, "ffn", model.ffn_width))
+
+
+def norms_per_block(model: ModelConfig) -> int:
+    """Return the number of norms of a block over D."""
+    return 4 if model.norm_position is NormPosition.both else 2
 
 
 def part_shapes(model: ModelConfig, part: str, name: str) -> Shapes:
@@ -162,7 +172,7 @@ def outer_shapes(model: ModelConfig) -> Shapes:
         shapes["position.weight"] = (model.block_size, model.n_embd)
     elif isinstance(model.position, str) and not part_counts(model)["position"].on_heads:
         shapes |= part_shapes(model, "position", "position")
-    if model.norm_position is NormPosition.pre:
+    if model.norm_position is not NormPosition.post:
         shapes |= norm_shapes(model, "norm", model.n_embd)
     if not model.tie_embeddings:
         shapes["head.weight"] = (model.padded_vocab, model.n_embd)
@@ -200,7 +210,7 @@ class Flops:
     projections: int
     """Query, key, value and output projections of attention."""
     attention: int
-    """Scores Q K^T and the weighted sum of V, over all T x T pairs without a mask."""
+    """Scores Q K^T and the weighted sum of V, over the pairs of ``attention_pairs``."""
     ffn: int
     """Feed-forward layers. Of a mixture: the routed and the shared experts of each token."""
     logits: int
@@ -237,12 +247,26 @@ def forward_flops(model: ModelConfig, sequences: int) -> Flops:
     ours = not isinstance(model.attention, str)
     return Flops(
         projections=ours * 2 * tokens * model.n_layer * model.n_embd * (2 * queries + 2 * keys),
-        attention=ours * 2 * tokens * model.n_layer * 2 * queries * model.block_size,
+        attention=ours * 2 * sequences * 2 * queries * attention_pairs(model),
         ffn=sequences * model.n_layer * part_counts(model)["ffn"].flops if isinstance(model.ffn, str) else dense,
         logits=2 * tokens * model.n_embd * model.padded_vocab,
         router=2 * tokens * model.n_layer * model.n_embd * model.n_expert if of_experts else 0,
         custom=sequences * custom_flops(model),
     )
+
+
+def attention_pairs(model: ModelConfig) -> int:
+    """Return the number of pairs of query and key that all layers compute for one sequence without skipping a mask.
+
+    T x T for all tokens. For a window of W tokens W x W of the first block of queries, W x 2W of each further one, and
+    less of the rest. In both cases about half of the pairs are visible.
+    """
+    time = model.block_size
+    window = min(time, model.window or time)
+    local = sum(model.is_local(layer) for layer in range(model.n_layer))
+    blocks, rest = divmod(time, window)
+    pairs = (2 * blocks - 1) * window**2 + rest * (window + rest)
+    return local * pairs + (model.n_layer - local) * time**2
 
 
 def custom_flops(model: ModelConfig) -> int:
@@ -251,7 +275,7 @@ def custom_flops(model: ModelConfig) -> int:
     norm, head_norm, position, attention = (
         parts.get(key, NOTHING) for key in ("norm", "head_norm", "position", "attention")
     )
-    norms = 2 * model.n_layer + (model.norm_position is NormPosition.pre)
+    norms = norms_per_block(model) * model.n_layer + (model.norm_position is not NormPosition.post)
     in_blocks = position.on_heads and not isinstance(model.attention, str)
     positions = model.n_layer if in_blocks else not position.on_heads
     return norms * norm.flops + positions * position.flops + model.n_layer * (head_norm.flops + attention.flops)

@@ -3,7 +3,7 @@ configs/model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Optional, Union
 
@@ -23,11 +23,13 @@ class Norm(Enum):
 
 class NormPosition(Enum):
     """Place of a block's norms: ``pre`` before attention and ffn (arXiv 2002.04745; GPT-2 and later), with one more
-    norm before the output matrix; ``post`` after each addition to the residual stream (arXiv 1706.03762, section 5.4).
-    """
+    norm before the output matrix; ``post`` after each addition to the residual stream (arXiv 1706.03762, section 5.4);
+    ``both`` as ``pre``, with one more norm on the result of attention and of ffn (Gemma 2, arXiv 2408.00118, section
+    2)."""
 
     pre = "pre"
     post = "post"
+    both = "both"
 
 
 class Position(Enum):
@@ -44,13 +46,15 @@ class RopeScaling(Enum):
     ``linear`` divides all frequencies by the factor (arXiv 2306.15595). ``ntk`` raises the base: the slowest frequency
     is divided by the factor and the fastest stays (NTK-aware; arXiv 2309.00071, section 3.1). ``llama3`` divides the
     slow frequencies, keeps the fast ones, and blends those between (Llama 3.1's code,
-    https://github.com/meta-llama/llama-models).
+    https://github.com/meta-llama/llama-models). ``yarn`` blends in the number of the frequency, from 32 turns in the
+    original length to 1, and makes queries and keys longer by 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4).
     """
 
     none = "none"
     linear = "linear"
     ntk = "ntk"
     llama3 = "llama3"
+    yarn = "yarn"
 
 
 class Ffn(Enum):
@@ -128,7 +132,7 @@ class ModelConfig:
     n_layer: int = MISSING
     """Number of transformer blocks."""
     n_head: int = MISSING
-    """Number of query heads; divides n_embd."""
+    """Number of query heads; divides n_embd, unless head_width is set."""
     n_embd: int = MISSING
     """Width of the residual stream."""
     block_size: int = MISSING
@@ -141,6 +145,8 @@ class ModelConfig:
     n_kv_head: Optional[int] = None
     """Number of key and value heads (grouped-query attention, arXiv 2305.13245; 1 is multi-query, arXiv 1911.02150);
     null means n_head."""
+    head_width: Optional[int] = None
+    """Width of one head; null means n_embd / n_head."""
     norm: Union[Norm, str] = Norm.layernorm
     """Name of a built-in norm. Or, as for position, ffn and attention, a class of your own: ``package.module:Class``,
     or an entry point of the group ``gpt.norm`` (``gpt.position``, and so on). See docs/components.md."""
@@ -156,7 +162,23 @@ class ModelConfig:
     rope_factor: float = 1.0
     """Factor by which the sequences became longer, at least 1; rope_scaling other than none only."""
     rope_original_block_size: Optional[int] = None
-    """Sequence length before the scaling; rope_scaling=llama3 only."""
+    """Sequence length before the scaling; rope_scaling=llama3 and yarn only."""
+    window: Optional[int] = None
+    """Number of tokens that a token attends to, itself included and the nearest first (arXiv 2004.05150, section 3.1);
+    null means all. Attention then computes blocks of this many queries."""
+    global_every: Optional[int] = None
+    """Every layer whose number, from 1, is a multiple of this attends to all tokens; window other than null only. null
+    means none (Mistral); 6 makes five local layers for each global one (Gemma 3)."""
+    rope_base_local: Optional[float] = None
+    """Base of the rotary frequencies in the layers with a window, which rope_scaling then leaves as they are; null
+    means those of the other layers."""
+    attention_softcap: Optional[float] = None
+    """Bound *c* of attention's scores *s*, which become c tanh(s / c) (Gemma 2, arXiv 2408.00118, section 2);
+    attention=manual only, since torch's fused kernels have no such operation. null means no bound."""
+    logit_softcap: Optional[float] = None
+    """The same bound for the logits."""
+    scale_embedding: bool = False
+    """Multiply the token embedding by the square root of n_embd (arXiv 1706.03762, section 3.4; Gemma)."""
     ffn: Union[Ffn, str] = Ffn.standard
     ffn_hidden: Optional[int] = None
     """Inner width of the feed-forward layer, with ffn=moe of one expert; null means 4 n_embd (standard) or 8/3 n_embd
@@ -220,13 +242,26 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.n_embd // self.n_head
+        """Width of one attention head, with the default resolved."""
+        return self.n_embd // self.n_head if self.head_width is None else self.head_width
 
     @property
     def kv_heads(self) -> int:
         """Number of key and value heads, with the default resolved."""
         return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    def is_local(self, layer: int) -> bool:
+        """Return True if the layer with this number, from 0, has a window."""
+        return self.window is not None and (self.global_every is None or (layer + 1) % self.global_every > 0)
+
+    def of_layer(self, layer: int) -> ModelConfig:
+        """Return the config of one layer, numbered from 0: a global layer has no window, and a local one the rotary
+        frequencies of local layers."""
+        if not self.is_local(layer):
+            return self if self.window is None else replace(self, window=None)
+        if self.rope_base_local is None:
+            return self
+        return replace(self, rope_base=self.rope_base_local, rope_scaling=RopeScaling.none)
 
     @property
     def padded_vocab(self) -> int:

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from gpt.config.model import (
     PARTS,
     Activation,
+    AttentionBackend,
     ExpertBalance,
     ExpertMatmul,
     Ffn,
@@ -97,11 +98,13 @@ GROUPED_MULTIPLE = 8
 def check_model(model: ModelConfig) -> None:
     """Raise ConfigError for the first violated rule of a model config."""
     sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width")
-    positive = (*sizes, "norm_eps", "rope_base")
+    positive = (*sizes, "head_dim", "norm_eps", "rope_base", "attention_softcap", "logit_softcap")
     check_numbers("model.", model, positive, dropout=(0.0, 0.99))
     check_custom_parts(model)
     check_heads(model)
     check_rope(model)
+    check_window(model)
+    check_softcap(model)
     check_block(model)
     check_activation(model)
     if model.ffn is Ffn.moe:
@@ -123,13 +126,13 @@ def check_custom_parts(model: ModelConfig) -> None:
 
 
 def check_heads(model: ModelConfig) -> None:
-    """Raise ConfigError unless heads divide the width, and key-value heads divide the heads."""
-    if model.n_embd % model.n_head:
+    """Raise ConfigError unless heads have a width, and key-value heads divide the heads."""
+    if model.head_width is None and model.n_embd % model.n_head:
         heads = nearest_divisor(model.n_embd, model.n_head)
         raise ConfigError(
             f"model.n_head={model.n_head} does not divide model.n_embd={model.n_embd}",
             "heads of equal width",
-            f"model.n_head={heads}",
+            f"model.n_head={heads}, or model.head_width=64",
         )
     if model.n_head % model.kv_heads:
         heads = nearest_divisor(model.n_head, model.kv_heads)
@@ -146,7 +149,7 @@ def check_rope(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.position=rope with heads {model.head_dim} wide",
             "an even head width, since rotary embeddings turn pairs of channels",
-            "model.position=learned, or a model.n_head that makes n_embd / n_head even",
+            "model.position=learned, or an even model.head_width",
         )
     scaling = model.rope_scaling
     if scaling is RopeScaling.none:
@@ -154,7 +157,7 @@ def check_rope(model: ModelConfig) -> None:
             raise ConfigError(
                 f"model.rope_factor={model.rope_factor:g} with model.rope_scaling=none",
                 "a scaling that uses the factor",
-                "model.rope_scaling=ntk, linear or llama3",
+                "model.rope_scaling=ntk, linear, llama3 or yarn",
             )
         return
     if model.position is not Position.rope:
@@ -170,19 +173,55 @@ def check_rope(model: ModelConfig) -> None:
             "a slowest frequency beside the fastest",
             "model.rope_scaling=linear",
         )
-    if scaling is RopeScaling.llama3 and model.rope_original_block_size is None:
+    if scaling in (RopeScaling.llama3, RopeScaling.yarn) and model.rope_original_block_size is None:
         raise ConfigError(
-            "model.rope_scaling=llama3 without model.rope_original_block_size",
+            f"model.rope_scaling={scaling.name} without model.rope_original_block_size",
             "the sequence length before the scaling, from which slow and fast are told apart",
             "model.rope_original_block_size=8192",
         )
 
 
+def check_window(model: ModelConfig) -> None:
+    """Raise ConfigError for keys of local layers in a model without a window, and for a part that has no window."""
+    check_numbers("model.", model, ("window", "rope_base_local"), global_every=(2, INF))
+    if model.window is None:
+        for key in ("global_every", "rope_base_local"):
+            if (value := getattr(model, key)) is not None:
+                raise ConfigError(
+                    f"model.{key}={value:g} without model.window",
+                    "a window, which makes layers local",
+                    f"model.window=512, or model.{key}=null",
+                )
+    elif isinstance(model.attention, str):
+        raise ConfigError(
+            f"model.window={model.window} with model.attention={model.attention}",
+            "built-in attention, which alone reads the window",
+            "model.attention=sdpa",
+        )
+    if model.rope_base_local is not None and model.position is not Position.rope:
+        raise ConfigError(
+            f"model.rope_base_local={model.rope_base_local:g} with other positions than rotary ones",
+            "rotary positions, whose base it is",
+            "model.position=rope",
+        )
+
+
+def check_softcap(model: ModelConfig) -> None:
+    """Raise ConfigError for a bound of attention's scores that the attention cannot compute."""
+    if model.attention_softcap is not None and model.attention is not AttentionBackend.manual:
+        raise ConfigError(
+            f"model.attention_softcap={model.attention_softcap:g} with "
+            f"model.attention={getattr(model.attention, 'name', model.attention)}",
+            "attention that writes the scores out, since torch's fused kernels have no bound of them",
+            "model.attention=manual, or model.attention_softcap=null",
+        )
+
+
 def check_block(model: ModelConfig) -> None:
     """Raise ConfigError for ``parallel_residual`` with norms after attention and ffn."""
-    if model.parallel_residual and model.norm_position is NormPosition.post:
+    if model.parallel_residual and model.norm_position is not NormPosition.pre:
         raise ConfigError(
-            "model.parallel_residual=true with model.norm_position=post",
+            f"model.parallel_residual=true with model.norm_position={model.norm_position.name}",
             "norms before attention and ffn, since there is one addition and nothing between the two",
             "model.norm_position=pre",
         )

@@ -323,6 +323,12 @@ def check_chunked_loss(config: TrainConfig) -> None:
             "an engine of torch, with the last layer and the output matrix whole on each rank",
             "parallel=fsdp, or chunked_loss=false",
         )
+    if config.chunked_loss and config.model.logit_softcap is not None:
+        raise ConfigError(
+            f"chunked_loss=true with model.logit_softcap={config.model.logit_softcap}",
+            "logits without a cap",
+            "chunked_loss=false",
+        )
 
 
 def check_packing(config: TrainConfig) -> None:

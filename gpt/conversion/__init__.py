@@ -1,4 +1,4 @@
-"""State-dict adapters of GPT-2, Llama and Mixtral in transformers: their models, config keys and tensor names.
+"""State-dict adapters of architectures in transformers: their models, config keys and tensor names.
 
 Imports no torch. ``source`` inspects files without torch, for the login node. ``state_dict`` converts tensors and loads
 trained models. The package never imports transformers: it reads and writes its files, and does not use its code.
@@ -17,7 +17,17 @@ from typing import Any
 import yaml
 
 from gpt.accounting import block_shapes, outer_shapes
-from gpt.config import Activation, ExpertBalance, Ffn, ModelConfig, Norm, Position, RopeScaling
+from gpt.config import (
+    Activation,
+    AttentionBackend,
+    ExpertBalance,
+    Ffn,
+    ModelConfig,
+    Norm,
+    NormPosition,
+    Position,
+    RopeScaling,
+)
 from launch.errors import ConfigError
 
 NOT_LEARNED = frozenset(
@@ -30,6 +40,13 @@ NOT_LEARNED = frozenset(
 """Fields of ModelConfig that a trained model does not depend on: initial values, training and kernels."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Keys of config.json that all models with rope_scaling=llama3 share."""
+YARN: dict[str, list[Any]] = {
+    **{"beta_fast": [32], "beta_slow": [1], "truncate": [True]},
+    **{key: [None] for key in ("attention_factor", "mscale", "mscale_all_dim")},
+}
+"""Keys of config.json for rope_scaling=yarn, and the values that are supported here."""
+NULLABLE = ("window", "attention_softcap", "logit_softcap")
+"""Fields of ModelConfig for which null in config.json has a meaning, other than that of a missing key."""
 EXPERT_FIELDS = {
     *("n_expert", "n_expert_per_token", "n_shared_expert", "expert_ffn", "router_normalize", "expert_balance"),
 }
@@ -42,13 +59,15 @@ def architecture_fields(config: ModelConfig) -> dict[str, Any]:
         idle |= {"rope_base", "rope_scaling"}
     if config.rope_scaling is RopeScaling.none:
         idle |= {"rope_factor"}
-    if config.rope_scaling is not RopeScaling.llama3:
+    if config.rope_scaling not in (RopeScaling.llama3, RopeScaling.yarn):
         idle |= {"rope_original_block_size"}
     if config.ffn is not Ffn.moe:
         idle |= EXPERT_FIELDS
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     fields |= {"n_kv_head": config.kv_heads, "ffn_hidden": config.ffn_width, "activation": config.ffn_activation}
-    fields |= {"router_normalize": config.normalizes_experts}
+    fields |= {"router_normalize": config.normalizes_experts, "head_width": config.head_dim}
+    if config.global_every is not None and config.global_every > config.n_layer:
+        fields["global_every"] = None
     if config.expert_balance is not ExpertBalance.bias:
         fields["expert_balance"] = ExpertBalance.loss  # no part of a trained model
     return {key: value for key, value in fields.items() if key not in idle}
@@ -75,6 +94,8 @@ class Rule:
     """Names of the tensors in files of transformers."""
     transposed: bool = False
     """True if transformers stores a matrix as (in, out); here it is (out, in)."""
+    offset: float = 0.0
+    """Number that transformers adds to the stored numbers when it computes."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,10 @@ class StateDictAdapter:
     """Pattern of the names of redundant tensors that old versions saved. They follow from the config."""
     transposes: bool = False
     """True if transformers stores the matrices of a block as (in, out); here they are (out, in)."""
+    gain_offset: float = 0.0
+    """Number that transformers adds to the stored gain of a norm: 1 in Gemma."""
+    even_heads: bool = False
+    """True if the number of heads has to divide the width even with a head_dim."""
     requires_bias: bool = False
     """True if every layer needs a bias. Layers without one are then written with a bias of zeros."""
 
@@ -139,13 +164,14 @@ class StateDictAdapter:
         """Return the model of a config.json. Raise ConfigError for a missing key, or a part that is not supported."""
         fields: dict[str, Any] = {"name": hf["model_type"]}
         for field, (key, *missing) in self.keys.items():
-            if hf.get(key) is None and not missing:
+            is_set = hf.get(key) is not None or (key in hf and field in NULLABLE)
+            if not is_set and not missing:
                 raise ConfigError(
                     f"a config.json of model_type={self.name} without {key}",
                     "the config.json that transformers writes",
                     "save_pretrained() of the model once more",
                 )
-            fields[field] = missing[0] if hf.get(key) is None else hf[key]
+            fields[field] = hf[key] if is_set else missing[0]
         refuse_others(hf, self.only | {self.keys["activation"][0]: [*self.activations]})
         fields["activation"] = Activation[self.activations[fields["activation"]]]
         return ModelConfig(**(fields | READ_PARTS[self.name](hf, fields)))
@@ -160,7 +186,12 @@ class StateDictAdapter:
             found.setdefault(self.hf_names(name, config), []).append(name)
         matrix = re.compile(r"blocks\..*(?<!_norm)\.weight")
         return [
-            Rule(tuple(names), hf_names, self.transposes and matrix.fullmatch(names[0]) is not None)
+            Rule(
+                tuple(names),
+                hf_names,
+                self.transposes and matrix.fullmatch(names[0]) is not None,
+                self.gain_offset if re.search(r"(^|[._])norm\.weight$", names[0]) else 0.0,
+            )
             for hf_names, names in found.items()
         ]
 
@@ -177,7 +208,9 @@ class StateDictAdapter:
         """Return the settings that do not come back from a config.json of the architecture, as ``key=value``."""
         asked = architecture_fields(self.equivalent(config))
         kept = architecture_fields(self.read_config({"model_type": self.name, **self.write_config(config)}))
-        return [f"model.{key}={format_value(value)}" for key, value in asked.items() if kept.get(key) != value]
+        odd = ["n_head"] if self.even_heads and config.n_embd % config.n_head else []
+        odd += [key for key, value in asked.items() if kept.get(key) != value]
+        return [f"model.{key}={format_value(asked[key])}" for key in odd]
 
 
 def refuse_others(hf: dict[str, Any], choices: dict[str, list[Any]]) -> None:
@@ -197,14 +230,14 @@ def no_parts(*_: Any) -> dict[str, Any]:
     return {}
 
 
-# Llama, and Mixtral, which has Llama's attention. config.json is written with ``rope_theta`` and ``rope_scaling``,
-# which versions 4 and 5 of transformers understand. Both spellings are read.
+# Llama, and its descendants. config.json is written with ``rope_theta`` and ``rope_scaling``, which versions 4 and 5 of
+# transformers understand. Both spellings are read.
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
     """Return the further keys of config.json for a Llama model."""
     biases = {"attention_bias": config.bias, "mlp_bias": config.bias}
-    return {"head_dim": config.head_dim, **write_rope(config), **biases}
+    return write_rope(config) | biases
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -213,8 +246,10 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     if scaling is RopeScaling.none:
         return {"rope_theta": base, "rope_scaling": None}
     described: dict[str, Any] = {"rope_type": scaling.name, "factor": config.rope_factor}
+    if scaling is not RopeScaling.linear:
+        described |= {"original_max_position_embeddings": config.rope_original_block_size}
     if scaling is RopeScaling.llama3:
-        described |= {"original_max_position_embeddings": config.rope_original_block_size, **LLAMA3}
+        described |= LLAMA3
     return {"rope_theta": base, "rope_scaling": described}
 
 
@@ -222,8 +257,7 @@ def read_llama(hf: dict[str, Any], fields: dict[str, Any], rope_base: float = 10
     """Return the parts of a Llama's config.json; ``rope_base`` replaces a missing key. Raise ConfigError for a part
     that is not supported."""
     bias = bool(hf.get("attention_bias", False))
-    # Heads share the width evenly here; other models may have wider ones.
-    refuse_others(hf, {"head_dim": [fields["n_embd"] // fields["n_head"]], "mlp_bias": [bias]})
+    refuse_others(hf, {"mlp_bias": [bias]})
     is_swiglu = fields["activation"] is Activation.silu
     return {
         "norm": Norm.rmsnorm,
@@ -237,44 +271,119 @@ def read_llama(hf: dict[str, Any], fields: dict[str, Any], rope_base: float = 10
 def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
     """Return the fields of ModelConfig about rotary embeddings from a config.json of transformers 4 or 5."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = rope.get("full_attention", rope)  # of the layers without a window, if these differ
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
-    choices: dict[str, list[Any]] = {"rope_type": ["default", "linear", "llama3"], "partial_rotary_factor": [1.0]}
+    kinds = ["default", "linear", "llama3", "yarn"]
+    choices: dict[str, list[Any]] = {"rope_type": kinds, "partial_rotary_factor": [1.0]}
     refuse_others({**hf, **rope, "rope_type": kind}, choices)
     fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or base)}
     if kind != "default":
         fields |= {"rope_scaling": RopeScaling[kind], "rope_factor": float(rope["factor"])}
     if kind == "llama3":
         refuse_others({**hf, **rope}, {key: [value] for key, value in LLAMA3.items()})
+    if kind == "yarn":
+        refuse_others({**hf, **rope}, YARN)
+    if kind in ("llama3", "yarn"):
         fields |= {"rope_original_block_size": rope["original_max_position_embeddings"]}
     return fields
 
 
+def write_plain(config: ModelConfig) -> dict[str, Any]:
+    """Return the further keys of config.json for an architecture without biases: Mistral, Phi-3 and Qwen3."""
+    return {key: value for key, value in write_llama(config).items() if not key.endswith("_bias")}
+
+
+def write_phi3(config: ModelConfig) -> dict[str, Any]:
+    """Return the further keys of config.json for a Phi-3 model, which has no scaling but longrope."""
+    return write_plain(config) | {"rope_scaling": None}
+
+
+def read_phi3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of a Phi-3's config.json. Raise ConfigError for a part that is not supported."""
+    rope = hf.get("rope_parameters") or {}
+    refuse_others({**hf, **rope}, {"rope_scaling": [None], "rope_type": ["default"]})
+    return read_llama(hf, fields)
+
+
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
     """Return the further keys of config.json for a Mixtral model."""
-    described = {key: value for key, value in write_llama(config).items() if not key.endswith("_bias")}
-    experts = {"router_aux_loss_coef": config.balance_weight, "output_router_logits": False, "sliding_window": None}
-    return described | experts
+    experts = {"router_aux_loss_coef": config.balance_weight, "output_router_logits": False}
+    return write_plain(config) | experts
 
 
 def read_mixtral(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of a Mixtral's config.json. Raise ConfigError for a part that is not supported."""
-    # A window as long as the longest sequence excludes nothing.
-    if hf.get("sliding_window") != fields["block_size"]:
-        refuse_others(hf, {"sliding_window": [None]})
     parts = read_llama(hf, fields, rope_base=1e6)
     return parts | {"ffn": Ffn.moe, "expert_ffn": parts["ffn"], "router_normalize": True}
+
+
+def read_qwen3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of a Qwen3's config.json. Raise ConfigError for a part that is not supported."""
+    return read_llama(hf, fields) | {"qk_norm": True}
+
+
+# Gemma 2 and 3, whose layers differ.
+
+
+def layer_kinds(config: ModelConfig) -> list[str]:
+    """Return the kind of each layer as transformers names them."""
+    return ["sliding_attention" if config.is_local(layer) else "full_attention" for layer in range(config.n_layer)]
+
+
+def write_gemma(config: ModelConfig) -> dict[str, Any]:
+    """Return the further keys of config.json for a Gemma 2, or for a Gemma 3 of text."""
+    base = 1e4 if config.rope_base_local is None else config.rope_base_local
+    kinds = {"layer_types": layer_kinds(config), "query_pre_attn_scalar": config.head_dim}
+    return write_plain(config) | kinds | ({"rope_local_base_freq": base} if config.qk_norm else {})
+
+
+def read_gemma2(hf: dict[str, Any], fields: dict[str, Any], every: int = 2) -> dict[str, Any]:
+    """Return the parts of a Gemma 2's config.json. Raise ConfigError for a part that is not supported.
+
+    Without layer_types, the layers whose number is a multiple of ``every`` have no window.
+    """
+    # The scores are divided by the root of this number, here by that of the width of a head.
+    refuse_others({"query_pre_attn_scalar": 256, **hf}, {"query_pre_attn_scalar": [fields["head_width"]]})
+    parts = read_llama(hf, fields) | {"norm_position": NormPosition.both, "scale_embedding": True}
+    kinds = hf.get("layer_types")
+    if kinds is not None:  # the first global layer gives the pattern, which all layers are compared with
+        every = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    window = None if every == 1 else fields["window"]
+    parts |= {"window": window, "global_every": None if window is None or every > fields["n_layer"] else every}
+    refuse_others(hf, {"layer_types": [layer_kinds(ModelConfig(**fields | parts))]})
+    # torch's fused kernels have no bound of the scores.
+    return parts | ({} if fields.get("attention_softcap") is None else {"attention": AttentionBackend.manual})
+
+
+def read_gemma3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of the config.json of a Gemma 3 of text. Raise ConfigError for a part that is not supported."""
+    parts = read_gemma2(hf, fields, hf.get("sliding_window_pattern") or 6) | read_rope(hf, 1e6)
+    local = (hf.get("rope_parameters") or {}).get("sliding_attention", {})
+    refuse_others({**hf, **local}, {"rope_type": ["default"]})
+    base = float(local.get("rope_theta") or hf.get("rope_local_base_freq") or 1e4)
+    return parts | {"qk_norm": True, "rope_base_local": None if parts["window"] is None else base}
 
 
 WRITE_PARTS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "gpt2": no_parts,
     "llama": write_llama,
+    "mistral": write_plain,
+    "phi3": write_phi3,
     "mixtral": write_mixtral,
+    "qwen3": write_plain,
+    "gemma2": write_gemma,
+    "gemma3_text": write_gemma,
 }
 """Architecture -> function that returns the parts of a model as further keys of config.json."""
 READ_PARTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
     "gpt2": no_parts,
     "llama": read_llama,
+    "mistral": read_llama,
+    "phi3": read_phi3,
     "mixtral": read_mixtral,
+    "qwen3": read_qwen3,
+    "gemma2": read_gemma2,
+    "gemma3_text": read_gemma3,
 }
 """Architecture -> function that returns further fields of ModelConfig, from a config.json and the fields that the table
 gave. It raises ConfigError for an unsupported part."""

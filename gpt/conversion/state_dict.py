@@ -56,7 +56,8 @@ def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Itera
         else:
             parts = list(state[rule.names[0]].unbind())
         for name, part in zip(rule.hf_names, parts, strict=True):
-            yield name, (part.mT if rule.transposed else part).contiguous()
+            part = part.mT if rule.transposed else part
+            yield name, (part - rule.offset if rule.offset else part).contiguous()
 
 
 def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, torch.Size]) -> State:
@@ -74,6 +75,7 @@ def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, 
     for rule in rules:
         tensors = [read(name).float() for name in rule.hf_names]
         parts = [tensor.mT if rule.transposed else tensor for tensor in tensors]
+        parts = [part + rule.offset for part in parts] if rule.offset else parts
         if len(rule.names) == 1:
             state[rule.names[0]] = parts[0] if len(parts) == 1 else torch.stack(parts)
             continue

@@ -231,6 +231,7 @@ class Attention(nn.Module):
         self.rope = build_rotation(config)
         self.backend = config.attention
         self.dropout = config.dropout
+        self.window, self.softcap = config.window, config.attention_softcap
 
     def forward(self, x_BTD: Tensor, past: LayerCache | Documents | None = None) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D). With a cache, the T tokens follow the cached ones, and are added to the
@@ -255,27 +256,62 @@ class Attention(nn.Module):
     def attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
         """Compute attention by the backend of the config, (B, H, T, C). The T queries are the last T of the S tokens.
 
-        ``bias_B1TS`` is added to the scores instead of the causal mask.
+        ``bias_B1TS`` is added to the scores instead of the causal mask. With a window, each block of queries attends to
+        its own keys and those of the block before, and a mask hides keys outside of the window.
 
         Context parallelism replaces this method, because other ranks have some of the keys.
         """
+        new, seen = q_BHTC.size(2), k_BKSC.size(2)
+        if self.window is None or seen <= self.window:
+            return self.attend_whole(q_BHTC, k_BKSC, v_BKSC, bias_B1TS)
+        parts = []
+        for first in range(0, new, self.window):
+            last = min(first + self.window, new)
+            keys = slice(max(0, seen - new + first - self.window), seen - new + last)
+            hidden_TS = outside_window(last - first, keys.stop - keys.start, self.window, q_BHTC.device)
+            given = q_BHTC[:, :, first:last], k_BKSC[:, :, keys], v_BKSC[:, :, keys]
+            bias = q_BHTC.new_zeros(()) if bias_B1TS is None else bias_B1TS[:, :, first:last, keys]
+            parts.append(self.attend_whole(*given, bias.masked_fill(hidden_TS, -math.inf)))
+        return torch.cat(parts, dim=2)
+
+    def attend_whole(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_B1TS: Tensor | None) -> Tensor:
+        """Compute attention to all given keys, (B, H, T, C), see ``attend``."""
         dropout = self.dropout if self.training else 0.0
         if self.backend is AttentionBackend.manual:
-            return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
+            return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS, self.softcap)
         if self.backend is AttentionBackend.flash:
             with sdpa_kernel(FLASH_FIRST, set_priority=True):
                 return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
         return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
 
 
+def outside_window(new: int, seen: int, window: int, device: torch.device) -> Tensor:
+    """Return True for each of ``seen`` keys that a query cannot attend to, (T, S): keys after it, and keys ``window``
+    or more tokens before it. The ``new`` queries are the last of the ``seen`` tokens."""
+    distance_TS = torch.arange(seen - new, seen, device=device)[:, None] - torch.arange(seen, device=device)
+    return (distance_TS < 0) | (distance_TS >= window)
+
+
+def softcap(x: Tensor, bound: float) -> Tensor:
+    """Bound numbers smoothly to between -``bound`` and ``bound`` (Gemma 2, arXiv 2408.00118, section 2)."""
+    return torch.tanh(x / bound) * bound
+
+
 def manual_attention(
-    q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, bias_B1TS: Tensor | None = None
+    q_BHTC: Tensor,
+    k_BKSC: Tensor,
+    v_BKSC: Tensor,
+    dropout: float,
+    bias_B1TS: Tensor | None = None,
+    bound: float | None = None,
 ) -> Tensor:
     """Compute softmax(Q K^T / sqrt(C) + bias) V, (B, H, T, C). The default bias masks the future. This reference needs
-    T x S in memory."""
+    T x S in memory. ``bound`` is that of ``softcap`` for the scores; None for no bound."""
     k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
     new, seen = q_BHTC.size(2), k_BHSC.size(2)
     scores_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(3))
+    if bound is not None:
+        scores_BHTS = softcap(scores_BHTS, bound)
     if bias_B1TS is None:
         future_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BHTC.device).triu(seen - new + 1)
         scores_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf)
@@ -309,7 +345,7 @@ def sdpa_attention(
     new, seen = q_BHTC.size(2), k_BKSC.size(2)
     # torch's is_causal aligns the first query with the first key. With cached keys, the last query belongs to the last
     # key, and a single query sees all keys. This bias needs no T x S mask if the kernel supports it.
-    bias = causal_bias(new, seen) if 1 < new < seen else bias_B1TS
+    bias = causal_bias(new, seen) if 1 < new < seen and bias_B1TS is None else bias_B1TS
     # enable_gqa restricts torch's choice of kernels, so it is set only if needed.
     grouped = q_BHTC.size(1) != k_BKSC.size(1)
     return F.scaled_dot_product_attention(

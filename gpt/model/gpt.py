@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gpt.components import load_part
 from gpt.components.facts import owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
-from gpt.model.attention import Attention, Cache, LayerCache
+from gpt.model.attention import Attention, Cache, LayerCache, softcap
 from gpt.model.ffn import DenseFfn, MixtureOfExperts
 from gpt.model.layers import (
     INIT_STD,
@@ -34,8 +34,9 @@ from gpt.model.layers import (
 class Block(nn.Module):
     """Attention and feed-forward, each added to the residual stream, (B, T, D) -> (B, T, D).
 
-    ``pre`` normalizes the input of each (arXiv 2002.04745), ``post`` normalizes the sum (arXiv 1706.03762, section
-    5.4). In parallel both read the same hidden states (arXiv 2204.06745, section 2.1).
+    ``pre`` normalizes the input of each (arXiv 2002.04745), ``both`` also the result of each (arXiv 2408.00118, section
+    2). ``post`` normalizes the sum (arXiv 1706.03762, section 5.4). In parallel both read the same hidden states (arXiv
+    2204.06745, section 2.1).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,6 +45,9 @@ class Block(nn.Module):
         self.attention = build_attention(config)
         self.ffn_norm = build_norm(config)
         self.ffn = build_ffn(config)
+        twice = config.norm_position is NormPosition.both
+        self.attended_norm = build_norm(config) if twice else nn.Identity()
+        self.fed_norm = build_norm(config) if twice else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.post = config.norm_position is NormPosition.post
         self.parallel = config.parallel_residual
@@ -55,8 +59,8 @@ class Block(nn.Module):
         if self.parallel:
             attended_BTD = self.dropout(self.attention(self.attention_norm(x_BTD), past))
             return x_BTD + attended_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), past))
-        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+        x_BTD = x_BTD + self.dropout(self.attended_norm(self.attention(self.attention_norm(x_BTD), past)))
+        return x_BTD + self.dropout(self.fed_norm(self.ffn(self.ffn_norm(x_BTD))))
 
 
 def build_attention(config: ModelConfig) -> nn.Module:
@@ -218,9 +222,9 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(config.padded_vocab, config.n_embd)
         self.position = build_position(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config.of_layer(layer)) for layer in range(config.n_layer))
         # With norms after each addition, the hidden states are already normalized.
-        self.norm = build_norm(config) if config.norm_position is NormPosition.pre else nn.Identity()
+        self.norm = nn.Identity() if config.norm_position is NormPosition.post else build_norm(config)
         self.head = TiedHead() if config.tie_embeddings else Head(config.n_embd, config.padded_vocab, bias=False)
         self.pads_logits = False
         """True if logits have the columns of padding, too, for a loss that ignores these."""
@@ -252,6 +256,8 @@ class GPT(nn.Module):
         ``start`` is the position of the first token, or the positions of all tokens, (B, T).
         """
         x_BTD = self.token_embedding(tokens_BT)
+        if self.config.scale_embedding:
+            x_BTD = x_BTD * math.sqrt(self.config.n_embd)
         if self.position is not None:
             x_BTD = self.position(x_BTD, start)
         return self.dropout(x_BTD)
@@ -267,7 +273,8 @@ class GPT(nn.Module):
             loss: Tensor = self.head(x_BTD, *tied, summed)
             return loss
         logits_BTV = self.head(x_BTD, *tied)
-        return logits_BTV if self.pads_logits else logits_BTV[..., : self.config.vocab_size]
+        logits_BTV = logits_BTV if self.pads_logits else logits_BTV[..., : self.config.vocab_size]
+        return logits_BTV if self.config.logit_softcap is None else softcap(logits_BTV, self.config.logit_softcap)
 
     def reset_buffers(self) -> None:
         """Compute the tables that no checkpoint contains. Needed once after ``to_empty``."""

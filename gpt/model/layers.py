@@ -187,8 +187,11 @@ class Rope(nn.Module):
         """
         positions = torch.arange(self.config.block_size, dtype=torch.float64, device="cpu")
         angles = torch.outer(positions, rotation_rates(self.config))
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
+        stretch = 1.0
+        if self.config.rope_scaling is RopeScaling.yarn:  # of both, so that scores grow by its square
+            stretch = 0.1 * math.log(self.config.rope_factor) + 1
+        self.cos.copy_(stretch * angles.cos())
+        self.sin.copy_(stretch * angles.sin())
 
     def forward(self, x_BTHC: Tensor, start: int | Tensor = 0) -> Tensor:
         rows: slice | Tensor
@@ -297,6 +300,8 @@ def rotation_rates(config: ModelConfig) -> Tensor:
     rates = base ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
     if config.rope_scaling is RopeScaling.linear:
         return rates / factor
+    if config.rope_scaling is RopeScaling.yarn:
+        return yarn_rates(rates, config)
     return llama3_rates(rates, config) if config.rope_scaling is RopeScaling.llama3 else rates
 
 
@@ -318,6 +323,28 @@ def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
     turns = config.rope_original_block_size * rates / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return rates * (kept + (1 - kept) / config.rope_factor)
+
+
+YARN_TURNS = (32.0, 1.0)
+"""Numbers of turns within the original length that bound the blend of YaRN (arXiv 2309.00071, section 3.2)."""
+
+
+def yarn_rates(rates: Tensor, config: ModelConfig) -> Tensor:
+    """Scale rotation rates as YaRN does, (C/2,) (arXiv 2309.00071, section 3.2).
+
+    Pairs before that with 32 turns in the original length keep their rate. Pairs after that with one turn are divided
+    by the factor. Pairs between are blended linearly in their number; both bounds are whole numbers, as in the paper's
+    code, https://github.com/jquesnelle/yarn.
+    """
+    assert config.rope_original_block_size is not None
+    width, length = config.head_dim, config.rope_original_block_size
+    first, last = (
+        width * math.log(length / (2 * math.pi * turns)) / (2 * math.log(config.rope_base)) for turns in YARN_TURNS
+    )
+    low, high = max(math.floor(first), 0), min(math.ceil(last), width - 1)
+    pairs = torch.arange(len(rates), dtype=rates.dtype, device="cpu")
+    divided = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return rates * (1 - divided + divided / config.rope_factor)
 
 
 COMPUTE_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}

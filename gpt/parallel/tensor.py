@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from gpt.accounting import BLOCK_NORMS
 from gpt.config import ParallelConfig
 from gpt.model.ffn import DenseFfn, MixtureOfExperts
 from gpt.model.gpt import GPT
@@ -225,13 +226,12 @@ def outer_styles(model: GPT, hidden: Placement) -> dict[str, ParallelStyle]:
 def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle]:
     """Return the styles of a block: attention and feed-forward layer, each column-parallel and then row-parallel."""
     plan: dict[str, ParallelStyle] = {
-        "attention_norm": Replicated(hidden),
+        **dict.fromkeys(BLOCK_NORMS, Replicated(hidden)),
         # One all-gather for queries, keys and values, and one reduce-scatter of the sum of their gradients.
         "attention": PrepareModuleInput(input_layouts=(hidden, None), desired_input_layouts=(REPLICATED, None)),
         **dict.fromkeys(("attention.query", "attention.key", "attention.value"), ColwiseParallel()),
         **dict.fromkeys(("attention.query_norm", "attention.key_norm"), Replicated(HEADS)),
         "attention.output": RowwiseParallel(output_layouts=hidden),
-        "ffn_norm": Replicated(hidden),
     }
     if isinstance(block.ffn, MixtureOfExperts):
         return {**plan, "ffn": ShardedMixture(hidden)}

@@ -302,7 +302,8 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
     chunk = FP32 * min(numbers, LOSS_CHUNK) if config.precision.is_half else 0
     kept = dims.pp > 1 and config.parallel.strategy is not Strategy.fsdp
     matrix = width * model.n_embd * (model.padded_vocab // dims.tp) if kept else 0
-    return (in_flight + 1) * width * numbers + max(chunk, matrix)
+    copies = 1 if model.logit_softcap is None else 2  # with and without the bound, and their gradients
+    return copies * (in_flight + 1) * width * numbers + max(chunk, matrix)
 
 
 def compute_weights(

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from gpt.accounting import BF16, FP32, INT64, block_shapes, expert_rows, outer_shapes
+from gpt.accounting import (
+    BF16,
+    FP32,
+    INT64,
+    attention_pairs,
+    block_shapes,
+    expert_rows,
+    outer_shapes,
+)
 from gpt.components.facts import owner_of, part_counts
 from gpt.config import (
     Activation,
@@ -236,7 +244,7 @@ def activation_bytes(
     embedding = INT64 + layer.dropout(FP32)
     if isinstance(model.position, str) and not part_counts(model)["position"].on_heads:
         embedding += layer.custom("position")
-    norm = layer.norm() if model.norm_position is NormPosition.pre else 0
+    norm = layer.norm() if model.norm_position is not NormPosition.post else 0
     block = layer.block()
     hidden = -(-layer.tokens * FP32 * model.n_embd // factors.hidden)
     left = {
@@ -250,7 +258,7 @@ def activation_bytes(
 
 
 class LayerBytes:
-    """Bytes that one layer of a rank saves.
+    """Bytes that one layer of a rank saves. Layers with a window and those without count as their mean.
 
     ``block``, ``products`` and ``experts`` count a whole micro-batch, the other methods one token.
 
@@ -267,6 +275,14 @@ class LayerBytes:
         self.rows = sequences * expert_rows(model) // factors.cp if model.ffn is Ffn.moe else 0
         self.heads, kv_heads = -(-model.n_head // factors.tp), -(-model.kv_heads // factors.tp)
         self.queries, self.keys = self.heads * model.head_dim, kv_heads * model.head_dim
+        self.span = attention_pairs(model) / model.n_layer / model.block_size
+        """Number of keys whose scores a query has."""
+        window = min(model.block_size, model.window or model.block_size)
+        local = sum(map(model.is_local, range(model.n_layer))) / model.n_layer
+        self.blockwise = local if window < model.block_size else 0.0
+        """Share of the layers that compute attention by blocks of queries."""
+        self.keys_read = 1 + self.blockwise * (1 - window / model.block_size)
+        """Number of blocks of queries that read a key."""
         self.inner = -(-model.ffn_width // factors.tp)
         self.inner_tensors = 1 if model.ffn_activation is Activation.relu else 2  # ReLU only needs its result
         if model.gated:
@@ -279,7 +295,8 @@ class LayerBytes:
         if model.parallel_residual:
             bytes_ -= self.tokens * FP32 * model.n_embd // factors.hidden  # both norms keep the same input
         if model.attention is AttentionBackend.manual:
-            bytes_ += model.block_size**2 // factors.cp  # the mask, one byte for each pair
+            # The mask, one byte for each pair. A block of queries adds a bias instead.
+            bytes_ += math.ceil((1 - self.blockwise) * model.block_size**2 / factors.cp)
         if factors.cp > 1 and model.position is Position.rope:
             # Sines and cosines of the rank's own positions, copied for the queries and again for the keys.
             bytes_ += 2 * FP32 * model.head_dim * factors.tokens(model, 1)
@@ -298,7 +315,7 @@ class LayerBytes:
             return self.tokens * (attention + (self.custom("ffn", products=True) if "ffn" in custom else self.ffn()))
         written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
         attention = width * (2 * self.queries + 2 * self.keys + model.n_embd)
-        attention += width * self.heads * model.block_size if written_out else FP32 * self.heads
+        attention += math.ceil(width * self.heads * self.span) if written_out else FP32 * self.heads
         if factors.cp > 1 and not factors.gathers_keys:  # a ring's last rank merges one result for each block of keys
             attention += (factors.cp - 1) * (width * self.queries + (0 if written_out else FP32 * self.heads))
         up = 2 if model.gated else 1
@@ -321,6 +338,14 @@ class LayerBytes:
         is_custom = isinstance(self.model.norm, str)
         return -(-(self.custom("norm") if is_custom else self.norm_over(self.model.n_embd)) // self.factors.hidden)
 
+    def norms(self) -> int:
+        """Return the bytes per token of the norms of attention, or of the feed-forward layer, over D."""
+        if self.model.norm_position is not NormPosition.both:
+            return self.norm()
+        # LayerNorm keeps its input in the dtype that it receives: here that of a result.
+        narrow = 0 if self.model.norm is Norm.rmsnorm or isinstance(self.model.norm, str) else FP32 - self.width
+        return 2 * self.norm() - narrow * self.model.n_embd // self.factors.hidden
+
     def norm_over(self, width: int) -> int:
         """Return the bytes per token of the saved input and statistics of a built-in norm over ``width``, in fp32."""
         return FP32 * (2 * width + 1 if self.model.norm is Norm.rmsnorm else width + 2)
@@ -339,15 +364,18 @@ class LayerBytes:
     def attention(self) -> int:
         """Return the bytes per token of norm, queries, keys, values, saved values of T x T pairs, and the result."""
         model, width, factors = self.model, self.width, self.factors
-        around = self.norm() + self.dropout(width)
+        around = self.norms() + self.dropout(width)
         if isinstance(model.attention, str):
             return around + self.custom("attention")
         of_others = factors.cp if factors.gathers_keys else 1
         if model.attention is AttentionBackend.manual:
-            pairs = 3 if model.dropout else 1  # softmax, and with dropout also its noise and its result
-            bytes_ = width * (2 * self.queries + 2 * self.queries * of_others + pairs * self.heads * model.block_size)
+            # Softmax; with dropout also its noise and its result, with a bound the tangent.
+            pairs = (3 if model.dropout else 1) + (model.attention_softcap is not None)
+            copied = 2 * self.queries * of_others * self.keys_read + pairs * self.heads * self.span
+            bytes_ = width * (2 * self.queries + math.ceil(copied))
         else:  # plus the log-sum-exp of every row
             bytes_ = width * (2 * self.queries + 2 * self.keys * of_others) + FP32 * self.heads
+            bytes_ += math.ceil(width * self.queries * self.blockwise)  # the result, in blocks and merged
         if factors.gathers_keys:
             bytes_ += width * self.queries  # the result, once in chunks from the kernel and once merged
         if model.qk_norm and isinstance(model.norm, str):
@@ -366,7 +394,7 @@ class LayerBytes:
         Of a mixture: the router in fp32, results and indices of the chosen experts, and the shared experts.
         """
         model, width = self.model, self.width
-        around = self.norm() + self.dropout(width)
+        around = self.norms() + self.dropout(width)
         if isinstance(model.ffn, str):  # each tp rank computes its own tokens in a layer of the user
             return around - (-self.custom("ffn") // self.factors.hidden)
         if model.ffn is not Ffn.moe:

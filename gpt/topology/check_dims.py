@@ -132,6 +132,14 @@ def check_context(config: TrainConfig, dims: ParallelDims) -> None:
             "no dropout: the noise of each block of keys would have to be drawn again in the backward pass",
             "parallel.cp_method=allgather, or model.dropout=0",
         )
+    for key in ("window", "attention_softcap"):
+        value = getattr(model, key)
+        if value is not None and config.parallel.cp_method is CpMethod.ring:
+            raise ConfigError(
+                f"parallel.cp_method=ring with model.{key}={value:g}",
+                "all earlier keys and their plain scores, since a ring computes and merges whole blocks of keys",
+                f"parallel.cp_method=allgather, or model.{key}=null",
+            )
 
 
 def check_selective(config: TrainConfig, dims: ParallelDims) -> None:
@@ -226,6 +234,7 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
     )
     if dims.pp > 1:
         check_stages(config, dims)
+        check_ends(config, dims)
     if config.optim.optimizer != ADAMW:
         raise ConfigError(
             f"optim.optimizer={config.optim.optimizer} with parallel.strategy=deepspeed",
@@ -249,6 +258,17 @@ def check_muon(config: TrainConfig, _: ParallelDims) -> None:
             "matrices on the devices, which orthogonalize them, or an optimizer for parameters in host memory",
             "parallel.cpu_offload=false, or optim.optimizer=adamw",
         )
+
+
+def check_ends(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError for a scaled embedding or bounded logits, which are no layers of DeepSpeed's pipeline."""
+    for key, idle in (("scale_embedding", False), ("logit_softcap", None)):
+        if getattr(config.model, key) != idle:
+            raise ConfigError(
+                f"parallel.strategy=deepspeed parallel.pp={dims.pp} with model.{key}",
+                "a plain embedding and plain logits: DeepSpeed's first and last layer are the shared matrix alone",
+                f"parallel=pp parallel.pp={dims.pp}, or parallel.pp=1",
+            )
 
 
 def check_stages(config: TrainConfig, dims: ParallelDims) -> None:

@@ -72,12 +72,25 @@ PARTS["mixtral"] = PARTS["llama"] | {
     "expert_balance": (ExpertBalance.loss,),
     "bias": (False,),
 }
+PLAIN = PARTS["llama"] | {"bias": (False,)}
+PARTS["qwen3"] = PLAIN | {"qk_norm": (True,)}
+PARTS["mistral"] = PARTS["phi3"] = PLAIN | {"window": (None, *range(1, 10))}
+PARTS["gemma3_text"] = PARTS["mistral"] | {
+    **{"norm_position": (NormPosition.both,), "qk_norm": (True,), "scale_embedding": (True,)},
+    **{"global_every": (None, 2, 3), "logit_softcap": (None, 3.0)},
+}
+PARTS["gemma2"] = PARTS["gemma3_text"] | {"qk_norm": (False,), "attention_softcap": (None, 2.0)}
 """Architecture of transformers -> field of ModelConfig that chooses a part -> choices that it has."""
 
 
 def bent(config: ModelConfig, adapter: StateDictAdapter) -> ModelConfig:
     """``config`` with the parts that a format has, where it has others."""
     plain = {"norm_position": NormPosition.pre, "qk_norm": False, "parallel_residual": False, "n_shared_expert": 0}
+    plain |= {"window": None, "global_every": None, "attention_softcap": None, "logit_softcap": None}
+    plain |= {"scale_embedding": False} | ({"head_width": None} if adapter.name != "qwen3" else {})
+    plain = {key: value for key, value in plain.items() if key not in PARTS[adapter.name]}
+    if adapter.name == "gemma3_text" and config.window is not None:
+        plain["rope_base_local"] = 100.0
     changes = {key: values[0] for key, values in PARTS[adapter.name].items() if getattr(config, key) not in values}
     if adapter.name == "mixtral":
         experts = max(2, config.n_expert)
@@ -125,7 +138,8 @@ def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig, wan
         ({"position": Position.none}, "model.position=none"),
         ({"n_kv_head": 2}, "model.n_kv_head=2"),
         ({**LLAMA, "ffn": Ffn.standard}, "model.ffn=standard"),
-        ({**LLAMA, "qk_norm": True}, "model.qk_norm=true"),
+        ({**LLAMA, "parallel_residual": True}, "model.parallel_residual=true"),
+        ({**LLAMA, "scale_embedding": True}, "model.scale_embedding=true"),
         ({**LLAMA, **MOE, "n_shared_expert": 1}, "model.n_shared_expert=1"),
         ({**LLAMA, **MOE, "router_normalize": False}, "model.router_normalize=false"),
     ],
@@ -142,7 +156,10 @@ def test_a_part_without_a_place_is_named(parts: dict[str, Any], found: str) -> N
     [
         ({"model_type": "bert"}, "model_type=bert"),
         ({"hidden_act": "relu"}, "hidden_act=relu"),
-        ({"head_dim": 16}, "head_dim=16"),
+        ({"model_type": "gemma2", "head_dim": 8}, "query_pre_attn_scalar=256"),
+        ({"model_type": "gemma2", "head_dim": 256, "layer_types": ["full_attention"]}, "layer_types=["),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type=longrope"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),

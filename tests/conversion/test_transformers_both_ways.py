@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3Config,
 )
 
 from gpt.config import Activation, Ffn, ModelConfig, Norm, RopeScaling, TrainConfig
@@ -27,6 +34,7 @@ from gpt.conversion import choose_adapter
 from gpt.conversion.source import find_source
 from gpt.conversion.state_dict import State, VerifiedSource, read_source, to_hf, verify_source
 from gpt.export import write_configs, write_weights
+from gpt.model.attention import Cache
 from gpt.model.gpt import GPT, Weights, initialize
 from gpt.training import run as initial
 from gpt.training.run import first_weights, zeros
@@ -94,6 +102,41 @@ def assert_equal_logits(ours: GPT, theirs: Any) -> None:
         torch.testing.assert_close(ours(tokens_BT), expected, rtol=1e-5, atol=1e-5)
 
 
+def drawn(kind: type[PreTrainedConfig], seed: int, **overrides: Any) -> Any:
+    """A model of ``kind`` whose sizes are drawn: heads of any even width, a window, and layers that differ."""
+    draw = random.Random(f"{kind.__name__} {seed}")
+    heads = {"num_key_value_heads": (keys := draw.randint(1, 3)), "num_attention_heads": keys * draw.randint(1, 3)}
+    sizes = {
+        "vocab_size": draw.randint(30, 70),
+        "hidden_size": heads["num_attention_heads"] * draw.randint(3, 9),
+        "intermediate_size": draw.randint(20, 60),
+        "num_hidden_layers": draw.randint(2, 5),
+        "max_position_embeddings": draw.randint(10, 24),
+        "rope_parameters": {"rope_type": "default", "rope_theta": draw.uniform(50, 1e5)},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"},
+    }
+    if kind is not Phi3Config:
+        sizes["head_dim"] = 2 * draw.randint(2, 9)
+    if kind in GEMMAS:
+        sizes["query_pre_attn_scalar"] = sizes["head_dim"]
+    if kind is Gemma3TextConfig:
+        bases = {"full_attention": 1e6, "sliding_attention": draw.uniform(50, 1e4)}
+        sizes["rope_parameters"] = {key: {"rope_type": "default", "rope_theta": base} for key, base in bases.items()}
+    if kind is not Qwen3Config:
+        sizes["sliding_window"] = draw.randint(1, 9)
+    if kind is Phi3Config:
+        sizes["hidden_size"] = heads["num_attention_heads"] * 2 * draw.randint(2, 9)
+    model = shaken(AutoModelForCausalLM.from_config(kind(**{**sizes, **heads, **overrides})))
+    with torch.no_grad():  # numbers of one size, with which fp32 rounds little
+        for parameter in model.parameters():
+            parameter.mul_(0.25) if parameter.dim() > 1 else parameter.sub_(float(kind in GEMMAS))
+    return model
+
+
+GEMMAS = (Gemma2Config, Gemma3TextConfig)
+"""Their norms add 1 to the stored gains."""
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_weights_of_nanogpt_give_the_same_logits(has_bias: bool, tmp_path: Path) -> None:
     """nanoGPT has the tensors of GPT-2, but stores matrices as (out, in), repeats the embedding, and has a mask."""
@@ -139,6 +182,46 @@ THEIRS = {
     "mixtral tied": lambda: mixtral(tie_word_embeddings=True, num_experts_per_tok=3, num_key_value_heads=4),
     "llama with biases": lambda: llama(attention_bias=True, mlp_bias=True, num_key_value_heads=4),
 }
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+DRAWN: list[tuple[type[PreTrainedConfig], dict[str, Any]]] = [
+    (Qwen3Config, {}),
+    (Qwen3Config, {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    (MistralConfig, {}),
+    (Phi3Config, {}),
+    (Gemma3TextConfig, {"sliding_window_pattern": 2}),
+    (Gemma3TextConfig, {"final_logit_softcapping": 1.5, "sliding_window_pattern": 3, "tie_word_embeddings": False}),
+    (Gemma2Config, {"attn_logit_softcapping": 0.3, "final_logit_softcapping": 2.0}),
+    (Gemma2Config, {"attn_logit_softcapping": None, "layer_types": ["sliding_attention"] * 3, "num_hidden_layers": 3}),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("kind", "overrides"), DRAWN)
+def test_drawn_shapes_of_newer_architectures_both_ways(
+    kind: type[PreTrainedConfig], overrides: dict[str, Any], seed: int, tmp_path: Path
+) -> None:
+    """Logits are equal to 1e-6 of the largest one, also from a cache. In Gemma to 5e-6: a norm after each layer makes
+    small results large, and their rounding with them."""
+    theirs = drawn(kind, seed, **overrides)
+    theirs.save_pretrained(tmp_path)
+    ours = imported(tmp_path)
+    again = exported(ours, tmp_path / "out")
+    assert (
+        type(again).__name__
+        == ("Mistral" if kind is Phi3Config else kind.__name__.removesuffix("Config").removesuffix("Text"))
+        + "ForCausalLM"
+    )
+    again.set_attn_implementation("eager")  # torch's fused attention has no bound of the scores
+    tokens_BT, cache = random_tokens(ours.config, 3), Cache(ours.config.block_size)
+    pieces = (*tokens_BT[:, :-3].split(4, dim=1), *tokens_BT[:, -3:].split(1, dim=1))
+    with torch.no_grad():
+        expected = theirs(tokens_BT).logits
+        continued = torch.cat([ours(piece_BT, cache) for piece_BT in pieces], dim=1)
+        limit = (5e-6 if kind in GEMMAS else 1e-6) * expected.abs().max().item()
+        for found in (ours(tokens_BT), again(tokens_BT).logits, continued):
+            torch.testing.assert_close(found, expected, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("kind", THEIRS)

@@ -67,13 +67,15 @@ def test_rope_scaling_is_that_of_transformers() -> None:
         RopeScaling.linear: ("linear", {}),
         RopeScaling.llama3: ("llama3", {}),
         RopeScaling.ntk: ("dynamic", {"seq_len": 1875}),
+        RopeScaling.yarn: ("yarn", {}),
     }
     for scaling, (kind, words) in cases.items():
         theirs.rope_parameters["rope_type"] = kind
-        expected, _ = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"), **words)
-        more = {"rope_original_block_size": 1000} if scaling is RopeScaling.llama3 else {}
-        rates = rotation_rates(rope(8, 64, rope_scaling=scaling, **ours, **more).config)
-        torch.testing.assert_close(rates.float(), expected)
+        expected, stretch = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"), **words)
+        more = {"rope_original_block_size": 1000} if scaling in (RopeScaling.llama3, RopeScaling.yarn) else {}
+        table = rope(8, 64, rope_scaling=scaling, **ours, **more)
+        torch.testing.assert_close(rotation_rates(table.config).float(), expected)
+        torch.testing.assert_close(table.cos[0], torch.full((32,), stretch))
 
 
 @pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])
@@ -93,6 +95,25 @@ def test_manual_attention_against_a_loop() -> None:
         weights = [math.exp(q[0, 0, t] @ k[0, 0, s] / math.sqrt(4)) for s in range(t + 1)]
         mean = sum((w * v[0, 0, s] for s, w in enumerate(weights)), start=torch.zeros(4)) / sum(weights)
         torch.testing.assert_close(y[0, 0, t], mean)
+
+
+@pytest.mark.parametrize("backend", AttentionBackend)
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_window_against_a_loop(backend: AttentionBackend, documents: bool) -> None:
+    torch.manual_seed(0)
+    attention = Attention(small(attention=backend, window=3, n_kv_head=2, head_width=6))
+    q, k, v = torch.randn(2, 4, 11, 6), *torch.randn(2, 2, 2, 11, 6)
+    first = 5 if documents else 0  # of the second document
+    hidden_TT = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    hidden_TT[first:, :first] = True
+    bias = torch.zeros(2, 1, 11, 11).masked_fill(hidden_TT, -math.inf) if documents else None
+    y = attention.attend(q, k, v, bias)
+    for t in range(11):
+        start = max(0, t - 2, first if t >= first else 0)
+        for head in range(4):
+            keys, values = (x[:, head // 2, start : t + 1] for x in (k, v))
+            weights = (keys @ q[:, head, t, :, None] / math.sqrt(6)).softmax(1)
+            torch.testing.assert_close(y[:, head, t], (weights * values).sum(1))
 
 
 @pytest.mark.parametrize("backend", AttentionBackend)
@@ -189,6 +210,17 @@ REFUSED = [
     (["model.n_head=64", "model.rope_scaling=ntk", "model.rope_factor=2"], "one frequency"),
     (["model.rope_scaling=llama3", "model.rope_factor=8"], "without model.rope_original_block_size"),
     (["model.parallel_residual=true", "model.norm_position=post"], "parallel_residual=true with model.norm_position"),
+    (["model.parallel_residual=true", "model.norm_position=both"], "parallel_residual=true with model.norm_position"),
+    (["model.rope_scaling=yarn", "model.rope_factor=8"], "yarn without model.rope_original_block_size"),
+    (["model.window=0"], "model.window=0"),
+    (["model.global_every=6"], "model.global_every=6 without model.window"),
+    (["model.window=8", "model.global_every=1"], "model.global_every=1"),
+    (["model.rope_base_local=100"], "model.rope_base_local=100 without model.window"),
+    (["model.window=8", "model.rope_base_local=100", "model.position=learned"], "with other positions"),
+    (["model.window=8", "model.attention=a.b:C"], "model.window=8 with model.attention=a.b:C"),
+    (["model.attention_softcap=50"], "model.attention_softcap=50 with model.attention=sdpa"),
+    (["model.logit_softcap=-1"], "model.logit_softcap=-1"),
+    (["model.head_width=5"], "heads 5 wide"),
     (["model.activation=relu"], "model.activation=relu with model.ffn=swiglu"),
     (["model.ffn=geglu", "model.activation=silu"], "model.activation=silu with model.ffn=geglu"),
     (["model.dropout=1.5"], "model.dropout=1.5"),

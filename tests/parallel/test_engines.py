@@ -60,6 +60,12 @@ LAYERS = {
     "written out": ["model.n_kv_head=1", "model.attention=manual", "model.position=none", ONE],
     "flash": ["model.qk_norm=true", "model.attention=flash", "model.rope_scaling=ntk", ONE],
     "routed": ROUTED,
+    # As in Gemma: local layers and a global one, four norms in a block, bounds of scores and logits.
+    "local": [
+        *("model.window=6", "model.global_every=2", "model.rope_base_local=100", "model.norm_position=both"),
+        *("model.qk_norm=true", "model.n_kv_head=2", "model.head_width=10", "model.logit_softcap=3"),
+        *("model.attention_softcap=2", "model.attention=manual", "model.scale_embedding=true"),
+    ],
     "tied stages": [*TIED, FOUR],
     "untied stages": [*QUERIES, FOUR],
     "biased stages": [*EXPERTS, *BIASED, FOUR],
@@ -95,6 +101,7 @@ CASES = {
         *(Case(EP, model, count) for model, count in (("experts", 1), ("places", 2), ("even rows", 1))),
         *(Case(FSDP_EP, model, count) for model, count in (("experts", 2), ("places", 1), ("even rows", 4))),
         *(Case(words, "bf16") for words in ("parallel=cp", f"parallel=cp {RING}")),
+        Case("parallel=cp", "local"),
         Case(FSDP_EP, "bf16 experts", 1),
     ],
     "2, matrices and layers": [
@@ -102,6 +109,8 @@ CASES = {
         *(Case(TP, model, 2) for model in ("tied", "experts", "even rows")),
         Case(f"{TP} parallel.sequence_parallel=false", "experts", 1),
         Case(f"{TP} recompute=full compile=default", "one layer", 1),
+        Case(TP, "local", 1),
+        Case(pp("gpipe"), "local", 4),
         Case(pp("gpipe"), "tied stages", 4),
         Case(pp("zbv"), "tied stages", 4),
         Case(pp("dualpipev"), "tied stages", 4),

@@ -125,6 +125,13 @@ REFUSED = [
         "with parallel.pp=2",
         "parallel.offload_optimizer=false",
     ),
+    (4, "parallel=ds_pp model.logit_softcap=30", "parallel.pp=2 with model.logit_softcap", "parallel=pp parallel.pp=2"),
+    (
+        2,
+        "parallel=cp parallel.cp_method=ring model.window=8",
+        "ring with model.window=8",
+        "parallel.cp_method=allgather",
+    ),
     (4, "parallel=ds_pp parallel.schedule=gpipe", "parallel.schedule=gpipe", "parallel.schedule=1f1b"),
     (4, "parallel=zero2 precision=fp16", "precision=fp16 with parallel.strategy=deepspeed", "parallel=fsdp"),
     (4, "parallel=zero2 parallel.zero_stage=4", "parallel.zero_stage=4", "parallel.zero_stage=2"),
