@@ -30,12 +30,16 @@ def test_shape_and_causality(config: ModelConfig) -> None:
     assert logits_BTV.shape == (3, config.block_size, config.vocab_size)
     # How many rows an expert gets changes with a later token, and with it how threads cut its product: the last bits.
     rounding = 1e-5 * float(logits_BTV.abs().max()) if config.ffn is Ffn.moe else 0.0
+    # Each layer with a window carries a change on by one token less than the window.
+    spans = [config.window - 1 if config.is_local(layer) else config.block_size for layer in range(config.n_layer)]
     for t in (0, 5, config.block_size - 1):
         changed = tokens_BT.clone()
         changed[:, t] = (changed[:, t] + 1) % config.vocab_size
         difference_T = (model(changed) - logits_BTV).abs().amax((0, 2))
         assert torch.all(difference_T[:t] <= rounding)
-        assert torch.all(difference_T[t:] > rounding), "every later position sees the change"
+        end = t + sum(spans) + 1
+        assert torch.all(difference_T[t:end] > rounding), "every later position in reach sees the change"
+        assert torch.all(difference_T[end:] <= rounding), "no position sees farther than its windows"
 
 
 @pytest.mark.parametrize("position", Position)
