@@ -1,4 +1,4 @@
-"""What a config leaves open: the layout of ``parallel=auto``, precision and compilation; and warnings of a plan.
+"""Choice of what a config leaves open (layout, precision, TF32, compilation), and the warnings of a plan.
 
 Imports no torch.
 """
@@ -29,7 +29,7 @@ MICRO_BATCH = "optim.max_micro_batch"
 
 
 NO_DIFFERENCE = 1.03
-"""Ratio within which estimates count as equal. Of equal layouts, the plainer one is preferred."""
+"""Largest ratio of two step times that count as equal. Of equal layouts, the plainer one is preferred."""
 
 TIMEOUTS = ("timeout_s", "step_timeout_s")
 """Keys of ``parallel`` that are no part of a layout."""
@@ -67,17 +67,17 @@ class ParallelChoice:
 
     parallel: ParallelConfig
     micro_batch: int
-    """``optim.max_micro_batch``: that of the config, or a smaller one."""
+    """Chosen ``optim.max_micro_batch``, in sequences: the value of the config, or a smaller one."""
     choices: tuple[LayoutChoice, ...] = ()
-    """Layouts that fit, best first; empty if nothing was open."""
+    """Layouts that fit, best first; empty if the config left no choice."""
     why: str = ""
-    """Reason for the choice as text; empty if the command sets the strategy."""
+    """Reason for the choice, as text; empty if the command line sets ``parallel.strategy``."""
     left_out: tuple[str, ...] = ()
     """Lines of text on excluded layouts, and on settings that were relaxed."""
 
     @property
     def best(self) -> tuple[LayoutChoice, ...]:
-        """First layouts, as many as a plan shows."""
+        """The best layouts: the first ``SHOWN``."""
         return self.choices[:SHOWN]
 
     def apply(self, config: TrainConfig) -> TrainConfig:
@@ -86,7 +86,9 @@ class ParallelChoice:
 
 
 def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> ParallelChoice:
-    """Rank the layouts that fit, best first; those with CPU offload only if no other layout fits.
+    """Return the best layout that fits into memory, and all that fit, best first.
+
+    Layouts with CPU offload are tried only if no other layout fits.
 
     Args:
         config: config of the run, with ``parallel.strategy=auto``.
@@ -143,14 +145,14 @@ def choose_parallelism(
     world_size: int,
     machine: Callable[[], Machine],
 ) -> ParallelChoice:
-    """Choose the parallelism of a run with ``parallel=auto``, keeping other typed keys of ``parallel``.
+    """Choose the parallelism of a run. With ``parallel=auto``, the keys of ``parallel`` on the command line stay fixed.
 
     Args:
         config: config of the run.
         overrides: the typed overrides.
         folder: folder of the run, which may not exist yet.
         world_size: number of ranks.
-        machine: returns the hardware of the ranks; called only if the choice is open.
+        machine: returns the hardware of the ranks; called only if a layout must be searched.
 
     Raises:
         ConfigError: no layout is valid, or none fits.
@@ -165,7 +167,7 @@ def choose_parallelism(
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
-    """Return the typed keys of ``parallel``, without the strategy."""
+    """Return the keys of ``parallel`` on the command line, without the strategy."""
     keys = {typed_key(arg) for arg in overrides}
     return {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")} - {"strategy", *TIMEOUTS}
 
@@ -173,12 +175,13 @@ def typed_keys(overrides: Sequence[str]) -> set[str]:
 def earlier_choice(
     config: TrainConfig, overrides: Sequence[str], fixed: Collection[str], folder: RunFolder, world_size: int
 ) -> ParallelChoice | None:
-    """Return the choice of an earlier attempt; None if it is invalid on these ranks, or other keys were typed."""
+    """Return the choice of an earlier attempt of the run. None if there is no such choice, if it is invalid on
+    ``world_size`` ranks, or if the command line now sets these keys to other values."""
     if not folder.config.is_file():
         return None
     before = read_config(folder, TrainConfig)
     earlier = replace(before.parallel, **{key: getattr(config.parallel, key) for key in TIMEOUTS})
-    if earlier.strategy is Strategy.auto:  # another kind of launcher wrote the config before the choice
+    if earlier.strategy is Strategy.auto:  # the config was written before the choice, by another launcher
         return None
     if any(getattr(earlier, key) != getattr(config.parallel, key) for key in fixed):
         return None
@@ -207,7 +210,7 @@ def slow_precision(
 ) -> Iterator[str]:
     """Yield a warning if the precision is slow on a device.
 
-    It is slow for fp32 or TF32 on a device with 16-bit matrix units, and for bf16 on a device that lacks bf16.
+    A device with 16-bit matrix units is slow in fp32 or TF32. A device that lacks bf16 is slow in bf16.
 
     ``best`` is the fastest precision of a device with an unknown name; None if unknown.
     """
@@ -292,17 +295,18 @@ WITH_CUDA_GRAPHS = (CompileMode["reduce-overhead"], CompileMode["max-autotune"])
 
 
 def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu: str | None) -> Precision:
-    """Choose the precision of a run: the typed one, otherwise that of its first attempt. Otherwise bf16 on GPUs that
-    compute in it, and fp16 on GPUs whose matrix units support only fp16.
+    """Choose the precision of a run: that of the config, or if it is ``auto`` that of the first attempt.
+
+    A first attempt gets fp32 on CPUs, bf16 on GPUs that support it, fp16 on GPUs whose matrix units support only fp16.
 
     Args:
         config: config of the run.
         folder: folder of the run, which may not exist yet.
-        on_cpus: True if its ranks compute on CPUs. They get fp32, because few CPUs are faster in bf16.
+        on_cpus: True if the ranks compute on CPUs; few CPUs are faster in bf16 than in fp32.
         gpu: name of the ranks' GPU; None if unknown.
 
     Returns:
-        ``auto`` if only the ranks can decide.
+        The precision; ``auto`` if the GPU is unknown, so that the ranks choose at their start.
     """
     if config.precision is not Precision.auto:
         return config.precision
@@ -318,7 +322,7 @@ def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu:
 
 
 def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
-    """Return the config with the planned precision: bf16 if only the ranks can decide.
+    """Return the config with the precision ``chosen``; with bf16 if ``chosen`` is ``auto``, for a GPU not yet known.
 
     Every GPU for data centers since 2020 supports bf16.
     """
@@ -385,7 +389,7 @@ def float8_refusal(config: TrainConfig, where: str) -> ConfigError:
 
 
 def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:
-    """Choose the compilation of a run: the typed one, otherwise ``default`` on GPUs if the parallelism allows it.
+    """Choose the compilation mode of a run: the typed one, otherwise ``default`` on GPUs if the parallelism allows it.
 
     On CPUs the compiler takes longer than most runs.
 
@@ -406,7 +410,7 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
 
 
 def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
-    """Raise ConfigError if fsdp moves the parameters, or several micro-batches add their gradients in place.
+    """Raise ConfigError for CUDA graphs if FSDP moves the parameters, or micro-batches add their gradients in place.
 
     FSDP2 frees gathered parameters after their use (``FSDPParam.to_sharded``), and their next memory has other
     addresses. CUDA graphs need parameters at constant addresses. Each new address is a new recording, and after 128 of
@@ -435,7 +439,7 @@ def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
 
 
 def best_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:
-    """Return the compilation that ``auto`` resolves to."""
+    """Return the mode of compilation that ``compile=auto`` becomes."""
     compiled = replace(config, compile=CompileMode["default"])
     if on_cpus:
         return CompileMode["none"]

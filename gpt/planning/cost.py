@@ -36,11 +36,12 @@ from gpt.topology.schedules import StageLayers, bubble_fraction, local_stages, r
 from launch.runs.measured import MatmulRates
 
 BACKWARD = 2 / 3
-"""Share of the backward pass in compute: two matrix products for each one of the forward pass."""
+"""Share of the backward pass in compute, 0 to 1: it has two matrix products for each one of the forward pass."""
 DDP_BUCKET_BYTES = 25 * 2**20
 """Size of DDP's gradient buckets in bytes. The last bucket is ready only after the backward pass, so it is exposed."""
 STEP_BYTES = 7 * FP32
-"""Bytes per element of AdamW's step: it reads weight, gradient and both moments, and writes all except the gradient."""
+"""Bytes that AdamW's step moves per element: it reads weight, gradient and both moments, and writes all except the
+gradient."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Estimate:
     bubble_s: float
     """Pipeline bubble: idle time while the pipeline fills and drains."""
     communication_s: dict[str, float]
-    """Exposed communication by mesh axis. ``world`` is the sum of a few numbers over all ranks, ``host`` the copies
-    from and to host memory."""
+    """Exposed communication by mesh axis. ``world`` is the time of sums of a few numbers over all ranks, ``host`` that
+    of copies from and to host memory."""
     tokens: int
     """Number of tokens of a step."""
 
@@ -69,7 +70,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> Estimate:
-    """Estimate the seconds of a step on ``machine``: those of the slowest pipeline rank, by cause."""
+    """Return the estimated seconds of a step on ``machine`` by cause, for the slowest pipeline rank."""
     different: dict[object, RankStep] = {}
     for rank in range(dims.pp):  # inner stages with equally many blocks take equally long
         step = RankStep(config, dims, batch, machine, rank)
@@ -89,7 +90,7 @@ class RankStep:
 
     @cached_property
     def stages(self) -> tuple[StageLayers, ...]:
-        """Layers of each stage of the rank."""
+        """Layers of each pipeline stage of the rank."""
         return rank_stages(self.config, self.rank)
 
     @cached_property
@@ -119,11 +120,11 @@ class RankStep:
 
     @property
     def forwards(self) -> int:
-        """Forward passes of a block for each micro-batch: two with recomputation."""
+        """Number of forward passes of a block for each micro-batch: two with recomputation."""
         return 1 if self.config.recompute is Recompute.none else 2
 
     def ring(self, *names: str) -> Group:
-        """Return the group of ranks along neighboring mesh axes."""
+        """Return the group of ranks along the neighboring mesh axes ``names``."""
         return group(self.dims, self.machine, names)
 
     def estimate(self) -> Estimate:
@@ -203,9 +204,9 @@ class RankStep:
         return waits
 
     def groups(self, *names: str, shards: ParameterShards | None = None) -> list[tuple[int, Group]]:
-        """Return pairs of a number of elements and the group of ranks that reduces or shards them, along ``names``.
+        """Return pairs: a number of elements, and the group of ranks along ``names`` that reduces or shards them.
 
-        With expert parallelism the experts are a pair of their own, because their group is smaller.
+        With expert parallelism, experts have a second pair, because their group is smaller.
         """
         found = self.shards if shards is None else shards
         dims, experts = self.dims, found.expert_elements if self.dims.ep > 1 else 0
@@ -241,10 +242,11 @@ class RankStep:
         """Return the exposed seconds per step of FSDP's communication (arXiv 2304.11277, section 3).
 
         Parameters are all-gathered for every forward pass. With resharding, all units of blocks except the last are
-        gathered again for the backward pass. Gradients are reduce-scattered in the last backward pass, or in each,
-        and all-reduced between replicas in the last one. Two collectives overlap with no computation: the first
-        all-gather of a forward pass, and the last reduction of a backward pass. Both transfer the embedding and the
-        first unit of blocks. If the embedding is tied, they transfer the last norm, too (gpt/parallel/nd.py).
+        gathered again for the backward pass. Gradients are reduce-scattered in the step's last backward pass;
+        with ``reduce_each_micro_batch`` in each one. Replicas all-reduce them in the last one. Two collectives overlap
+        with no computation: the first all-gather of a forward pass, and the last reduction of a backward pass. Both
+        transfer the embedding and the first unit of blocks. If the embedding is tied, they transfer the last norm, too
+        (gpt/parallel/nd.py).
         """
         reduced = reduced_width(self.config)
         config, shards, width, count = self.config, self.shards, self.width, self.batch.accumulation
@@ -316,7 +318,8 @@ class RankStep:
         return waits
 
     def tied_embedding(self) -> float:
-        """Return the seconds per step in which the first and the last stage exchange gradients of a tied embedding."""
+        """Return the seconds per step of the exchange of a tied embedding's gradients between the first and the last
+        stage."""
         ends = [stage for stage in self.stages if stage.first != stage.last]
         if not self.config.model.tie_embeddings or len(ends) != 1:
             return 0.0
@@ -339,7 +342,7 @@ class RankStep:
         return found
 
     def tensor_parallel(self) -> float:
-        """Return the seconds per micro-batch of tensor parallelism.
+        """Return the seconds per micro-batch of tensor parallelism's collectives.
 
         A block has two all-reduces in each direction (arXiv 1909.08053, section 3). With sequence parallelism it has
         two all-gathers and two reduce-scatters (arXiv 2205.05198, section 4.2.2). The embedding and the output matrix
@@ -357,10 +360,10 @@ class RankStep:
         return self.layers * (self.forwards * forward + backward) + around * ends
 
     def context_parallel(self) -> float:
-        """Return the exposed seconds per layer of context parallelism.
+        """Return the exposed seconds per layer and micro-batch of context parallelism's communication.
 
-        These are an all-gather of keys and values, and a reduce-scatter of their gradients; or the transfers of ring
-        attention, which overlap with attention.
+        These are the times of an all-gather of keys and values, and a reduce-scatter of their gradients; or the
+        transfers of ring attention, which overlap with attention.
         """
         model, ring, forwards = self.config.model, self.ring("cp"), self.forwards
         keys = 2 * self.width * self.batch.micro * model.block_size * model.kv_heads * model.head_dim / self.dims.tp
@@ -376,8 +379,8 @@ class RankStep:
         return max(0.0, seconds + gradients - computing)
 
     def expert_parallel(self) -> float:
-        """Return the seconds per layer of expert parallelism's all-to-alls in both directions (arXiv 2006.16668,
-        3.2)."""
+        """Return the seconds per layer and micro-batch of expert parallelism's all-to-alls: dispatch and combine,
+        forward and backward (arXiv 2006.16668, section 3.2)."""
         model, dims = self.config.model, self.dims
         rows = self.batch.micro * expert_rows(model) / dims.cp
         again = self.config.recompute is Recompute.full  # selective recomputation keeps received rows
@@ -408,9 +411,9 @@ class RankStep:
 
 
 def in_pieces(collective: Callable[[float], float], size: float, parts: Sequence[int]) -> float:
-    """Return the total seconds of several calls of ``collective``, one for each part of ``size`` bytes.
+    """Return the total seconds of a transfer of ``size`` bytes in several calls of ``collective``.
 
-    The sizes of the parts are in the proportions ``parts``.
+    Each call transfers one part; ``parts`` has the proportions of their sizes.
     """
     whole = sum(parts)
     return sum(collective(size * part / whole if whole else 0.0) for part in parts)
@@ -419,7 +422,7 @@ def in_pieces(collective: Callable[[float], float], size: float, parts: Sequence
 def seconds_per_flop(rates: MatmulRates, rows: float, sharded: float, width: float) -> float:
     """Return the mean seconds per FLOP of Y = X W and of the products for the gradients of X and W.
 
-    X has ``rows`` rows, and W the sizes ``sharded`` and ``width``. Sharding by columns and by rows gives one mean.
+    X has ``rows`` rows, and W the sizes ``sharded`` and ``width``. Sharding by columns and by rows gives the same mean.
     """
     shapes = [(rows, sharded, width), (rows, width, sharded), (width, sharded, rows)]
     return sum(1 / rates.rate(*shape) for shape in shapes) / len(shapes)

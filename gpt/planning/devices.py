@@ -18,11 +18,11 @@ from launch.runs.measured import COLLECTIVES, TIERS, Curve, LinkFit, MatmulRates
 
 
 ATTAINABLE = 0.5
-"""Share of the peak that a forward and backward pass attains without communication. Matrix products alone reach 0.8
-(271 of 312 TFLOP/s on an A100, 794 of 989 on an H100). Norms, activations and the residual stream take the rest of the
-time."""
+"""Share of the peak that a forward and backward pass attains without communication, 0 to 1. Matrix products alone reach
+0.8 (271 of 312 TFLOP/s on an A100, 794 of 989 on an H100). Norms, activations and the residual stream take the rest of
+the time."""
 ROOM = 0.9
-"""Share of a device's memory for tensors. The CUDA context, the allocator and NCCL use the rest."""
+"""Share of a device's memory that tensors may use, 0 to 1. The CUDA context, the allocator and NCCL use the rest."""
 INTRA_NODE_LATENCY_S, INTER_NODE_LATENCY_S = 2e-6, 5e-6
 """Latency of a ring step on NVLink and on InfiniBand, in seconds. A small all-reduce over the eight GPUs of a node
 takes some 30 us in fourteen steps."""
@@ -61,12 +61,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Host:
-    """A rank's share of the host memory of a node with devices."""
+    """A rank's share of the host memory of a node with GPUs."""
 
     link_bytes_per_s: float
-    """Bandwidth between host memory and a device, in one direction."""
+    """Bandwidth between host memory and a device, in one direction, in bytes a second."""
     bytes_per_s: float
-    """Memory bandwidth of a rank's CPUs."""
+    """Bandwidth of host memory for one rank, in bytes a second."""
     room: int | None
     """Bytes for the tensors of one rank; None if unknown."""
 
@@ -76,14 +76,14 @@ class Machine:
     """Identical nodes with one rank on each device."""
 
     device: str
-    """Name of the device, for texts."""
+    """Name of the device, for messages."""
     flops_per_s: float
     """Attained rate of a rank, in FLOP/s."""
     room: int
     """Bytes for the tensors of one rank."""
     ranks_per_node: int
     intra_node: Link
-    """Link of a rank to another of its node."""
+    """Link of a rank to another rank of its node."""
     inter_node: Link
     """Link of a rank to a rank of another node, while all ranks of its node send."""
     host: Host | None = None
@@ -107,8 +107,8 @@ def gpus(
     Args:
         name: result of ``torch.cuda.get_device_name()``.
         peak: dense peak of one device in the precision of the run, FLOP/s; None if unknown.
-        ranks_per_node: number of used devices of a node.
-        memory: bytes of one device; None for that of the table.
+        ranks_per_node: number of devices of a node that the run uses.
+        memory: memory of one device in bytes; None takes the value of the table of accelerators.
         host_memory: host memory in bytes that one rank may use; None if unknown.
     """
     known = find(name)
@@ -123,12 +123,14 @@ def gpus(
 
 
 def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
-    """Return the whole name of the GPUs called ``name``, with ``memory_gib`` of memory if given.
+    """Return the full name of the GPUs with the short or full name ``name``. Of variants, the one whose memory is
+    nearest to ``memory_gib``.
 
-    An unknown name with a given memory is returned unchanged, since the memory suffices to plan.
+    None for a ``name`` of None. An unknown name with a ``memory_gib`` is returned unchanged, since a plan needs no
+    more.
 
     Raises:
-        ConfigError: without ``memory_gib`` the device is unknown, or comes with more than one memory.
+        ConfigError: ``memory_gib`` is None, and the device is unknown or has variants with different memory.
     """
     meant = [] if name is None else expand(name)
     if memory_gib is not None and meant:
@@ -158,14 +160,14 @@ def cpus(memory: int, ranks_per_node: int) -> Machine:
 
 
 def links(inside: float, between: float) -> tuple[Link, Link]:
-    """Return the links of a rank within and between nodes, of these bandwidths in GB/s."""
+    """Return the links of a rank within a node and between nodes. ``inside`` and ``between`` are bandwidths in GB/s."""
     return Link(INTRA_NODE_LATENCY_S, inside * GIGA), Link(INTER_NODE_LATENCY_S, between * GIGA)
 
 
 def with_network(machine: Machine, network: Network) -> Machine:
-    """Return a machine with measured links. A tier without measurement stays unchanged.
+    """Return ``machine`` with the measured links of ``network``. A link that was not measured stays unchanged.
 
-    The ranks of a node share its adapters between nodes, for any number of ranks.
+    Between nodes, all ranks of a node share its network adapters.
     """
     share = network.ranks_per_node / machine.ranks_per_node
     inside, between = (network.tiers.get(tier) for tier in TIERS)
@@ -177,9 +179,9 @@ def with_network(machine: Machine, network: Network) -> Machine:
 
 
 def measured_link(fits: Mapping[str, LinkFit], share: float) -> Link:
-    """Return a link with measured latencies, and bandwidths times ``share``.
+    """Return a link with the measured latencies of ``fits``, and the measured bandwidths times ``share``.
 
-    A collective without measurement uses those of a send, or else those of the first measured collective.
+    A collective that was not measured uses the values of a send, or else of the first measured collective.
     """
     rates = {name: (fit.latency_s, fit.bytes_per_s * share) for name, fit in fits.items()}
     curves = {name: fit.curve for name, fit in fits.items() if fit.curve}
@@ -203,26 +205,26 @@ def free_memory() -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Process group, with the slowest link of its ring."""
+    """Number of ranks of a process group, and the slowest link of its ring."""
 
     ranks: int
     link: Link
 
     def seconds(self, collective: str, size: float) -> float:
-        """Return the seconds of one of ``launch.runs.measured.COLLECTIVES`` with ``size`` bytes."""
+        """Return the seconds of ``collective`` (one of ``launch.runs.measured.COLLECTIVES``) with ``size`` bytes."""
         fit = LinkFit(*self.link.rates(collective), curve=self.link.curves.get(collective, ()))
         return fit.seconds(collective, self.ranks, size)
 
     def all_gather(self, size: float) -> float:
-        """Return the seconds of an all-gather of ``size`` bytes in total."""
+        """Return the seconds of an all-gather whose result is ``size`` bytes on each rank."""
         return self.seconds("all_gather", size)
 
     def reduce_scatter(self, size: float) -> float:
-        """Return the seconds of a reduce-scatter of ``size`` bytes in total."""
+        """Return the seconds of a reduce-scatter whose input is ``size`` bytes on each rank."""
         return self.seconds("reduce_scatter", size)
 
     def all_reduce(self, size: float) -> float:
-        """Return the seconds of an all-reduce of ``size`` bytes."""
+        """Return the seconds of an all-reduce of ``size`` bytes on each rank."""
         return self.seconds("all_reduce", size)
 
     def agree(self) -> float:
@@ -232,7 +234,7 @@ class Group:
         return 2 * math.ceil(math.log2(self.ranks)) * self.link.latency_s
 
     def all_to_all(self, size: float) -> float:
-        """Return the seconds of an all-to-all in which each rank has ``size`` bytes."""
+        """Return the seconds of an all-to-all whose input is ``size`` bytes on each rank."""
         return self.seconds("all_to_all", size)
 
     def send(self, size: float) -> float:
@@ -253,7 +255,7 @@ def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
 
 
 def strided_group(machine: Machine, ranks: int, stride: int) -> Group:
-    """Return the group of every ``stride``-th rank."""
+    """Return a group of ``ranks`` ranks whose numbers are ``stride`` apart."""
     if ranks * stride <= machine.ranks_per_node:
         return Group(ranks, machine.intra_node)
     together = max(1, min(ranks, machine.ranks_per_node // stride))

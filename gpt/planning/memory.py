@@ -54,9 +54,9 @@ PERSISTENT = 100_000
 class RankMemory:
     """Bytes of one rank around the start of the backward pass, when training needs the most memory.
 
-    Within 4 % of measurements with ddp on small models, including experts and recomputation. The estimate is up to a
-    tenth too high with recomputation in bf16, which casts the matrices of a block again and keeps none. It is up to a
-    tenth too high for CPUs in bf16 under fsdp, whose norms keep bf16; those of a GPU keep fp32.
+    The estimate is within 4 % of measurements with ddp on small models, including experts and recomputation. It is up
+    to a tenth too high with recomputation in bf16, which casts the matrices of a block again and keeps none. It is up
+    to a tenth too high for CPUs in bf16 under fsdp, whose norms keep bf16; those of a GPU keep fp32.
     """
 
     parameters: int = 0
@@ -71,8 +71,8 @@ class RankMemory:
     logits: int = 0
     """Logits, their gradient, and in bf16 an fp32 copy of a chunk of them."""
     not_at_once: int = 0
-    """Negative. fsdp reduces gradients while it frees activations and logits, so the smaller of the two is not kept
-    at the peak."""
+    """Negative. fsdp reduces gradients while it frees activations and logits. So at the peak the smaller of the two is
+    not in memory."""
     host: int = 0
     """Parameters, gradients and optimizer state in host memory. Not in the total."""
 
@@ -88,7 +88,7 @@ class RankMemory:
 
 
 def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> RankMemory:
-    """Return the bytes of training state of a rank with these parameter shards, without what it computes."""
+    """Return the bytes of weights, gradients and optimizer state of a rank with these parameter shards."""
     if config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage:
         found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
         return found(config, dims.data_ranks, shards)
@@ -101,7 +101,7 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
 
 
 def optimizer_bytes(config: TrainConfig, shards: ParameterShards, ranks: int | None) -> int:
-    """Return the bytes of a rank's optimizer state, sharded over ``ranks``, by default over FSDP's ranks."""
+    """Return the bytes of a rank's optimizer state, sharded over ``ranks`` ranks; None means FSDP's ranks."""
     each = optimizer_state(config.optim)
     found = round(each.per_element * shards.stored(ranks)) + each.per_tensor * shards.tensors
     if config.optim.optimizer != MUON:
@@ -112,7 +112,7 @@ def optimizer_bytes(config: TrainConfig, shards: ParameterShards, ranks: int | N
 
 
 def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> RankMemory:
-    """Return the state under ZeRO-1 and 2: sharded masters and moments, and in ZeRO-2 sharded gradients."""
+    """Return the bytes of state under ZeRO-1 and 2: sharded masters and moments, and in ZeRO-2 sharded gradients."""
     parallel, bf16 = config.parallel, config.precision.is_half
     multiple = ALIGNMENT * ranks
     groups = [-(-size // multiple) * multiple for size in group_sizes(shards)]
@@ -126,7 +126,7 @@ def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) ->
 
 
 def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> RankMemory:
-    """Return the state under ZeRO-3: everything is sharded, parameter by parameter. Small parameters also stay
+    """Return the bytes of state under ZeRO-3: every parameter and its state are sharded. Small parameters also stay
     gathered."""
     parallel, width = config.parallel, BF16 if config.precision.is_half else FP32
     part = sum(count * -(-p.elements // ranks) for p, count in pieces(shards))
@@ -156,7 +156,7 @@ def group_sizes(shards: ParameterShards) -> list[int]:
     return [size for size in groups if size]
 
 
-# Host memory in which a rank stages its part of a checkpoint, while another process writes that to the disk.
+# Host memory in which a rank stages its part of a checkpoint, while another process writes this part to the disk.
 
 
 def staging_bytes(config: TrainConfig, world_size: int) -> int:
@@ -184,7 +184,7 @@ GENERATIONS = 2
 def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
     """Return the host memory in bytes that checkpoints in memory take for each rank of a node; 0 without them.
 
-    A node keeps the parts of its own ranks and, with several nodes, as many of a neighbor.
+    A node keeps the parts of its own ranks and, with several nodes, also the parts of a neighboring node's ranks.
 
     Args:
         config: config of the run.
@@ -220,8 +220,8 @@ def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> RankMemor
 
     ddp keeps 4 bytes a parameter for the weights, 4 for the gradients (views of the communication buckets) and 8 for
     the moments. zero1 shards moments and reduced gradients. fsdp shards all three: every tensor along its first
-    dimension, padded (ZeRO, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). For DeepSpeed see ``states``. For
-    the rest see ``compute_weights``, ``activations`` and ``logits``.
+    dimension, padded (ZeRO, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). For DeepSpeed see ``states``, for
+    other memory ``compute_weights``, ``activations`` and ``logits``.
 
     Args:
         config: config of the run.
@@ -242,7 +242,7 @@ def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: 
         activations=activations(config, dims, batch, stages, in_flight),
         logits=logits(config, dims, batch, in_flight) if any(stage.last for stage in stages) else 0,
     )
-    # With reduce_each_micro_batch, reduced gradients of the first micro-batch are there from the second one on.
+    # With reduce_each_micro_batch, reduced gradients of the first micro-batch exist from the second one on.
     if config.parallel.strategy is not Strategy.fsdp or (
         batch.accumulation > 1 and config.parallel.reduce_each_micro_batch
     ):
@@ -251,7 +251,7 @@ def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: 
 
 
 def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors:
-    """Return the degrees by which activations are divided over ranks."""
+    """Return the numbers of ranks over which activations are divided."""
     hidden = dims.tp if config.parallel.sequence_parallel else 1
     gathers = dims.cp > 1 and config.parallel.cp_method is CpMethod.allgather
     return ParallelFactors(tp=dims.tp, hidden=hidden, cp=dims.cp, gathers_keys=gathers, sends_rows=dims.ep > 1)
@@ -260,7 +260,7 @@ def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors
 def activations(
     config: TrainConfig, dims: ParallelDims, batch: Batch, stages: Sequence[StageLayers], in_flight: int
 ) -> int:
-    """Return the activations in bytes of ``in_flight`` micro-batches in a rank's stages.
+    """Return the bytes of the activations of ``in_flight`` micro-batches in a rank's stages.
 
     torch's pipeline has receive buffers for every micro-batch of a step, forward and backward
     (torch.distributed.pipelining.stage). It keeps a stage's outputs as long as its activations.
@@ -286,12 +286,12 @@ def activations(
 
 
 def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int) -> int:
-    """Return the bytes of logits: those of each micro-batch in flight, and the copies of the loss for one of them.
+    """Return the bytes of the logits of ``in_flight`` micro-batches, and of the copies that the loss makes for one of
+    them.
 
     The gradient is as large as the logits. It is computed from one chunk in fp32 at a time, unless the logits are fp32
     (gpt/model/layers.py). A pipeline keeps the logits until the end of their backward pass, which also makes a gradient
-    of the output matrix; with FSDP that one is among the compute weights. A chunked loss keeps the gradients of hidden
-    states and output matrix, and has one chunk of logits: three times in the width of products, once in fp32.
+    of the output matrix; with FSDP ``compute_weights`` counts this gradient.
     """
     model, width = config.model, BF16 if config.precision.is_half else FP32
     numbers = parallel_factors(config, dims).tokens(model, batch.micro) * (model.padded_vocab // dims.tp)

@@ -56,7 +56,7 @@ class ParameterShard:
 
     name: str
     shape: tuple[int, ...]
-    """Shape with which the rank computes: sharded by tp and ep, not yet by FSDP."""
+    """Shape of the tensor that the rank computes with: sharded by tp and ep, gathered by FSDP."""
     ranks: int
     """Number of ranks over which FSDP shards the parameter further."""
     dimension: int = 0
@@ -64,12 +64,12 @@ class ParameterShard:
 
     @cached_property
     def elements(self) -> int:
-        """Number of elements with which the rank computes."""
+        """Number of the parameter's elements that the rank computes with, gathered by FSDP."""
         return math.prod(self.shape)
 
     def stored(self, ranks: int) -> int:
-        """Return the elements stored by one of ``ranks`` ranks: those of the largest shard, to which all shards are
-        padded."""
+        """Return the number of elements that each of ``ranks`` ranks stores: that of the largest shard, because all
+        shards are padded to it."""
         return -(-self.shape[self.dimension] // ranks) * (self.elements // self.shape[self.dimension])
 
 
@@ -78,20 +78,20 @@ class ParameterShards:
     """The parameter shards of one rank."""
 
     block: tuple[ParameterShard, ...]
-    """Shards of one block."""
+    """Shards of the parameters of one block."""
     around: tuple[ParameterShard, ...]
-    """Shards outside the blocks."""
+    """Shards of the parameters outside the blocks."""
     layers: int
     """Number of blocks on the rank."""
 
     @cached_property
     def elements(self) -> int:
-        """Number of elements with which the rank computes."""
+        """Number of parameter elements that the rank computes with, gathered by FSDP."""
         return self.layers * elements(self.block) + elements(self.around)
 
     @cached_property
     def expert_elements(self) -> int:
-        """Number of elements of experts with which the rank computes."""
+        """Number of elements of experts that the rank computes with, gathered by FSDP."""
         return self.layers * elements(p for p in self.block if ".experts." in p.name)
 
     @property
@@ -105,7 +105,7 @@ class ParameterShards:
         return self.layers * len(self.block) + len(self.around)
 
     def stored(self, ranks: int | None = None) -> int:
-        """Return the elements that the rank stores, sharded over ``ranks``, by default over FSDP's ranks."""
+        """Return the number of elements that the rank stores, sharded over ``ranks`` ranks; None means FSDP's ranks."""
         of_block, around = (sum(p.stored(ranks or p.ranks) for p in parts) for parts in (self.block, self.around))
         return self.layers * of_block + around
 
@@ -114,7 +114,7 @@ class ParameterShards:
 def parameter_shards(
     model: ModelConfig, dims: ParallelDims, stages: tuple[StageLayers, ...] | None = None
 ) -> ParameterShards:
-    """Return the parameter shards of a rank with these pipeline stages, by default the whole model."""
+    """Return the parameter shards of a rank with these pipeline stages; None means the whole model."""
     stages = stages or (StageLayers(range(model.n_layer), first=True, last=True),)
     # A tied embedding is in the first and the last stage.
     at_end = ("norm.", "head.", *(("token_embedding.",) if model.tie_embeddings else ()))
@@ -161,12 +161,12 @@ def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[i
 
 
 def elements(parts: Iterable[ParameterShard]) -> int:
-    """Return the sum of the elements with which a rank computes."""
+    """Return the number of elements of all ``parts`` that a rank computes with, gathered by FSDP."""
     return sum(part.elements for part in parts)
 
 
 def cast_elements(shards: ParameterShards, last: bool = True) -> int:
-    """Return the elements of the matrices that autocast casts: all matrices of products except the fp32 router.
+    """Return the number of elements that autocast casts: all matrices of matrix products except the fp32 router.
 
     ``last`` is True if the rank has the last pipeline stage, and so the output matrix.
     """
@@ -191,7 +191,7 @@ def cast_elements(shards: ParameterShards, last: bool = True) -> int:
 
 @dataclass(frozen=True)
 class ParallelFactors:
-    """Degrees by which the activations of a micro-batch are divided over ranks; by default they are not."""
+    """Numbers of ranks over which the activations of a micro-batch are divided; 1 by default."""
 
     tp: int = 1
     """Number of tensor-parallel ranks, over which heads and inner widths are sharded."""
@@ -223,7 +223,7 @@ class ActivationBytes:
     block: int
     """Bytes of one block."""
     recomputed: int
-    """Bytes of ``block`` that are saved until the block's backward pass, which recomputes all others."""
+    """Bytes of ``block`` that are saved until the block's backward pass, which recomputes the other tensors."""
 
 
 @lru_cache(maxsize=CACHED)
@@ -306,7 +306,8 @@ class LayerBytes:
         """Return the bytes of the results of a block's matrix products, with attention, as gpt/parallel/compile.py
         saves them.
 
-        A built-in part next to a part of the user counts with all its saved tensors, as an upper bound.
+        If only one of attention and ffn is a class of the user, the other counts with all its saved tensors: an upper
+        bound.
         """
         model, width, factors = self.model, self.width, self.factors
         custom = model.custom_parts
@@ -328,7 +329,8 @@ class LayerBytes:
         return self.tokens * (attention + mixture) + self.rows * width * results
 
     def custom(self, part: str, products: bool = False) -> int:
-        """Return the bytes per token that a part of the user saves; with ``products``, only results of products."""
+        """Return the bytes per token that a user's ``part`` saves; with ``products``, only those of results of matrix
+        products."""
         counts = part_counts(self.model)[part]
         counted = (counts.products if products else counts.saved)["half" if self.width == BF16 else "fp32"]
         return -(-counted // self.model.block_size)
@@ -362,7 +364,8 @@ class LayerBytes:
         return (readers if self.width == BF16 else 1) * self.width * self.model.n_embd
 
     def attention(self) -> int:
-        """Return the bytes per token of norm, queries, keys, values, saved values of T x T pairs, and the result."""
+        """Return the bytes per token that attention saves: norm, queries, keys, values, T x T attention weights (only
+        with ``attention=manual``), and the result."""
         model, width, factors = self.model, self.width, self.factors
         around = self.norms() + self.dropout(width)
         if isinstance(model.attention, str):
@@ -389,9 +392,10 @@ class LayerBytes:
         return around + self.read(3) + bytes_
 
     def ffn(self) -> int:
-        """Return the bytes per token of norm and feed-forward layer.
+        """Return the bytes per token that norm and feed-forward layer save.
 
-        Of a mixture: the router in fp32, results and indices of the chosen experts, and the shared experts.
+        A mixture saves the router's tensors in fp32, results and indices of the chosen experts, and tensors of the
+        shared experts.
         """
         model, width = self.model, self.width
         around = self.norms() + self.dropout(width)
@@ -408,13 +412,14 @@ class LayerBytes:
         return bytes_
 
     def dense(self, inner: int) -> int:
-        """Return the bytes per token of the input, once for each matrix that reads it, and of the inner tensors."""
+        """Return the bytes per token of the saved input, for each matrix that reads it, and of the saved inner
+        tensors."""
         return self.read(2 if self.model.gated else 1) + self.width * self.inner_tensors * inner
 
     def experts(self) -> int:
-        """Return the bytes of the rows of the experts in a micro-batch, and of their inner tensors.
+        """Return the bytes per micro-batch of the saved rows of the experts, and of their inner tensors.
 
-        With expert parallelism a rank is assumed to receive as many rows as it sends: balanced routing.
+        Routing is assumed to be balanced: with expert parallelism a rank receives as many rows as it sends.
         """
         if self.model.ffn is not Ffn.moe:
             return 0

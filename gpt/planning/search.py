@@ -1,4 +1,4 @@
-"""Search of the layouts that are valid and fit in memory, and texts about them. Imports no torch."""
+"""Search of the layouts that are valid and fit in memory, and messages about them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Candidate:
     def plainness(self) -> tuple[int, ...]:
         """Sort key: the plainest layout has the smallest key.
 
-        Plain means few parallel dimensions, little sharding and no offload. Of equally plain layouts, the one with
-        the largest micro-batches has the smallest key.
+        A plain layout has few parallel dimensions, little sharding and no offload. Of equally plain layouts, the one
+        with the largest micro-batches has the smallest key.
         """
         dimensions = [getattr(self.dims, name) for name in ("pp", "cp", "ep", "tp")]
         strategies = [Strategy.ddp, Strategy.zero1, Strategy.fsdp]
@@ -72,7 +72,7 @@ def candidates(
         world_size: number of ranks.
         ranks_per_node: ranks of a node. Tensor parallelism stays within a node, because every layer waits for it.
         fixed: keys of ``parallel`` that never change.
-        offload: True to enumerate layouts with CPU offload instead.
+        offload: True for layouts with CPU offload, False for those without.
     """
     for parallel in parallel_configs(config, world_size, ranks_per_node, fixed, offload):
         chosen = replace(config, parallel=parallel)
@@ -138,7 +138,7 @@ def with_micro_batch(config: TrainConfig, micro_batch: int) -> TrainConfig:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The valid layouts, on the devices alone or with CPU offload."""
+    """The valid layouts of one search, either without or with CPU offload."""
 
     offload: bool
     fitting: tuple[Candidate, ...]
@@ -147,7 +147,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class LayoutSearch:
-    """Search of the layouts that fit. Its texts report CPU offload, and the layouts that do not fit."""
+    """Search of the layouts that fit in memory. ``explain`` reports CPU offload, and the layouts that do not fit."""
 
     config: TrainConfig
     world_size: int
@@ -163,7 +163,7 @@ class LayoutSearch:
             yield SearchResult(offload, fitting, tuple(one for one in found if not self.fits(one)))
 
     def layouts(self, offload: bool) -> Iterator[Candidate]:
-        """Yield every valid layout, with every micro-batch up to ``optim.max_micro_batch``: sizes only cost speed."""
+        """Yield every valid layout, in several sizes of micro-batch up to ``optim.max_micro_batch`` sequences."""
         known, micro_batch = set(), self.config.optim.max_micro_batch
         while micro_batch:
             for one in self.of_micro_batch(micro_batch, offload):
@@ -187,25 +187,28 @@ class LayoutSearch:
 
     @property
     def offloads(self) -> tuple[bool, ...]:
-        """False, and True if the machine has memory apart from its devices' and ``cpu_offload`` was not typed."""
+        """Whether to search without (False) and with (True) CPU offload. True is included if host memory is separate
+        from that of the devices, and the user did not type ``cpu_offload``."""
         return (False,) if self.machine.host is None or "cpu_offload" in self.fixed else (False, True)
 
     @property
     def can_fit(self) -> bool:
-        """True if any layout fits, with the largest micro-batches or with those of one sequence."""
+        """True if any layout fits in memory, with the largest micro-batches or with micro-batches of one sequence."""
         sizes = (self.config.optim.max_micro_batch, 1)
         return any(
             self.fits(one) for offload in self.offloads for size in sizes for one in self.of_micro_batch(size, offload)
         )
 
     def with_more_recompute(self) -> Iterator[tuple[str, LayoutSearch]]:
-        """Yield each mode that recomputes more than the run does: its override, and a search with it."""
+        """Yield a pair for each mode that recomputes more than the run does: its override, and a search with this
+        mode."""
         order = [Recompute.none, Recompute.selective, Recompute.full]
         for more in order[order.index(self.config.recompute) + 1 :]:
             yield f"recompute={more.name}", replace(self, config=replace(self.config, recompute=more))
 
     def explain(self, tried: Sequence[SearchResult]) -> Iterator[str]:
-        """Yield lines of text on CPU offload and on layouts that do not fit. The last of ``tried`` found a layout."""
+        """Yield lines of text on CPU offload and on layouts that do not fit. The last result in ``tried`` has layouts
+        that fit."""
         last = tried[-1]
         if last.offload:
             why = f"nothing fits ({self.nearest(tried[0])})" if tried[0].too_large else "no layout is valid"
@@ -218,7 +221,7 @@ class LayoutSearch:
             yield f"left out: {len(last.too_large)} that do not fit ({self.nearest(last)})"
 
     def nearest(self, *found: SearchResult) -> str:
-        """Describe the layout that comes nearest to fitting, with its required and the available memory."""
+        """Describe the layout that misses the memory by least, with the memory that it needs and that is available."""
         too_large = [one for result in found for one in result.too_large]
         one, machine = min(too_large, key=lambda one: one.memory.total), self.machine
         host = ""
@@ -231,7 +234,7 @@ class LayoutSearch:
         )
 
     def no_layout_error(self) -> ConfigError:
-        """Return the error for a search without valid layouts: that of the plainest layout."""
+        """Return the error for a search without valid layouts: if ddp is invalid too, its error."""
         given = self.config.parallel
         plainest = replace(given, strategy=Strategy.ddp)
         try:
@@ -248,7 +251,8 @@ class LayoutSearch:
         )
 
     def out_of_memory_error(self, tried: Sequence[SearchResult]) -> ConfigError:
-        """Return the error for a search in which no layout fits, with the least change that would help."""
+        """Return the error for a search in which no layout fits in memory, with the smallest change of the run that
+        helps."""
         machine = self.machine
         host = machine.host if tried[-1].offload else None
         there = f" and {host.room / GIB:.2f} GiB of host memory" if host is not None and host.room is not None else ""
@@ -259,7 +263,8 @@ class LayoutSearch:
         )
 
     def remedy(self) -> str | None:
-        """Return the overrides that make the run fit with the least change; None if no tried change is enough."""
+        """Return overrides (more nodes, more recomputation) with which the run fits; None if no tried change is
+        enough."""
         nodes = -(-self.world_size // self.machine.ranks_per_node)
         options = [("", self), *self.with_more_recompute()]
         for times in (1, 2, 4, 8, 16, 32, 64):
