@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             samples.append({"precision": precision, "m": m, "n": n, "k": k, "seconds": seconds})
             rates.append(2 * m * n * k / seconds / 1e12)
         print(f"{precision}: {min(rates):.3g} to {max(rates):.3g} TFLOP/s over {len(rates)} sizes", flush=True)
-    # Under this name the estimates of ``parallel=auto`` look the device up.
+    # ``parallel=auto`` finds the rates of a device by this name.
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     write_json(output, rates_document(name, samples, circumstances()))
     print(f"wrote {output}; to use it:\n  python -m launch parallel=auto cluster.matmul_rates={output} ...")
@@ -86,7 +86,7 @@ def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budg
 
 
 def circumstances() -> dict[str, Any]:
-    """Return host, versions, threads and date of a measurement."""
+    """Return the circumstances of a measurement: host, versions, threads and date."""
     return {
         "host": platform.node(),
         "python": platform.python_version(),

@@ -34,9 +34,9 @@ from launch.runs.folder import RunFolder
 
 
 WINDOW = 0.05
-"""Share of the tokens, up to the common number, over which the training loss is averaged. Single steps are noisy."""
+"""Share of the compared tokens, 0 to 1, over which the training loss is averaged, because single steps are noisy."""
 SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recompute", "init_from")
-"""Parts of the config, besides the model, whose differences are listed."""
+"""Parts of the config, in addition to the model, whose differences are listed."""
 COLUMNS = {
     "parameters": ("parameters", "{:,}"),
     "steps": ("steps", "{:,}"),
@@ -72,7 +72,7 @@ class RunMetrics:
     data_sha256: str | None
     config: dict[str, Any]
     values: dict[str, Any]
-    """Name in ``COLUMNS`` -> value; without unknown values."""
+    """Name in ``COLUMNS`` -> value; unknown values are left out."""
 
 
 def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
@@ -104,15 +104,17 @@ def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
 
 
 def curve(points: Sequence[tuple[int, float]]) -> Curve:
-    """Return the points as an array, (points, 2)."""
+    """Return pairs of tokens and loss as an array, (points, 2)."""
     return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
 def add_equal_losses(runs: Sequence[RunMetrics]) -> str | None:
-    """Add the losses at the same number of tokens to the values of the runs. Return a note on them; None if fewer than
-    two runs have tokens."""
+    """Add the losses at the same number of tokens to the values of the runs.
+
+    Returns:
+        A note on these losses; None if fewer than two runs have tokens."""
     begun = [run for run in runs if run.values["tokens"]]
-    # The checksum covers the tokens: losses per token of another tokenizer are not comparable either.
+    # The checksum covers the tokens: losses per token are not comparable between tokenizers.
     if len({run.data_sha256 for run in begun}) > 1:
         return "Losses are not compared: the runs were trained on different data, or tokens of another kind."
     if len(begun) < 2:
@@ -130,7 +132,7 @@ def add_equal_losses(runs: Sequence[RunMetrics]) -> str | None:
 
 
 def interpolate(losses: Curve, tokens: int) -> float | None:
-    """Interpolate a curve linearly at ``tokens``; None outside of its points."""
+    """Return the loss at ``tokens``, linearly interpolated, in nats per token; None outside of the curve's points."""
     if not len(losses) or not losses[0, 0] <= tokens <= losses[-1, 0]:
         return None
     return float(np.interp(tokens, *losses.T))
@@ -152,7 +154,7 @@ def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[s
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Return a label for each run: its folder below the common parent, and its typed overrides."""
+    """Return a label for each run: its folder below the common parent, and its overrides of the command line."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
     groups: dict[Path, list[Path]] = {}
     for run in runs:
@@ -209,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compared = {"architecture": find_differences(metrics, ("model",)), "settings": find_differences(metrics, SETTINGS)}
     output = args.output or Path(os.path.commonpath([run.parent for run in runs]))
     output.mkdir(parents=True, exist_ok=True)
-    # A file or a pipe has no width, so no line is folded there.
+    # A file or a pipe has no width, so lines in it are not folded.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     print_table(metrics, compared, console)
     if note is not None:

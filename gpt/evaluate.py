@@ -42,7 +42,7 @@ class Evaluation:
     num_bytes: float | None
     """Bytes of the predicted text; None if the tokens are no text, or their text is unknown."""
     logged_sequences: int
-    """Number of sequences for which training records ``val_loss``: the first ``eval.sequences``."""
+    """Number of sequences over which training computes ``val_loss``: the first ``eval.sequences`` of the split."""
     loss: float
     """Mean cross-entropy, nats per token."""
     perplexity: float
@@ -59,7 +59,7 @@ def evaluate_run(
     *,
     shows_progress: bool = False,
 ) -> Evaluation:
-    """Evaluate the checkpoint of a run on the first ``sequences`` of its validation split, by default the whole of it.
+    """Evaluate the checkpoint of a run on the first ``sequences`` sequences of its validation split.
 
     Args:
         path: the run folder.

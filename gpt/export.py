@@ -82,7 +82,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def byte_letters() -> list[str]:
-    """Return the character that the library writes for each byte: the byte itself if printable, else from U+0100 on.
+    """Return the character that the tokenizers library writes for each byte: the byte itself if it is printable, else a
+    character from U+0100 on.
 
     As in https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
@@ -95,7 +96,7 @@ def byte_letters() -> list[str]:
 
 
 def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a tokenizer.json with a model, the pre-tokenizer ``before`` and a decoder."""
+    """Return the content of a tokenizer.json from its model, its pre-tokenizer (``before``) and its decoder."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -128,7 +129,8 @@ def write_configs(
     eot: int | None,
     origin: dict[str, Any],
 ) -> None:
-    """Write config.json and generation_config.json; ``eot`` is the id that ends a text."""
+    """Write config.json and generation_config.json; ``eot`` is the id of the token that ends a text; None without such
+    a token."""
     # Written even if None, because the defaults are ids of another tokenizer.
     special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
     described = {"architectures": [adapter.architecture], "model_type": adapter.name, **adapter.write_config(config)}
@@ -217,7 +219,7 @@ def write_hf(
     origin: dict[str, Any],
     args: argparse.Namespace,
 ) -> None:
-    """Write a complete folder of transformers, synced to disk."""
+    """Write a complete folder that transformers loads, synced to disk."""
     temporary.mkdir()
     config, dtype = model.config, DTYPES[args.dtype]
     write_weights(temporary, to_hf(model.state_dict(), adapter, config), dtype)
@@ -232,7 +234,7 @@ def write_hf(
 
 
 def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    """Return run, step, data, checkpoint and commit of an export, as far as the run folder records them."""
+    """Return run, step, data, checkpoint and commit of an exported model, as far as the run folder records them."""
     manifest: Manifest = read_manifest(checkpoint)
     git = read_json(folder.environment(manifest.meta["attempt"])).get("git", {})
     return {

@@ -73,7 +73,7 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def make_generators(seed: int, count: int) -> list[torch.Generator]:
-    """Return a generator per sequence, so that its tokens do not depend on other sequences of the batch."""
+    """Return a random generator for each sequence, so that no sequence depends on other sequences of the batch."""
     return [torch.Generator("cpu").manual_seed((seed * 1000 + i) % 2**63) for i in range(count)]
 
 
@@ -88,7 +88,7 @@ def generate_tokens(
 ) -> Iterator[Tensor]:
     """Yield the next token of each sequence, (B,) on the CPU, without end.
 
-    The model sees at most ``block_size`` tokens; of a longer prompt, the last ones. When the window is full, only its
+    The model gets at most ``block_size`` tokens, the last ones of a longer text. When this window is full, only its
     last half is kept. So the cache is refilled once per ``block_size / 2`` tokens, not for every token.
 
     Args:
@@ -108,7 +108,7 @@ def generate_tokens(
             start, cache = tokens_BT.size(1) - max(1, size // 2), Cache(size)
         read = start + cache.length if use_cache else start  # first token that the cache lacks
         logits_BTV = model(tokens_BT[:, read:], cache if use_cache else None)
-        # Draw on the CPU, so that a seed gives the same tokens for any device of the model.
+        # Draw on the CPU, so that a seed gives the same tokens whatever the device of the model is.
         chances_BV = probabilities(logits_BTV[:, -1, :vocab_size].float(), sampling).cpu()
         next_B = torch.cat(
             [torch.multinomial(row, 1, generator=own) for row, own in zip(chances_BV, generators, strict=True)]
@@ -129,7 +129,7 @@ class Text:
         self._on_text = on_text
         self._shown = 0
         self.ids: list[int] = []
-        """Tokens added, without the one that ends a document."""
+        """Tokens added so far, without the token that ends a document."""
         self.ended = False
         """True once the model has ended the document."""
 
@@ -153,7 +153,7 @@ class Text:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
-    """Encode a prompt; an empty one begins a document.
+    """Return the tokens of a prompt; for an empty prompt the token that begins a document.
 
     Raises:
         ConfigError: the tokenizer lacks a character, or the prompt is empty and documents have no begin token.
@@ -169,15 +169,15 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[in
 def write(
     model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], args: argparse.Namespace
 ) -> None:
-    """Continue every prompt ``--samples`` times and print the texts: a single one as its tokens come, several when the
-    samples of a prompt are done.
+    """Continue every prompt ``--samples`` times and print the texts. A single text is printed token by token, several
+    texts when all samples of a prompt are done.
 
     The samples of a prompt run together, because a batch and its cache need sequences of equal length.
     """
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.validate()
     device = next(model.parameters()).device
-    size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids beyond those of the tokenizer have no text
+    size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids above those of the tokenizer have no text
     encoded = [encode_prompt(tokenizer, prompt, config.model.block_size) for prompt in prompts]
     generators = make_generators(args.seed, len(prompts) * args.samples)
     is_single = len(generators) == 1

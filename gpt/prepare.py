@@ -39,7 +39,7 @@ def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers
             "python -m gpt.prepare data=text data.path=FILE data.stream=false",
         )
     spec = build_spec(config, cache)
-    if spec is None:  # training never downloads: compute nodes often have no network
+    if spec is None:  # training never downloads data: compute nodes often have no network
         download_shakespeare(cache)
         spec = build_spec(config, cache)
         assert spec is not None, "it was just downloaded"

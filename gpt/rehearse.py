@@ -37,7 +37,8 @@ from launch.runs.folder import RunFolder
 
 
 def rehearse(config: TrainConfig, ranks: int, processes: int = 1) -> Rehearsal:
-    """Rehearse one rank of each kind, ``processes`` at a time; the config has precision and parallelism settled.
+    """Rehearse one rank of each kind, ``processes`` of them at a time. ``config`` has no ``auto`` for precision or
+    parallelism.
 
     Raises:
         ConfigError: the config does not fit the ranks, or cannot be rehearsed.
@@ -56,7 +57,7 @@ def rehearse(config: TrainConfig, ranks: int, processes: int = 1) -> Rehearsal:
 
 
 def refuse_unknown_engines(config: TrainConfig) -> None:
-    """Raise ConfigError for a run that needs values, a GPU or a library of its own in each step."""
+    """Raise ConfigError for a run whose steps need values of tensors, a GPU or another engine's library."""
     reasons = {
         "parallel.strategy=deepspeed": config.parallel.strategy is Strategy.deepspeed,
         "parallel.cpu_offload=true": config.parallel.cpu_offload,
@@ -92,7 +93,8 @@ def parse_words(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def settle(words: argparse.Namespace) -> tuple[TrainConfig, Machine | None]:
-    """Return the config with precision and parallelism chosen as on the GPUs of the command line, and the GPUs.
+    """Return the config with precision and parallelism chosen for the GPUs of the command line, and these GPUs; None if
+    no GPU is named.
 
     Raises:
         ConfigError: the config or the GPU is not known.

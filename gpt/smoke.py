@@ -39,7 +39,8 @@ WORDS = (
     "logging.tensorboard=false",
 )
 FALL = 1.0
-"""Smallest fall of the loss over the training steps, in nats per byte. The usual fall is about twice as large."""
+"""Smallest fall of the loss over the training steps that passes, in nats per byte. The usual fall is about twice as
+large."""
 
 
 class CheckFailedError(Exception):
@@ -53,7 +54,7 @@ def require(holds: bool, seen: str) -> None:
 
 
 def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:
-    """Make the checks in order; yield the title of each one that passes, and what it has observed.
+    """Make the checks in order; yield title and observed value of each check that passes.
 
     Raises:
         CheckFailedError: a check fails.

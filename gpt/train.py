@@ -110,7 +110,7 @@ def build(
         model = GPT(config.model)
     weights, initialised_from = first_weights(model, config, folder, world)
     engine = parallelize(model, weights, RunLayout(config, world, dims, batch))
-    set_timeouts(config.parallel.timeout_s)  # new groups have torch's own
+    set_timeouts(config.parallel.timeout_s)  # new groups have the timeout of torch
     refuse_unknown_text(config, samples.val_bytes(config.eval.sequences))
 
     run = Run(
@@ -146,7 +146,7 @@ def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
     Args:
         model: on the meta device.
         weights: the values of the model; engines that shard the model keep only this rank's shards.
-        layout: of the run.
+        layout: config, ranks and batch of the run.
 
     Returns:
         The engine, with this rank's part of the model on ``world.device``.
@@ -180,7 +180,7 @@ def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
 def open_checkpoints(
     kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, writer: Writer | None
 ) -> CheckpointManager:
-    """Open the checkpoints of a run, with those in memory and the remote copies if the config requests them."""
+    """Open the checkpoints of a run, also checkpoints in memory and remote copies if the config requests them."""
     keeps = Retention(kept.keep_last, kept.keep_every, kept.keep_best)
     give_up_after_s = 60 * kept.give_up_after_min
     manager = CheckpointManager(folder.checkpoints, keeps, world.control, engine.files, writer, give_up_after_s)
@@ -197,7 +197,7 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
     config = request.config
     set_determinism(config)
     with (
-        # Outermost: no rank waits for the end of copies. Forked while there are no devices and few threads.
+        # The outermost context: no rank waits for the end of copies. Forked while there are no devices and few threads.
         open_writer(config.checkpoint.asynchronous, partial(rank.phase, Phase.leaving)) as writer,
         open_world(config.device, config.parallel.timeout_s) as world,
         prefer_fast_kernels(world.device),

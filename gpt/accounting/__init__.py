@@ -75,15 +75,16 @@ class Parameters:
 
 
 class HiddenMatrices(NamedTuple):
-    """Elements of the matrices of the blocks, which Muon steps, and FLOPs of one Newton-Schulz iteration of all."""
+    """Elements of all matrices of the blocks (the optimizer Muon steps them), and FLOPs of one Newton-Schulz iteration
+    on all of them."""
 
     elements: int
     flops: int
 
 
 def count_hidden(model: ModelConfig) -> HiddenMatrices:
-    """Count the matrices of the blocks. An iteration over *r* rows and *c* columns, *r* at most *c*, has three matrix
-    products: 2 r^2 c + 2 r^3 + 2 r^2 c FLOPs. Each expert has matrices of its own."""
+    """Count the matrices of the blocks, and the FLOPs of an iteration. An iteration over *r* rows and *c* columns, *r*
+    at most *c*, has three matrix products: 2 r^2 c + 2 r^3 + 2 r^2 c FLOPs. Each expert has matrices of its own."""
     found = [(math.prod(shape), *sorted(shape[-2:])) for shape in block_shapes(model).values() if len(shape) > 1]
     flops = sum(4 * elements * rows + 2 * elements * rows**2 // columns for elements, rows, columns in found)
     return HiddenMatrices(model.n_layer * sum(elements for elements, *_ in found), model.n_layer * flops)
@@ -110,7 +111,7 @@ BLOCK_NORMS = ("attention_norm", "ffn_norm", "attended_norm", "fed_norm")
 
 
 def size(shapes: Shapes, prefix: str = "") -> int:
-    """Return the number of elements of the tensors whose name starts with ``prefix``."""
+    """Return the number of elements of all tensors whose name starts with ``prefix``."""
     return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
 
 
@@ -186,7 +187,7 @@ def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> S
 
 
 def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
-    """Return the shape of a gain, and of a shift if the layer has one."""
+    """Return the shapes of a norm's gain, and of its shift if it has one."""
     if isinstance(model.norm, str):
         return part_shapes(model, "norm" if width == model.n_embd else "head_norm", name)
     gain: Shapes = {f"{name}.weight": (width,)}
@@ -226,7 +227,7 @@ class Flops:
         L layers, H heads, Q head width, T sequence length; causal attention is not halved. N counts every matrix that a
         token is multiplied with: the output matrix, but not the input embedding, the position table, gains and biases.
         PaLM counts all its parameters. It has one matrix for input and output and no bias, so it differs by its gains.
-        Of experts, only those of the token count.
+        Of the experts, only those that the token is routed to count.
         """
         return sum(vars(self).values())
 
@@ -316,9 +317,9 @@ def training_flops_per_token(model: ModelConfig) -> Flops:
 def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
     """Return the FLOPs per token that the backward pass spends on recomputing the blocks.
 
-    ``full`` repeats all products of a block except the last. torch stops once nothing is missing, and the last result
-    is needed only if a later operation keeps its input (dropout, a norm, the weighting of experts). On CPUs in fp32
-    the last product is repeated too, and not counted here. ``selective`` repeats only attention, if a fused kernel
+    ``full`` repeats all products of a block except the last. torch stops as soon as no tensor is missing, and the last
+    result is needed only if a later operation keeps its input (dropout, a norm, the weighting of experts). On CPUs in
+    fp32 the last product is repeated too, and not counted here. ``selective`` repeats only attention, if a fused kernel
     draws dropout. Compiled code may repeat less.
     """
     once = forward_flops(model, sequences=1)

@@ -18,7 +18,8 @@ GIGA, TERA = 1e9, 1e12
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Figures of one device from its vendor, as its row of ``accelerators.csv`` describes them; None if unsupported."""
+    """Figures of one device from its vendor: a row of ``accelerators.csv``. None if the device does not support a
+    feature."""
 
     name: str
     """Whole name, as ``torch.cuda.get_device_name()`` returns it."""
@@ -33,31 +34,32 @@ class Accelerator:
 
     @property
     def half(self) -> Precision:
-        """16-bit precision of its matrix units: fp16 if they do not support bf16."""
+        """16-bit precision of the device's matrix units: bf16, or fp16 if they do not support bf16."""
         return Precision.bf16 if "bf16" in self.peaks else Precision.fp16
 
     @property
     def has_tf32(self) -> bool:
-        """True if fp32 products may round their factors to TF32."""
+        """True if the device can round the factors of fp32 products to TF32."""
         return "tf32" in self.peaks
 
     def peak(self, precision: Precision, tf32: bool = False) -> float | None:
-        """Return the dense peak in a precision, TFLOP/s; None if unknown. ``tf32`` allows TF32 for fp32 if
-        supported."""
+        """Return the dense peak in a precision, TFLOP/s; None if unknown. With ``tf32``, the peak of fp32 is that of
+        TF32, if the device supports it."""
         return self.peaks.get("tf32" if tf32 and self.has_tf32 and precision is Precision.fp32 else precision.name)
 
 
 VENDOR_WORDS = ("nvidia", "tesla", "geforce", "rtx", "amd", "instinct", "oam")
 """Words of a name that do not distinguish devices."""
 VARIANTS = {"ti", "super", "d"}
-"""Words that make a name another device: an RTX 4080 is no RTX 4080 SUPER."""
+"""Words that distinguish devices: an RTX 4080 is no RTX 4080 SUPER."""
 SXM = "sxm"
 """Word for the SXM form of a module, as opposed to a PCIe card. The bare name of a chip with several forms means
 SXM."""
 
 
 def words_of(name: str) -> list[str]:
-    """Return the words of a name in lower case, a size as ``80gb``, without words that do not distinguish devices."""
+    """Return the words of a name in lower case, without words that do not distinguish devices; a memory size is one
+    word, as ``80gb``."""
     spelled = re.sub(r"\b(\d{2,3})(?: ?(?:gib|gb|g))?\b", r"\1gb", re.sub(r"[\s_-]+", " ", name.lower()))
     return [word for word in re.sub(r"\brtx(?=\d)", "rtx ", spelled).split() if word not in VENDOR_WORDS]
 
@@ -111,7 +113,7 @@ def peak_flops(device_name: str, precision: Precision, tf32: bool = False) -> fl
     """Return the dense peak of a device in FLOP/s; None if unknown.
 
     ``device_name`` is the result of ``torch.cuda.get_device_name()``. For ``fp32`` the peak is that of true fp32
-    products, or with ``tf32`` that of TF32 if the device supports it.
+    products; with ``tf32`` it is that of TF32, if the device supports it.
     """
     known = find(device_name)
     tflops = None if known is None else known.peak(precision, tf32)

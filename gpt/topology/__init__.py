@@ -40,7 +40,8 @@ class ParallelDims:
     tp: int = 1
     """Number of tensor-parallel ranks, over which each matrix is sharded."""
     ep: int = 1
-    """Number of expert-parallel ranks, over which experts are sharded. They are part of the data-parallel ranks."""
+    """Number of expert-parallel ranks, over which experts are sharded. These ranks are part of the data-parallel
+    ranks."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -50,7 +51,7 @@ class ParallelDims:
 
     @property
     def data_ranks(self) -> int:
-        """Number of data-parallel ranks: groups of ranks with different samples."""
+        """Number of data-parallel ranks: each of these groups of ranks has other samples."""
         return self.dp_replicate * self.dp_shard
 
     @property
@@ -78,7 +79,7 @@ class ParallelDims:
 
 
 def parallel_dims(parallel: ParallelConfig, world_size: int, ranks_per_node: int = 1) -> ParallelDims:
-    """Return the mesh of ``world_size`` ranks for ``parallel``. The error proposes nodes of ``ranks_per_node`` ranks.
+    """Return the degrees of ``parallel`` on ``world_size`` ranks. The error proposes nodes of ``ranks_per_node`` ranks.
 
     Raises:
         ConfigError: the degrees do not divide the number of ranks.
@@ -151,7 +152,7 @@ def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
     """Split the global batch over ``data_ranks`` data-parallel ranks.
 
     The micro-batch is the largest divisor of the per-rank batch up to ``optim.max_micro_batch``. So for any number of
-    ranks all micro-batches have one size, and the global batch stays the same.
+    ranks all micro-batches have the same size, and the global batch stays the same.
 
     Raises:
         ConfigError: the global batch is not a multiple of the number of ranks.
@@ -182,9 +183,10 @@ def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
 
 
 def refuse_other_rates(config: TrainConfig, batch: Batch, folder: RunFolder) -> None:
-    """Raise ConfigError if a changed schedule gives another learning rate to a step that the run of ``folder`` keeps.
+    """Raise ConfigError if a changed schedule gives another learning rate to a step that the run in ``folder`` has made
+    and keeps.
 
-    ``config`` has its number of steps settled.
+    ``config`` is a result of ``settle_steps``.
     """
     now = config.optim
     if not folder.config.exists():
@@ -216,14 +218,15 @@ def expert_fsdp_ranks(dims: ParallelDims) -> int:
 def shard_dimension(model: ModelConfig, dims: ParallelDims) -> int:
     """Return the dimension of (experts, outputs, inputs) along which FSDP shards a rank's experts.
 
-    It is the first dimension if it divides evenly: a rank then has whole experts, contiguous in memory. Otherwise it is
-    the second.
+    It is the first dimension if the number of a rank's experts is a multiple of FSDP's ranks: each rank then has whole
+    experts, contiguous in memory. Otherwise it is the second dimension.
     """
     return 0 if model.n_expert // dims.ep % expert_fsdp_ranks(dims) == 0 else 1
 
 
 def can_shard(model: ModelConfig, dims: ParallelDims) -> bool:
-    """True if FSDP can shard the experts: evenly, as torch requires for every dimension except the first."""
+    """True if the FSDP ranks divide the sharded dimension of the experts evenly; torch requires this for every
+    dimension except the first."""
     if not dims.is_sharded or shard_dimension(model, dims) == 0:
         return True
     return model.n_embd % expert_fsdp_ranks(dims) == 0 and model.ffn_width % (expert_fsdp_ranks(dims) * dims.tp) == 0
@@ -257,13 +260,14 @@ def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def nearest_ep(model: ModelConfig, dims: ParallelDims) -> int:
-    """Return the valid ``ep`` nearest to that of ``dims``. 1 is always valid."""
+    """Return the valid number of expert-parallel ranks that is nearest to ``dims.ep``; 1 is always valid."""
     ranks = dims.dp_shard if dims.is_sharded else dims.data_ranks
     possible = [d for d in divisors(math.gcd(model.n_expert, ranks)) if d == 1 or can_shard(model, replace(dims, ep=d))]
     return min(possible, key=lambda d: (abs(d - dims.ep), d))
 
 
-# Blocks that FSDP shards and gathers together. The engine builds these units, and the plan counts with them.
+# Blocks that FSDP shards and gathers together. The engine builds these units, and the plan counts their memory and
+# time.
 
 
 def fsdp_units(config: TrainConfig, layers: int) -> list[int]:

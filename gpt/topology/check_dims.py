@@ -48,9 +48,9 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
 
 
 def refuse_without_deepspeed(config: TrainConfig) -> None:
-    """Raise ConfigError if a run on this machine needs DeepSpeed and this Python lacks it. Imports nothing.
+    """Raise ConfigError if the run needs DeepSpeed and this Python lacks it. Does not import DeepSpeed.
 
-    Not for a login node, because the nodes may have DeepSpeed.
+    Call this where the run trains, not on a login node, because only the nodes may have DeepSpeed.
     """
     if config.parallel.strategy is Strategy.deepspeed and not is_importable("deepspeed"):
         raise ConfigError(
@@ -63,7 +63,7 @@ def refuse_without_deepspeed(config: TrainConfig) -> None:
 def check_parallel_parts(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if the user's optimizer, or a user's class in the model, is unusable.
 
-    Also raises it if tp, cp or pp is above 1 and a user's class in the model does not state that it supports that.
+    Also raises ConfigError if tp, cp or pp is above 1, and a user's class in the model does not declare its support.
     """
     model = config.model
     optimizer_state(config.optim)
@@ -95,14 +95,14 @@ def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def refuse_dimensions(dims: ParallelDims, names: Sequence[str], found: str, expected: str, instead: str) -> None:
-    """Raise ConfigError if one of the dimensions ``names`` has several ranks. ``instead`` are overrides that allow it.
+    """Raise ConfigError if one of the dimensions ``names`` has several ranks.
 
     Args:
         dims: the parallel dimensions.
         names: dimensions that are not possible.
-        found: override that excludes them.
-        expected: the possible values.
-        instead: overrides with which they are possible.
+        found: override that excludes these dimensions.
+        expected: what is possible.
+        instead: overrides with which these dimensions are possible.
     """
     others = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in names if getattr(dims, name) > 1)
     if others:
@@ -170,7 +170,8 @@ def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_matrices(model: ModelConfig, tp: int) -> None:
-    """Refuse ``tp`` ranks that do not divide query heads, key-value heads and the inner width of the ffn."""
+    """Raise ConfigError if ``tp`` ranks do not evenly divide query heads, key-value heads or the inner width of the
+    ffn."""
     shared = {
         f"model.n_head={model.n_head}": model.n_head,
         f"{model.kv_heads} key and value heads": model.kv_heads,
@@ -201,7 +202,7 @@ def grouped_matmul_fits(model: ModelConfig, tp: int) -> bool:
 
 
 def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
-    """Refuse unequal sequence shards, and dropout on replicated activations.
+    """Raise ConfigError for unequal sequence shards, and for dropout on replicated activations.
 
     Each rank draws its own dropout noise, so ranks with the same activations would drop different elements.
     """

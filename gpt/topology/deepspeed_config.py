@@ -1,6 +1,6 @@
 """Configuration of DeepSpeed: generated from the run's config and merged with the user's file. Imports no torch.
 
-The login node checks it, too.
+The login node also checks this configuration.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AUTO = "auto"
 
 
 def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Return the config with which DeepSpeed starts: the generated one, plus the settings of
+    """Return the config with which DeepSpeed starts: the generated config, with the further settings of the user's file
     ``parallel.deepspeed_config``.
 
     Raises:
@@ -54,7 +54,7 @@ def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         # In ZeRO-0 the engine clips. DeepSpeed would clip each pipeline stage by its own norm, and not return the norm.
         "gradient_clipping": config.optim.grad_clip if parallel.zero_stage else 0.0,
         "zero_optimization": zero,
-        # By default it waits for the device before and after every micro-batch, to measure its time.
+        # By default DeepSpeed waits for the device before and after every micro-batch, to measure its time.
         "timers": {"throughput": {"enabled": False}},
     }
     if casts_weights(config):
@@ -73,14 +73,14 @@ def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
 def casts_weights(config: TrainConfig) -> bool:
     """True if DeepSpeed keeps bf16 weights over fp32 master weights.
 
-    ZeRO-0 is excluded, because it would run Adam twice in the first step. There, weights are fp32 and autocast casts
-    them, as with DDP.
+    ZeRO-0 is excluded, because it would run Adam twice in the first step. In ZeRO-0, weights are fp32 and autocast
+    casts them, as with DDP.
     """
     return config.precision.is_half and bool(config.parallel.zero_stage)
 
 
 def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that determine the sharding and the content of DeepSpeed's checkpoints."""
+    """Return those of ``settings`` that determine the sharding and the content of DeepSpeed's checkpoints."""
     return {key: settings.get(key) for key in ("zero_optimization", "bf16", "data_types")}
 
 
@@ -108,7 +108,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def run_values(config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Return the values that the run determines, by DeepSpeed's dotted key."""
+    """Return the values that the run's config determines: dotted key of DeepSpeed -> value."""
     optim, parallel, precision = config.optim, config.parallel, config.precision
     found: dict[str, Any] = {
         "train_batch_size": batch.global_batch,
@@ -118,7 +118,7 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         "zero_optimization.stage": parallel.zero_stage,
         "zero_optimization.offload_optimizer.device": "cpu" if parallel.offload_optimizer else "none",
         "zero_optimization.offload_param.device": "cpu" if parallel.offload_parameters else "none",
-        # Keys of older files for the same two settings.
+        # Keys of older DeepSpeed config files for the same two settings.
         "zero_optimization.cpu_offload": parallel.offload_optimizer,
         "zero_optimization.cpu_offload_param": parallel.offload_parameters,
         # This setting orders shards in a way that checkpoints do not record, so a resumed run would mix up weights.
@@ -138,7 +138,7 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         "optimizer.params.adam_w_mode": True,
     }
     if parallel.pp > 1:
-        found["wall_clock_breakdown"] = False  # its pipeline would start a timer of it twice
+        found["wall_clock_breakdown"] = False  # DeepSpeed's pipeline would start a timer of it twice
     others = ("amp", "torch_autocast", "tensorboard", "wandb", "csv_monitor", "comet")
     return found | {f"{name}.enabled": False for name in others}
 
@@ -153,13 +153,13 @@ OWNED_SECTIONS = (
 def merged_settings(
     ours: dict[str, Any], theirs: dict[str, Any], known: dict[str, Any], path: str, prefix: str = ""
 ) -> dict[str, Any]:
-    """Return the settings of the run, and those of the file that the run does not determine.
+    """Return the settings of the run, with the settings of the user's file that the run does not determine.
 
     Args:
         ours: settings of the run.
-        theirs: settings of the file, or of a section of the file.
+        theirs: settings of the user's file, or of a section of that file.
         known: result of ``run_values``.
-        path: the file, for messages.
+        path: path of the user's file, for messages.
         prefix: dotted key of the section.
 
     Raises:
@@ -187,7 +187,8 @@ def merged_settings(
 
 
 def same_value(theirs: Any, ours: Any) -> bool:
-    """Compare two values. 1 equals 1.0, true differs from 1, and Adam means AdamW, its default in DeepSpeed."""
+    """Return True if two values mean the same. 1 equals 1.0, true differs from 1, and Adam means AdamW, its default in
+    DeepSpeed."""
     if isinstance(theirs, bool) or isinstance(ours, bool):
         return theirs is ours
     if isinstance(theirs, str) and isinstance(ours, str):

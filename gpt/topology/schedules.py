@@ -19,7 +19,7 @@ from launch.errors import ConfigError
 
 
 def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if the layers or the micro-batches do not suit ``pp`` ranks and the schedule."""
+    """Raise ConfigError if ``pp`` ranks or the schedule cannot run this number of layers or micro-batches."""
     if dims.pp == 1:
         return
     if config.parallel.cpu_offload and config.model.tie_embeddings:
@@ -35,7 +35,7 @@ def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_layers(config: TrainConfig) -> None:
-    """Refuse more stages than layers."""
+    """Raise ConfigError for more stages than layers."""
     ranks, held, layers = config.parallel.pp, local_stages(config.parallel), config.model.n_layer
     if ranks * held <= layers:
         return
@@ -49,7 +49,7 @@ def check_layers(config: TrainConfig) -> None:
 
 
 def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
-    """Refuse a number of micro-batches that the schedule does not accept."""
+    """Raise ConfigError for a number of micro-batches that the schedule does not accept."""
     batch, parallel = split_batch(config.optim, dims.data_ranks), config.parallel
     if accepts_micro_batches(parallel, batch.accumulation):
         return
@@ -78,8 +78,8 @@ def suggest_batch(config: TrainConfig, batch: Batch) -> str:
 
 
 def check_split_backward(config: TrainConfig) -> None:
-    """Refuse settings that contradict a split backward pass. Its two halves read saved activations at different
-    times."""
+    """Raise ConfigError for settings that contradict a split backward pass, whose two halves read saved activations at
+    different times."""
     schedule = config.parallel.schedule.name
     undivided = {
         f"compile={config.compile.name}": (
@@ -109,7 +109,7 @@ def check_split_backward(config: TrainConfig) -> None:
 
 
 V_SHAPED = (Schedule.zbv, Schedule.dualpipev)
-"""Schedules in which each rank has two stages; the first rank has the first and the last one."""
+"""Schedules in which each rank has two stages; the first rank has the first and the last stage."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompu
     """Split the layers into ``stages`` consecutive stages so that the slowest one has the fewest FLOPs possible.
 
     The output matrix counts like a layer: with a large vocabulary the last stage has few blocks, or none. The look-up
-    in the embedding costs no FLOPs, and belongs to the first stage.
+    in the embedding costs no FLOPs, and is in the first stage.
     """
     flops = training_flops(model, sequences=1)
     again = recomputed_flops_per_token(model, recompute) * model.block_size
@@ -166,10 +166,11 @@ def rank_stages(config: TrainConfig, pp_rank: int) -> tuple[StageLayers, ...]:
 
 @cache
 def partition(costs: tuple[int, ...], parts: int) -> list[range]:
-    """Partition a sequence into ``parts`` consecutive runs, none empty, that minimize the largest sum.
+    """Split a sequence into ``parts`` consecutive parts, none empty, so that the largest sum of costs is minimal.
 
-    Of several such partitions, the most even one (least squares) is returned. After that, shorter runs come first,
-    because the first stages of a pipeline keep the activations of the most micro-batches.
+    Of several such partitions, the most even one (least squares) is returned. Of equally even ones, the partition whose
+    first parts are shorter is returned, because the first stages of a pipeline keep the activations of the most
+    micro-batches.
     """
     assert 1 <= parts <= len(costs), (parts, len(costs))
     sums = [0, *accumulate(costs)]
@@ -221,10 +222,10 @@ def bubble_fraction(schedule: Schedule, pp: int, micro_batches: int, stages_per_
     """Return the bubble for stages of equal cost: the share of a step in which a rank is idle, from 0 to 1.
 
     GPipe and 1F1B: (p - 1) / (m + p - 1) for p ranks and m micro-batches (arXiv 1811.06965, section 2.3; 2104.04473,
-    section 2.2.1). With v stages per rank, slots are v times as many and shorter (section 2.2.2). The V-shaped
-    schedules split the backward pass. If its halves take as long as the forward pass, the bubble is the fill of the
-    pipeline by the first micro-batch (ZB-V: arXiv 2401.10241, section 6; DualPipeV: 2412.19437, section 3.2.1, halved
-    as at https://github.com/deepseek-ai/DualPipe). For few micro-batches the formulas follow torch's schedules.
+    section 2.2.1). With v stages per rank, there are v times as many time slots, each shorter by v (section 2.2.2). The
+    V-shaped schedules split the backward pass. If its halves take as long as the forward pass, the bubble is the fill
+    of the pipeline by the first micro-batch (ZB-V: arXiv 2401.10241, section 6; DualPipeV: 2412.19437, section 3.2.1,
+    halved as at https://github.com/deepseek-ai/DualPipe). For few micro-batches the formulas follow torch's schedules.
     """
     p, m = pp, micro_batches
     if schedule in V_SHAPED:
