@@ -61,7 +61,8 @@ MATRIX_PRODUCTS = frozenset(
     }
 )
 ALL_TO_ALLS = frozenset({torch.ops._c10d_functional.all_to_all_single.default})
-"""All-to-alls of rows to experts on other ranks and back: their wait costs more than keeping their results."""
+"""All-to-alls that send rows to experts on other ranks and back. To keep their results costs less than to repeat
+them."""
 ATTENTION_KERNELS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -78,12 +79,12 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
     The last norm and the output matrix are compiled, too, if tensor parallelism does not split them. Of a chunked loss
     only the work on the logits of a chunk is compiled.
     """
-    # Compilation goes outside the recomputation, so that the compiler plans the backward pass around it. The compiler
-    # must then see the whole block. With collectives in the block (expert dispatch, context parallelism) it goes
+    # Compilation is outside the recomputation, so that the compiler plans the backward pass around it. The compiler
+    # must then see the whole block. With collectives in the block (expert dispatch, context parallelism) it is
     # inside.
     parallel = config.parallel
     asks = parallel.ep > 1 or parallel.cp > 1
-    # With tp and recompute=full too, it goes inside: torch 2.13 fails to keep the parts of its DTensors.
+    # With tp and recompute=full too, compilation is inside: torch 2.13 fails to keep the parts of its DTensors.
     inside = asks or (parallel.tp > 1 and config.recompute is Recompute.full)
     ways = (compile_block, recompute_block) if inside else (recompute_block, compile_block)
     for block in model.blocks:
@@ -135,7 +136,8 @@ def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int)
 
 
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
-    """Make ``block(...)`` call ``forward`` instead of its own; the hooks of the block still run around it."""
+    """Make ``block(...)`` call ``forward`` instead of the block's own method; the hooks of the block still run around
+    it."""
     block.forward = forward
 
 

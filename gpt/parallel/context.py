@@ -19,10 +19,10 @@ from gpt.parallel.timeline import waiting
 
 # Ring attention: keys and values circulate among the context-parallel ranks and meet every query (arXiv 2310.01889).
 #
-# While a rank computes with one block the next block is in transfer. No rank ever holds more than two blocks, so memory
+# While a rank computes with one block the next block is in transfer. No rank ever has more than two blocks, so memory
 # per rank stays constant if the ranks grow with the sequence length. The arithmetic is in gpt/model/attention.py.
 #
-# B sequences, T tokens of each on this rank, H heads, K key-value heads, C head width. A rank holds an early and a late
+# B sequences, T tokens of each on this rank, H heads, K key-value heads, C head width. A rank has an early and a late
 # chunk of each sequence, as ``SequenceShard`` below splits them. A block is keys and values: (2, B, K, T, C).
 
 
@@ -31,7 +31,8 @@ KEYS, GRADIENTS = 0, 1
 
 
 class RingAttention(torch.autograd.Function):
-    """Causal attention over all blocks of the ring; in the backward pass keys circulate again, with their gradients."""
+    """Causal attention over all blocks of the ring; in the backward pass keys and values circulate again, with their
+    gradients."""
 
     @staticmethod
     def forward(
@@ -84,7 +85,8 @@ class RingAttention(torch.autograd.Function):
 def block_gradients(
     grad_BHTC: Tensor, attended: Attended, block: Tensor, visible: tuple[int, int], causal: bool, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients, from one block, of the queries that attend to it, and of the keys and values they see.
+    """Return two gradients that come from one block: of the queries that attend to it, and of the keys and values that
+    these queries attend to.
 
     The gradient of the queries has shape (B, H, T - first, C). The gradient of keys and values has shape
     (2, B, K, keys, C). Both have the dtype of ``attended.lse``.
@@ -93,9 +95,9 @@ def block_gradients(
         grad_BHTC: gradient of the result of all blocks.
         attended: queries, and the result of all blocks.
         block: keys and values of the block, (2, B, K, T, C).
-        visible: ``first`` and ``keys``, as from ``visible_keys``.
-        causal: True for this rank's own block, see ``attend_block``.
-        fused: True to use the flash kernel, see ``attend_block``.
+        visible: ``first`` (index of the first query) and ``keys`` (number of keys), a result of ``visible_keys``.
+        causal: True for this rank's own block, in which a query attends only to keys up to its position.
+        fused: True to use the flash kernel.
     """
     first, keys = visible
     grad, *seeing = (x[:, :, first:].contiguous() for x in (grad_BHTC, *attended))
@@ -105,7 +107,8 @@ def block_gradients(
 
 
 def visible_keys(owner: int, rank: int, tokens: int) -> tuple[int, int]:
-    """Return the first of this rank's queries that attends to another rank's block, and the number of keys it sees.
+    """Return the index of this rank's first query that attends to the block of rank ``owner``, and the number of keys
+    of this block that such queries attend to.
 
     A rank's early chunk comes before the early chunks of higher ranks, and its late chunk after their late chunks. So
     every query sees the early chunk of a lower rank, and the late queries see both chunks of a higher rank.
@@ -114,7 +117,8 @@ def visible_keys(owner: int, rank: int, tokens: int) -> tuple[int, int]:
 
 
 class Transfer:
-    """An asynchronous send of a tensor to the next rank, and a receive of one of the same shape from the previous."""
+    """An asynchronous send of a tensor to the next rank, and a receive of a tensor of its shape from the previous
+    rank."""
 
     def __init__(self, ring: SequenceShard, x: Tensor, tag: int) -> None:
         # The send buffer must not change until the send completes.
@@ -138,7 +142,7 @@ class Transfer:
 
 # Context parallelism: each sequence, and with it the activations, is sharded over ``cp`` ranks.
 #
-# Everything but attention works on one token at a time and needs no change. This hooks into a model at three places:
+# Everything but attention works on one token at a time and needs no change. Context parallelism changes three places:
 # its positions, ``attend`` of each attention, and the balance loss of experts. Gradients are reduced over these ranks
 # and the data-parallel ranks together.
 #
@@ -164,7 +168,8 @@ class SequenceShard:
         self.next = (self.rank + 1) % self.ranks
 
     def others(self) -> list[int]:
-        """List the owners of the blocks in order of arrival. The last block is the next rank's, and is not sent on."""
+        """Ranks whose blocks arrive here, in order of arrival. The last block is that of the next rank, and is not sent
+        on."""
         return [(self.rank - i) % self.ranks for i in range(1, self.ranks)]
 
     def part(self, x_BS: Tensor) -> Tensor:
@@ -224,7 +229,7 @@ def allgather_attend(shard: SequenceShard, attend: Attend, q_BHTC: Tensor, k_BKT
 
 
 class AllGatherSequence(torch.autograd.Function):
-    """All-gather of the sequence shards, in the order of tokens, along the last dimension but one.
+    """All-gather of the sequence shards, in the order of tokens, along the second to last dimension.
 
     Its backward pass is a reduce-scatter of the gradients to the rank that holds the token.
     """

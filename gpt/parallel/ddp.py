@@ -30,10 +30,11 @@ from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, ParallelDims
 
 
 GATHER_BYTES = 256 * 2**20
-"""Bytes of an all-gather bucket: further memory that is used between two steps, when there are no activations."""
+"""Largest size of an all-gather bucket in bytes. Its memory is used between two steps, when there are no
+activations."""
 
 collectives = torch.ops._c10d_functional
-"""The functional collectives, since those of torch.distributed have new names in torch 2.13."""
+"""The functional collectives of torch, because the collectives of torch.distributed have new names in torch 2.13."""
 
 
 class SplitParameter(NamedTuple):
@@ -51,7 +52,7 @@ def split_parameter(whole: nn.Parameter, mesh: DeviceMesh) -> SplitParameter:
 
 
 def as_row_shard(local: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Wrap ``local``, this rank's rows of a tensor that has the shape of ``whole``, as a DTensor."""
+    """Return ``local`` as a DTensor: this rank's rows of a tensor with the shape of ``whole``."""
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
@@ -87,22 +88,23 @@ class GradientBucket:
         """Parameters whose gradients the backward pass has yet to compute."""
 
     def send(self) -> None:
-        """Start the collective."""
+        """Start the collective of the bucket."""
         raise NotImplementedError
 
     def receive(self) -> None:
-        """Wait for the sums."""
+        """Wait for the summed gradients of the bucket."""
         raise NotImplementedError
 
 
 class ReplicaBucket(GradientBucket):
-    """A bucket whose gradients are all-reduced (sum). They become views of the bucket, so no sum is copied back."""
+    """A bucket whose gradients are all-reduced (sum). The gradients become views of the bucket, so no sum is copied
+    back."""
 
     _sums: dist.Work | None = None
 
     def send(self) -> None:
         for parameter in self.parameters:
-            if parameter.grad is None:  # it took no part in the step, but another rank may have used it
+            if parameter.grad is None:  # the parameter took no part in the step, but another rank may have used it
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([local_tensor(p.grad).flatten() for p in self.parameters if p.grad is not None])
         places = flat.split([local_tensor(p.detach()).numel() for p in self.parameters])
@@ -123,13 +125,15 @@ class ReplicaBucket(GradientBucket):
 
 
 class RowBucket(GradientBucket):
-    """A bucket whose gradients are reduce-scattered (sum): each rank gets those of its rows, and no rank keeps more."""
+    """A bucket whose gradients are reduce-scattered (sum): each rank gets and keeps only the
+    gradients of its rows."""
 
     def __init__(self, pairs: Sequence[SplitParameter], group: dist.ProcessGroup) -> None:
         super().__init__([whole for whole, _ in pairs], group)
         sizes = [padded_chunk(whole, group.size()) for whole in self.parameters]
         self.sums = self.parameters[0].new_zeros(sum(sizes))
-        """This rank's part of the bucket, kept between steps, because the host needs time to make its DTensors."""
+        """Summed gradients of this rank's rows. The tensor is kept between steps, because the host needs time to make
+        its DTensors."""
         self._in_flight: tuple[Tensor, Tensor] | None = None
         """All gradients in one flat tensor, and the tensor in which the sums arrive."""
         self._gradients: list[tuple[nn.Parameter, DTensor]] = []
@@ -157,14 +161,15 @@ class RowBucket(GradientBucket):
 
 
 def row_buckets(parameters: Sequence[SplitParameter], mesh: DeviceMesh) -> list[RowBucket]:
-    """Return buckets of at most ``BUCKET_BYTES`` for the parameters that are trained, from the last to the first."""
+    """Return buckets of at most ``BUCKET_BYTES`` for the parameters that are trained, from the last parameter to the
+    first."""
     reduced = [pair for pair in reversed(parameters) if pair.whole.requires_grad and pair.whole.numel()]
     indices = split_into_buckets([pair.whole for pair in reduced], BUCKET_BYTES)
     return [RowBucket([reduced[index] for index in bucket], mesh.get_group()) for bucket in indices]
 
 
 class GradientReducer:
-    """Reduction of gradients in flat buckets, each when the backward pass has computed all its gradients.
+    """Reduction of gradients in flat buckets. A bucket is sent when the backward pass has computed all its gradients.
 
     Buckets are sent in one order, from the last parameters to the first, in whatever order gradients come. So all ranks
     send the same buckets, and every attempt of a run sums in the same order. Only a few buckets are on their way at a
@@ -184,14 +189,14 @@ class GradientReducer:
         self._in_flight: deque[GradientBucket] = deque()
 
     def begin_last(self) -> None:
-        """Have the next backward pass, the last of a step, send each bucket that is complete."""
+        """Prepare the last backward pass of a step, which sends each bucket when it is complete."""
         for bucket in self._buckets:
             bucket.missing = {*bucket.parameters}
         self._to_send.extend(self._buckets)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Send the remaining buckets, and wait for all."""
+        """Send the remaining buckets, and wait for the sums of all buckets."""
         while self._to_send:
             self._send(self._to_send.popleft())
         while self._in_flight:
@@ -226,7 +231,7 @@ NEVER = 2**31 - 1
 
 
 class DDPEngine(TorchEngine):
-    """DistributedDataParallel: a replica on every rank. A single rank calls the model itself."""
+    """DDP (torch's DistributedDataParallel): a replica on every rank. A run of one rank calls the model without DDP."""
 
     def __init__(self, model: GPT, layout: RunLayout) -> None:
         world = layout.world
@@ -250,7 +255,7 @@ class DDPEngine(TorchEngine):
         """Clear the gradients of the last step.
 
         With several micro-batches, gradients are zeros in DDP's buckets. If they were None, those of the first
-        micro-batches would need their own memory next to the buckets, as much again.
+        micro-batches would lie outside the buckets, and take as much memory again.
         """
         if self.world.size == 1 or self.batch.accumulation == 1:
             super().begin_backward()
@@ -289,11 +294,11 @@ class DDPEngine(TorchEngine):
         tokens_BT = torch.zeros(self.batch.micro, block, dtype=torch.long, device=device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for _ in range(2):
-                self._micro_batch_loss(tokens_BT, tokens_BT).backward()  # in the memory of a micro-batch, and no more
+                self._micro_batch_loss(tokens_BT, tokens_BT).backward()  # needs the memory of one micro-batch
         self._in_buckets = [parameter.grad for parameter in self._parameters]
         self.module.zero_grad()  # torch loads no state into an optimizer whose parameters have gradients
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # the peak that records name is that of training
+            torch.cuda.reset_peak_memory_stats(device)  # so that step records have the peak of training
 
     def sync_context(self, last: bool) -> AbstractContextManager[object]:
         if last or not isinstance(self.module, DistributedDataParallel):

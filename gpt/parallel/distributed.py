@@ -53,10 +53,10 @@ def shard_mesh(mesh: DeviceMesh, within: str = "dp_shard") -> DeviceMesh:
 
 
 def mesh_without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
-    """Return the mesh of the ranks that differ along no axis of ``axes``, as one axis.
+    """Return the mesh, of one axis, of the ranks that differ from this rank along no axis of ``axes``.
 
-    Without ``pp`` these are the ranks that hold the same layers. Without ``pp``, ``ep`` and ``tp`` they hold the same
-    part of the model and see other samples or tokens.
+    With ``axes`` of ``pp`` these are the ranks with the same layers. With ``pp``, ``ep`` and ``tp`` they have the same
+    part of the model, and other samples or tokens.
     """
     return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name not in axes])
 
@@ -64,7 +64,7 @@ def mesh_without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
 def expert_mesh(mesh: DeviceMesh, dims: ParallelDims) -> DeviceMesh:
     """Return the mesh of the data ranks and ``cp`` with an axis ``ep``, along which experts are sharded.
 
-    Under FSDP the axis is split off from ``dp_shard``, so that a replica holds all its experts; else from
+    Under FSDP the axis is split off from ``dp_shard``, so that each replica has all experts; else from
     ``dp_replicate``. ``edp`` is the rest of the split axis: the ranks that hold the same experts.
     """
     split_dim = "dp_shard" if dims.is_sharded else "dp_replicate"
@@ -77,7 +77,8 @@ def expert_mesh(mesh: DeviceMesh, dims: ParallelDims) -> DeviceMesh:
 
 
 def set_timeouts(timeout_s: float, without: Collection[dist.ProcessGroup] = ()) -> None:
-    """Set the timeout of later collectives, in seconds, in all process groups of this rank, also torch's own."""
+    """Set the timeout of later collectives, in seconds, in all process groups of this rank except ``without``; also in
+    the groups that torch has made."""
     for group in list(c10d._world.pg_map):
         if group not in without:
             c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
@@ -94,7 +95,7 @@ class PendingSum:
     work: dist.Work
 
     def wait(self, waits_as: str = WORLD) -> torch.Tensor:
-        """Return the sum, when it is complete; on a GPU only the stream waits, not the host.
+        """Wait for the sum and return it; on a GPU only the stream waits, not the host.
 
         The timeline of a step records the wait under the name ``waits_as``.
         """
@@ -105,7 +106,7 @@ class PendingSum:
 
 @dataclass(frozen=True)
 class World:
-    """This rank, one of ``size``, its device, and collectives, which all ranks must call."""
+    """This rank, one of ``size`` ranks, its device, and collectives, which all ranks must call."""
 
     rank: int
     size: int
@@ -132,7 +133,8 @@ class World:
         return PendingSum(values, dist.all_reduce(values, async_op=True))
 
     def gather(self, value: T) -> list[T]:
-        """All-gather a value that ``gpt.checkpoint.messages`` can send: the values of all ranks, on every rank."""
+        """Return the values of all ranks, by rank, on every rank. ``gpt.checkpoint.messages`` must be able to send
+        them."""
         return messages.all_gather(value, self.control)
 
     def on_first(self, action: Callable[[], T]) -> T:
@@ -166,11 +168,12 @@ class World:
 
 
 class FirstRankError(RuntimeError):
-    """Failure of rank 0 in a step that it does for all ranks; raised on all other ranks."""
+    """Failure of rank 0 in an action that it does for all ranks; raised on all other ranks."""
 
 
 def ranks_from_env() -> tuple[int, int, int, int, int]:
-    """Return (rank, world size, local rank, local world size, node) as torchrun sets them, else (0, 1, 0, 1, 0).
+    """Return (rank, world size, local rank, local world size, node) as torchrun sets them; without
+    torchrun (0, 1, 0, 1, 0).
 
     Raises:
         ConfigError: only some of the variables are set, or they contradict each other.
@@ -223,7 +226,7 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
 
 
 def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
-    """Return the store in which the ranks find each other; None leaves the choice to torch and its environment.
+    """Return the store in which the ranks find each other; None if torch chooses it from its environment variables.
 
     Under the launcher's agent, the keys have a secret prefix, because the store answers any process that reaches its
     port.
@@ -240,7 +243,7 @@ def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
 
 @contextmanager
 def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
-    """Join the other ranks for the length of a ``with`` block.
+    """Yield this rank's ``World``, joined with the other ranks for the length of a ``with`` block.
 
     Args:
         wish: the device of the config.
@@ -256,7 +259,7 @@ def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
     # The ranks connect now: a broken network fails before the model is built, and NCCL gets its memory before torch's
     # allocator takes it.
     dist.all_reduce(torch.zeros(1, device=device))
-    # Groups do not inherit the timeout of the first one.
+    # Groups do not inherit the timeout of the first group.
     control = dist.new_group(backend="gloo", timeout=timeout)
     yield World(rank, size, local_rank, local_size, node, device, control)
     # Not after an exception: closing waits for ranks that may be gone. The exit of the process closes the group.

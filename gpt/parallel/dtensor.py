@@ -25,7 +25,8 @@ from gpt.topology import BUCKET_BYTES
 
 
 def split_into_buckets(tensors: Sequence[Tensor], size: int) -> list[list[int]]:
-    """Split tensors, in their order, into buckets of one dtype and at most ``size`` bytes, or of a single tensor.
+    """Split tensors, in their order, into buckets of one dtype and at most ``size`` bytes. A larger tensor is a bucket
+    of its own.
 
     Returns:
         The indices of the tensors of each bucket.
@@ -52,7 +53,7 @@ def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -
 
 
 def inverse_replicas(grad: Tensor, ranks: int) -> float:
-    """Return 1 over the number of ranks, out of ``ranks``, that hold the same shard of a gradient."""
+    """Return 1 / (number of ranks, out of ``ranks``, that have the same shard of a gradient)."""
     if not isinstance(grad, DTensor):
         return 1 / ranks
     placements = list(enumerate(grad.placements))
@@ -67,9 +68,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def distribute(module: nn.Module, mesh: DeviceMesh, shardings: Mapping[str, Placement]) -> None:
-    """Replace the parameters of a module by DTensors over ``mesh``: sharded by ``shardings``, or replicated.
+    """Replace the parameters of a module by DTensors over ``mesh``. Parameters in ``shardings`` (name -> placement) are
+    sharded, the rest is replicated.
 
-    All ranks must have equal parameters. A parameter that is sharded over another mesh already is sharded
+    All ranks must have equal parameters. A parameter that is already sharded over another mesh is sharded
     further.
     """
     for name, parameter in list(module.named_parameters()):
@@ -102,7 +104,7 @@ def compute_on_shards(module: nn.Module, replicated_gradient: Placement) -> None
         for name, parameter in module.named_parameters():
             assert isinstance(parameter, DTensor)
             placements = [replicated_gradient if p.is_replicate() else p for p in parameter.placements]
-            parts[f"module.{name}"] = parameter.to_local(grad_placements=placements)  # gradients flow back through it
+            parts[f"module.{name}"] = parameter.to_local(grad_placements=placements)  # differentiable
         return functional_call(caller, parts, inputs)
 
     replace_forward(module, forward)
@@ -115,8 +117,8 @@ def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tens
 
 # Values for a model that was constructed and parallelized on the meta device, where tensors have only shapes.
 #
-# So a rank never holds more of the model than its shards and one whole parameter. A model that is larger than a device,
-# or than the memory of a node, can begin.
+# So a rank never has more of the model than its shards and one whole parameter. So a model may be larger than a
+# device, or than the memory of a node.
 
 
 @torch.no_grad()
@@ -124,10 +126,10 @@ def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, ho
     """Allocate a model and fill it: make one whole parameter after another on the CPU, and keep this rank's shard.
 
     Args:
-        parts: the model, or stages of one that may share modules, on the meta device.
+        parts: the model, or its pipeline stages, which may share modules; on the meta device.
         weights: the values by name, the same on all ranks; the call is not collective.
-        device: device that computes.
-        home: device that holds the shards between steps; None means ``device``.
+        device: device that computes with the shards.
+        home: device that stores the shards between steps; None means ``device``.
     """
     for part in parts:
         part.to_empty(device=home or device)
@@ -136,7 +138,7 @@ def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, ho
                 set_tensor(part, name, buffer.to(device))
     for part in parts:  # after all have memory: a shared module would lose its values if it got memory again
         for name, tensor in part.state_dict(keep_vars=True).items():
-            copy_shard(tensor, weights(name, tensor.shape))  # a call, so that no two whole tensors are held
+            copy_shard(tensor, weights(name, tensor.shape))  # a call, so that no two whole tensors are in memory
         part.reset_buffers()
 
 
@@ -159,7 +161,7 @@ Ranks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Drift:
-    """Ranks whose parameters differ from those of their replicas."""
+    """Ranks whose parameters differ from those of the ranks with the same shards."""
 
     ranks: Ranks
     is_certain: bool
@@ -176,12 +178,13 @@ class ReplicaCheck:
             for key in keys:
                 found[key] += (rank,)
         self._ranks_of = found
-        """Ranks that hold each shard, by its name."""
+        """Name of a shard -> ranks that have it."""
         self._groups = sorted({ranks for ranks in found.values() if len(ranks) > 1})
-        """Groups of ranks that hold the same shards, in an order that is the same on all ranks."""
+        """Groups of ranks that have the same shards, in an order that is the same on all ranks."""
 
     def find_drift(self) -> Drift | None:
-        """Compare the parameters of all replicas; None if they agree. Waits for the device. Collective."""
+        """Compare the parameters of all replicas; return the ranks that differ, None if all agree. Waits for the
+        device. Collective."""
         if not self._groups:  # every parameter is on one rank only
             return None
         place = {ranks: number for number, ranks in enumerate(self._groups)}
@@ -213,12 +216,12 @@ def shard_key(name: str, parameter: Tensor) -> str:
 
 
 def find_odd(groups: Sequence[Ranks], sums_RG: Sequence[Sequence[int]]) -> Drift | None:
-    """Return the ranks that differ from their replicas; None if no rank does.
+    """Return the ranks whose checksums differ from those of their replicas; None if there is none.
 
     If a majority of a group agrees, the ranks outside of this majority differ; otherwise all ranks of the group do.
 
     Args:
-        groups: ranks that hold the same shards.
+        groups: for each group, the ranks that have the same shards.
         sums_RG: checksum of each rank in each group; a rank outside the group does not count.
     """
     odd: set[int] = set()

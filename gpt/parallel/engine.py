@@ -38,15 +38,15 @@ class Clipped(NamedTuple):
     sums: Tensor
     """Figures of the step, summed over all ranks, (N,) float64."""
     flaw: Tensor
-    """0, or NaN if gradients are not finite on some rank; () float64, the same on all ranks."""
+    """0; NaN if gradients are not finite on some rank. () float64, the same on all ranks."""
 
 
 def clip_replica(
     parameters: Iterable[nn.Parameter], limit: float, world: World, figures_N: Tensor, meanwhile: Callable[[], None]
 ) -> Clipped:
-    """Clip gradients that every rank holds whole to the norm ``limit``; 0 leaves them as they are. Collective.
+    """Clip whole gradients, which are equal on all ranks, to the norm ``limit``; 0 does not clip. Collective.
 
-    For ``figures_N`` and ``meanwhile`` see ``Engine.clip``.
+    ``figures_N``, N numbers of this rank, float64, are summed over all ranks. ``meanwhile`` is called during the sum.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -67,9 +67,9 @@ def clip_shards(
     meanwhile: Callable[[], None],
     waits_as: str = WORLD,
 ) -> Clipped:
-    """Clip sharded gradients to the global norm ``limit``; 0 leaves them as they are. Collective.
+    """Clip sharded gradients to the global norm ``limit``; 0 does not clip. Collective.
 
-    Each item of ``gradients`` is a name, this rank's shard, and 1 over the number of ranks that hold the same shard.
+    Each item of ``gradients`` is a name, this rank's shard, and 1 / (number of ranks that have the same shard).
     With that factor, every element counts once in the sum over all ranks. The timeline of a step records the wait for
     the other ranks under the name ``waits_as``. For ``figures_N`` and ``meanwhile`` see ``Engine.clip``.
     """
@@ -88,7 +88,7 @@ def clip_shards(
 
 
 def flaw_of(norm: Tensor) -> Tensor:
-    """Return 0 for a finite norm, else NaN; () float64."""
+    """Return 0 if ``norm`` is finite, else NaN; () float64."""
     return norm.double() * 0.0
 
 
@@ -104,9 +104,10 @@ INITIAL = 2.0**16
 GROWTH, BACKOFF = 2.0, 0.5
 """Factors of the scale, powers of two: scaling and unscaling round nothing."""
 GROWTH_INTERVAL = 2000
-"""Steps in a row without overflow after which the scale grows. This and the three numbers above are torch's."""
+"""Steps in a row without overflow after which the scale grows. This number and the three numbers above are those of
+torch."""
 MINIMUM = 1.0
-"""Least scale. An overflow of gradients that are not scaled up has another cause: the run has diverged."""
+"""Smallest scale. At this scale gradients are not scaled up, so if they overflow, the run has diverged."""
 
 
 class LossScale:
@@ -118,7 +119,7 @@ class LossScale:
         self._steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def unscale(self, gradients: list[Tensor]) -> None:
-        """Divide gradients, this rank's shards of them on one device, by the scale, in place."""
+        """Divide gradients (this rank's shards, all on one device) by the scale, in place."""
         torch._foreach_mul_(gradients, self.scale.reciprocal().to(gradients[0].device))
 
     def update(self, overflows: Tensor) -> None:
@@ -127,7 +128,7 @@ class LossScale:
         self.scale.clamp_(min=MINIMUM)
 
     def state(self) -> dict[str, float]:
-        """Return the state for a checkpoint, in numbers that JSON holds exactly. Waits for the device."""
+        """Return the state for a checkpoint, in numbers that JSON stores exactly. Waits for the device."""
         return {"scale": self.scale.item(), "steps": self._steps.item()}
 
     def load(self, state: dict[str, float]) -> None:
@@ -140,7 +141,8 @@ class LossScale:
 
 
 def shared_squares(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, ...]:
-    """Return the sum of squares of each shard, times 1 over the number of its replicas; each () float64."""
+    """Return, for each pair of a shard and 1 / (number of its replicas), the sum of squares times this factor; each ()
+    float64."""
     # float64 on the device: the squares of a whole model do not fit the digits of a float32.
     norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
     return times(norms.square(), [share for _, share in parts])
@@ -156,8 +158,9 @@ def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
 
 # The engine: a parallelized model with its optimizer, as the training loop sees it.
 #
-# An engine is applied to a finished model from outside; the model knows nothing of parallelism. The engines are DDP and
-# ZeRO-1 (ddp.py), ND parallelism (nd.py), pipelines (pipeline.py) and DeepSpeed's (zero.py). gpt/train.py chooses one.
+# An engine is applied to a finished model from outside; the model contains no code for parallelism. The engines are DDP
+# and ZeRO-1 (ddp.py), ND parallelism (nd.py), pipelines (pipeline.py) and DeepSpeed's (zero.py). gpt/train.py chooses
+# one.
 #
 # Shapes: B sequences, T tokens of each.
 
@@ -191,15 +194,16 @@ class Engine:
     files: TensorFiles
     """The checkpoint format of the state that ``state()`` returns."""
     layer_group: dist.ProcessGroup | None = None
-    """The ranks that hold the same layers (the same pipeline stage); None means all ranks."""
+    """The ranks that have the same layers (the same pipeline stage); None means all ranks."""
     timed_groups: tuple[str, ...] | None = None
-    """Groups whose waits ``gpt.parallel.timeline`` records; None if there are none, or some waits cannot be seen."""
+    """Groups whose waits ``gpt.parallel.timeline`` records; None if there are none, or if some waits cannot be
+    recorded."""
     loss_scale: LossScale | None = None
     """Loss scale of fp16, for records and checkpoints; None in other precisions."""
     loss_weight: float = 1.0
     """1, or 0 if another rank computes and reports the loss of the same tokens."""
     counted: Tensor | None = None
-    """Targets of the global batch of the last step, () float64; None if every token has a target."""
+    """Number of targets in the global batch of the last step, () float64; None if every token has a target."""
     waits_as: str = WORLD
     """Name under which the timeline of a step records the wait of ``clip``."""
 
@@ -235,7 +239,7 @@ class Engine:
         return loss_sum * self.loss_weight
 
     def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Run forward and backward over all micro-batches; return the summed loss, () float64. See ``backward``."""
+        """Run forward and backward over all micro-batches; return this rank's part of the summed loss, () float64."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i in range(self.batch.accumulation):
             self.on_micro_batch()
@@ -247,7 +251,8 @@ class Engine:
         """Prepare the backward passes of a step."""
 
     def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
-        """Run forward and backward of a micro-batch, the ``last`` of a step or not; return the summed loss, ()."""
+        """Run forward and backward of a micro-batch; return the summed loss, (). ``last``: it is the last one of a
+        step."""
         raise NotImplementedError
 
     def reduce_gradients(self) -> None:
@@ -287,7 +292,7 @@ class Engine:
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         """Yield each gradient as (name, shard, share), by the parameter's name in the whole model.
 
-        The shard is this rank's; the share is 1 over the number of replicas of that shard.
+        The shard is that of this rank; the share is 1 / (number of ranks that have the same shard).
         """
         for name, parameter in self.trained.named_parameters():
             if parameter.grad is not None:
@@ -295,11 +300,11 @@ class Engine:
                 yield name.removeprefix("module."), local_tensor(parameter.grad), share
 
     def owners(self, name: str) -> int:
-        """Return the number of ranks that hold a parameter, or a shard of it."""
+        """Return the number of ranks that have the parameter ``name``, or a shard of it."""
         return self.world.size
 
     def state(self) -> Any:
-        """Return the state of model and optimizer in the form of ``files``, independent of the parallelism."""
+        """Return the state of model and optimizer in the layout that the checkpoint format ``files`` writes."""
         raise NotImplementedError
 
     def load(self, state: Any) -> None:
@@ -313,7 +318,7 @@ class TorchEngine(Engine):
     """A model parallelized by torch; each strategy overrides the methods in which it differs.
 
     Args:
-        module: the module that is called.
+        module: the module that is called for a forward pass.
         trained: the module that the optimizer steps and checkpoints store.
         layout: config, ranks and batch of the run.
         averaged: number of ranks over which the strategy averages gradients; 1 if it sums them.
@@ -340,7 +345,8 @@ class TorchEngine(Engine):
         set_auxiliary_scale(module, per_sequence, None if self.loss_scale is None else self.loss_scale.scale)
 
     def sync_context(self, last: bool) -> AbstractContextManager[object]:
-        """Return the context of a micro-batch; in the ``last`` of a step the backward pass may reduce gradients."""
+        """Return the context of a micro-batch. Only in the ``last`` one of a step may the backward pass reduce
+        gradients."""
         return nullcontext()
 
     def begin_backward(self) -> None:

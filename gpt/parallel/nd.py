@@ -42,8 +42,8 @@ def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
     The groups follow torchtitan (torchtitan/distributed/fsdp.py): the embedding; each block, or several
     (``fsdp_units``); norm with output matrix. The last unit of blocks, and norm and output matrix, stay gathered
     after the forward pass, since the backward pass begins with them. The backward pass of the embedding needs no
-    weights, so they are not gathered again. A tied matrix belongs to the group of the whole model, which has all
-    remaining parameters. It is used in the first and in the last layer, so it stays gathered in between.
+    weights, so they are not gathered again. A tied matrix is in the group of the whole model, which has all
+    remaining parameters. The matrix is used in the first and in the last layer, so it stays gathered in between.
     """
     # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -121,9 +121,11 @@ def record_fsdp_waits(module: nn.Module) -> None:
 
 
 def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
-    """Have each group of sharded modules, in the order of the forward pass, all-gather the group after it.
+    """Make each group of sharded modules, in the order of the forward pass, all-gather the parameters of the next
+    group.
 
-    FSDP2 leaves that to the host, which runs ahead of the device. A host that waits inside a block does not run ahead.
+    By default the host starts each all-gather early, because it runs ahead of the device. A host that waits inside a
+    block does not run ahead.
     """
     for here, following in pairwise(groups):
         assert isinstance(here[0], FSDPModule)
@@ -147,7 +149,7 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
     Args:
         model: the model with all experts, equal on every rank.
         mesh: the expert-parallel ranks.
-        averaged: True if FSDP averages the gradients of experts over the ranks that hold the same experts. These
+        averaged: True if FSDP averages the gradients of experts over the ranks that have the same experts. These
             gradients are already sums over ``mesh``, so they are divided by its size. The result is a mean over all
             data ranks, as for the other gradients.
     """
@@ -162,7 +164,7 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
 
 
 def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
-    """Shard a rank's experts over the ranks that hold the same experts (FSDP2).
+    """Shard a rank's experts over the ranks that have the same experts (FSDP2).
 
     FSDP2 all-gathers parameters when their module is called. Inside a block, torch 2.13 refuses that within recomputed
     or compiled code. So the experts' module is called around the whole block.
@@ -200,10 +202,10 @@ def build_dispatch(
 
 
 def local_experts(weight: Tensor, share: float) -> Tensor:
-    """Return this rank's experts of a parameter, with the gradient multiplied by ``share``."""
+    """Return this rank's experts of a parameter; their gradient is multiplied by ``share``."""
     mine = local_tensor(weight)
-    # FSDP2 could divide too, but by a factor that gloo does not support (PREMUL_SUM), or twice if one rank has the
-    # experts.
+    # FSDP2 could divide the gradient too, but with an operation that gloo does not support (PREMUL_SUM), or twice if
+    # a single rank has the experts.
     if share != 1 and mine.requires_grad:
         mine.register_hook(lambda gradient: gradient * share)
     return mine
@@ -285,7 +287,8 @@ class NDEngine(TorchEngine):
             self._sequence = shard_sequences(model, self.mesh["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._late: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
-        """Parameters whose gradients are sums over tp first, with the process group to all-reduce over after that."""
+        """Parameters whose gradients are summed over tp first, and the process group over which they are all-reduced
+        then."""
         self._reducer = GradientReducer([])
         module, parts = self.split_model(model, layout)
         data = self.mesh
@@ -324,8 +327,8 @@ class NDEngine(TorchEngine):
     def _plan_all_reduce(self, module: nn.Module, data: DeviceMesh) -> list[ReplicaBucket]:
         """Return buckets for the gradients of ``module``, in the order in which the backward pass computes them.
 
-        Replicas all-reduce their gradients without DistributedDataParallel, which wants every parameter on one kind
-        of mesh. Experts are replicated over fewer ranks than the rest, those of ``data`` without ep. Parameters that
+        Replicas all-reduce their gradients without DistributedDataParallel, which requires all parameters on one
+        mesh. Experts are replicated over fewer ranks than the rest, those of ``data`` without ep. Parameters that
         are replicated over tp go to ``_late``.
         """
         parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
@@ -370,16 +373,15 @@ class NDEngine(TorchEngine):
         if isinstance(self.module, FSDPModule):
             each = self.config.parallel.reduce_each_micro_batch
             self.module.set_requires_gradient_sync(last or each)
-            self.module.set_requires_all_reduce(last)  # between replicas once, whatever happens inside a replica
+            self.module.set_requires_all_reduce(last)  # once, for any number of reductions in a replica
         elif last:
             self._reducer.begin_last()
         return nullcontext()
 
 
 def find_timed_groups(config: TrainConfig, dims: ParallelDims) -> tuple[str, ...] | None:
-    """Return the groups of ranks whose waits are recorded; None if there are none.
-
-    Also None for compiled blocks with tp > 1, because the waits inside them cannot be recorded.
+    """Return the groups of ranks whose waits are recorded. None if there are none, and for compiled blocks with tp > 1,
+    because the waits inside these blocks cannot be recorded.
     """
     if dims.tp > 1 and config.compiles:
         return None

@@ -24,7 +24,7 @@ from gpt.parallel.timeline import WORLD, waiting
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, whose step works on the local shards of DTensors. Its state remains DTensors, for checkpoints.
+    """torch's AdamW, whose step computes on the local shards of DTensors. Its state stays in DTensors, for checkpoints.
 
     Local shards suffice, since the step is elementwise and gradients are sharded like their parameters. On DTensors,
     torch would derive a sharding for each parameter: 2 to 3 ms of host time per parameter in the first step. It would
@@ -40,7 +40,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def sharded_alike(p: Tensor, grad: Tensor) -> Tensor:
-    """Return a gradient with the placements of its parameter; a partial sum is completed."""
+    """Return a gradient with the placements of its parameter; a partial sum is reduced over the ranks first."""
     if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
         return grad.redistribute(placements=p.placements)
     return grad
@@ -50,8 +50,9 @@ def sharded_alike(p: Tensor, grad: Tensor) -> Tensor:
 def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
     """Context in which a step of the fused ``optimizer`` changes nothing, if ``skip``, a bool (), is true.
 
-    The fused kernel reads ``skip`` on the device; for a user's optimizer the host reads it before the step. Offloaded
-    parameters are stepped by the host, which waits here: torch would read the flag while it is still being copied.
+    The fused kernel reads ``skip`` on the device; for a user's optimizer the host reads ``skip`` before the step.
+    Offloaded parameters are stepped by the host, which waits here: torch would read the flag while it is still being
+    copied.
     """
     optimizer.found_inf = skip.float().to(optimizer.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
     try:
@@ -63,8 +64,8 @@ def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
 # Muon (https://kellerjordan.github.io/posts/muon; arXiv 2502.16982): the momentum of each hidden matrix, orthogonalized
 # by Newton-Schulz iterations.
 #
-# The momentum is sharded as its matrix is. The iterations need the whole matrix. So for each sharded matrix one of the
-# ranks that share it is the owner: it receives the parts, orthogonalizes, and returns to each rank its part of the
+# The momentum is sharded as its matrix. The iterations need the whole matrix. So for each sharded matrix one of the
+# ranks with a shard is the owner: it receives the parts, orthogonalizes, and returns to each rank its part of the
 # result. All matrices of a step travel in one all-to-all there and one back, in the bf16 in which the iterations begin.
 # A rank receives 4 bytes for each element that it stores. With an all-gather it would receive 2 bytes for each element
 # of the model, and every rank would do all iterations.
@@ -73,7 +74,7 @@ def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
 
 
 class Matrix(NamedTuple):
-    """A matrix of the model: name of its parameter, and number of the expert, 0 for a parameter without experts."""
+    """A matrix of the model: name of its parameter, and index of the expert; 0 for a parameter without experts."""
 
     parameter: str
     expert: int
@@ -84,14 +85,14 @@ class Part(NamedTuple):
 
     matrix: Matrix
     whole: tuple[int, int]
-    """Rows and columns of the matrix."""
+    """Numbers of rows and columns of the matrix."""
     place: tuple[slice, slice]
-    """Rows and columns of the part, in the matrix."""
+    """Ranges of rows and columns of the part in the matrix."""
     shape: tuple[int, int]
     rank: int
     """Rank that stores the part."""
     owner: int
-    """Rank that orthogonalizes the matrix for this rank."""
+    """Rank that orthogonalizes the matrix for ``rank``."""
 
     @property
     def elements(self) -> int:
@@ -106,7 +107,8 @@ Chunk = tuple[str, Sequence[int], Sequence[int], Sequence[int]]
 def share_out(chunks_of_ranks: Sequence[Sequence[Chunk]]) -> list[Part]:
     """Return the parts of all sharded matrices on all ranks, each with its owner; the same list on every rank.
 
-    Replicas orthogonalize for themselves. In a replica, each matrix goes to the rank with the least elements so far.
+    Each replica orthogonalizes all its matrices. In a replica, the owner of each matrix is the rank that owns the
+    fewest elements so far.
     """
     holders: dict[tuple[Matrix, tuple[int, ...]], dict[tuple[int, ...], list[int]]]
     holders = defaultdict(lambda: defaultdict(list))
@@ -162,12 +164,12 @@ class Exchange:
 class Muon(AdamW):
     """Muon for hidden matrices, and AdamW for all other parameters.
 
-    A step of Muon has the result of ``torch.optim.Muon`` over whole matrices. Stacked experts, (E, R, C), are
+    A step has the same result as a step of ``torch.optim.Muon`` over whole matrices. Stacked experts, (E, R, C), are
     orthogonalized one by one.
 
     Args:
         groups: parameter groups; those with ``muon`` contain hidden matrices only.
-        names: parameter of these groups -> its name, the same on all ranks.
+        names: parameter of ``groups`` -> its name, the same on all ranks.
         config: config of the optimizer.
         world: all ranks, which construct and step the optimizer together.
         fused: choice of the fused step of AdamW.
@@ -202,7 +204,7 @@ class Muon(AdamW):
         return False if "muon" in group else super()._init_group(group, *lists)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # AdamW expects a count of steps in each state that it sees; those of matrices have none.
+        # AdamW expects a count of steps in the state of each parameter; the states of matrices have none.
         counted = {p: values for p, values in state["state"].items() if "step" in values}
         super().__setstate__(state | {"state": counted})
         self.state = state["state"]
@@ -244,7 +246,7 @@ class Muon(AdamW):
         return update.bfloat16()
 
     def _newton_schulz(self, matrix: Tensor) -> Tensor:
-        """Orthogonalize a whole matrix, (R, C) bf16, which is overwritten."""
+        """Return a whole matrix, (R, C) bf16, orthogonalized; the input is overwritten."""
         coefficients, steps = self._options["ns_coefficients"], self._options["ns_steps"]
         result: Tensor = _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, _muon.EPS)
         return result
@@ -275,7 +277,7 @@ def build_optimizer(
         module: the module whose parameters are stepped.
         config: config of the optimizer.
         kind: class of AdamW.
-        fused: choice of the fused step also on devices for which it is not the default.
+        fused: True to use the fused step also on devices for which it is not the default.
         world: all ranks; needed by Muon only.
     """
     named = {p: name for name, p in module.named_parameters() if p.requires_grad}

@@ -53,7 +53,7 @@ class TimedStage(PipelineStage):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._received: set[tuple[str, int]] = set()
-        """(pass, micro-batch) of the passes that begin with data from another rank."""
+        """Pairs (name of the pass, number of the micro-batch) for the passes that begin with data from another rank."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._note("forward", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id))
@@ -88,9 +88,9 @@ class TimedStage(PipelineStage):
 class TiedEmbedding:
     """A tied embedding whose copies are in the first and the last stage; does nothing for an untied model.
 
-    Both copies get the sum of the two gradients. If they are on different ranks, both copies are stepped, and stay
-    equal. If one rank holds both stages, the copies are one parameter. Under FSDP they are two parameters even then,
-    because FSDP all-gathers each stage by itself. Only the first is then stepped, and is copied to the second.
+    Each copy gets the sum of both gradients. If the copies are on different ranks, both are stepped, and stay
+    equal. If one rank has both stages, the copies are one parameter. Under FSDP they are two parameters even then,
+    because FSDP all-gathers each stage by itself. Only the first one is then stepped, and copied to the second.
 
     Args:
         stages: this rank's stages.
@@ -113,7 +113,7 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Sum the gradients of both copies, after the reduction over data ranks."""
+        """Sum the gradients of the embedding's two copies. Call it after the reduction over data ranks."""
         if self._mine is not None:
             grad = tied_gradient(self._mine)
             own, theirs = grad.contiguous(), torch.empty_like(grad)
@@ -129,7 +129,8 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def copy_to_second(self) -> None:
-        """After a step, copy the first stage's parameter to the last stage, if one rank holds both under FSDP."""
+        """Copy the embedding of the first stage to the last stage, if one rank has both stages under FSDP. Call it
+        after a step."""
         if self._pair is not None:
             first, second = (stage.token_embedding.weight for stage in self._pair)
             local_tensor(second).copy_(local_tensor(first))
@@ -157,7 +158,7 @@ class PipelineEngine(NDEngine):
         config = self.config = layout.config
         self.world, self.batch, self.group = layout.world, layout.batch, self.mesh["pp"].get_group()
         # NCCL makes the communicator of a group in its first batched transfer, for which it waits for all ranks of the
-        # group. With tied embeddings, GPipe's first one is between two ranks alone.
+        # group. With tied embeddings, GPipe's first transfer is between two ranks alone.
         dist.all_reduce(torch.zeros(1, device=self.world.device), group=self.group)
         count = config.parallel.pp * local_stages(config.parallel)
         self._owner = {s: rank for rank in range(config.parallel.pp) for s in stage_indices(config.parallel, rank)}
@@ -239,7 +240,7 @@ class PipelineEngine(NDEngine):
         return self.world.size // self.dims.pp * copies
 
     def global_rank(self, stage: int) -> int:
-        """Return the global rank that holds a stage of this pipeline."""
+        """Return the global rank that has the stage ``stage`` of this pipeline."""
         return dist.get_global_rank(self.group, self._owner[stage])
 
     def _run_stage(
@@ -252,7 +253,8 @@ class PipelineEngine(NDEngine):
         return y if last else y.to(self._hidden(0, torch.device("meta")).dtype)
 
     def _hidden(self, sequences: int, device: torch.device) -> Tensor:
-        """Return an empty tensor like those sent between stages: (B, T, D), or this rank's shard along T.
+        """Return an empty tensor with shape and dtype of those that stages send: (B, T, D), or this rank's shard along
+        T.
 
         Residual stream and norms are fp32 under autocast. FSDP computes with weights of 16 bits, and casts inputs.
         """

@@ -42,7 +42,7 @@ from gpt.parallel.timeline import waiting
 class ShardedEmbedding(ParallelStyle):
     """Style of an embedding sharded by rows (one for each token of the vocabulary); output in placement ``hidden``.
 
-    torch's RowwiseParallel takes embeddings too, but its gradient on each rank is as large as the whole matrix (torch
+    torch's RowwiseParallel shards embeddings, too, but its gradient on each rank is as large as the whole matrix (torch
     2.13).
     """
 
@@ -52,7 +52,7 @@ class ShardedEmbedding(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
-        if isinstance(module.weight, DTensor):  # tied, and seen in another pipeline stage already
+        if isinstance(module.weight, DTensor):  # a tied embedding, sharded already in another pipeline stage
             return module
         distribute(module, device_mesh, {"weight": Shard(0)})
         replace_forward(module, partial(look_up, module, device_mesh, self.hidden))
@@ -74,7 +74,7 @@ def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable
 
     Args:
         mesh: the ranks over which the logits are sharded.
-        columns: number of logit columns of each rank, with those of padding.
+        columns: number of logit columns of each rank, including padding.
         vocab_size: number of columns that are tokens; the rest is padding.
     """
     first = mesh.get_local_rank() * columns
@@ -156,7 +156,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
 
 REPLICATED, SEQUENCE, HEADS, VOCABULARY = Replicate(), Shard(1), Shard(2), Shard(-1)
-"""Placements of activations: replicated, or sharded: (B, T, D) along T, (B, T, H, C) along H, (B, T, V) along V."""
+"""Placements of activations: replicated, or sharded, namely (B, T, D) along T, (B, T, H, C) along H, (B, T, V) along
+V."""
 
 MIXTURE_PLACEMENTS: dict[str, Placement] = {
     **{"experts.gate": Shard(1), "experts.up": Shard(1), "experts.down": Shard(2)},
@@ -166,7 +167,8 @@ MIXTURE_PLACEMENTS: dict[str, Placement] = {
 
 
 def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) -> None:
-    """Apply tensor parallelism over ``mesh`` to ``model``, or a pipeline stage of one, equal on all of its ranks.
+    """Apply tensor parallelism over ``mesh`` to ``model``, or to a pipeline stage, which is equal on all ranks of
+    ``mesh``.
 
     The model takes tokens as before, and returns this rank's columns of the logits. Some of these columns may be
     padding of the vocabulary, on any rank.
@@ -201,12 +203,12 @@ def record_tensor_waits() -> None:
 def apply_styles(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
     """Apply the styles of ``plan`` (name of a submodule -> style) to the submodules that this model has."""
     there = dict(module.named_modules())
-    # No broadcast of values: every rank has them.
+    # No broadcast of values, because every rank has them.
     parallelize_module(module, mesh, {name: plan[name] for name in plan if name in there}, src_data_rank=None)
 
 
 def outer_styles(model: GPT, hidden: Placement) -> dict[str, ParallelStyle]:
-    """Return the styles of the modules before and after the blocks."""
+    """Return the styles of the modules before and after the blocks: name of the module -> style."""
     head: ParallelStyle = ColwiseParallel(input_layouts=hidden, output_layouts=VOCABULARY)
     if model.config.tie_embeddings:
         head = PrepareModuleInputOutput(
@@ -264,8 +266,11 @@ class Replicated(ParallelStyle):
 def shift_positions(
     forward: Callable[[Tensor, int | Tensor], Tensor], slices: int, x_BTD: Tensor, start: int | Tensor = 0
 ) -> Tensor:
-    """Call ``forward`` with its first position moved by ``slices`` sequence shards of this length, or with the shard of
-    the positions (B, T) of all tokens."""
+    """Call ``forward`` on a sequence shard, (B, T, D), with the positions of its tokens.
+
+    A first position ``start`` is moved by ``slices`` lengths of the shard. If ``start`` has the positions of all tokens
+    of the sequences, the shard's positions are passed.
+    """
     first, length = slices * x_BTD.size(1), x_BTD.size(1)
     return forward(x_BTD, start[:, first : first + length] if isinstance(start, Tensor) else start + first)
 
@@ -273,9 +278,9 @@ def shift_positions(
 class ShardedMixture(ParallelStyle):
     """Style of a mixture of experts, each expert sharded by its inner width. Every rank routes all tokens alike.
 
-    Inside, everything that a rank computes is partial: the result, the gradient of the input, and that of the router.
-    So no collective is needed before the end. The routing losses, which every rank computes whole, are divided by the
-    number of ranks.
+    Inside the mixture, everything that a rank computes is a partial sum: the result, the gradient of the input, and
+    that of the router. So no collective is needed before the end. The routing losses, which every rank computes whole,
+    are divided by the number of ranks.
     """
 
     def __init__(self, hidden: Placement) -> None:

@@ -1,9 +1,9 @@
 """Timeline of a step: waits for other ranks, by group, and the work of a pipeline stage; recording waits for nothing.
 
 ``waiting("tp")`` encloses each wait of a collective, ``working`` each piece of a stage's work. Outside of a recorded
-step both do nothing. On a GPU times are places in its queue, by events on the stream that computes. A wait that other
-work hides takes no time there. On other devices times are the host's. They are read after the step, when the device has
-passed them.
+step both do nothing. On a GPU, times are events in the queue of the stream that computes, so a wait that other work
+hides takes no time. On other devices, times are those of the host's clock. All times are read after the step, when the
+device has passed them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Moment = float | torch.cuda.Event
 GROUPS = ("dp", "fsdp", "tp", "pp", "cp", "ep")
 """Groups of ranks whose exposed communication is reported separately."""
 WORLD, BUBBLE = "world", "bubble"
-"""Names of spans that wait for all ranks, and for another stage of the pipeline."""
+"""Names of spans that wait for all ranks, or for another stage of the pipeline."""
 HOST = "host"
 """Name of spans in which the host does work outside of the step, while the ranks communicate."""
 
@@ -43,7 +43,8 @@ class Span:
 
 
 _free: deque[torch.cuda.Event] = deque()
-"""Events of timelines that have been read. Otherwise each step of a large model under fsdp would make thousands."""
+"""Unused events, from timelines that have been read. Without reuse, each step of a large model under fsdp would make
+thousands."""
 
 
 class Timeline:
@@ -53,16 +54,16 @@ class Timeline:
         self._is_cuda = device.type == "cuda"
         self._waits: list[tuple[str, Moment, Moment]] = []
         self.works: list[tuple[str, Moment, Moment]] = []
-        """Pieces of work, each with the name of the time before it, as in ``schedule_waits``."""
+        """Pieces of work: the name of the time before the piece (as in ``schedule_waits``), begin and end."""
         self.schedules: list[tuple[str, Moment, Moment]] = []
         self.is_waiting = False
-        """True inside of a wait: a wait inside another one belongs to the outer one."""
+        """True inside of a wait, because a wait inside another wait is not recorded."""
         self.receives = False
         """True if the rank has begun to receive data from another rank, before its next piece of work."""
         self._events: list[torch.cuda.Event] = []
         self.start = self.now()
         self.marks = [self.start]
-        """Begin of the step, and ends of its phases: gradients are computed; then they are clipped and applied."""
+        """Begin of the step, and ends of its phases: computing the gradients, then clipping and applying them."""
 
     def now(self) -> Moment:
         """Return the present moment: host time, or an event in the GPU's queue."""
@@ -74,12 +75,12 @@ class Timeline:
         return event
 
     def give_back(self) -> None:
-        """Give the events to later timelines, when all moments have been read."""
+        """Return the events for use by later timelines. Call it when all moments have been read."""
         _free.extend(self._events)
         self._events.clear()
 
     def mark(self) -> None:
-        """Record the end of a phase: the device has done all work queued so far. Wait for nothing."""
+        """Record the end of a phase: the moment at which the device has done all work queued so far. Does not wait."""
         self.marks.append(self.now())
 
     def seconds(self, moment: Moment) -> float:
@@ -91,7 +92,7 @@ class Timeline:
         return moment - since
 
     def add_wait(self, name: str, begin: Moment) -> None:
-        """Record a wait from ``begin`` until now."""
+        """Record a wait named ``name`` from ``begin`` until now."""
         self._waits.append((name, begin, self.now()))
 
     def spans(self) -> list[Span]:
@@ -115,7 +116,7 @@ def schedule_waits(begin: float, works: Sequence[Span], waits: Sequence[Span]) -
     Args:
         begin: start of the schedule, in seconds since the step began.
         works: pieces of work in the order of time, each named ``bubble`` if it begins with data that another rank has
-            sent, else ``pp``. The last one, of no length, is the end of the schedule.
+            sent, else ``pp``. The last piece has no length; it is the end of the schedule.
         waits: spans of other groups, which are left out if they are between two pieces of work.
 
     Returns:
@@ -134,7 +135,8 @@ def schedule_waits(begin: float, works: Sequence[Span], waits: Sequence[Span]) -
 
 
 def total(spans: Sequence[Span], begin: float, end: float, *names: str) -> float:
-    """Return the summed seconds of spans that begin in [``begin``, ``end``), only of ``names`` if any is given."""
+    """Return the summed seconds of spans that begin in [``begin``, ``end``), only of spans with one of ``names`` if any
+    is given."""
     return sum(span.seconds for span in spans if begin <= span.begin < end and (not names or span.name in names))
 
 
@@ -153,13 +155,13 @@ def recorded(timeline: Timeline) -> Iterator[None]:
 
 
 def current() -> Timeline | None:
-    """Return the timeline of the step that is recorded; None outside of one."""
+    """Return the timeline of the step that is being recorded; None if no step is."""
     return _current
 
 
 @contextmanager
 def waiting(name: str) -> Iterator[None]:
-    """Record a wait for other ranks under ``name``, around a collective or the wait for its result."""
+    """Record the ``with`` block as a wait for other ranks, named ``name``: a collective, or the wait for its result."""
     timeline = _current
     if timeline is None or timeline.is_waiting:
         yield
@@ -174,7 +176,8 @@ def waiting(name: str) -> Iterator[None]:
 
 @contextmanager
 def working(is_fed: bool = False) -> Iterator[None]:
-    """Record a piece of work of a pipeline stage; ``is_fed`` if it begins with data that another rank has sent."""
+    """Record the ``with`` block as work of a pipeline stage. ``is_fed``: it begins with data that another rank has
+    sent."""
     timeline = _current
     if timeline is None:
         yield
@@ -192,7 +195,7 @@ def receiving() -> None:
 
 @contextmanager
 def scheduling() -> Iterator[None]:
-    """Record begin and end of a pipeline's schedule."""
+    """Record the ``with`` block as a pipeline's schedule."""
     timeline = _current
     if timeline is None:
         yield

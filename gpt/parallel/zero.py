@@ -38,10 +38,10 @@ from gpt.topology.deepspeed_config import casts_weights, checkpoint_settings, ds
 
 
 class ZeroFiles(TensorFiles):
-    """The checkpoint format of a ZeRO run, whose state is the engine itself.
+    """The checkpoint format of a ZeRO run; the state that it reads and writes is the engine itself.
 
     Args:
-        settings: the settings that decide the sharding, except the number of ranks; plain JSON.
+        settings: DeepSpeed's settings that decide the sharding, except the number of ranks; plain JSON.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class TensorReader:
         return self._read(f"model.{name}")
 
     def moment(self, name: str, key: str) -> Tensor:
-        """Read a whole moment of AdamW (``key``) of a parameter, fp32 on the CPU."""
+        """Read a whole moment of a parameter, fp32 on the CPU; ``key`` names the moment in AdamW's state."""
         return self._read(f"optimizer.state.{name}.{key}")
 
     def _read(self, key: str) -> Tensor:
@@ -123,7 +123,8 @@ class TensorReader:
 
 
 def local_gradient(parameter: Any) -> Tensor | None:
-    """Return this rank's shard of a gradient, after the backward pass and before the step; None if it has none."""
+    """Return this rank's shard of a gradient, after the backward pass and before the step; None if
+    this rank has no shard."""
     if hasattr(parameter, "ds_id"):
         return parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
     if not hasattr(parameter, "_hp_mapping"):
@@ -232,7 +233,7 @@ class ZeroEngine(Engine):
                 yield name, part.to(self.world.device), share
 
     def state(self) -> Any:
-        """Return the engine itself, stored in DeepSpeed's files; in stage 0 the state of model and optimizer."""
+        """Return the engine itself, which ``ZeroFiles`` stores; in stage 0 the state of model and optimizer."""
         if self.stage:
             return self
         parameters, optimizer = self.parameters, self.ds.basic_optimizer
@@ -252,11 +253,11 @@ class ZeroEngine(Engine):
             self.ds.basic_optimizer.state.clear()
 
     def rank_files(self, folder: Path, tag: str) -> list[str]:
-        """Return the paths that this rank reads of a DeepSpeed checkpoint written with the same parallelism."""
+        """Return the paths of the files that this rank reads, of a DeepSpeed checkpoint of the same parallelism."""
         return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
 
     def load_tensors(self, tensors: TensorReader, names: set[str], steps: int) -> None:
-        """Load the state after ``steps`` steps from whole tensors; ValueError if these differ in name from ``names``.
+        """Load the state after ``steps`` steps from whole tensors. ValueError if their names are not ``names``.
 
         Not collective; call ``update_from_masters`` afterwards.
         """
@@ -268,7 +269,8 @@ class ZeroEngine(Engine):
             buffer.copy_(tensors.weight(name))
 
     def tensor_info(self) -> dict[str, Any]:
-        """Return ``shapes`` of the parameters and ``buffers``, each by name, of all pipeline stages. Collective."""
+        """Return ``shapes`` (name of a parameter -> shape) and ``buffers`` (name -> tensor) of all pipeline stages.
+        Collective."""
         shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.parameters.items()}
         buffers = {name: buffer.cpu() for name, buffer in self.buffers().items()}
         found: dict[str, Any] = {"shapes": {}, "buffers": {}}
@@ -298,7 +300,7 @@ class ZeroEngine(Engine):
     # first step, and no padding.
 
     def held(self) -> list[tuple[str, Any]]:
-        """List the parameters, with their names, of whose state this rank has a shard."""
+        """Return pairs of name and parameter, for the parameters of whose state this rank has a shard."""
         named: list[tuple[str, Any]] = [*self.parameters.items()]
         return [(n, p) for n, p in named if self.stage in (0, 3) or p._hp_mapping is not None]
 
@@ -322,7 +324,7 @@ class ZeroEngine(Engine):
                 self._set(parameter, whole(name, key), key)
 
     def create_moments(self, steps: int) -> None:
-        """Create moments that are zero, as AdamW's first step does, with ``steps`` as the count of steps."""
+        """Create moments of zeros, as AdamW's first step does, and set the count of steps to ``steps``."""
         base = self.ds.basic_optimizer
         flat = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
         for group in base.param_groups:
@@ -336,7 +338,7 @@ class ZeroEngine(Engine):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: Any, whole: Tensor, key: str | None) -> None:
-        """Copy this rank's shard of ``whole`` into the masters, or into the moment ``key``."""
+        """Copy this rank's shard of ``whole`` into the moment ``key``; into the master weights if ``key`` is None."""
         if self.stage == 3:
             size, rank = parameter.ds_tensor.numel(), self.optimizer._get_param_partition_rank(parameter)
             piece = whole.flatten()[rank * size : (rank + 1) * size]
@@ -351,7 +353,7 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def update_from_masters(self) -> None:
-        """Update the weights used in computing from the masters. Collective."""
+        """Update the weights used in computing from the fp32 master weights. Collective."""
         if self.stage == 3:
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -375,5 +377,5 @@ def load_deepspeed(world: World) -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # DeepSpeed's shared-memory collectives take a minute to compile at the first start; gloo does without them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.groups.mpu = None  # an earlier pipeline in this process leaves it behind
+    deepspeed.utils.groups.mpu = None  # an earlier pipeline in this process may have set it
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)

@@ -62,7 +62,8 @@ class ZeroPipelineEngine(ZeroEngine):
 
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the summed loss of a micro-batch; a smaller one is padded, since the stages expect one size."""
+        """Return the summed loss of a micro-batch, (). A smaller micro-batch is padded, since the stages expect one
+        size."""
         self._rows = len(tokens_BT)
         self._loss_sum.zero_()
         filled = [F.pad(rows, (0, 0, 0, self.batch.micro - len(rows))) for rows in (tokens_BT, targets_BT)]
@@ -97,7 +98,7 @@ class GPTPipelineModule(PipelineModule):
     """This rank's layers of a GPT, with the parameter names of the whole model.
 
     Args:
-        model: the whole model, on the CPU, whose layers are taken over.
+        model: the whole model, on the CPU; its layers become those of this module.
         config: config of the run.
         stages: number of ranks of the pipeline.
         criterion: loss of logits and targets.
@@ -112,7 +113,7 @@ class GPTPipelineModule(PipelineModule):
         last = BEFORE + config.model.n_layer
         around = {"0": f"{TIED}.", TIED: f"{TIED}.", "1": "", str(last): "norm.", str(last + 1): "head."}
         self._names = around | {str(BEFORE + number): f"blocks.{number}." for number in range(config.model.n_layer)}
-        """Prefix in the whole model of the parameters of each of DeepSpeed's layers, by the layer's name."""
+        """Name of a layer in DeepSpeed -> prefix of its parameters in the whole model."""
         super().__init__(deepspeed_layers(model), num_stages=stages, loss_fn=criterion)
         self._layer_specs: list[Any] = []  # frees the other stages' layers
 
@@ -130,7 +131,7 @@ class GPTPipelineModule(PipelineModule):
             yield self.whole_name(name), parameter
 
     def rank_files(self, folder: Path) -> list[str]:
-        """Return the paths of the files that this rank reads: one for each of its layers that has a state."""
+        """Return the paths of the files that this rank reads: one file for each of its layers with a state."""
         layers = [i for i, layer in enumerate(self.forward_funcs) if hasattr(layer, "load_state_dict")]
         return [path for i in layers for path in self.ckpt_layer_path_list(str(folder), i)]
 
