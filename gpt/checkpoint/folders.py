@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Saves and a loaded checkpoint, as they are described to the training.
+# Descriptions of saves and of a loaded checkpoint, for the training loop.
 
 
 @dataclass(frozen=True)
 class Votes:
-    """One rank's figures about the save in flight, which a step sums over all ranks."""
+    """One rank's figures about the save in flight; each training step sums them over all ranks."""
 
     phase: int = 0
-    """Number of the phase of a save, the same on all ranks; 0: no save is in flight."""
+    """Number of the phase of a save, the same on all ranks; 0 if no save is in flight."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """``done`` and ``failed`` while a save is in flight. All ranks have the same names."""
 
@@ -61,16 +61,17 @@ class LoadedCheckpoint:
     rank_state: dict[str, Any] | None
     """State that this rank saved for itself; None if the number of ranks has changed."""
     set_aside: tuple[str, ...] = ()
-    """Newer checkpoints that were damaged, a line with name and reason for each."""
+    """One line with name and reason for each newer checkpoint that was damaged."""
     is_from_memory: bool = False
-    """True if it was loaded from the memory of the nodes."""
+    """True if the checkpoint was loaded from the memory of the nodes."""
     fetched_for: str | None = None
     """Reason why a copy on another filesystem was fetched; None if none was."""
     memory_damage: str | None = None
-    """Reason why no checkpoint in memory was loaded, or the damaged copies of its parts; None if there is neither."""
+    """Reason why no checkpoint in memory was loaded, or a list of the damaged copies of its parts; None without
+    either."""
 
 
-# The manifest of a checkpoint: the size and checksum of every file, and the run and step it belongs to.
+# The manifest of a checkpoint: the size and checksum of every file, and its run and step.
 
 
 NAME = "manifest.json"
@@ -127,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of ``folder``, and return it.
 
     Raises:
-        DamagedError: it is missing, or some byte differs from the saved one.
+        DamagedError: the manifest is missing, or some byte differs from the saved one.
         RuntimeError: it is sound, but of another version of this program.
     """
     try:
@@ -146,7 +147,7 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
     """
     try:
         value = json.loads(raw)
-        # Encoded again and compared byte for byte: this finds a flipped bit anywhere, also in a key or a space.
+        # Encoding it again and comparing each byte finds a flipped bit anywhere, also in a key or a space.
         if _encode({key: entry for key, entry in value.items() if key != "sha256"}) != raw:
             raise DamagedError(f"{NAME} has a wrong checksum")
     except (ValueError, AttributeError) as error:
@@ -158,10 +159,11 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
 
 
 def find_damage(path: Path, expected: FileSum) -> str | None:
-    """Compare a file with its entry in the manifest; return the damage, None if there is none.
+    """Compare the file at ``path`` with its size and checksum in the manifest; return the damage, None if there is
+    none.
 
     Raises:
-        OSError: the filesystem refused for a reason that says nothing about the file.
+        OSError: the filesystem failed for a reason that is no damage of the file.
     """
     try:
         found = sum_file(path)
@@ -190,7 +192,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    """Encode a manifest as JSON, with a checksum of its other keys that shows damage of the manifest itself."""
+    """Encode a manifest as JSON. A checksum of all other keys shows damage of the manifest itself."""
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body | {"sha256": digest}, indent=1) + "\n").encode()
 
@@ -246,7 +248,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Return True if the folder of the checkpoints does not exist or contains nothing."""
+    """Return True if the folder of the checkpoints does not exist or is empty."""
     return not _entries(folder)
 
 
@@ -263,7 +265,7 @@ def step_of(path: Path) -> int:
 
 
 def begin(temporary: Path, step: int) -> None:
-    """Create the folder to write a checkpoint into, and first remove the temporary folders of killed saves.
+    """Remove the temporary folders of killed saves, then create the folder to write the checkpoint of ``step`` into.
 
     Raises:
         FileExistsError: the step already has a checkpoint.
@@ -300,7 +302,7 @@ def commit(temporary: Path, step: int) -> Path:
     temporary.rename(final)
     try:
         sync_folder(final.parent)
-    except OSError as error:  # the folder has its name all the same; a second try would find the checkpoint
+    except OSError as error:  # the folder has its final name even so; a second try would find the checkpoint
         log.warning("%s may not outlive a power cut: %s", final, error)
     return final
 
@@ -331,7 +333,7 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
         try:
             loss = read(step).meta.get(VALIDATION_LOSS)
         except (DamagedError, OSError, RuntimeError):
-            continue  # no load takes it either
+            continue  # no load uses such a checkpoint either
         if isinstance(loss, float) and math.isfinite(loss):
             losses.append((loss, -step))  # of equal losses the newest step
     best = [-step for _, step in sorted(losses)[: keeps.best]]
@@ -339,7 +341,7 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
 
 
 def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
-    """Delete the checkpoints that ``keeps`` does not keep, except those of ``spared`` steps."""
+    """Delete the checkpoints that the rule ``keeps`` does not keep, except those of the steps ``spared``."""
     saved = steps(folder)
     kept = spared | kept_steps(saved, keeps, lambda step: read_manifest(final_for(folder, step)))
     for step in saved:
@@ -351,7 +353,7 @@ def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> No
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of all steps after ``step``, because the run goes back to ``step``."""
+    """Delete the checkpoints of all steps after ``step``, because the run continues from ``step``."""
     for path in list_committed(folder):
         if step_of(path) > step:
             _delete(path)

@@ -47,13 +47,14 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", 
 
 
 def deepspeed_tag(step: int) -> str:
-    """Return DeepSpeed's tag of a step: the name of the folder that it writes the step into."""
+    """Return DeepSpeed's tag of a step: the name of the folder into which it writes the checkpoint of the step."""
     return f"global_step{step}"
 
 
 @contextlib.contextmanager
 def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | None) -> Iterator[Path]:
-    """Yield a folder that torch.distributed.checkpoint can read: ``folder``, or a conversion, deleted after use.
+    """Yield a folder that torch.distributed.checkpoint can read: ``folder``, or for files of DeepSpeed a
+    conversion, which is deleted after use.
 
     Collective. ``folders.sweep`` removes a conversion that a killed process has left.
     """
@@ -64,12 +65,13 @@ def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | No
     require_reader(folder)
     scratch = run_on_first_rank(lambda: folders.begin_temporary(folder.parent, "converting", saved.step), group)
     yield run_on_first_rank(lambda: convert(folder, saved, scratch), group)
-    run_on_all_ranks(lambda: None, group)  # after a failure the sweep removes the folder
+    run_on_all_ranks(lambda: None, group)  # after a failure, ``folders.sweep`` removes the folder
     run_on_first_rank(lambda: folders.remove_folder(scratch), group)
 
 
 def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
-    """Convert a checkpoint of DeepSpeed to whole tensors; return their folder, in ``scratch``. Not collective."""
+    """Convert a checkpoint of DeepSpeed to whole tensors; return the folder of the tensors, in ``scratch``. Not
+    collective."""
     universal = to_universal(folder / deepspeed_tag(saved.step), scratch / "universal")
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     model: dict[str, Tensor] = dict(about["buffers"])
@@ -85,7 +87,7 @@ def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
 
 
 def require_reader(folder: Path) -> None:
-    """Raise ConfigError if this Python has no DeepSpeed, which alone reads the files in ``folder``."""
+    """Raise ConfigError if this Python has no DeepSpeed, because only DeepSpeed reads the files in ``folder``."""
     if not is_importable("deepspeed"):
         raise ConfigError(
             f"{folder}, a checkpoint in files of DeepSpeed's own, and no package deepspeed in {sys.executable}",
@@ -95,7 +97,7 @@ def require_reader(folder: Path) -> None:
 
 
 def to_universal(original: Path, out: Path) -> Path:
-    """Have DeepSpeed join its shards into a universal checkpoint, in the folder ``out``; return ``out``.
+    """Join the shards of the DeepSpeed checkpoint ``original`` into a universal checkpoint, in ``out``; return ``out``.
 
     DeepSpeed runs in a process of its own: it starts workers, and must not find the ranks of this process.
 
@@ -120,7 +122,7 @@ def to_universal(original: Path, out: Path) -> Path:
 def read_whole(universal: Path, name: str, key: str, shape: Sequence[int]) -> Tensor:
     """Read one whole tensor of a universal checkpoint: weights (``fp32``) or a moment.
 
-    Its file is memory-mapped: the data is read from the disk only when it is used.
+    The tensor is memory-mapped from its file: the data is read from the disk only when it is used.
     """
     path = universal / "zero" / name / f"{key}.pt"
     found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
@@ -138,7 +140,7 @@ def read_deepspeed_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     with tempfile.TemporaryDirectory() as scratch:
         universal = to_universal(folder / deepspeed_tag(saved.step), Path(scratch) / "universal")
-        # Cloned, since the files that they are mapped from are deleted with the scratch folder.
+        # Cloned, since the files from which the tensors are mapped are deleted with the scratch folder.
         found = {name: read_whole(universal, name, "fp32", shape).clone() for name, shape in about["shapes"].items()}
     return found | about["buffers"]
 
@@ -150,7 +152,8 @@ def read_deepspeed_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
 
 
 def encode_index(metadata: Metadata) -> dict[str, Any]:
-    """Turn an index into plain JSON: name -> [dtype, shape, [[offsets, sizes] of each chunk]]; None for no tensor."""
+    """Turn an index into plain JSON: name -> [dtype, shape, [[offsets, sizes] of each chunk]]; None for a
+    value that is no tensor."""
     return {
         name: None
         if isinstance(entry, BytesStorageMetadata)
@@ -202,13 +205,13 @@ class TensorFiles:
         self._plan: WritePlan | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Describe the files for the manifest, as plain JSON; ``kind`` names the format."""
+        """Return the description of the files for the manifest, as plain JSON; its key ``kind`` names the format."""
         return dict(TENSORS)
 
     def collect(self, step: int, state: Any, group: dist.ProcessGroup | None) -> RankPart:
         """Collect this rank's files of ``state`` after ``step``; their tensors may share memory with ``state``.
 
-        A failure is raised on every rank, or on this rank alone if no other rank waits.
+        A failure is raised on every rank; only on this rank if no other rank waits for it.
         """
         # ``dcp.async_save`` with a process of its own would keep plans, too, but does not fit. It stages the whole
         # state on every rank, replicas included. It plans and ends each save by collectives over a second process
@@ -241,16 +244,17 @@ class TensorFiles:
         return WritePlan(next(self._keys), own, found[0] if found else None)
 
     def read(self, folder: Path, saved: Manifest, state: Any, group: dist.ProcessGroup | None) -> None:
-        """Fill ``state`` from the files in ``folder``, which have this format or that of ``saved.contents``."""
+        """Fill ``state`` from the files in ``folder``, which have this format or the format named in
+        ``saved.contents``."""
         with open_as_tensors(folder, saved, group) as tensors:
-            # A state also holds settings of the optimizer, which a run of DeepSpeed does not write.
+            # A state also contains settings of the optimizer, which a run of DeepSpeed does not write.
             wanted = state if saved.contents == TENSORS else select_tensors(state)
             read_tensors(dcp.FileSystemReader(tensors), wanted, group)
 
 
 def read_tensors(reader: StorageReader, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Fill ``state`` with tensors by their names, through ``reader``. Collective."""
-    # The stages of a pipeline want different tensors, so a single rank cannot know which are unused.
+    """Fill ``state`` with the tensors of the same names that ``reader`` reads. Collective."""
+    # The stages of a pipeline load different tensors, so a single rank cannot know which are unused.
     names = messages.all_gather(sorted(flatten_state_dict(state)[0]), group)
     planner = _ExactPlanner({name for of_rank in names for name in of_rank})
     dcp.load(state, storage_reader=reader, planner=planner, process_group=group)

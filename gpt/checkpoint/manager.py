@@ -49,28 +49,28 @@ OUTDATED = "a later attempt owns this run"
 
 
 class OutdatedAttemptError(CheckpointError):
-    """A save was refused since a later attempt owns the run; nothing was committed."""
+    """A save was refused because a later attempt of the run has started; nothing was committed."""
 
 
 @dataclass
 class InFlight:
-    """The save in flight, as one rank knows it."""
+    """What one rank records about the save in flight."""
 
     about: Manifest
-    """The manifest without time and files."""
+    """The manifest of the save, without time and files."""
     may_commit: Callable[[], bool] | None
-    """None for a save to memory, as in ``start``."""
+    """Called on rank 0 just before the commit; False commits nothing. None for a save to memory."""
     started: float
     part: RankPart | StagedPart | None
     """None if this rank's part could not be collected, so that each try fails."""
     failure: str | None
     """Reason why ``part`` is None."""
     to: Path | MemorySave
-    """The temporary folder, or the checkpoint in memory."""
+    """Target of the save: a temporary folder, or a checkpoint in memory."""
     commits: bool = False
     """True in the second phase: rank 0 commits what all ranks have written."""
     submit_at: float | None = None
-    """Time of time.monotonic at which the part goes to the writer again; None while the writer has it."""
+    """Time (time.monotonic, seconds) at which the part is passed to the writer again; None while the writer has it."""
     result: Result | None = None
 
 
@@ -80,8 +80,8 @@ class CheckpointManager:
     A load finds and verifies the newest whole checkpoint: in the memory of the nodes, on disk, or in a copy elsewhere.
 
     Args:
-        folder: the folder of ``step_00000100`` and the like; every rank sees it.
-        keeps: checkpoints that are kept, at least the newest one.
+        folder: the folder that contains ``step_00000100`` and the like, on a filesystem of all ranks.
+        keeps: rule for the checkpoints to keep, at least the newest one.
         group: gloo group of all ranks, for the control messages. None means the default group, which must then be gloo.
         fmt: format of the state on disk; by default whole tensors.
         writer: writes this rank's part; by default this process, at once.
@@ -102,9 +102,11 @@ class CheckpointManager:
         self.group = group
         self.format = fmt or TensorFiles()
         self.memory: MemoryStores | None = None
-        """Further checkpoints in the memory of the nodes; a load prefers them if they are not older."""
+        """Checkpoints in the memory of the nodes; a load prefers them if they are not older than those on disk. None
+        without them."""
         self.connect: Callable[[], Target] | None = None
-        """Opens the copies on another filesystem, for a load that finds no whole checkpoint; None without copies."""
+        """Returns the target of copies on another filesystem, for a load that finds no whole checkpoint; None without
+        copies."""
         self.beat: Callable[[], None] = lambda: None
         """Called about once a second while a copy is fetched."""
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -112,7 +114,8 @@ class CheckpointManager:
         self.writer = writer or Writer()
         self.give_up_after_s = give_up_after_s
         self.upkeep: UpkeepPlan | None = None
-        """Work on each committed checkpoint; None only deletes those that are no longer kept."""
+        """Work on each committed checkpoint. With None, checkpoints that ``keeps`` no longer keeps are deleted, and no
+        more."""
         self.failures = 0
         self._failing_since = 0.0
         self._phases = self._names = 0
@@ -133,7 +136,7 @@ class CheckpointManager:
         meta: dict[str, Any],
         may_commit: Callable[[], bool] | None,
     ) -> None:
-        """Begin to write a state to disk, or send it to the memory of the nodes. No other save may be in flight.
+        """Begin to write a state to disk, or to send it to the memory of the nodes. No other save may be in flight.
 
         Args:
             step: number of the step; it has no checkpoint yet.
@@ -204,7 +207,7 @@ class CheckpointManager:
         if pending is None or phase != self._phases:
             return None  # the votes are of a phase that has ended
         if sums["done"] + sums["failed"] < (1 if pending.commits else self._ranks):
-            return None  # while some rank writes there, the folder stays
+            return None  # the folder stays while some rank writes into it
         return self._end_phase(pending, sums["failed"] > 0, hurries=False)
 
     def finish(self, hurries: bool = True) -> Saved | FailedSave | None:
@@ -214,7 +217,8 @@ class CheckpointManager:
             hurries: True to try again ``HURRIED_RETRY_S`` after each failure; False to wait longer each time.
 
         Raises:
-            CheckpointError: as in ``advance``; ConfigError and OutdatedAttemptError, too.
+            CheckpointError, ConfigError: saves have failed for ``give_up_after_s`` seconds; on every rank.
+            OutdatedAttemptError: a later attempt of the run has started; on every rank.
         """
         while (pending := self._pending) is not None:
             if (not pending.commits or self._rank == 0) and pending.result is None:
@@ -230,7 +234,7 @@ class CheckpointManager:
         return None
 
     def give_up(self) -> None:
-        """Forget the save in flight; the checkpoint before it stays the newest."""
+        """Give up the save in flight; the checkpoint before it stays the newest."""
         if self._pending is not None and isinstance(self._pending.to, Path):
             # A rank that still writes may create the folder anew: then the next save removes it.
             self._on_first(partial(jobs.remove_save, self._pending.to, self.keeps, False))
@@ -274,7 +278,7 @@ class CheckpointManager:
         """Prepare a failed save for the next try, and return the failure. Called when all ranks know that it failed.
 
         Raises:
-            OutdatedAttemptError: a later attempt owns the run.
+            OutdatedAttemptError: a later attempt of the run has started.
             CheckpointError: saves have failed for ``give_up_after_s`` seconds.
             ConfigError: the same, because the disk has no room.
         """
@@ -310,7 +314,8 @@ class CheckpointManager:
         return FailedSave(step, cause, self.failures, in_memory=False)
 
     def _failure(self, pending: InFlight) -> str | None:
-        """Return this rank's failure or None; after the rename, which is the commit, failures do not count."""
+        """Return the failure of the save on this rank; None if there is none, or if it came after the rename (the
+        commit)."""
         result = pending.result
         if result is None or not pending.commits:
             return None if result is None else result.failure
@@ -334,10 +339,10 @@ class CheckpointManager:
         """Return a new temporary folder for a save, the same on all ranks."""
         return self.folder / f".saving_{folders.final_for(self.folder, step).name}_{self._new_name()[:8]}"
 
-    # Going back.
+    # Return of the run to an earlier step.
 
     def discard_after(self, step: int) -> None:
-        """Delete all checkpoints of steps after ``step``, because the run goes back to ``step``.
+        """Delete all checkpoints of steps after ``step``, because the run continues from ``step``.
 
         Also deletes their copies on another filesystem, and all checkpoints in the memory of the nodes.
         """
@@ -347,9 +352,9 @@ class CheckpointManager:
         self.tend(None, step)
 
     def tend(self, committed: int | None, back_to: int | None) -> None:
-        """Have the upkeep work on a committed step, or delete copies after the step ``back_to``.
+        """Request the upkeep of the committed step ``committed``, or the deletion of copies after the step ``back_to``.
 
-        Without upkeep, only the checkpoints that are no longer kept are deleted.
+        Without upkeep, only delete the checkpoints that ``keeps`` does not keep.
         """
         self._on_first(partial(jobs.tend_saved, self.folder, self.keeps, self.upkeep, committed, back_to))
 
@@ -366,13 +371,13 @@ class CheckpointManager:
         return run_on_first_rank(lambda: folders.is_empty(self.folder), self.group)
 
     def load(self, state: Any) -> LoadedCheckpoint | None:
-        """Fill ``state`` from the newest checkpoint that is whole; None if there never was a checkpoint.
+        """Fill ``state`` from the newest checkpoint that is whole, and describe it; None if the run never had a checkpoint.
 
         Damaged checkpoints are set aside with a warning on rank 0. ``state`` has the structure and the shapes that were
         saved; topology and number of ranks may differ.
 
         Raises:
-            ConfigError: there were checkpoints and all are damaged, or the whole one belongs to another model.
+            ConfigError: there were checkpoints and all are damaged, or the whole checkpoint is of another model.
             CheckpointError: the filesystem failed.
         """
 
@@ -387,7 +392,7 @@ class CheckpointManager:
             loaded = self._load_from_disk(paths, state)
             if loaded is not None:
                 loaded = replace(loaded, memory_damage=why_not)
-            if self.memory is not None:  # the steps in memory are made again
+            if self.memory is not None:  # the run makes the steps in memory again
                 self.memory.keep("")
         return loaded
 
@@ -457,7 +462,7 @@ class CheckpointManager:
         """Fetch the newest whole copy on rank 0; the ranks communicate each second, so that no collective times out.
 
         Raises:
-            CheckpointError: the target cannot be read.
+            CheckpointError: the target of the copies cannot be read.
         """
         if (connect := self.connect) is None:
             return Fetched(None)
@@ -472,7 +477,7 @@ class CheckpointManager:
         """Read a verified checkpoint into ``state``.
 
         Raises:
-            ConfigError: the checkpoint does not fit ``state``; its files are sound, so it belongs to another model.
+            ConfigError: the checkpoint does not fit ``state``; its files are sound, so it is of another model.
         """
         try:
             run_on_all_ranks(lambda: self.format.read(path, manifest, state, self.group), self.group)

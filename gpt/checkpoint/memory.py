@@ -1,4 +1,5 @@
-"""Checkpoints in the memory of the nodes: each rank's part goes to the store of its node and of the next node.
+"""Checkpoints in the memory of the nodes: each rank's part is sent to the stores of its node and of the
+next node.
 
 The nodes form a ring, so that any one of them may be lost. A checkpoint that fails is given up, since the next one is
 due soon. A load takes the newest checkpoint of which every part has a sound copy, on any nodes. If there is none, the
@@ -29,9 +30,10 @@ from launch.errors import ConfigError
 from launch.worker.memory import Place, StoreClient, Upload, own_store
 
 REPORT = "report.json"
-"""File of each part: the positions of its tensors in its files; in rank 0's, the caller's ``meta`` and the index.
+"""File of each part with the positions of its tensors in its files; that of rank 0 also has the caller's ``meta`` and
+the index.
 
-The stores themselves know the rest of a manifest: step, number of ranks, files and checksums.
+The stores themselves record the rest of a manifest: step, number of ranks, files and checksums.
 """
 
 
@@ -74,14 +76,14 @@ def send(about: MemorySave, part: RankPart | StagedPart, state: WriterState) -> 
 
 
 def confirm(about: MemorySave, state: WriterState) -> None:
-    """Tell the stores of this rank's part that all ranks have sent their parts. No rank waits for this."""
+    """Confirm to the stores of this rank's part that all ranks have sent their parts. No rank waits for this."""
     for place in about.places:
         with StoreClient(place, about.secret) as store:
             store.ask("commit", save=about.save)
 
 
 class SentFiles(FileSystem):
-    """torch's file system for writing, which sends each file to all given memory stores."""
+    """torch's file system, which sends each file that is written to all given memory stores."""
 
     def __init__(self, stores: Sequence[StoreClient], save: str, rank: int) -> None:
         self._to = (stores, save, rank)
@@ -116,7 +118,7 @@ class MemoryStores:
         """Memory stores that this rank's part is written into."""
 
     def load(self, state: Any, at_least: int) -> tuple[LoadedCheckpoint | None, str | None]:
-        """Fill ``state`` from the newest checkpoint in memory, and free the memory of all others.
+        """Fill ``state`` from the newest checkpoint in memory, and delete all other checkpoints in memory.
 
         Returns:
             The checkpoint and None; or None and the reason why memory has none of step ``at_least`` or later.
@@ -132,7 +134,7 @@ class MemoryStores:
         return loaded, None
 
     def keep(self, save: str) -> None:
-        """Have the stores delete all saves except the one with the id ``save``; all, if none has that id."""
+        """Delete all checkpoints in the stores except the one named ``save``; all of them if none has this name."""
 
         def keep() -> None:
             with StoreClient(self.own, self.secret) as store:
@@ -215,7 +217,8 @@ class MemoryStores:
 
 
 def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
-    """Return the stores that hold a rank's part: its own node's, and that of the next node in the ring, if any.
+    """Return the stores of a rank's part: that of the rank's node, and that of the next node in the ring, if there is
+    one.
 
     Args:
         own: store of the rank's node.
@@ -246,16 +249,16 @@ def open_memory(group: dist.ProcessGroup | None, writer: Writer | None) -> Memor
     return MemoryStores(group, *own)
 
 
-# Reading the parts that the stores hold.
+# Reading the parts in the stores.
 
 
 class _NotInMemoryError(Exception):
-    """There is no checkpoint in memory that could be loaded; the message says why."""
+    """No checkpoint in memory can be loaded; the message says why."""
 
 
 @dataclass
 class _HeldSave:
-    """A checkpoint in memory: the sound copies of its parts that the present nodes hold."""
+    """A checkpoint in memory: the sound copies of its parts in the stores of the present nodes."""
 
     save: str
     step: int
@@ -267,7 +270,8 @@ class _HeldSave:
 
 
 class HeldFiles(FileSystem):
-    """torch's file system over a checkpoint in memory: each part is read from the rank's present node if it is there.
+    """torch's file system over a checkpoint in memory. A part is read from the store of this rank's node if it is
+    there, else from another store.
 
     Args:
         held: the checkpoint.
@@ -287,7 +291,7 @@ class HeldFiles(FileSystem):
         self._stack = stack
 
     def read(self, rank: int, name: str) -> bytes:
-        """Return the whole content of one file of a rank's part."""
+        """Return the whole content of the file ``name`` of a rank's part."""
         place = self._sources[rank]
         if place not in self._clients:
             self._clients[place] = self._stack.enter_context(StoreClient(place, self._secret))

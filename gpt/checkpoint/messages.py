@@ -29,10 +29,10 @@ PACKAGES = ("gpt", "launch")
 
 
 def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """All-gather a value over a gloo group: the values of all ranks, by rank, on every rank. Collective.
+    """Return the values of all ranks of a gloo group, by rank, on every rank. Collective.
 
     Raises:
-        TypeError: the value is of a kind that cannot be sent; raised before any message.
+        TypeError: the value has a type that cannot be sent; raised before any message.
     """
     return [decode_value(message) for message in gather_bytes(encode_value(value), group)]
 
@@ -75,7 +75,7 @@ def decode_value(message: bytes) -> Any:
     """Return the value that ``encode_value`` received: equal, and of the same types.
 
     Raises:
-        ValueError: this is no message of ``encode_value``.
+        ValueError: ``message`` is no result of ``encode_value``.
     """
     return from_plain(json.loads(message))
 
@@ -178,7 +178,7 @@ T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A save or a load failed on some rank; raised on every rank with the failure of the lowest failed rank."""
+    """A save or a load failed on some rank. Raised on every rank, with the failure of the lowest rank that failed."""
 
 
 def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
@@ -211,10 +211,10 @@ def run_on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) 
 
 
 def first_failure(own: str | None, group: dist.ProcessGroup | None) -> str:
-    """Return ``rank N: FAILURE`` of the lowest rank that has failed. Collective.
+    """Return ``rank N: FAILURE`` for the lowest rank that has failed. Collective.
 
     Args:
-        own: failure of this rank; None if it has none.
+        own: failure of this rank as text; None if this rank has not failed.
         group: gloo group of the ranks, some of which have failed.
     """
     return next(f"rank {rank}: {text}" for rank, text in enumerate(all_gather(own, group)) if text is not None)

@@ -1,4 +1,5 @@
-"""The part of a checkpoint that one rank writes: the plan of its tensors, its files, and its copy in host memory."""
+"""The part of a checkpoint that one rank writes: the plan of its tensors, its files, and its copy in shared host
+memory."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class WritePlan:
 
 
 COPY_AHEAD = 10_000_000
-"""Most bytes that are copied from a GPU before they are written; torch's default."""
+"""Largest number of bytes copied from a GPU ahead of writing; torch's default."""
 PROBE_BYTES = 1 << 16
 
 
@@ -70,7 +71,7 @@ class Report:
     """``meta`` of the caller and ``index`` of the tensors, in the report of rank 0 of a checkpoint in memory."""
 
     def encode(self) -> bytes:
-        """Encode as JSON: rank 0 reads the reports of other ranks, and that must run no code."""
+        """Encode the report as JSON, because rank 0 reads the reports of other ranks, and that must run no code."""
         items = [
             [i.index.fqn, i.index.offset, i.index.index, i.storage_data.relative_path, i.storage_data.offset,
              i.storage_data.length]
@@ -155,7 +156,7 @@ def write_index(metadata: Metadata, items: Sequence[Sequence[WriteResult]], fold
 
 
 def write_content(content: Any, stream: Any) -> None:
-    """Write bytes as they are, other content as ``torch.save`` encodes it."""
+    """Write ``content`` into ``stream``: bytes unchanged, other values by ``torch.save``."""
     if isinstance(content, bytes):
         stream.write(content)
     else:
@@ -236,7 +237,7 @@ def probe(folder: Path, rank: int) -> None:
 
 # The copy of a state in host memory that another process can read, taken while training waits.
 #
-# The memory is allocated at the first save, grows when a state does, and is used again by every save.
+# The memory is allocated at the first save, grows when a state does, and every save uses it again.
 
 
 log = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ TENSOR, PLAN = "tensor", "plan"
 
 
 class SharedMemory:
-    """Memory without a name in any file system, so that a killed process leaves none behind.
+    """Shared memory without a name in any file system, so that it is freed when its processes are killed.
 
     Args:
         descriptor: file descriptor of memory that another process has made; None makes new memory of ``size`` bytes.
@@ -266,7 +267,7 @@ class SharedMemory:
         self.is_pinned = pin and self._pin()
 
     def view(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor over the memory from byte ``offset`` on, no copy; its storage holds no other bytes."""
+        """Return a tensor that is a view of the memory from byte ``offset`` on; its storage has no other bytes."""
         count = dtype.itemsize * torch.Size(shape).numel()
         if not count:
             return torch.empty(shape, dtype=dtype)
@@ -291,7 +292,7 @@ class SharedMemory:
 def take_cuda_error() -> None:
     """Clear the error of a failed CUDA call: CUDA keeps the error, and the next kernel would raise it."""
     with suppress(RuntimeError):
-        torch.empty(1, device="cuda").fill_(1)  # torch has no call that does only that
+        torch.empty(1, device="cuda").fill_(1)  # torch has no call that only clears the error
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ class StagedPart:
     """Part whose tensors are in shared memory."""
 
     offset: int
-    """Position in bytes, after the tensors, of the pickled text that describes the part."""
+    """Position in bytes of the pickled text that describes the part, after the tensors."""
     length: int
 
     def load(self, memory: SharedMemory, plan: WritePlan | None) -> RankPart:
@@ -325,7 +326,7 @@ def stage(part: RankPart, memory: SharedMemory | None) -> tuple[StagedPart, Shar
         memory = SharedMemory(size + ROOM_FOR_TEXT, pin=any(tensor.is_cuda for tensor, _ in pickler.places))
     for tensor, offset in pickler.places:
         memory.view(offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor, non_blocking=memory.is_pinned)
-    # The text is also sent through the memory: with a pipe the rank would wait while the writer still deletes.
+    # The text is also sent through the memory. With a pipe, the rank would wait while the writer still deletes files.
     staged = StagedPart(pickler.size, len(text))
     memory.view(staged.offset, torch.uint8, (staged.length,)).copy_(torch.frombuffer(text, dtype=torch.uint8))
     for device in {tensor.device for tensor, _ in pickler.places if tensor.is_cuda}:

@@ -40,7 +40,7 @@ ANSWER_S = 60.0
 
 
 class Target:
-    """The copies of one run.
+    """Place of the copies of one run's checkpoints, on another filesystem.
 
     Args:
         url: value of ``checkpoint.copy_to``.
@@ -94,7 +94,7 @@ class Target:
             if self.fs.exists(self._file(step, NAME)):
                 if self.fs.cat_file(self._file(step, NAME)) == raw:
                     return 0
-                self.remove(step)  # the step was made again
+                self.remove(step)  # the run made this step again
             for name, expected in manifest.files.items():
                 if (damage := find_damage(path / name, expected)) is not None:
                     raise DamagedError(damage)
@@ -170,14 +170,14 @@ class Target:
                 self._remove_folder(place)
 
     def retire(self, keeps: Retention) -> None:
-        """Delete the copies that ``keeps`` does not keep, also unfinished ones."""
+        """Delete the copies that the rule ``keeps`` does not keep, and unfinished copies."""
         kept = kept_steps(self.steps(), keeps, self.manifest)
-        for step in self._begun():  # also copies that were never finished, since one is made at a time
+        for step in self._begun():  # also unfinished copies, since only one copy is made at a time
             if step not in kept:
                 self.remove(step)
 
     def discard_after(self, step: int) -> None:
-        """Delete the copies of all steps after ``step``, because the run goes back to ``step``."""
+        """Delete the copies of all steps after ``step``, because the run continues from ``step``."""
         for later in self._begun():
             if later > step:
                 self.remove(later)
@@ -193,7 +193,7 @@ class Target:
         self._remove_folder(self.root)
 
     def _begun(self) -> list[int]:
-        """List the steps of which any file exists, ascending."""
+        """List the steps of which the target has any file, ascending."""
         self.fs.invalidate_cache()
         try:
             names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=False)]
@@ -203,7 +203,7 @@ class Target:
 
     @property
     def _has_folders(self) -> bool:
-        """False for an object store: there a folder is only part of a name, or a bucket."""
+        """True if the target has real folders; in an object store a folder is only part of a name, or a bucket."""
         return self.url.partition("://")[0] not in INSTALLS
 
     def _make_folder(self, place: str) -> None:
@@ -238,13 +238,13 @@ T = TypeVar("T")
 
 
 def start_aside(action: Callable[[], T]) -> Future[T]:
-    """Begin ``action`` in a thread, which may never end; its result or failure comes into the future."""
+    """Run ``action`` in a thread, which may never end; return the future of its result or failure."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(action())
-        except BaseException as error:  # each library behind a target has errors of its own
+        except BaseException as error:  # each library of a filesystem has its own errors
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -274,7 +274,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def saved_checkpoints(folder: Path) -> Iterator[SavedCheckpoint]:
-    """Yield the checkpoints in a run's folder of checkpoints, newest first, then those that a load has set aside."""
+    """Yield the checkpoints in ``folder``, newest first, then damaged checkpoints that a load has set aside."""
     for path in reversed(folders.list_committed(folder)):
         yield checkpoint_at(path)
     for path in folders.list_set_aside(folder):
@@ -305,7 +305,8 @@ def saved_copies(url: str | None, run_folder: Path) -> Iterator[SavedCheckpoint]
 
 
 def checkpoint_at(path: Path) -> SavedCheckpoint:
-    """Describe the checkpoint in ``path`` from its manifest; the description's check reads the files later."""
+    """Describe the checkpoint in ``path`` by its manifest. The files are read only when the description's check is
+    called."""
     step = folders.step_of(path)
     try:
         manifest = read_manifest(path)
@@ -326,7 +327,8 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
         told: called with the number of bytes that were read since the last call.
 
     Returns:
-        The damage, empty if all files are whole; None if the run has deleted the checkpoint in the meantime.
+        One line for each fault, empty if all files are whole; None if the run has deleted the checkpoint in the
+        meantime.
     """
     wrong = [] if manifest.step == step else [f"{NAME} is that of step {manifest.step}"]
     for name, entry in sorted(manifest.files.items()):
@@ -338,5 +340,5 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
 
 
 def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
-    """Return ``damage``; None if the checkpoint no longer exists: then the damage was its deletion."""
+    """Return ``damage``; None if the checkpoint no longer exists, because then its deletion looked like damage."""
     return damage if path.exists() else None

@@ -32,22 +32,22 @@ LAST_TRIES = 3
 
 @dataclass(frozen=True)
 class UpkeepPlan:
-    """Work on each committed checkpoint of one attempt."""
+    """Settings of the work on each committed checkpoint of one attempt."""
 
     folder: RunFolder
     attempt: int
     keeps: Retention
-    """Checkpoints that are kept."""
+    """Rule for the checkpoints to keep."""
     scrubs: bool
     """True to read each checkpoint again after the commit, since disks lose bits without an error."""
     copy_to: str | None
     """URL of the copies; None makes none."""
     copy_keeps: Retention
-    """Copies that are kept."""
+    """Rule for the copies to keep."""
 
 
 class Upkeep:
-    """Does the work of ``plan`` in a thread; of several committed checkpoints only the newest is read and copied."""
+    """Thread that does the work of ``plan``. Of several waiting checkpoints only the newest is read and copied."""
 
     def __init__(self, plan: UpkeepPlan) -> None:
         self._plan = plan
@@ -57,10 +57,10 @@ class Upkeep:
         self._sound: int | None = None
         """Step of the newest checkpoint that was read again and found whole."""
         self._unread: int | None = None
-        """Step of the newest checkpoint, while it is to be read again."""
+        """Step of the newest checkpoint, if it still has to be read again; else None."""
         self._uncopied: int | None = None
         self._copying: int | None = None
-        """Step that is being copied, which is not deleted until its copy is complete."""
+        """Step of the checkpoint that is being copied; it is not deleted until its copy is complete."""
         self._back_to: int | None = None
         self._target: Target | None = None
         self._failures = 0
@@ -70,7 +70,7 @@ class Upkeep:
         self._thread.start()
 
     def add(self, committed: int | None, back_to: int | None) -> None:
-        """Request the work on a committed step; or the deletion of copies after the step ``back_to``."""
+        """Request the work on the step ``committed``, or the deletion of copies after the step ``back_to``."""
         if committed is not None:
             # Deletion waits until a new checkpoint is known to be whole. If the reading is behind, the checkpoints
             # that are never read must not fill the disk.
@@ -82,7 +82,7 @@ class Upkeep:
         self._requests.put((committed, back_to))
 
     def close(self, wait_s: float) -> bool:
-        """End the thread after its last work; wait at most ``wait_s`` seconds. Return True once it has ended."""
+        """End the thread after its last work; wait at most ``wait_s`` seconds. Return True if the thread has ended."""
         if not self._is_closed:
             self._is_closed = True
             self._requests.put(None)
@@ -124,7 +124,8 @@ class Upkeep:
             pass
 
     def _scrub(self, step: int) -> None:
-        """Read a checkpoint again, set it aside if it is damaged, and delete those that are no longer kept."""
+        """Read the checkpoint of ``step`` again and set it aside if it is damaged; then delete the checkpoints that the
+        rule no longer keeps."""
         path = folders.final_for(self._folder, step)
         try:
             manifest = read_manifest(path)
@@ -136,7 +137,7 @@ class Upkeep:
         except OSError as error:
             say(f"the checkpoint of step {step} could not be read again: {error}")
             damage = None
-        if damage is None:  # deleted meanwhile, or unknown
+        if damage is None:  # the checkpoint was deleted meanwhile, or could not be read
             self._retire(more=1)
             return
         if damage:
@@ -150,9 +151,9 @@ class Upkeep:
         self._retire()
 
     def _retire(self, more: int = 0) -> None:
-        """Delete the checkpoints that are no longer kept. Keep ``more`` additional newest ones.
+        """Delete the checkpoints that the rule no longer keeps, but keep ``more`` additional of the newest checkpoints.
 
-        Also keep the newest checkpoint that was found whole, and the one that is being copied.
+        Also keep the newest checkpoint that was found whole, and the checkpoint that is being copied.
         """
         keeps = replace(self._plan.keeps, last=self._plan.keeps.last + more)
         spared = {step for step in (self._sound, self._copying) if step is not None}
@@ -160,13 +161,13 @@ class Upkeep:
             folders.retire(self._folder, keeps, spared)
 
     def _copy(self, url: str) -> None:
-        """Delete and copy at the target as requested; keep the requests if this fails."""
+        """Delete and copy at the target ``url`` as requested; if this fails, keep the requests for the next try."""
         step = self._copying = self._uncopied
         may_commit = partial(is_newest_attempt, self._plan.folder, self._plan.attempt)
         try:
-            if may_commit():  # else a later attempt makes copies of its own
+            if may_commit():  # otherwise a later attempt makes the copies
                 self._work_at_target(url, step, may_commit)
-        except Exception as error:  # each library behind a target has errors of its own
+        except Exception as error:  # each library of a filesystem has its own errors
             is_damaged = isinstance(error, DamagedError)
             cause = f"the checkpoint is damaged: {error}" if is_damaged else describe_error(error)
             self._failures += 1
@@ -178,7 +179,7 @@ class Upkeep:
         finally:
             self._copying = None
         self._uncopied, self._back_to, self._failures = None, None, 0
-        if self._unread is None:  # the copied checkpoint may be one that is no longer kept
+        if self._unread is None:  # the rule may no longer keep the copied checkpoint
             self._retire()
 
     def _work_at_target(self, url: str, step: int | None, may_commit: Callable[[], bool]) -> None:
@@ -218,7 +219,7 @@ class Fetched:
     """Result of the search for the newest whole copy of a checkpoint."""
 
     path: Path | None
-    """Folder of the fetched checkpoint, among the other folders of the run; None if no copy is whole."""
+    """Folder of the fetched checkpoint, next to the other checkpoints of the run; None if no copy is whole."""
     damaged: tuple[str, ...] = ()
     """Newer copies that are damaged: one line with step and damage for each."""
 
@@ -242,7 +243,7 @@ def look_for(search: Future[Fetched]) -> Fetched | None:
 
 
 def fetch_newest(folder: Path, target: Target) -> Fetched:
-    """Fetch the newest whole copy into ``folder``, which holds the run's checkpoints."""
+    """Fetch the newest whole copy into ``folder``, the folder of the run's checkpoints."""
     damaged: list[str] = []
     for step in reversed(target.steps()):
         temporary = folders.begin_temporary(folder, "fetching", step)

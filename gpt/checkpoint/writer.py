@@ -64,7 +64,8 @@ Job = Callable[[WriterState], Any]
 
 
 def write_rank(temporary: Path, step: int, part: RankPart | StagedPart, is_first: bool, state: WriterState) -> None:
-    """Write the part of one rank into a temporary folder. The first rank also removes the folders of killed saves."""
+    """Write the part of one rank into a temporary folder. With ``is_first``, also remove the
+    folders of killed saves."""
     if is_first:
         folders.begin(temporary, step)
     else:
@@ -77,7 +78,7 @@ def commit_save(temporary: Path, about: Manifest, may_commit: Callable[[], bool]
 
     Args:
         temporary: folder of the save.
-        about: the manifest without time and files.
+        about: the manifest of the save, without time and files.
         may_commit: called just before the rename; False commits nothing.
         state: state of the writer.
 
@@ -102,7 +103,8 @@ def commit_save(temporary: Path, about: Manifest, may_commit: Callable[[], bool]
 def remove_save(temporary: Path, keeps: Retention, frees: bool, state: WriterState) -> None:
     """Remove the folder of a failed save. Done on rank 0, after all ranks have stopped writing into it.
 
-    ``frees`` is True if the disk is full. Then keep one fewer of the newest checkpoints, but at least one.
+    ``frees`` is True if the disk is full. Then one fewer of the newest checkpoints is kept, but at
+    least one.
     """
     folders.remove_folder(temporary)
     if frees:
@@ -113,7 +115,7 @@ def tend_saved(
     folder: Path, keeps: Retention, plan: UpkeepPlan | None, committed: int | None, back_to: int | None,
     state: WriterState,
 ) -> None:  # fmt: skip
-    """Pass a committed step, or the step that the run goes back to, to the upkeep; on rank 0.
+    """Pass the step ``committed``, or the step ``back_to`` from which the run continues, to the upkeep; on rank 0.
 
     Without a plan for the upkeep, delete the checkpoints in ``folder`` that ``keeps`` does not keep.
     """
@@ -137,7 +139,7 @@ CLOSING_S = 10.0
 """Longest wait, in seconds, for upkeep when training ends; the next start of the run does the rest."""
 BEAT_S = 1.0
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that the writer process ignores: they ask a rank to save and stop, and the save needs the writer."""
+"""Signals that the writer process ignores: they request a rank to save and stop, and the save needs the writer."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Writer:
         self._result: Result | None = None
 
     def stage(self, part: RankPart) -> RankPart | StagedPart:
-        """Take over a part, and return it as jobs need it: a background writer copies its tensors."""
+        """Return a part as jobs need it. A background writer returns a copy of the tensors in shared memory."""
         self._state.plan = part.plan
         return part
 
@@ -185,7 +187,7 @@ class Writer:
         self._result = do(job, self._state)
 
     def poll(self) -> Result | None:
-        """Return the result of the last submitted job, once; None while there is none."""
+        """Return the result of the last submitted job, at the first call after its end; otherwise None."""
         result, self._result = self._result, None
         return result
 
@@ -214,7 +216,7 @@ class Writer:
 class ProcessWriter(Writer):
     """Writer in a process of its own, forked in the constructor; create it before threads and devices are in use.
 
-    If that process dies, its last job has failed, and all later jobs are done at once in this process.
+    If the writer process dies, its last job has failed, and all later jobs are done at once in this process.
     """
 
     is_background = True
@@ -300,7 +302,7 @@ class ProcessWriter(Writer):
             os.kill(self.pid, signal.SIGKILL)
         try:
             _, status = os.waitpid(self.pid, 0)
-        except ChildProcessError:  # other code in this process has waited for it
+        except ChildProcessError:  # other code in this process has read its status
             status = 0
         self.pid = 0
         return status
@@ -318,7 +320,7 @@ def open_writer(asynchronous: bool, beat: Callable[[], None]) -> Iterator[Writer
     try:
         yield writer
     except BaseException:
-        writer.patience_s = 0.0  # the agent that waits for this rank must see it leave
+        writer.patience_s = 0.0  # the agent waits for the exit of this rank
         raise
     finally:
         writer.close()
