@@ -371,7 +371,8 @@ class CheckpointManager:
         return run_on_first_rank(lambda: folders.is_empty(self.folder), self.group)
 
     def load(self, state: Any) -> LoadedCheckpoint | None:
-        """Fill ``state`` from the newest checkpoint that is whole, and describe it; None if the run never had a checkpoint.
+        """Fill ``state`` from the newest checkpoint that is whole, and describe it; None if the run never had a
+        checkpoint.
 
         Damaged checkpoints are set aside with a warning on rank 0. ``state`` has the structure and the shapes that were
         saved; topology and number of ranks may differ.

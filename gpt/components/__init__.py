@@ -39,7 +39,7 @@ class PartCounts:
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Name, within the part, and shape of every parameter."""
+    """Name of a parameter within the part -> its shape."""
     flops: int = 0
     """FLOPs of a forward pass."""
     saved: dict[str, int] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class PartCounts:
     products: dict[str, int] = field(default_factory=dict)
     """``fp32`` or ``half`` -> bytes of the results of matrix products."""
     parallel: tuple[str, ...] = ()
-    """Kinds of parallelism that the class supports, by its own statement."""
+    """Kinds of parallelism that the class declares to support."""
     on_heads: bool = False
     """True for positions that are applied to queries and keys, not to the embedding."""
 
@@ -71,10 +71,10 @@ class StateBytes:
 
 
 def load_part(key: str, name: str) -> Any:
-    """Import the module class called ``name``, for the part ``key`` of a model.
+    """Return the class of torch modules named ``name``, for the part ``key`` of a model.
 
     Raises:
-        ConfigError: the class is missing, or is no module.
+        ConfigError: the class is missing, or is no torch module.
     """
     import torch
 
@@ -87,10 +87,10 @@ def load_part(key: str, name: str) -> Any:
 
 
 def load_object(key: str, name: str) -> Any:
-    """Import the object named by ``module:attribute``, or by an entry point of the group ``gpt.<last word of key>``.
+    """Return the object named by ``module:attribute``, or by an entry point of the group ``gpt.<last word of key>``.
 
     Raises:
-        ConfigError: the entry point, module or attribute is missing, or the module fails.
+        ConfigError: the entry point, module or attribute is missing, or the import of the module fails.
     """
     module_name, attribute = split_name(key, name)
     try:
@@ -116,7 +116,7 @@ def load_object(key: str, name: str) -> Any:
 
 
 def split_name(key: str, name: str) -> tuple[str, str]:
-    """Split a name into module and attribute. A name without a colon is looked up as an entry point.
+    """Return module and attribute of a name. A name without a colon is looked up as an entry point.
 
     Raises:
         ConfigError: the name has no colon, and no installed package has an entry point of this name.
@@ -151,7 +151,7 @@ def kind_text(found: Any) -> str:
 
 
 def load_source(key: str, name: str) -> Any:
-    """Import the function of a data source. Called with the config of the data, it returns an iterator of documents.
+    """Return the function of a data source, which takes the config of the data and returns an iterator of documents.
 
     Raises:
         ConfigError: the function is missing.
@@ -166,7 +166,7 @@ def source_digest(key: str, name: str) -> str:
     """Return the SHA-256 of the file of a user's module, without running it. Changed code makes another corpus.
 
     Raises:
-        ConfigError: the module is missing, or is no file.
+        ConfigError: the module is missing, or has no file.
     """
     module, _ = split_name(key, name)
     try:
@@ -179,7 +179,7 @@ def source_digest(key: str, name: str) -> str:
 
 
 def build_custom_optimizer(config: OptimConfig, groups: Any) -> Any:
-    """Construct the user's optimizer that ``config`` names, over parameter groups with their weight decay.
+    """Return the user's optimizer that ``config`` names, over parameter groups that have their weight decay.
 
     The constructor receives ``optim.options``, and lr, betas and eps of the config if it accepts them. A step that the
     run skips (see gpt.parallel.engine.skipping) does not reach the optimizer.

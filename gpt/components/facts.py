@@ -1,6 +1,7 @@
-"""Counts of the user's parts of a model and of the user's optimizer: what a class states, and what its parameters give.
+"""Counts of the user's parts of a model and of the user's optimizer: as a class states them, or as its
+parameters imply.
 
-Counting imports the user's module, and torch with it. A model of built-in parts needs neither.
+Counting imports the user's module, and torch with it. For a model of built-in parts neither is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from launch.errors import ConfigError
 
 @lru_cache(maxsize=CACHED)
 def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
-    """Return shapes, FLOPs and bytes of the user's own classes in a model, by the part that they replace.
+    """Return shapes, FLOPs and bytes of the user's own classes in a model, by the part that each replaces.
 
     The keys are ``norm``, ``head_norm``, ``position``, ``attention`` and ``ffn``, without built-in parts.
     ``head_norm`` counts the norms of queries and keys together; its parameters are those of one norm.
@@ -81,11 +82,11 @@ def count_part(model: ModelConfig, key: str, shape: tuple[int, ...], *arguments:
     check_state(f"model.{key}={name}", module)
     matrices = [parameter.shape for parameter in module.parameters() if parameter.dim() > 1]
     tokens, widths = model.block_size, {"fp32": 4, "half": 2}
-    # The kernel of an attention has a result as wide as the model.
+    # The result of an attention kernel is as wide as the model.
     results = tokens * (sum(rows for rows, *_ in matrices) + model.n_embd * (key == "attention"))
     saved = {word: 4 * math.prod(shape) + 2 * width * results for word, width in widths.items()}
     if hasattr(kind, "saved_bytes"):
-        share = math.prod(shape) / (tokens * model.n_embd) if key == "norm" else 1  # of heads, a norm has another width
+        share = math.prod(shape) / (tokens * model.n_embd) if key == "norm" else 1  # a norm of heads has another width
         saved = {word: math.ceil(share * kind.saved_bytes(model, width)) for word, width in widths.items()}
     stated = hasattr(kind, "forward_flops")
     return PartCounts(
@@ -99,7 +100,8 @@ def count_part(model: ModelConfig, key: str, shape: tuple[int, ...], *arguments:
 
 
 def check_state(part: str, module: Any) -> None:
-    """Raise ConfigError for parameters without dimension, and for unsaved buffers without ``reset_buffers``."""
+    """Raise ConfigError for parameters without dimensions, and for unsaved buffers if the class has no
+    ``reset_buffers``."""
     scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise ConfigError(
@@ -157,9 +159,10 @@ def owner_of(name: str, model: ModelConfig) -> tuple[str, str] | None:
 
 
 def optimizer_state(optim: OptimConfig) -> StateBytes:
-    """Return the bytes of an optimizer's state: two moments and a count for AdamW, those of a step for one of the user.
+    """Return the bytes of an optimizer's state. For AdamW these are two moments and a count of steps; for a user's
+    optimizer they are measured after one step.
 
-    For Muon these are the bytes of the parameters that are left to AdamW.
+    For Muon these are the bytes for the parameters that AdamW steps.
 
     Raises:
         ConfigError: the user's optimizer cannot be imported, refuses its arguments, or fails.

@@ -18,7 +18,7 @@ from launch.errors import ConfigError
 
 BYTE_VOCAB = 256
 SUCCESSORS = 8
-"""Tokens of a Markov chain that can follow a token, with random probabilities."""
+"""Number of tokens of a Markov chain that can follow a token, with random probabilities."""
 
 
 class Source(Enum):
@@ -91,12 +91,12 @@ class WeightedPath:
 
 @dataclass
 class SyntheticConfig:
-    """A Markov chain: the next token depends on the last one only. source=synthetic only."""
+    """A Markov chain: the next token depends on the last token only. source=synthetic only."""
 
     vocab_size: int = 64
     """Number of states, which are the tokens."""
     tokens: int = 4_194_304
-    """Length of the walk."""
+    """Length of the walk, in tokens."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""

@@ -45,9 +45,8 @@ class RopeScaling(Enum):
 
     ``linear`` divides all frequencies by the factor (arXiv 2306.15595). ``ntk`` raises the base: the slowest frequency
     is divided by the factor and the fastest stays (NTK-aware; arXiv 2309.00071, section 3.1). ``llama3`` divides the
-    slow frequencies, keeps the fast ones, and blends those between (Llama 3.1's code,
-    https://github.com/meta-llama/llama-models). ``yarn`` blends in the number of the frequency, from 32 turns in the
-    original length to 1, and makes queries and keys longer by 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4).
+    slow frequencies, keeps the fast ones, and blends the frequencies between (Llama 3.1's code,
+    https://github.com/meta-llama/llama-models).
     """
 
     none = "none"
@@ -59,7 +58,7 @@ class RopeScaling(Enum):
 
 class Ffn(Enum):
     """Feed-forward layer: two matrices and an activation; gated by SiLU (SwiGLU) or GELU (GEGLU; both arXiv
-    2002.05202); or ``moe``, several of these of which a router picks a few for each token."""
+    2002.05202); or ``moe``, several such layers (experts), of which a router picks a few for each token."""
 
     standard = "standard"
     swiglu = "swiglu"
@@ -105,7 +104,7 @@ class ExpertBalance(Enum):
 
 
 class ExpertMatmul(Enum):
-    """Implementation of the experts' products: ``grouped`` is one product of torch for all of them; ``loop`` computes
+    """Implementation of the experts' products: ``grouped`` is one product of torch for all experts; ``loop`` computes
     one expert after another and is the reference."""
 
     grouped = "grouped"
@@ -116,7 +115,7 @@ class ExpertMatmul(Enum):
 
 
 CACHED = 2**16
-"""Number of results that a cached function of a model keeps. A search for layouts needs the same few models thousands
+"""Number of results that a cached function of a model keeps. A search for layouts uses each of a few models thousands
 of times."""
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
@@ -160,7 +159,7 @@ class ModelConfig:
     """Base of the rotary frequencies; used with position=rope only."""
     rope_scaling: RopeScaling = RopeScaling.none
     rope_factor: float = 1.0
-    """Factor by which the sequences became longer, at least 1; rope_scaling other than none only."""
+    """Factor by which the sequences became longer, at least 1. Only with a rope_scaling other than none."""
     rope_original_block_size: Optional[int] = None
     """Sequence length before the scaling; rope_scaling=llama3 and yarn only."""
     window: Optional[int] = None

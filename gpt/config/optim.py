@@ -56,15 +56,15 @@ class OptimConfig:
     """adamw; or muon for the matrices of the blocks, with adamw for the rest (docs/training.md). Or a class of your
     own, as ``package.module:Class`` or as an entry point of the group ``gpt.optimizer`` (docs/components.md)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of muon (those of ``torch.optim.Muon``), or of an optimizer of your own. The latter receives
-    lr, betas and eps from this config if it accepts them."""
+    """Further arguments of muon (those of ``torch.optim.Muon``), or of an optimizer of your own. Your optimizer
+    receives lr, betas and eps from this config if it accepts them."""
 
     max_steps: int = MISSING
     """Number of optimizer steps; without effect if ``max_tokens`` is given. A larger number than before extends a
     run beyond its end, on the schedule of the new length."""
     max_tokens: Optional[float] = None
-    """Tokens to train on, instead of a number of steps. The run makes as many steps of the global batch as that
-    needs."""
+    """Tokens to train on, instead of a number of steps. The run makes as many steps as these tokens
+    need."""
     global_batch: int = MISSING
     """Sequences per optimizer step over all ranks; per rank with weak_scaling=true."""
     max_micro_batch: int = MISSING
@@ -80,7 +80,7 @@ class OptimConfig:
     """Steps in which the learning rate rises linearly from zero to lr."""
     schedule: LrSchedule = LrSchedule.cosine
     """Learning rate after the warm-up: cosine or linear down to min_lr; constant at lr; or wsd, which is constant until
-    decay_from. A run may continue with another schedule that gives the steps so far the same rates."""
+    decay_from. A run may continue with another schedule that gives the same rates to the steps already made."""
     decay_from: Optional[float] = None
     """wsd only: step after which the rate decays, until the last step. Below 1 a share of all steps; null is 0.9."""
     decay_shape: DecayShape = DecayShape.linear
@@ -177,7 +177,7 @@ def muon_options(config: OptimConfig) -> dict[str, Any]:
 
 
 SCHEDULE = ("schedule", "decay_from", "decay_shape")
-"""Keys that may change during a run, if the steps so far keep their learning rates."""
+"""Keys that may change during a run, if the steps already made keep their learning rates."""
 DECAY_FROM = 0.9
 """Share of a run after which wsd decays by default: MiniCPM's decays take a tenth of the steps (arXiv 2404.06395)."""
 CURVES: dict[DecayShape, Callable[[float], float]] = {
@@ -185,11 +185,11 @@ CURVES: dict[DecayShape, Callable[[float], float]] = {
     DecayShape.sqrt: lambda done: 1 - math.sqrt(done),
     DecayShape.cosine: lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
-"""Shape -> share of the decay that is left after a share ``done`` of its steps."""
+"""Shape -> function of the share ``done`` of the decay's steps; returns the share of the decay that is left, 1 to 0."""
 
 
 def decay_start(config: OptimConfig) -> int:
-    """Return the last step before the learning rate goes down; for ``constant`` that of the warm-up."""
+    """Return the last step before the learning rate goes down; for ``constant`` the last step of the warm-up."""
     if config.schedule is not LrSchedule.wsd:
         return config.warmup_steps
     since = DECAY_FROM if config.decay_from is None else config.decay_from
@@ -214,7 +214,7 @@ def lr_at(config: OptimConfig, step: int) -> float:
     """Learning rate of step ``step`` (counted from 1): linear warm-up, then ``config.schedule``.
 
     The rate depends only on the step and on the config, so a resumed run needs no schedule state. An extended run uses
-    the schedule of its new length from its next step.
+    the schedule of its new length, from its next step on.
     """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
@@ -252,7 +252,7 @@ def describe_extended_schedule(config: OptimConfig, before: OptimConfig) -> str:
 
 @dataclass
 class DivergenceConfig:
-    """Limits of steps that are skipped and of roll-backs, spikes of the loss, and replicas that drift apart."""
+    """Limits for skipped steps and spikes of the loss, and the interval of the comparison of replicas."""
 
     max_skipped_steps: int = 10
     """Number of skipped steps in a row, with a non-finite loss or gradient, after which the run rolls back. It loads
@@ -261,8 +261,8 @@ class DivergenceConfig:
     """Roll back if the loss of a step exceeds the mean of the 100 steps before by this many standard deviations, and
     skip its batch. null never does."""
     replica_check_interval: int = 0
-    """Steps between bit-by-bit comparisons of the replicas of the parameters. Each save also compares them first. 0
-    compares none."""
+    """Steps between bit-by-bit comparisons of the replicas of the parameters. Replicas are also compared before each
+    save. 0 compares none."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
@@ -298,7 +298,7 @@ class Interval:
     """Distance of the periodic checkpoints. At most one of ``steps`` and ``minutes`` is set; neither means ``auto``."""
 
     steps: int | None = None
-    """0: no periodic checkpoints."""
+    """Steps between checkpoints; 0 makes no periodic checkpoints."""
     minutes: float | None = None
 
     def __str__(self) -> str:
@@ -317,9 +317,9 @@ class CheckpointConfig:
     keep_last: int = MISSING
     """Number of the newest checkpoints to keep; keep_every=1 keeps all."""
     keep_every: int = 0
-    """Keep checkpoints whose step is a multiple of this forever. 0 keeps none forever."""
+    """Keep checkpoints forever whose step is a multiple of this number. 0 keeps none forever."""
     keep_best: int = 0
-    """Number of further checkpoints to keep: those with the lowest validation loss, of the evaluated steps."""
+    """Number of additional checkpoints to keep: those with the lowest validation loss, of the evaluated steps."""
     asynchronous: bool = True
     """Write checkpoints from a copy in host memory, in a process next to each rank, while training continues. false
     makes training wait for each checkpoint."""
@@ -381,7 +381,7 @@ class CheckpointConfig:
             )
 
     def every(self) -> Interval:
-        """Read ``interval``.
+        """Return ``interval`` as steps, minutes or ``auto``.
 
         Raises:
             ConfigError: the value is no number of steps, no minutes and not ``auto``.

@@ -25,7 +25,7 @@ class Strategy(Enum):
     fsdp = "fsdp"
     deepspeed = "deepspeed"
     auto = "auto"
-    """Choice of the planner (gpt/planning). It sets one of the other strategies before a run folder is made."""
+    """Choice by the planner (gpt/planning), which sets another strategy before a run folder is made."""
 
 
 Schedule = Enum("Schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
@@ -36,11 +36,11 @@ is split, and its second half fills the gaps; arXiv 2401.10241) or ``dualpipev``
 
 
 class CpMethod(Enum):
-    """Method by which ranks that share a sequence attend to the tokens of all of them.
+    """Method by which ranks that share a sequence attend to the tokens of all these ranks.
 
     ``allgather`` brings the keys and values of the whole sequence to every rank, layer by layer, and keeps them for the
     backward pass. This is little memory with few key-value heads (arXiv 2407.21783, section 3.3.2). ``ring`` passes
-    keys and values from rank to rank and keeps only those of this rank (arXiv 2310.01889).
+    keys and values from rank to rank and keeps only the keys and values of this rank (arXiv 2310.01889).
     """
 
     allgather = "allgather"
@@ -67,8 +67,8 @@ class ParallelConfig:
     last block, norm and output matrix are kept, since the backward pass begins with them."""
     fsdp_min_num_params: Optional[int] = None
     """fsdp only, without ep: fewest parameters of a unit, which is all-gathered and reduce-scattered at once.
-    Consecutive blocks join one unit until it has that many. null makes each block a unit. Larger units are fewer and
-    larger collectives, and more memory: about two units are gathered at a time."""
+    Consecutive blocks join one unit until it has that many parameters. null makes each block a unit. Larger units are
+    fewer and larger collectives, and more memory: about two units are gathered at a time."""
     reduce_each_micro_batch: bool = False
     """fsdp only, without pp: reduce-scatter gradients after each micro-batch, not only after the last one of a step. A
     rank then keeps only its shard of the gradients, not all of them in fp32. This saves up to 4 bytes a parameter, and
@@ -85,7 +85,7 @@ class ParallelConfig:
     """Tensor parallelism: ranks that share each matrix, and the heads of attention."""
     sequence_parallel: bool = True
     """tp > 1 only: each of the tp ranks computes norms, dropout and the residual stream on a slice of the sequence.
-    This needs less memory for activations and sends as many bytes. Dropout needs it."""
+    This needs less memory for activations and sends as many bytes as with false. Dropout with tp needs this key."""
     pp: int = 1
     """Pipeline parallelism: number of ranks that the layers are split over. ``batch.accumulation`` micro-batches pass
     through the pipeline."""
@@ -97,10 +97,10 @@ class ParallelConfig:
     cp: int = 1
     """Context parallelism: ranks that share each sequence. 2 x cp divides model.block_size."""
     cp_method: CpMethod = CpMethod.allgather
-    """With cp above 1: method by which the ranks attend to the tokens of all of them."""
+    """With cp above 1: method by which the cp ranks attend to the tokens of all these ranks."""
     ep: int = 1
     """Expert parallelism (arXiv 2006.16668): number of ranks that compute different samples and shard the experts among
-    themselves. The rest of the model is parallelized as without it. Divides model.n_expert, and the number of ranks
+    themselves. The rest of the model is parallelized as without ep. Divides model.n_expert, and the number of ranks
     with different samples (with fsdp, of those that shard one replica)."""
     zero_stage: Optional[int] = None
     """deepspeed only: state that is sharded over the data ranks (arXiv 1910.02054): 0 none, 1 the optimizer's moments
@@ -122,7 +122,7 @@ class ParallelConfig:
     timeout_s."""
 
     def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range, or belongs to another strategy."""
+        """Raise ConfigError if a number is out of its range, or is a key of another strategy."""
         for key, (strategy, expected, fix) in STRATEGY_OF_KEY.items():
             value = getattr(self, key)
             # parallel=auto may choose FSDP.

@@ -47,10 +47,10 @@ def check_numbers(
 
     Args:
         group: prefix of the keys in messages, such as ``optim.``.
-        config: config with the numbers; None is no number, and passes.
+        config: config with the numbers; a value of None is allowed.
         positive: fields that are finite and above 0.
-        at_least_0: fields from 0 on.
-        between: field -> its least and its largest value.
+        at_least_0: fields that are finite and at least 0.
+        between: field -> its smallest and its largest allowed value.
     """
     for key in positive:
         if (value := getattr(config, key)) is not None:
@@ -64,7 +64,7 @@ INF = float("inf")
 
 
 def check_custom_name(key: str, name: str, ours: Iterable[str]) -> None:
-    """Raise ConfigError unless ``name`` can name a part written by the user. Imports nothing.
+    """Raise ConfigError unless ``name`` can be the name of a part written by the user. Imports no module.
 
     The name is either ``package.module:attribute``, or an entry point of the group ``gpt.<last word of key>``.
     """
@@ -114,7 +114,8 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_custom_parts(model: ModelConfig) -> None:
-    """Raise ConfigError unless every part is built in or can be the name of a class of the user. Imports nothing."""
+    """Raise ConfigError unless every part is built in or can be the name of a class of the user. Imports no
+    module."""
     for key, name in model.custom_parts.items():
         check_custom_name(f"model.{key}", name, PARTS[key].__members__)
     if model.options and not model.custom_parts:
@@ -144,7 +145,8 @@ def check_heads(model: ModelConfig) -> None:
 
 
 def check_rope(model: ModelConfig) -> None:
-    """Raise ConfigError unless rotary embeddings have pairs of channels to turn, and all keys of their scaling."""
+    """Raise ConfigError unless a head has an even number of channels for rotary embeddings, and their scaling has all
+    keys."""
     if model.position is Position.rope and model.head_dim % 2:
         raise ConfigError(
             f"model.position=rope with heads {model.head_dim} wide",
@@ -229,8 +231,8 @@ def check_block(model: ModelConfig) -> None:
 
 def check_activation(model: ModelConfig) -> None:
     """Raise ConfigError unless a gated layer has the activation that its name implies."""
-    # The names stand for these activations (arXiv 2002.05202); another activation would give a known name to another
-    # layer.
+    # The names of these layers imply their activations (arXiv 2002.05202). With another activation, the layer would
+    # have the name of a different known layer.
     fitting = {
         Ffn.swiglu: (Activation.silu,),
         Ffn.geglu: (Activation.gelu, Activation.gelu_tanh),
@@ -245,7 +247,8 @@ def check_activation(model: ModelConfig) -> None:
 
 
 def check_experts(model: ModelConfig) -> None:
-    """Raise ConfigError unless the number of experts suffices for each token, and their kind can be stacked."""
+    """Raise ConfigError unless there are enough experts for each token, and the matrices of such experts can be
+    stacked."""
     if model.n_expert < 1:
         raise ConfigError(
             f"model.ffn=moe with model.n_expert={model.n_expert}", "a number of experts", "model.n_expert=8"

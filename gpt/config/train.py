@@ -38,7 +38,7 @@ class EvalConfig:
     interval: int = MISSING
     """Steps between evaluations; 0 evaluates only at the end."""
     sequences: int = MISSING
-    """Sequences of the validation split per evaluation. Every evaluation uses the same ones."""
+    """Sequences of the validation split per evaluation. Every evaluation uses the same sequences."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
@@ -47,7 +47,7 @@ class EvalConfig:
 
 @dataclass
 class LoggingConfig:
-    """Writers of the step records. The ranks' own files are always written, too."""
+    """Writers of the step records. Each rank's own file of records is always written, too."""
 
     tensorboard: bool = True
     """Write event files for TensorBoard (rank 0)."""
@@ -131,15 +131,15 @@ CompileMode = Enum(
     },
 )
 """Compilation: ``auto`` is ``default`` on GPUs and ``none`` on CPUs. ``none`` compiles nothing. The rest are modes of
-``torch.compile``: ``default``, ``reduce-overhead`` (with CUDA graphs), ``max-autotune`` (also tries kernels out; takes
-minutes)."""
+``torch.compile``: ``default``, ``reduce-overhead`` (with CUDA graphs), ``max-autotune`` (also measures several kernels,
+which takes minutes)."""
 
 
 class Recompute(Enum):
     """Activation checkpointing (arXiv 1604.06174): the backward pass computes some activations again.
 
-    ``none`` keeps all. ``selective`` keeps the results of matrix products and of the attention kernel, and computes the
-    rest again: norms, activations, rotations, dropout. ``full`` keeps only the input of each block.
+    ``none`` keeps all. ``selective`` keeps the results of matrix products and of the attention kernel, and computes
+    other results again: norms, activations, rotations, dropout. ``full`` keeps only the input of each block.
     """
 
     none = "none"
@@ -164,8 +164,8 @@ class TrainConfig(RunConfig):
     """Folder under output_dir for the points of one sweep."""
     init_from: Optional[str] = None
     """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), or the
-    folder of another run. hf:FOLDER accepts a folder of transformers only. The newest checkpoint of a run is loaded.
-    The model must be the same. Without effect once the run has a checkpoint of its own."""
+    folder of another run. The newest checkpoint of that run is loaded. Both models must be the same. Without effect if
+    the run already has a checkpoint."""
     seed: int = 1337
     """Seed of the initial weights, of dropout and of the order of the data."""
     device: Device = Device.auto
@@ -257,7 +257,8 @@ class TrainConfig(RunConfig):
 
 
 FLOAT8_MULTIPLE = 16
-"""Divisor of both sides of a matrix in 8 bits: matrix units read 16 bytes at a time (torch's ``_scaled_mm``)."""
+"""Number that divides both sides of a matrix in 8 bits: matrix units read 16 bytes at a time (torch's
+``_scaled_mm``)."""
 
 
 def check_float8(config: TrainConfig) -> None:
@@ -380,7 +381,8 @@ def is_installed(package: str) -> bool:
 
 WATCHING = ("logging", "profile", "profile_from")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
-"""Keys of the folders and of the monitoring of a run. They do not change any result of the run."""
+"""Keys that are not in the name of a run's folder: its folders and its monitoring. They do not change any result of the
+run."""
 
 
 def compose_train(overrides: Sequence[str]) -> DictConfig:
@@ -400,7 +402,7 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
 
 
 def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> None:
-    """Raise ConfigError if a number of steps is typed for a run whose length is given in tokens."""
+    """Raise ConfigError if the command line has a number of steps for a run whose length is given in tokens."""
     steps = typed_value(overrides, "optim.max_steps")
     if max_tokens is not None and steps is not None:
         raise ConfigError(
@@ -411,13 +413,14 @@ def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> No
 
 
 def make_paths_absolute(config: DictConfig) -> None:
-    """Resolve typed relative paths against the current folder, because ranks may run in another folder."""
+    """Resolve relative paths of the command line against the current folder, because ranks may run in another
+    folder."""
     data = config.data
     keys = [(config, key) for key in ("output_dir", "run_dir", "init_from")]
     keys += [(data, key) for key in ("path", "val_path", "tokenizer_path", "cache_dir")]
     keys.append((config.parallel, "deepspeed_config"))
     keys += [(source, "path") for source in data.sources]
-    if data.dataset is not None and Path(data.dataset).is_dir():  # otherwise the name of a dataset on the hub
+    if data.dataset is not None and Path(data.dataset).is_dir():  # otherwise it is the name of a dataset on the hub
         keys.append((data, "dataset"))
     is_hf = config.init_from is not None and config.init_from.startswith(HF_PREFIX)
     if is_hf:
@@ -438,7 +441,7 @@ EXECUTION = (
     *("compile_fullgraph", "optim.target_val_loss", "optim.target_val_nats_per_byte", "optim.patience"),
 )
 LENGTH = (*(f"optim.{key}" for key in SCHEDULE), "optim.max_steps", "optim.max_tokens")
-"""Keys of the number of steps, and of the learning rate of the further ones. A larger number extends the run beyond its
-former end."""
+"""Keys that set the number of steps, and the learning rate of the additional steps. A larger number of steps extends
+the run beyond its former end."""
 RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", "divergence", *EXECUTION, *LENGTH)
 """Keys that may change between the attempts of one run: they extend the run, or do not change the loss curve."""

@@ -53,7 +53,7 @@ EXPERT_FIELDS = {
 
 
 def architecture_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields of ModelConfig that affect a trained model's output: defaults resolved, idle ones left out."""
+    """Return the fields of ModelConfig that affect a trained model's output, with defaults resolved."""
     idle = set(NOT_LEARNED)
     if config.position is not Position.rope:
         idle |= {"rope_base", "rope_scaling"}

@@ -110,7 +110,7 @@ class Tokens:
 def find_document_end(config: DataConfig, tokens: Tokens | None) -> int | None:
     """Return the id of the token that ends a document; None without packing.
 
-    ``tokens`` is None for a text that is tokenized at the first use, which has no such token.
+    ``tokens`` is None for a text that is tokenized at its first use; such a text has no token that ends a document.
 
     Raises:
         ConfigError: documents are packed, and no such token is known.

@@ -1,6 +1,7 @@
 """The file ``run.json``: a whole run in one value, with config, startup, steps, evaluations, checkpoints and summary.
 
-It depends only on the run folder, so interruptions do not change it, and all tools read a run alike. Imports no torch.
+The file depends only on the run folder. So interruptions do not change it, and all tools read a run alike. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from launch.runs.records import StepRecord, read_records
 
 FORMAT = 1
 WARM_UP_STEPS = 5
-"""Number of first steps of an attempt that its speed excludes: caches fill, kernels are chosen, the compiler works."""
+"""Number of first steps of an attempt that are left out of its speed: they fill caches, choose kernels and compile."""
 
 
 class RunJson:
@@ -28,7 +29,7 @@ class RunJson:
         self.close()
 
     def write(self, record: StepRecord) -> None:
-        """Leave the file as it is: the next write has this record, too."""
+        """Do nothing: the file is written at the end of the attempt, with this record."""
 
     def close(self) -> None:
         """Write the file."""
@@ -41,7 +42,7 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
     events = folder.read_events()
     evaluation = ("step", "attempt", "time", "val_loss", "val_bits_per_byte")
     kept = set(folders.steps(folder.checkpoints))
-    saved = {event["step"]: event for event in saves_that_count(events)}  # a step repeated after a crash counts once
+    saved = {event["step"]: event for event in saves_that_count(events)}  # a repeated step counts one time
     return {
         "format": FORMAT,
         "run": {"name": folder.path.parent.name, "point": folder.point, "path": str(folder.path)},
@@ -60,7 +61,7 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
 
 
 def read_startup(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the environment that the newest attempt recorded at its start; None if no attempt did."""
+    """Return the environment that the newest attempt recorded at its start; None if no attempt recorded one."""
     for attempt in reversed(folder.attempts()):
         known = read_json(folder.environment(attempt))
         if known:
@@ -69,8 +70,8 @@ def read_startup(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a summary of a run in a few numbers. Unknown values are absent. Speeds are medians without the warm-up
-    steps."""
+    """Return a summary of a run in a few numbers. Unknown values are left out. Speeds are medians without the
+    warm-up steps."""
     ends = [e["event"] for e in events if e["event"] in ("started", "finished", "stopped", "rank_failed")]
     found: dict[str, Any] = {
         "state": {"started": "running", "rank_failed": "failed"}.get(ends[-1], ends[-1]) if ends else "not started",

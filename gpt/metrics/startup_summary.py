@@ -25,7 +25,8 @@ from launch.runs.environment import cpu_name, describe_place, driver_version, li
 
 
 def describe_rank(world: World) -> dict[str, Any]:
-    """Return host, process, threads, device and its memory (GiB) of this rank, by names of ``environment.json``."""
+    """Return host, process, threads, device and its memory (GiB) of this rank, with the key names of
+    ``environment.json``."""
     device = world.device
     record = describe_place(world.rank, world.local_rank, world.node) | {
         "pid": os.getpid(),
@@ -53,15 +54,15 @@ GIB = 2**30
 
 
 def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]:
-    """Return allocated, peak and reserved memory in GiB; None for figures that a CPU does not report.
+    """Return allocated, peak and reserved memory of ``device`` in GiB; None for figures that a CPU does not report.
 
-    On a GPU: the current tensors, the peak of the tensors in this attempt, and the memory that the allocator keeps. On
-    a CPU only the peak is known: RAM of the whole process with its libraries.
+    On a GPU these are the current tensors, the peak of the tensors in this attempt, and the memory that the allocator
+    keeps. On a CPU only the peak is known: the RAM of the whole process with its libraries.
     """
     if device.type != "cuda":
         # Linux counts ru_maxrss in KiB (getrusage(2)).
         return None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, None
-    known = torch.cuda.memory_stats(device)  # one call, because it takes a tenth of a millisecond
+    known = torch.cuda.memory_stats(device)  # one call for all figures, because a call takes a tenth of a millisecond
     return (
         known["allocated_bytes.all.current"] / GIB,
         known["allocated_bytes.all.peak"] / GIB,
@@ -69,8 +70,8 @@ def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]
     )
 
 
-# Startup summary of an attempt: model, configuration, hardware, and theoretical performance. It only formats the
-# record.
+# Startup summary of an attempt: model, configuration, hardware, and theoretical performance. This only formats the
+# record of the environment.
 
 
 WIDTH = 110

@@ -30,7 +30,8 @@ from launch.runs.files import say
 from launch.runs.folder import RunFolder
 from launch.runs.records import TOLD_ONCE, StepRecord, read_records
 
-# View of a run's step records. A filesystem failure may interrupt a view for a while, but never the training.
+# A view is a copy of a run's step records in another format. A filesystem failure may interrupt a view for a while, but
+# never the training.
 
 
 RETRY_S = 30.0
@@ -56,10 +57,11 @@ class View:
 
     Args:
         folder: the run folder.
-        name: name of the view, for people.
-        open_writer: opens the inner writer of a run that resumes after a step, given the records up to it.
+        name: name of the view, for messages.
+        open_writer: opens the inner writer of a run that resumes after a step, given the records up to that
+            step.
         step: step after which the attempt resumes, 0 at the beginning.
-        done: records up to that step.
+        done: records up to ``step``.
         retry_s: seconds between two attempts to reopen.
     """
 
@@ -89,8 +91,8 @@ class View:
             self._give_up(error)
 
     def write(self, record: StepRecord) -> None:
-        """Write one record, and earlier ones that the view lacks. Nothing is written if reopening already included
-        it."""
+        """Write one record, and earlier records that the view lacks. Nothing is written if the reopened view already
+        has it."""
         if record.step <= self._since:
             return
         self._recent.append((time.monotonic(), record))
@@ -116,7 +118,7 @@ class View:
             self._give_up(error)
 
     def _make_again(self) -> None:
-        """Open the writer as after a restart, and write the records that it lacks.
+        """Open the inner writer as after a restart, and write the records that the view lacks.
 
         The newest records are not on the disk yet. They follow some seconds later, or when the disk has space again.
         """
@@ -222,7 +224,7 @@ LAYER_NORM = "grad_norm/"
 
 
 class StepsCsv:
-    """Writer of the table at ``path``, which begins with the rows of ``earlier`` records."""
+    """Writer of the table at ``path``; its first rows are those of the ``earlier`` records."""
 
     def __init__(self, path: Path, layers: Sequence[str], earlier: Iterable[dict[str, Any]]) -> None:
         left_out = ("samples", LAYERS, TOLD_ONCE)
@@ -300,8 +302,8 @@ class WeightsAndBiases:
 
 
 SHOWN_S = 0.5
-"""Shortest time between two writes to the views, in seconds. Several short steps together need less processor time than
-one by one, because the code stays in the caches."""
+"""Shortest time between two writes to the views, in seconds. Records of several short steps need less processor time
+together than one by one, because the code stays in the caches."""
 
 
 class MetricWriters:
@@ -340,14 +342,14 @@ class MetricWriters:
         self._open = lambda step, done: open_writers(folder, config, step, done, layers) if world.is_first else []
         self.writers: list[MetricWriter] = self._open(step, [r for r in earlier if r["step"] <= step])
         self._unshown: list[StepRecord] = []
-        """Records that are written to the file, and not yet to the views."""
+        """Records that are written to the rank's file, and not yet to the views."""
         self._shown = time.monotonic()
 
     def keep(self, record: StepRecord) -> None:
-        """Put ``record`` on disk before its step is saved. ``write`` follows, with the time of the save.
+        """Write ``record`` to disk before its step is saved. ``write`` is called later, with the time of the save.
 
-        A later attempt never repeats a step of a checkpoint. If the process died between the two, the run would lack
-        its record.
+        A later attempt never repeats a step of a checkpoint. Without this, the run would lack the record of a
+        step if the process died between save and ``write``.
         """
         self._record(record)
         self._rank.flush()
@@ -355,7 +357,7 @@ class MetricWriters:
     def write(self, record: StepRecord) -> None:
         """Complete ``record`` with utilization, and write it to the file.
 
-        The views get it too: at once after an evaluation, else at most every ``SHOWN_S`` seconds.
+        The record is also passed to the views: immediately after an evaluation, else at most every ``SHOWN_S`` seconds.
         """
         self._record(record)
         if self._lost is not None and record.step > self._lost["step"]:
@@ -381,7 +383,8 @@ class MetricWriters:
         self._shown = time.monotonic()
 
     def go_back(self, step: int) -> None:
-        """Continue after ``step``, to which the run has rolled back. The views drop later records, as after a crash."""
+        """Continue after ``step``, to which the run has rolled back. The views delete later records, as after a
+        crash."""
         self.close()
         done = [r for r in read_records(self._folder.metrics(0)) if r["step"] <= step] if self.writers else []
         self.writers = self._open(step, done)

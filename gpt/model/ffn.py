@@ -34,7 +34,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class DenseFfn(nn.Module):
     """Two matrices with an activation between them (arXiv 1706.03762, section 3.3), (B, T, D) -> (B, T, D).
 
-    With three matrices a gated linear unit: SwiGLU with SiLU, GEGLU with GELU (arXiv 2002.05202, section 2).
+    With three matrices this is a gated linear unit: SwiGLU with SiLU, GEGLU with GELU (arXiv 2002.05202, section 2).
     """
 
     def __init__(self, config: ModelConfig, width: int) -> None:
@@ -301,8 +301,8 @@ def find_mixtures(module: nn.Module) -> list[MixtureOfExperts]:
 def set_auxiliary_scale(module: nn.Module, per_sequence: float, loss_scale: Tensor | None = None) -> None:
     """Set the factor of the losses of routing, per sequence and layer.
 
-    ``per_sequence`` is ``1 / sequences`` of a step, so that the losses are means, times the number of ranks over
-    which gradients are averaged, as for the other loss.
+    ``per_sequence`` is (ranks over which gradients are averaged) / (sequences of a step). The losses are then means
+    over the sequences of the step.
     Without this call the losses are means over each micro-batch. ``loss_scale``, (), is a further factor that is
     read in each forward pass.
     """

@@ -101,7 +101,7 @@ class LinearOnCpu(torch.autograd.Function):
     """Linear layer in fp32: oneDNN computes its result and the gradient of its input, torch that of its matrix.
 
     torch computes all three with MKL. On a CPU of AMD, oneDNN needs 8 to 14 % less time for the first two, and more
-    time for the third. On CPUs of Intel nobody measured.
+    time for the third. CPUs of Intel were not measured.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Comparison of the collectives that ranks issue: where a group would hang. Imports no torch."""
+"""Comparison of the collectives that ranks issue, to find where a group would hang. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Collective(NamedTuple):
     peer: int | None
     """Rank on the other side of a transfer; None for a collective."""
     place: str
-    """File and line that issued it."""
+    """File and line that issued the collective."""
     batched: bool
     """True for a transfer in a batch (``batch_isend_irecv``)."""
 
@@ -68,7 +68,7 @@ def find_hangs(issued: Issued, groups: Mapping[str, RankGroup]) -> list[str]:
 
 
 def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield where the collectives of a group's ranks begin to differ, if they do."""
+    """Yield one sentence on the first collective in which a group's ranks differ; nothing if all are equal."""
     ranks = list(of_group)
     own = [[one for one in calls if one.peer is None] for calls in of_group.values()]
     for number, calls in enumerate(zip_longest(*own), start=1):
@@ -86,9 +86,10 @@ def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
 
 
 def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[str]:
-    """Yield where ranks wait for each other in different groups, each of whose collectives are equal, if they do.
+    """Yield one sentence if ranks wait for each other in different groups, although the collectives of each group are
+    equal.
 
-    A rank waits in its oldest collective until the other rehearsed ranks of the group have come to it.
+    A rank waits in its oldest collective until the other rehearsed ranks of the group have reached this collective.
     """
     left = {rank: deque(one for one in own if one.peer is None) for rank, own in issued.items()}
     waiting = [rank for rank in left if left[rank]]
@@ -129,7 +130,7 @@ def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:
 def unjoined_batches(group: RankGroup, of_group: Issued) -> Iterator[str]:
     """Yield the first rank that takes no part before a batch of transfers in its group.
 
-    NCCL makes the communicator of a group in the group's first collective or batch, for which it waits for all ranks.
+    NCCL makes the communicator of a group in the group's first collective or batch, for which NCCL waits for all ranks.
     Transfers outside of batches have communicators of their own.
     """
     first = next((one for calls in of_group.values() for one in calls if one.batched), None)

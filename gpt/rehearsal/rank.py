@@ -3,8 +3,8 @@
 Tensors are fake: they have shapes and no values, so a rank of any model takes some 0.4 GB and some seconds. Collectives
 go to torch's fake process group, which sends nothing. All other code is that of a run.
 
-torch without CUDA cannot differentiate fake tensors of a GPU, so the tensors are those of a CPU. ``as_on_gpu`` makes
-the choices of a GPU where the code looks at the device.
+torch without CUDA cannot differentiate fake tensors of a GPU, so the tensors are on a CPU. Where the code depends on
+the device, ``as_on_gpu`` makes the choices for a GPU.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ FAKE = "fake"
 """Name of torch's process group that sends nothing."""
 
 
-# Code that needs values, or a real process group, replaced for the whole process.
+# Replacements, for the whole process, of code that needs values or a real process group.
 
 
 def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` on real tensors: meshes read the values of their tensors of ranks."""
+    """Wrap ``function`` so that it makes real tensors, because meshes read the values of their tensors of ranks."""
 
     @wraps(function)
     def on_real_tensors(*args: Any, **options: Any) -> Any:
@@ -66,20 +66,21 @@ def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_on_gpu() -> None:
-    """Make this process choose as on a GPU where code looks at the device: chunks of the loss, no masks, fp32 norms."""
+    """Make the code in this process that depends on the device work as on a GPU: chunks of the loss, no masks, fp32
+    norms."""
     kernel = attention.sdpa_attention
     replace_functions(
         (layers, "chunk_elements", lambda _: LOSS_CHUNK),
         (layers, "LOGITS_AT_ONCE", dict.fromkeys(LOGITS_AT_ONCE, LOGITS_AT_ONCE["cuda"])),
         (layers.LinearOnCpu, "apply", functional.linear),
-        (attention, "sdpa_attention", lambda q, k, v, _, bias=None: kernel(q, k, v, 0.0, bias)),  # no T x T of dropout
-        *((module, "causal_bias", lambda *_: None) for module in (attention, context)),  # nor for a mask
+        (attention, "sdpa_attention", lambda q, k, v, _, bias=None: kernel(q, k, v, 0.0, bias)),  # no T x T noise
+        *((module, "causal_bias", lambda *_: None) for module in (attention, context)),  # and no T x T mask
         *((functional, name, in_fp32(getattr(functional, name))) for name in ("layer_norm", "rms_norm")),
     )
 
 
 def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function of torch for norms that computes in fp32, as it does on a GPU under autocast."""
+    """Wrap the torch function ``norm`` so that it computes in fp32, as autocast does on a GPU."""
 
     def on_gpu(*values: Any, **named: Any) -> Tensor:
         values, named = tree_map_only(Tensor, Tensor.float, (values, named))
@@ -95,7 +96,7 @@ def replace_functions(*replacements: tuple[Any, str, Any]) -> None:
 
 
 def replace_values() -> None:
-    """Replace, in this process, the code that reads values of tensors or needs another rank's answer."""
+    """Replace, in this process, the code that reads values of tensors or needs data from another rank."""
     distributed.BACKENDS["cpu"] = FAKE
     for name in ("__init__", "__getitem__", "_flatten", "_unflatten"):
         replace_functions((DeviceMesh, name, without_fakes(getattr(DeviceMesh, name))))
@@ -111,7 +112,7 @@ def replace_values() -> None:
 
 
 def allocate(parts: Sequence[GPT], _: Any, device: torch.device, home: torch.device | None = None) -> None:
-    """Allocate a model without values, as ``materialize``."""
+    """Allocate a model without values, in place of ``gpt.parallel.dtensor.materialize``."""
     for part in parts:
         if any(parameter.is_meta for parameter in part.parameters()):
             part.to_empty(device=home or device)
@@ -120,10 +121,10 @@ def allocate(parts: Sequence[GPT], _: Any, device: torch.device, home: torch.dev
 
 
 class FakeReplica(DistributedDataParallel):
-    """DDP whose reducer, in C++, reads no values.
+    """DDP for gradients without values, which the reducer in C++ must not read.
 
-    DDP rebuilds its buckets after the first backward pass, in the order in which gradients came. This class does it in
-    Python, with torch's own function and limits.
+    DDP rebuilds its buckets after the first backward pass, in the order in which gradients came. This class rebuilds
+    them in Python, with torch's own function and limits.
     """
 
     def _ddp_init_helper(self, parameters: list[Tensor], *settings: Any) -> None:
@@ -177,12 +178,13 @@ class Reducer:
 
 
 EXPECTED_WAITS: Counter[str] = Counter()
-"""Waits of the method itself in this process, by place."""
+"""Places where the host waits for the device in this process because the method requires it -> number of times."""
 plan_dispatch = nd.plan_dispatch
 
 
 def plan_balanced_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> nd.DispatchPlan:
-    """Plan an all-to-all as ``gpt.parallel.nd``; where the counts decide the sizes, assume equal counts."""
+    """Plan an all-to-all as ``gpt.parallel.nd.plan_dispatch``; where sizes depend on the counts of tokens, assume equal
+    counts."""
     if fixed_places:
         return plan_dispatch(rows, ends_E, group, fixed_places)
     ranks = group.size()
@@ -215,9 +217,10 @@ class FakeBatches:
 
 
 def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: int, kind: str) -> RankRehearsal:
-    """Build one rank and take two training steps; return what the second one needs and does.
+    """Build one rank and take two training steps; return memory, collectives and waits of the second step.
 
-    The first step makes buffers and connections that stay. Call it in a process of its own: it replaces parts of torch.
+    The first step makes buffers and connections that later steps use again. Call this in a process of its own, because
+    it replaces parts of torch.
     """
     size = dims.data_ranks * dims.model_ranks
     found = RankRehearsal(rank, kind)
@@ -268,7 +271,8 @@ def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: i
 
 
 def doubts(config: TrainConfig, recorder: Recorder, engine: Engine, step: Iterable[Collective]) -> Iterator[str]:
-    """Yield what ends no step and is seldom meant: precisions, repeated layers, parameters that fsdp leaves out."""
+    """Yield findings that stop no step but are seldom intended: precisions, repeated layers, parameters that fsdp
+    leaves out."""
     for (dtype, place), elements in recorder.products.items():
         # The router of experts computes in fp32 by design; its results are few.
         if config.precision.is_half and dtype == torch.float32 and elements > 0.01 * recorder.products.total():
@@ -289,13 +293,13 @@ def doubts(config: TrainConfig, recorder: Recorder, engine: Engine, step: Iterab
 
 
 def note_saved(recorder: Recorder, tensor: Tensor) -> Tensor:
-    """Note a tensor that autograd saves for the backward pass."""
+    """Record that autograd saves ``tensor`` for the backward pass, and return the tensor."""
     recorder.memory.name([tensor], ACTIVATIONS)
     return tensor
 
 
 def make_run(config: TrainConfig, world: distributed.World, dims: ParallelDims, batch: Batch, engine: Engine) -> Run:
-    """Return a run with everything that a step uses, and nothing else."""
+    """Return a run with the objects that a step uses; its other objects are None."""
     none: Any = None
     return Run(
         config=config,

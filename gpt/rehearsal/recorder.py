@@ -47,12 +47,12 @@ LIBRARIES = (
 """Beginnings of the paths of code that is neither ours nor the user's."""
 ROOT = Path(__file__).parents[2]
 HELPERS = (layers.linear.__code__, layers.Linear.forward.__code__, World.all_reduce.__code__)
-"""Functions whose callers are named in their place."""
+"""Functions in whose place their callers are named."""
 
 
 @cache
 def place_of(path: str) -> str | None:
-    """Return the path of a source file for people; None for code of a library."""
+    """Return the path of a source file in the form shown to people; None for code of a library."""
     if path.startswith(LIBRARIES):
         return None
     return str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else path
@@ -69,21 +69,21 @@ def calling_line() -> str:
     return "torch"
 
 
-# Memory: the storages that are alive, from the results of all operations.
+# Memory: the storages that exist at each moment, found by the results of all operations.
 
 
 @dataclass
 class MemoryBlock:
-    """Memory of one storage, from ``born`` to ``died``, which count operations."""
+    """Memory of one storage, in bytes, from ``born`` to ``died``. Both are numbers of operations."""
 
     bytes: int
     born: int
     place: str
-    """Line that made it."""
+    """File and line that made the storage."""
     kind: str = REST
     died: float = float("inf")
     storage: weakref.ref[torch.UntypedStorage] | None = None
-    """Reference whose callback notes the end of the storage."""
+    """Reference whose callback records the end of the storage."""
 
 
 class MemoryRecord:
@@ -96,7 +96,7 @@ class MemoryRecord:
         self._block_of: Any = WeakIdKeyDictionary()
 
     def add(self, results: Any) -> None:
-        """Note the storages of the results of one operation."""
+        """Record the storages of the results of one operation."""
         self.now += 1
         for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and tensor.device.type != "meta":
@@ -105,7 +105,7 @@ class MemoryRecord:
                     self._open(storage, calling_line(), REST)
 
     def resize(self, storage: torch.UntypedStorage) -> None:
-        """Note that a storage has another size, as FSDP's gathered parameters after their use."""
+        """Record that the size of a storage has changed, as that of FSDP's gathered parameters after their use."""
         before = self._block_of.get(storage)
         if before is not None:
             self.now += 1
@@ -113,7 +113,7 @@ class MemoryRecord:
             self._open(storage, before.place, before.kind)
 
     def name(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Say what tensors are that have no kind yet."""
+        """Set the kind of the memory of ``tensors`` to ``kind``, if it has no kind yet."""
         for tensor in tensors:
             if tensor is not None:
                 local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -122,7 +122,7 @@ class MemoryRecord:
                     block.kind = kind
 
     def peak(self, since: int) -> dict[tuple[str, str], int]:
-        """Return the bytes by kind and line at the moment of the highest total, after operation ``since``."""
+        """Return (kind, line) -> bytes at the moment of the highest total after operation ``since``."""
         changes = []
         for block in self._blocks:
             if block.died > since:
@@ -157,13 +157,15 @@ COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtenso
 
 
 Call = tuple[dist.ProcessGroup, list[Tensor], int | None]
-"""Group of a collective, tensors that this rank gives or receives into, and its peer in the group for a transfer."""
+"""Group of a collective, tensors that this rank sends or receives into, and for a transfer its peer in the group."""
 
 
 def read_call(space: str, operation: str, args: Sequence[Any]) -> Call | None:
-    """Find group and tensors among the arguments of a collective: c10d's take the group, others its name.
+    """Return group and tensors from the arguments of a collective; None for an operation without a group.
 
-    Where an operation has results and inputs, the inputs come second. None for an operation without a group.
+    Collectives of c10d take the group, other collectives the name of the group.
+
+    If an operation takes results and inputs, the inputs come second.
     """
     if space == "c10d":
         place = next(i for i, arg in enumerate(args) if isinstance(arg, torch.ScriptObject))
@@ -191,7 +193,8 @@ def in_backward() -> bool:
 
 
 class Recorder(TorchDispatchMode):
-    """Records operations. Use it through ``recording``, which also sees batches and resizes."""
+    """Records operations. Use it through ``recording``, which also records batches of transfers and resizes of
+    storages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,14 +208,14 @@ class Recorder(TorchDispatchMode):
         self.linear: Counter[int] = Counter()
         """``id`` of a parameter -> linear layers of forward passes that use it."""
         self.linear_at: dict[int, str] = {}
-        """``id`` of a parameter -> line of the last of these."""
+        """``id`` of a parameter -> line of the last such layer."""
         self.memory = MemoryRecord()
         self.batch_at: str | None = None
         """Line of the batch of point-to-point transfers that is being made; None outside of one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its operations on shards come here
+            return NotImplemented  # DTensor calls operations on shards, which come here
         name = str(func)
         space, operation, *_ = name.split(".")
         call = read_call(space, operation, args) if space in COLLECTIVES else None
@@ -276,9 +279,9 @@ class Calls(TorchFunctionMode):
 
 @contextmanager
 def recording(recorder: Recorder, copies: bool = False) -> Iterator[None]:
-    """Have a recorder see operations, batches of point-to-point transfers and resizes of storages in a ``with`` block.
+    """Record the operations, batches of point-to-point transfers and resizes of storages in a ``with`` block.
 
-    With ``copies``, blocking copies to the host are waits, and linear layers are counted.
+    With ``copies``, blocking copies to the host count as waits, and linear layers are counted.
     """
     batch, resize = dist.batch_isend_irecv, torch.UntypedStorage.resize_
 

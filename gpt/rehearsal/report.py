@@ -1,4 +1,4 @@
-"""Ranks that a rehearsal takes, its verdict, and its text for people. Imports no torch."""
+"""Choice of the ranks to rehearse, faults that a rehearsal finds, and its text for people. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from launch.errors import ConfigError, counted, duration_text
 
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, REST = "parameters", "gradients", "optimizer", "activations", "rest"
 PARTS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, REST)
-"""Parts of a rank's memory. Activations are what autograd saves, without parameters; the rest is all else."""
+"""Parts of a rank's memory. Activations are tensors that autograd saves, without parameters; ``REST`` is all other
+memory."""
 AGREES = 0.05
 """Largest difference between plan and rehearsal, relative to the rehearsal, that is not reported."""
 LINES = 3
-"""Lines that are named where plan and rehearsal differ."""
+"""Number of lines of code that are named if plan and rehearsal differ."""
 UNSEEN = (
     "not seen: workspaces of kernels, fragments of the allocator, buffers of NCCL, graphs of torch.compile; CPU kernels"
     " of norms may save more than those of a GPU; ranks between the first and the last of an axis"
@@ -36,18 +37,18 @@ class RankRehearsal:
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes at the peak of the step, by part."""
     largest: dict[str, int] = field(default_factory=dict)
-    """Line -> bytes of its activations and of the rest at the peak."""
+    """Line of code -> bytes at the peak of the activations and of the rest that it has made."""
     collectives: list[Collective] = field(default_factory=list)
     """All collectives in order: those of the set-up, of the first step, and of the step."""
     in_step: int = 0
-    """Number of the first collective of the step in ``collectives``."""
+    """Index in ``collectives`` of the first collective of the step."""
     groups: dict[str, RankGroup] = field(default_factory=dict)
     waits: dict[str, int] = field(default_factory=dict)
     """Places where the host waits for the device in the step -> number of times."""
     expected_waits: dict[str, int] = field(default_factory=dict)
-    """Waits that belong to the method, such as those of experts without a capacity."""
+    """Waits that the method requires, such as those of experts without a capacity."""
     doubts: list[str] = field(default_factory=list)
-    """Findings that end no step and are seldom meant, such as a linear layer that is computed twice."""
+    """Findings that stop no step but are seldom intended, such as a linear layer that is computed twice."""
     dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Bytes of parameters, gradients and optimizer state, by dtype."""
 
@@ -59,14 +60,14 @@ class RankRehearsal:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The rehearsed ranks of a run, and what a plan says about them."""
+    """The rehearsed ranks of a run, and the estimates of a plan for these ranks."""
 
     config: TrainConfig
     dims: ParallelDims
     batch: Batch
     ranks: Sequence[RankRehearsal]
     gpu_bytes: int | None = None
-    """Memory of one GPU; None if unknown."""
+    """Memory of one GPU in bytes; None if unknown."""
     step_s: float | None = None
     """Seconds of a step by the cost model; None if unknown."""
 
@@ -76,7 +77,7 @@ class Rehearsal:
         return rank_memory(self.config, self.dims, self.batch, rank // of_a_stage)
 
     def difference(self, rank: RankRehearsal) -> float:
-        """Return the plan's total for a rank relative to the rehearsed peak, less 1."""
+        """Return (planned total memory of a rank) / (rehearsed peak) - 1."""
         return self.planned(rank.rank).total / rank.peak - 1 if rank.peak else 0.0
 
     def hangs(self) -> list[str]:
@@ -87,12 +88,12 @@ class Rehearsal:
         return find_hangs({rank.rank: rank.collectives for rank in self.ranks}, groups)
 
     def doubts(self) -> list[str]:
-        """Return what is seldom meant, each with the first rank that does it."""
+        """Return the doubtful findings, each with the first rank that has it."""
         first = {doubt: rank.rank for rank in reversed(self.ranks) for doubt in rank.doubts}
         return [f"rank {rank}: {doubt}" for doubt, rank in first.items()]
 
     def waits(self) -> dict[str, int]:
-        """Return the places where the host waits for the device in a step -> most times on one rank."""
+        """Return a dict: place where the host waits for the device in a step -> largest number of waits on one rank."""
         found: Counter[str] = Counter()
         for rank in self.ranks:
             found |= Counter(rank.waits)
@@ -120,7 +121,7 @@ class Rehearsal:
 def kinds_of_ranks(dims: ParallelDims) -> dict[int, str]:
     """Return the ranks to rehearse, with their places: each pipeline stage, first and last of each axis, the last one.
 
-    Ranks between the first and the last of an axis have the same shapes and code.
+    Ranks between the first and the last rank of an axis have the same shapes and code.
     """
     sizes = dims.sizes
     ends = {name: size - 1 for name, size in sizes.items() if name != "pp" and size > 1}
@@ -143,7 +144,8 @@ def kinds_of_ranks(dims: ParallelDims) -> dict[int, str]:
 
 
 def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    """Yield the lines of a rehearsal: memory, collectives, dtypes, waits, time, hangs, and what is not seen."""
+    """Yield the lines of a rehearsal: memory, collectives, dtypes, waits, time, hangs, and what a rehearsal cannot
+    find."""
     dims, batch, config = rehearsal.dims, rehearsal.batch, rehearsal.config
     size = dims.data_ranks * dims.model_ranks
     yield (
@@ -169,7 +171,7 @@ def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
 
 
 def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    """Yield the peak of each rank by part, with the plan's figure."""
+    """Yield lines with the peak memory of each rank, split by ``PARTS``, and the planned total."""
     for rank in rehearsal.ranks:
         said, off = rehearsal.planned(rank.rank).total, rehearsal.difference(rank)
         shown = ", ".join(f"{part} {size_text(rank.memory.get(part, 0))}" for part in PARTS)
@@ -186,7 +188,8 @@ def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
 
 
 def collective_lines(rank: RankRehearsal) -> Iterator[str]:
-    """Yield the collectives of a step by group, in their order; what repeats is written once."""
+    """Yield one line for each group with the collectives of a step, in their order; repetitions are written as ``N
+    x``."""
     by_group: dict[str, list[str]] = {}
     for one in rank.collectives[rank.in_step :]:
         peer = "" if one.peer is None else f" {'to' if one.operation == 'send' else 'from'} {one.peer}"
@@ -198,7 +201,8 @@ def collective_lines(rank: RankRehearsal) -> Iterator[str]:
 
 
 def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
-    """Return (times, text) for repeated runs of up to ``longest`` items, in order."""
+    """Return ``items`` as pairs (times, text), in order: a run of up to ``longest`` items, and how often it is
+    repeated."""
     found, at = list[tuple[int, str]](), 0
     while at < len(items):
         best = (1, 1)
@@ -217,7 +221,7 @@ def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
 
 
 def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
-    """Yield the bytes of each kind of collective of a step by dtype, so that a silent fp32 is seen."""
+    """Yield the bytes of each kind of collective of a step by dtype, to show an unintended fp32."""
     sums: Counter[tuple[str, str, str]] = Counter()
     for one in rank.collectives[rank.in_step :]:
         sums[rank.groups[one.group].label, one.operation, one.dtype] += one.bytes
@@ -226,7 +230,7 @@ def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
 
 
 def size_text(size: float) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes as text with a unit."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1000:
             return f"{size:.3g} {unit}"

@@ -31,12 +31,12 @@ def start_save(run: Run, val_loss: float | None, in_memory: bool = False) -> Non
     """Begin to save a checkpoint of the step just done. Collective.
 
     Args:
-        run: the run; none of its saves is in flight.
+        run: the run; no save of it may be in flight.
         val_loss: validation loss of the step, nats per token; None if it was not evaluated.
         in_memory: True to save to the memory of the nodes, and not to disk.
     """
     run.worker.phase(Phase.saving, run.step)
-    # The fence is sent to the writer's process, so it must not hold the run.
+    # The fence is sent to the writer's process, so it must not contain the run.
     may_commit = None if in_memory else partial(is_newest_attempt, run.folder, run.attempt)
     meta = checkpoint_meta(run, val_loss)
     state = run.engine.state()
@@ -70,7 +70,7 @@ def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
 
 def load(run: Run) -> None:
     """Continue from the newest whole checkpoint; without one, prepare the first step of a new run. Collective."""
-    # With none at all the optimizer's state need not be made yet, which would cost a step of torch's optimizer.
+    # Without any checkpoint the optimizer's state is not made yet, because that would cost a step of torch's optimizer.
     began = time.perf_counter()
     state = loaded = None
     if not run.checkpoints.is_new():
@@ -128,7 +128,7 @@ def record(run: Run, event: str, **details: Any) -> None:
 
 
 def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Raise ConfigError if a fetched copy is of a run with other settings, whose folder has the same name."""
+    """Raise ConfigError if a copy fetched from elsewhere is of another run: same name of the folder, other settings."""
     there, here = loaded.meta["config"], compose.plain_config(run.config)
     changed = [key for key in here if key in there and here[key] != there[key] and not is_within(key, RESUMABLE)]
     if changed:
@@ -142,11 +142,11 @@ def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
 
 # Going back: from steps whose numbers went wrong to the last good checkpoint, and on without their batches.
 #
-# gpt/training/guards.py decides when a run has to go back.
+# gpt/training/guards.py decides when a run has to roll back.
 
 
 def judge_step(run: Run, done: StepRecord) -> BadSteps | None:
-    """Judge a finished step, and enter it in the event log if it is bad.
+    """Check a finished step for divergence, and record it in the event log if it is bad.
 
     Returns the bad steps if they need a roll-back, else None.
     """
@@ -158,10 +158,10 @@ def judge_step(run: Run, done: StepRecord) -> BadSteps | None:
 
 
 def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
-    """Load the last good checkpoint before the ``bad`` steps; from there on their batches are left out. Collective.
+    """Load the last good checkpoint before the ``bad`` steps; the run continues without their batches. Collective.
 
     Raises:
-        RepeatedFailureError: the run has gone back as often as it may, and has saved no newer checkpoint.
+        RepeatedFailureError: the run has rolled back ``MAX_ROLLBACKS`` times without a newer checkpoint.
         FloatingPointError: there is no checkpoint to go back to.
     """
     run.worker.phase(Phase.starting, run.step)  # loading takes as long as at the start
@@ -179,7 +179,7 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
     rollbacks = run.guard.rollbacks + 1
     numbers = [run.batches.passed_over.batch_of(step) for step in range(bad.first, bad.last + 1)]
     passed_over = run.batches.passed_over.including(numbers)
-    # Before the load, which reads these batches from the event log.
+    # Before the load, which reads the batches to leave out from the event log.
     record(
         run, "rolled_back", step=target, first=bad.first, last=bad.last, cause=bad.cause,
         rollbacks=rollbacks, passed_over=passed_over.ranges, **where,
@@ -210,7 +210,7 @@ def place_text(where: dict[str, list[tuple[int, int]]]) -> str:
 
 
 PRIOR_S = 24 * 3600.0
-"""Prior of the estimate: each run is given this running time in seconds, and one failure, in advance."""
+"""Prior of the estimate: this running time in seconds, and one failure, are added to those of each run."""
 FIRST_S = 600.0
 """Seconds to the first checkpoint, before any save was measured."""
 LEAST_S = 60.0
@@ -219,7 +219,7 @@ FAILURES = ("crashed", "hung", "node_failed", "out_of_memory")
 
 
 def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
-    """Estimate the mean time between failures of a run, in seconds, from its event log.
+    """Return the estimated mean time between failures of a run, in seconds, from its event log.
 
     Args:
         events: the event log.
@@ -248,8 +248,8 @@ def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float
 def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
     """Return the interval of ``checkpoint.interval=auto``, in seconds, from the last save and the failures so far.
 
-    The interval is never shorter than the last save took to reach the disk, since one save at a time is in flight. Nor
-    is it shorter than ``LEAST_S``.
+    The interval is at least the time that the last save took to reach the disk, because only one save at a time is in
+    flight. It is also at least ``LEAST_S``.
     """
     known = list(events)
     saves = [event for event in known if event["event"] == "saved" and "seconds" in event]
@@ -262,7 +262,7 @@ def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
 
 # Checkpoints during training: when they are due, the save in flight, and its events.
 #
-# Ranks agree through the figures that every step sums over them, so that no step waits for a message.
+# Ranks agree through the figures that every step sums over all ranks, so that no step waits for a message.
 
 
 TRIES = 2
@@ -298,7 +298,7 @@ class CheckpointSchedule:
 
         Raises:
             ConfigError: the disk was full or broken for longer than ``checkpoint.give_up_after_min`` minutes.
-            CheckpointError: for the same time, checkpoints could not be written for another reason.
+            CheckpointError: checkpoints could not be written for that time, for another reason.
         """
         if phase:
             self._record(self._manager.advance(phase, sums))
@@ -318,7 +318,7 @@ class CheckpointSchedule:
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
         """Save a checkpoint of the step just done; return the seconds that training waited.
 
-        First waits for an earlier save, which is given up after ``TRIES`` failures. Also waits for this save if
+        First wait for an earlier save, which is given up after ``TRIES`` failures. Also wait for this save if
         ``is_last`` or ``is_stop`` is True, or if saves are synchronous.
 
         Args:
@@ -364,7 +364,7 @@ class CheckpointSchedule:
                 say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
 
     def _interval_s(self) -> float:
-        """Return the seconds to the next periodic checkpoint; 0 if the interval is a number of steps.
+        """Return the seconds between periodic checkpoints; 0 if the interval is a number of steps.
 
         With ``auto`` only rank 0 decides; the other ranks get 0.
         """

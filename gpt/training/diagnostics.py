@@ -23,7 +23,7 @@ from launch.runs.records import StepRecord
 # Breakdown of one step in every ``logging.breakdown_interval``: the time that the device computed, communicated and
 # idled.
 #
-# torch's profiler watches the step on every rank. Its trace is reduced to a few numbers at once and not kept.
+# torch's profiler watches the step on every rank. Its trace is reduced to a few numbers immediately, and not stored.
 
 
 Interval = tuple[float, float]
@@ -37,11 +37,12 @@ WARMUP_STEPS = 2
 def break_down(
     begin: float, end: float, compute: Iterable[Interval], communication: Iterable[Interval], copies: Iterable[Interval]
 ) -> dict[str, float]:
-    """Divide the step from ``begin`` to ``end`` into parts, in its unit; the intervals may overlap and reach beyond it.
+    """Return the parts of the step from ``begin`` to ``end``, in the unit of the arguments. Intervals may overlap, and
+    reach beyond the step.
 
-    Returns ``compute``; ``comm``, the time in collectives, also while the device computes; ``exposed``, the part of it
-    while nothing is computed or copied; ``copies`` between host and device, and on the device, while nothing is
-    computed; and ``idle``. ``compute + copies + exposed + idle`` is the whole step.
+    Returns ``compute``; ``comm``, the time in collectives, also while the device computes; ``exposed``, the part
+    of ``comm`` while nothing is computed or copied; ``copies`` between host and device, and on the device, while
+    nothing is computed; and ``idle``. ``compute + copies + exposed + idle`` is the whole step.
     """
     computing, communicating, copying = (
         union((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
@@ -76,8 +77,8 @@ def activities(on_gpus: bool) -> list[ProfilerActivity]:
 def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
     """Return the kind of a profiled event: ``compute``, ``communication`` or ``copies``; empty for any other.
 
-    On a GPU its kernels compute, except those of NCCL. A CPU computes in the operations of torch, and copies by
-    computing; gloo says when its collectives run.
+    On a GPU its kernels compute, except those of NCCL. A CPU computes in the operations of torch, and its
+    copies are such operations; gloo reports when its collectives run.
     """
     if on_gpus:
         if not is_on_gpu:
@@ -91,7 +92,7 @@ def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
 
 
 class StepBreakdown:
-    """Profiler of every ``interval``-th step: times of computing, communication and copies.
+    """Profiler of one step in every ``logging.breakdown_interval`` steps: times of computing, communication and copies.
 
     The loop calls ``due`` after each step. It calls the other methods only while the device is idle.
     """
@@ -103,12 +104,13 @@ class StepBreakdown:
         self._step = 0
 
     def due(self, step: int) -> bool:
-        """True if the step after ``step`` is to be profiled, or a profile is running."""
+        """True if the step after ``step`` has to be profiled, or a profile is running."""
         is_next = self._interval > 0 and step + 1 >= self._first and (step + 1) % self._interval == 0
         return is_next or self._profiler is not None
 
     def before(self, step: int) -> None:
-        """Begin to profile the step after ``step``, if it is due. No profile may run, and the device must be idle."""
+        """Begin to profile the step after ``step``, if it is due. No profile may be running, and the device must be
+        idle."""
         if not self.due(step):
             return
         self._step, self._profiler = step + 1, profile(activities=activities(self._on_gpus), acc_events=True)
@@ -123,7 +125,7 @@ class StepBreakdown:
             return
         self._mark.__exit__(None, None, None)
         profiler.stop()
-        if record.step != self._step:  # the run has gone back since
+        if record.step != self._step:  # the run has rolled back since
             return
         for name, seconds in self._reduce(profiler).items():
             if name != "copies" or self._on_gpus:  # a CPU copies by computing
@@ -146,14 +148,14 @@ class StepBreakdown:
         return break_down(begin, end, **spans)
 
 
-# Time that torch takes to compile, as torch's own callbacks report it: from the outermost begin to the outermost end.
+# Time that torch takes to compile, as torch's callbacks report it: from the begin to the end of the outermost phase.
 
 
 class CompileTime:
-    """Measures the wall time that this process compiles: frames, backward passes at first use, and CUDA graphs.
+    """Measures the wall time that this process takes to compile: frames, backward passes at first use, and CUDA graphs.
 
     Args:
-        compiles: True if the run compiles; else nothing is loaded, and ``take`` returns None.
+        compiles: True if the run compiles; else the compiler is not imported, and ``take`` returns None.
     """
 
     def __init__(self, compiles: bool) -> None:
@@ -256,9 +258,10 @@ ROWS = 40
 class StepProfile:
     """Profiler of the ``PROFILED`` steps from ``profile_from`` on.
 
-    The loop calls ``due`` after each step. If it is True, the loop waits for the device before it calls ``after``.
+    The loop calls ``due`` after each step. If the result is True, the loop waits for the device, reads the figures of
+    the step, and calls ``after``.
 
-    All ranks wait then, also those without a profile. So before the next step all ranks know the same bad steps.
+    All ranks do so, also those without a profile. So all ranks find the bad steps before the same next step.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:
@@ -270,7 +273,7 @@ class StepProfile:
         self._profiler: profile | None = None
 
     def due(self, step: int) -> bool:
-        """True on all ranks if profiling begins or ends after ``step``.
+        """True if profiling begins or ends after ``step``; the same on all ranks.
 
         A run that resumes within the range profiles the rest of the range.
         """

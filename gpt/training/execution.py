@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> TrainConfig:
-    """Return the config with ``precision``, ``tf32`` and ``compile`` filled in, the same on all ranks. Collective.
+    """Return the config with ``precision``, ``tf32`` and ``compile`` chosen, the same on all ranks. Collective.
 
     Raises:
         ConfigError: the run began in bf16, and some device does not compute in bf16. Also if some device lacks TF32 or
@@ -64,11 +64,11 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
 
 
 def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> CompileMode:
-    """Return ``chosen``, or ``none`` with a warning if the config leaves the choice and ranks lack a compiler.
+    """Return ``chosen``; or ``none``, with a warning, if ``config.compile`` is ``auto`` and ranks lack a compiler.
 
     Args:
         config: config of the run.
-        chosen: compilation of its blocks.
+        chosen: mode of compilation for the run.
         lacking: number of ranks on nodes without a compiler.
 
     Raises:
@@ -85,7 +85,8 @@ def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> Co
 
 
 def settle_precision(folder: RunFolder, world: World) -> Precision:
-    """Return the precision of earlier attempts; without any, the best precision that the devices of all ranks have."""
+    """Return the precision of earlier attempts; without earlier attempts, the best precision that the devices of all
+    ranks have."""
     before = world.on_first(lambda: (read_startup(folder) or {}).get("precision"))
     best = world.gather(best_precision(world.device).name)
     if before is None:
@@ -114,7 +115,7 @@ class CompileCache:
     def __init__(self, shared: Path, local: Path) -> None:
         self.shared, self.local = shared, local
         self._known: set[Path] = set()
-        """Files of this node that need no copy, or have one."""
+        """Files of this node that need no copy, or that are already copied."""
 
     def fetch(self) -> None:
         """Copy the files of the shared folder to this node."""
@@ -135,7 +136,7 @@ def compiled_files(folder: Path) -> set[Path]:
 
 
 def copy_files(files: Collection[Path], source: Path, target: Path) -> None:
-    """Copy the files of ``source`` that ``target`` lacks. A reader sees whole files only. Log what is impossible."""
+    """Copy the files of ``source`` that ``target`` lacks. A reader sees whole files only. Log a failed copy."""
     try:
         for file in files:
             copy = target / file.relative_to(source)
@@ -149,7 +150,7 @@ def copy_files(files: Collection[Path], source: Path, target: Path) -> None:
 
 
 def keep_compiled(config: TrainConfig, world: World) -> CompileCache | None:
-    """Have torch's compiler keep its results for later attempts and for runs of the same shapes. Collective.
+    """Keep the results of torch's compiler for later attempts and for runs of the same shapes. Collective.
 
     Returns:
         The cache to share from this rank, which is the first of its node; None on other ranks, on a single node,
@@ -169,7 +170,7 @@ def keep_compiled(config: TrainConfig, world: World) -> CompileCache | None:
     os.environ[COMPILE_CACHE] = str(cache.local)
     if world.local_rank == 0:
         cache.fetch()
-    world.gather(None)  # no rank compiles before the files of its node are there
+    world.gather(None)  # no rank compiles before the files of its node are copied
     return cache if world.local_rank == 0 else None
 
 
@@ -183,7 +184,7 @@ def names_compile_cache() -> bool:
 def open_compile_cache(folder: Path) -> str | None:
     """Make a folder for the compile cache, and return its path.
 
-    None if the user has named one, or if the filesystem cannot lock files, as the compiler does.
+    None if the user has set a cache folder, or if the filesystem cannot lock files, as the compiler needs.
     """
     if names_compile_cache():
         return None
@@ -241,8 +242,8 @@ CUBLAS = ":4096:8"
 def fix_hash_seed(config: TrainConfig) -> None:
     """In deterministic mode, start this process again with PYTHONHASHSEED set: Python reads it only at its start.
 
-    No code here depends on the order of sets of strings, but a user's part may. The launcher sets the variable for its
-    ranks.
+    No code of this project depends on the order of sets of strings, but a user's part may. The launcher sets the
+    variable for its ranks.
     """
     if config.deterministic and "PYTHONHASHSEED" not in os.environ:
         sys.stdout.flush()
@@ -258,9 +259,10 @@ def seed_all(seed: int, rank: int) -> None:
 
 
 def set_determinism(config: TrainConfig) -> None:
-    """Have torch refuse nondeterministic operations, if the config asks for that. Call before the first use of a GPU.
+    """Have torch refuse nondeterministic operations, if ``config.deterministic``. Call it before the first use of a
+    GPU.
 
-    Compiled code then draws the random numbers of eager code, so dropout is the same in both.
+    Compiled code then draws the random numbers of eager code, so dropout is the same with and without compilation.
     """
     if not config.deterministic:
         return
@@ -275,7 +277,7 @@ def set_determinism(config: TrainConfig) -> None:
 
 
 def set_matmul_precision(config: TrainConfig) -> None:
-    """Allow TF32 in fp32 products if the completed config says so. Call it before anything is compiled.
+    """Allow TF32 in fp32 products if ``config.tf32`` is true. Call it before anything is compiled.
 
     It uses the older of torch's two interfaces: torch 2.11 to 2.13 all have it, and their compiler reads it.
     """
@@ -299,17 +301,18 @@ def state() -> dict[str, str | bool | None]:
 
 
 FIRST = 2
-"""First steps, which differ from later ones: they compile, and fill the caches of memory and data."""
+"""Number of first steps that are left out, because they compile, and fill the caches of memory and data."""
 MEASURED = 3
 FACTOR = 20
 LEAST_S = 100.0
-"""Least timeout in seconds, as in torchtitan: all ranks may wait for one that writes a profile or waits for files."""
+"""Least timeout in seconds, as in torchtitan: all ranks may wait for a rank that writes a profile or waits
+for files."""
 
 
 class StepTimeouts:
-    """Shortens the timeout of the process groups, once, after the first steps of an attempt.
+    """Shortens the timeout of the process groups, one time, after the first steps of an attempt.
 
-    The control group keeps its own timeout: over it ranks wait for files that one of them writes.
+    The control group keeps its timeout, because over it ranks wait for files that one rank writes.
     """
 
     def __init__(self, world: World, config: ParallelConfig) -> None:
@@ -317,11 +320,11 @@ class StepTimeouts:
         self._config = config
         self._times: list[float] = []
         self._cut_s: float | None = None
-        """Timeout of a step in seconds, once it is set."""
+        """Timeout of a step in seconds; None until it is set."""
         self._has_evaluated = False
 
     def after(self, step_time_s: float) -> None:
-        """Add the time of one more step, in seconds. After ``FIRST + MEASURED`` steps, set the timeout, once."""
+        """Add the time of one more step, in seconds. After ``FIRST + MEASURED`` steps, set the timeout."""
         if self._cut_s is not None:
             return
         self._times.append(step_time_s)

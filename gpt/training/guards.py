@@ -50,11 +50,11 @@ class LossWindow:
             record.loss_variance = float(np.var(np.fromiter(self._losses, dtype=np.float64)))
 
     def clear(self) -> None:
-        """Forget the losses, because the run goes back."""
+        """Forget the losses, because the run returns to an earlier checkpoint."""
         self._losses.clear()
 
 
-# Bad steps, whose numbers went wrong: their count, and the decision to go back.
+# Bad steps (loss or gradients are wrong): their count, and the decision to roll back.
 #
 # The decision is a pure function of the figures of the steps. These are the same on all ranks, so all ranks decide
 # alike without a message.
@@ -62,12 +62,13 @@ class LossWindow:
 
 @dataclass(frozen=True)
 class BadSteps:
-    """Bad steps that need a roll-back: the run goes back to an earlier checkpoint, and leaves out their batches."""
+    """Bad steps that need a roll-back: the run returns to an earlier checkpoint, and leaves out the batches of these
+    steps."""
 
     first: int
     last: int
     cause: str
-    """Fault of these steps, as text."""
+    """What is wrong with these steps, as text."""
 
 
 SPIKE_WINDOW = 100
@@ -77,7 +78,8 @@ MAX_ROLLBACKS = 2
 
 
 class DivergenceGuard:
-    """Check of each step for divergence, by its loss and gradients. Every step must be checked once, in order."""
+    """Check of each step for divergence, by its loss and gradients. ``judge`` must be called for every step, in
+    order."""
 
     def __init__(self, config: DivergenceConfig) -> None:
         self._config = config
@@ -91,7 +93,7 @@ class DivergenceGuard:
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def judge(self, record: StepRecord) -> BadSteps | None:
-        """Judge a finished step, and count it if it was skipped.
+        """Check a finished step, and count it if it was skipped.
 
         Returns the bad steps if they need a roll-back, else None.
         """
@@ -167,7 +169,7 @@ def is_bad(record: StepRecord) -> bool:
 
 
 def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
-    """Return the step of the checkpoint to go back to, out of ``steps``; None if there is none.
+    """Return the step, out of ``steps``, to whose checkpoint the run rolls back; None if there is none.
 
     The newest checkpoint is taken whose weights gave a finite loss in the step after it. If there is none, the
     checkpoint right before the first bad step is taken.
@@ -177,7 +179,8 @@ def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
 
 
 def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
-    """Return the newest ``rolled_back`` event to ``step`` since its checkpoint was saved; None if there is none.
+    """Return the newest event ``rolled_back`` to ``step`` after the checkpoint of ``step`` was saved; None if there is
+    none.
 
     The event has the batches that the run skips after ``step``. An attempt that resumes from ``step`` skips them too.
     """
@@ -193,7 +196,7 @@ def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
 def remedy(config: TrainConfig) -> str:
     """Return a line that says what to change in a run that diverges, and how to begin from its last checkpoint.
 
-    None of these keys may change between the attempts of one run, so each change means a new folder.
+    None of the keys that the line names may change between attempts of one run, so each change needs a new folder.
     """
     optim = config.optim
     clip = f"optim.grad_clip={optim.grad_clip / 2:g}" if optim.grad_clip else "optim.grad_clip=1"
@@ -219,14 +222,14 @@ class EarlyStop:
     """Lowest loss so far, nats per token."""
     best_step: int = 0
     waited: int = 0
-    """Evaluations since the lowest loss."""
+    """Number of evaluations since the lowest loss."""
     best_per_byte: float | None = None
     """Lowest loss in nats per byte of text; None if the text is not known."""
 
     def add(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
         """Add the validation loss of a step, in nats per token, and in bits per byte of text if the text is known.
 
-        Does nothing unless ``step`` comes after the step of the lowest loss: a resumed run evaluates steps again.
+        Does nothing unless ``step`` is after the step of the lowest loss, because a resumed run evaluates steps again.
         """
         if step <= self.best_step:
             return
@@ -237,7 +240,7 @@ class EarlyStop:
             self.waited += 1
 
     def reason(self) -> str | None:
-        """Return the reason to end the run now, as text; None if it continues."""
+        """Return the reason to end the run now, as text; None if the run continues."""
         target, patience = self.config.target_val_loss, self.config.patience
         per_byte, per_byte_target = self.best_per_byte, self.config.target_val_nats_per_byte
         told = f"val_loss {self.best:.4f} at step {self.best_step}"
@@ -259,7 +262,7 @@ class EarlyStop:
         return {"waited": self.waited, **(best if self.best_step else {})}  # JSON has no infinity
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint; the config stays the present one."""
+        """Restore the state of a checkpoint; the config remains that of this attempt."""
         self.best, self.best_step = state.get("best", math.inf), state.get("best_step", 0)
         self.waited = state["waited"]
         self.best_per_byte = state.get("best_per_byte")
@@ -276,9 +279,9 @@ def refuse_unknown_text(config: TrainConfig, val_bytes: float | None) -> None:
         )
 
 
-# Replicas that have drifted apart end the attempt, and the failure names rank and host.
+# Replicas with different parameters end the attempt, and the failure names rank and host.
 #
-# gpt/parallel/dtensor.py compares the replicas; the launcher decides about the host.
+# gpt/parallel/dtensor.py compares the replicas; the launcher decides whether the host is used again.
 
 
 class ReplicaDriftError(RuntimeError):
@@ -289,7 +292,7 @@ def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
     """Compare the replicas of parameters after the step just done. Collective.
 
     Raises:
-        ReplicaDriftError: some differ; raised on every rank, and entered in the event log.
+        ReplicaDriftError: some replicas differ; raised on every rank, and recorded in the event log.
     """
     drift = replicas.find_drift()
     if drift is None:
@@ -300,7 +303,7 @@ def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
     whom = "the other replicas of them" if drift.is_certain else "each other"
     cause = f"after step {run.step} the parameters of {where} differ from {whom}"
     told = {"ranks": drift.ranks, "hosts": hosts, "certain": drift.is_certain, "cause": cause}
-    # All ranks wait for the entry: an agent ends all ranks as soon as one has failed.
+    # All ranks wait until the event is written, because an agent ends all ranks as soon as one has failed.
     run.world.on_first(lambda: run.folder.record_event("replicas_differ", attempt=run.attempt, step=run.step, **told))
     raise ReplicaDriftError(
         f"{cause}: a device or a memory has changed them; the run goes on from its last checkpoint, which was "
@@ -310,8 +313,8 @@ def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
 
 # Ranks that are slower than the rest, found during the run.
 #
-# Each rank puts its own time, without its waits for other ranks, at its place in a vector. The figures of a step carry
-# this vector in their sum, so no other message is needed.
+# The own time of a rank is the time of a step without waits for other ranks. Each rank puts it at its place in a
+# vector. The figures of a step carry this vector in their sum, so no other message is needed.
 
 
 WARMUP_STEPS = 5
@@ -319,7 +322,7 @@ WARMUP_STEPS = 5
 STRAGGLER_WINDOW = 20
 """Number of steps over which the own times of the ranks are averaged."""
 ENDS_AT = 0.5
-"""A slow rank recovers when its excess over the median is below this share of ``factor - 1``.
+"""A slow rank has recovered if its relative excess over the median is below this share of ``factor - 1``.
 
 A share below 1 keeps a rank near the limit from being reported again and again.
 """
@@ -334,7 +337,7 @@ class Finding:
     own_s: float
     """Mean of the rank's own time per step over the window, seconds."""
     median_s: float
-    """Median of that mean over all other ranks, seconds."""
+    """Median of this mean over all other ranks, seconds."""
 
 
 class StragglerJudge:
@@ -356,7 +359,8 @@ class StragglerJudge:
         if len(self._times) < self._window:
             return []
         means = np.mean(self._times, axis=0)
-        # The lower median of all ranks is at most a slow rank's median of the rest, so no slow rank is missed here.
+        # The lower median of all ranks is at most the median of the ranks without the slow one, so no slow rank is
+        # missed.
         lower = float(np.partition(means, (len(means) - 1) // 2)[(len(means) - 1) // 2])
         ends = 1 + ENDS_AT * (self._factor - 1)
         found = []
@@ -372,7 +376,7 @@ class StragglerJudge:
 class StragglerWatch:
     """Collects the own times of all ranks, which are the seconds of a step without waits for other ranks.
 
-    The sums of each queued step carry the own times of an earlier step: the last one whose figures were read.
+    The all-reduce of each step also sums the own times of an earlier step: the last step whose figures were read.
     """
 
     def __init__(self, run: Run) -> None:
@@ -387,9 +391,10 @@ class StragglerWatch:
         self._own_s = 0.0
 
     def own_times(self, like: Tensor) -> Tensor:
-        """Return this rank's own time of the last step that was read, in seconds, at its index in (size,).
+        """Return a tensor (size,) with this rank's own time of the last step that was read, in seconds, at the rank's
+        index.
 
-        The other elements are 0, and so is this rank's before a step was read. The tensor is filled on the device of
+        Other elements are 0; this rank's element is 0 before a step was read. The tensor is filled on the device of
         ``like``, so the host does not wait.
         """
         times = like.new_zeros(self.size)
@@ -397,7 +402,8 @@ class StragglerWatch:
         return times
 
     def after(self, record: StepRecord, times: Sequence[float]) -> None:
-        """Take the own times that a step summed, seconds by rank; on rank 0 put them and findings into its record."""
+        """Evaluate the own times that a step has summed, seconds by rank. On rank 0 put times and slow ranks into its
+        record."""
         if not self.size:
             return
         self._own_s = record.step_time_s - (record.comm_s or 0.0) - (record.bubble_s or 0.0)

@@ -38,9 +38,9 @@ class EvaluationShare:
     sequences: int
     """Number of sequences of all ranks."""
     batch: int
-    """Most sequences in one pass."""
+    """Largest number of sequences in one pass."""
     part: int
-    """Number of the part that this rank computes, from 0 to ``parts`` - 1."""
+    """Index of the part that this rank evaluates, from 0 to ``parts`` - 1."""
     parts: int
 
 
@@ -59,8 +59,8 @@ def mean_loss(
 
     Args:
         module: the model, in evaluation mode during the call.
-        loss: takes tokens and targets, both (B, T); returns the summed loss. Returns this rank's share of it if several
-            ranks compute the loss of the same sequences.
+        loss: takes tokens and targets, both (B, T); returns the summed loss. If several ranks compute the loss of the
+            same sequences, it returns this rank's share of the sum.
         samples: the validation sequences.
         world: all ranks.
         share: number of sequences, and this rank's part of them.
@@ -73,7 +73,7 @@ def mean_loss(
     for i in range(math.ceil(math.ceil(share.sequences / share.parts) / share.batch)):
         on_pass()
         part = mine[i * share.batch : (i + 1) * share.batch]
-        # Sharded ranks must all take every pass. A rank without sequences repeats one and does not count it.
+        # Sharded ranks must all take every pass. A rank without sequences repeats one, which does not count.
         tokens_BT, targets_BT = samples.batch("val", part if len(part) else np.zeros(1, dtype=np.int64))
         summed = loss(tokens_BT, targets_BT)
         if len(part):
@@ -88,7 +88,7 @@ def mean_loss(
 # The training loop: steps, and the work between them: evaluations, checkpoints, records, roll-backs, the end.
 #
 # The figures of a step are read while the device computes the next one, so the device is never idle between two steps.
-# A step is read at once only if the loop pauses, say for a checkpoint.
+# The figures of a step are read before the next step only if the loop pauses, for example for a checkpoint.
 
 
 def train(run: Run) -> str:
@@ -116,15 +116,15 @@ def train(run: Run) -> str:
 
 
 class Pause(NamedTuple):
-    """Work after a step, for which its figures are read at once; the same on all ranks."""
+    """Work after a step, before which the figures of the step are read; the same on all ranks."""
 
     last: bool
     evaluates: bool
     compares: bool
-    """The parameters of replicas are compared."""
+    """True if the parameters of replicas are compared."""
     saves: bool
     remembers: bool
-    """The step is saved in the memory of the nodes, and not on disk."""
+    """True if the step is saved in the memory of the nodes, and not on disk."""
 
 
 class Loop:
@@ -152,7 +152,8 @@ class Loop:
         self._pending_requests: QueuedStep | None = None
         """The queued step whose requests are not read yet; None if there is none.
 
-        The figures of a profiled step are read at once, and its requests later. ``_pending_metrics`` is then None.
+        The figures of a profiled step are read before the next step, and its requests later. ``_pending_metrics`` is
+        then None.
         """
         self._carried_requests: Requests = frozenset()
         """Requests from steps that a roll-back has discarded; they are served after the next step."""
@@ -173,7 +174,8 @@ class Loop:
             run.restore_s = None
             collect(run.step)  # while the device works
             if self._divergence is not None:
-                # Found bad after this step was queued. Requests that came during the discarded steps are kept.
+                # The step before was found bad after this step was queued. Requests that came during the discarded
+                # steps are kept.
                 carried = step.requests_of_all()
                 if self._pending_requests is not None:
                     carried |= self._pending_requests.requests_of_all()
@@ -187,7 +189,7 @@ class Loop:
         return outcome or "finished"
 
     def _read_former(self) -> None:
-        """Read the figures of the previous step, unless they are read already, and write its record."""
+        """Read the figures of the previous step, if they are not read yet, and write its record."""
         if self._pending_metrics is not None:
             record, self._divergence = self._read(self._pending_metrics)
             self.writers.write(record)
@@ -210,7 +212,7 @@ class Loop:
         return step.requests_of_all()
 
     def _pause_after(self, requests: Requests) -> Pause:
-        """Return the work after the step just queued."""
+        """Return the work to do after the step just queued."""
         config, step = self._run.config, self._run.step
         last = step == config.optim.max_steps
         return Pause(
@@ -278,7 +280,7 @@ class Loop:
         return None
 
     def _go_back(self, bad: BadSteps, requests: Requests) -> None:
-        """Load a checkpoint from before the steps ``bad``, to continue from it.
+        """Load the last good checkpoint before the steps ``bad``, to continue from it.
 
         ``requests`` (to stop or to save) came during the discarded steps. They are served after the next step.
         """

@@ -51,14 +51,14 @@ from launch.runs.overrides import without_key
 
 # The request of a command line: config, run folder, and ``parallel=auto`` for ranks without a plan.
 #
-# Rank 0 looks at its device and chooses with gpt/planning.
+# Rank 0 chooses for its device, with gpt/planning.
 
 
 def machine_of_rank(config: TrainConfig, world: World) -> Machine:
-    """Return the hardware that ``parallel=auto`` plans for: all nodes are like this one.
+    """Return the hardware that ``parallel=auto`` plans for. All nodes are assumed to equal this node.
 
     Raises:
-        ConfigError: the device is not known.
+        ConfigError: the peak or memory of the device is unknown.
     """
     if world.device.type != "cuda":
         return cpus(free_memory() // world.local_size, world.local_size)
@@ -124,7 +124,8 @@ def parse_request(words: argparse.Namespace) -> Request:
 
 
 def agree_on_folder(request: Request, world: World) -> RunFolder:
-    """Let rank 0 choose the folder and write the config there; all ranks get the same folder, or the same refusal."""
+    """Choose the folder and write the config there, on rank 0; return the folder, or raise ConfigError, on all ranks
+    alike."""
 
     def choose() -> tuple[Path, ParallelConfig, int, Precision]:
         assert request.composed is not None
@@ -144,7 +145,7 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
         config = choice.apply(config)
         if config.checkpoint.copy_to is not None:
             check_target(config.checkpoint.copy_to, folder.path)
-        # Ranks, batch and corpus fit together, and no library is missing, before there is a folder.
+        # Check ranks, batch, corpus and libraries before the folder is made.
         refuse_without_deepspeed(config)
         batch = split_batch(config.optim, check_parallel_dims(config, world.size).data_ranks)
         check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
@@ -198,15 +199,15 @@ class Run:
     early_stop: EarlyStop
     """Decides whether the run ends early."""
     initialised_from: dict[str, Any] | None = None
-    """Source of the first weights of this attempt; None if they were drawn, or came from a checkpoint."""
+    """Source of the first weights of this attempt; None if the weights are random, or are those of a checkpoint."""
     compiled: CompileCache | None = None
-    """Compiled code of this node, which this rank shares with other nodes; None if it shares none."""
+    """Compiled code of this node, which this rank shares with other nodes; None if this rank shares none."""
     step: int = 0
-    """Number of the last step that was done; 0 at first."""
+    """Number of the last step that was done; 0 before the first step."""
     hosts: tuple[str, ...] = ()
     """Host of each rank; empty before the attempt is described."""
     restore_s: float | None = None
-    """Seconds that the last load of a checkpoint took, until a step record holds them."""
+    """Seconds that the last load of a checkpoint took; None without a load, and after a step record contains them."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -221,14 +222,15 @@ def prepare_tokens(config: TrainConfig) -> Tokens:
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
-    """Return the number of this attempt, the launcher's or the next free one; open the run folder for records."""
+    """Open the run folder for records; return the number of this attempt: that of the launcher, or the next free
+    number."""
     attempt = launched.attempt if launched.folder is not None else world.on_first(folder.create_attempt)
     launched.open_folder(folder.path, attempt)
     return attempt
 
 
 def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
-    """Print a warning and record an event if this attempt runs other code or libraries than the attempt before.
+    """Print a warning and record an event if code or libraries differ from those of the attempt before.
 
     Raises:
         ConfigError: there are such changes, and ``strict`` is True.
@@ -298,7 +300,7 @@ def describe_attempt(run: Run) -> None:
     print(f"{run.folder.path}\n{render_summary(record, config, f'{config.name}  {where}')}", flush=True)
 
 
-# The first weights of a run: drawn, or read from elsewhere (``init_from``).
+# The first weights of a run: random, or read from a source (``init_from``).
 #
 # One rank reads a source through and chooses. Then each rank reads for itself, since all see the same files.
 
@@ -311,14 +313,14 @@ def first_weights(
     Args:
         model: the whole model, which may be on the meta device.
         config: config of the run.
-        folder: folder of the run; if it holds a checkpoint, the weights are zeros, which the checkpoint replaces.
+        folder: folder of the run; if it has a checkpoint, the weights are zeros, which the checkpoint replaces.
         world: all ranks.
 
     Returns:
         The weights, and the description of their source for the records; None if they were not read from a source.
 
     Raises:
-        ConfigError: on every rank, if any of them cannot use the source.
+        ConfigError: some rank cannot use the source; raised on every rank.
     """
     if world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
         return zeros, None
@@ -337,7 +339,7 @@ def first_weights(
     shared = ("one folder that all nodes share", "init_from=FOLDER on a shared filesystem")
     try:
         state = read_source(verified, model)
-        # A checksum, equal for equal bits: the weights are summed as integers, in any order.
+        # A checksum that is equal for equal bits: the weights are summed as integers, so the order has no effect.
         answer = sum(int(t.contiguous().view(torch.int32).sum(dtype=torch.int64)) for t in state.values())
     except ConfigError as error:
         answer = error

@@ -42,7 +42,7 @@ NO_VOTES = Votes()
 def fill_in_phases(record: StepRecord, timeline: Timeline, groups: Sequence[str] | None) -> None:
     """Put the times of the phases, in seconds, into the record. The device must have finished the step.
 
-    ``groups``: the groups whose communication can be timed; None if some cannot, and then no group is reported.
+    ``groups``: the groups whose communication is timed; None if some group cannot be timed, so that none is reported.
     """
     data, reduced, updated = (timeline.seconds(moment) for moment in timeline.marks)
     spans = timeline.spans()
@@ -68,7 +68,7 @@ def fill_in_phases(record: StepRecord, timeline: Timeline, groups: Sequence[str]
 
 
 YOUNG = 1
-"""Highest generation that is collected: objects of the oldest generation are not examined again."""
+"""Highest generation of objects that is collected; objects of the oldest generation are not examined again."""
 
 
 GC_INTERVAL = 50
@@ -80,7 +80,7 @@ collects in another step, and all ranks wait each time."""
 def collect_together() -> Iterator[Callable[[int], None]]:
     """Collect garbage only in steps that ``GC_INTERVAL`` divides, for the length of a ``with`` block.
 
-    Collects all garbage once at the beginning. Yields the function to call with the number of each step.
+    Collects all garbage at the beginning. Yields a function, to be called with the number of each step.
     """
 
     def collect(step: int) -> None:
@@ -97,7 +97,7 @@ def collect_together() -> Iterator[Callable[[int], None]]:
             gc.enable()
 
 
-# Memory of the host that a training process has freed: kept for its next step.
+# Host memory that a training process has freed is kept for its next step.
 #
 # The C library gives blocks of some 32 MB and more back to the kernel at once. A step that computes on a CPU needs the
 # same blocks again: logits, their gradients, large activations. The kernel then has to find and zero each page anew.
@@ -110,16 +110,17 @@ CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MM
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep the memory that this process frees; return False if it cannot, or the user has set it.
+    """Set the C library to keep the memory that this process frees. Return False if it cannot, or if the user has set
+    it.
 
-    For processes that need the same memory in every step: the process keeps the memory of its highest use.
+    This is for processes that need the same memory in every step, since the process keeps the memory of its peak.
     """
     tuned = any(name in os.environ for name in CHOSEN_BY_USER) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform != "linux" or tuned or "LD_PRELOAD" in os.environ:  # the last chooses another allocator
+    if sys.platform != "linux" or tuned or "LD_PRELOAD" in os.environ:  # LD_PRELOAD may choose another allocator
         return False
     try:
         set_option = ctypes.CDLL(None).mallopt
-    except AttributeError:  # musl has none
+    except AttributeError:  # musl has no such function
         return False
     return bool(set_option(MMAP_MAX, 0)) and bool(set_option(TRIM_THRESHOLD, NEVER))
 
@@ -133,7 +134,7 @@ def keep_freed_memory() -> bool:
 
 
 Requests = frozenset[str]
-"""Requests from outside, read between two steps: any of ``stop`` (the run) and ``save`` (a checkpoint)."""
+"""Requests to the run from outside, read between two steps: any of ``stop`` (the run) and ``save`` (a checkpoint)."""
 
 
 @dataclass
@@ -141,16 +142,16 @@ class QueuedStep:
     """A step that the device works on, or has finished."""
 
     record: StepRecord
-    """Fields that are known without waiting; ``finish`` fills in the rest."""
+    """Record with the fields that are known without waiting; ``finish`` fills in the other fields."""
     requests: Requests
-    """Requests to this rank. They are the same on all ranks if the launcher started the run; otherwise use
+    """Requests to this rank. If the launcher started the run, they are the same on all ranks; otherwise use
     ``requests_of_all``."""
     gradients: Gradients | None
     """Statistics of the gradients in a step that measures them; else None."""
     sizes: dict[str, int]
     """Name of each figure -> count of its numbers, in the order of ``values``."""
     values: Tensor
-    """Figures of the step on the CPU, float64, once the device has reached ``event``."""
+    """Figures of the step on the CPU, (N,) float64; valid when the device has reached ``event``."""
     event: torch.cuda.Event | None
     ended: float
     """Time at which a step on a CPU ended, of time.perf_counter, seconds."""
@@ -160,7 +161,7 @@ class QueuedStep:
     """This rank's votes about saves; the figures hold their sums over the ranks."""
     timeline: Timeline
     timed_groups: tuple[str, ...] | None
-    """As the engine's."""
+    """``Engine.timed_groups``: groups whose waits are recorded; None if there are none."""
 
     def read(self) -> dict[str, list[float]]:
         """Wait for the step; return the numbers of its figures by name."""
@@ -171,7 +172,7 @@ class QueuedStep:
         return {name: list(islice(numbers, size)) for name, size in self.sizes.items()}
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
-        """Wait for the step; return its record, and the step's end; ``since`` is the end of the step before.
+        """Wait for the step; return its record, and the time of its end. ``since`` is the end of the step before.
 
         Both times are of time.perf_counter, seconds. A loss or gradient norm that is not finite on some rank is None;
         all ranks then have skipped the step.
@@ -233,7 +234,7 @@ def queue_step(
         loss_sum = engine.backward(data.tokens, data.targets, lambda: run.worker.phase(phase, step - 1))
         timeline.mark()
     asked = {"stop": run.worker.stop_requested(), "save": run.worker.save_requested()}
-    run.worker.phase(phase, step - 1)  # the poll looked like training, which may be silent for less time than a start
+    run.worker.phase(phase, step - 1)  # the poll looked like training, which allows less silence than a start
     # Figures of this rank that are summed over all ranks. As fills: the host would wait for a copy of its own tensor.
     told: dict[str, float] = dict(votes.figures)
     if not run.worker.agrees:  # under torchrun alone only the ranks can agree
@@ -244,11 +245,11 @@ def queue_step(
     if gradients is not None:
         own["gradients"] = gradients.sums(engine.gradients())
 
-    loss_scale = None if engine.loss_scale is None else engine.loss_scale.scale.double()  # before it is adapted
+    loss_scale = None if engine.loss_scale is None else engine.loss_scale.scale.double()  # before the update adapts it
     with recorded(timeline):
         norm, sums_N, flaw = engine.clip(torch.cat([*own.values()]), waiting(HOST)(meanwhile))
-        # Before the update, so that all ranks skip it or none, even if one replica alone computed other numbers. On the
-        # device, so that no rank waits for the decision.
+        # Decided before the update, so that either all ranks skip it or none, even if only one replica computed other
+        # numbers. Decided on the device, so that no rank waits.
         skip = (sums_N[0] + flaw).isfinite().logical_not()
         own_norm = engine.update(lr, skip)
         timeline.mark()
@@ -299,10 +300,10 @@ def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
     """
     mine_LE = expert_counts(engine.module)
     most = torch.zeros((), dtype=torch.float64, device=world.device)
-    if mine_LE is not None:  # a stage of a pipeline may hold only the output matrix
+    if mine_LE is not None:  # a stage of a pipeline may have only the output matrix
         counts_LE = world.all_reduce(mine_LE.double(), engine.layer_group)
         move_balance_bias(engine.module, counts_LE * skip.logical_not())
         most = (counts_LE / counts_LE.mean(1, keepdim=True)).max() - 1
-    if engine.layer_group is not None:  # other ranks hold the other layers
+    if engine.layer_group is not None:  # other ranks have the other layers
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most

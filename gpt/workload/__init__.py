@@ -75,7 +75,7 @@ from launch.workload import (
     possible_sizes,
 )
 
-# Layouts that train a model of a given size: a model with that many parameters, and the fastest layouts for it.
+# Layouts for a given number of parameters: a model of about that size, and the fastest layouts that train it.
 
 
 GOAL_WORDS = ("model=llama_1p36b", "parallel=auto", "precision=bf16", "recompute=selective", "optim=gpt2")
@@ -83,15 +83,16 @@ GOAL_WORDS = ("model=llama_1p36b", "parallel=auto", "precision=bf16", "recompute
 ASPECT = 110
 """Width divided by layers of the sized models: 128 in Llama 2 7B, 102 in Llama 2 70B (arXiv 2307.09288)."""
 WITHIN = 0.03
-"""Relative difference from the requested size. Of the models within it, the one nearest to ``ASPECT`` is chosen."""
+"""Largest relative difference from the requested size. Of the models within this difference, the one nearest to
+``ASPECT`` is chosen."""
 TOKENS_PER_STEP = 4e6
-"""Default global batch in tokens: that of Llama 2 (arXiv 2307.09288, section 2.2)."""
+"""Default global batch in tokens, as for Llama 2 (arXiv 2307.09288, section 2.2)."""
 BATCH_MULTIPLE = 384
 """The batch is a multiple of this, 2^7 x 3, so that many numbers of data ranks divide it."""
 HEAD_DIM = 128
 EXAMPLE = 'python -m launch.project --fit "7e9 params, 1e12 tokens, 30 days" --gpu h100'
 MOST_PARAMETERS = 1e15
-"""Largest size of a model in parameters: the plan computes its layers one by one."""
+"""Largest number of parameters of a model, because the plan computes its layers one by one."""
 SHOWN = 2
 """Number of layouts that are returned for one number of nodes."""
 
@@ -100,7 +101,7 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
     """Return a model of about ``wanted`` parameters, with the parts of ``family`` and a usual shape.
 
     Raises:
-        ConfigError: no width and depth come near ``wanted``, or it exceeds ``MOST_PARAMETERS``.
+        ConfigError: no width and depth give about ``wanted`` parameters, or ``wanted`` exceeds ``MOST_PARAMETERS``.
     """
     if wanted > MOST_PARAMETERS:
         raise ConfigError(f"{wanted:.3g} params", f"{MOST_PARAMETERS:.0e} at most", EXAMPLE)
@@ -140,7 +141,7 @@ def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> Tr
 
 
 def as_set_up(config: TrainConfig, choice: LayoutChoice, world_size: int, machine: Machine) -> SetUp:
-    """Return the figures of a layout that ``launch.project`` shows."""
+    """Return the figures that ``launch.project`` shows of a layout."""
     model, found = config.model, choice.estimate
     peak = peak_flops(machine.device, config.precision)
     rate = training_flops_per_token(model).palm * found.tokens_per_s / world_size
@@ -182,11 +183,11 @@ class GptWorkload(Workload):
     figures = step_figures()
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Resolve typed relative paths against the current folder."""
+        """Resolve relative paths of the command line against the current folder, in place."""
         make_paths_absolute(document)
 
     def computes_on_cpus(self, config: TrainConfig) -> bool:
-        """Return True if the config excludes GPUs on any machine."""
+        """Return True if the config requires CPUs on every machine."""
         return config.device is Device.cpu
 
     def plan(self, config: TrainConfig, request: PlanRequest) -> WorkloadPlan:
@@ -251,7 +252,7 @@ class GptWorkload(Workload):
         incomplete.
 
         Raises:
-            ConfigError: ranks, batch and model do not go together.
+            ConfigError: ranks, batch and model do not fit each other.
         """
         precision = choose_precision(config, request.folder, on_cpus(config, request), gpu_name(request))
         config = assume_precision(config, precision)
@@ -271,7 +272,7 @@ class GptWorkload(Workload):
         """Return layouts that train a model of a given size on the nodes of ``request``, the fastest first.
 
         Raises:
-            ConfigError: no model has that size, or no layout is valid or fits.
+            ConfigError: no model has that size, or no layout is valid or fits into memory.
         """
         has_batch = any(typed_key(word) == "optim.global_batch" for word in request.overrides)
         config = sized_config(config, goal, has_batch)
@@ -295,7 +296,7 @@ class GptWorkload(Workload):
         return RankContract(unit="tokens", max_steps=config.optim.max_steps)
 
     def code(self, config: TrainConfig) -> CodeTree:
-        """Return the source files of this project, which the launcher is part of."""
+        """Return the source files of this project, which include the launcher."""
         return CodeTree(ROOT, source_files, has_launcher=True)
 
     def checkpoints(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
@@ -312,7 +313,8 @@ class GptWorkload(Workload):
 
 
 def saves_more_often(config: TrainConfig) -> str:
-    """Return a value for ``checkpoint.interval`` of half the length; without a length, a tenth of the run's steps."""
+    """Return a value for ``checkpoint.interval``: half the present interval; a tenth of the run's steps if it has no
+    length."""
     every = config.checkpoint.every()
     if every.minutes is not None:
         return f"{every.minutes / 2:g}min"

@@ -36,7 +36,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.measured import MatmulRates, read_matmul_rates, read_network
 from launch.workload import PlanRequest, StepTime
 
-# Hardware of the nodes of a point, as far as it is stated or detected, and the time of a step on it.
+# Hardware of the nodes of a point, as the config states it or this machine detects it, and the time of a step on it.
 
 
 def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
@@ -49,7 +49,7 @@ def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
 
 
 def gpu_memory(request: PlanRequest) -> int | None:
-    """Return the memory of one GPU in bytes; None if it is neither stated nor known."""
+    """Return the memory of one GPU in bytes; None if the config does not state it and the GPU is unknown."""
     cluster = request.cluster
     if cluster.gpu_memory_gib is not None:
         return int(cluster.gpu_memory_gib * GIB)
@@ -58,8 +58,8 @@ def gpu_memory(request: PlanRequest) -> int | None:
 
 
 def gpu_name(request: PlanRequest) -> str | None:
-    """Return the whole name of the GPUs, as stated for the nodes, detected on this machine or reported by Slurm; None
-    if unknown. Of several devices of one type it is the one with the least memory, because their peaks are equal."""
+    """Return the full name of the GPUs: stated by the config, detected on this machine or reported by Slurm; None if
+    unknown. Of several variants of a GPU it is the one with the least memory, because their peaks are equal."""
     said = known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
     told = expand(request.gpu_type) if said is None and request.gpu_type is not None else []
     return said or min(told, key=lambda name: memory_bytes(name) or 0, default=None)
@@ -97,17 +97,17 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
 
 
 def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest) -> Machine:
-    """Return a machine with the stated bandwidths, measured rates and links, and the request's factors for computing
-    and communication.
+    """Return ``machine`` with the bandwidths of the config, with measured rates and links, and corrected by the factors
+    for computing and communication of ``request``.
 
     Raises:
-        ConfigError: ``cluster.network`` is no such measurement.
+        ConfigError: the file ``cluster.network`` is no measurement of a network.
     """
     stated = request.cluster.interconnect
     inside, between = machine.intra_node, machine.inter_node
     if stated.intra_node.bandwidth_gb_per_s is not None:
         inside = replace(inside, bytes_per_s=stated.intra_node.bandwidth_gb_per_s * GIGA)
-    if stated.inter_node.bandwidth_gb_per_s is not None:  # of a node, whose ranks share it
+    if stated.inter_node.bandwidth_gb_per_s is not None:  # the bandwidth of a node, which its ranks share
         between = replace(between, bytes_per_s=stated.inter_node.bandwidth_gb_per_s * GIGA / machine.ranks_per_node)
     machine = replace(machine, intra_node=inside, inter_node=between)
     if rates is not None:
@@ -126,7 +126,7 @@ def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | Non
     """Return the measured rates of matrix products on the devices of a request, in the precision of a run.
 
     Raises:
-        ConfigError: the file is invalid, belongs to another device, or lacks the precision.
+        ConfigError: the file is invalid, is of another device, or lacks the precision.
     """
     if request.cluster.matmul_rates is None:
         return None
@@ -153,8 +153,8 @@ def host_memory(request: PlanRequest) -> int | None:
 
 
 def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> StepTime | None:
-    """Return the time of a step by the cost model of the layouts; None on this machine's CPUs, or if data is
-    missing."""
+    """Return the time of a step by the cost model of the layouts; None for CPUs of this machine, or if the
+    description of the nodes is incomplete."""
     if request.is_local and on_cpus(config, request):
         return None
     matmul_rates(config, request)  # refuses a file of another device; an incomplete description is no error here
@@ -197,7 +197,7 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Ran
 
 
 def muon_row(config: TrainConfig, flops: float) -> dict[str, str]:
-    """Return the printed row on Muon for a model that computes ``flops`` a step; empty for other optimizers."""
+    """Return the printed row on the cost of Muon, compared with the ``flops`` of a step; empty for other optimizers."""
     if config.optim.optimizer != MUON:
         return {}
     hidden = count_hidden(config.model)
@@ -209,7 +209,7 @@ def muon_row(config: TrainConfig, flops: float) -> dict[str, str]:
 
 
 def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str:
-    """Describe when checkpoints are saved, whether training waits, and their host memory."""
+    """Describe when checkpoints are saved, whether training waits for them, and how much host memory they need."""
     every, staging = str(config.checkpoint.every()), staging_bytes(config, world_size)
     copied = f"; copied to {config.checkpoint.copy_to}" if config.checkpoint.copy_to else ""
     if not staging:
@@ -234,7 +234,8 @@ def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
 
 
 def execution_rows(config: TrainConfig, precision: Precision, request: PlanRequest) -> dict[str, str]:
-    """Return the printed row on precision and compilation, with a note if only the ranks can decide the precision."""
+    """Return the printed row on precision and compilation, with a note if the precision depends on GPUs that are
+    still unknown."""
     name = "bf16, where the GPUs compute in it" if precision is Precision.auto else precision.name
     compiled = choose_compile(config, request.world_size, on_cpus(config, request))
     known = find(gpu_name(request) or "")
@@ -245,7 +246,8 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
 
 
 def schedule_text(config: TrainConfig, batch: Batch, folder: RunFolder) -> str:
-    """Describe the learning rate, also around the former end of a finished run in ``folder`` that is extended."""
+    """Describe the learning rate, also near the former end if the run in ``folder`` is finished and is
+    extended."""
     text, events = describe_schedule(config.optim), folder.read_events()
     steps = planned_steps(events)
     if steps is None or steps >= config.optim.max_steps or not is_finished(events):
@@ -255,7 +257,8 @@ def schedule_text(config: TrainConfig, batch: Batch, folder: RunFolder) -> str:
 
 
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
-    """Return the lines on the chosen parallelism and its alternatives; empty if the command sets the strategy."""
+    """Return the lines on the chosen parallelism and its alternatives; empty if the command line sets the
+    strategy."""
     if not choice.why:
         return {}
     return {"chosen": (choice.why, *table([layout.as_dict() for layout in choice.best]), *choice.left_out)}
@@ -309,7 +312,7 @@ def plan_facts(
         "model": config.model.name,
         "parameters": counted.total,
         "parameters_non_embedding": counted.non_embedding,
-        "parameters_active": counted.active,  # parameters that one token uses; of experts only those of the token
+        "parameters_active": counted.active,  # that one token uses; of the experts only those of the token
         "flops_per_token": training_flops_per_token(config.model).palm,
         "memory_bytes": {**asdict(needed), "total": needed.total},
         "parallel": plain_values(config.parallel),
@@ -325,7 +328,7 @@ def plan_facts(
 
 
 def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> Batch:
-    """Split the global batch. An error names nodes and ranks."""
+    """Return the split of the global batch. A ConfigError names nodes and ranks."""
     total, ranks = config.optim.global_batch, dims.data_ranks
     if not config.optim.weak_scaling and total % ranks:
         found = (
@@ -349,7 +352,8 @@ def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: Pla
 def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
     """Raise ConfigError if a partly trained run cannot continue with the ranks of ``request``.
 
-    Micro-batches, accumulation and shards follow from the number of ranks; tp, cp, pp, ep and a typed dp_shard stay.
+    Micro-batches, accumulation and shards follow from the number of ranks. The values of tp, cp, pp and ep stay the
+    same, and so does a dp_shard of the command line.
     """
     if config.optim.weak_scaling:
         raise ConfigError(
@@ -363,7 +367,8 @@ def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
 
 
 def refuse_what_does_not_fit(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
-    """Raise ConfigError if ranks that need ``needed`` each exceed the nodes, as far as these are known."""
+    """Raise ConfigError if ranks that need the memory ``needed`` each exceed the nodes, as far as the nodes are
+    known."""
     if request.is_local:
         refuse_too_few_gpus(config, request)
     refuse_too_little_memory(config, needed, request)
@@ -385,7 +390,7 @@ def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
 
 
 def refuse_too_little_memory(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
-    """Raise ConfigError if the run exceeds the known memory."""
+    """Raise ConfigError if the run needs more memory than is known to be available."""
     if on_cpus(config, request) and request.is_local:
         have, ranks, where = free_memory(), request.world_size, "free on this machine"
         wanted = needed.total + needed.host + staging_bytes(config, request.world_size)
@@ -408,7 +413,7 @@ def refuse_too_little_memory(config: TrainConfig, needed: RankMemory, request: P
 
 
 def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
-    """Yield overrides that need less memory, the cheapest first."""
+    """Yield overrides with which the run needs less memory; first those that cost the least speed."""
     if config.checkpoint.in_memory and on_cpus(config, request):
         yield "checkpoint.in_memory=false"
     known = find(gpu_name(request) or "")
@@ -428,7 +433,7 @@ def refuse_too_little_host(config: TrainConfig, needed: RankMemory, request: Pla
     """Raise ConfigError if the data that GPUs offload exceeds the memory of their node, as far as it is known."""
     have, staging = host_memory(request), staging_bytes(config, request.world_size)
     held = in_memory_bytes(config, request.world_size, request.nodes)
-    computing = needed.total if on_cpus(config, request) and held else 0  # on GPUs not in host memory
+    computing = needed.total if on_cpus(config, request) and held else 0  # on GPUs this is not in host memory
     if have is None or (on_cpus(config, request) and not held) or needed.host + staging + held + computing <= have:
         return
     parts = [
