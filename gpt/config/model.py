@@ -46,7 +46,8 @@ class RopeScaling(Enum):
     ``linear`` divides all frequencies by the factor (arXiv 2306.15595). ``ntk`` raises the base: the slowest frequency
     is divided by the factor and the fastest stays (NTK-aware; arXiv 2309.00071, section 3.1). ``llama3`` divides the
     slow frequencies, keeps the fast ones, and blends the frequencies between (Llama 3.1's code,
-    https://github.com/meta-llama/llama-models).
+    https://github.com/meta-llama/llama-models). ``yarn`` blends in the number of the frequency, from 32 turns in the
+    original length to 1, and makes queries and keys longer by 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4).
     """
 
     none = "none"

@@ -164,8 +164,8 @@ class TrainConfig(RunConfig):
     """Folder under output_dir for the points of one sweep."""
     init_from: Optional[str] = None
     """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), or the
-    folder of another run. The newest checkpoint of that run is loaded. Both models must be the same. Without effect if
-    the run already has a checkpoint."""
+    folder of another run. hf:FOLDER accepts a folder of transformers only. The newest checkpoint of another run is
+    loaded. Both models must be the same. Without effect if the run already has a checkpoint."""
     seed: int = 1337
     """Seed of the initial weights, of dropout and of the order of the data."""
     device: Device = Device.auto

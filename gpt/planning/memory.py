@@ -291,7 +291,8 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
 
     The gradient is as large as the logits. It is computed from one chunk in fp32 at a time, unless the logits are fp32
     (gpt/model/layers.py). A pipeline keeps the logits until the end of their backward pass, which also makes a gradient
-    of the output matrix; with FSDP ``compute_weights`` counts this gradient.
+    of the output matrix; with FSDP ``compute_weights`` counts this gradient. A chunked loss keeps the gradients of
+    hidden states and output matrix, and has one chunk of logits: three times in the width of products, once in fp32.
     """
     model, width = config.model, BF16 if config.precision.is_half else FP32
     numbers = parallel_factors(config, dims).tokens(model, batch.micro) * (model.padded_vocab // dims.tp)
