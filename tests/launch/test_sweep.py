@@ -160,7 +160,9 @@ def test_the_worker_runs_without_the_launcher(sweep: tuple[Path, str], tmp_path:
 
 def test_a_stock_launcher_keeps_working(sweep: tuple[Path, str], tmp_path: Path) -> None:
     outputs, _ = sweep
-    words = [*WORDS, "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", *UNDRAWN]
+    # A folder named after the job, as by default, is made by submitit 1.5 only after the local job has started.
+    folder = "hydra.launcher.submitit_folder=${hydra.sweep.dir}/.submitit"
+    words = [*WORDS, "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", folder, *UNDRAWN]
     run("launch nodes=2", *words, cwd=tmp_path)
     made = point(tmp_path / "outputs", "quick_test", 2)
     assert final(made, "loss") == pytest.approx(final(point(outputs, "s", 1), "loss"), rel=1e-4)
