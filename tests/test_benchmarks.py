@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from benchmarks.equivalence import same_results
 from benchmarks.equivalence.cases import REFUSALS
+from benchmarks.gpu import NEEDED
 from benchmarks.page import keep, merged
 from benchmarks.scale import growth
 from benchmarks.scale.launcher import GPUS
@@ -74,6 +77,21 @@ def test_the_list_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
 
 
 TINY = ("--layers=1", "--width=32", "--heads=2", "--block=16", "--vocab=256", "--batch=2")
+
+
+def test_the_programs_for_gpus_need_no_more_than_their_page_names() -> None:
+    program = """
+import importlib.util, sys
+sys.modules.update(dict.fromkeys(sys.argv[1].split()))  # cannot be imported
+import benchmarks.gpu.__main__, benchmarks.gpu.contestant, benchmarks.gpu.paths
+"""
+    others = "submitit deepspeed matplotlib jinja2 scipy psutil cloudpickle transformers datasets torchao"
+    subprocess.run([sys.executable, "-c", program, others], cwd=ROOT, check=True)
+    page = (ROOT / "benchmarks" / "gpu" / "README.md").read_text()
+    assert all(package in page for package in NEEDED.values())
+    lacking = "import sys; sys.modules['hydra'] = None; import benchmarks.gpu"
+    done = subprocess.run([sys.executable, "-c", lacking], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("found: a Python without hydra-core\n")
 
 
 def test_a_library_that_was_not_given_is_left_out() -> None:

@@ -147,7 +147,8 @@ def peers(machine: Machine, with_nanogpt: bool) -> Group:
         sizes = {"layers": 2, "width": 32, "heads": 2, "block": 32, "vocab": 256, "batch": 16}
     shape = Shape("gpt2", **sizes)
     words = (*shape.words(), *COMMON, *DATA[machine.device], f"device={machine.device}")
-    names = ("nanoGPT", "transformers") if with_nanogpt else ("transformers",)
+    there = {"nanoGPT": with_nanogpt, "transformers": is_importable("transformers")}
+    names = [name for name, is_there in there.items() if is_there]
     return Group("peers", (Entry("ours", words), *(Entry(name, words, peer=name) for name in names)), shape=shape)
 
 
