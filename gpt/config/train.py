@@ -314,22 +314,24 @@ def check_float8(config: TrainConfig) -> None:
 
 
 def check_chunked_loss(config: TrainConfig) -> None:
-    """Raise ConfigError if a chunked loss would need parts of other ranks, or runs under DeepSpeed."""
-    parallel = config.parallel
-    deepspeed = parallel.strategy is Strategy.deepspeed
-    if config.chunked_loss and (parallel.tp > 1 or parallel.pp > 1 or deepspeed):
-        split = "DeepSpeed" if deepspeed else f"parallel.{'tp' if parallel.tp > 1 else 'pp'} above 1"
-        raise ConfigError(
-            f"chunked_loss=true with {split}",
-            "an engine of torch, with the last layer and the output matrix whole on each rank",
-            "parallel=fsdp, or chunked_loss=false",
-        )
-    if config.chunked_loss and config.model.logit_softcap is not None:
-        raise ConfigError(
-            f"chunked_loss=true with model.logit_softcap={config.model.logit_softcap}",
-            "logits without a cap",
-            "chunked_loss=false",
-        )
+    """Raise ConfigError if a chunked loss would need parts of other ranks, a loss scale, a cap, or DeepSpeed."""
+    if not config.chunked_loss:
+        return
+    parallel, cap = config.parallel, config.model.logit_softcap
+    refused = {
+        "DeepSpeed": parallel.strategy is Strategy.deepspeed,
+        f"parallel.tp={parallel.tp}": parallel.tp > 1,
+        f"parallel.pp={parallel.pp}": parallel.pp > 1,
+        f"model.logit_softcap={cap}": cap is not None,
+        "fp16, whose small gradients need a scale before the loss": config.precision is Precision.fp16,
+    }
+    for found, is_refused in refused.items():
+        if is_refused:
+            raise ConfigError(
+                f"chunked_loss=true with {found}",
+                "an engine of torch in bf16 or fp32, with the last layer and the output matrix whole on each rank",
+                "chunked_loss=false",
+            )
 
 
 def check_packing(config: TrainConfig) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from gpt.config import CompileMode, Float8, ParallelConfig, Precision, TrainConfig
+from gpt.config.train import check_chunked_loss
 from gpt.metrics.runs import read_startup
 from gpt.parallel.distributed import World, set_timeouts
 from gpt.planning.auto import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
@@ -48,6 +49,7 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
         precision = settle_precision(folder, world)
     on_cpus = world.device.type != "cuda"
     config = replace(config, precision=precision)
+    check_chunked_loss(config)
     refuse_tf32(config, None)
     tf32 = choose_tf32(config, on_cpus) and all(world.gather(has_tf32(world.device)))
     if config.tf32 and not tf32:

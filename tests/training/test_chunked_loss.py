@@ -80,7 +80,9 @@ def test_every_engine_learns_as_with_whole_logits(tmp_path: Path) -> None:
             assert found[f"{name} true"] == pytest.approx(found[f"{name} false"], rel=2e-6), name
 
 
-@pytest.mark.parametrize("words", ["parallel=tp", "parallel=pp", "parallel=zero2", "model.logit_softcap=30"])
-def test_a_model_in_parts_and_a_cap_are_refused(words: str) -> None:
+@pytest.mark.parametrize(
+    "words", ["parallel=tp", "parallel=pp", "parallel=zero2", "model.logit_softcap=30", "precision=fp16"]
+)
+def test_what_it_cannot_compute_is_refused(words: str) -> None:
     with pytest.raises(ConfigError, match="chunked_loss=true with"):
         config_from([words, "chunked_loss=true"]).validate()
