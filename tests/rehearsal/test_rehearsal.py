@@ -137,7 +137,7 @@ def wait_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compute_logits_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     once = GPT.logits
-    monkeypatch.setattr(GPT, "logits", lambda self, x: (once(self, x), once(self, x))[1])
+    monkeypatch.setattr(GPT, "logits", lambda self, x, targets_BT=None: (once(self, x), once(self, x))[1])
 
 
 def reduce_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
