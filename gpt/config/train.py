@@ -314,9 +314,21 @@ def check_float8(config: TrainConfig) -> None:
 
 
 def check_chunked_loss(config: TrainConfig) -> None:
-    """Raise ConfigError if a chunked loss would need parts of other ranks, a loss scale, a cap, or DeepSpeed."""
-    if not config.chunked_loss:
-        return
+    """Raise ConfigError if the run has a chunked loss, and cannot compute it."""
+    found = prevents_chunked_loss(config)
+    if config.chunked_loss and found is not None:
+        raise ConfigError(
+            f"chunked_loss=true with {found}",
+            "an engine of torch in bf16 or fp32, with the last layer and the output matrix whole on each rank",
+            "chunked_loss=false",
+        )
+
+
+def prevents_chunked_loss(config: TrainConfig) -> str | None:
+    """Return the setting with which a run cannot compute a chunked loss; None if it can.
+
+    The loss would need parts of other ranks, a loss scale, a cap, or DeepSpeed to call the model with targets.
+    """
     parallel, cap = config.parallel, config.model.logit_softcap
     refused = {
         "DeepSpeed": parallel.strategy is Strategy.deepspeed,
@@ -325,13 +337,7 @@ def check_chunked_loss(config: TrainConfig) -> None:
         f"model.logit_softcap={cap}": cap is not None,
         "fp16, whose small gradients need a scale before the loss": config.precision is Precision.fp16,
     }
-    for found, is_refused in refused.items():
-        if is_refused:
-            raise ConfigError(
-                f"chunked_loss=true with {found}",
-                "an engine of torch in bf16 or fp32, with the last layer and the output matrix whole on each rank",
-                "chunked_loss=false",
-            )
+    return next((found for found, is_refused in refused.items() if is_refused), None)
 
 
 def check_packing(config: TrainConfig) -> None:

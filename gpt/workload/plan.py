@@ -13,7 +13,7 @@ from gpt.accounting import GIB, count, count_hidden, training_flops_per_token
 from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops
 from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.config.optim import MUON, describe_extended_schedule, describe_schedule, muon_options
-from gpt.config.train import float8_words
+from gpt.config.train import float8_words, prevents_chunked_loss
 from gpt.data.corpus import Corpus
 from gpt.planning.auto import (
     ParallelChoice,
@@ -408,17 +408,19 @@ def refuse_too_little_memory(config: TrainConfig, needed: RankMemory, request: P
         raise ConfigError(
             f"{total}, and {have / GIB:.2f} GiB {where}",
             "a run that fits",
-            ", or ".join([*smaller(config, request), "a smaller model"]),
+            ", or ".join([*smaller(config, needed, request), "a smaller model"]),
         )
 
 
-def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
+def smaller(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> Iterator[str]:
     """Yield overrides with which the run needs less memory; first those that cost the least speed."""
     if config.checkpoint.in_memory and on_cpus(config, request):
         yield "checkpoint.in_memory=false"
     known = find(gpu_name(request) or "")
     if config.precision is Precision.fp32 and not on_cpus(config, request):
         yield f"precision={(Precision.bf16 if known is None else known.half).name}"
+    if not config.chunked_loss and needed.logits > needed.total / 10 and prevents_chunked_loss(config) is None:
+        yield "chunked_loss=true"
     if config.optim.max_micro_batch > 1:
         yield "optim.max_micro_batch=1"
     if config.recompute is Recompute.none:

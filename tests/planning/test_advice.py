@@ -136,6 +136,17 @@ def test_too_little_memory_in_fp32_is_answered_with_16_bits_first(name: str, hal
     assert "precision" not in refusal.value.fix, "it is in 16 bits already"
 
 
+def test_a_run_whose_logits_do_not_fit_is_proposed_a_loss_without_them() -> None:
+    words = (*GPUS, "optim.max_micro_batch=448", "optim.global_batch=3584", "recompute=full")
+    with pytest.raises(ConfigError, match="GiB on a GPU") as refusal:
+        plan_of(*words)
+    assert refusal.value.fix.startswith("chunked_loss=true, or optim.max_micro_batch=1")
+    plan_of(*words, "chunked_loss=true")
+    with pytest.raises(ConfigError, match="GiB on a GPU") as refusal:
+        plan_of(*words, "parallel=tp", "optim.max_micro_batch=896")
+    assert "chunked_loss" not in refusal.value.fix
+
+
 def test_tensor_parallelism_on_gpus_that_is_not_compiled_is_warned_of() -> None:
     words = (*GPUS, "model.n_head=16", "model.n_embd=1024", "parallel=tp")
     (told,) = warned("tp=", *words, "compile=none")
