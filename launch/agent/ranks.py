@@ -149,7 +149,10 @@ def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
 
 
 class MemoryStore:
-    """The memory store of this agent, for the length of a ``with`` block. ``environment`` starts its process."""
+    """Process that keeps checkpoints in the memory of this agent's node, for the length of a ``with`` block.
+
+    The first call of ``environment`` starts the process.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None

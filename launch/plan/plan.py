@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def worst(self) -> Use:
-        """Worst case of one start of the job."""
+        """Largest use that one start of the job can cause: all its nodes until the time limit."""
         return Use(self.node_hours, self.gpu_hours, self.cost)
 
     @property

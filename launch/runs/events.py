@@ -75,7 +75,10 @@ def planned_steps(events: Events) -> int | None:
 
 
 def saves_that_count(events: Events) -> list[dict[str, Any]]:
-    """Return the ``saved`` events of checkpoints that are still part of the run, oldest first."""
+    """Return the ``saved`` events, oldest first, without the steps that a later attempt repeated.
+
+    An attempt that resumes from a checkpoint repeats the steps after it.
+    """
     found: list[dict[str, Any]] = []
     for event in events:
         if event["event"] == "saved":
