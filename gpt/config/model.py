@@ -176,7 +176,7 @@ class ModelConfig:
     """Bound *c* of attention's scores *s*, which become c tanh(s / c) (Gemma 2, arXiv 2408.00118, section 2);
     attention=manual only, since torch's fused kernels have no such operation. null means no bound."""
     logit_softcap: Optional[float] = None
-    """The same bound for the logits."""
+    """Bound *c* of the logits *s*, which become c tanh(s / c) (Gemma 2). null means no bound."""
     scale_embedding: bool = False
     """Multiply the token embedding by the square root of n_embd (arXiv 1706.03762, section 3.4; Gemma)."""
     ffn: Union[Ffn, str] = Ffn.standard

@@ -32,7 +32,7 @@ class Corpus:
 
     name: str
     sources: tuple[SourceSize, ...]
-    """Empty for a stream, whose size nobody knows before the text is read."""
+    """Empty for a stream, whose size is unknown before the text is read."""
     tokenizer: str
     """Kind of the tokenizer, such as ``byte`` or ``tiktoken``; ``synthetic`` or ``unknown`` without a tokenizer."""
     vocab_size: int | None

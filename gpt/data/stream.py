@@ -179,7 +179,7 @@ def describe_source(spec: PreprocessingSpec, tokenizer: Tokenizer, folder: Path 
     return TokenSource(
         name=spec.config.title,
         folder=folder,
-        train=Split((), documents=0 if spec.has_documents else None),  # they are counted by nobody
+        train=Split((), documents=0 if spec.has_documents else None),  # documents are not counted
         val=val,
         vocab_size=tokenizer.vocab_size,
         tokenizer=about,

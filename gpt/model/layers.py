@@ -416,7 +416,8 @@ class ChunkedLoss(torch.autograd.Function):
 
     The forward pass computes the gradients of each chunk of tokens as well, while its logits are there. So the backward
     pass only multiplies them by a number. (N, D) hidden states, (V, D) matrix, (N,) targets, columns of the vocabulary
-    without padding, and ``loss_and_gradient``, maybe compiled.
+    without padding, ``loss_and_gradient``, maybe compiled, and False in an evaluation, which needs no gradients: the
+    forward pass of a Function cannot see that by itself.
     """
 
     @staticmethod
@@ -427,6 +428,7 @@ class ChunkedLoss(torch.autograd.Function):
         targets_N: Tensor,
         vocab_size: int,
         evaluate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+        differentiates: bool,
     ) -> Tensor:
         device = x_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
@@ -441,7 +443,7 @@ class ChunkedLoss(torch.autograd.Function):
                 x_RD = x_RD.to(dtype)
                 loss, gradient_RV = evaluate(F.linear(x_RD, factor_VD), targets_R, vocab_size)
                 total += loss
-                if any(ctx.needs_input_grad):
+                if differentiates:
                     x_gradient_RD.copy_(gradient_RV @ factor_VD)
                     weight_gradient_VD += gradient_RV.mT @ x_RD
         ctx.gradients = x_gradient_ND, weight_gradient_VD.to(weight_VD.dtype)
@@ -449,10 +451,10 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x_gradient_ND, weight_gradient_VD = ctx.gradients
         ctx.gradients = ()
-        return x_gradient_ND.mul_(gradient), weight_gradient_VD.mul_(gradient), None, None, None
+        return x_gradient_ND.mul_(gradient), weight_gradient_VD.mul_(gradient), None, None, None, None
 
 
 def chunked_loss(
@@ -463,7 +465,8 @@ def chunked_loss(
     evaluate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Compute the summed loss of hidden states and the output matrix in nats, (), see ``ChunkedLoss``."""
-    loss: Tensor = ChunkedLoss.apply(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), vocab_size, evaluate)
+    rows = x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten()
+    loss: Tensor = ChunkedLoss.apply(*rows, vocab_size, evaluate, torch.is_grad_enabled())
     return loss
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.model import layers
 from gpt.model.gpt import GPT, initialize
@@ -44,10 +45,14 @@ def test_it_has_the_value_and_the_gradients_of_torch(tied: str, precision: str, 
     with mock.patch.object(layers, "LOGITS_AT_ONCE", SMALL):
         found = summed_loss(model, config, tokens_BT, targets_BT, torch.device("cpu"))
         ours = torch.autograd.grad(found / 64, [*model.parameters()])
-        with torch.no_grad():
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
             alone = summed_loss(model, config, tokens_BT, targets_BT, torch.device("cpu"))
     assert len(largest) == 96 and max(largest) <= SMALL["cpu"]
     assert torch.equal(alone, found.detach())
+    head = 2 * 96 * config.model.padded_vocab * config.model.n_embd
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        model(tokens_BT)
+    assert counted.get_total_flops() == whole.get_total_flops() >= head, "an evaluation computes no gradients"
     torch.testing.assert_close(found, expected, rtol=tolerance / 10, atol=0)
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=tolerance)
