@@ -106,10 +106,11 @@ class ReplicaBucket(GradientBucket):
         for parameter in self.parameters:
             if parameter.grad is None:  # the parameter took no part in the step, but another rank may have used it
                 parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([local_tensor(p.grad).flatten() for p in self.parameters if p.grad is not None])
-        places = flat.split([local_tensor(p.detach()).numel() for p in self.parameters])
-        for parameter, place in zip(self.parameters, places, strict=True):
-            own = place.view_as(local_tensor(parameter.detach()))
+        gradients = [local_tensor(p.grad) for p in self.parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        places = flat.split([gradient.numel() for gradient in gradients])
+        for parameter, gradient, place in zip(self.parameters, gradients, places, strict=True):
+            own = place.view_as(gradient)
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
                 own = DTensor.from_local(
