@@ -109,10 +109,11 @@ def curve(points: Sequence[tuple[int, float]]) -> Curve:
 
 
 def add_equal_losses(runs: Sequence[RunMetrics]) -> str | None:
-    """Add the losses at the same number of tokens to the values of the runs.
+    """Add to the values of each run its losses at the largest number of tokens that all runs have reached.
 
     Returns:
-        A note on these losses; None if fewer than two runs have tokens."""
+        A note that says at how many tokens the losses are compared, or why they are not; None if fewer than two runs
+        have trained."""
     begun = [run for run in runs if run.values["tokens"]]
     # The checksum covers the tokens: losses per token are not comparable between tokenizers.
     if len({run.data_sha256 for run in begun}) > 1:

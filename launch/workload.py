@@ -72,7 +72,7 @@ class PlanRequest:
 
     @property
     def smaller(self) -> list[int]:
-        """Smaller numbers of nodes that ``min_nodes`` allows, from the largest."""
+        """Numbers of nodes below ``nodes`` with which the run may continue, from the largest to ``min_nodes``."""
         return [] if self.min_nodes is None else list(range(self.nodes - 1, self.min_nodes - 1, -1))
 
 

@@ -53,10 +53,10 @@ def deepspeed_tag(step: int) -> str:
 
 @contextlib.contextmanager
 def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | None) -> Iterator[Path]:
-    """Yield a folder that torch.distributed.checkpoint can read: ``folder``, or for files of DeepSpeed a
-    conversion, which is deleted after use.
+    """Yield a folder that torch.distributed.checkpoint can read. This is ``folder`` itself, or a temporary conversion
+    if the checkpoint was written by DeepSpeed.
 
-    Collective. ``folders.sweep`` removes a conversion that a killed process has left.
+    Collective. The conversion is deleted after use; ``folders.sweep`` deletes one that a killed process has left.
     """
     if saved.contents["kind"] == TENSORS["kind"]:
         yield folder

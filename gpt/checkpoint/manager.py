@@ -275,7 +275,7 @@ class CheckpointManager:
         return Saved(step, ended - pending.started, in_memory=False)
 
     def _fail(self, pending: InFlight, temporary: Path, hurries: bool) -> FailedSave:
-        """Prepare a failed save for the next try, and return the failure. Called when all ranks know that it failed.
+        """Make a failed save ready for another try, and return the failure. All ranks know that it failed.
 
         Raises:
             OutdatedAttemptError: a later attempt of the run has started.

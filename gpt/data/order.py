@@ -30,10 +30,10 @@ Integers = npt.NDArray[np.int64]
 
 
 def sample_position(index: npt.ArrayLike, num_samples: int, seed: int) -> tuple[Integers, Integers]:
-    """Return epoch and position in the corpus of the samples with these running numbers.
+    """Return the epoch of each sample, and its position in the corpus.
 
     Args:
-        index: running numbers from 0, counted on through all epochs; any shape.
+        index: numbers of samples in the order of training, from 0, through all epochs; any shape.
         num_samples: samples in one epoch, 1 to 2^62.
         seed: another seed gives another order in every epoch.
 

@@ -232,7 +232,7 @@ def _read_rows(parts: Path, shard: Shard) -> Rows:
 
 
 def open_tokenizer(spec: PreprocessingSpec, parts: Path) -> Tokenizer | None:
-    """Load the tokenizer of a preparation from its file, as every process does; None for a Markov chain."""
+    """Load the tokenizer of a preparation from its folder in ``parts``. None for a Markov chain, which needs none."""
     return None if spec.kind == "synthetic" else _load_once(parts / TOKENIZER, (parts / TOKENIZER / ABOUT).read_bytes())
 
 
@@ -258,7 +258,8 @@ def _tokens(
 def encode_piece(
     spec: PreprocessingSpec, tokenizer: Tokenizer, piece: Piece, shard: Shard
 ) -> tuple[npt.NDArray[Any], int]:
-    """Return the ids of a piece, (N,), with the end of its document, and the bytes of text that they stand for.
+    """Return the token ids of a piece, shape (N,), and the number of bytes of its text. The end-of-document token is
+    added if the piece is the last one of a document.
 
     Raises:
         ConfigError: the text is not UTF-8, and the tokenizer needs it.

@@ -75,7 +75,7 @@ class Timeline:
         return event
 
     def give_back(self) -> None:
-        """Return the events for use by later timelines. Call it when all moments have been read."""
+        """Put the events back into the pool for later timelines. Call it after all moments have been read."""
         _free.extend(self._events)
         self._events.clear()
 

@@ -233,7 +233,8 @@ class ZeroEngine(Engine):
                 yield name, part.to(self.world.device), share
 
     def state(self) -> Any:
-        """Return the engine itself, which ``ZeroFiles`` stores; in stage 0 the state of model and optimizer."""
+        """Return what a checkpoint stores: the engine itself, for ``ZeroFiles``; in stage 0 the tensors of model and
+        optimizer."""
         if self.stage:
             return self
         parameters, optimizer = self.parameters, self.ds.basic_optimizer

@@ -175,8 +175,8 @@ def typed_keys(overrides: Sequence[str]) -> set[str]:
 def earlier_choice(
     config: TrainConfig, overrides: Sequence[str], fixed: Collection[str], folder: RunFolder, world_size: int
 ) -> ParallelChoice | None:
-    """Return the choice of an earlier attempt of the run. None if there is no such choice, if it is invalid on
-    ``world_size`` ranks, or if the command line now sets these keys to other values."""
+    """Return the parallelism that an earlier attempt of the run chose. None if there was no earlier attempt, if this
+    parallelism is invalid on ``world_size`` ranks, or if the command line now sets one of its keys to another value."""
     if not folder.config.is_file():
         return None
     before = read_config(folder, TrainConfig)

@@ -54,9 +54,10 @@ PERSISTENT = 100_000
 class RankMemory:
     """Bytes of one rank around the start of the backward pass, when training needs the most memory.
 
-    The estimate is within 4 % of measurements with ddp on small models, including experts and recomputation. It is up
-    to a tenth too high with recomputation in bf16, which casts the matrices of a block again and keeps none. It is up
-    to a tenth too high for CPUs in bf16 under fsdp, whose norms keep bf16; those of a GPU keep fp32.
+    The estimate is within 4 % of measurements with ddp on small models, including experts and recomputation. With
+    recomputation in bf16 it is up to 10 % too high, because recomputation keeps no bf16 copies of the matrices of a
+    block. On CPUs in bf16 with fsdp it is up to 10 % too high, because norms on CPUs keep bf16 values; norms on GPUs
+    keep fp32 values.
     """
 
     parameters: int = 0
@@ -262,8 +263,8 @@ def activations(
 ) -> int:
     """Return the bytes of the activations of ``in_flight`` micro-batches in a rank's stages.
 
-    torch's pipeline has receive buffers for every micro-batch of a step, forward and backward
-    (torch.distributed.pipelining.stage). It keeps a stage's outputs as long as its activations.
+    The result includes two things that torch's pipeline (torch.distributed.pipelining.stage) allocates: receive buffers
+    for every micro-batch of a step, forward and backward; and the outputs of a stage, kept as long as its activations.
     """
     model, factors = config.model, parallel_factors(config, dims)
     per_micro_batch = activation_bytes(model, batch.micro, config.precision, config.recompute, factors)

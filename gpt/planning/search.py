@@ -1,4 +1,4 @@
-"""Search of the layouts that are valid and fit in memory, and messages about them. Imports no torch."""
+"""Search for parallel layouts that are valid and fit in memory, and messages about the result. Imports no torch."""
 
 from __future__ import annotations
 

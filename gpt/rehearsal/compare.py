@@ -114,7 +114,8 @@ def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[
 
 
 def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield the first transfer from one rank of a group to another that only one of the two issues, or differently."""
+    """Yield a message for each pair of ranks whose transfers do not match: the first transfer that only one of the two
+    ranks issues, or that has another size or type on the other rank."""
     for source, target in permutations(of_group, 2):
         sent = [one for one in of_group[source] if one.operation == SEND and one.peer == target]
         received = [one for one in of_group[target] if one.operation == RECEIVE and one.peer == source]

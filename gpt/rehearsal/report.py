@@ -60,7 +60,7 @@ class RankRehearsal:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The rehearsed ranks of a run, and the estimates of a plan for these ranks."""
+    """Result of a rehearsal: what each rehearsed rank did, beside what the plan of the run estimates for the rank."""
 
     config: TrainConfig
     dims: ParallelDims

@@ -262,7 +262,7 @@ def check_muon(config: TrainConfig, _: ParallelDims) -> None:
 
 
 def check_ends(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError for a scaled embedding or bounded logits, which are no layers of DeepSpeed's pipeline."""
+    """Raise ConfigError for model.scale_embedding and model.logit_softcap, which DeepSpeed's pipeline lacks."""
     for key, idle in (("scale_embedding", False), ("logit_softcap", None)):
         if getattr(config.model, key) != idle:
             raise ConfigError(

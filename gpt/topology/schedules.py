@@ -223,9 +223,10 @@ def bubble_fraction(schedule: Schedule, pp: int, micro_batches: int, stages_per_
 
     GPipe and 1F1B: (p - 1) / (m + p - 1) for p ranks and m micro-batches (arXiv 1811.06965, section 2.3; 2104.04473,
     section 2.2.1). With v stages per rank, there are v times as many time slots, each shorter by v (section 2.2.2). The
-    V-shaped schedules split the backward pass. If its halves take as long as the forward pass, the bubble is the fill
-    of the pipeline by the first micro-batch (ZB-V: arXiv 2401.10241, section 6; DualPipeV: 2412.19437, section 3.2.1,
-    halved as at https://github.com/deepseek-ai/DualPipe). For few micro-batches the formulas follow torch's schedules.
+    V-shaped schedules split the backward pass into two halves. If each half takes as long as the forward pass, ranks
+    are idle only until the first micro-batch has reached the last rank (ZB-V: arXiv 2401.10241, section 6; DualPipeV:
+    2412.19437, section 3.2.1, halved as at https://github.com/deepseek-ai/DualPipe). For few micro-batches the formulas
+    follow torch's schedules.
     """
     p, m = pp, micro_batches
     if schedule in V_SHAPED:

@@ -125,7 +125,8 @@ class CompileCache:
         self._known = compiled_files(self.local)
 
     def share(self) -> None:
-        """Copy new files of this node to the shared folder, in the background. Call it while no rank compiles."""
+        """Copy the files that were compiled on this node to the shared folder, in a thread. Call it while no rank
+        compiles."""
         new = compiled_files(self.local) - self._known
         self._known |= new
         if new:

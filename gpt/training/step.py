@@ -110,10 +110,10 @@ CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MM
 
 
 def keep_freed_memory() -> bool:
-    """Set the C library to keep the memory that this process frees. Return False if it cannot, or if the user has set
-    it.
+    """Tell the C library not to return freed memory to the operating system. Return False if the C library cannot do
+    this, or if the user has configured the allocator.
 
-    This is for processes that need the same memory in every step, since the process keeps the memory of its peak.
+    Training needs the same memory in every step, so the memory is used again. The process keeps the memory of its peak.
     """
     tuned = any(name in os.environ for name in CHOSEN_BY_USER) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform != "linux" or tuned or "LD_PRELOAD" in os.environ:  # LD_PRELOAD may choose another allocator

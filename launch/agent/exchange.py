@@ -187,7 +187,8 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
 
 
 class RequestState(msgspec.Struct, frozen=True):
-    """State of one kind of request, to stop or to save, on one node. A poll is one query of a rank for requests."""
+    """State of one kind of request on one node. The kinds are: stop, save. A rank polls: it asks its agent between two
+    steps whether there is a request."""
 
     wants: int = 0
     """Largest request of a rank or of the agent: a signal number, or the number of requested saves; 0 if none."""
@@ -411,7 +412,9 @@ class Agreement:
         self._stop_signal = self._stop_signal or number
 
     def turn(self, received: Mapping[int, Message]) -> dict[str, Any]:
-        """Advance all agreements as far as the messages allow. Returns new fields for this agent's message.
+        """Advance the agreements on stops and saves as far as the received messages allow.
+
+        Returns the fields that change in the next message of this agent.
 
         Args:
             received: index of a node -> newest message of its agent, as in ``Heartbeat.received``.

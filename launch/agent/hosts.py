@@ -181,7 +181,9 @@ LEAVE_S = 10.0
 
 @refusing
 def main() -> int:
-    """Run submitit's command, which is in this process's arguments, on each host, and pass signals on to the agents.
+    """Start the agent of each host by ssh, and pass signals on to the agents.
+
+    The arguments of this process are the command that submitit would start on each node.
 
     Returns:
         The largest exit status of the agents, where signals count as their numbers; 2 if a host is refused.

@@ -412,7 +412,8 @@ class Meter:
         return why
 
     def _close_killed_allocation(self) -> None:
-        """Record the end of an allocation that was killed, at its last heartbeat."""
+        """Record when an earlier allocation of the run ended, if it was killed and could not record this itself. The
+        last heartbeat gives the time."""
         events = self._folder.read_events()
         ended = {end["job"] for end in select_events(events, "agent_ended")}
         lost = [start for start in select_events(events, "agent_started") if start["job"] not in ended]

@@ -251,7 +251,8 @@ def torch_cuda() -> str | None:
 
 
 def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -> None:
-    """Meet the other nodes, look for their files, connect to their ports, and run this node's ranks.
+    """Check this node together with the other nodes of the job: wait for their agents, look for their files in the run
+    folder, connect to their ports, and run the ranks of this node.
 
     Adds the results to ``record``.
     """

@@ -64,7 +64,7 @@ class Placement:
 
     @property
     def is_watched(self) -> bool:
-        """Return whether a process has to move the pending point or give it up."""
+        """True if a process has to watch the pending job: to move it to another candidate, or to give it up."""
         return len(self.possible) > 1 or self.give_up_after_min is not None
 
     def exclude_hosts(self, hosts: Sequence[str]) -> Placement:

@@ -310,7 +310,8 @@ def loss_panels(table: ScalingTable) -> list[Panel]:
 
 
 def _draw_losses(axes: Axes, row: Row, most: float) -> None:
-    """Draw bars that fall from the ideal to the efficiency of a point: name, bar and figure, in percent.
+    """Draw a bar for each cause of lost efficiency. The bars lead from the ideal, 100 %, down to the efficiency of the
+    point.
 
     ``most`` is the end of the axis in percent.
     """

@@ -25,7 +25,7 @@ from launch.report.steps import RankTime, RankTimes, StepFigures, lost
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One point. A figure is None if it is not known, or not certain enough to state."""
+    """Row of the scaling table: the results of one run. A value is None if it is unknown or too uncertain to report."""
 
     point: str
     nodes: int | None

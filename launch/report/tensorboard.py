@@ -21,11 +21,12 @@ SUFFIX = ".scaling"  # marks the event files that a report owns
 
 
 def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
-    """Write the TensorBoard run of a report: Scaling for several points, Summary for one. Replaces an earlier one.
+    """Write the TensorBoard run of a report, named Scaling for several points and Summary for one point. An earlier
+    TensorBoard run of the report is replaced.
 
-    New files are complete before the old files are removed, and each new file makes TensorBoard forget the earlier
-    points. So a reader always sees a whole report, even after a crash. A TensorBoard with ``--load_fast=false`` has to
-    be restarted, because it waits forever at a removed file.
+    The new files are complete before the old files are removed, and TensorBoard drops the values of the old files when
+    it reads a new file. So a reader always sees a whole report, even after a crash. Restart a TensorBoard that has
+    ``--load_fast=false``, because it waits forever at a removed file.
 
     Returns:
         The folder of the TensorBoard run.

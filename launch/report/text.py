@@ -49,8 +49,8 @@ class Cells:
     def of(heading: str, columns: TextColumns, items: Sequence[Any], among: Sequence[Any] = ()) -> Cells:
         """Make a table with a row for each item.
 
-        A column is left out if no item has a figure in it; with ``among``, if none of those items has one. The notes
-        explain why.
+        A column is left out if its value is unknown for every item of ``items``; if ``among`` is given, for every item
+        of ``among``. The notes of the report explain why.
         """
         known = among or items
         shown = {title: text for title, text in columns.items() if any(text(item) != UNAVAILABLE for item in known)}
@@ -64,7 +64,7 @@ class Cells:
 
 
 def _of(name: str, write: Callable[[Any], str] = figure) -> Callable[[Any], str]:
-    """Return a function that writes the field ``name`` of an item."""
+    """Return a function that turns an item into the text of its field ``name``, by ``write``."""
     return lambda item: write(getattr(item, name))
 
 

@@ -32,7 +32,7 @@ DRIVER = Path("/proc/driver/nvidia")
 
 
 def describe_rank(rank: int, local_rank: int, node: int) -> dict[str, Any]:
-    """Return the entry of a rank in ``environment.json``, if its program does not write one: host, CPUs and device.
+    """Return the host, CPUs and device of a rank, for ``environment.json``. For programs that do not write this entry.
 
     Call it on the node of the rank. The device is the visible GPU with index ``local_rank``; the CPU if no GPU is
     visible. ``device_uuid`` is absent if the GPU is not certain.

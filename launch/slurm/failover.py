@@ -33,9 +33,9 @@ LEAVE_POLL_S = 0.5
 
 
 def fail_over(points: Sequence[RunStatus], console: Console) -> SlurmError | None:
-    """Move the points that have been pending too long at their place, or give them up.
+    """Move each run that has been pending too long to the next candidate of its placement, or give the run up.
 
-    Returns None, or Slurm's error; the next call then continues the moves.
+    Returns None, or the error of Slurm that interrupted the moves; the next call then continues them.
     """
     try:
         for point in points:

@@ -93,7 +93,8 @@ def possible_places(facts: SlurmFacts, request: Request) -> tuple[Placement, lis
 
 
 def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, errors: Sequence[Finding]) -> None:
-    """Raise ConfigError if a job could start at no candidate. ``errors`` are those of the first candidate."""
+    """Raise ConfigError if a job could start at no candidate of ``places``. ``errors`` are the errors that the checks
+    found for the first candidate."""
     if places.possible:
         return
     points = f"the job for {', '.join(request.points)}"

@@ -87,7 +87,7 @@ def _mac(address: str) -> str:
 
 
 def delete(interface: str) -> None:
-    """Delete an interface. It may vanish by itself when the namespace of its other end ends."""
+    """Delete a network interface. The kernel may delete it first, when the namespace at its other end is deleted."""
 
     def is_gone() -> bool:
         if not _exists(interface):
