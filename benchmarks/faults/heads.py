@@ -2,12 +2,17 @@
 
     python -m benchmarks.faults.heads --times 10            # prints a line for each loss
     python -m benchmarks.faults.heads --times 10 --write    # and writes the page
+    python -m benchmarks.faults.heads --times 10 --two      # the head node and another node at once
 
 Each run counts on two nodes with one spare node, `resilience.node_timeout_s=5`, and saves every 20 steps of 50 ms. At a
 random moment of 0 to 3 seconds after its first save, the power of the head node is cut. Notice is the first moment
 at which an agent shows that it has lost the head node. The seconds count from there to the event `started` of the next
 attempt, and from the cut to the first new step. A loss counts as survived if the run ends in the same job with the sum
 of all steps, without a requeue. The exit status is 1 if one does not.
+
+With `--two`, a small GPT trains with dropout on four nodes with two spare nodes, and the head node and another node of
+the run, drawn at random, lose power together. Such a loss counts as survived if the weights of the last step also equal
+those of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,11 +32,15 @@ from benchmarks.page import cores, keep, stamp
 from launch.runs.events import select_events
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster, heal, power_cut
-from tests.support.commands import end_servers
-from tests.support.runs import COUNTING, StormyRun, checkpoint, options
+from slurm.sandbox.state import Settings
+from tests.support.checkpoints import differing, read_weights
+from tests.support.commands import TINY, end_servers, run
+from tests.support.runs import COUNTING, StormyRun, checkpoint, options, paced
 
 STEPS = 4000
-WORDS = ("spare_nodes=1", "resilience.node_timeout_s=5")
+WORDS = ("resilience.node_timeout_s=5",)
+GPT_STEPS = 200
+GPT = (*TINY, f"optim.max_steps={GPT_STEPS}", "eval.interval=0", "checkpoint.interval=20", "model.dropout=0.1")
 
 
 @dataclass(frozen=True)
@@ -46,25 +55,55 @@ class Loss:
     """From the cut to the first new step."""
 
 
-def lose_head(sandbox: Cluster, folder: Path, wait_s: float) -> Loss:
-    """Make one run, cut the power of its head node ``wait_s`` seconds after its first save, and measure."""
+def train_whole(folder: Path) -> Path:
+    """Train the GPT of ``--two`` on this machine without a fault. Returns its run folder."""
+    run("launch", *GPT, "nodes=4", "cluster=local", f"run_dir={folder / 'whole'}", cwd=folder)
+    return folder / "whole"
+
+
+def start_run(sandbox: Cluster, folder: Path, two: bool) -> tuple[StormyRun, Path]:
+    """Start a run, and return the run and the file that ends its pauses between steps."""
+    if two:
+        slowly, hurry = paced(folder)
+        return StormyRun(sandbox, folder, *GPT, *slowly, *WORDS, "spare_nodes=2", nodes=4), hurry
     hurry = folder / "hurry"
-    run = StormyRun(sandbox, folder, *COUNTING, *options(save_every=20, steps=STEPS, hurry=hurry), *WORDS)
+    counting = [*COUNTING, *options(save_every=20, steps=STEPS, hurry=hurry)]
+    return StormyRun(sandbox, folder, *counting, *WORDS, "spare_nodes=1"), hurry
+
+
+def lose_head(sandbox: Cluster, folder: Path, wait_s: float, other: int = 0, whole: Path | None = None) -> Loss:
+    """Make one run, cut the power of its head node ``wait_s`` seconds after its first save, and measure.
+
+    Args:
+        sandbox: cluster of the run.
+        folder: folder for the run and its log.
+        wait_s: seconds from the first save to the cut.
+        other: index of a second node of the run that loses power together with the head node; 0: none.
+        whole: run folder of an undisturbed run with the same final weights; None for the program that counts.
+    """
+    run, hurry = start_run(sandbox, folder, two=whole is not None)
     run.wait(lambda: run.of("saved"), "a checkpoint")
     time.sleep(wait_s)
-    head, cut = run.hosts()[0], time.time()
-    power_cut(sandbox, head)
+    hosts, cut = run.rank_hosts(1), time.time()
+    gone = [hosts[0], hosts[other]] if other else hosts[:1]
+    for host in gone:
+        power_cut(sandbox, host)
     run.wait_for_steps(attempt=2, count=1)
     hurry.touch()
     assert run.process.wait(timeout=300) == 0, run.log.read_text()
     events = run.folder.read_events()
     causes = [event["cause"] for event in select_events(events, "attempt_ended")]
     assert causes == ["node_failed", "finished"] and not select_events(events, "requeued"), causes
-    assert checkpoint(run.folder)["step"] == STEPS
+    if whole is None:
+        assert checkpoint(run.folder)["step"] == STEPS
+    else:
+        weights = [read_weights(path, GPT_STEPS, folder) for path in (whole, run.folder.path)]
+        assert differing(*weights) == []
     noticed = min(file.stat().st_mtime for file in (run.folder.path / ".launch").glob("*.without-0.*"))
     (started,) = select_events(events, "started", attempt=2)
     first = min(record["time"] for record in read_records(run.folder.metrics(0)) if record["attempt"] == 2)
-    heal(sandbox, head)
+    for host in gone:
+        heal(sandbox, host)
     sandbox.wait_idle(timeout_s=180)
     return Loss(noticed - cut, started["time"] - noticed, first - cut)
 
@@ -74,15 +113,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--times", type=int, default=10, metavar="N", help="losses (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (%(default)s)")
+    parser.add_argument("--two", action="store_true", help="cut another node of the run together with the head node")
     parser.add_argument("--write", action="store_true", help="write the page into benchmarks/")
     args = parser.parse_args()
+    if args.two and args.write:
+        parser.error("--write keeps the page of single losses, without --two")
     draw, losses, failed = random.Random(args.seed), [], 0
+    whole = train_whole(Path(tempfile.mkdtemp(prefix="whole-"))) if args.two else None
     with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as sandbox:
-        sandbox.up(timeout_s=180)
+        sandbox.up(Settings(nodes=6 if args.two else 4), timeout_s=180)
         for number in range(1, args.times + 1):
             folder = Path(tempfile.mkdtemp(prefix="heads-"))
             try:
-                losses.append(lose_head(sandbox, folder, draw.uniform(0, 3)))
+                other = draw.randint(1, 3) if args.two else 0
+                losses.append(lose_head(sandbox, folder, draw.uniform(0, 3), other, whole))
                 print(f"{number}: {json.dumps(vars(losses[-1]))}", flush=True)
             except AssertionError as error:
                 failed += 1
