@@ -97,7 +97,7 @@ def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
 
 
 def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
-    """Return why the job was told to stop: preemption, time limit or cancel. Slurm sends the same signals for all
+    """Return the reason of a stop: preemption, time limit or cancel. Slurm sends the same signals for all
     three, so the cause comes from the events of the run and from the state of the job.
 
     Raises:
