@@ -12,7 +12,7 @@ from gpt.training.diagnostics import Gradients
 from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
 from gpt.training.step import QueuedStep, queue_step
 from launch import worker
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 
 FOR_EVER = "optim.max_steps=1000000"
 """Override for a run that is stepped as long as somebody likes."""

@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer
 
 from gpt.training.execution import has_tf32
 from launch.errors import CommandParser, ConfigError, refusing, require_positive
-from launch.runs.files import write_json
+from launch.runs.folder import write_json
 from launch.runs.measured import rates_document
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -32,8 +32,7 @@ from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights, t
 from gpt.data.tokenizers import ABOUT, CharTokenizer, HfTokenizer, Tokenizer, load_tokenizer
 from gpt.model.gpt import GPT
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.runs.files import read_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_json
 
 # Tokenizer of a run, as ``AutoTokenizer`` loads it: a tokenizer.json in the format of the tokenizers library.
 #

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 
-from launch.process import lasting_imports
+from launch.runs.process import lasting_imports
 
 with lasting_imports():
     import torch
@@ -70,12 +70,10 @@ with lasting_imports():
     from gpt.training.step import keep_freed_memory
     from launch import worker
     from launch.errors import ConfigError, refusing
-    from launch.process import die_with_parent
     from launch.runs.environment import raise_open_files, set_defaults, set_dump_file
     from launch.runs.events import record_failure
-    from launch.runs.files import deny_others_writing, say
-    from launch.runs.folder import RunFolder
-    from launch.runs.heartbeat import Phase
+    from launch.runs.folder import RunFolder, deny_others_writing, say
+    from launch.runs.process import Phase, die_with_parent
 
 
 def build(

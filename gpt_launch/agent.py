@@ -9,11 +9,11 @@ from __future__ import annotations
 def run(*run_dirs: str) -> None:
     """Run this node's ranks until the run ends, as ``launch.agent.__main__.run_agent`` does.
 
-    With several run folders, each task of the job runs one of them (``launch.agent.shared_job.take_part``).
+    With several run folders, each task of the job runs one of them (``launch.agent.hosts.take_part``).
     """
     import gpt_launch.own_names  # noqa: F401
     from launch.agent.__main__ import run_agent
-    from launch.agent.shared_job import take_part
+    from launch.agent.hosts import take_part
 
     run_agent(take_part(run_dirs))
 
@@ -27,11 +27,11 @@ def run_spare(run_dir: str, identity: str) -> None:
 
 
 def run_step(run_dir: str, job: str, shares: bool) -> None:
-    """Run the agents of a run as a step of the Slurm job ``job``, as ``launch.agent.shared_job.run_step`` does.
+    """Run the agents of a run as a step of the Slurm job ``job``, as ``launch.agent.hosts.run_step`` does.
 
     ``shares`` is True if other steps of the job may use the same nodes at the same time.
     """
     import gpt_launch.own_names  # noqa: F401
-    from launch.agent.shared_job import run_step as run_in_job
+    from launch.agent.hosts import run_step as run_in_job
 
     run_in_job(run_dir, job, shares)

@@ -39,7 +39,7 @@ from launch.errors import ConfigError, closest, refusing
 from launch.plan.remote import remote_of, run_remotely
 from launch.runner import SweepFailedError, print_failure
 from launch.runs.compose import CONFIG_ERRORS, refuse_file_of_config
-from launch.runs.files import deny_others_writing
+from launch.runs.folder import deny_others_writing
 from launch.runs.overrides import override_of_flag, point_name
 from launch.workload import load_workload
 

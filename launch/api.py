@@ -36,10 +36,8 @@ from launch.config.compose import compose_launch, schema_of, target_of
 from launch.errors import CommandParser, ConfigError, closest, refusing
 from launch.plan.plan import Plan, unfinished
 from launch.runs.compose import flatten
-from launch.runs.console import plain_console
-from launch.runs.files import deny_others_writing, make_folder
-from launch.runs.find import find_runs
-from launch.runs.folder import RunFolder
+from launch.runs.find import find_runs, plain_console
+from launch.runs.folder import RunFolder, deny_others_writing, make_folder
 from launch.schema import schema_keys
 from launch.script.arguments import hydra_text
 from launch.slurm.jobs import LocalQueueEntry

@@ -30,8 +30,7 @@ from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import agent_words
 from launch.plan.plan import Plan, is_recorded, make_plan, record_found, record_submitted, write_run
 from launch.plan.preflight import plan_text
-from launch.runs.files import deny_others_writing
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, deny_others_writing
 from launch.runs.overrides import typed_value, without_key
 from launch.slurm import client as scheduler
 from launch.slurm import limits

@@ -15,9 +15,8 @@ from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.runs.console import plain_console
-from launch.runs.files import deny_others_writing
-from launch.runs.find import add_paths, find_runs
+from launch.runs.find import add_paths, find_runs, plain_console
+from launch.runs.folder import deny_others_writing
 from launch.slurm.client import SlurmError
 from launch.slurm.follow import leaving_text, others_in_job, outcome_text, stop_points
 from launch.slurm.jobs import ACTIVE

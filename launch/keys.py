@@ -25,7 +25,7 @@ import gpt_launch.own_names  # noqa: F401
 from launch.config import Config
 from launch.config.compose import compose_launch, schema_of, target_of
 from launch.errors import CommandParser, ConfigError, closest, refusing
-from launch.runs.console import plain_console
+from launch.runs.find import plain_console
 from launch.schema import list_elements, range_text
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, counted, refusing
-from launch.runs.files import read_json
 from launch.runs.find import find_runs, labels_inside
+from launch.runs.folder import read_json
 from launch.slurm.client import SlurmError, output_file
 from launch.slurm.jobs import SlurmJob, agent_logs
 from launch.slurm.status import RunStatus, adopt_found, find_run_statuses, outcome, poll

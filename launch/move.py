@@ -15,10 +15,8 @@ from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
-from launch.runs.console import plain_console
-from launch.runs.files import deny_others_writing
-from launch.runs.find import find_runs
-from launch.runs.folder import RunFolder
+from launch.runs.find import find_runs, plain_console
+from launch.runs.folder import RunFolder, deny_others_writing
 from launch.slurm.client import SlurmError
 from launch.slurm.failover import fail_over, promised
 from launch.slurm.status import adopt_found, find_run_statuses, poll

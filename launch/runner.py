@@ -20,8 +20,7 @@ from launch.config.compose import workload_of
 from launch.plan.placement import copy_code
 from launch.plan.plan import Plan, record_submitted, unfinished, write_run, write_settled
 from launch.plan.preflight import announce_plans
-from launch.runs.console import plain_console
-from launch.runs.find import Sweep, record_sweep, sweep_overrides
+from launch.runs.find import Sweep, plain_console, record_sweep, sweep_overrides
 from launch.runs.folder import RunFolder
 from launch.runs.records import objective_value
 from launch.slurm.client import SlurmError

@@ -17,12 +17,11 @@ from rich.console import Console
 import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
 from launch.errors import CommandParser, duration_text, refusing
-from launch.runs.console import plain_console, print_table
 from launch.runs.events import damaged_text, skipped_text, straggling_ranks, uncopied_text, unread_text, unsaved_text
-from launch.runs.files import is_full
-from launch.runs.find import find_runs, natural
+from launch.runs.find import find_runs, natural, plain_console, print_table
+from launch.runs.folder import is_full
+from launch.runs.measured import usage_text
 from launch.runs.records import UNITS
-from launch.runs.usage import usage_text
 from launch.slurm.client import SlurmError
 from launch.slurm.follow import quiet_text, speed_text
 from launch.slurm.status import (

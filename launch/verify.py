@@ -14,9 +14,8 @@ from rich.progress import Progress
 import gpt_launch.own_names  # noqa: F401
 from launch.config.compose import workload_of_run
 from launch.errors import CommandParser, refusing
-from launch.runs.console import plain_console
 from launch.runs.events import SavedCheckpoint
-from launch.runs.find import add_paths, find_runs, labels_inside
+from launch.runs.find import add_paths, find_runs, labels_inside, plain_console
 from launch.runs.folder import RunFolder
 
 

@@ -20,8 +20,8 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from launch.process import lasting_imports
-from launch.runs import files as unwritten
+from launch.runs import folder as unwritten
+from launch.runs.process import lasting_imports
 from tests.support import commands, distributed
 from tests.support.commands import SHARED, STARTED, end_servers, kill_all, shared_servers
 

@@ -43,7 +43,7 @@ import psutil
 from benchmarks.faults.league_program import TIMEOUT_S
 from benchmarks.faults.storm import slurm_version
 from benchmarks.page import chosen, cores, keep, stamp
-from launch.runs.files import read_json_lines
+from launch.runs.folder import read_json_lines
 from slurm.sandbox.cluster import Cluster, cut_link, heal, power_cut, preempt
 from slurm.sandbox.state import SandboxError
 from tests.support.commands import ROOT, end_servers, environment, wait_for

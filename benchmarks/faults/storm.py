@@ -41,8 +41,7 @@ from typing import Any
 from benchmarks.page import cores, keep, stamp
 from launch.report.goodput import measure_goodput
 from launch.runs.events import expected_goodput
-from launch.runs.files import read_json, read_json_lines, write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_json, read_json_lines, write_json
 from launch.runs.records import read_records
 from launch.slurm.limits import read_limits
 from slurm.sandbox.cluster import Cluster

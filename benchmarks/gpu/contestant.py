@@ -37,8 +37,8 @@ from gpt.parallel.distributed import open_world
 from gpt.planning import memory
 from gpt.training.run import Run, parse_arguments, parse_request
 from gpt.training.step import collect_together
-from launch.process import die_with_parent
 from launch.runs.environment import raise_open_files, set_defaults
+from launch.runs.process import die_with_parent
 
 WATCHED = 10
 """Steps in which waits are looked for: the gradients are measured by layer in one of them."""

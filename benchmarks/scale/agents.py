@@ -36,9 +36,8 @@ from launch.agent.exchange import Agreement
 from launch.agent.node import Node, RendezvousRound, RunContext
 from launch.config import Config
 from launch.runs.environment import raise_open_files
-from launch.runs.files import has_written, read_json
-from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import HeartbeatFile
+from launch.runs.folder import RunFolder, has_written, read_json
+from launch.runs.process import HeartbeatFile
 
 NODE_TIMEOUT_S = 30
 EACH = 128

@@ -15,8 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 from launch.runs import records
-from launch.runs.files import append_whole, write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_whole, write_json
 from launch.runs.records import read_records
 from launch.worker import Run
 from tests.support.commands import ROOT, TINY, environment

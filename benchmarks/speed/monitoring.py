@@ -32,7 +32,7 @@ from gpt.training.guards import STRAGGLER_WINDOW, StragglerJudge
 from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
 from gpt.training.step import QueuedStep, fill_in_phases, queue_step
 from launch import worker
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.runs.records import StepRecord
 
 STEPS = 10

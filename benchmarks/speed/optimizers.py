@@ -23,7 +23,7 @@ from benchmarks.page import cores, stamp
 from benchmarks.speed.memory import MIB, SIZE
 from gpt.training.step import queue_step
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.runs.records import read_records
 from tests.support.distributed import run_distributed
 from tests.support.learning import held_bytes, start

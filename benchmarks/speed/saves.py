@@ -38,7 +38,7 @@ from gpt.training.checkpoints import CheckpointSchedule
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.worker import Run as Rank
 from tests.support.distributed import run_distributed
 from tests.support.learning import compose, control_group

@@ -35,8 +35,7 @@ from typing import Any
 
 from benchmarks.faults.storm import SPARE, drill, gpt_words, slurm_version
 from benchmarks.page import chosen, commit, cores, keep, merged, stamp
-from launch.runs.files import read_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_json
 from launch.runs.records import read_records
 from launch.storm.drill import make_schedule
 from tests.support.commands import ROOT, TINY, descendants, environment, kill_all, ranks_of, start, wait_for

@@ -38,7 +38,7 @@ from gpt.checkpoint.target import Target, start_aside
 from gpt.checkpoint.upkeep import Fetched, UpkeepPlan, fetch_newest, look_for
 from gpt.checkpoint.writer import Result, Writer
 from launch.errors import ConfigError
-from launch.runs.files import NO_ROOM
+from launch.runs.folder import NO_ROOM
 
 RETRY_S = 5.0
 """Seconds from the first failed write to the next; each later wait is twice as long."""

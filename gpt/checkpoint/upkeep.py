@@ -15,8 +15,7 @@ from pathlib import Path
 from gpt.checkpoint import folders
 from gpt.checkpoint.folders import DamagedError, Retention, read_manifest
 from gpt.checkpoint.target import Target, describe_error, target_of, verify_folder
-from launch.runs.files import say
-from launch.runs.folder import RunFolder, is_newest_attempt
+from launch.runs.folder import RunFolder, is_newest_attempt, say
 
 # Upkeep during training: a thread of rank 0's writer, so that neither steps nor saves wait for it.
 

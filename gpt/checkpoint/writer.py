@@ -34,8 +34,8 @@ from gpt.checkpoint.part import (
     write_part,
 )
 from gpt.checkpoint.upkeep import Upkeep, UpkeepPlan
-from launch.process import die_with_parent
-from launch.runs.files import keep_unwritten, say
+from launch.runs.folder import keep_unwritten, say
+from launch.runs.process import die_with_parent
 
 # Jobs: a rank makes a job, and its writer does the job, in the background or at once. A job takes the writer's state
 # as its last argument; all other arguments are bound by ``functools.partial``, which can be pickled.

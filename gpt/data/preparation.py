@@ -64,8 +64,8 @@ from gpt.data.tokenizers import (
     train_sentencepiece,
 )
 from launch.errors import ConfigError
-from launch.process import die_with_parent
-from launch.runs.files import read_json, write_atomically, write_json
+from launch.runs.folder import read_json, write_atomically, write_json
+from launch.runs.process import die_with_parent
 
 
 def prepare_folder(

@@ -28,7 +28,7 @@ from gpt.data.prepared import FORMAT, refuse_shared_files
 from gpt.data.token_file import glob_files
 from launch.errors import ConfigError
 from launch.runs.compose import flatten
-from launch.runs.files import write_atomically
+from launch.runs.folder import write_atomically
 
 # Look-up of the files of a corpus: the running Python's library, a text, tinyshakespeare, or files that match a
 # pattern.

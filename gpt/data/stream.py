@@ -32,7 +32,7 @@ from gpt.data.spec import PreprocessingSpec, build_spec, prepare_command
 from gpt.data.token_file import read_token_file
 from gpt.data.tokenizers import ABOUT, Tokenizer, describe_tokenizer, load_tokenizer, save_tokenizer
 from launch.errors import ConfigError
-from launch.runs.files import read_json, write_atomically, write_json
+from launch.runs.folder import read_json, write_atomically, write_json
 
 Ids = npt.NDArray[np.int64]
 

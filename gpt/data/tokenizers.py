@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gpt.config.data import BYTE_VOCAB, TokenizerKind
 from launch.errors import ConfigError
 from launch.runs.environment import install_command
-from launch.runs.files import write_atomically, write_json
+from launch.runs.folder import write_atomically, write_json
 
 Ids = npt.NDArray[np.uint32]
 ABOUT = "about.json"

@@ -12,8 +12,7 @@ from typing import Any
 
 from gpt.checkpoint import folders
 from launch.runs.events import saves_that_count
-from launch.runs.files import read_json, write_json
-from launch.runs.folder import RunFolder, read_mapping
+from launch.runs.folder import RunFolder, read_json, read_mapping, write_json
 from launch.runs.records import StepRecord, read_records
 
 FORMAT = 1

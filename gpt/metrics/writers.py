@@ -26,8 +26,7 @@ from launch import worker
 from launch.errors import duration_text
 from launch.runs.compose import plain_config
 from launch.runs.event_files import EventWriter, record_scalars
-from launch.runs.files import say
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, say
 from launch.runs.records import TOLD_ONCE, StepRecord, read_records
 
 # A view is a copy of a run's step records in another format. A filesystem failure may interrupt a view for a while, but

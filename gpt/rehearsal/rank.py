@@ -45,7 +45,7 @@ from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch import worker
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 
 FAKE = "fake"
 """Name of torch's process group that sends nothing."""

@@ -18,10 +18,9 @@ from gpt.training.run import Run
 from launch.errors import ConfigError, RepeatedFailureError
 from launch.runs import compose
 from launch.runs.events import best_interval_s
-from launch.runs.files import say
-from launch.runs.folder import is_newest_attempt
-from launch.runs.heartbeat import Phase
+from launch.runs.folder import is_newest_attempt, say
 from launch.runs.overrides import is_within
+from launch.runs.process import Phase
 from launch.runs.records import StepRecord
 
 # The state of a run in a checkpoint, and resuming from it. The files themselves are in ``gpt.checkpoint``.

@@ -26,9 +26,9 @@ from gpt.metrics.runs import read_startup
 from gpt.parallel.distributed import World, set_timeouts
 from gpt.planning.auto import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
 from launch.errors import ConfigError, counted
-from launch.process import hash_seed
 from launch.runs.environment import COMPILE_CACHE, missing_for_compiling
 from launch.runs.folder import RunFolder
+from launch.runs.process import hash_seed
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from gpt.training.execution import StepTimeouts
 from gpt.training.guards import BadSteps, LossWindow, StragglerWatch, refuse_drift
 from gpt.training.run import Run
 from gpt.training.step import QueuedStep, Requests, collect_together, queue_step
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.runs.records import StepRecord
 
 # Mean loss over sequences of the validation split, computed by all ranks together.

@@ -45,8 +45,7 @@ from launch.runs import compose
 from launch.runs.compose import choose_folder, refuse_other_run
 from launch.runs.environment import changed_since, code_state, describe_code, describe_environment, refuse_change
 from launch.runs.events import apply_continuation, plan_continuation, refuse_alive
-from launch.runs.files import write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, write_json
 from launch.runs.overrides import without_key
 
 # The request of a command line: config, run folder, and ``parallel=auto`` for ranks without a plan.

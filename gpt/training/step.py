@@ -28,7 +28,7 @@ from gpt.parallel.timeline import BUBBLE, HOST, Timeline, recorded, total, waiti
 from gpt.training.diagnostics import Gradients
 from gpt.training.guards import StragglerWatch
 from gpt.training.run import Run
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.runs.records import StepRecord
 
 # Phases of one step, timed without waiting: by events in the queue of a GPU, by the host's clock on other devices.

@@ -55,12 +55,12 @@ from gpt.workload.plan import (
     split_batch_over_nodes,
 )
 from launch.errors import ConfigError
-from launch.process import hash_seed
 from launch.runs.compose import read_config
 from launch.runs.environment import ROOT, source_files
 from launch.runs.events import SavedCheckpoint
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import typed_key
+from launch.runs.process import hash_seed
 from launch.runs.records import step_figures
 from launch.workload import (
     CodeTree,

@@ -31,6 +31,7 @@ from launch.agent.node import (
     RunContext,
     StopRequest,
     TooFewNodesError,
+    is_replaced,
 )
 from launch.agent.outcome import (
     cancel_next_job,
@@ -54,15 +55,13 @@ from launch.agent.policy import (
     refuse_replaced,
     unreliable_hosts,
 )
-from launch.agent.term import is_replaced
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import refuse_other_code
-from launch.process import lasting_imports, set_default_threads
 from launch.runs.environment import raise_open_files, set_defaults
 from launch.runs.events import FEWER_NODES, is_finished
-from launch.runs.files import deny_others_writing, keep_unwritten, make_folder
-from launch.runs.folder import RunFolder, is_event
+from launch.runs.folder import RunFolder, deny_others_writing, is_event, keep_unwritten, make_folder
+from launch.runs.process import lasting_imports, set_default_threads
 from launch.runs.progress import NewLines
 from launch.worker import STORE_PREFIX
 

@@ -18,11 +18,10 @@ import torch.distributed as dist
 from msgspec.structs import replace
 
 from launch.agent.health import Fault
-from launch.agent.node import Node, RendezvousRound, RunningClock, address_towards
+from launch.agent.node import Node, RendezvousRound, RunningClock, Term, address_towards, claim_term, newest_term
 from launch.agent.policy import RunFailedError
-from launch.agent.term import Term, claim_term, newest_term
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import HeartbeatFile, Request
+from launch.runs.process import HeartbeatFile, Request
 
 # Torch's store for the agents of a job: open on one address, and only signed messages count.
 
@@ -383,7 +382,7 @@ By then the rank sees ``hold``, since a write is visible to other processors aft
 
 
 class Agreement:
-    """One agent's part in the agreements of one round. ``launch.runs.heartbeat`` describes the protocol.
+    """One agent's part in the agreements of one round. ``launch.runs.process`` describes the protocol.
 
     Args:
         number: number of the round; messages about another round are ignored.

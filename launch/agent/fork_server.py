@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.process import become_helper, die_with_parent, lasting_imports
+from launch.runs.process import become_helper, die_with_parent, lasting_imports
 
 # The agent's side.
 

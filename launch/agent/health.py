@@ -24,7 +24,7 @@ from launch.agent.node import RunContext
 from launch.config import HealthCheckConfig
 from launch.config.compose import workload_of
 from launch.runs.environment import DRIVER, THROTTLE_REASONS, Gpu, GpuSample, append_samples, visible_gpus
-from launch.runs.files import say
+from launch.runs.folder import say
 
 # NVIDIA GPUs of this machine, through NVIDIA's management library (NVML, in the package nvidia-ml-py).
 

@@ -26,6 +26,7 @@ from launch.agent.node import (
     RunContext,
     StopRequest,
     TooFewNodesError,
+    is_replaced,
     problems_text,
 )
 from launch.agent.policy import (
@@ -48,7 +49,6 @@ from launch.agent.policy import (
     reasons,
     refuse_replaced,
 )
-from launch.agent.term import is_replaced
 from launch.config import CHAIN
 from launch.config.compose import workload_of
 from launch.errors import ConfigError

@@ -14,8 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from launch.agent import node as processes
-from launch.agent.node import RunContext
-from launch.agent.term import is_replaced
+from launch.agent.node import RunContext, is_replaced
 from launch.config import ClusterKind, ResilienceConfig
 from launch.errors import ConfigError, RepeatedFailureError
 from launch.plan.budget import (
@@ -36,8 +35,7 @@ from launch.runs.events import (
     first_failure,
     select_events,
 )
-from launch.runs.files import write_unwritten
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, write_unwritten
 from launch.slurm import client as scheduler
 from launch.slurm.client import JobDetails
 

@@ -36,12 +36,11 @@ from launch.agent.node import VISIBLE_GPUS, AgentContext, Attempt, Node, Rendezv
 from launch.agent.watch import RankRecords, Watch, log_end
 from launch.config import Config
 from launch.config.compose import workload_of
-from launch.process import set_default_threads
-from launch.runs import heartbeat
 from launch.runs.environment import Gpu, set_defaults, set_dump_file, visible_gpus
 from launch.runs.events import ECHO
 from launch.runs.folder import RunFolder, read_plan
-from launch.runs.usage import UsageMeter, usage_file
+from launch.runs.measured import UsageMeter, usage_file
+from launch.runs.process import ENVIRONMENT, set_default_threads
 from launch.worker import STORE_PREFIX
 from launch.worker.memory import SECRET, STORE
 from launch.workload import CodeTree
@@ -127,7 +126,7 @@ def set_run_variables(attempt: Attempt) -> None:
         "LAUNCH_CHECKPOINT_DIR": folder.checkpoints,
         "LAUNCH_GRACE_S": attempt.config.resilience.grace_period_s,
         "LAUNCH_AGENT_PID": os.getpid(),
-        heartbeat.ENVIRONMENT: attempt.heartbeats,
+        ENVIRONMENT: attempt.heartbeats,
         STORE_PREFIX: derive(group.token, f"ranks of attempt {number}"),
     }
     os.environ |= {name: str(value) for name, value in {**variables, **command.env}.items()}

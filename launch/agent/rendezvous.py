@@ -31,10 +31,12 @@ from launch.agent.node import (
     RendezvousRound,
     RunContext,
     TooFewNodesError,
+    claim_term,
+    is_replaced,
+    presence_file,
     problems_text,
 )
 from launch.agent.policy import NO_HOSTS, AlreadyDecidedError, RunFailedError, reasons, refuse_replaced
-from launch.agent.term import claim_term, is_replaced, presence_file
 from launch.runs.events import ALL_NODES, FEWER_NODES, fewer_nodes
 from launch.runs.folder import read_plan, writing_into
 

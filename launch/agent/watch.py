@@ -20,7 +20,6 @@ from launch.agent.node import JOINED, OWNER, STOP_FILE, Attempt
 from launch.agent.outcome import stop_details
 from launch.agent.policy import BUDGET, AlreadyDecidedError
 from launch.config import ResilienceConfig
-from launch.runs import heartbeat
 from launch.runs.environment import (
     code_state,
     describe_code,
@@ -30,8 +29,8 @@ from launch.runs.environment import (
     library_versions,
 )
 from launch.runs.events import enter_failure, failure_kind
-from launch.runs.files import has_written, read_json
-from launch.runs.heartbeat import HeartbeatFile, Phase, RankHeartbeat
+from launch.runs.folder import has_written, read_json
+from launch.runs.process import HeartbeatFile, Phase, RankHeartbeat, read_heartbeat
 from launch.runs.progress import Progress
 from launch.runs.records import recent_records
 
@@ -119,7 +118,7 @@ class Watchdog:
         self._polled = now
         found = []
         for rank, pid in ranks.items():
-            last = heartbeat.read_heartbeat(self._folder / str(rank))
+            last = read_heartbeat(self._folder / str(rank))
             late = [(s, text) for s, limit, text in self._silences(rank, last, now) if s > limit * share]
             if late:
                 silent_s, text = late[0]
@@ -280,7 +279,7 @@ class Watch:
         """
         attempt = self._attempt
         paths = {rank: attempt.heartbeats / str(rank) for rank in pids}
-        beats = {rank: beat for rank, path in paths.items() if (beat := heartbeat.read_heartbeat(path))}
+        beats = {rank: beat for rank, path in paths.items() if (beat := read_heartbeat(path))}
         states = {rank: processes.describe_wait(beat.pid) for rank, beat in beats.items()}
         with ThreadPoolExecutor() as pool:
             stacks = dict(
@@ -439,7 +438,7 @@ class RankRecords:
                 cause += ", out of memory: the kernel has killed a process of this job for its memory"
             first = kinds.setdefault(failure_kind(cause, trace), rank)
             same = None if first == rank else first
-            beat = heartbeat.read_heartbeat(attempt.heartbeats / str(rank))
+            beat = read_heartbeat(attempt.heartbeats / str(rank))
             step = None if beat is None else beat.step
             enter_failure(attempt.folder, attempt.number, rank, cause=cause, trace=trace, step=step, same_as=same)
 

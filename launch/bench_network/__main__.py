@@ -31,10 +31,9 @@ from launch.config.compose import compose_launch, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.report.series import fit_not_negative
 from launch.runner import SweepFailedError, print_failure, run_sweep
-from launch.runs.console import print_table
 from launch.runs.environment import ROOT
-from launch.runs.files import deny_others_writing, read_json, write_json
-from launch.runs.folder import RunFolder
+from launch.runs.find import print_table
+from launch.runs.folder import RunFolder, deny_others_writing, read_json, write_json
 from launch.runs.measured import COLLECTIVES, FASTEST, TIERS, LinkFit, Network, network_document, terms
 
 SCALE = np.array([1e-6, 1e-9])

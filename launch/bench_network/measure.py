@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import worker
-from launch.process import lasting_imports
-from launch.runs.files import write_json
+from launch.runs.folder import write_json
 from launch.runs.measured import COLLECTIVES
+from launch.runs.process import lasting_imports
 
 with lasting_imports():
     import torch

@@ -12,7 +12,7 @@ from launch.config.cluster import ClusterConfig
 from launch.config.cluster import ClusterKind as ClusterKind  # for the importers of this module
 from launch.errors import ConfigError
 from launch.runs.compose import RunConfig
-from launch.runs.files import ReportFile
+from launch.runs.folder import ReportFile
 from launch.runs.records import ObjectiveOf
 from launch.schema import check_ranges, key
 

@@ -30,7 +30,7 @@ from launch.doctor import job, machine, verdict
 from launch.doctor.machine import Facts
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.plan import Plan, make_plan
-from launch.runs.files import deny_others_writing
+from launch.runs.folder import deny_others_writing
 from launch.slurm import places
 from launch.slurm.checks import Finding, Level, Request, fail, has_errors, warn
 from launch.slurm.client import SlurmError

@@ -38,11 +38,10 @@ from launch.config import Config
 from launch.doctor.machine import filesystem_of
 from launch.plan.plan import JOBS
 from launch.plan.remote import SSH
-from launch.process import lasting_imports
 from launch.runs import compose
 from launch.runs.environment import driver_problem, driver_version, missing_for_compiling, reachable_files
-from launch.runs.files import write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, write_json
+from launch.runs.process import lasting_imports
 from launch.slurm.checks import Request
 from launch.slurm.jobs import SlurmJob, ask_queue
 from launch.slurm.submit import submit_calls

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench_network.measure import MIB, Bench
-from launch.process import lasting_imports
-from launch.runs.files import write_json
+from launch.runs.folder import write_json
+from launch.runs.process import lasting_imports
 
 with lasting_imports():
     import torch

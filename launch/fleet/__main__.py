@@ -32,11 +32,9 @@ from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat
 from launch.report.goodput import CAUSES, PARTS, measure_goodput
 from launch.report.read import read_environment
 from launch.runs.compose import read_document
-from launch.runs.console import plain_console, print_table
 from launch.runs.events import Events
-from launch.runs.files import write_atomically
-from launch.runs.find import find_runs
-from launch.runs.folder import RunFolder
+from launch.runs.find import find_runs, plain_console, print_table
+from launch.runs.folder import RunFolder, write_atomically
 from launch.slurm.status import find_run_statuses, poll, update_from_event_log
 
 OF_MACHINES = ("crashed", "hung", "out_of_memory", "node_failed", "node_sick")

@@ -19,8 +19,7 @@ from launch.config.cluster import AgentStart, ContainerRuntime
 from launch.errors import ConfigError
 from launch.plan.budget import Use, use_of
 from launch.runs.environment import ORIGIN, ROOT, code_state, describe_code
-from launch.runs.files import write_json
-from launch.runs.folder import writing_into
+from launch.runs.folder import write_json, writing_into
 from launch.slurm.limits import gres
 from launch.workload import CodeTree
 

@@ -30,8 +30,7 @@ from launch.runs.events import (
     plan_continuation,
     select_events,
 )
-from launch.runs.files import write_json
-from launch.runs.folder import RunFolder, read_plan, writing_into
+from launch.runs.folder import RunFolder, read_plan, write_json, writing_into
 from launch.runs.overrides import PLACE_KEYS, without_key
 from launch.workload import PlanRequest, Workload, WorkloadPlan
 

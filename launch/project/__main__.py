@@ -31,9 +31,8 @@ from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.project.projection import Projection, project, read_sweep, request_for
 from launch.report.notes import percent, rate, time_text
 from launch.report.selection import select
-from launch.runs.console import print_table
-from launch.runs.files import deny_others_writing, write_atomically
-from launch.runs.folder import RunFolder
+from launch.runs.find import print_table
+from launch.runs.folder import RunFolder, deny_others_writing, write_atomically
 from launch.runs.measured import read_network
 from launch.runs.overrides import typed_key
 from launch.schema import check_ranges

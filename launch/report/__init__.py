@@ -13,7 +13,7 @@ from rich.console import Console
 from launch.report.selection import Selection, select
 from launch.report.table import Row, ScalingTable, build, tabulate_selection
 from launch.report.text import csv_text, json_text, markdown_text, parts_csv_text, show
-from launch.runs.files import ReportFile, write_atomically
+from launch.runs.folder import ReportFile, write_atomically
 
 __all__ = [
     "Row",

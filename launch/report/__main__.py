@@ -17,8 +17,8 @@ from launch.errors import CommandParser, ConfigError, refusing
 from launch.report import ALL_FILES, ScalingTable, select, show, show_and_write, tabulate_selection, write
 from launch.report.points import PointState
 from launch.report.selection import compare_selections, writing_to
-from launch.runs.files import ReportFile, deny_others_writing
 from launch.runs.find import ARCHIVE
+from launch.runs.folder import ReportFile, deny_others_writing
 
 WATCH_S = 30.0
 UNENDED = (PointState.RUNNING, PointState.NO_RECORDS, PointState.NOT_STARTED)

@@ -15,7 +15,7 @@ from launch.report.series import CONDITIONS, MADE_WITH, Series, made_with
 from launch.report.steps import MIN_STEPS, NOISY, PROFILED, WARMUP_STEPS
 from launch.runs.events import unread_text
 from launch.runs.folder import RunFolder
-from launch.runs.usage import usage_text
+from launch.runs.measured import usage_text
 from launch.why.rules import find_verdict
 
 if TYPE_CHECKING:

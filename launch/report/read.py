@@ -26,8 +26,8 @@ import numpy.typing as npt
 from msgspec.structs import astuple
 
 from launch.errors import counted
-from launch.process import die_with_parent
 from launch.runs.folder import RunFolder
+from launch.runs.process import die_with_parent
 from launch.runs.records import is_record
 
 Floats = npt.NDArray[np.float64]

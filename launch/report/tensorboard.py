@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.report.table import Row, ScalingTable
 from launch.report.text import markdown_text
 from launch.runs.event_files import Curve, EventWriter
-from launch.runs.files import write_atomically
+from launch.runs.folder import write_atomically
 from launch.runs.overrides import point_name
 
 RUN, RUN_OF_ONE = "Scaling", "Summary"

@@ -26,7 +26,7 @@ from launch.report.notes import (
 )
 from launch.report.steps import LOSSES
 from launch.report.table import Row, RunDetail, ScalingTable
-from launch.runs.console import print_table
+from launch.runs.find import print_table
 
 # One table of texts, and its form in Markdown.
 

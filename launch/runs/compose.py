@@ -26,9 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.errors import ConfigError
 from launch.runs.events import refuse_resume_from
-from launch.runs.files import write_atomically
 from launch.runs.find import generation
-from launch.runs.folder import RunFolder, damaged, unreadable, writing_into
+from launch.runs.folder import RunFolder, damaged, unreadable, write_atomically, writing_into
 from launch.runs.overrides import (
     NOT_IN_POINT,
     is_within,

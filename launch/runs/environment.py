@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError
-from launch.runs.files import append_lines, numbers_in, read_json, read_json_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_lines, numbers_in, read_json, read_json_lines
 
 # Machine of a rank for ``environment.json``: host, processor, GPUs and cores, read without torch.
 

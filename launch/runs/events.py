@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, counted
-from launch.runs.files import make_numbered, read_json, read_json_lines, write_atomically
-from launch.runs.folder import RunFolder, writing_into
-from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
+from launch.runs.folder import RunFolder, make_numbered, read_json, read_json_lines, write_atomically, writing_into
+from launch.runs.process import ENVIRONMENT as HEARTBEAT_DIR
 from launch.runs.records import is_record, recent_records
 
 # State of a run by its event log: submissions, saves, ends and problems. Does not import torch.

@@ -19,8 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError
-from launch.runs.files import append_lines, say
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_lines, say
 from launch.runs.records import is_record, recent_records
 
 if TYPE_CHECKING:

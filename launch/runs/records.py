@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import ConfigError, closest
-from .files import append_whole, open_to_append, parse_json_lines, read_json_lines, say
-from .folder import RunFolder
+from .folder import RunFolder, append_whole, open_to_append, parse_json_lines, read_json_lines, say
 
 # Step records: one line per step and rank in ``metrics/rank_*.jsonl``. All other views are derived from them.
 

@@ -21,8 +21,7 @@ from launch.agent.node import Node
 from launch.agent.policy import hosts_to_avoid
 from launch.plan.plan import Plan, record_next_job
 from launch.runs.events import events_since_submission, select_events
-from launch.runs.files import deny_others_writing
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, deny_others_writing
 from launch.slurm.client import SlurmError, job_details
 from launch.slurm.dependency import depend
 from launch.slurm.failover import promised

@@ -26,8 +26,7 @@ from launch.agent import node as processes
 from launch.errors import ConfigError
 from launch.plan.plan import JOBS, SLURM_JOBS, Plan
 from launch.runs.events import refuse_alive, select_events
-from launch.runs.files import is_own
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, is_own
 from launch.slurm import client as scheduler
 from launch.slurm.client import JobState
 

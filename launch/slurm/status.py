@@ -15,9 +15,8 @@ from launch.agent.policy import WANTED, Action
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, next_job, record_found
 from launch.runs.events import Events, failure_text, fewer_nodes, first_failure, last_command, select_events
-from launch.runs.files import is_full
 from launch.runs.find import labels_inside
-from launch.runs.folder import RunFolder, read_plan
+from launch.runs.folder import RunFolder, is_full, read_plan
 from launch.runs.records import recent_records
 from launch.slurm.client import RETRIES, JobState, SlurmError
 from launch.slurm.jobs import ACTIVE, Job, LocalQueueEntry, SlurmJob, agent_logs, ask_queue, find_unrecorded, job_of

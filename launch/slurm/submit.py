@@ -28,11 +28,10 @@ from launch.errors import ConfigError, counted
 from launch.plan.placement import RUNS_FROM, next_candidate, running_from
 from launch.plan.plan import JOBS, Plan
 from launch.plan.preflight import plan_text, worst_case_text
-from launch.process import share
 from launch.runs.environment import visible_gpus
 from launch.runs.events import select_events
-from launch.runs.files import make_folder
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, make_folder
+from launch.runs.process import share
 from launch.slurm.allocation import held_job, is_in_step
 from launch.slurm.client import BUSY, SlurmBusyError, SlurmError, missing_configuration
 from launch.slurm.dependency import in_line, shapes

@@ -23,11 +23,9 @@ import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.runs.console import plain_console, print_table
 from launch.runs.events import is_finished
-from launch.runs.files import deny_others_writing, read_json_lines, write_json
-from launch.runs.find import is_run
-from launch.runs.folder import RunFolder
+from launch.runs.find import is_run, plain_console, print_table
+from launch.runs.folder import RunFolder, deny_others_writing, read_json_lines, write_json
 from launch.runs.overrides import read_overrides
 from launch.runs.records import is_record
 from launch.slurm import client as scheduler

@@ -21,8 +21,7 @@ from typing import Any
 
 from launch.errors import ConfigError, closest
 from launch.runs.events import FEWER_NODES, is_finished
-from launch.runs.files import append_json_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_json_lines
 from launch.runs.records import read_records, recent_records
 from launch.storm.injection import (
     KINDS,

@@ -22,8 +22,7 @@ from typing import Any, TypeVar
 import psutil
 
 from launch.config.compose import workload_of_run
-from launch.runs.files import read_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_json
 from launch.slurm.jobs import SUBMISSION
 
 AGENTS = ({SUBMISSION}, {"gpt_launch", "agent"})

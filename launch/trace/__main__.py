@@ -25,8 +25,7 @@ from launch.report.goodput import PARTS, Goodput, measure_goodput
 from launch.report.read import Environment, read_environment
 from launch.runs.environment import read_samples, telemetry_nodes
 from launch.runs.events import Events, aside_records, select_events
-from launch.runs.files import deny_others_writing, read_json_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, deny_others_writing, read_json_lines
 from launch.runs.records import is_number, is_record
 
 MOST_RANKS, MOST_STEPS = 16, 200_000

@@ -25,7 +25,7 @@ from typing import Any
 import cloudpickle
 
 from ..errors import ConfigError
-from ..runs.files import is_own, numbers_in, write_atomically
+from ..runs.folder import is_own, numbers_in, write_atomically
 
 REQUEUE_EXIT = 75
 """Exit status with which a rank requests a requeue after it has saved (EX_TEMPFAIL of sysexits.h)."""

@@ -27,7 +27,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..process import become_helper
+from ..runs.process import become_helper
 
 STORE = "LAUNCH_MEMORY_STORE"
 """Environment variable of the ranks: ``address:port`` of the memory store of their node."""

@@ -18,10 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..process import die_with_parent
-from ..runs.files import keep_unwritten, say, write_unwritten
-from ..runs.folder import RunFolder, is_newest_attempt
-from ..runs.heartbeat import BEAT_S, ENVIRONMENT, FROM_FILE, HeartbeatFile, Phase, Request
+from ..runs.folder import RunFolder, is_newest_attempt, keep_unwritten, say, write_unwritten
+from ..runs.process import BEAT_S, ENVIRONMENT, FROM_FILE, HeartbeatFile, Phase, Request, die_with_parent
 from ..runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
 
 STORE_PREFIX = "LAUNCH_STORE_PREFIX"

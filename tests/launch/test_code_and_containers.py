@@ -24,8 +24,7 @@ from launch.plan import placement as container
 from launch.plan.placement import agent_words, copy_code
 from launch.runs.environment import PACKAGES, changes, code_state, describe_code
 from launch.runs.events import select_events
-from launch.runs.files import write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, write_json
 from launch.runs.records import read_records
 from launch.slurm.checks import Level
 from launch.slurm.jobs import sbatch_text

@@ -22,8 +22,7 @@ from launch.config.compose import compose_launch
 from launch.errors import refusing
 from launch.report import build
 from launch.runner import run_sweep
-from launch.runs.files import append_lines, write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_lines, write_json
 from launch.slurm import follow
 from launch.slurm.client import JobState
 from launch.slurm.jobs import SlurmJob

@@ -15,8 +15,7 @@ from launch.report import build
 from launch.report.goodput import measure_goodput
 from launch.runs.environment import GAUGES, read_samples, telemetry_nodes
 from launch.runs.events import select_events
-from launch.runs.files import read_json_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_json_lines
 from launch.runs.records import read_records
 from tests.support.commands import (
     ROOT,

@@ -15,8 +15,7 @@ from gpt.checkpoint import folders
 from launch.plan.plan import Plan
 from launch.plan.preflight import plan_text
 from launch.runs.events import select_events
-from launch.runs.files import read_json, read_json_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_json, read_json_lines
 from launch.runs.records import read_records
 from launch.slurm.jobs import sbatch_text
 from launch.slurm.status import find_run_status, poll

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch.attach.__main__ import grouped
-from launch.process import share
 from launch.runs.folder import RunFolder
+from launch.runs.process import share
 from tests.support.commands import ROOT, run, start_fork, wait_for
 from tests.support.runs import COUNTING, LOCAL, MEETING, PROGRAM, checkpoint, names, options, printed, write_script
 

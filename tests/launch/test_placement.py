@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from launch.plan.placement import Candidate, Placement, decide, waiting_since
 from launch.plan.plan import Plan, record_found, record_submitted
 from launch.plan.preflight import plan_text
-from launch.runs.files import write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, write_json
 from launch.slurm import places
 from launch.slurm.client import JobState
 from launch.slurm.failover import claim, is_current, promised

@@ -27,8 +27,7 @@ from launch.agent.policy import (
 )
 from launch.config import ResilienceConfig, RestartLimits
 from launch.runs.events import events_since_submission, select_events
-from launch.runs.files import read_json_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_json_lines
 from launch.runs.records import read_records
 from launch.slurm.client import JobDetails
 from launch.slurm.jobs import agent_logs, job_of

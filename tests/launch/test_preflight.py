@@ -17,8 +17,7 @@ from launch.plan.preflight import (
     plan_text,
     worst_case_text,
 )
-from launch.runs.files import append_json_lines, append_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_json_lines, append_lines
 from launch.slurm.limits import SlurmFacts
 from tests.support.commands import TINY
 from tests.support.doctor_facts import LIMITS

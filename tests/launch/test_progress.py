@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.runs import progress
-from launch.runs.files import append_json_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_json_lines
 from launch.runs.progress import Progress
 from launch.runs.records import read_records
 from launch.workload import RankContract

@@ -17,8 +17,7 @@ from launch.agent.node import HeadNodeLostError, Node, RendezvousRound, RunConte
 from launch.agent.rendezvous import AgentGroup
 from launch.config import Config
 from launch.runs.events import fewer_nodes, select_events
-from launch.runs.files import write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, write_json
 
 T = TypeVar("T")
 HOSTS = ("n0", "n1", "n2", "n3")

@@ -14,9 +14,8 @@ import pytest
 
 from launch import logs, status
 from launch.agent.node import start_time
-from launch.runs.files import append_json_lines
 from launch.runs.find import find_runs, suggestion
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_json_lines
 from launch.runs.records import read_records
 from launch.slurm.client import JobState
 from launch.slurm.follow import news, plain_line, speed_text

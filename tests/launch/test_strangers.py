@@ -19,8 +19,7 @@ import torch.distributed as dist
 
 from launch.agent.exchange import Heartbeat, Message, SignedStore, heartbeat_key, open_tcp_store
 from launch.plan.plan import refuse_exposed
-from launch.runs.files import deny_others_writing, make_folder, write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, deny_others_writing, make_folder, write_json
 from launch.runs.records import read_records
 from launch.slurm.jobs import run_dirs_of
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for

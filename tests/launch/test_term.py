@@ -12,9 +12,8 @@ import pytest
 
 from launch.agent import exchange
 from launch.agent.exchange import RendezvousEndpoint, SignedStore, next_endpoint, open_endpoint, open_tcp_store
-from launch.agent.node import Node, RunContext
+from launch.agent.node import Node, RunContext, Term, claim_term, is_replaced, newest_term
 from launch.agent.policy import AlreadyDecidedError, RunFailedError, refuse_replaced
-from launch.agent.term import Term, claim_term, is_replaced, newest_term
 from launch.config import Config
 from launch.runs.folder import RunFolder
 
@@ -40,7 +39,7 @@ def test_of_many_claims_of_a_term_one_succeeds_and_its_file_is_whole_and_private
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     if not has_links:
-        monkeypatch.setattr("launch.agent.term.os.link", refuse)
+        monkeypatch.setattr("launch.agent.node.os.link", refuse)
     folder, together = RunFolder(tmp_path), Barrier(8)
 
     def claim(index: int) -> bool:

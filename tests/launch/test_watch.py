@@ -14,8 +14,7 @@ import pytest
 
 from launch.agent.watch import Watchdog, stack_of
 from launch.config import ResilienceConfig
-from launch.runs import heartbeat
-from launch.runs.heartbeat import HeartbeatFile, Phase
+from launch.runs.process import HeartbeatFile, Phase, read_heartbeat
 from tests.support.commands import ROOT, environment, wait_for
 
 LIMITS = ResilienceConfig(heartbeat_timeout_s=10**6, hang_timeout_s=20, startup_and_save_timeout_s=40)
@@ -79,9 +78,7 @@ def test_the_stacks_of_a_stopped_rank_are_complete(tmp_path: Path) -> None:
         words = [sys.executable, "-c", STUCK]
         process = subprocess.Popen(words, cwd=ROOT, env=environment(**told), stdout=log, stderr=log)
     try:
-        wait_for(
-            lambda: (sign := heartbeat.read_heartbeat(tmp_path / "3")) is not None and sign.step == 7, "its heartbeat"
-        )
+        wait_for(lambda: (sign := read_heartbeat(tmp_path / "3")) is not None and sign.step == 7, "its heartbeat")
         process.send_signal(signal.SIGSTOP)
         stacks = stack_of(process.pid, tmp_path / "log")
     finally:

@@ -14,8 +14,7 @@ import pytest
 from launch.report import build
 from launch.runs.environment import DUMP_PREFIX
 from launch.runs.events import select_events
-from launch.runs.files import append_json_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_json_lines
 from launch.slurm.client import JobState
 from launch.why.__main__ import main
 from launch.why.facts import job_event, read_dump

@@ -22,7 +22,7 @@ from launch import worker
 from launch.agent.exchange import DECODER, Agreement, Message, Ticket
 from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import HeartbeatFile, Request, read_heartbeat
+from launch.runs.process import HeartbeatFile, Request, read_heartbeat
 from launch.runs.records import read_records
 from launch.worker import Run
 from tests.support.commands import ROOT, environment, is_alive, python, run, wait_for

@@ -24,7 +24,7 @@ from gpt.rehearsal.recorder import Recorder, recording
 from gpt.rehearsal.report import GRADIENTS, OPTIMIZER, PARAMETERS, Rehearsal, rehearsal_lines
 from gpt.rehearse import main, rehearse
 from gpt.training.step import queue_step
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from tests.support import faulty_parts
 from tests.support.commands import run
 from tests.support.distributed import run_distributed

@@ -25,8 +25,7 @@ from launch.plan.budget import heartbeat_file
 from launch.report import build, write
 from launch.report.goodput import CAUSES, Goodput, measure_goodput
 from launch.report.text import markdown_text, parts_csv_text
-from launch.runs.files import ReportFile, append_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import ReportFile, RunFolder, append_lines
 from launch.runs.records import read_records
 from launch.worker import run_of_environment
 from tests.support.commands import ROOT, run

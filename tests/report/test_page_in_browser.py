@@ -12,7 +12,7 @@ from selenium import webdriver
 
 from launch.report import build, write
 from launch.report.goodput import PARTS
-from launch.runs.files import ReportFile, append_lines
+from launch.runs.folder import ReportFile, append_lines
 from tests.support.run_folders import RunBuilder
 
 SLOW_RANK, LATE_S = 5, 0.03

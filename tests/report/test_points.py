@@ -18,8 +18,7 @@ from launch.report.page import page
 from launch.report.points import GpuUse, energy_between, read_gpu_use
 from launch.report.text import csv_text, json_text, markdown_text
 from launch.runs.environment import GpuSample, append_samples
-from launch.runs.files import append_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_lines
 from launch.slurm.status import RunStatus, update_steps
 from tests.support.run_folders import RunBuilder, column, notes_with
 

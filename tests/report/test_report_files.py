@@ -20,8 +20,8 @@ from launch.report.selection import Selection, compare_selections, select, sourc
 from launch.report.table import ScalingTable, tabulate_selection
 from launch.report.text import markdown_text
 from launch.runs.event_files import EventWriter
-from launch.runs.files import ReportFile
 from launch.runs.find import record_sweep
+from launch.runs.folder import ReportFile
 from tests.support import commands
 from tests.support.commands import call
 from tests.support.planning import refused

@@ -16,7 +16,7 @@ from launch.report import Row, build, write
 from launch.report.table import ScalingTable
 from launch.report.text import point_tables
 from launch.runs import progress
-from launch.runs.files import ReportFile
+from launch.runs.folder import ReportFile
 from launch.workload import RankContract
 from tests.support.planning import refused
 from tests.support.run_folders import RunBuilder, column, notes_with, read_events, scalars, shown

@@ -17,7 +17,7 @@ from launch.report.figures import picture, run_panels
 from launch.report.steps import LOSSES, RankTime, RankTimes, lost
 from launch.report.table import Row, RunDetail
 from launch.report.text import markdown_text
-from launch.runs.files import append_lines
+from launch.runs.folder import append_lines
 from tests.support.run_folders import RunBuilder
 from tests.support.runs import png_shape
 

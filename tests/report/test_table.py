@@ -18,7 +18,7 @@ from launch.report.selection import Selection
 from launch.report.steps import MIN_STEPS, WARMUP_STEPS, Steps, measure_steps
 from launch.report.table import tabulate
 from launch.report.text import efficiency as efficiency_text
-from launch.runs.files import append_lines
+from launch.runs.folder import append_lines
 from tests.support.planning import refused
 from tests.support.run_folders import RunBuilder, column, notes_with
 

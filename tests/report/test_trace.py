@@ -18,8 +18,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from launch.report import build
 from launch.report.goodput import PARTS as PART_NAMES
-from launch.runs.files import append_lines
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_lines
 from launch.runs.records import read_records
 from launch.trace.__main__ import HOUR_US, MOST_RANKS, PHASES, main
 from tests.report.test_goodput import LOST, PARTS, T0, stormy

@@ -8,7 +8,7 @@ import pytest
 
 from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import ENVIRONMENT
+from launch.runs.process import ENVIRONMENT
 
 
 def fail(folder: RunFolder, rank: int, error: Exception, elsewhere: bool = False) -> None:

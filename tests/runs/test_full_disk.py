@@ -18,11 +18,10 @@ from gpt.metrics.writers import Records, StepsCsv, View
 from launch import cancel
 from launch.agent.node import start_time
 from launch.agent.watch import RankRecords
-from launch.runs import files as unwritten
-from launch.runs import heartbeat
+from launch.runs import folder as unwritten
 from launch.runs.events import unsaved_text
-from launch.runs.files import read_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_json
+from launch.runs.process import ENVIRONMENT, read_heartbeat
 from launch.runs.records import RecordWriter, StepRecord, read_records
 from launch.slurm import follow, jobs
 from launch.workload import CodeTree, RankCommand, RankContract
@@ -134,7 +133,7 @@ def test_a_view_that_is_made_again_has_each_record_once(tmp_path: Path) -> None:
 def heartbeat_step(pid: int) -> int:
     """The step that a rank shows its agent."""
     variables = dict(v.split(b"=", 1) for v in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in v)
-    found = heartbeat.read_heartbeat(Path(os.fsdecode(variables[heartbeat.ENVIRONMENT.encode()])) / "0")
+    found = read_heartbeat(Path(os.fsdecode(variables[ENVIRONMENT.encode()])) / "0")
     assert found is not None
     return found.step
 

@@ -20,8 +20,7 @@ from hydra_plugins.launch_plugin.launcher import job_return, refuse_other_tasks,
 from launch.errors import ConfigError
 from launch.runner import PointResult, SweepFailedError
 from launch.runs import records
-from launch.runs.files import append_json_lines, append_lines, append_whole, open_to_append
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_json_lines, append_lines, append_whole, open_to_append
 from launch.runs.records import (
     FIRST_S,
     LONGEST_S,

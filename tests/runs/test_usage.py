@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.runs.folder import RunFolder
+from launch.runs.measured import usage_file, usage_text
 from launch.runs.records import RecordWriter
-from launch.runs.usage import usage_file, usage_text
 from tests.support.runs import recorded
 
 ENDED = (

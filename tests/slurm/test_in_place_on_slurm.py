@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.runs import heartbeat
 from launch.runs.events import first_failure
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import ENVIRONMENT as HEARTBEATS
+from launch.runs.process import ENVIRONMENT as HEARTBEATS
+from launch.runs.process import read_heartbeat
 from launch.slurm.jobs import agent_logs, job_of
 from slurm.sandbox.cluster import Cluster, cut_link
 from tests.support.commands import wait_for
@@ -51,7 +51,7 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     saved_at = time.monotonic()
     pid = ranks_in(folder)[1]
     beats = Path(psutil.Process(pid).environ()[HEARTBEATS]) / "1"
-    wait_for(lambda: (last := heartbeat.read_heartbeat(beats)) is not None and last.ran_at > saved_at, "a heartbeat")
+    wait_for(lambda: (last := read_heartbeat(beats)) is not None and last.ran_at > saved_at, "a heartbeat")
     os.kill(pid, signal.SIGSTOP)
     storm.wait_for_steps(attempt=3, count=1)
     (folder.path / "STOP").touch()

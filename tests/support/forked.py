@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.agent import fork_server as forked_rank
-from launch.process import lasting_imports
+from launch.runs.process import lasting_imports
 from tests.support.forking import ROOT, Job
 
 MESSAGE_BYTES = 1 << 17

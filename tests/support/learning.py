@@ -44,7 +44,7 @@ from gpt.training.loop import EvaluationShare, mean_loss
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.worker import Run as Rank
 from tests.support.composing import config_from
 from tests.support.distributed import DATA_FOLDER

@@ -13,7 +13,7 @@ import gpt
 import launch
 from gpt.config.train import compose_train
 from gpt.workload import PRELOAD
-from launch.process import lasting_imports
+from launch.runs.process import lasting_imports
 
 with lasting_imports():
     import filelock  # noqa: F401

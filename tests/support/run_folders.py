@@ -14,8 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.report import ScalingTable, show
 from launch.report.table import Row
-from launch.runs.files import append_json_lines, append_lines, write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_json_lines, append_lines, write_json
 from launch.runs.records import StepRecord
 
 

@@ -12,8 +12,7 @@ import yaml
 
 from gpt import smoke
 from gpt.compare import curve, interpolate, main
-from launch.runs.files import append_json_lines, write_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, append_json_lines, write_json
 from tests.support.commands import call, python, run
 
 

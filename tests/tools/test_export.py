@@ -17,8 +17,7 @@ from gpt.conversion.state_dict import load_model
 from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import Samples
 from launch.runs.compose import refuse_other_run, to_schema
-from launch.runs.files import read_json
-from launch.runs.folder import RunFolder
+from launch.runs.folder import RunFolder, read_json
 from launch.runs.records import read_records
 from tests.support.checkpoints import read_weights
 from tests.support.commands import TINY, run

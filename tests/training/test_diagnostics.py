@@ -20,7 +20,7 @@ from gpt.training.diagnostics import MARK, Interval, StepBreakdown, break_down, 
 from gpt.training.step import queue_step
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.runs.records import read_records
 from launch.worker import Run as Rank
 from tests.support.composing import config_from

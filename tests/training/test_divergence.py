@@ -23,7 +23,7 @@ from gpt.training.guards import SPIKE_WINDOW, BadSteps, DivergenceGuard, checkpo
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.errors import RepeatedFailureError
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.runs.records import StepRecord, read_records
 from tests.support.distributed import run_distributed
 from tests.support.learning import BATCH, DEEPSPEED, MODELS, start

@@ -23,7 +23,7 @@ from gpt.training.step import queue_step
 from launch.errors import ConfigError
 from launch.runs.events import straggling_ranks
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.runs.records import read_records
 from launch.slurm.status import find_run_status
 from launch.status import as_dict, status_notes

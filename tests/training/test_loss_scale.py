@@ -23,7 +23,7 @@ from gpt.training.guards import is_bad
 from gpt.training.run import Run
 from gpt.training.step import lr_at, queue_step
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase
+from launch.runs.process import Phase
 from launch.runs.records import StepRecord, read_records
 from tests.support.commands import TINY
 from tests.support.commands import run as run_command

@@ -27,10 +27,10 @@ from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import inverse_replicas, local_tensor
 from gpt.training.diagnostics import Gradients
 from gpt.training.guards import WINDOW, LossWindow
-from launch.process import lasting_imports
 from launch.runs.environment import reachable_files
 from launch.runs.event_files import record_scalars
 from launch.runs.folder import RunFolder
+from launch.runs.process import lasting_imports
 from launch.runs.records import StepRecord, read_records
 from launch.worker import Run as Rank
 from tests.support.commands import TINY, run

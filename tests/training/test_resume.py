@@ -28,9 +28,8 @@ from launch.runs.events import (
     refuse_alive,
     saves_that_count,
 )
-from launch.runs.files import read_json_lines, write_json
-from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase
+from launch.runs.folder import RunFolder, read_json_lines, write_json
+from launch.runs.process import Phase
 from launch.runs.records import read_records
 from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, agents_of, descendants, kill_all, ranks_of, run, start_fork, wait_for

@@ -1,29 +1,113 @@
-"""The heartbeat of a rank: numbers in a file on its node, mapped into memory by the rank and by its agent.
-
-Every number is one aligned word of 8 bytes with a single writer, so a reader never sees half a number and nothing is
-locked. The rank writes that it runs, its phase, and how often it has polled for a request to stop or to save; the agent
-answers. Ranks of many nodes reach the same answer at the same step as follows:
-
-1. A rank increments its count of polls (``calls``) before it reads whether its agent has set ``hold``.
-2. If a stop or a save is requested, all agents set ``hold`` for their ranks. A rank that polls from now on waits.
-3. Some tens of milliseconds later every agent reads the ``calls`` of its ranks. A rank that did not see ``hold`` has
-   written its count by then: the delay replaces a memory barrier on both sides.
-4. The largest count of all nodes plus one becomes ``at``: the poll that all ranks answer with yes. No rank can have
-   answered it already. Ranks that wait continue, and so does a rank that was inside a long step all the time.
-
-``hold`` is a ticket: a rank waits while ``hold`` > ``at``, and the next request takes a ticket above the last ``at``.
-``launch.agent.exchange`` has the agents' half. Standard library only.
-"""
+"""The process of a rank: its fast start and exit, its end with its parent, and its heartbeat. Standard library only."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import mmap
 import os
+import signal
 import struct
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import TypeVar
+
+# Fast start and exit of processes that import torch.
+#
+# Importing torch makes some 300,000 objects that exist as long as the process. Python's collector of reference cycles
+# visits them during the import and at the exit. These visits take about 40 % of the time in which a rank starts and
+# ends. So the collector is paused while such libraries are imported.
+
+
+@contextmanager
+def lasting_imports() -> Iterator[None]:
+    """Pause the garbage collector in a ``with`` block that imports large libraries.
+
+    After the block, the collector never visits the objects that exist by then.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
+
+
+Item = TypeVar("Item")
+
+
+def share(items: Sequence[Item], part: int, parts: int) -> Sequence[Item]:
+    """Return part ``part``, from 0, of ``items`` in ``parts`` consecutive parts, whose sizes differ by one at most."""
+    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
+
+
+MOST_COMPILERS = 8
+"""Largest number of processes in which a rank compiles. More are not needed: models have few different kernels."""
+
+
+def set_default_threads(ranks: int) -> None:
+    """Set OMP_NUM_THREADS to 1 for ranks, as torchrun does, and limit the processes in which each compiles.
+
+    By default, torch's compiler would start one process for each CPU of the node in each rank, at most 32. Variables
+    that the user has set do not change. Call this function before the libraries are loaded, since they read the
+    variables only then.
+
+    Args:
+        ranks: number of ranks on this node.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    each = len(os.sched_getaffinity(0)) // ranks
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(MOST_COMPILERS, max(1, each))))
+
+
+def hash_seed(seed: int) -> str:
+    """Return the value of PYTHONHASHSEED for a run's seed: the seed modulo 2**32, which is what Python accepts."""
+    return str(seed % 2**32)
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process (SIGKILL) when its parent, process ``parent``, ends (Linux prctl).
+
+    Otherwise a rank whose agent was killed would continue unwatched, and write into the folder of a run that other
+    processes continue.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # The parent died before the call.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def become_helper(parent: int) -> None:
+    """End this process together with ``parent``, and ignore signals to a whole job or terminal, such as SIGTERM."""
+    for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    die_with_parent(parent)
+
+
+# The heartbeat of a rank: numbers in a file on its node, mapped into memory by the rank and by its agent.
+#
+# Every number is one aligned word of 8 bytes with a single writer, so a reader never sees half a number and nothing is
+# locked. The rank writes that it runs, its phase, and how often it has polled for a request to stop or to save; the
+# agent answers. Ranks of many nodes reach the same answer at the same step as follows:
+#
+# 1. A rank increments its count of polls (``calls``) before it reads whether its agent has set ``hold``.
+# 2. If a stop or a save is requested, all agents set ``hold`` for their ranks. A rank that polls from now on waits.
+# 3. Some tens of milliseconds later every agent reads the ``calls`` of its ranks. A rank that did not see ``hold`` has
+#    written its count by then: the delay replaces a memory barrier on both sides.
+# 4. The largest count of all nodes plus one becomes ``at``: the poll that all ranks answer with yes. No rank can have
+#    answered it already. Ranks that wait continue, and so does a rank that was inside a long step all the time.
+#
+# ``hold`` is a ticket: a rank waits while ``hold`` > ``at``, and the next request takes a ticket above the last ``at``.
+# ``launch.agent.exchange`` has the agents' half.
+
 
 ENVIRONMENT = "LAUNCH_HEARTBEAT_DIR"
 BEAT_S = 1.0
