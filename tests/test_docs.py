@@ -60,7 +60,7 @@ ON_RUNS = (
     *(f"gpt.{name}" for name in ("generate", "evaluate", "compare", "export")),
 )
 ELSEWHERE = {
-    "gpt.smoke": "tools/test_compare.py",
+    "gpt.smoke": "tools/test_tools.py",
     "gpt.bench_matmul": "planning/test_cost.py",
     "launch.bench_network": "launch/test_bench_network.py",
     "launch.doctor": "launch/test_doctor.py",

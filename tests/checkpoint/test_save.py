@@ -1,9 +1,16 @@
-"""Saving and loading: outcomes, plans that are kept, and other numbers of ranks."""
+"""Saves: their outcomes, in the background, on other numbers of ranks, and when the next one is due."""
 
 from __future__ import annotations
 
+import errno
 import itertools
+import math
+import os
+import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,12 +23,27 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from gpt.checkpoint.folders import VALIDATION_LOSS, Retention
-from gpt.checkpoint.manager import OutdatedAttemptError
+from gpt.checkpoint import folders, part
+from gpt.checkpoint.folders import VALIDATION_LOSS, FailedSave, Retention, Saved
+from gpt.checkpoint.manager import OutdatedAttemptError, room_error
 from gpt.checkpoint.messages import CheckpointError
+from gpt.checkpoint.part import SharedMemory
+from gpt.checkpoint.writer import ProcessWriter
+from gpt.config.optim import CheckpointConfig, Interval
+from gpt.planning.memory import staging_bytes
+from gpt.train import build, train
+from gpt.training.checkpoints import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s, between_failures_s
+from gpt.workload.plan import checkpoint_text
 from launch.errors import ConfigError
-from tests.support.checkpoints import Checkpoints, Trained
+from launch.runs.events import best_interval_s, skipped_text, unsaved_text
+from launch.runs.folder import RunFolder
+from launch.status import status_notes
+from launch.worker import Run as Rank
+from tests.support.checkpoints import Checkpoints, Trained, state
+from tests.support.commands import TINY
+from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
+from tests.support.learning import compose, world_of
 
 
 def refuse_writes(*args: Any, **kwargs: Any) -> Any:
@@ -241,3 +263,270 @@ def test_every_checkpoint_loads_bit_equal_on_any_topology(
                 assert loaded.rank_state["python"] == (3, (1, 2), None)
             else:
                 assert loaded.rank_state is None
+
+
+# Saves in the background: of the state as it was, one at a time, tried again where they fail, and kept as asked.
+
+
+NEVER = 10**9
+STEPS, INTERVAL = 6, 2
+WORDS = [
+    *(f"optim.max_steps={STEPS}", "eval.interval=2", f"checkpoint.interval={INTERVAL}", "checkpoint.keep_last=9"),
+    *("model.n_layer=1", "logging.tensorboard=false"),
+]
+
+
+class Held:
+    """Writers that wait inside their first write until they are let go, in whatever process they are."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+
+    def write_part(self, content: Any, folder: Path) -> None:
+        os.read(self._read, 1)
+        part.write_part(content, folder)
+
+    def let_go(self, writes: int) -> None:
+        os.write(self._write, bytes(writes))
+
+
+class Letting(Rank):
+    """A rank that lets the writer go a step after its first save began, and notes what was saved by then."""
+
+    held: Held | None = None
+    calls = 0
+    saved_when_let_go: list[int] | None = None
+
+    def save_requested(self) -> bool:
+        self.calls += 1
+        if self.held is not None and self.calls == INTERVAL + 2:
+            self.saved_when_let_go = folders.steps(self.checkpoint_dir)
+            self.held.let_go(STEPS)
+        return False
+
+
+def train_held(rank: int, size: int, root: Path) -> dict[str, Any]:
+    """Train with saves in the background whose first is held, and with saves that are waited for."""
+    found, files = dict[str, Any](), dict[int, list[dict[str, bytes]]]()
+    for name in ("asynchronous", "synchronous"):
+        beside = str(name == "asynchronous").lower()
+        config = compose(*WORDS, f"checkpoint.asynchronous={beside}", f"checkpoint.scrub={beside}")
+        config.data.cache_dir = str(root / "cache")
+        held = Held()
+        writer = None
+        if name == "asynchronous":
+            with mock.patch("gpt.checkpoint.writer.write_part", held.write_part):
+                writer = ProcessWriter()
+        worker = Letting(rank, rank, size)
+        torch.manual_seed(0)
+        run = build(config, RunFolder(root / name), world_of(rank, size), 1, worker, writer)
+        worker.open_folder(run.folder.path, 1)
+        assert (run.checkpoints.upkeep is not None) is config.checkpoint.scrub
+        worker.held = held if writer else None
+        assert train(run) == "finished"
+        if writer is not None:
+            writer.close()
+        saved = [event for event in run.folder.read_events() if event["event"] == "saved"]
+        found[name] = {
+            "early": worker.saved_when_let_go,
+            "steps": folders.steps(run.folder.checkpoints),
+            "events": [event["step"] for event in saved if "write_s" in event],
+        }
+    if rank == 0:
+        for step in range(INTERVAL, STEPS + 1, INTERVAL):
+            both = (folders.final_for(root / name / "checkpoints", step) for name in found)
+            paths = [[p for p in sorted(folder.iterdir()) if p.name.startswith(("__", "rank"))] for folder in both]
+            files[step] = [{path.name: path.read_bytes() for path in of} for of in paths]
+    return found | {"files": files}
+
+
+def test_steps_go_on_beside_a_save_and_change_nothing_in_it(tmp_path: Path) -> None:
+    first, second = run_distributed(train_held, 2, tmp_path)
+    saved = [*range(INTERVAL, STEPS + 1, INTERVAL)]
+    assert first["asynchronous"]["early"] == [], "a step was done while the writers were held in their first write"
+    for name in ("asynchronous", "synchronous"):
+        assert first[name]["events"] == first[name]["steps"] == second[name]["steps"] == saved
+    for step, (beside, waited_for) in first["files"].items():
+        assert len(beside) == 4, "tensors and own state of both ranks"
+        assert beside == waited_for, f"step {step} holds the state of another step"
+
+
+def fail_on_one(rank: int, size: int, root: Path, number: int) -> tuple[list[Any], list[int], list[int], str]:
+    """A disk that fails on one rank, is found good again, and then fails for good."""
+    broken = root / "broken"
+
+    def write_part(content: Any, folder: Path) -> None:
+        if rank == 1 and broken.exists():
+            raise OSError(number, os.strerror(number))
+        part.write_part(content, folder)
+
+    with mock.patch("gpt.checkpoint.writer.write_part", write_part), mock.patch("gpt.checkpoint.manager.RETRY_S", 0.0):
+        writer = ProcessWriter()
+        store = Checkpoints(root / "run", Retention(2, 0), writer=writer, give_up_after_s=NEVER)
+        for step in (1, 2):
+            store.save(step, state(step), {}, {})
+        broken.touch()
+        store.start(3, state(3), {}, {}, os.getpid)
+        found: list[Any] = [store.finish(hurries=False), store.finish(hurries=False)]
+        during = store.steps()
+        torch.distributed.barrier()
+        if rank == 0:
+            broken.unlink()
+        torch.distributed.barrier()
+        while not isinstance(found[-1], Saved):
+            found.append(store.finish(hurries=False))
+        after = store.steps()
+        torch.distributed.barrier()
+        broken.touch()
+        store.give_up_after_s = 0.0
+        store.start(4, state(4), {}, {}, os.getpid)
+        with pytest.raises(ConfigError) as raised:
+            store.finish()
+        assert not store.is_pending and store.steps() == after
+        writer.close()
+        return found, during, after, str(raised.value)
+
+
+def test_a_disk_that_fails_is_told_counted_and_tried_again(tmp_path: Path) -> None:
+    number = errno.ENOSPC
+    for other in (errno.EDQUOT, errno.EIO):
+        assert room_error(f"rank 0: OSError: [Errno {other}] x\n\n[Errno 1]") == os.strerror(other)
+    assert room_error("rank 0: OSError: [Errno 13] x") is None
+    for found, during, after, refusal in run_distributed(fail_on_one, 2, tmp_path, number):
+        failed, saved = found[:-1], found[-1]
+        assert isinstance(saved, Saved) and saved.step == 3 and len(failed) >= 2
+        assert all(isinstance(entry, FailedSave) for entry in failed)
+        assert [entry.failures for entry in failed] == [*range(1, len(failed) + 1)]
+        assert failed[0].cause.startswith(f"rank 1: OSError: [Errno {number}]")
+        assert during == [2], "what the third would have replaced made room for it"
+        assert after == [2, 3]
+        assert f"step 4 cannot be written into {tmp_path / 'run'}: {os.strerror(number)}" in refusal
+        assert "goes on from step 3" in refusal
+
+
+@pytest.mark.parametrize("failing", ["cudaHostRegister", "cudaHostUnregister"])
+def test_memory_that_cannot_be_pinned_leaves_no_error_to_the_next_kernel(failing: str, monkeypatch: Any) -> None:
+    """CUDA keeps the error of a failed call until the next kernel is launched, which raises it."""
+    kept: list[str] = []
+
+    def call(name: str, *_: object) -> int:
+        kept.extend([name] * (name == failing))
+        return len(kept)
+
+    def launch(*_: object, **__: object) -> None:
+        if kept:
+            raise RuntimeError(f"CUDA error of {kept.pop()}")
+
+    calls = {name: partial(call, name) for name in ("cudaHostRegister", "cudaHostUnregister")}
+    monkeypatch.setattr("torch.cuda.cudart", lambda: SimpleNamespace(**calls))
+    monkeypatch.setattr("torch.empty", lambda *_, device: SimpleNamespace(fill_=launch))
+    memory = SharedMemory(64, pin=True)
+    assert memory.is_pinned is (failing != "cudaHostRegister")
+    launch()
+    memory.close()
+    launch()
+
+
+# When a checkpoint is due: the interval as it is typed, and the one that follows from failures and saves.
+
+
+@pytest.mark.parametrize(
+    ("typed", "interval", "text"),
+    [
+        (20, Interval(steps=20), "every 20 steps"),
+        ("20", Interval(steps=20), "every 20 steps"),
+        (0, Interval(steps=0), "at the end"),
+        ("30min", Interval(minutes=30), "every 30 minutes"),
+        ("0.5 min", Interval(minutes=0.5), "every 0.5 minutes"),
+        ("auto", Interval(), "as often as failures ask for"),
+    ],
+)
+def test_an_interval_is_steps_minutes_or_auto(typed: Any, interval: Interval, text: str) -> None:
+    config = CheckpointConfig(interval=typed, keep_last=1)
+    config.validate()
+    assert config.every() == interval and str(interval) == text
+
+
+@pytest.mark.parametrize("typed", ["often", "-1", "0min", "10s", "1.5"])
+def test_another_interval_is_refused(typed: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        CheckpointConfig(interval=typed, keep_last=1).validate()
+    assert "checkpoint.interval" in refusal.value.found and typed in refusal.value.found
+
+
+def test_the_keys_are_composed() -> None:
+    config = config_from([*TINY, "checkpoint.interval=30min", "checkpoint.keep_best=2"])
+    assert config.checkpoint.every() == Interval(minutes=30)
+    assert config.checkpoint.asynchronous and config.checkpoint.give_up_after_min == 60
+
+
+def lost_share(interval_s: float, save_s: float, mtbf_s: float, generator: random.Random) -> float:
+    """Share of the time of a simulated run that saves and failures cost."""
+    useful = spent = 0.0
+    while spent < 3e4 * mtbf_s:
+        left = generator.expovariate(1 / mtbf_s)
+        segments = int(left // (interval_s + save_s))
+        useful += segments * interval_s
+        spent += left
+    return 1 - useful / spent
+
+
+def test_youngs_interval_loses_least() -> None:
+    save_s, mtbf_s = 20.0, 10_000.0
+    best = best_interval_s(save_s, mtbf_s)
+    assert math.isclose(best, 632.5, rel_tol=1e-3)
+    lost = {f: lost_share(f * best, save_s, mtbf_s, random.Random(0)) for f in (0.4, 1.0, 2.5)}
+    assert lost[1.0] < lost[0.4] and lost[1.0] < lost[2.5]
+
+
+def test_the_time_between_failures_is_read_from_the_event_log() -> None:
+    events: list[dict[str, Any]] = [{"event": "submitted", "time": 0.0}]
+    for attempt, cause in enumerate(["crashed", "preempted", "node_failed"], start=1):
+        begun = 100_000.0 * attempt
+        events.append({"event": "started", "attempt": attempt, "time": begun})
+        if cause == "crashed":
+            events.append({"event": "rank_failed", "attempt": attempt, "time": begun + 3500})
+        events.append({"event": "attempt_ended", "attempt": attempt, "cause": cause, "time": begun + 3600})
+    events.append({"event": "started", "attempt": 4, "time": 400_000.0})
+    assert between_failures_s(events, 401_200.0) == (3 * 3600 + 1200 + PRIOR_S) / 3
+    assert between_failures_s([], 0.0) == PRIOR_S
+
+
+def test_auto_follows_the_last_save_and_is_never_shorter_than_it_takes() -> None:
+    assert auto_interval_s([], 0.0) == FIRST_S
+    saved = {"event": "saved", "attempt": 1, "time": 0.0, "step": 1, "seconds": 2.0}
+    assert auto_interval_s([saved], 0.0) == best_interval_s(2.0, PRIOR_S)
+    assert auto_interval_s([saved | {"write_s": 900.0}], 0.0) == 900.0
+    assert auto_interval_s([saved | {"seconds": 0.001}], 0.0) == LEAST_S
+
+
+def test_status_and_plan_say_that_nothing_can_be_saved() -> None:
+    failed = {"event": "save_failed", "time": 0.0, "step": 7, "cause": "rank 1: OSError: [Errno 28] No space left"}
+    saved = {"event": "saved", "time": 0.0, "step": 3}
+    assert unsaved_text([saved]) is None and unsaved_text([failed, saved]) is None
+    told = unsaved_text([saved, failed, failed | {"step": 9}])
+    assert told is not None and "(tried 2 times)" in told and told.endswith("No space left")
+
+
+def test_status_says_that_steps_change_no_weights_or_were_taken_back() -> None:
+    def skipped(step: int) -> dict[str, Any]:
+        return {"event": "step_skipped", "attempt": 1, "step": step, "cause": "loss not finite"}
+
+    started = {"event": "started", "attempt": 1}
+    assert skipped_text([]) is None and skipped_text([started, skipped(2), started]) is None
+    assert skipped_text([started, skipped(2)]) == "steps skipped 1 time in this attempt, last step 2: loss not finite"
+    back = {"event": "rolled_back", "step": 4, "first": 6, "last": 7, "cause": "2 steps in a row"}
+    told = skipped_text([started, skipped(6), skipped(7), back])
+    assert told is not None and status_notes({"label": "run", "state": "running", "skipped": told}) == [f"run: {told}"]
+    assert told.startswith("steps skipped 2 times") and told.endswith("last to step 4: 2 steps in a row")
+
+
+def test_the_plan_counts_the_memory_that_checkpoints_are_staged_in() -> None:
+    config = config_from(TINY)
+    whole = staging_bytes(config, 1)
+    assert staging_bytes(config, 4) == -(-whole // 4)
+    assert f"{whole / 2**30:.3f} GiB of host memory per rank" in checkpoint_text(config, 1)
+    waited_for = replace(config, checkpoint=replace(config.checkpoint, asynchronous=False))
+    assert staging_bytes(waited_for, 1) == 0 and "each waited for" in checkpoint_text(waited_for, 1)
+    zero = config_from([*TINY, "parallel=zero2"])
+    assert staging_bytes(zero, 4) > staging_bytes(config, 4) and "DeepSpeed's own files" in checkpoint_text(zero, 4)

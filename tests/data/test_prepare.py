@@ -96,7 +96,7 @@ def test_documents_by_pattern_against_a_plain_loop(tmp_path: Path, write: Callab
 
 
 def test_every_tokenizer_decodes_to_the_text(tmp_path: Path) -> None:
-    from tests.data.test_tokenizer import byte_level_bpe, same_for_tiktoken
+    from tests.data.test_corpus import byte_level_bpe, same_for_tiktoken
 
     (tmp_path / "tokenizer.json").write_text(byte_level_bpe())
     (tmp_path / "ranks.json").write_bytes(same_for_tiktoken())
@@ -117,7 +117,7 @@ def test_every_tokenizer_decodes_to_the_text(tmp_path: Path) -> None:
 
 
 def test_documents_end_with_the_tokenizers_sign(tmp_path: Path) -> None:
-    from tests.data.test_tokenizer import same_for_tiktoken
+    from tests.data.test_corpus import same_for_tiktoken
 
     (tmp_path / "ranks.json").write_bytes(same_for_tiktoken())
     config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"), tokenizer=TokenizerKind.tiktoken)

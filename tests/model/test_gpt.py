@@ -1,16 +1,48 @@
-"""The model: its parts and its initial weights. tests/conversion compares it with transformers."""
+"""The model: its parts, its initial weights, and combinations of parts that are refused.
+
+Tests in tests/conversion compare it with transformers."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gpt.config import ExpertBalance, Ffn, ModelConfig, Position
-from gpt.model.gpt import GPT, initialize
-from tests.support.small_models import LLAMA, MOE, label, loss_of, random_tokens, small, variants
+from gpt.config import (
+    Activation,
+    AttentionBackend,
+    ExpertBalance,
+    Ffn,
+    ModelConfig,
+    Norm,
+    NormPosition,
+    Position,
+    RopeScaling,
+    rules,
+)
+from gpt.model.attention import Attention, manual_attention, sdpa_attention
+from gpt.model.gpt import GPT, Block, build_ffn, initialize
+from gpt.model.layers import Rope, build_norm, rotation_rates
+from launch.errors import ConfigError
+from tests.support.composing import config_from
+from tests.support.small_models import (
+    LLAMA,
+    MINIMAL,
+    MOE,
+    check_gradients,
+    label,
+    loss_of,
+    random_tokens,
+    small,
+    variants,
+)
 
 SEED = 7
 
@@ -188,3 +220,260 @@ def test_a_batch_can_be_learned_by_heart() -> None:
         losses.append(loss.item())
     assert losses[0] > 3.5
     assert losses[-1] < 0.2
+
+
+# Parts of the model, one by one, and combinations of parts that are refused.
+
+
+MODELS = {
+    "gpt2": {},
+    "llama": LLAMA,
+    "post": {"norm_position": NormPosition.post, "attention": AttentionBackend.flash, "activation": Activation.relu},
+    "parallel": {
+        **LLAMA,
+        **{"parallel_residual": True, "qk_norm": True, "ffn": Ffn.geglu, "n_kv_head": 1},
+        **{"attention": AttentionBackend.manual, "norm": Norm.layernorm_nobias},
+    },
+}
+
+
+@pytest.mark.parametrize("parts", MODELS.values(), ids=MODELS)
+def test_gradient_of_the_whole_model(parts: dict) -> None:
+    torch.manual_seed(1)
+    check_gradients(GPT(small(**MINIMAL, **parts)), torch.tensor([[1, 4, 2]]))
+
+
+def rope(positions: int, head_dim: int, base: float = 10000.0, **scaling: object) -> Rope:
+    parts = {"n_head": 1, "n_embd": head_dim, "position": Position.rope}
+    return Rope(small(**parts, block_size=positions, rope_base=base, **scaling))
+
+
+def test_rope_is_a_rotation_of_complex_numbers() -> None:
+    x_BTHC = torch.randn(2, 64, 3, 8)
+    rates = torch.tensor([500.0 ** (-2 * pair / 8) for pair in range(4)], dtype=torch.float64)
+    turn = torch.exp(1j * torch.arange(64, dtype=torch.float64)[:, None] * rates)[:, None]
+    expected = torch.complex(x_BTHC[..., :4].double(), x_BTHC[..., 4:].double()) * turn
+    ours = rope(64, 8, base=500.0)(x_BTHC)
+    torch.testing.assert_close(ours, torch.cat((expected.real, expected.imag), -1).float())
+
+
+def test_rope_keeps_the_dtype_of_bf16() -> None:
+    assert rope(4, 6)(torch.randn(1, 4, 2, 6, dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_rope_scaling_is_that_of_transformers() -> None:
+    theirs = LlamaConfig(hidden_size=64, num_attention_heads=1, max_position_embeddings=1000, rope_theta=5e5)
+    theirs.rope_parameters = {"rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theirs.rope_parameters["original_max_position_embeddings"] = 1000
+    ours = {"base": 5e5, "rope_factor": 8.0}
+    # Their dynamic NTK grows with the sequence; at 15 times the length it is ours by 8 x that factor's definition:
+    # factor * length / original - (factor - 1) = 8 with factor 8 at length 15/8 of the original.
+    cases = {
+        RopeScaling.linear: ("linear", {}),
+        RopeScaling.llama3: ("llama3", {}),
+        RopeScaling.ntk: ("dynamic", {"seq_len": 1875}),
+        RopeScaling.yarn: ("yarn", {}),
+    }
+    for scaling, (kind, words) in cases.items():
+        theirs.rope_parameters["rope_type"] = kind
+        expected, stretch = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"), **words)
+        more = {"rope_original_block_size": 1000} if scaling in (RopeScaling.llama3, RopeScaling.yarn) else {}
+        table = rope(8, 64, rope_scaling=scaling, **ours, **more)
+        torch.testing.assert_close(rotation_rates(table.config).float(), expected)
+        torch.testing.assert_close(table.cos[0], torch.full((32,), stretch))
+
+
+@pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])
+@pytest.mark.parametrize("time", [1, 7, 33])
+def test_sdpa_equals_manual(kv_heads: int, time: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, time, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, kv_heads, time, 8, dtype=torch.float64)
+    torch.testing.assert_close(sdpa_attention(q, k, v, 0.0), manual_attention(q, k, v, 0.0))
+
+
+def test_manual_attention_against_a_loop() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 5, 4, dtype=torch.float64)
+    y = manual_attention(q, k, v, 0.0)
+    for t in range(5):
+        weights = [math.exp(q[0, 0, t] @ k[0, 0, s] / math.sqrt(4)) for s in range(t + 1)]
+        mean = sum((w * v[0, 0, s] for s, w in enumerate(weights)), start=torch.zeros(4)) / sum(weights)
+        torch.testing.assert_close(y[0, 0, t], mean)
+
+
+@pytest.mark.parametrize("backend", AttentionBackend)
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_window_against_a_loop(backend: AttentionBackend, documents: bool) -> None:
+    torch.manual_seed(0)
+    attention = Attention(small(attention=backend, window=3, n_kv_head=2, head_width=6))
+    q, k, v = torch.randn(2, 4, 11, 6), *torch.randn(2, 2, 2, 11, 6)
+    first = 5 if documents else 0  # of the second document
+    hidden_TT = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    hidden_TT[first:, :first] = True
+    bias = torch.zeros(2, 1, 11, 11).masked_fill(hidden_TT, -math.inf) if documents else None
+    y = attention.attend(q, k, v, bias)
+    for t in range(11):
+        start = max(0, t - 2, first if t >= first else 0)
+        for head in range(4):
+            keys, values = (x[:, head // 2, start : t + 1] for x in (k, v))
+            weights = (keys @ q[:, head, t, :, None] / math.sqrt(6)).softmax(1)
+            torch.testing.assert_close(y[:, head, t], (weights * values).sum(1))
+
+
+@pytest.mark.parametrize("backend", AttentionBackend)
+def test_grouped_queries_equal_repeated_keys_and_values(backend: AttentionBackend) -> None:
+    torch.manual_seed(0)
+    grouped = Attention(small(attention=backend, n_kv_head=2))
+    full = Attention(small(attention=backend))
+    weights = grouped.state_dict()
+    for name in ("key.weight", "key.bias", "value.weight", "value.bias"):
+        by_head = weights[name].unflatten(0, (2, 8))
+        weights[name] = by_head.repeat_interleave(2, dim=0).flatten(0, 1)
+    full.load_state_dict(weights)
+    x_BTD = torch.randn(3, 12, 32)
+    torch.testing.assert_close(grouped(x_BTD), full(x_BTD))
+
+
+@pytest.mark.parametrize("backend", AttentionBackend)
+def test_attention_dropout_acts_in_training_only(backend: AttentionBackend) -> None:
+    attention = Attention(small(attention=backend, dropout=0.5))
+    x_BTD = torch.randn(2, 12, 32)
+    assert not torch.equal(attention(x_BTD), attention(x_BTD))
+    attention.eval()
+    assert torch.equal(attention(x_BTD), attention(x_BTD))
+
+
+def test_norms_against_their_formulas() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 32, dtype=torch.float64) * 3 + 1
+    gain, shift = torch.randn(2, 32, dtype=torch.float64)
+    centred = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = {
+        Norm.layernorm: centred * gain + shift,
+        Norm.layernorm_nobias: centred * gain,
+        Norm.rmsnorm: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain,
+    }
+    for norm, value in expected.items():
+        layer = build_norm(small(norm=norm)).double()
+        layer.load_state_dict({"weight": gain, "bias": shift} if norm is Norm.layernorm else {"weight": gain})
+        torch.testing.assert_close(layer(x), value)
+
+
+@pytest.mark.parametrize(("ffn", "activation"), [(Ffn.swiglu, F.silu), (Ffn.geglu, F.gelu)])
+def test_gated_layers_against_their_formula(ffn: Ffn, activation: Callable[[Tensor], Tensor]) -> None:
+    layer = build_ffn(small(ffn=ffn, bias=False))
+    w = dict(layer.named_parameters())
+    x = torch.randn(7, 32)
+    expected = (activation(x @ w["gate.weight"].T) * (x @ w["up.weight"].T)) @ w["down.weight"].T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_blocks_against_their_formulas() -> None:
+    torch.manual_seed(0)
+    x_BTD = torch.randn(2, 12, 32)
+    before, after, both = (
+        Block(small(**parts)).eval()
+        for parts in ({}, {"norm_position": NormPosition.post}, {"parallel_residual": True})
+    )
+    for block in (before, after, both):
+        block.load_state_dict(before.state_dict())
+    a, f = before.attention, before.ffn
+    n1, n2 = before.attention_norm, before.ffn_norm
+    middle = x_BTD + a(n1(x_BTD))
+    torch.testing.assert_close(before(x_BTD), middle + f(n2(middle)))
+    middle = n1(x_BTD + a(x_BTD))
+    torch.testing.assert_close(after(x_BTD), n2(middle + f(middle)))
+    torch.testing.assert_close(both(x_BTD), x_BTD + a(n1(x_BTD)) + f(n2(x_BTD)))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_normalized_queries_and_keys_do_not_feel_the_size_of_their_matrices(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    attention = Attention(small(**LLAMA, n_kv_head=kv_heads, qk_norm=True))
+    x_BTD = torch.randn(2, 12, 32)
+    y_BTD = attention(x_BTD)
+    with torch.no_grad():
+        attention.query.weight.mul_(3)
+        attention.key.weight.mul_(0.5)
+    torch.testing.assert_close(attention(x_BTD), y_BTD, rtol=1e-3, atol=1e-4)
+    assert attention.query_norm.weight.shape == (8,), "one gain for all heads"
+
+
+# Models that cannot be, refused in words, each with something to type that works.
+
+
+MOE_WORDS = ["model.ffn=moe", "model.n_expert=4", "model.bias=false"]
+
+REFUSED = [
+    (["model.n_head=3"], "model.n_head=3 does not divide model.n_embd=128"),
+    (["model.n_kv_head=3"], "model.n_kv_head=3 does not divide model.n_head=4"),
+    (["model.n_head=128"], "heads 1 wide"),
+    (["model.rope_factor=4"], "rope_factor=4 with model.rope_scaling=none"),
+    (["model.position=learned", "model.rope_scaling=ntk", "model.rope_factor=2"], "with model.position=learned"),
+    (["model.rope_scaling=linear", "model.rope_factor=0.5"], "model.rope_factor=0.5"),
+    (["model.n_head=64", "model.rope_scaling=ntk", "model.rope_factor=2"], "one frequency"),
+    (["model.rope_scaling=llama3", "model.rope_factor=8"], "without model.rope_original_block_size"),
+    (["model.parallel_residual=true", "model.norm_position=post"], "parallel_residual=true with model.norm_position"),
+    (["model.parallel_residual=true", "model.norm_position=both"], "parallel_residual=true with model.norm_position"),
+    (["model.rope_scaling=yarn", "model.rope_factor=8"], "yarn without model.rope_original_block_size"),
+    (["model.window=0"], "model.window=0"),
+    (["model.global_every=6"], "model.global_every=6 without model.window"),
+    (["model.window=8", "model.global_every=1"], "model.global_every=1"),
+    (["model.rope_base_local=100"], "model.rope_base_local=100 without model.window"),
+    (["model.window=8", "model.rope_base_local=100", "model.position=learned"], "with other positions"),
+    (["model.window=8", "model.attention=a.b:C"], "model.window=8 with model.attention=a.b:C"),
+    (["model.attention_softcap=50"], "model.attention_softcap=50 with model.attention=sdpa"),
+    (["model.logit_softcap=-1"], "model.logit_softcap=-1"),
+    (["model.head_width=5"], "heads 5 wide"),
+    (["model.activation=relu"], "model.activation=relu with model.ffn=swiglu"),
+    (["model.ffn=geglu", "model.activation=silu"], "model.activation=silu with model.ffn=geglu"),
+    (["model.dropout=1.5"], "model.dropout=1.5"),
+    (["model.vocab_multiple=0"], "model.vocab_multiple=0"),
+    (["model.n_expert=4"], "model.n_expert=4 with model.ffn=swiglu"),
+    (["model.capacity_factor=1.0"], "model.capacity_factor=1.0 with model.ffn=swiglu"),
+    (["model.ffn=moe"], "model.ffn=moe with model.n_expert=0"),
+    ([*MOE_WORDS, "model.bias=true"], "model.ffn=moe with model.bias=true"),
+    ([*MOE_WORDS, "model.n_expert_per_token=5"], "model.n_expert_per_token=5 of model.n_expert=4"),
+    ([*MOE_WORDS, "model.expert_ffn=moe"], "model.expert_ffn=moe"),
+    (
+        [*MOE_WORDS, "model.expert_ffn=swiglu", "model.activation=gelu"],
+        "model.activation=gelu with model.expert_ffn=swiglu",
+    ),
+    ([*MOE_WORDS, "model.n_expert_per_token=1", "model.router_normalize=true"], "router_normalize=true"),
+    ([*MOE_WORDS, "model.ffn_hidden=30"], "model.expert_matmul=grouped with model.n_embd=128 and experts 30 wide"),
+    ([*MOE_WORDS, "model.capacity_factor=0"], "model.capacity_factor=0"),
+    ([*MOE_WORDS, "model.expert_balance=none", "model.balance_coefficient=0.1"], "balance_coefficient=0.1"),
+    ([*MOE_WORDS, "model.z_coefficient=-1"], "model.z_coefficient=-1"),
+    ([*MOE_WORDS, "model.balance_bias_rate=0"], "model.balance_bias_rate=0"),
+]
+
+
+def model(words: list[str]) -> ModelConfig:
+    config = config_from(words).model
+    rules.check_model(config)
+    return config
+
+
+@pytest.mark.parametrize(("words", "found"), REFUSED, ids=lambda value: " ".join(value) if type(value) is list else "")
+def test_refused_with_a_way_out(words: list[str], found: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        model(words)
+    assert found in refused.value.found
+    # Where there are alternatives, the first one.
+    fix = [word for word in refused.value.fix.split(",")[0].split(" ") if "=" in word]
+    keys = {word.split("=")[0] for word in fix}
+    model([*(word for word in words if word.split("=")[0] not in keys), *fix])
+
+
+def test_defaults_follow_from_other_choices() -> None:
+    assert model(MOE_WORDS).balance_weight == 0.01
+    assert model([*MOE_WORDS, "model.expert_balance=bias"]).balance_weight == 0
+    assert model([*MOE_WORDS, "model.expert_balance=bias", "model.balance_coefficient=0.0001"]).balance_weight == 0.0001
+    assert model([*MOE_WORDS, "model.n_expert_per_token=1"]).normalizes_experts is False
+    assert model(MOE_WORDS).normalizes_experts is True
+    assert [model([f"model.ffn={ffn}"]).ffn_activation.name for ffn in ("standard", "swiglu", "geglu")] == [
+        "gelu",
+        "silu",
+        "gelu",
+    ]

@@ -1,28 +1,51 @@
-"""What the host does in a step: it keeps freed memory, and waits for no device."""
+"""A step: freed memory, waits for the device, the loss scale of fp16, and the loss without whole logits."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.config import OptimConfig
-from gpt.model.gpt import GPT
+from gpt.data.corpus import ensure_tokens
+from gpt.data.loader import Samples
+from gpt.model import layers
+from gpt.model.ffn import set_auxiliary_scale
+from gpt.model.gpt import GPT, initialize
+from gpt.model.layers import summed_loss
 from gpt.parallel import engine, nd
+from gpt.parallel import engine as module
 from gpt.parallel.distributed import PendingSum, World
+from gpt.parallel.engine import LossScale, skipping
 from gpt.parallel.optimizer import AdamW, build_optimizer
 from gpt.training.diagnostics import Gradients
-from gpt.training.step import keep_freed_memory
+from gpt.training.guards import is_bad
+from gpt.training.run import Run
+from gpt.training.step import keep_freed_memory, lr_at, queue_step
+from launch.errors import ConfigError
+from launch.runs.folder import RunFolder
+from launch.runs.process import Phase
+from launch.runs.records import StepRecord, read_records
+from tests.support.commands import TINY
+from tests.support.commands import run as run_command
+from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
-from tests.support.learning import MODELS, host_waits, start
+from tests.support.learning import BATCH, MODELS, compose, host_waits, save, start, whole
+from tests.support.learning import step as learned_step
 from tests.support.small_models import small
 
 BLOCK_BYTES = 100_000_000
@@ -144,3 +167,277 @@ def test_dispatch_to_experts_waits_once(monkeypatch: pytest.MonkeyPatch) -> None
         assert found.order.shape == (64,)
 
     assert host_waits(plan) == [] and len(reads) == 1
+
+
+# fp16 with a dynamic loss scale, against a plain loop with torch.amp.GradScaler; every engine skips the same steps.
+
+
+STEPS, MICRO, GROWTH_INTERVAL, HIGH = 8, 4, 2, 2.0**19
+"""Gradients overflow at the scale ``HIGH``, and again where it has grown."""
+WORDS = ("precision=fp16", f"optim.max_micro_batch={MICRO}", "optim.lr=3e-3", *MODELS["experts"])
+ENGINES = {
+    "ddp": (2, False),
+    "zero1": (1, False),
+    "fsdp": (2, True),
+    "pp parallel.pp=2": (1, False),
+    "ep parallel.ep=2": (1, False),
+}
+"""Parallelism on two ranks; the factor of its gradients before they are averaged over ranks, with which they overflow
+earlier; and True where it computes with weights of 16 bits, whose gradients overflow earlier as well."""
+RESUMED = ("cp parallel.cp=2", "zero1", "fsdp")
+CROSSED = {"zero1": "fsdp"}
+"""A checkpoint of each goes on under the other, with its loss scale."""
+
+
+def plain_loop(folder: Path, factor: int, casts: bool) -> dict[str, Any]:
+    """Records and weights of a loop of torch's own parts, whose loss is ``factor`` times as large."""
+    config = compose(*WORDS)
+    samples = Samples(ensure_tokens(config.data, folder.parent / "cache"), config.model.block_size, config.seed)
+    model = GPT(config.model)
+    initialize(model, config.seed)
+    optim = config.optim
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    scaler = torch.amp.GradScaler("cpu", init_scale=HIGH, growth_interval=GROWTH_INTERVAL)
+    seen: dict[str, list[Any]] = {"losses": [], "norms": [], "scales": [], "skipped": []}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        scale, total = scaler.get_scale(), 0.0
+        # The losses of routing enter the gradient inside the model, so they are scaled there.
+        set_auxiliary_scale(model, factor / BATCH, torch.tensor(scale))
+        for first in range(step * BATCH, (step + 1) * BATCH, MICRO):
+            tokens_BT, targets_BT = samples.batch("train", torch.arange(first, first + MICRO).numpy())
+            with torch.autocast("cpu", torch.float16):
+                cast = {name: p.half() if casts else p for name, p in model.named_parameters()}
+                logits_BTV = functional_call(model, cast, (tokens_BT,))
+            loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten()) * MICRO / BATCH
+            scaler.scale(loss * factor).backward()
+            total += loss.item()
+        scaler.unscale_(optimizer)
+        for parameter in parameters:
+            parameter.grad /= factor
+        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(optim, step + 1)
+        scaler.step(optimizer)
+        scaler.update()
+        seen["losses"].append(total)
+        seen["norms"].append(norm if math.isfinite(norm) else None)
+        seen["scales"].append(scale)
+        seen["skipped"].append(seen["norms"].count(None))
+    return seen | {"weights": {name: p.detach() for name, p in model.named_parameters()}}
+
+
+def plain_loops(rank: int, size: int, folder: Path, kinds: list[tuple[int, bool]]) -> dict[Any, dict[str, Any]]:
+    return {kind: plain_loop(folder, *kind) for kind in kinds}
+
+
+def record_of(run: Run) -> StepRecord:
+    record, _ = queue_step(run, None, Phase.training).finish(0.0)
+    assert run.guard.judge(record) is None
+    return record
+
+
+def begin(rank: int, size: int, folder: Path, *words: str) -> Run:
+    run = start(rank, size, folder, *words)
+    if not run.step:
+        run.engine.loss_scale.load({"scale": HIGH, "steps": 0})
+    return run
+
+
+def figures_of(records: list[StepRecord]) -> dict[str, Any]:
+    return {
+        "losses": [r.loss for r in records],
+        "norms": [r.grad_norm for r in records],
+        "scales": [r.loss_scale for r in records],
+        "skipped": [r.skipped_steps for r in records],
+    }
+
+
+def learn(rank: int, size: int, folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    found = {}
+    with mock.patch.object(module, "GROWTH_INTERVAL", GROWTH_INTERVAL):
+        for name in names:
+            run = begin(rank, size, folder / name, *WORDS, *f"parallel={name}".split())
+            records = [record_of(run) for _ in range(STEPS)]
+            found[name] = figures_of(records) | {"weights": whole(run, dict(run.engine.module.named_parameters()))}
+    return found
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    """Check that the same steps were skipped, and that the rest agrees to the digits of fp16."""
+    assert found["norms"] == [None if n is None else pytest.approx(n, rel=0.02) for n in expected["norms"]], name
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3), name
+    for parameter, weight in expected["weights"].items():
+        error = (found["weights"][parameter].float() - weight).norm() / weight.norm()
+        assert error < 0.02, f"{name}: {parameter} {error:.1e}"
+
+
+def test_every_engine_skips_and_learns_as_a_plain_loop_with_torchs_scaler(tmp_path: Path) -> None:
+    kinds = sorted(set(ENGINES.values()))
+    references = run_distributed(plain_loops, 1, tmp_path / "runs", kinds)[0]
+    found = run_distributed(learn, 2, tmp_path / "runs", list(ENGINES), timeout_s=300)
+    for name, kind in ENGINES.items():
+        expected = references[kind]
+        for rank, told in enumerate(found):
+            for what in ("scales", "skipped"):
+                assert told[name][what] == expected[what], f"{name}, rank {rank}: {what}"
+        assert_close(found[0][name], expected, name)
+    for expected in references.values():
+        assert 1 < expected["skipped"][-1] < STEPS - 2, "it overflows twice, and learns"
+
+
+def go_on(rank: int, size: int, folder: Path, names: list[str]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Figures before a checkpoint, after it, and of the runs that go on from it."""
+    found = {}
+    dense = ("precision=fp16", f"optim.max_micro_batch={MICRO}", *MODELS["untied, grouped queries"])
+    with mock.patch.object(module, "GROWTH_INTERVAL", GROWTH_INTERVAL):
+        for name in names:
+            run = begin(rank, size, folder / name, *dense, *f"parallel={name}".split())
+            before = figures_of([record_of(run) for _ in range(5)])
+            save(run)
+            to_come = figures_of([record_of(run) for _ in range(2)])
+            for other in filter(None, (name, CROSSED.get(name))):
+                again = begin(rank, size, folder / name, *dense, *f"parallel={other}".split())
+                assert again.step == 5
+                found[name, other] = [before, to_come, figures_of([record_of(again) for _ in range(2)])]
+    return found
+
+
+def expected_scales(norms: list[float | None]) -> list[float]:
+    """The scale of each step, and of the one after, by torch's scaler where these steps overflow."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=HIGH, growth_interval=GROWTH_INTERVAL)
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scales = [scaler.get_scale()]
+    for norm in norms:
+        scaler.scale(parameter * (math.inf if norm is None else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+def test_a_resumed_run_has_the_same_scale_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    found = run_distributed(go_on, 2, tmp_path / "runs", list(RESUMED), timeout_s=400)
+    assert len(found[0]) == len(RESUMED) + len(CROSSED)
+    for told in found:
+        for (name, other), (before, to_come, again) in told.items():
+            if name == other:
+                assert again == to_come, name
+            else:
+                assert again["scales"][0] == to_come["scales"][0], (name, other)
+                assert again["losses"][0] == pytest.approx(to_come["losses"][0], rel=2e-3)
+            norms, scales = before["norms"] + to_come["norms"], before["scales"] + to_come["scales"]
+            assert before["skipped"] + to_come["skipped"] == [norms[: i + 1].count(None) for i in range(7)], name
+            assert None in norms and any(norms), f"{name} has skipped, and learned"
+            assert scales == expected_scales(norms)[:-1], name
+
+
+def test_gradients_that_overflow_without_a_scale_end_the_run(tmp_path: Path) -> None:
+    overflowing = [StepRecord(1, 1, 2.0, 1e-3, None, 8, (0, 1), 0.1, loss_scale=scale) for scale in (None, 1.0, 2.0)]
+    assert [is_bad(record) for record in overflowing] == [True, True, False]
+    scale = LossScale(torch.device("cpu"))
+    scale.load({"scale": 2.0, "steps": 0})
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    parameter.grad = torch.full((2,), math.nan)
+    for _ in range(2):
+        with skipping(optimizer, torch.tensor(True)):
+            optimizer.step()
+        scale.update(torch.tensor(True))
+        assert scale.state() == {"scale": 1.0, "steps": 0}, "never below its least"
+    assert torch.equal(parameter, torch.ones(2)) and optimizer.state[parameter]["step"] == 0
+    scale.unscale([parameter.grad])
+
+
+def test_scale_and_skipped_steps_are_in_the_records_and_the_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    words = (*TINY, "precision=fp16", "optim.max_steps=2")
+    run_command("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path)
+    records = read_records(folder.metrics(0))
+    assert [(r["loss_scale"], r["skipped_steps"]) for r in records] == [(2.0**16, 0)] * 2
+    assert json.loads(folder.run_json.read_bytes())["summary"]["skipped_steps"] == 0
+    assert "loss_scale,skipped_steps" in folder.steps_csv.read_text()
+
+
+# A loss without whole logits: the value and the gradients of torch's own, on one rank and on several.
+
+
+SMALL = {"cpu": 700}
+"""Logits of a chunk: two rows of the padded vocabulary, of which there are 96."""
+VOCAB = ("model.vocab_size=257", "model.vocab_multiple=64", "chunked_loss=true")
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 2e-2)])
+def test_it_has_the_value_and_the_gradients_of_torch(tied: str, precision: str, tolerance: float) -> None:
+    config = compose(*VOCAB, f"model.tie_embeddings={tied}", f"precision={precision}")
+    model = GPT(config.model)
+    initialize(model, 3)
+    ids_BT1 = torch.randint(257, (6, 17), generator=torch.Generator().manual_seed(1))
+    tokens_BT, targets_BT = ids_BT1[:, :-1], ids_BT1[:, 1:].clone()
+    targets_BT[0, 3:9] = targets_BT[5] = -1
+    expected = F.cross_entropy(model(tokens_BT).flatten(0, 1), targets_BT.flatten(), ignore_index=-1, reduction="sum")
+    theirs = torch.autograd.grad(expected / 64, [*model.parameters()])
+    largest = []
+
+    def note(logits_RV: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        largest.append(logits_RV.numel())
+        return layers.loss_and_gradient(logits_RV, targets_R, vocab_size)
+
+    model.chunk_loss = note
+    with mock.patch.object(layers, "LOGITS_AT_ONCE", SMALL):
+        found = summed_loss(model, config, tokens_BT, targets_BT, torch.device("cpu"))
+        ours = torch.autograd.grad(found / 64, [*model.parameters()])
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            alone = summed_loss(model, config, tokens_BT, targets_BT, torch.device("cpu"))
+    assert len(largest) == 96 and max(largest) <= SMALL["cpu"]
+    assert torch.equal(alone, found.detach())
+    head = 2 * 96 * config.model.padded_vocab * config.model.n_embd
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        model(tokens_BT)
+    assert counted.get_total_flops() == whole.get_total_flops() >= head, "an evaluation computes no gradients"
+    torch.testing.assert_close(found, expected, rtol=tolerance / 10, atol=0)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=tolerance)
+
+
+def steps(rank: int, size: int, folder: Path) -> dict[str, list[float]]:
+    """Loss and gradient norm of three steps under each engine, with whole logits and without."""
+    found = {}
+    for name, words in CHUNKED.items():
+        for chunked in ("false", "true"):
+            with mock.patch.object(layers, "LOGITS_AT_ONCE", SMALL):
+                run = start(rank, size, folder / name / chunked, *words, *VOCAB, f"chunked_loss={chunked}")
+                records = [learned_step(run) for _ in range(3)]
+            found[f"{name} {chunked}"] = [float(value) for record in records for value in record]
+    return found
+
+
+CHUNKED = {
+    "ddp": ["parallel=ddp", "optim.max_micro_batch=2"],
+    "zero1": ["parallel=zero1"],
+    "fsdp": ["parallel=fsdp", "model.tie_embeddings=true"],
+    "cp": ["parallel.cp=2"],
+    "packed": ["parallel=fsdp", "data.pack=documents", "data.document_end=10"],
+}
+
+
+def test_every_engine_learns_as_with_whole_logits(tmp_path: Path) -> None:
+    for found in run_distributed(steps, 2, tmp_path / "runs"):
+        for name in CHUNKED:
+            assert found[f"{name} true"] == pytest.approx(found[f"{name} false"], rel=2e-6), name
+
+
+@pytest.mark.parametrize(
+    "words", ["parallel=tp", "parallel=pp", "parallel=zero2", "model.logit_softcap=30", "precision=fp16"]
+)
+def test_what_it_cannot_compute_is_refused(words: str) -> None:
+    with pytest.raises(ConfigError, match="chunked_loss=true with"):
+        config_from([words, "chunked_loss=true"]).validate()

@@ -1,8 +1,9 @@
-"""Pipeline parallelism: schedules, and stages of a model."""
+"""Pipeline, tensor and expert parallelism: schedules, stages, overlapped collectives, and exchanges of rows."""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,12 +19,18 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from gpt.accounting import training_flops
 from gpt.config import ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
+from gpt.model.gpt import GPT
+from gpt.model.layers import cross_entropy
+from gpt.parallel.distributed import build_mesh
 from gpt.parallel.pipeline import PipelineEngine
+from gpt.parallel.tensor import apply_tensor_parallel, vocabulary_loss
+from gpt.topology import ParallelDims
 from gpt.topology.schedules import bubble_fraction, local_stages, partition, split_layers, stage_indices
 from tests.support.commands import ROOT
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
-from tests.support.learning import MODELS, start, step
+from tests.support.learning import MODELS, Operations, start, step
+from tests.support.small_models import LLAMA, random_tokens, small
 
 # The split of layers into stages, the bubble of schedules, and refusals; against brute force and torch.
 
@@ -227,3 +235,134 @@ def test_all_ranks_of_a_pipeline_meet_before_two_of_them_exchange_a_tied_gradien
     """On NCCL a first batched transfer between two ranks alone would wait for the others for ever."""
     found = run_distributed(reduced_over_the_pipeline, 3, tmp_path / "run")
     assert found == [[True, True], [True, False], [True, True]]
+
+
+# Tensor parallelism, and the overlap of its collectives with matrix products.
+
+
+def cut_model(rank: int, size: int) -> dict[str, Any]:
+    """Memory and traffic of a rank for a model without padding, in one forward and backward pass."""
+    config = small(**LLAMA, n_kv_head=2, n_layer=3, vocab_size=48, ffn_hidden=36)
+    mesh = build_mesh(ParallelDims("ddp", 1, 1, tp=size), "cpu")["tp"]
+    model = GPT(config)
+    apply_tensor_parallel(model, mesh, ParallelConfig())
+    shapes: dict[str, tuple[int, ...]] = {}
+    model.blocks[1].register_forward_pre_hook(lambda _, inputs: shapes.update(stream=tuple(inputs[0].shape)))
+    tokens_BT = random_tokens(config, 5)
+    counts = []
+    with Operations(is_collective) as seen:
+        logits_BTV = model(tokens_BT)
+        counts.append(Counter(name.split(".")[1] for name in seen.found))
+        logits_BTV.sum().backward()
+        counts.append(Counter(name.split(".")[1] for name in seen.found))
+    held = {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
+    grads = {name: tuple(p.grad.to_local().shape) for name, p in model.named_parameters()}
+    return {"shapes": {**shapes, "logits": tuple(logits_BTV.shape)}, "counts": counts, "held": held, "grads": grads}
+
+
+def is_collective(name: str, *_: Any) -> bool:
+    space, kind, _ = name.split(".")
+    return "c10d" in space and kind != "wait_tensor" and not kind.startswith("_")
+
+
+def test_a_rank_holds_its_part_and_sends_no_more_than_it_must() -> None:
+    """Korthikanti et al. (arXiv 2205.05198, section 4.2.2): two gathers and two reduce-scatters for each block and
+    pass; one more each for embedding and output matrix. No gradient is larger than what it belongs to."""
+    size, layers = 2, 3
+    for rank in run_distributed(cut_model, size):
+        assert rank["shapes"] == {"stream": (5, 12 // size, 32), "logits": (5, 12, 48 // size)}
+        for passes, counts in enumerate(rank["counts"], start=1):
+            each = passes * (2 * layers + 1)
+            assert counts == {"all_gather_into_tensor": each, "reduce_scatter_tensor": each}
+        assert rank["grads"] == rank["held"]
+        cut = {name: shape for name, shape in rank["held"].items() if "norm" not in name}
+        assert cut["token_embedding.weight"] == cut["head.weight"] == (24, 32)
+        assert cut["blocks.0.attention.query.weight"] == cut["blocks.0.attention.output.weight"][::-1] == (16, 32)
+        assert cut["blocks.0.attention.key.weight"] == cut["blocks.0.attention.value.weight"] == (8, 32)
+        assert cut["blocks.0.ffn.up.weight"] == cut["blocks.0.ffn.down.weight"][::-1] == (18, 32)
+
+
+def losses_of_cut_logits(rank: int, size: int) -> list[tuple[float, float, torch.Tensor, torch.Tensor]]:
+    """Value and gradient beside those of whole logits, for vocabularies that end in the last part, before it, or in the
+    first one."""
+    mesh = build_mesh(ParallelDims("ddp", 1, 1, tp=size), "cpu")["tp"]
+    found = []
+    for vocab_size, columns in ((12, 4), (11, 4), (7, 4), (2, 4)):
+        torch.manual_seed(vocab_size)
+        whole = (30 * torch.randn(3, 5, size * columns)).requires_grad_()
+        targets = torch.randint(vocab_size, (3, 5))
+        expected = cross_entropy(whole[..., :vocab_size], targets)
+        (gradient,) = torch.autograd.grad(7 * expected, whole)
+        mine = slice(rank * columns, (rank + 1) * columns)
+        part = whole[..., mine].detach().requires_grad_()
+        loss = vocabulary_loss(mesh, columns, vocab_size)(part[..., :vocab_size], targets)
+        (found_gradient,) = torch.autograd.grad(7 * loss, part)
+        found.append((loss.item(), expected.item(), found_gradient, gradient[..., mine]))
+    return found
+
+
+def test_the_loss_of_cut_logits_is_that_of_whole_ones() -> None:
+    for rank in run_distributed(losses_of_cut_logits, 3):
+        for loss, expected, gradient, expected_gradient in rank:
+            assert loss == pytest.approx(expected, rel=1e-6)
+            torch.testing.assert_close(gradient, expected_gradient)
+
+
+# Experts sharded over ranks: exchanges of rows, recomputed or not, and the fused optimizer.
+
+
+MOE = ["model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"]
+WAYS = {
+    "experts": ["parallel=fsdp_ep", "parallel.ep=2", *MOE],
+    "all-gathered keys": ["parallel=cp", "model.n_kv_head=2"],
+    "ring": ["parallel=fsdp_cp", "parallel.cp_method=ring", "model.n_kv_head=2"],
+}
+
+
+def is_exchange(name: str, *_: Any) -> bool:
+    return name == "_c10d_functional.all_to_all_single.default"
+
+
+def recomputed(rank: int, size: int, folder: Path) -> dict[str, list[tuple[tuple[float, ...], int]]]:
+    """Losses of two steps, and exchanges of the first, of each way without recomputation, with some, and with all."""
+    found: dict[str, list[tuple[tuple[float, ...], int]]] = {}
+    for name, words in WAYS.items():
+        for recompute in ("none", "selective", "full"):
+            kind = [*words, "optim.max_micro_batch=8", f"recompute={recompute}"]
+            run = start(rank, size, folder / f"{name} {recompute}", *kind)
+            with Operations(is_exchange) as exchanges:
+                first = step(run)[0]
+            found.setdefault(name, []).append(((first, step(run)[0]), len(exchanges.found)))
+    return found
+
+
+def fused(rank: int, size: int, folder: Path) -> tuple[list[float], list[float]]:
+    """Losses with torch's loop over parameters, and with its fused step, which GPUs take."""
+    found = []
+    for fuse in (False, True):
+        run = start(rank, size, folder / str(fuse), *MOE, "parallel=ep", "parallel.ep=2", "optim.max_micro_batch=8")
+        optimizer = run.engine.optimizer
+        for group in optimizer.param_groups:
+            group["fused"] = fuse
+        if not fuse:  # the loop knows no flag of steps to be skipped
+            optimizer.register_step_pre_hook(lambda stepped, *_: setattr(stepped, "found_inf", None))
+        found.append([step(run)[0] for _ in range(3)])
+    return found[0], found[1]
+
+
+def on_two(rank: int, size: int, folder: Path) -> tuple[Any, Any]:
+    return recomputed(rank, size, folder / "recomputed"), fused(rank, size, folder / "fused")
+
+
+def test_recomputation_repeats_exchanges_only_where_nothing_is_kept_and_the_fused_step_is_the_same(
+    tmp_path: Path,
+) -> None:
+    found, (loop, at_once) = run_distributed(on_two, 2, tmp_path / "runs")[0]
+    for name, ways in found.items():
+        losses, exchanges = zip(*ways, strict=True)
+        assert losses[0] == losses[1] == losses[2], f"{name}: bit for bit"
+        if name == "experts":
+            layers, forward, backward = 2, 3, 2  # how many rows, the rows, and back; only rows have gradients
+            assert exchanges[:2] == (layers * (forward + backward),) * 2
+            assert exchanges[2] == layers * (2 * forward + backward)
+    assert at_once == pytest.approx(loop, rel=1e-6)
