@@ -39,7 +39,7 @@ from launch.runs.compose import flatten
 from launch.runs.find import find_runs, plain_console
 from launch.runs.folder import RunFolder, deny_others_writing, make_folder
 from launch.schema import schema_keys
-from launch.script.arguments import hydra_text
+from launch.script import hydra_text
 from launch.slurm.jobs import LocalQueueEntry
 from launch.slurm.resolve import plan_sweep
 from launch.slurm.status import OVER, RunStatus, explain_end, find_run_status, poll

@@ -34,9 +34,8 @@ from launch.runs.folder import RunFolder, deny_others_writing
 from launch.runs.overrides import typed_value, without_key
 from launch.slurm import client as scheduler
 from launch.slurm import limits
-from launch.slurm.allocation import refuse_without_srun
 from launch.slurm.jobs import refuse_running
-from launch.slurm.resolve import choose_gpus, says_gpus
+from launch.slurm.resolve import choose_gpus, refuse_without_srun, says_gpus
 
 PLAN_TIMEOUT_S = 300.0
 """Longest wait for the plan of the head node's task, seconds. Tasks of one job start within minutes."""

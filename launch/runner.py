@@ -24,7 +24,6 @@ from launch.runs.find import Sweep, plain_console, record_sweep, sweep_overrides
 from launch.runs.folder import RunFolder
 from launch.runs.records import objective_value
 from launch.slurm.client import SlurmError
-from launch.slurm.dependency import in_line, shapes
 from launch.slurm.failover import start_in_background
 from launch.slurm.follow import stop_on_ctrl_c, watch_points
 from launch.slurm.jobs import LocalQueueEntry, SlurmJob, refuse_running
@@ -32,8 +31,10 @@ from launch.slurm.resolve import plan_sweep
 from launch.slurm.status import RunStatus, explain_end, new_run_status
 from launch.slurm.submit import (
     explain_refusal,
+    in_line,
     may_have_taken,
     remove_unused,
+    shapes,
     show_plans,
     side_by_side,
     submit_somewhere,

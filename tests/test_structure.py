@@ -131,7 +131,7 @@ ROOTS = {
     "gpt": {"__init__", *COMMANDS},
     "launch": {
         *("__init__", "__main__", "status", "logs", "cancel", "verify", "move", "batch", "runner", "workload"),
-        *("api", "errors", "schema", "keys"),
+        *("api", "errors", "schema", "keys", "script"),
     },
 }
 """Files of the two packages that lie in no room."""
@@ -303,7 +303,7 @@ def test_no_module_is_a_dead_end() -> None:
     started = {name for name, path in every.items() if "__main__" in path.read_text()}
     # in configs/hydra/launcher/per_point.yaml and configs/workload/
     named = {
-        "hydra_plugins.launch_plugin.launcher",
+        "hydra_plugins.launch_plugin",
         "hydra_plugins.launch_plugin.multinode",
         "gpt.workload",
         "launch.script",
@@ -367,8 +367,7 @@ TOKENS = {
     "launch/project": 6_890,
     "launch/report": 29_760,
     "launch/runs": 24_040,
-    "launch/script": 3_540,
-    "launch/slurm": 22_290,
+    "launch/slurm": 22_000,
     "launch/storm": 6_610,
     "launch/trace": 1_370,
     "launch/why": 3_540,

@@ -1,1 +1,180 @@
-"""Hydra finds launchers only in the namespace package ``hydra_plugins``."""
+"""The project's launcher and sweeper as Hydra plugins, and a refusal of other launchers that start too few agents.
+
+Hydra finds launchers only in the namespace package ``hydra_plugins``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from launch.runner import PointResult
+
+
+# Launchers of Hydra's other plugins: the tasks that they start for a point, and the refusal of points that need more.
+
+
+def tasks_of(launcher: DictConfig) -> int | None:
+    """Return the number of tasks that a launcher starts for every point; None for an unknown launcher.
+
+    Args:
+        launcher: the keys under ``hydra.launcher``.
+    """
+    target = str(launcher.get("_target_"))
+    if target.endswith("submitit_launcher.SlurmLauncher"):
+        return int(launcher.nodes) * int(launcher.tasks_per_node)
+    if target.endswith("submitit_launcher.LocalLauncher"):
+        return int(launcher.tasks_per_node)
+    if target.endswith(("basic_launcher.BasicLauncher", "joblib_launcher.JoblibLauncher")):
+        return 1
+    return None
+
+
+def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
+    """Raise ConfigError if a launcher would not start one agent for each node of every point.
+
+    Args:
+        points: composed configs with Hydra's own keys.
+        chosen: option of the group ``hydra/launcher``.
+    """
+    # Hydra imports this module in every app of the environment, even in a project with its own launch.py.
+    from launch.errors import ConfigError, counted
+
+    for point in points:
+        need, have = int(point.nodes) + int(point.spare_nodes), tasks_of(point.hydra.launcher)
+        if have not in (None, need):
+            raise ConfigError(
+                f"a point with nodes={need} (spare_nodes included), and hydra/launcher={chosen} starts "
+                f"{counted(have, 'task')} for every point",
+                "one task, the agent, for each node of a point; a stock launcher gives all points the same resources",
+                f"the same without hydra/launcher={chosen}: then each point gets the nodes that it names",
+            )
+
+
+# The adapter from Hydra's Launcher to ``launch.sweep``. It composes each point separately, resources included.
+
+
+GRID = ("hydra_plugins.launch_plugin.", "hydra._internal.core_plugins.basic_sweeper.")
+"""Prefixes of ``hydra.sweeper._target_`` of sweepers that do not use the results of points.
+
+The first failed point of such a sweep ends the command.
+"""
+SEARCHING = ("hydra_optuna_sweeper", "hydra_ax_sweeper", "hydra_nevergrad_sweeper")
+"""Packages of sweepers that need the result of each point."""
+
+
+class PerPointLauncher(Launcher):
+    """Hydra launcher that runs all points of a sweep together; for a search, all points of one batch."""
+
+    def __init__(self) -> None:
+        self.context: HydraContext | None = None
+        self.config: DictConfig | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Store Hydra's context and config. Hydra calls this method; this launcher does not run the task function."""
+        self.context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose, submit, watch and report the points, and return their objectives.
+
+        In a search, a point that cannot run or does not finish is a failed job. The sweeper decides what follows, such
+        as Optuna's ``max_failure_rate``. In any other sweep, the point raises an error.
+        """
+        from launch.config.compose import compose_launch, typed_form
+        from launch.runner import run_sweep
+        from launch.runs.compose import CONFIG_ERRORS
+
+        assert self.context is not None and self.config is not None
+        setup_globals()
+        target = str(self.config.hydra.sweeper.get("_target_"))
+        searches = not target.startswith(GRID)
+        refuse_without_values(self.config, target)
+        points = [[str(text) for text in overrides] for overrides in job_overrides]
+        try:
+            composed = [compose_launch(point, primary=self.config.hydra.job.config_name) for point in points]
+            typed = [list(map(typed_form, filter_overrides(point))) for point in points]  # As a person types.
+            results: Sequence[PointResult | None] = run_sweep(
+                list(zip(composed, typed, strict=True)), tolerates_failures=searches
+            )
+            return [job_return(*pair) for pair in zip(points, results or [None] * len(points), strict=True)]
+        except CONFIG_ERRORS as error:
+            if not searches:
+                raise
+            if len(points) == 1:
+                return [job_return(points[0], error)]
+        # One point of the batch cannot work, and nothing was submitted. If each point runs alone, only this one fails.
+        return [result for point in points for result in self.launch([point], initial_job_idx)]
+
+
+def refuse_without_values(config: DictConfig, target: str) -> None:
+    """Raise ConfigError if a sweeper searches, but would get no objective."""
+    from launch.errors import ConfigError
+
+    package = next((name for name in SEARCHING if name in target), None)
+    if package is None:
+        return
+    sweeper = f"hydra/sweeper={package.removeprefix('hydra_').removesuffix('_sweeper')}"
+    if config.objective is None:
+        raise ConfigError(
+            f"{sweeper}, which chooses points by the results of others, with objective=null",
+            "the figure of the step records that it is to go by",
+            "objective=val_loss",
+        )
+    for key in [key for key in ("dry_run", "launch.detach") if OmegaConf.select(config, key)]:
+        raise ConfigError(
+            f"{sweeper} with {key}=true",
+            "points that are run to their end before the sweeper chooses the next ones",
+            f"{key}=false, or the same without hydra/sweeper",
+        )
+
+
+def job_return(overrides: Sequence[str], result: PointResult | Exception | None) -> JobReturn:
+    """Return the result of a point in the form for Hydra's sweeper. In a dry run, ``result`` is None.
+
+    A finished point without its objective counts as failed. The sweeper raises the error of a failed point when it
+    reads the value, or counts the failure.
+    """
+    from launch.runner import SweepFailedError
+    from launch.runs.folder import RunFolder
+    from launch.runs.records import refuse_absent
+
+    value: object = result
+    if result is not None and not isinstance(result, Exception):
+        value = result.value if result.error is None else SweepFailedError(result.error, 1)
+        if value is None and result.objective is not None:
+            value = refuse_absent(RunFolder(result.run_dir), result.objective)
+    status = JobStatus.FAILED if isinstance(value, Exception) else JobStatus.COMPLETED
+    found = JobReturn(overrides=list(overrides), status=status)
+    found.return_value = value
+    return found
+
+
+# Hydra's basic sweeper for the launcher of this project, which composes and checks all points before it submits.
+
+
+class PerPointSweeper(BasicSweeper):
+    """Hydra sweeper that composes each point once.
+
+    Stock sweepers compose each batch to check it, and the launcher composes it again.
+    """
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Check a batch as Hydra does, unless the project's launcher will check it.
+
+        Raises:
+            ConfigError: a stock launcher would start another number of agents than a point has nodes.
+        """
+        if isinstance(self.launcher, PerPointLauncher):
+            return
+        assert self.hydra_context is not None and self.config is not None
+        loader = self.hydra_context.config_loader
+        points = [loader.load_sweep_config(self.config, [str(word) for word in overrides]) for overrides in batch]
+        refuse_other_tasks(points, str(OmegaConf.select(self.config, "hydra.runtime.choices")["hydra/launcher"]))

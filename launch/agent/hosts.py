@@ -37,7 +37,7 @@ from launch.runs.process import share
 from launch.slurm import client as scheduler
 
 # The agents of a run as a step of a Slurm job that was not submitted for this run alone. The job is the user's own
-# (``launch.slurm.allocation``), or that of several points (``cluster.points_per_job``).
+# (``launch.slurm.resolve``), or that of several points (``cluster.points_per_job``).
 
 
 OF_THIS_PROCESS = (TOKEN, OWNER, "CUDA_VISIBLE_DEVICES")

@@ -196,7 +196,7 @@ def submit_next_job(context: RunContext) -> None:
     run_or_record(context, command, "no_next_job", after=node.slurm_job)
 
 
-CHAIN_COMMAND = (sys.executable, "-m", "gpt_launch", "launch.slurm.chain")
+CHAIN_COMMAND = (sys.executable, "-m", "gpt_launch", "launch.slurm.failover")
 
 
 def run_or_record(context: RunContext, command: Sequence[str], event: str, **details: Any) -> None:

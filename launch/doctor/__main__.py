@@ -31,7 +31,7 @@ from launch.doctor.machine import Facts
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.plan import Plan, make_plan
 from launch.runs.folder import deny_others_writing
-from launch.slurm import places
+from launch.slurm import checks
 from launch.slurm.checks import Finding, Level, Request, fail, has_errors, warn
 from launch.slurm.client import SlurmError
 from launch.slurm.resolve import choose_on_slurm, gpu_type
@@ -134,9 +134,9 @@ def examine(
         except ConfigError as error:
             why = f"python -m launch refuses it; expected: {error.expected}"
             of_request.append(fail(f"plan {' '.join(overrides)}".rstrip(), error.found, why, error.fix))
-    requests = [request for _, request in places.requests_of([*plans.values()], planned, seen)]
+    requests = [request for _, request in checks.requests_of([*plans.values()], planned, seen)]
     if seen.kind is ClusterKind.slurm:
-        of_request += places.check_requests(seen, requests)
+        of_request += checks.check_requests(seen, requests)
     of_machine = machine.check_machine(seen, configs[0], requests)
     return of_machine, list(dict.fromkeys(of_request)), requests, seen  # Each finding once.
 
@@ -162,7 +162,7 @@ def run_on_cluster(
         expected = "a Slurm cluster that answers, and a run that can be planned"
         raise ConfigError("--on-cluster without a cluster", expected, "python -m launch.doctor, without --on-cluster")
     largest = max(requests, key=lambda request: (request.config.nodes, request.config.world_size))
-    placed, _ = places.possible_places(seen, largest)
+    placed, _ = checks.possible_places(seen, largest)
     if placed.possible:
         largest = replace(largest, plan=largest.plan.replace_placement(placed))
 

@@ -359,3 +359,23 @@ def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
     Raises SlurmError if Slurm does not answer, or has forgotten the job.
     """
     return parse_fields(run("scontrol", "show", "job", "--oneliner", job_id, retries=retries))
+
+
+# The job that this process runs in.
+
+
+def held_job() -> str | None:
+    """Return the id of the Slurm job that this process runs in; None outside of a job, and in the rank of a run."""
+    return None if "LAUNCH_AGENT_PID" in os.environ else os.environ.get("SLURM_JOB_ID")
+
+
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Step ids from here on are of batch scripts and of the shells of salloc, which hold no resources (slurm.h)."""
+
+
+def is_in_step() -> bool:
+    """Return whether this process runs in a step of its job, as under ``srun --pty bash``.
+
+    Such a step occupies the CPUs that the steps of the points need.
+    """
+    return int(os.environ.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP)) < FIRST_SPECIAL_STEP

@@ -5,6 +5,7 @@ The functions are in the order of these steps. They write and submit nothing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 
+from launch.agent.hosts import check_hosts, hosts_of, read_hostfile
 from launch.config import ClusterConfig, ClusterKind, Config
 from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError, counted
@@ -24,10 +26,10 @@ from launch.runs.overrides import typed_key
 from launch.runs.records import refuse_unknown_figure
 from launch.slurm import client as scheduler
 from launch.slurm import limits
-from launch.slurm.allocation import fit_hosts, fit_job, held_job
 from launch.slurm.checks import (
     Finding,
     Level,
+    check_before_submitting,
     features,
     fine,
     gives_whole_nodes,
@@ -36,10 +38,8 @@ from launch.slurm.checks import (
     warn,
     why_unsure,
 )
-from launch.slurm.dependency import share_jobs, start_after
 from launch.slurm.limits import Limits, NodeLimits, Partition, SlurmFacts, gres
-from launch.slurm.places import check_before_submitting
-from launch.slurm.submit import side_by_side
+from launch.slurm.submit import share_jobs, side_by_side, start_after
 
 GPU_OPTIONS = {"gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket", "gres", "G"}
 """Options of sbatch that request GPUs, or exclude GPUs."""
@@ -122,7 +122,7 @@ def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[Clu
     kinds = [ClusterKind.hosts if config.cluster.get("hostfile") else config.cluster.kind for config in configs]
     if ClusterKind.auto not in kinds:
         return list(kinds)
-    if held_job() is not None:
+    if scheduler.held_job() is not None:
         return [ClusterKind.allocation if kind is ClusterKind.auto else kind for kind in kinds]
     problem = scheduler.controller_problem()
     if problem and not configs[0].dry_run:
@@ -138,6 +138,81 @@ def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[Clu
         said = f"no controller answers, and without dry_run this is refused: {problem}"
     console.print(f"cluster=auto: {found.name} ({said})")
     return [found if kind is ClusterKind.auto else kind for kind in kinds]
+
+
+# Nodes that the user already has: those of a Slurm job, as in a shell of salloc, or the hosts of a hostfile. The points
+# run one after another; in a job, each is a step of the job. A process of submitit on this machine starts the agents of
+# a point, so that status and cancel work as for a local run.
+
+
+def fit_job(config: Config) -> str:
+    """Change the config of a point so that the point fits the job that this process runs in.
+
+    The point gets the GPUs of the job's nodes, and the time that the job has left. It is not requeued.
+
+    Returns:
+        Description of the job for people.
+
+    Raises:
+        ConfigError: this process runs in no job, the job has too few nodes, or Slurm does not describe the job.
+    """
+    job = scheduler.held_job()
+    if job is None:
+        raise ConfigError(
+            "cluster.kind=allocation outside of a Slurm job", "a shell of salloc, or a batch script", "cluster=slurm"
+        )
+    try:
+        fields = scheduler.job_fields(job)
+    except scheduler.SlurmError as error:
+        raise ConfigError(
+            f"job {job}, and Slurm does not describe it: {error}",
+            "a controller that answers",
+            "the same command when scontrol ping says UP",
+        ) from error
+    nodes, ends = int(fields["NumNodes"].split("-")[0]), scheduler.unix_time(fields.get("EndTime", ""))
+    if config.nodes_asked > nodes:
+        spares = f" spare_nodes={config.spare_nodes}" if config.spare_nodes else ""
+        raise ConfigError(
+            f"nodes={config.nodes}{spares} inside job {job}, which has {counted(nodes, 'node')}",
+            "at most the nodes of the job in which this command runs",
+            f"nodes={max(1, nodes - config.spare_nodes)}; or cluster=slurm, which submits another job",
+        )
+    refuse_without_srun(config)
+    if config.cluster.gpus_per_node is None:
+        asked = fields.get("TresPerNode", "").replace("gres:", "gres/")
+        config.cluster.gpus_per_node = sum(part.count for part in gres(asked) if part.name == "gpu") or None
+    left_min = config.cluster.timeout_min if ends is None else max(1, int((ends - time.time()) // 60))
+    config.cluster.timeout_min, config.cluster.placement = left_min, []
+    config.resilience.requeue = False
+    return f"inside job {job}: {counted(nodes, 'node')}, {left_min} min left; cluster=slurm submits another job"
+
+
+def fit_hosts(config: Config) -> str:
+    """Set the ranks per node of a point to the smallest number of slots of its hosts, unless the config sets them.
+
+    Returns:
+        Description of the hosts for people.
+
+    Raises:
+        ConfigError: the hostfile is wrong or has too few hosts, or a host cannot take part.
+    """
+    if config.ranks_per_node is None and config.cluster.gpus_per_node is None:
+        slots = list(read_hostfile(config).values())[: config.nodes_asked]
+        config.ranks_per_node = min(slots, default=0) or None
+    hosts = hosts_of(config)
+    if not config.dry_run:
+        check_hosts(hosts, Path(config.run_dir or config.output_dir).absolute())
+    return f"on {', '.join(hosts)}, by ssh: {counted(config.ranks_on_node, 'rank')} on each"
+
+
+def refuse_without_srun(config: Config) -> None:
+    """Raise ConfigError if srun does not start the agents, by the config of a run inside the user's own job."""
+    if not config.cluster.by_srun:
+        raise ConfigError(
+            "cluster.start or cluster.hostfile in a batch script of your own, or cluster.start in a job that you hold",
+            "srun, or the hosts of a file",
+            "scontrol show hostnames > hosts; then python -m launch cluster=local cluster.hostfile=hosts ...",
+        )
 
 
 # Values that a command leaves open: exclusive nodes, GPUs, ranks and CPUs.

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.report import build
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.script.arguments import Style, written_options
+from launch.script import Style, written_options
 from tests.support.commands import run
 from tests.support.runs import LOCAL, causes, printed, write_script
 

@@ -27,8 +27,7 @@ from launch.runs.environment import ROOT, install_command
 from launch.runs.find import find_runs, point_labels, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import MOST_NAMES, NOT_IN_POINT, point_name
-from launch.script import require_program
-from launch.script.arguments import ScriptOptions
+from launch.script import ScriptOptions, require_program
 from tests.support.commands import ROOT as CHECKOUT
 from tests.support.commands import call, run
 from tests.support.planning import config_of, plan, refused

@@ -14,7 +14,7 @@ from launch import keys
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config
 from launch.schema import check_ranges, key
-from launch.script.arguments import ScriptOptions
+from launch.script import ScriptOptions
 from tests.support.commands import ROOT, run
 from tests.support.planning import refused
 

@@ -15,7 +15,7 @@ from launch.plan.placement import Candidate, Placement, decide, waiting_since
 from launch.plan.plan import Plan, record_found, record_submitted
 from launch.plan.preflight import plan_text
 from launch.runs.folder import RunFolder, write_json
-from launch.slurm import places
+from launch.slurm import checks
 from launch.slurm.client import JobState
 from launch.slurm.failover import claim, is_current, promised
 from launch.slurm.jobs import SlurmJob
@@ -197,12 +197,12 @@ def test_a_candidate_that_could_never_run_is_skipped_with_the_reason(
     candidate: str, words: list[str], why: str
 ) -> None:
     asking = request("cluster.timeout_min=60", *words, f"cluster.placement=[{candidate}, {{partition: low}}]")
-    settled, errors = places.possible_places(FACTS, asking)
+    settled, errors = checks.possible_places(FACTS, asking)
     assert settled.possible == [1] and why in settled.candidates[0].never
     assert asking.plan.replace_placement(settled).slurm["partition"] == "low"
-    places.refuse_impossible(FACTS, asking, settled, errors[0])
+    checks.refuse_impossible(FACTS, asking, settled, errors[0])
     ruled_out = settled.rule_out(1, "too small")
-    refusal = refused(places.refuse_impossible, FACTS, asking, ruled_out, errors[0], found="partition=low: too small")
+    refusal = refused(checks.refuse_impossible, FACTS, asking, ruled_out, errors[0], found="partition=low: too small")
     assert why in refusal.found
 
 
@@ -210,7 +210,7 @@ def test_the_doctor_looks_at_every_candidate() -> None:
     late = "at partition=short: cluster.timeout_min=60, and MaxTime of short is 30 min"
     for others, level in (("{partition: short}, {partition: low}", "warning"), ("{partition: short}", "error")):
         asking = request("cluster.timeout_min=60", f"cluster.placement=[{others}]")
-        found = [f"{finding.level.value} {finding.found}" for finding in places.check_requests(FACTS, [asking])]
+        found = [f"{finding.level.value} {finding.found}" for finding in checks.check_requests(FACTS, [asking])]
         assert f"{level} {late}" in found
 
 

@@ -18,8 +18,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
-from launch.script import ScriptConfig, ScriptWorkload, require_module, require_program
-from launch.script.arguments import ScriptOptions, Style, written_options
+from launch.script import (
+    ScriptConfig,
+    ScriptOptions,
+    ScriptWorkload,
+    Style,
+    require_module,
+    require_program,
+    written_options,
+)
 from tests.support.commands import TIMEOUT_S, environment, run
 from tests.support.planning import refused
 

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from launch.plan.plan import Plan
 from launch.slurm import client, limits
-from launch.slurm.checks import Case, check_access
+from launch.slurm.checks import Case, check_access, check_before_submitting
 from launch.slurm.limits import SlurmFacts
-from launch.slurm.places import check_before_submitting
 from tests.support.commands import TINY, run
 from tests.support.doctor_facts import LIMITS, request
 from tests.support.planning import config_of, plan, refused

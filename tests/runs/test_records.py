@@ -16,7 +16,7 @@ import yaml
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
-from hydra_plugins.launch_plugin.launcher import job_return, refuse_other_tasks, refuse_without_values
+from hydra_plugins.launch_plugin import job_return, refuse_other_tasks, refuse_without_values
 from launch.errors import ConfigError
 from launch.runner import PointResult, SweepFailedError
 from launch.runs import records
@@ -149,7 +149,7 @@ def test_a_search_that_would_get_no_value_is_refused() -> None:
         ({"launch": {"detach": True}}, "launch.detach=true"),
     ):
         refused(refuse_without_values, OmegaConf.create(known | given), OPTUNA, said=found)
-        own = "hydra_plugins.launch_plugin.launcher.PerPointSweeper"
+        own = "hydra_plugins.launch_plugin.PerPointSweeper"
         refuse_without_values(OmegaConf.create(known | given), own)
 
 

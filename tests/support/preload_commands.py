@@ -38,7 +38,7 @@ with lasting_imports():
                     import_module(module.name)
     for name in (
         "hydra._internal.core_plugins.basic_sweeper",
-        "hydra_plugins.launch_plugin.launcher",
+        "hydra_plugins.launch_plugin",
         "submitit.core._submit",
         "submitit.local._local",
         "torch.nn.attention.flex_attention",

@@ -1,1 +1,0 @@
-"""All communication with Slurm, and jobs: checked, submitted, followed, stopped and moved."""

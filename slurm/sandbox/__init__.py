@@ -1,1 +1,0 @@
-"""A real Slurm cluster on one machine, to try and to test launch scripts: ``python -m slurm.sandbox up``."""
