@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.page import chosen, commit, cores, keep, merged, stamp
 from launch.config.compose import read_point as read_config
-from launch.project.projection import HeldOut, SweepPoints, as_measured, hold_out, with_devices
+from launch.project.models import HeldOut, SweepPoints, as_measured, hold_out, with_devices
 from launch.report.points import read_point
 from launch.report.selection import select
 from launch.report.series import label_points, split

@@ -37,7 +37,7 @@ from benchmarks.faults.storm import SPARE, drill, gpt_words, slurm_version
 from benchmarks.page import chosen, commit, cores, keep, merged, stamp
 from launch.runs.folder import RunFolder, read_json
 from launch.runs.records import read_records
-from launch.storm.drill import make_schedule
+from launch.storm.__main__ import make_schedule
 from tests.support.commands import ROOT, TINY, descendants, environment, kill_all, ranks_of, start, wait_for
 
 LONG = (*TINY, "cluster=local", "nodes=1", "optim.max_steps=1000000", "eval.interval=0", "checkpoint.interval=10")

@@ -26,8 +26,8 @@ import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, require_folder, sweep_points, typed_config
-from launch.doctor import job, machine, verdict
-from launch.doctor.machine import Facts
+from launch.doctor import findings, job
+from launch.doctor.findings import Facts
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.plan import Plan, make_plan
 from launch.runs.folder import deny_others_writing
@@ -121,7 +121,7 @@ def examine(
     Returns the findings about the machine, the findings about the requests, the requests, and the facts.
     """
     configs = configs_of(points, config_dir)
-    seen = machine.gather(configs)
+    seen = findings.gather(configs)
     plans: dict[str, Plan] = {}
     planned: dict[str, Config] = {}
     of_request: list[Finding] = []
@@ -137,7 +137,7 @@ def examine(
     requests = [request for _, request in checks.requests_of([*plans.values()], planned, seen)]
     if seen.kind is ClusterKind.slurm:
         of_request += checks.check_requests(seen, requests)
-    of_machine = machine.check_machine(seen, configs[0], requests)
+    of_machine = findings.check_machine(seen, configs[0], requests)
     return of_machine, list(dict.fromkeys(of_request)), requests, seen  # Each finding once.
 
 
@@ -175,7 +175,7 @@ def run_on_cluster(
         why = "a run with the same resources would be refused too"
         return [fail("job", refusal_text(SlurmError(str(error))), why, "python -m launch dry_run=true ...")], None
     say(f"wrote {results['folder']}/results.json")
-    return verdict.check_results(results), results
+    return findings.check_results(results), results
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The doctor's job: submission, the part of each node, and the results.
 
 The job has a folder, ``<output_dir>/.doctor/<time>-<random>/``. Each node writes ``nodes/00000.json`` and each rank
-``ranks/00000.json``. The login node joins them in ``results.json``, which ``launch.doctor.verdict`` reads. A node uses
+``ranks/00000.json``. The login node joins them in ``results.json``, which ``launch.doctor.findings`` reads. A node uses
 the rendezvous, addresses and interfaces of the agents. The login node submits ``measure_node`` by name, and so does not
 import torch.
 """
@@ -35,7 +35,7 @@ from omegaconf import OmegaConf
 from launch.agent.health import GpuReading, HealthCheck
 from launch.agent.node import Node
 from launch.config import Config
-from launch.doctor.machine import filesystem_of
+from launch.doctor.findings import filesystem_of
 from launch.plan.plan import JOBS
 from launch.plan.remote import SSH
 from launch.runs import compose
@@ -348,7 +348,7 @@ def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousE
     for local in range(each):
         rank = node.index * each + local
         path = root / "ranks" / f"{rank:05d}.log"
-        command = [sys.executable, "-m", "gpt_launch", "launch.doctor.links", str(path.with_suffix(".json"))]
+        command = [sys.executable, "-m", "gpt_launch", "launch.bench_network.measure", str(path.with_suffix(".json"))]
         env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
         quiet = subprocess.DEVNULL
         with path.open("wb") as log:

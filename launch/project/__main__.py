@@ -28,7 +28,7 @@ from gpt_launch import as_typed
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config, workload_of
 from launch.errors import CommandParser, ConfigError, counted, refusing
-from launch.project.projection import Projection, project, read_sweep, request_for
+from launch.project.models import HeldOut, SweepPoints, failures_of, hold_out, read_sweep, request_for, straggler_notes
 from launch.report.notes import percent, rate, time_text
 from launch.report.selection import select
 from launch.runs.find import print_table
@@ -40,6 +40,11 @@ from launch.workload import SetUp, TrainingGoal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+from dataclasses import field
+
+from launch.report.goodput import Failures
 
 GIB = 2**30
 DAYS = {"hour": 1 / 24, "day": 1.0, "week": 7.0, "month": 30.0}
@@ -125,6 +130,133 @@ def parse_node_counts(text: str) -> list[int]:
         expected = "numbers of nodes: 8,16,32, or with an ellipsis 8,16,...,4096"
         raise ConfigError(f"--nodes {text}", expected, "--nodes 8,16,...,4096") from error
     return sorted(set(sizes))
+
+
+# From measured to projected points: a row for each size.
+
+
+@dataclass(frozen=True)
+class ProjectedRow:
+    """One measured or projected size: a line of ``projection.csv``. Times are in seconds; None if not known."""
+
+    nodes: int
+    ranks: int
+    is_measured: bool
+    step_s: float | None = None
+    low_s: float | None = None
+    high_s: float | None = None
+    throughput: float | None = None
+    """Work per second in the unit of the sweep."""
+    efficiency: float | None = None
+    """Throughput per rank divided by the throughput per rank of the smallest measured point."""
+    memory_bytes: int | None = None
+    """Planned memory of one rank in bytes."""
+    goodput: float | None = None
+    """Expected share (0 to 1) of the time in steps that are not lost to failures; None without ``--mtbf-hours``."""
+    gpu_hours_per_giga: float | None = None
+    """GPU-hours for 10^9 units of work, goodput included."""
+    cost_per_giga: float | None = None
+    """Cost of 10^9 units of work in the currency of ``cluster.price_per_gpu_hour``, goodput included."""
+    stragglers_s: float | None = None
+    """Seconds by which the slowest rank exceeds the mean rank in a step: measured, or expected."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Cause -> seconds of a step, by the model; empty for a measured size."""
+    refused: str = ""
+    """Reason why a run of this size cannot work; empty if it can."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Measured and projected sizes of one sweep: the content of ``projection.json``."""
+
+    rows: tuple[ProjectedRow, ...]
+    held_out: HeldOut
+    interval: float
+    """Half width of every interval, as natural logarithm of a factor on the step time.
+
+    It is the error of the held-out point, or the spread of that point's step times if that is larger.
+    """
+    model: str
+    unit: str
+    weak_scaling: bool
+    notes: tuple[str, ...]
+    label: str
+
+
+def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None) -> Projection:
+    """Predict the largest measured point from the other points, then extrapolate all points to ``sizes``.
+
+    Args:
+        sweep: two points or more.
+        sizes: numbers of nodes.
+        mtbf_node_h: mean time between failures of one node, hours; None for a projection without goodput.
+    """
+    held_out, model = hold_out(sweep), sweep.fit(sweep.measured)
+    first, last = sweep.measured[0], held_out.point
+    spread = (last.high_s - last.low_s) / 2 / last.step_s
+    interval = max(abs(math.log(held_out.predicted_s / last.step_s)), spread)
+    failures, notes = failures_of(sweep, mtbf_node_h)
+    rows = []
+    for one, throughput in zip(sweep.measured, sweep.rates, strict=True):
+        row = ProjectedRow(one.nodes, one.ranks, True, one.step_s, one.low_s, one.high_s, throughput)
+        rows.append(with_derived(replace(row, stragglers_s=sweep.stragglers_s(one)), sweep, failures))
+    known = {row.nodes for row in rows}
+    for nodes in (size for size in sizes if size not in known):
+        row = ProjectedRow(nodes, nodes * sweep.ranks_per_node, False)
+        try:
+            config, request = sweep.request(nodes)
+            memory, step = workload_of(config).plan(config, request).facts.get("memory_bytes"), model.at(nodes)
+        except ConfigError as refusal:
+            rows.append(replace(row, refused=refusal.found))
+            continue
+        growth = nodes / first.nodes if sweep.is_weak else 1
+        projected = replace(
+            row,
+            step_s=step.step_s,
+            low_s=step.step_s * math.exp(-interval),
+            high_s=step.step_s * math.exp(interval),
+            throughput=None if sweep.rates[0] is None else sweep.rates[0] * first.step_s * growth / step.step_s,
+            parts=step.by_cause,
+            memory_bytes=memory.get("total") if isinstance(memory, dict) else None,
+            stragglers_s=step.by_cause.get("stragglers"),
+        )
+        rows.append(with_derived(projected, sweep, failures))
+    if sweep.left_out:
+        notes.append(f"left out: {', '.join(sweep.left_out)}, whose ranks shared cores or a GPU")
+    beyond = max(sizes) / last.nodes
+    if beyond > 16:
+        notes.append(f"{max(sizes)} nodes are {beyond:.0f} times what was measured: the interval knows nothing of that")
+    return Projection(
+        rows=tuple(sorted(rows, key=lambda row: (row.nodes, not row.is_measured))),
+        held_out=held_out,
+        interval=interval,
+        model=model.text,
+        unit=sweep.base.unit or "units",
+        weak_scaling=sweep.is_weak,
+        notes=(*notes, *straggler_notes(sweep)),
+        label=sweep.series.label,
+    )
+
+
+def with_derived(row: ProjectedRow, sweep: SweepPoints, failures: Failures | None) -> ProjectedRow:
+    """Return the row with the figures that follow from its step time: efficiency, goodput, GPU-hours, cost.
+
+    ``failures`` is the cost of failures; None for a row without goodput.
+    """
+    assert row.step_s is not None
+    first, gpus, price = sweep.measured[0], sweep.config.cluster.gpus_per_node, sweep.config.cluster.price_per_gpu_hour
+    shrink = first.step_s / row.step_s
+    goodput = None if failures is None else failures.goodput(row.nodes)
+    hours = None
+    if gpus and row.throughput and goodput != 0:
+        hours = row.nodes * gpus * 1e9 / row.throughput / 3600 / (1.0 if goodput is None else goodput)
+    return replace(
+        row,
+        efficiency=shrink if sweep.is_weak else shrink * first.ranks / row.ranks,
+        goodput=goodput,
+        gpu_hours_per_giga=hours,
+        cost_per_giga=None if hours is None or price is None else hours * price,
+    )
 
 
 # A projection as text: terminal, CSV, JSON.

@@ -1,22 +1,36 @@
-"""Models of the time of a step as a function of the number of nodes, with stragglers, fitted to measured points."""
+"""Measured points of a sweep, and models of the time of a step on any number of nodes, fitted to these points.
+
+The largest point is predicted from the other points, which shows the error of a model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
+from shlex import quote
 from statistics import NormalDist
 
 import numpy as np
 
-from launch.report.points import Point
+from launch.config import Config
+from launch.config.compose import read_point as read_config
+from launch.config.compose import workload_of
+from launch.errors import ConfigError
+from launch.report.goodput import Failures
+from launch.report.points import Point, read_point
 from launch.report.read import Floats, read_columns
-from launch.report.series import fit_not_negative
+from launch.report.selection import Selection
+from launch.report.series import Series, fit_not_negative, label_points, split
 from launch.report.steps import TIME, WAITS, step_times
 from launch.runs.folder import RunFolder
-from launch.workload import StepTime
+from launch.workload import PlanRequest, StepTime
 
+UNLIMITED_GB = 1e6
+"""Memory in GB of a CPU node whose memory is unknown. The value has no effect on the time of a step."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -260,3 +274,223 @@ def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) ->
     text = "" if is_weak else f"{weights[0]:.3g} s divided among the ranks, "
     text += f"{weights[1]:.3g} s on each, and {weights[2]:.3g} s for each doubling"
     return Model(f"a trend of step times: {text}", at)
+
+
+# The points of a sweep, and what their run folders say about failures.
+
+
+def request_for(
+    config: Config, overrides: Sequence[str], folder: RunFolder, rate: float = 1.0, links: float = 1.0
+) -> PlanRequest:
+    """Return the request with which a workload plans a run on cluster nodes, or estimates its step time.
+
+    Args:
+        config: config of the run, with its number of nodes.
+        overrides: overrides as typed.
+        folder: folder of the run.
+        rate: factor by which the cost model multiplies the compute rate.
+        links: factor by which the cost model multiplies the bandwidth of all links.
+    """
+    return PlanRequest(
+        overrides=tuple(overrides),
+        folder=folder,
+        is_local=False,
+        nodes=config.nodes,
+        ranks_per_node=config.ranks_on_node,
+        cluster=config.cluster,
+        local_gpus=0,
+        rate_factor=rate,
+        link_factor=links,
+    )
+
+
+@dataclass(frozen=True)
+class SweepPoints:
+    """Points of one series with step times, smallest first, to which a projection is fitted."""
+
+    series: Series
+    base: Point
+    """Largest point, whose config is used at other sizes."""
+    config: Config
+    """Config of the largest point, with the devices that its ranks recorded."""
+    measured: tuple[Measured, ...]
+    """Figures of the points to which a model is fitted."""
+    rates: tuple[float | None, ...] = ()
+    """Work per second of each point, in the unit of the sweep; None if unknown."""
+    left_out: tuple[str, ...] = ()
+    """Names of points whose ranks shared cores or a GPU. They do not show how separate nodes behave."""
+    spreads: Mapping[int, RankSpread] = field(default_factory=dict)
+    """Nodes -> spread of the ranks' own times, for each point with several ranks; empty if one point lacks it."""
+    untold: str = ""
+    """Name of a point with several ranks and an unknown spread, for which ``spreads`` is empty; "" if there is none."""
+
+    @property
+    def is_weak(self) -> bool:
+        """Return whether the work of a step grows with the number of ranks."""
+        return self.series.scaling == "weak"
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Number of ranks on each node, at every size."""
+        return self.measured[0].ranks // self.measured[0].nodes
+
+    def fit(self, points: Sequence[Measured]) -> Model:
+        """Fit a model to some of the points, smallest first.
+
+        Measured times include the delay of the slowest rank. This delay is subtracted before the fit, and the expected
+        delay at each size is added afterwards.
+        """
+        costs = self.costs()
+        late_s = [self.stragglers_s(point) or 0.0 for point in points]
+        even = [replace(point, step_s=point.step_s - late) for point, late in zip(points, late_s, strict=True)]
+        if costs is None:
+            model = trend_model(fit_trend(even, self.is_weak), self.is_weak, self.ranks_per_node)
+        else:
+            model = cost_model(costs, *fit_costs(even, costs))
+        widest = max((point.nodes for point in points if point.nodes in self.spreads), default=None)
+        if widest is None:
+            return model
+        return model.with_stragglers(self.spreads[widest], self.ranks_per_node, model.at(widest).own_s)
+
+    def stragglers_s(self, point: Measured) -> float | None:
+        """Return the seconds by which the slowest rank exceeds the mean rank in a step; None if not known."""
+        spread = self.spreads.get(point.nodes)
+        return None if spread is None else spread.own_s * spread.share(point.ranks)
+
+    def costs(self) -> Costs | None:
+        """Return the workload's cost model for the nodes of the sweep; None if there is none."""
+        workload = workload_of(self.config)
+
+        def costs(nodes: int, rate: float, links: float) -> StepTime:
+            found = workload.step_time(*self.request(nodes, rate, links))
+            assert isinstance(found, StepTime)
+            return found
+
+        return costs if workload.step_time(*self.request(self.measured[0].nodes)) is not None else None
+
+    def request(self, nodes: int, rate: float = 1.0, links: float = 1.0) -> tuple[Config, PlanRequest]:
+        """Return the largest point's config with ``nodes`` nodes, and the request to plan or estimate this run.
+
+        ``rate`` and ``links`` are the factors of ``request_for``.
+        """
+        config = replace(self.config, nodes=nodes)
+        return config, request_for(config, self.base.overrides, RunFolder(self.base.path), rate, links)
+
+
+def with_devices(config: Config, base: Point) -> Config:
+    """Return ``config`` with the devices that the ranks of ``base`` recorded."""
+    known = config.cluster
+    if base.environment is not None and not base.environment.ranks[0].device.startswith("cpu"):
+        name = known.gpu_name or base.environment.ranks[0].device_name
+        known = replace(known, gpu_name=name, gpus_per_node=config.ranks_on_node)
+    elif known.mem_gb is None:
+        known = replace(known, mem_gb=UNLIMITED_GB)
+    return replace(config, cluster=known)
+
+
+def read_sweep(selection: Selection, network: Path | None = None) -> SweepPoints:
+    """Read the points of a sweep.
+
+    Args:
+        selection: runs of the sweep.
+        network: file of ``launch.bench_network``; None for the links that the config of the sweep names.
+
+    Raises:
+        ConfigError: the runs are not one series, fewer than two of them have step times, or a file is broken.
+    """
+    several = split(label_points([*map(read_point, selection.runs)]))
+    if len(several) != 1:
+        names = ", ".join(series.label for series in several)
+        again = f"python -m launch.project {quote(str(selection.folder))} --sweep N"
+        raise ConfigError(f"{len(several)} series in {selection.folder}: {names}", "one, along nodes", again)
+    timed = [one for one in several[0].members if one.figures is not None and one.nodes and one.ranks]
+    members = tuple(one for one in timed if not one.crowded)
+    left_out = tuple(one.title for one in timed if one.crowded)
+    sizes = {(one.nodes, one.ranks) for one in members}
+    if len(sizes) < 2 or len({one.nodes for one in members}) < len(members):
+        raise ConfigError(
+            f"step times of {', '.join(one.title for one in members) or 'no point'} in {selection.folder}"
+            + (f"; in those of {', '.join(left_out)} ranks shared cores or a GPU" if left_out else ""),
+            "those of two or more numbers of nodes, each measured once: one to fit, and one to be predicted",
+            "python -m launch -m nodes=1,2,4 ...",
+        )
+    if several[0].scaling is None:
+        raise ConfigError(
+            f"{selection.folder}, whose runs do not say how much work a step is",
+            "a global batch that is the same for all points, or grows with the ranks",
+            "script.work_per_step=N, beside script.weak_scaling where it grows",
+        )
+    config = read_config(RunFolder(members[-1].path))
+    if network is not None:
+        config = replace(config, cluster=replace(config.cluster, network=str(network.absolute())))
+    config = with_devices(config, members[-1])
+    measured = tuple(map(as_measured, members))
+    rates = tuple(None if one.figures is None else one.figures.throughput for one in members)
+    spreads: dict[int, RankSpread] = {}
+    untold = ""
+    for point, member in zip(measured, members, strict=True):
+        spread = read_spread(member) if point.ranks > 1 else None
+        # An excess as long as the step itself comes from pauses, and is no property of the ranks.
+        if spread is not None and spread.own_s * spread.share(point.ranks) < point.low_s:
+            spreads[point.nodes] = spread
+        elif point.ranks > 1:
+            untold = member.title
+    # If the stragglers of one point are unknown, no point's stragglers are used.
+    return SweepPoints(several[0], members[-1], config, measured, rates, left_out, {} if untold else spreads, untold)
+
+
+def as_measured(member: Point) -> Measured:
+    """Return the size and the step times of a point, to which a model is fitted."""
+    assert member.figures is not None and member.nodes is not None and member.ranks is not None
+    return Measured(member.nodes, member.ranks, member.figures.step_time_s, member.figures.low_s, member.figures.high_s)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The largest measured point, predicted from the smaller ones."""
+
+    point: Measured
+    predicted_s: float
+    fitted_to: tuple[int, ...]
+    """Numbers of nodes of the points to which the model was fitted."""
+
+    error: float
+    """Predicted step time divided by measured step time, minus 1."""
+
+
+def hold_out(sweep: SweepPoints) -> HeldOut:
+    """Predict the largest point with a model of the other points."""
+    known, largest = sweep.measured[:-1], sweep.measured[-1]
+    predicted_s, nodes = sweep.fit(known).at(largest.nodes).step_s, tuple(point.nodes for point in known)
+    return HeldOut(largest, predicted_s, nodes, predicted_s / largest.step_s - 1)
+
+
+def straggler_notes(sweep: SweepPoints) -> list[str]:
+    """Return notes on how stragglers are extrapolated, and on effects that no figure includes."""
+    others = "congestion by other jobs, and links of more tiers than in and between nodes"
+    if not sweep.spreads:
+        lacking = f" ({sweep.untold} lacks each rank's waits, comm_s)" if sweep.untold else ""
+        return [f"not in it: slow ranks{lacking}, {others}"]
+    nodes = max(sweep.spreads)
+    spread = sweep.spreads[nodes]
+    late = f"{100 * spread.excess:.2g} %"
+    text = f"at nodes={nodes} the slowest of {spread.ranks} ranks takes {late} longer than the mean"
+    return [f"stragglers: {text}; with more ranks it grows as the maximum of normal draws", f"not in it: {others}"]
+
+
+def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures | None, list[str]]:
+    """Return the cost of failures, and notes about this cost.
+
+    The cost is None if ``mtbf_node_h`` (hours between failures of one node) is None, or if the largest point did not
+    record a save and a start.
+    """
+    if mtbf_node_h is None:
+        return None, []
+    events = RunFolder(sweep.base.path).read_events()
+    saves = [float(e["seconds"]) for e in events if e["event"] == "saved" and e.get("seconds") is not None]
+    start_s = None if sweep.base.goodput is None else sweep.base.goodput.seconds.get("start")
+    if not saves or start_s is None:
+        return None, [f"no goodput: {sweep.base.title} recorded no save or no start, so a failure has no known cost"]
+    save_s = statistics.median(saves)
+    told = f"a save holds the steps up for {save_s:.3g} s, a restart takes {start_s:.3g} s, as at {sweep.base.title}"
+    return Failures(mtbf_node_h, save_s, start_s), [f"goodput: {told}; saves at Young's interval"]

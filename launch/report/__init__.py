@@ -1,19 +1,44 @@
-"""Scaling reports from run folders: a table, figures, and a dashboard in TensorBoard. Does not import torch.
+"""Scaling reports from run folders: a table, figures, a page, and a dashboard in TensorBoard. Does not import torch.
 
 Example: ``write(build(Path("outputs/quick_test")))``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from launch.report.goodput import PARTS
+from launch.report.notes import percent
 from launch.report.selection import Selection, select
-from launch.report.table import Row, ScalingTable, build, tabulate_selection
-from launch.report.text import csv_text, json_text, markdown_text, parts_csv_text, show
+from launch.report.steps import LOSSES
+from launch.report.table import Row, RunDetail, ScalingTable, build, tabulate_selection
+from launch.report.text import (
+    LEFT,
+    csv_text,
+    efficiency,
+    json_text,
+    markdown_text,
+    part_tables,
+    parts_csv_text,
+    point_tables,
+    show,
+    slowest_table,
+)
 from launch.runs.folder import ReportFile, write_atomically
+from launch.runs.overrides import point_name
+
+if TYPE_CHECKING:
+    from launch.runs.event_files import EventWriter
+
 
 __all__ = [
     "Row",
@@ -55,8 +80,6 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
     made: dict[str, str | bytes] = {".md": markdown_text(table) + figure, ".csv": csv_text(table)}
     made |= {f".{kind}": drawn for kind, drawn in pictures.items()} | {".json": json_text(table)}
     if ReportFile.html in files:
-        from launch.report.page import page
-
         made[".html"] = page(table, reload_s)
     made["_parts.csv"] = parts_csv_text(table)
     contents = {
@@ -69,8 +92,6 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
             write_atomically(folder / name, content)
     written = [selection.folders[0] / name for name in contents] + selection.folders[1:]
     if ReportFile.tensorboard in files and selection.dashboard is not None:
-        from launch.report.tensorboard import write_dashboard
-
         written.append(write_dashboard(table, pictures["png"], selection.dashboard))
     return written
 
@@ -87,3 +108,225 @@ def show_and_write(table: ScalingTable, console: Console, files: Collection[Repo
         console.print(f"dashboard: tensorboard --logdir {table.selection.folder}", highlight=False, markup=False)
     for line in table.selection.others():
         console.print(line, highlight=False, markup=False)
+
+
+# The page: a first line of tiles with figures, and the content of ``page.html.j2`` below.
+
+
+MAX_FALLS = 6
+"""Largest number of waterfall panels, one for each of the largest points. The table of losses has all points."""
+MAX_RUNS = 8
+"""Largest number of runs whose ranks and step times are drawn, because each drawing takes some 50 ms and 20 kB."""
+
+
+def page(table: ScalingTable, reload_s: float | None = None) -> str:
+    """Return the HTML of a report's page. A browser reloads the page every ``reload_s`` seconds; never if None."""
+    # Importing matplotlib and jinja2 takes a second, which --help and refusals should not need.
+    from jinja2 import StrictUndefined, Template
+
+    from launch.report import figures
+
+    points = point_tables(table)
+    text = Path(__file__).with_name("page.html.j2").read_text()
+    template = Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return template.render(
+        table=table,
+        reload_s=None if reload_s is None else max(1, math.ceil(reload_s)),
+        title=points[0].heading if len(points) == 1 else table.title,
+        palette=figures.PALETTE,
+        left=LEFT,
+        tiles=tiles(table),
+        scaling=figures.scaling_panels(table),
+        bars=[*figures.loss_panels(table)[:MAX_FALLS], *figures.times_panels(table)],
+        runs=shown_runs(table.details),
+        run_panels=figures.run_panels,
+        slowest=slowest_table,
+        inline_svg=figures.inline_svg,
+        points=points,
+        parts=part_tables(table),
+    )
+
+
+def shown_runs(details: Sequence[RunDetail]) -> list[RunDetail]:
+    """Choose at most ``MAX_RUNS`` runs to draw: first the runs with the slowest ranks, then those with most ranks."""
+
+    def worth(found: RunDetail) -> tuple[float, int]:
+        slow = [row.share for row in found.slowest if row.time.is_slow]
+        return max(slow, default=0.0), len(found.rank_times.ranks if found.rank_times else ())
+
+    return sorted(details, key=worth, reverse=True)[:MAX_RUNS]
+
+
+# The first line of the page: scaling, the largest loss, slow ranks, and cost.
+
+
+MAX_SERIES = 3
+"""Largest number of series whose largest point gets a tile."""
+GOOD, POOR = 0.9, 0.7
+"""A tile is green if its efficiency or goodput is at least ``GOOD``, and red if it is below ``POOR``."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the top of the page, with its name and a sentence. ``kind`` is ``good``, ``bad`` or empty."""
+
+    name: str
+    value: str
+    text: str
+    kind: str = ""
+
+
+def tiles(table: ScalingTable) -> list[Tile]:
+    """Return the tiles of the first line of the page."""
+    return [*_scaling(table), *_losses(table), *_slow_rank(table), *_goodput(table)]
+
+
+def _largest(table: ScalingTable) -> list[Row]:
+    """Return one row for each series: its largest point with an efficiency, or with a speedup if none has one."""
+    found: dict[tuple[str | None, str], Row] = {}
+    for row in table.rows:
+        before = found.get((row.scaling, row.series))
+        if row.speedup not in (None, 1) and not (before and before.efficiency and row.efficiency is None):
+            found[row.scaling, row.series] = row
+    return list(found.values())
+
+
+def _scaling(table: ScalingTable) -> list[Tile]:
+    found = []
+    for row in _largest(table)[:MAX_SERIES]:
+        text = f"speedup {row.speedup:.2f} on {row.ranks} ranks"
+        if row.efficiency_low is not None and row.efficiency_high is not None:
+            text += f"; 95 % interval {100 * row.efficiency_low:.1f} to {100 * row.efficiency_high:.1f} %"
+        kind = "" if row.efficiency is None else _kind(row.efficiency)
+        found.append(Tile(f"Efficiency at {row.label}", efficiency(row), text, kind))
+    return found
+
+
+def _losses(table: ScalingTable) -> list[Tile]:
+    rows = [row for row in _largest(table) if row.losses]
+    if not rows:
+        return []
+    row = max(rows, key=lambda row: row.ranks or 0)
+    (phase, share), *others = sorted(row.losses.items(), key=lambda part: -part[1])
+    name = f"Most lost at {row.label}"
+    if share <= 0:
+        return [Tile(name, "nothing", "no phase takes more than its part", "good")]
+    more = "".join(f"; {LOSSES[other]} {100 * lost:.1f} %" for other, lost in others[:2])
+    return [Tile(name, LOSSES[phase], f"{100 * share:.1f} % of the step{more}")]
+
+
+def _slow_rank(table: ScalingTable) -> list[Tile]:
+    worst = shown_runs(table.details)[:1]
+    if not worst or (times := worst[0].rank_times) is None:
+        return []
+    slow = [row for row in worst[0].slowest if row.time.is_slow]
+    if not slow:
+        how = "own times agree within their spread" if times.is_net else "as far as step times show it"
+        return [Tile("Ranks slow throughout", "none", how, "good")]
+    row, on = slow[0], "" if slow[0].host is None else f"on {slow[0].host}, "
+    more = f"; {len(slow) - 1} more" if len(slow) > 1 else ""
+    text = f"{on}+{1000 * row.time.excess_s:.3g} ms, {percent(row.share)} of the step time, {worst[0].label}{more}"
+    return [Tile("Slow rank", f"rank {row.time.rank}", text, "bad")]
+
+
+def _goodput(table: ScalingTable) -> list[Tile]:
+    rows = [row for row in table.rows if row.goodput is not None]
+    if not rows:
+        return []
+    worst = min(rows, key=lambda row: row.goodput or 0.0)
+    spent = {part: worst.parts_s.get(part, 0.0) for part in PARTS if part not in ("steps", "fewer", "waiting")}
+    part = max(spent, key=lambda name: spent[name])
+    whole = sum(worst.parts_s.values())  # As in the bars, the wait for nodes is included.
+    most = f"{PARTS[part]} {percent(spent[part] / whole)} of the whole time" if whole else ""
+    of = f" at {worst.label}" if len(rows) > 1 else ""
+    return [Tile(f"Goodput{of}", percent(worst.goodput), most, _kind(worst.goodput or 0.0))]
+
+
+def _kind(share: float) -> str:
+    return "good" if share >= GOOD else "bad" if share < POOR else ""
+
+
+# Output for TensorBoard: the dashboard of a sweep, and the summary of one run.
+
+
+RUN, RUN_OF_ONE = "Scaling", "Summary"
+IDEAL = "ideal"
+"""Name of the subfolder with the ideal curves."""
+SUFFIX = ".scaling"  # marks the event files that a report owns
+
+
+def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
+    """Write the TensorBoard run of a report, named Scaling for several points and Summary for one point. An earlier
+    TensorBoard run of the report is replaced.
+
+    The new files are complete before the old files are removed, and TensorBoard drops the values of the old files when
+    it reads a new file. So a reader always sees a whole report, even after a crash. Restart a TensorBoard that has
+    ``--load_fast=false``, because it waits forever at a removed file.
+
+    Returns:
+        The folder of the TensorBoard run.
+    """
+    from launch.runs.event_files import EventWriter  # loads TensorBoard
+
+    root = folder / (RUN if len(table.rows) > 1 else RUN_OF_ONE)
+    old = list(root.rglob(f"events.out.tfevents.*{SUFFIX}"))
+    with tempfile.TemporaryDirectory() as scratch:
+        name = "scaling" if len(table.rows) > 1 else "summary"
+        with EventWriter(Path(scratch), suffix=SUFFIX) as whole:
+            whole.text(f"{name}/table", markdown_text(table))
+            whole.image(f"{name}/figure", png)  # The picture of one run includes the heat map of its ranks.
+            if len(table.rows) > 1:
+                _write_curves(table, whole, Path(scratch))
+        for path in sorted(Path(scratch).rglob("events.out.tfevents.*")):
+            write_atomically(root / path.relative_to(scratch), path.read_bytes())
+    for path in old:
+        path.unlink()
+    for left in sorted({path.parent for path in old}, reverse=True):
+        if not any(left.iterdir()):
+            left.rmdir()
+    return root
+
+
+def _write_curves(table: ScalingTable, whole: EventWriter, root: Path) -> None:
+    """Write charts over the number of ranks. Each series has its own curves.
+
+    TensorBoard's step is the number of ranks. Without throughputs, their chart is absent.
+
+    Args:
+        table: report of several points.
+        whole: writer of the files in ``root``.
+        root: folder of the TensorBoard run.
+    """
+    from launch.runs.event_files import Curve, EventWriter
+
+    per_s = f"{table.unit}_per_s"
+    shown = {
+        f"{table.unit.capitalize()} per second": (per_s, f"{per_s}_low", f"{per_s}_high"),
+        "Efficiency": ("efficiency",),
+        "Step time in seconds": ("step_time_s", "step_time_s_low", "step_time_s_high"),
+    }
+    if all(row.throughput is None for row in table.rows):
+        del shown[f"{table.unit.capitalize()} per second"]
+    charts = {title: Curve(*(f"scaling/{name}" for name in names)) for title, names in shown.items()}
+    names = [*chain(*shown.values()), "loss"]
+    whole.layout({"Scaling: measured and ideal over the number of ranks": charts})
+    for series in dict.fromkeys(row.series for row in table.rows):
+        rows = [row for row in table.rows if row.series == series and row.ranks is not None]
+        folder = root / point_name([series], exclude=()) if series else root
+        # A second file in a folder would make TensorBoard forget the first file.
+        with EventWriter(folder, suffix=SUFFIX) if series else nullcontext(whole) as writer:
+            for row in rows:
+                values = {name: getattr(row, name.replace(per_s, "throughput")) for name in names}
+                _write_point(writer, row, values)
+        if any(row.throughput_ideal is not None for row in rows):
+            with EventWriter(folder / IDEAL, suffix=SUFFIX) as writer:
+                for row in rows:
+                    # The band around a line has no width, but TensorBoard requires one.
+                    band = dict.fromkeys((name for name in names if "_per_s" in name), row.throughput_ideal)
+                    _write_point(writer, row, band | {"efficiency": None if row.efficiency is None else 1.0})
+
+
+def _write_point(writer: EventWriter, row: Row, values: Mapping[str, float | None]) -> None:
+    for name, value in values.items():
+        if value is not None:
+            writer.scalar(f"scaling/{name}", value, step=row.ranks or 0)

@@ -1,18 +1,25 @@
 """``python -m launch.storm KEY=VALUE...``: a chaos drill. A run with seeded faults must end like an undisturbed run.
 
 The arguments are those of ``python -m launch``, or the folder of a finished run, which the drill repeats with faults.
+
+The drill repeats the run's command whenever the command ends before the run. ``faults.jsonl`` records the faults.
 """
 
 from __future__ import annotations
 
+import filecmp
+import itertools
+import math
 import os
+import random
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +29,337 @@ from rich.console import Console
 import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
-from launch.errors import CommandParser, ConfigError, refusing
-from launch.runs.events import is_finished
+from launch.errors import CommandParser, ConfigError, closest, refusing
+from launch.runs.events import FEWER_NODES, is_finished
 from launch.runs.find import is_run, plain_console, print_table
-from launch.runs.folder import RunFolder, deny_others_writing, read_json_lines, write_json
+from launch.runs.folder import RunFolder, append_json_lines, deny_others_writing, read_json_lines, write_json
 from launch.runs.overrides import read_overrides
-from launch.runs.records import is_record
+from launch.runs.records import is_record, read_records, recent_records
 from launch.slurm import client as scheduler
 from launch.slurm.jobs import SlurmJob, ask_queue
-from launch.storm.drill import (
-    Drill,
-    StuckError,
-    choose_kinds,
-    differing_state,
-    differing_steps,
-    make_schedule,
-    recoveries,
-    start_launcher,
+from launch.storm.injection import (
+    KINDS,
+    MILD,
+    SANDBOX,
+    SLURM,
+    FaultError,
+    PlannedFault,
+    Site,
+    checkpoints,
+    files_of,
+    inject,
+    of_run,
 )
-from launch.storm.injection import SANDBOX, SLURM, Site, of_run
 
 GONE_S = 60.0
 """Seconds that processes and jobs of a run have to end after its launcher has ended."""
+UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "hung", "node_failed"))
+"""Overrides that lift restart limits in a drill, unless the user typed them.
+
+A drill has more faults than limits allow.
+"""
+LEAVING = ("signalled", "agent_stopped", "attempt_ended", "requeued", "agent_ended")
+"""Events of a run that stops. A checkpoint that was saved before such an event does not show that the next start
+works.
+"""
+FELT_S = 180.0
+"""Seconds within which a fault ends its attempt, if at all. By default, a silent rank or node is given up earlier."""
+TRIES = 3
+"""Number of tries to inject a fault, whose target process may just have ended."""
+SAME = ("loss", "samples", "tokens", "images")
+"""Figures of a step that depend only on the state and the samples."""
+
+
+# The schedule of the faults, and the run with these faults.
+
+
+def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
+    """Return the names of the kinds of faults in a drill: ``asked``, or by default all possible kinds.
+
+    Args:
+        asked: names that were typed.
+        has: needs that the drill fulfils, of ``SLURM`` and ``SANDBOX``.
+
+    Raises:
+        ConfigError: there is no such kind, or the drill lacks a need of the kind.
+    """
+    possible = [name for name, kind in KINDS.items() if not kind.needs or kind.needs in has]
+    for name in asked:
+        if name not in KINDS:
+            likely = (closest(name, list(KINDS)) or possible)[0]
+            raise ConfigError(f"--kinds {name}", f"some of {', '.join(possible)}", f"--kinds {likely}")
+        if name not in possible:
+            needs = KINDS[name].needs
+            raise ConfigError(f"--kinds {name}, which needs {needs}", f"some of {', '.join(possible)}", needs)
+    return list(dict.fromkeys(asked)) or possible
+
+
+def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_steps: int) -> list[PlannedFault]:
+    """Draw a schedule of faults: all kinds equally often if possible, in an order that the seed decides.
+
+    The rank, steps and seconds of a fault depend only on the seed and the fault's number. So a longer schedule begins
+    like a shorter schedule. ``most_steps`` is the largest number of steps before a fault.
+    """
+    shuffle = random.Random(seed)
+    order: list[str] = []
+    while len(order) < count:
+        order += shuffle.sample(list(kinds), len(kinds))
+    schedule = []
+    for number, kind in enumerate(order[:count], start=1):
+        draw = random.Random(f"{seed} {number}")
+        rank, steps = draw.randrange(ranks), draw.randint(1, most_steps)
+        seconds, salt = draw.choice(KINDS[kind].seconds), draw.randrange(2**31)
+        schedule.append(PlannedFault(number, kind, rank, steps, seconds, salt))
+    return schedule
+
+
+@dataclass(frozen=True)
+class LastFault:
+    """The last fault: Unix times of its start and its end, and whether it ends an attempt."""
+
+    struck: float
+    over: float
+    ends_attempt: bool = False
+
+
+class StuckError(RuntimeError):
+    """Raised if the run makes no progress any more."""
+
+
+def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start the command of a run with these arguments in its own session. The output goes to ``log``."""
+    command = [sys.executable, "-m", "gpt_launch", *words]
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+
+@dataclass
+class Drill:
+    """A run with faults, from its first submission to its end.
+
+    Attributes:
+        words: overrides of the run.
+        site: the run and its surroundings.
+        out: folder of the drill.
+        patience_s: seconds without an event after which the run is stuck.
+        say: function that prints a line.
+        typed: number of times that the drill has started the command.
+        faults: faults so far, each with its time.
+    """
+
+    words: Sequence[str]
+    site: Site
+    out: Path
+    patience_s: float
+    say: Callable[[str], None]
+    typed: int = 0
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    _process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        typed = {word.lstrip("+~").partition("=")[0] for word in self.words}
+        lifted = [f"{key}=null" for key in UNLIMITED if key not in typed]
+        self.words = [*self.words, *lifted, f"run_dir={self.site.folder.path}"]
+        self.site.is_over = lambda: self._process is None or self._process.poll() is not None
+
+    def run(self, schedule: Sequence[PlannedFault]) -> bool:
+        """Take the run through the faults of a schedule to its end. Returns True if all faults were made.
+
+        Raises:
+            StuckError: the run makes no progress any more.
+        """
+        try:
+            last, tries, left = LastFault(0.0, 0.0), 0, list(schedule)
+            while left and self._wait_recovered(left[0], last):
+                fault = left[0]
+                try:
+                    done = inject(fault, self.site)
+                except FaultError as error:  # Its process may just have ended.
+                    tries += 1
+                    if tries > TRIES:
+                        raise StuckError(f"{fault.kind}: {error}") from error
+                    last = LastFault(time.time(), time.time())
+                    continue
+                tries, now = 0, time.time()
+                last = LastFault(self.site.struck or now, now, fault.kind not in MILD)
+                self.faults.append({"time": last.struck, "done": done, **asdict(left.pop(0))})
+                append_json_lines(self.out / "faults.jsonl", self.faults[-1:])
+                self.say(f"{fault.number}. {fault.kind}: {done}")
+            self._wait(self._is_finished, "the end of the run")
+            return not left
+        finally:
+            self._end()
+
+    def _wait_recovered(self, fault: PlannedFault, last: LastFault) -> bool:
+        """Wait until the run has saved after the last fault and made more steps; False if it has finished."""
+
+        def has_recovered() -> bool:
+            saved = first_save(self.site.folder.read_events(), last, time.time())
+            newest = recent_records(self.site.folder.metrics(0))
+            if saved is None or not newest or newest[-1]["step"] < saved + fault.after_steps:
+                return False
+            # An older checkpoint has to take the place of a damaged one.
+            return fault.kind != "flip_bit" or len(checkpoints(self.site.folder)) > 1
+
+        self._wait(lambda: has_recovered() or self._is_finished(), f"the recovery before fault {fault.number}")
+        return not self._is_finished()
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for a condition, and repeat the command if it ends before the run.
+
+        Raises StuckError after ``patience_s`` seconds without a new event, or after too many repetitions. ``what``
+        names the condition in the message.
+        """
+        deadline, before = time.monotonic() + self.patience_s, -1
+        while not condition():
+            if self.site.is_over() and not self._is_finished():
+                self.typed += 1
+                log = self.out / "launch.log"
+                if self.typed > 2 * len(self.faults) + 3:
+                    raise StuckError(f"the command was typed {self.typed - 1} times; see {log}")
+                self._process = start_launcher(self.words, log)
+            count = len(self.site.folder.read_events())
+            if count != before:
+                deadline, before = time.monotonic() + self.patience_s, count
+            if time.monotonic() > deadline:
+                raise StuckError(f"nothing happened for {self.patience_s:g} s while waiting for {what}")
+            time.sleep(0.1)
+
+    def _is_finished(self) -> bool:
+        return is_finished(self.site.folder.read_events())
+
+    def _end(self) -> None:
+        """Wait for the launcher of a finished run; cancel an unfinished run."""
+        if self._process is None:
+            return
+        if not self._is_finished():
+            command = [sys.executable, "-m", "gpt_launch", "cancel", "--now", str(self.site.folder.path)]
+            subprocess.run(command, capture_output=True, check=False)
+        try:
+            self._process.wait(self.patience_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float) -> int | None:
+    """Return the step of the first checkpoint after a fault by the resumed attempt; None if there is none yet.
+
+    A checkpoint that an attempt saves while it stops does not count, because the next fault would hit a run that is
+    leaving. If all agents were killed, the end of the attempt has no event, but the next start has one. After
+    ``FELT_S`` seconds without an effect, the fault counts as harmless, and any checkpoint counts.
+    """
+    later = [event for event in events if event["time"] > last.struck]
+    felt = any(event["event"] in ("attempt_ended", "started") for event in later)
+    if last.ends_attempt and not felt and now - last.over < FELT_S:
+        return None
+    since = max(last.over, *(event["time"] for event in later if event["event"] in LEAVING), 0.0)
+    return next((event["step"] for event in later if event["event"] == "saved" and event["time"] > since), None)
+
+
+# The verdict: final state and samples, and the cost of each fault.
+
+
+def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
+    """Yield the differences between the files of the final checkpoints of two runs."""
+    newest = [checkpoints(run)[:1] for run in (quiet, stormy)]
+    if [] in newest:
+        yield "no final checkpoint"
+        return
+    one, other = ({str(path.relative_to(last.parent)): path for path in files_of(last)} for (last,) in newest)
+    if not one:
+        yield "the final checkpoint has no file to compare"
+    for name in sorted({*one, *other}):
+        if name not in one or name not in other:
+            yield f"{name} is not in both"
+        elif not filecmp.cmp(one[name], other[name], shallow=False):
+            yield f"{name} differs"
+
+
+def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
+    """Yield a line for each rank whose steps are missing or surplus, or have another loss or other samples."""
+    for rank in sorted({*quiet.metric_ranks(), *stormy.metric_ranks()}):
+        one, other = ({r["step"]: r for r in read_records(run.metrics(rank))} for run in (quiet, stormy))
+        missing, more = sorted(one.keys() - other), sorted(other.keys() - one)
+        if missing or more:
+            yield f"rank {rank}: steps {missing[:3] or more[:3]} are {'missing' if missing else 'too many'}"
+        both = sorted(one.keys() & other)
+        if wrong := [step for step in both if any(one[step].get(f) != other[step].get(f) for f in SAME)]:
+            yield f"rank {rank}: {len(wrong)} steps with another loss or other samples, the first is {wrong[0]}"
+    if not quiet.metric_ranks():
+        yield "no step records: the program does not record its steps (run.record of launch.worker)"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Cost of one fault: seconds until the first new step, and their parts.
+
+    If the fault ended no attempt, the cost is the longest pause between two steps until the next fault.
+    """
+
+    kind: str
+    road: str
+    """Way in which the run continued: undisturbed, in place, spare, fewer nodes, requeue, or typed again."""
+    total_s: float
+    noticed_s: float = 0.0
+    """Seconds from the fault to the end of the attempt in the event log, or until the command was repeated."""
+    started_s: float = 0.0
+    """Seconds from the end of the attempt to the start of the ranks."""
+    first_step_s: float = 0.0
+    """Seconds from the start of the ranks to the first step."""
+    again_s: float = 0.0
+    """Seconds of repeated steps."""
+
+
+def recoveries(
+    faults: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
+) -> list[Recovery]:
+    """Return the cost of each fault after which the run made a new step before the next fault.
+
+    Args:
+        faults: ``kind`` and ``time`` of each fault, oldest first.
+        events: the event log.
+        records: all step records of rank 0 with their ``time``, including repeated steps.
+    """
+    found = []
+    for fault, until in zip(faults, [*(fault["time"] for fault in faults[1:]), math.inf], strict=True):
+        at = fault["time"]
+        before = [record for record in records if record["time"] <= at]
+        done, last = (max((record[key] for record in before), default=0) for key in ("step", "attempt"))
+        # If all agents were killed, no event shows the end of the attempt, but the repeated command does.
+        ended = [event for event in events if event["event"] in ("attempt_ended", "submitted")]
+        ends = [event["time"] for event in ended if at <= event["time"] < until and event.get("cause") != "finished"]
+        newer = [record for record in records if at < record["time"] < until and record["step"] > done]
+        times = sorted(record["time"] for record in newer if not ends or record["attempt"] > last)
+        if not times:
+            continue
+        if not ends or ends[0] > times[0]:
+            steps = [at, *(moment for moment in times if not ends or moment < ends[0])]
+            pause = max(later - earlier for earlier, later in itertools.pairwise(steps))
+            found.append(Recovery(fault["kind"], "undisturbed", pause))
+            continue
+        end, first_new = ends[0], times[0]
+        begun = [event["time"] for event in events if event["event"] == "started" and end <= event["time"] <= first_new]
+        first = min(record["time"] for record in records if record["time"] > end and record["attempt"] > last)
+        start = begun[-1] if begun else first
+        parts = (end - at, start - end, max(0.0, first - start), max(0.0, first_new - first))
+        found.append(Recovery(fault["kind"], _road(events, end, first_new), first_new - at, *parts))
+    return found
+
+
+def _road(events: Sequence[Mapping[str, Any]], end: float, until: float) -> str:
+    """Return how the run continued after the end of an attempt."""
+    names = {event["event"] for event in events if end <= event["time"] <= until}
+    for name, road in (("submitted", "typed again"), ("requeued", "requeue"), (FEWER_NODES, "fewer nodes")):
+        if name in names:
+            return road
+    hosts = [event["hosts"] for event in events if event["event"] == "members" and event["time"] <= until][-2:]
+    return "spare" if len(hosts) == 2 and hosts[0] != hosts[1] else "in place"
+
+
+# The command.
 
 
 @refusing

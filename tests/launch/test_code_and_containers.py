@@ -19,7 +19,7 @@ import pytest
 from launch.config import ClusterKind
 from launch.config.cluster import ContainerRuntime
 from launch.config.compose import workload_of
-from launch.doctor.machine import check_container, container_problem
+from launch.doctor.findings import check_container, container_problem
 from launch.plan import placement as container
 from launch.plan.placement import agent_words, copy_code
 from launch.runs.environment import PACKAGES, changes, code_state, describe_code

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.agent.health import GpuReading
+from launch.bench_network.measure import partner
 from launch.config import ClusterKind
 from launch.config.compose import sweep_points
 from launch.doctor import __main__ as doctor
-from launch.doctor import job, machine, verdict
+from launch.doctor import findings, job
 from launch.doctor.__main__ import configs_of, main
-from launch.doctor.links import partner
 from launch.slurm.checks import Finding, Level
 from tests.support.commands import ROOT, call, python, run
 from tests.support.doctor_facts import FACTS, OUTPUT, request
@@ -32,20 +32,20 @@ MOUNTS = (
 
 
 def test_the_deepest_and_last_mount_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.filesystem_of(Path("/dev/shm/not/there/yet")) == "tmpfs"
+    assert findings.filesystem_of(Path("/dev/shm/not/there/yet")) == "tmpfs"
     mounts = [SimpleNamespace(mountpoint=path, fstype=kind) for path, kind in MOUNTS]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
     paths = ("/home/ada l/outputs", "/home/adam", "/scratch/x", "/scratch/tmp/x", "/scratchy")
-    assert [machine.filesystem_of(Path(path)) for path in paths] == ["nfs4", "autofs", "lustre", "gpfs", "ext4"]
+    assert [findings.filesystem_of(Path(path)) for path in paths] == ["nfs4", "autofs", "lustre", "gpfs", "ext4"]
 
 
 def test_a_folder_that_nodes_do_not_share_is_named() -> None:
     levels = {"nfs4": Level.ok, "lustre": Level.ok, "ext4": Level.warning, "overlay": Level.warning}
     for kind, level in {**levels, "tmpfs": Level.error}.items():
         seen = replace(FACTS, output=replace(OUTPUT, filesystem=kind))
-        assert [f.level for f in machine.check_output_folder(seen)] == [level]
+        assert [f.level for f in findings.check_output_folder(seen)] == [level]
         here = replace(seen, kind=ClusterKind.local)
-        assert [f.level for f in machine.check_output_folder(here)] == [Level.ok]
+        assert [f.level for f in findings.check_output_folder(here)] == [Level.ok]
 
 
 TWO_WITH_GPUS = ("nodes=2", "cluster.gpus_per_node=2")
@@ -80,7 +80,7 @@ def test_what_differs_from_a_sound_login_node_is_named_with_what_to_type(
     words: tuple[str, ...], different: dict[str, Any], fixes: dict[str, str]
 ) -> None:
     asking = request(*words)
-    found = machine.check_machine(replace(FACTS, **different), asking.config, [asking])
+    found = findings.check_machine(replace(FACTS, **different), asking.config, [asking])
     assert {one.check: one.fix for one in found if one.level is not Level.ok} == fixes
 
 
@@ -120,13 +120,13 @@ def test_the_report_and_the_exit_status(tmp_path: Path) -> None:
 
 
 def test_a_warning_is_said_once_for_all_points_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = machine.Folder("/home/ada/code/.venv", "/home/ada/code/.venv", "ext4")
-    code = machine.Folder("/home/ada/code", "/home/ada/code", "ext4")
+    inner = findings.Folder("/home/ada/code/.venv", "/home/ada/code/.venv", "ext4")
+    code = findings.Folder("/home/ada/code", "/home/ada/code", "ext4")
     elsewhere = replace(inner, filesystem="overlay")
     for programs, said in (((code, inner), {code.path}), ((code, elsewhere), {code.path, elsewhere.path})):
         seen = replace(FACTS, programs=programs)
-        assert {found.found.partition(":")[0] for found in machine.check_programs(seen)} == said
-    monkeypatch.setattr(machine, "gather", lambda *_: FACTS)
+        assert {found.found.partition(":")[0] for found in findings.check_programs(seen)} == said
+    monkeypatch.setattr(findings, "gather", lambda *_: FACTS)
     points = [["cluster=slurm", f"nodes={nodes}", f"output_dir={tmp_path}"] for nodes in (1, 2)]
     refused = ["cluster=slurm", "nodes=2", "optim.global_batch=7", f"output_dir={tmp_path}"]
     _, found, requests, _ = doctor.examine([*points, refused])
@@ -168,13 +168,13 @@ def all_rates(nodes: int, rate: float = 100.0) -> dict[tuple[int, int], float]:
 
 def bad(measured: dict[str, Any]) -> list[Finding]:
     """Warnings and errors about what was measured."""
-    return [f for f in verdict.check_results(measured) if f.level is not Level.ok]
+    return [f for f in findings.check_results(measured) if f.level is not Level.ok]
 
 
 def test_sound_nodes_are_sound() -> None:
     measured = results(all_rates(4), 4)
     assert bad(measured) == []
-    found = {finding.check: finding.found for finding in verdict.check_results(measured)}
+    found = {finding.check: finding.found for finding in findings.check_results(measured)}
     assert found["shared folder"] == "measured: seen and written by every node (nfs4)"
     assert found["matmul"] == "700 to 700 TFLOP/s a rank on H200"
 
@@ -270,8 +270,10 @@ def test_parts_that_a_node_lacks_are_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_job_that_never_ran_or_left_nothing() -> None:
     nothing = results({}, 0) | {"asked": {"nodes": 2, "ranks_per_node": 1, "cpus_per_task": 1, "gpus_per_node": None}}
-    assert [f.level for f in verdict.check_results(nothing)] == [Level.error]
-    assert [f.level for f in verdict.check_results(nothing | {"started": False, "state": "PENDING"})] == [Level.warning]
+    assert [f.level for f in findings.check_results(nothing)] == [Level.error]
+    assert [f.level for f in findings.check_results(nothing | {"started": False, "state": "PENDING"})] == [
+        Level.warning
+    ]
     apart = results({}, 3)
     for node in apart["nodes"]:
         node["skipped"] = "not every node reaches every other"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.doctor.machine import Facts
+from launch.doctor.findings import Facts
 from launch.slurm import checks as asked
 from launch.slurm import limits
 from launch.slurm.checks import Level

@@ -28,7 +28,7 @@ from launch.agent.health import (
 )
 from launch.agent.ranks import RankAgent, cpus_of_ranks
 from launch.config import Config, HealthCheckConfig, ResilienceConfig
-from launch.doctor import verdict
+from launch.doctor import findings
 from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples
 from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
@@ -133,7 +133,7 @@ def test_a_malformed_check_command_is_refused(command: object) -> None:
 def test_the_doctor_names_sick_nodes() -> None:
     sound = {"python": "3.11.7", "torch": "2.13.0", "open_files": 65536}
     nodes = [{"host": "n1", "faults": [], **sound}, {"host": "n2", "faults": ["the fan is dead"], **sound}]
-    (finding,) = verdict.check_node_records({"nodes": nodes})
+    (finding,) = findings.check_node_records({"nodes": nodes})
     assert finding.found == "n2: the fan is dead" and finding.fix == "cluster.exclude=n2"
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from launch.runs.folder import RunFolder
-from launch.storm import drill, injection
-from launch.storm.drill import LastFault, choose_kinds, first_save, make_schedule
+from launch.storm import __main__ as drill
+from launch.storm import injection
+from launch.storm.__main__ import LastFault, choose_kinds, first_save, make_schedule
 from launch.storm.injection import KINDS, SANDBOX, SLURM, Site
 from tests.support.commands import ROOT, run, start_fork
 from tests.support.planning import refused

@@ -19,8 +19,7 @@ import torch
 
 from gpt.training.loop import train
 from launch.agent.policy import Cause
-from launch.fleet.__main__ import Fleet, main, rate_interval
-from launch.fleet.openmetrics import FAMILIES
+from launch.fleet.__main__ import FAMILIES, Fleet, main, rate_interval
 from launch.plan.budget import heartbeat_file
 from launch.report import build, write
 from launch.report.goodput import CAUSES, Goodput, measure_goodput

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.report import ScalingTable, build
-from launch.report.page import page
+from launch.report import ScalingTable, build, page
 from launch.report.points import GpuUse, energy_between, read_gpu_use
 from launch.report.text import csv_text, json_text, markdown_text
 from launch.runs.environment import GpuSample, append_samples

@@ -17,9 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.report import build
+from launch.report import build, page
 from launch.report import read as columns
-from launch.report.page import page
 from launch.report.points import read_point
 from launch.report.read import read_columns, read_environment
 from launch.report.steps import RECORDED, read_run_steps, step_times

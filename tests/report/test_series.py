@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.report import ScalingTable, build
-from launch.report.page import tiles
+from launch.report import ScalingTable, build, tiles
 from launch.report.series import Medians, block_length, ratio, student
 from launch.runs.find import point_labels
 from launch.runs.overrides import point_name

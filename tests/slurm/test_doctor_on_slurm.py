@@ -14,7 +14,7 @@ import pytest
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, sweep_points, typed_config
 from launch.doctor.__main__ import examine
-from launch.doctor.machine import gather
+from launch.doctor.findings import gather
 from launch.slurm import client as scheduler
 from launch.slurm.checks import Level
 from launch.slurm.limits import advice

@@ -7,7 +7,7 @@ from functools import cache
 
 from launch.config import ClusterKind
 from launch.doctor.__main__ import configs_of
-from launch.doctor.machine import Facts, Folder
+from launch.doctor.findings import Facts, Folder
 from launch.plan.plan import make_plan
 from launch.slurm import checks as asked
 from launch.slurm import limits
