@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt.checkpoint.folders import read_manifest, step_of
+from gpt.checkpoint import read_manifest, step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt.checkpoint.folders import Manifest, read_manifest, sum_file, sync_folder
+from gpt.checkpoint import Manifest, read_manifest, sum_file, sync_folder
 from gpt.config import ModelConfig, TokenizerKind
 from gpt.conversion import StateDictAdapter, choose_adapter
 from gpt.conversion.source import SINGLE

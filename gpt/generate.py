@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt.checkpoint.folders import step_of
+from gpt.checkpoint import step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.data.tokenizers import Tokenizer, load_tokenizer

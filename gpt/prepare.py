@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt.checkpoint.folders import sum_file
-from gpt.config import DataConfig, Source, TrainConfig
-from gpt.config.train import compose_train
+from gpt.checkpoint import sum_file
+from gpt.config import DataConfig, Source, TrainConfig, compose_train
 from gpt.data.corpus import unwritable_folder_error
 from gpt.data.preparation import prepare_folder
 from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_corpus_manifest

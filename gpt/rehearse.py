@@ -24,9 +24,9 @@ import torch
 from gpt.accounting import GIB
 from gpt.accounting.hardware import expand, memory_bytes, peak_flops
 from gpt.config import CompileMode, Precision, Strategy, TrainConfig
+from gpt.planning import Machine, gpus
 from gpt.planning.auto import choose_parallelism, choose_precision
 from gpt.planning.cost import estimate
-from gpt.planning.devices import Machine, gpus
 from gpt.rehearsal.rank import rehearse_rank
 from gpt.rehearsal.report import RankRehearsal, Rehearsal, kinds_of_ranks, rehearsal_lines
 from gpt.topology import settle_steps, split_batch

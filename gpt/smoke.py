@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from gpt import checkpoint as folders
 from gpt.accounting import count
-from gpt.checkpoint import folders
 from gpt.conversion.state_dict import find_checkpoint, load_model
 from gpt.generate import Sampling, generate_tokens, make_generators
 from gpt.train import run_ranks

@@ -24,7 +24,7 @@ from launch.runs.process import lasting_imports
 with lasting_imports():
     import torch
 
-    from gpt.checkpoint.folders import Retention
+    from gpt.checkpoint import Retention
     from gpt.checkpoint.manager import CheckpointManager
     from gpt.checkpoint.memory import open_memory
     from gpt.checkpoint.target import target_of
@@ -33,8 +33,8 @@ with lasting_imports():
     from gpt.config import CheckpointConfig, Strategy, TrainConfig
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import BatchPrefetcher, Samples
+    from gpt.data.order import Stream, stream_spec
     from gpt.data.prepared import find_document_end
-    from gpt.data.stream import Stream, stream_spec
     from gpt.data.tokenizers import load_tokenizer
     from gpt.model.attention import prefer_fast_kernels
     from gpt.model.gpt import GPT, Weights

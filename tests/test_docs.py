@@ -17,8 +17,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from gpt.config import TrainConfig
-from gpt.config.train import compose_train
+from gpt.config import TrainConfig, compose_train
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, prepare_overrides, typed_config
 from launch.plan.plan import make_plan

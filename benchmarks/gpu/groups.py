@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.speed.peer_models import Shape
-from gpt.config import TrainConfig
+from gpt.config import TrainConfig, compose_train
 from gpt.config.rules import is_importable
-from gpt.config.train import compose_train
 from gpt.planning import memory
 from gpt.planning.auto import assume_precision
 from gpt.topology import split_batch

@@ -33,9 +33,8 @@ from typing import Any
 import torch
 import yaml
 
-from gpt.config import TrainConfig
+from gpt.config import TrainConfig, compose_train
 from gpt.config.rules import is_importable
-from gpt.config.train import compose_train
 from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema

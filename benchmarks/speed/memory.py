@@ -19,8 +19,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.page import chosen, stamp
-from gpt.config import TrainConfig
-from gpt.config.train import compose_train
+from gpt.config import TrainConfig, compose_train
 from gpt.planning.memory import RankMemory, per_rank
 from gpt.topology import split_batch
 from gpt.topology.check_dims import check_parallel_dims

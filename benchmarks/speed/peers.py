@@ -93,8 +93,7 @@ def serve_peer(
     data: Sequence[str] = (),
 ) -> Served:
     """Build a peer; its step takes the next of a few batches that lie ready, read from ``data`` as ours are."""
-    from gpt.config import TrainConfig
-    from gpt.config.train import compose_train
+    from gpt.config import TrainConfig, compose_train
     from gpt.data.corpus import ensure_tokens
     from gpt.data.loader import Samples
     from launch.runs.compose import to_schema

@@ -8,8 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from gpt.accounting.hardware import TERA
-from gpt.components import NOTHING
-from gpt.components.facts import part_counts
+from gpt.components import NOTHING, part_counts
 from gpt.config import AttentionBackend, Ffn, ModelConfig, Norm, NormPosition, Position, Recompute
 from gpt.config.model import CACHED
 

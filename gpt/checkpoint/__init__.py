@@ -1,6 +1,401 @@
 """Checkpoints: saved whole or not at all, verified before they are loaded, loadable on any number of ranks.
 
-``manager`` saves and loads the checkpoints of a run. A save passes ``formats`` (the files), ``part`` (their content on
-this rank), ``writer`` (the process that writes them) and ``folders`` (names, manifest and commit). A login node imports
-``folders``, ``target`` and ``upkeep``, which need no torch.
+This module has the folders and their manifests: sizes and checksums of files, commit, retention, deletion. ``manager``
+saves and loads the checkpoints of a run. A save passes ``formats`` (the files), ``part`` (their content on this rank)
+and ``writer`` (the process that writes them). A login node imports this module, ``target`` and ``upkeep``, which need
+no torch.
 """
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Descriptions of saves and of a loaded checkpoint, for the training loop.
+
+
+@dataclass(frozen=True)
+class Votes:
+    """One rank's figures about the save in flight; each training step sums them over all ranks."""
+
+    phase: int = 0
+    """Number of the phase of a save, the same on all ranks; 0 if no save is in flight."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """``done`` and ``failed`` while a save is in flight. All ranks have the same names."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed."""
+
+    step: int
+    write_s: float
+    """Seconds from the start of the save to its commit; training waited only while the state was copied."""
+    in_memory: bool
+
+
+@dataclass(frozen=True)
+class FailedSave:
+    """A failed save. A save to disk is tried again; a save to the memory of the nodes is given up."""
+
+    step: int
+    cause: str
+    failures: int
+    """Number of failed writes since the last checkpoint."""
+    in_memory: bool
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """Description of a loaded checkpoint; its tensors are in the state that was passed to ``load``."""
+
+    step: int
+    meta: dict[str, Any]
+    world_size: int
+    rank_state: dict[str, Any] | None
+    """State that this rank saved for itself; None if the number of ranks has changed."""
+    set_aside: tuple[str, ...] = ()
+    """One line with name and reason for each newer checkpoint that was damaged."""
+    is_from_memory: bool = False
+    """True if the checkpoint was loaded from the memory of the nodes."""
+    fetched_for: str | None = None
+    """Reason why a copy on another filesystem was fetched; None if none was."""
+    memory_damage: str | None = None
+    """Reason why no checkpoint in memory was loaded, or a list of the damaged copies of its parts; None without
+    either."""
+
+
+# The manifest of a checkpoint: the size and checksum of every file, and its run and step.
+
+
+NAME = "manifest.json"
+FORMAT = 1
+TENSORS = {"kind": "tensors"}
+"""``Manifest.contents`` of whole tensors by name, the default."""
+DEEPSPEED = "deepspeed"
+"""``kind`` in ``Manifest.contents`` of files that DeepSpeed has written."""
+
+
+class DamagedError(Exception):
+    """Damage of a checkpoint: the message names the file and its fault."""
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Manifest of a checkpoint: step, number of ranks and files. ``meta`` is the caller's plain JSON."""
+
+    step: int
+    world_size: int
+    time: float
+    """Unix time of the save, seconds."""
+    meta: dict[str, Any]
+    files: dict[str, FileSum]
+    """Path in the folder -> size and checksum."""
+    contents: dict[str, Any] = field(default_factory=lambda: dict(TENSORS))
+    """Format of the files: its ``kind``, and the other keys of that kind."""
+
+
+def sum_file(path: Path) -> FileSum:
+    """Compute size and sha256 of a file in one reading, in bounded memory."""
+    with path.open("rb") as file:
+        return FileSum(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest`` into ``folder``, and sync the file and the names in the folder to disk."""
+    with (folder / NAME).open("wb") as file:
+        file.write(_encode({"format": FORMAT, **dataclasses.asdict(manifest)}))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of ``folder``, and return it.
+
+    Raises:
+        DamagedError: the manifest is missing, or some byte differs from the saved one.
+        RuntimeError: it is sound, but of another version of this program.
+    """
+    try:
+        raw = (folder / NAME).read_bytes()
+    except OSError as error:
+        raise DamagedError(damage_or_raise(error, NAME)) from error
+    return decode_manifest(raw, folder / NAME)
+
+
+def decode_manifest(raw: bytes, path: Path) -> Manifest:
+    """Decode and check the content of a manifest, which was read from ``path``.
+
+    Raises:
+        DamagedError: some byte differs from the saved one.
+        RuntimeError: it is sound, but of another version of this program.
+    """
+    try:
+        value = json.loads(raw)
+        # Encoding it again and comparing each byte finds a flipped bit anywhere, also in a key or a space.
+        if _encode({key: entry for key, entry in value.items() if key != "sha256"}) != raw:
+            raise DamagedError(f"{NAME} has a wrong checksum")
+    except (ValueError, AttributeError) as error:
+        raise DamagedError(f"{NAME} is not a manifest ({error})") from error
+    if value["format"] != FORMAT:  # sound, so no DamagedError: the checkpoint must not be set aside
+        raise RuntimeError(f"{path} has format {value['format']}, and this program reads {FORMAT}")
+    files = {name: FileSum(**entry) for name, entry in value["files"].items()}
+    return Manifest(value["step"], value["world_size"], value["time"], value["meta"], files, value["contents"])
+
+
+def find_damage(path: Path, expected: FileSum) -> str | None:
+    """Compare the file at ``path`` with its size and checksum in the manifest; return the damage, None if there is
+    none.
+
+    Raises:
+        OSError: the filesystem failed for a reason that is no damage of the file.
+    """
+    try:
+        found = sum_file(path)
+    except OSError as error:
+        return damage_or_raise(error, path.name)
+    return find_difference(path.name, found, expected)
+
+
+def find_difference(name: str, found: FileSum, expected: FileSum) -> str | None:
+    """Describe how a file of size and checksum ``found`` differs from the saved one; None if it does not."""
+    if found.size != expected.size:
+        return f"{name} has {found.size} bytes instead of {expected.size}"
+    return None if found == expected else f"{name} has a wrong checksum"
+
+
+def sync_folder(path: Path) -> None:
+    """Sync the names in a folder to disk; do nothing on network filesystems that do not offer this."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    """Encode a manifest as JSON. A checksum of all other keys shows damage of the manifest itself."""
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return (json.dumps(body | {"sha256": digest}, indent=1) + "\n").encode()
+
+
+def damage_or_raise(error: OSError, name: str) -> str:
+    """Return the damage of file ``name`` that ``error`` shows. Raise ``error`` if it may be temporary."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return f"{name} is missing"
+    if error.errno == errno.EIO:  # the disk cannot return the bytes, now or later
+        return f"{name} cannot be read back from the disk"
+    raise error
+
+
+# Life of checkpoint folders: ``step_00000100`` is begun, committed, set aside, deleted. Called on one rank.
+#
+# - ``.saving_step_00000100_<token>``: being written, or the rest of a killed save.
+# - ``step_00000100``: complete; the rename that gives it this name is the commit.
+# - ``step_00000100.corrupt``: found damaged; never deleted and never read again.
+# - ``.deleting_step_00000100_<token>``: no longer kept, or the rest of a killed deletion.
+# - ``.converting_step_00000100_<token>``: a conversion to whole tensors, deleted when it has been read.
+# - ``.fetching_step_00000100_<token>``: being fetched from a copy elsewhere.
+
+
+log = logging.getLogger(__name__)
+
+COMMITTED = re.compile(r"step_(\d{8,})")
+SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
+VALIDATION_LOSS = "val_loss"
+"""Key in ``Manifest.meta`` of the validation loss (nats per token), if it was measured in the step of the save."""
+LEFT_OVER = re.compile(r"\.(saving|deleting|converting|fetching)_step_\d{8,}_[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Rule for the checkpoints to keep: each that meets at least one of these conditions."""
+
+    last: int
+    """Number of the newest checkpoints to keep."""
+    every: int = 0
+    """Checkpoints of steps that are multiples of this number are kept for good; 0 keeps none."""
+    best: int = 0
+    """Number of checkpoints to keep for the lowest validation loss. Checkpoints of unevaluated steps do not count."""
+
+
+def list_committed(folder: Path) -> list[Path]:
+    """List the folders named like ``step_00000100``, by ascending step; empty if ``folder`` does not exist."""
+    return sorted((path for path in _entries(folder) if COMMITTED.fullmatch(path.name)), key=step_of)
+
+
+def steps(folder: Path) -> list[int]:
+    """List the steps that have a checkpoint, ascending; a folder without a manifest does not count."""
+    return [step_of(path) for path in list_committed(folder) if (path / NAME).is_file()]
+
+
+def is_empty(folder: Path) -> bool:
+    """Return True if the folder of the checkpoints does not exist or is empty."""
+    return not _entries(folder)
+
+
+def list_set_aside(folder: Path) -> list[Path]:
+    """List the folders of damaged checkpoints, which were renamed to ``.corrupt`` in this or an earlier attempt."""
+    return [path for path in _entries(folder) if SET_ASIDE.fullmatch(path.name)]
+
+
+def step_of(path: Path) -> int:
+    """Return the step in the name of a complete checkpoint's folder."""
+    match = COMMITTED.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def begin(temporary: Path, step: int) -> None:
+    """Remove the temporary folders of killed saves, then create the folder to write the checkpoint of ``step`` into.
+
+    Raises:
+        FileExistsError: the step already has a checkpoint.
+    """
+    folder = temporary.parent
+    sweep(folder, keep=temporary)
+    final = final_for(folder, step)
+    if is_committed(folder, step):
+        raise FileExistsError(f"{final} is there already; a step is saved once")
+    if final.exists():
+        set_aside(final, f"{NAME} is missing")
+    temporary.mkdir(parents=True, exist_ok=True)  # writers of other ranks may have begun
+
+
+def is_committed(folder: Path, step: int) -> bool:
+    """Return True if the step has a complete checkpoint."""
+    return (final_for(folder, step) / NAME).is_file()
+
+
+def begin_temporary(folder: Path, what: str, step: int) -> Path:
+    """Create an empty folder for work on a checkpoint, and return its path.
+
+    ``what`` names the work: ``converting`` or ``fetching``.
+    """
+    # A token of its own: a process of an earlier attempt never writes into the same folder.
+    temporary = folder / f".{what}_{final_for(folder, step).name}_{secrets.token_hex(4)}"
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit(temporary: Path, step: int) -> Path:
+    """Rename a finished folder, manifest included, to its final name, which is the commit; return the new path."""
+    final = final_for(temporary.parent, step)
+    temporary.rename(final)
+    try:
+        sync_folder(final.parent)
+    except OSError as error:  # the folder has its final name even so; a second try would find the checkpoint
+        log.warning("%s may not outlive a power cut: %s", final, error)
+    return final
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Rename a damaged checkpoint to ``.corrupt``, which no load reads, and log a warning with the reason ``why``."""
+    name, number = f"{path.name}.corrupt", 1
+    while path.with_name(name).exists():
+        number += 1
+        name = f"{path.name}.corrupt.{number}"
+    try:
+        path.rename(path.with_name(name))
+    except FileNotFoundError:
+        return  # a process of an earlier attempt was faster
+    log.warning("checkpoint %s is damaged (%s): set aside as %s", path, why, name)
+
+
+def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifest]) -> set[int]:
+    """Return the steps whose checkpoints are kept.
+
+    Args:
+        saved: steps that have a checkpoint, ascending.
+        keeps: the checkpoints to keep.
+        read: reads the manifest of a step; called only if validation losses decide.
+    """
+    losses = []
+    for step in saved if keeps.best else ():
+        try:
+            loss = read(step).meta.get(VALIDATION_LOSS)
+        except (DamagedError, OSError, RuntimeError):
+            continue  # no load uses such a checkpoint either
+        if isinstance(loss, float) and math.isfinite(loss):
+            losses.append((loss, -step))  # of equal losses the newest step
+    best = [-step for _, step in sorted(losses)[: keeps.best]]
+    return {*saved[-keeps.last :], *best, *(step for step in saved if keeps.every and step % keeps.every == 0)}
+
+
+def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
+    """Delete the checkpoints that the rule ``keeps`` does not keep, except those of the steps ``spared``."""
+    saved = steps(folder)
+    kept = spared | kept_steps(saved, keeps, lambda step: read_manifest(final_for(folder, step)))
+    for step in saved:
+        if step not in kept:
+            try:
+                _delete(final_for(folder, step))
+            except OSError as error:
+                log.warning("%s cannot be deleted yet: %s", final_for(folder, step), error)
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of all steps after ``step``, because the run continues from ``step``."""
+    for path in list_committed(folder):
+        if step_of(path) > step:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    # The name is removed first: a half-deleted folder is never taken for a checkpoint.
+    doomed = path.with_name(f".deleting_{path.name}_{secrets.token_hex(4)}")
+    path.rename(doomed)
+    remove_folder(doomed)
+
+
+def sweep(folder: Path, keep: Path | None = None) -> None:
+    """Remove the temporary folders that killed processes have left, except ``keep``."""
+    for path in _entries(folder):
+        if LEFT_OVER.fullmatch(path.name) and path != keep:
+            remove_folder(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; log a warning if files remain, which the next ``sweep`` tries to delete."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s cannot be removed yet: %s", path, error)
+
+
+def final_for(folder: Path, step: int) -> Path:
+    """Return the folder of the complete checkpoint of a step."""
+    return folder / f"step_{step:08d}"
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []

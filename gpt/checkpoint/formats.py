@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from gpt.checkpoint import folders, messages
-from gpt.checkpoint.folders import DEEPSPEED, TENSORS, Manifest
+from gpt import checkpoint as folders
+from gpt.checkpoint import DEEPSPEED, TENSORS, Manifest, messages
 from gpt.checkpoint.messages import CheckpointError, explain, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import RankPart, WritePlan
 from gpt.config.rules import is_importable

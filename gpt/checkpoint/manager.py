@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpt.checkpoint import folders, messages
+from gpt import checkpoint as folders
+from gpt.checkpoint import DamagedError, FailedSave, LoadedCheckpoint, Manifest, Retention, Saved, Votes, messages
 from gpt.checkpoint import writer as jobs
-from gpt.checkpoint.folders import DamagedError, FailedSave, LoadedCheckpoint, Manifest, Retention, Saved, Votes
 from gpt.checkpoint.formats import TensorFiles
 from gpt.checkpoint.memory import MemorySave, MemoryStores, confirm, send
 from gpt.checkpoint.messages import CheckpointError, explain, run_on_all_ranks, run_on_first_rank

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from gpt.checkpoint import messages
-from gpt.checkpoint.folders import LoadedCheckpoint
+from gpt.checkpoint import LoadedCheckpoint, messages
 from gpt.checkpoint.formats import decode_index, encode_index, read_tensors
 from gpt.checkpoint.messages import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import RankPart, Report, StagedPart, rank_file, write_content, write_items

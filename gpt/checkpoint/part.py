@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
-from gpt.checkpoint.folders import FileSum, sync_folder
+from gpt.checkpoint import FileSum, sync_folder
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from gpt.checkpoint import folders
-from gpt.checkpoint.folders import (
+from gpt import checkpoint as folders
+from gpt.checkpoint import (
     NAME,
     DamagedError,
     FileSum,

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from gpt.checkpoint import folders
-from gpt.checkpoint.folders import DamagedError, Retention, read_manifest
+from gpt import checkpoint as folders
+from gpt.checkpoint import DamagedError, Retention, read_manifest
 from gpt.checkpoint.target import Target, describe_error, target_of, verify_folder
 from launch.runs.folder import RunFolder, is_newest_attempt, say
 

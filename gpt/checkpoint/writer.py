@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gpt.checkpoint import folders
-from gpt.checkpoint.folders import Manifest, Retention, write_manifest
+from gpt import checkpoint as folders
+from gpt.checkpoint import Manifest, Retention, write_manifest
 from gpt.checkpoint.messages import explain
 from gpt.checkpoint.part import (
     RankPart,

@@ -13,9 +13,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 
-from gpt.checkpoint import folders
-from gpt.config import ModelConfig, Position, TrainConfig, rules
-from gpt.config.train import HF_PREFIX
+from gpt import checkpoint as folders
+from gpt.config import HF_PREFIX, ModelConfig, Position, TrainConfig, rules
 from gpt.conversion import StateDictAdapter, architecture_fields, find_adapter, format_value
 from launch.errors import ConfigError
 from launch.runs import compose

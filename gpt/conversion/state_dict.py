@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gpt.checkpoint import folders, formats
-from gpt.checkpoint.folders import DEEPSPEED, DamagedError, Manifest, find_damage, read_manifest, sum_file
+from gpt import checkpoint as folders
+from gpt.checkpoint import DEEPSPEED, DamagedError, Manifest, find_damage, formats, read_manifest, sum_file
 from gpt.config import ModelConfig, TrainConfig
 from gpt.conversion import Rule, StateDictAdapter
 from gpt.conversion.source import (

@@ -72,7 +72,7 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
         find_document_end(config, tokens)
         return describe_tokens(config.title, tokens)
     if config.stream:
-        from gpt.data.stream import look_at_stream
+        from gpt.data.order import look_at_stream
 
         tokens = look_at_stream(config, cache)
         find_document_end(config, tokens)
@@ -179,7 +179,7 @@ def ensure_tokens(config: DataConfig, cache: Path, val_tokens: int = 0) -> Token
     if config.source is Source.tokens:
         return open_tokens(config)
     if config.stream:
-        from gpt.data.stream import open_stream
+        from gpt.data.order import open_stream
 
         try:
             return open_stream(config, cache, val_tokens)

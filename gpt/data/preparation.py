@@ -34,8 +34,7 @@ import numpy.typing as npt
 from filelock import FileLock
 from tqdm import tqdm
 
-from gpt.config import TokenFileFormat, TokenizerKind
-from gpt.config.train import is_installed
+from gpt.config import TokenFileFormat, TokenizerKind, is_installed
 from gpt.data.prepared import FORMAT, MANIFEST, SPLITS, TOKENIZER, TokenSource, open_folder, read_corpus_manifest
 from gpt.data.shards import (
     TRAIN,

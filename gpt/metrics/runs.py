@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from gpt.checkpoint import folders
+from gpt import checkpoint as folders
 from launch.runs.events import saves_that_count
 from launch.runs.folder import RunFolder, read_json, read_mapping, write_json
 from launch.runs.records import StepRecord, read_records

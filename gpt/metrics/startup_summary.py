@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from gpt.accounting import training_flops_per_token
-from gpt.config import Ffn, Float8, ModelConfig, TrainConfig
+from gpt.config import Ffn, Float8, ModelConfig, TrainConfig, float8_words
 from gpt.config.optim import ADAMW, MUON, describe_schedule
-from gpt.config.train import float8_words
 from gpt.parallel.distributed import World
 from launch.errors import counted
 from launch.runs.environment import cpu_name, describe_place, driver_version, library_versions

@@ -10,8 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gpt.components import load_part
-from gpt.components.facts import owner_of
+from gpt.components import load_part, owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention, Cache, LayerCache, softcap
 from gpt.model.ffn import DenseFfn, MixtureOfExperts

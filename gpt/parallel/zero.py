@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils._pytree import tree_map_only
 
-from gpt.checkpoint.folders import DEEPSPEED, Manifest
+from gpt.checkpoint import DEEPSPEED, Manifest
 from gpt.checkpoint.formats import LOOSE_FILES, MODEL_FILE, MOMENTS, TensorFiles, deepspeed_tag, open_as_tensors
 from gpt.checkpoint.messages import run_on_all_ranks
 from gpt.checkpoint.part import RankPart

@@ -9,7 +9,7 @@ The estimate ranks layouts. It does not model kernels and stragglers. Its assump
   exposed: that of tensor, context and expert parallelism inside a layer, sends between pipeline stages, and the
   all-reduce of gradients after the last micro-batch.
 
-gpt/planning/devices.py has the cost of a collective.
+gpt/planning/__init__.py has the cost of a collective.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gpt.accounting import (
     training_flops_per_token,
 )
 from gpt.config import AttentionBackend, CpMethod, Ffn, Recompute, Schedule, Strategy, TrainConfig
-from gpt.planning.devices import Group, Host, Machine, group, strided_group
+from gpt.planning import Group, Host, Machine, group, strided_group
 from gpt.planning.memory import reduced_width
 from gpt.planning.rank_shards import ParameterShards, elements, parameter_shards
 from gpt.topology import BUCKET_BYTES, Batch, ParallelDims, fsdp_units

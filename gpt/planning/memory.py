@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gpt.accounting import BF16, FP32, GIB, count, count_hidden
-from gpt.components.facts import optimizer_state
+from gpt.components import optimizer_state
 from gpt.config import (
     LOGITS_AT_ONCE,
     LOSS_CHUNK,

@@ -16,7 +16,7 @@ from gpt.accounting import (
     expert_rows,
     outer_shapes,
 )
-from gpt.components.facts import owner_of, part_counts
+from gpt.components import owner_of, part_counts
 from gpt.config import (
     Activation,
     AttentionBackend,

@@ -10,7 +10,7 @@ from typing import Any
 from gpt.accounting import GIB
 from gpt.config import Ffn, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.config.rules import divisors
-from gpt.planning.devices import Machine
+from gpt.planning import Machine
 from gpt.planning.memory import RankMemory, per_rank
 from gpt.topology import Batch, ParallelDims, split_batch
 from gpt.topology.check_dims import check_parallel_dims

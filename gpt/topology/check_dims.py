@@ -9,8 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from gpt.components import KINDS_OF_PARALLELISM
-from gpt.components.facts import optimizer_state, part_counts
+from gpt.components import KINDS_OF_PARALLELISM, optimizer_state, part_counts
 from gpt.config import (
     CpMethod,
     ExpertMatmul,

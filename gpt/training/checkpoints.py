@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint.folders import VALIDATION_LOSS, FailedSave, LoadedCheckpoint, Saved, Votes
-from gpt.config.train import RESUMABLE
+from gpt.checkpoint import VALIDATION_LOSS, FailedSave, LoadedCheckpoint, Saved, Votes
+from gpt.config import RESUMABLE
 from gpt.data.order import PassedOver
 from gpt.metrics.writers import MetricWriters
 from gpt.training.guards import MAX_ROLLBACKS, BadSteps, checkpoint_before, is_bad, last_rollback, remedy

@@ -13,13 +13,22 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from gpt import checkpoint as folders
 from gpt.accounting import count, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
-from gpt.checkpoint import folders
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.target import check_target, saved_checkpoints
-from gpt.config import ParallelConfig, Precision, Strategy, TrainConfig
-from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
+from gpt.config import (
+    LENGTH,
+    NOT_IN_POINT,
+    RESUMABLE,
+    ParallelConfig,
+    Precision,
+    Strategy,
+    TrainConfig,
+    compose_train,
+    settle_parallel,
+)
 from gpt.conversion.source import find_source, refuse_other_model
 from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
 from gpt.data.corpus import check_fit, describe_corpus, describe_tokens, ensure_tokens
@@ -29,9 +38,8 @@ from gpt.metrics.startup_summary import describe_rank, render_summary, software
 from gpt.model.gpt import GPT, Weights, initial_weights
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
-from gpt.planning import memory
+from gpt.planning import Machine, cpus, free_memory, gpus, memory
 from gpt.planning.auto import choose_parallelism, choose_precision, choose_tf32, execution_warnings
-from gpt.planning.devices import Machine, cpus, free_memory, gpus
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, refuse_other_rates, settle_steps, split_batch
 from gpt.topology.check_dims import check_parallel_dims, refuse_without_deepspeed

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt.checkpoint.folders import Votes
+from gpt.checkpoint import Votes
 from gpt.config import Ffn
 from gpt.config.optim import lr_at
 from gpt.metrics.startup_summary import memory_gib

@@ -18,11 +18,19 @@ from omegaconf import DictConfig
 from gpt.accounting import count, training_flops_per_token
 from gpt.accounting.hardware import expand, peak_flops
 from gpt.checkpoint.target import check_target, saved_checkpoints, saved_copies
-from gpt.config import Device, ModelConfig, TrainConfig
-from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths
+from gpt.config import (
+    LENGTH,
+    NOT_IN_POINT,
+    RESUMABLE,
+    Device,
+    ModelConfig,
+    TrainConfig,
+    make_paths_absolute,
+    refuse_two_lengths,
+)
 from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe_corpus
-from gpt.planning import memory
+from gpt.planning import Machine, memory
 from gpt.planning.auto import (
     LayoutChoice,
     assume_precision,
@@ -33,7 +41,6 @@ from gpt.planning.auto import (
     refuse_tf32,
     typed_keys,
 )
-from gpt.planning.devices import Machine
 from gpt.planning.search import layout_text
 from gpt.topology import refuse_other_rates, settle_steps, split_batch
 from gpt.topology.check_dims import check_parallel_dims, refuse_without_deepspeed

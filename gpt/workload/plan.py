@@ -11,10 +11,21 @@ from typing import Any
 
 from gpt.accounting import GIB, count, count_hidden, training_flops_per_token
 from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops
-from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
+from gpt.config import (
+    Device,
+    Float8,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    Strategy,
+    TrainConfig,
+    float8_words,
+    nearest_divisor,
+    prevents_chunked_loss,
+)
 from gpt.config.optim import MUON, describe_extended_schedule, describe_schedule, muon_options
-from gpt.config.train import float8_words, prevents_chunked_loss
 from gpt.data.corpus import Corpus
+from gpt.planning import Machine, cpus, free_memory, gpus, known_gpu, with_network
 from gpt.planning.auto import (
     ParallelChoice,
     choose_compile,
@@ -24,7 +35,6 @@ from gpt.planning.auto import (
     many_time_limits,
 )
 from gpt.planning.cost import estimate
-from gpt.planning.devices import Machine, cpus, free_memory, gpus, known_gpu, with_network
 from gpt.planning.memory import RankMemory, checkpoint_bytes, in_memory_bytes, per_rank, staging_bytes
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, settle_steps, split_batch

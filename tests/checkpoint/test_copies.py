@@ -10,8 +10,7 @@ from unittest import mock
 
 import pytest
 
-from gpt.checkpoint import upkeep
-from gpt.checkpoint.folders import NAME, DamagedError, Manifest, Retention, sum_file, write_manifest
+from gpt.checkpoint import NAME, DamagedError, Manifest, Retention, sum_file, upkeep, write_manifest
 from gpt.checkpoint.messages import CheckpointError
 from gpt.checkpoint.target import Target, check_target
 from gpt.checkpoint.upkeep import LAST_TRIES, Upkeep, UpkeepPlan, fetch_newest

@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt.checkpoint import folders, manager, upkeep
-from gpt.checkpoint.folders import Retention, Saved
+from gpt import checkpoint as folders
+from gpt.checkpoint import Retention, Saved, manager, upkeep
 from gpt.checkpoint.messages import CheckpointError
 from gpt.checkpoint.target import saved_checkpoints
 from gpt.checkpoint.upkeep import UpkeepPlan

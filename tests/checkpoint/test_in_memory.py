@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.checkpoint.folders import FailedSave, FileSum, Manifest, Retention, Saved
+from gpt.checkpoint import FailedSave, FileSum, Manifest, Retention, Saved
 from gpt.checkpoint.memory import MemoryStores, neighbors
 from gpt.checkpoint.messages import decode_value, encode_value
 from gpt.checkpoint.writer import ProcessWriter, Writer
@@ -289,9 +289,9 @@ FORGED = [
         for plain in (
             {"dataclass": ["subprocess:Popen", [["args", ["touch", "harmed"]]]]},
             {"dataclass": ["os:system", [["command", "touch harmed"]]]},
-            {"dataclass": ["gpt.checkpoint.folders:sum_file", [["path", {"path": "/etc/passwd"}]]]},
-            {"dataclass": ["gpt.checkpoint.folders:Path", []]},
-            {"enum": ["gpt.checkpoint.folders:FileSum", "size"]},
+            {"dataclass": ["gpt.checkpoint:sum_file", [["path", {"path": "/etc/passwd"}]]]},
+            {"dataclass": ["gpt.checkpoint:Path", []]},
+            {"enum": ["gpt.checkpoint:FileSum", "size"]},
             {"tensor": ["load", [1], ""]},
             {"eval": "1"},
             {"path": "a", "tuple": []},

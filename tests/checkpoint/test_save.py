@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from gpt.checkpoint import folders, part
-from gpt.checkpoint.folders import VALIDATION_LOSS, FailedSave, Retention, Saved
+from gpt import checkpoint as folders
+from gpt.checkpoint import VALIDATION_LOSS, FailedSave, Retention, Saved, part
 from gpt.checkpoint.manager import OutdatedAttemptError, room_error
 from gpt.checkpoint.messages import CheckpointError
 from gpt.checkpoint.part import SharedMemory

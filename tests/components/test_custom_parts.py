@@ -13,8 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.accounting import block_shapes, count, forward_flops, outer_shapes, training_flops
-from gpt.components import source_digest
-from gpt.components.facts import optimizer_state, owner_of
+from gpt.components import optimizer_state, owner_of, source_digest
 from gpt.config import DataConfig, ModelConfig, Norm, Precision, Recompute
 from gpt.conversion import choose_adapter
 from gpt.data.spec import build_spec

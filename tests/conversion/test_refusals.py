@@ -25,9 +25,9 @@ from gpt.config import (
     NormPosition,
     Position,
     TrainConfig,
+    compose_train,
     rules,
 )
-from gpt.config.train import compose_train
 from gpt.conversion import ADAPTERS, StateDictAdapter, architecture_fields, choose_adapter, find_adapter
 from gpt.conversion.source import differences, find_source
 from gpt.conversion.state_dict import VOCABULARY, from_hf, read_source, to_hf, verify_source

@@ -28,8 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from gpt.config import Activation, Ffn, ModelConfig, Norm, RopeScaling, TrainConfig
-from gpt.config.train import compose_train
+from gpt.config import Activation, Ffn, ModelConfig, Norm, RopeScaling, TrainConfig, compose_train
 from gpt.conversion import choose_adapter
 from gpt.conversion.source import find_source
 from gpt.conversion.state_dict import State, VerifiedSource, read_source, to_hf, verify_source

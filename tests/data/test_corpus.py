@@ -19,8 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from gpt.config import DataConfig, ModelConfig, Source, TokenizerKind, TrainConfig
-from gpt.config.train import compose_train
+from gpt.config import DataConfig, ModelConfig, Source, TokenizerKind, TrainConfig, compose_train
 from gpt.data.corpus import check_fit, describe_corpus, ensure_tokens, num_windows
 from gpt.data.prepared import TokenSource
 from gpt.data.spec import build_spec, prepare_command, stdlib_files

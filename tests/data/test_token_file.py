@@ -10,15 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.config import DataConfig, Source, TokenDtype, TokenFileFormat, TokenizerKind, TrainConfig, WeightedPath
-from gpt.config.train import compose_train
+from gpt.config import (
+    DataConfig,
+    Source,
+    TokenDtype,
+    TokenFileFormat,
+    TokenizerKind,
+    TrainConfig,
+    WeightedPath,
+    compose_train,
+)
 from gpt.data import shards
 from gpt.data.corpus import check_fit, describe_corpus, ensure_tokens
 from gpt.data.loader import Samples
+from gpt.data.order import Stream
 from gpt.data.preparation import make_tokenizer, prepare_folder
 from gpt.data.prepared import find_document_end, open_tokens
 from gpt.data.spec import build_spec
-from gpt.data.stream import Stream
 from gpt.data.token_file import open_token_files, read_token_file, split_end, token_dtype, write_split
 from gpt.prepare import prepare_corpus
 from launch.errors import ConfigError
@@ -314,7 +322,7 @@ def test_a_stream_continues_anywhere_from_its_state(config: DataConfig, monkeypa
         assert in_order(stream, 40, index) == expected[index : index + 40], "back, as after a roll-back"
     read: list[int] = []
     real = shards.read_shard
-    monkeypatch.setattr("gpt.data.stream.read_shard", lambda spec, shard: read.append(1) or real(spec, shard))
+    monkeypatch.setattr("gpt.data.order.read_shard", lambda spec, shard: read.append(1) or real(spec, shard))
     again = stream_of(config)
     again.restore(stream.state(1111))
     again.read(1111)

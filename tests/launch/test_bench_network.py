@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.planning.devices import Group, Link, Machine, strided_group, with_network
+from gpt.planning import Group, Link, Machine, strided_group, with_network
 from launch.bench_network.__main__ import Sample, fit_link, fit_network, main
 from launch.bench_network.measure import group_ranks, tier_group_sizes
 from launch.runs.measured import COLLECTIVES, LinkFit, Network, network_document, read_network, terms

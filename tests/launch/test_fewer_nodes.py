@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpt.checkpoint import folders
+from gpt import checkpoint as folders
 from launch.plan.plan import Plan
 from launch.plan.preflight import plan_text
 from launch.runs.events import select_events

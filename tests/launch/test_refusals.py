@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.config import OptimConfig, TrainConfig
-from gpt.config.train import NOT_IN_POINT, RESUMABLE, compose_train
+from gpt.config import NOT_IN_POINT, RESUMABLE, OptimConfig, TrainConfig, compose_train
 from gpt.topology import split_batch
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt.checkpoint.messages import CheckpointError
-from gpt.config import TrainConfig
-from gpt.config.train import compose_train
+from gpt.config import TrainConfig, compose_train
 from gpt.conversion.state_dict import load_model
 from gpt.topology.check_dims import check_parallel_dims
 from gpt.training.run import Run

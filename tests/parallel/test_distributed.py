@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import PipelineStage
 
-from gpt.config.train import Device
+from gpt.config import Device
 from gpt.parallel import distributed
 from gpt.parallel.context import SequenceShard
 from gpt.parallel.nd import COLLECTIVE

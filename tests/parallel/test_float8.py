@@ -133,7 +133,7 @@ def test_what_it_does_not_go_together_with_is_refused(words: list[str], found: s
 
 
 def test_without_the_package_its_extra_is_named() -> None:
-    with mock.patch("gpt.config.train.is_importable", return_value=False), pytest.raises(ConfigError) as refused:
+    with mock.patch("gpt.config.is_importable", return_value=False), pytest.raises(ConfigError) as refused:
         compose("float8=rowwise")
     assert "package torchao is not installed" in str(refused.value) and "[float8]" in str(refused.value)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.config import AttentionBackend, CompileMode, Precision, Recompute, TrainConfig
-from gpt.config.train import compose_train
+from gpt.config import AttentionBackend, CompileMode, Precision, Recompute, TrainConfig, compose_train
 from gpt.planning.auto import (
     choose_compile,
     choose_precision,
@@ -297,7 +296,7 @@ def test_precision(words: list[str], on_cpus: bool, gpu: str | None, chosen: str
 
 @pytest.mark.parametrize("began", ["fp32", "bf16", "fp16"])
 def test_a_run_keeps_the_precision_it_began_with(began: str, tmp_path: Path) -> None:
-    from gpt.config.train import compose_train
+    from gpt.config import compose_train
 
     write_config(RunFolder(tmp_path), compose_train([f"precision={began}"]), [])
     for on_cpus, gpu in ((True, None), (False, H100), (False, V100), (False, None)):

@@ -11,10 +11,9 @@ import pytest
 
 from gpt.accounting import GIB
 from gpt.accounting.hardware import peak_flops
-from gpt.config import ParallelConfig, Strategy, TrainConfig
-from gpt.config.train import compose_train, settle_parallel
+from gpt.config import ParallelConfig, Strategy, TrainConfig, compose_train, settle_parallel
+from gpt.planning import Machine, cpus, gpus
 from gpt.planning.auto import NO_DIFFERENCE, LayoutChoice, ParallelChoice, choose_parallelism, rank_layouts, typed_keys
-from gpt.planning.devices import Machine, cpus, gpus
 from gpt.planning.memory import per_rank
 from gpt.planning.search import candidates, table
 from gpt.topology import split_batch

@@ -27,8 +27,8 @@ from gpt.config import (
     Strategy,
     TrainConfig,
 )
+from gpt.planning import Group, Host, Link, Machine, cpus, gpus, group, strided_group
 from gpt.planning.cost import Estimate, RankStep, estimate
-from gpt.planning.devices import Group, Host, Link, Machine, cpus, gpus, group, strided_group
 from gpt.topology import ParallelDims, parallel_dims, split_batch
 from gpt.workload.plan import estimated_step, requested_machine
 from launch.config.cluster import ClusterConfig, ClusterKind

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scale.projection import TITLES, predict
-from gpt.planning.devices import CPU_FLOPS_PER_S
+from gpt.planning import CPU_FLOPS_PER_S
 from launch.config import ClusterKind
 from launch.project.__main__ import main, parse_node_counts
 from launch.project.models import Measured, cost_model, fit_costs, fit_trend, minimum, spread_of

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from gpt.checkpoint.folders import steps
+from gpt.checkpoint import steps
 from gpt.metrics.writers import Records, StepsCsv, View
 from launch import cancel
 from launch.agent.node import start_time

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.checkpoint.folders import Saved, final_for
+from gpt.checkpoint import Saved, final_for
 from gpt.checkpoint.manager import CheckpointManager
 
 

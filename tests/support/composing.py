@@ -14,8 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt.config import TrainConfig
-from gpt.config.train import compose_train
+from gpt.config import TrainConfig, compose_train
 from launch.runs.compose import to_schema
 
 VALUES = ("model.", "optim.", "parallel.", "eval.")

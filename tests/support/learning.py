@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gpt.checkpoint.folders import FailedSave
+from gpt.checkpoint import FailedSave
 from gpt.checkpoint.messages import CheckpointError
 from gpt.config import Strategy, TrainConfig
 from gpt.model.layers import autocast

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import gpt
 import launch
-from gpt.config.train import compose_train
+from gpt.config import compose_train
 from gpt.workload import PRELOAD
 from launch.runs.process import lasting_imports
 

@@ -25,8 +25,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from gpt import export, smoke
 from gpt.compare import curve, interpolate, main
-from gpt.config import TrainConfig
-from gpt.config.train import RESUMABLE, compose_train
+from gpt.config import RESUMABLE, TrainConfig, compose_train
 from gpt.conversion.source import find_source
 from gpt.conversion.state_dict import load_model, open_run
 from gpt.data.corpus import ensure_tokens

@@ -18,9 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt.config import OptimConfig, TrainConfig
+from gpt.config import OptimConfig, TrainConfig, compose_train
 from gpt.config.optim import DecayShape, LrSchedule
-from gpt.config.train import compose_train
 from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import Samples
 from gpt.model.gpt import GPT, initialize

@@ -24,7 +24,7 @@ from torch.autograd import DeviceType
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.config.train import CompileMode, is_installed
+from gpt.config import CompileMode, is_installed
 from gpt.metrics import writers
 from gpt.metrics.writers import console_line
 from gpt.model.gpt import GPT

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.checkpoint import folders
+from gpt import checkpoint as folders
 from gpt.config import TrainConfig
 from gpt.config.optim import describe_extended_schedule
 from gpt.training.step import queue_step
