@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gpt.metrics.runs import describe_run
+from gpt.metrics import describe_run
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.compose import flatten, plain
 from launch.runs.find import find_runs, labels_inside, labels_of

@@ -21,14 +21,13 @@ from typing import cast
 
 import torch
 
-from gpt.accounting import GIB
-from gpt.accounting.hardware import expand, memory_bytes, peak_flops
+from gpt.accounting import GIB, expand, memory_bytes, peak_flops
 from gpt.config import CompileMode, Precision, Strategy, TrainConfig
 from gpt.planning import Machine, gpus
 from gpt.planning.auto import choose_parallelism, choose_precision
 from gpt.planning.cost import estimate
+from gpt.rehearsal import RankRehearsal, Rehearsal, kinds_of_ranks, rehearsal_lines
 from gpt.rehearsal.rank import rehearse_rank
-from gpt.rehearsal.report import RankRehearsal, Rehearsal, kinds_of_ranks, rehearsal_lines
 from gpt.topology import settle_steps, split_batch
 from gpt.topology.check_dims import check_parallel_dims
 from gpt.training.run import parse_request

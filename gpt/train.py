@@ -38,10 +38,9 @@ with lasting_imports():
     from gpt.data.tokenizers import load_tokenizer
     from gpt.model.attention import prefer_fast_kernels
     from gpt.model.gpt import GPT, Weights
-    from gpt.parallel.compile import convert_linears, prepare_blocks
-    from gpt.parallel.distributed import World, open_world, set_timeouts
-    from gpt.parallel.dtensor import materialize
+    from gpt.parallel.distributed import World, load_deepspeed, open_world, set_timeouts
     from gpt.parallel.engine import Engine, RunLayout
+    from gpt.parallel.modules import convert_linears, materialize, prepare_blocks
     from gpt.topology import settle_steps, split_batch
     from gpt.topology.check_dims import check_parallel_dims
     from gpt.training.checkpoints import load
@@ -155,15 +154,11 @@ def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
     convert_linears(model, config)
     prepare_blocks(model, config)  # recomputation and compilation of each block, inside the hooks of the next
     if strategy is Strategy.deepspeed:
-        from gpt.parallel.zero import ZeroEngine, load_deepspeed
+        load_deepspeed(world)  # before the module that imports it at its top
+        from gpt.parallel.zero import ZeroEngine, ZeroPipelineEngine
 
-        load_deepspeed(world)  # before the modules that import it at their top
         materialize([model], weights, torch.device("cpu") if dims.pp > 1 else world.device)
-        if dims.pp > 1:
-            from gpt.parallel.zero_pipeline import ZeroPipelineEngine
-
-            return ZeroPipelineEngine(model, layout)
-        return ZeroEngine(model, layout)
+        return (ZeroPipelineEngine if dims.pp > 1 else ZeroEngine)(model, layout)
     if dims.pp > 1 or strategy is Strategy.fsdp or dims.model_ranks * dims.ep > 1:
         from gpt.parallel.nd import NDEngine  # context, pipeline, expert and tensor parallelism, then FSDP or replicas
         from gpt.parallel.pipeline import PipelineEngine

@@ -27,13 +27,12 @@ from benchmarks.loops import FOR_EVER, open_run, our_turn
 from benchmarks.speed.peer_models import Shape
 from benchmarks.speed.peers import serve_peer
 from benchmarks.turns import ROOT, Served, serve
-from gpt.accounting import training_flops_per_token
-from gpt.accounting.hardware import peak_flops
+from gpt.accounting import peak_flops, training_flops_per_token
 from gpt.data.loader import StepBatch, train_indices
-from gpt.metrics.startup_summary import describe_rank, software
+from gpt.metrics import describe_rank, software
 from gpt.model.attention import prefer_fast_kernels
-from gpt.parallel.compile import plain_cross_entropy
 from gpt.parallel.distributed import open_world
+from gpt.parallel.modules import plain_cross_entropy
 from gpt.planning import memory
 from gpt.training.run import Run, parse_arguments, parse_request
 from gpt.training.step import collect_together

@@ -22,10 +22,9 @@ from pathlib import Path
 
 import torch
 
-from gpt.metrics.startup_summary import memory_gib
+from gpt.metrics import memory_gib
 from gpt.metrics.writers import MetricWriters
-from gpt.parallel.distributed import open_world
-from gpt.parallel.timeline import Timeline, recorded, waiting
+from gpt.parallel.distributed import Timeline, open_world, recorded, waiting
 from gpt.train import build
 from gpt.training.diagnostics import Gradients
 from gpt.training.guards import STRAGGLER_WINDOW, StragglerJudge

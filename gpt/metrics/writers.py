@@ -16,11 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from gpt.accounting import recomputed_flops_per_token, training_flops_per_token, utilization
-from gpt.accounting.hardware import peak_flops
+from gpt.accounting import peak_flops, recomputed_flops_per_token, training_flops_per_token, utilization
 from gpt.config import Precision, TrainConfig
-from gpt.metrics.runs import RunJson
-from gpt.metrics.startup_summary import describe_rank
+from gpt.metrics import RunJson, describe_rank
 from gpt.parallel.distributed import World
 from launch import worker
 from launch.errors import duration_text

@@ -82,7 +82,7 @@ def build_ffn(config: ModelConfig) -> nn.Module:
 #
 # Every parameter is drawn on the CPU by its own generator, seeded by the run's seed and the parameter's name. So its
 # values do not depend on the order of construction, the device, the sharding, or other parameters. For a sharded model,
-# gpt/parallel/dtensor.py draws one parameter after another and keeps this rank's shard.
+# gpt/parallel/modules.py draws one parameter after another and keeps this rank's shard.
 
 
 Weights = Callable[[str, torch.Size], Tensor]

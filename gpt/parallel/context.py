@@ -15,7 +15,7 @@ from gpt.config import AttentionBackend, CpMethod, TrainConfig
 from gpt.model.attention import Attended, Attention, attend_block, attend_block_backward, causal_bias, merge_blocks
 from gpt.model.ffn import set_sequence_mean
 from gpt.model.layers import set_positions
-from gpt.parallel.timeline import waiting
+from gpt.parallel.distributed import waiting
 
 # Ring attention: keys and values circulate among the context-parallel ranks and meet every query (arXiv 2310.01889).
 #

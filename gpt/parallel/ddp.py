@@ -16,10 +16,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model.gpt import GPT
-from gpt.parallel.distributed import build_mesh
-from gpt.parallel.dtensor import local_tensor, set_tensor, split_into_buckets
+from gpt.parallel.distributed import Moment, build_mesh, current, waiting
 from gpt.parallel.engine import Clipped, RunLayout, TorchEngine, clip_replica
-from gpt.parallel.timeline import Moment, current, waiting
+from gpt.parallel.modules import local_tensor, set_tensor, split_into_buckets
 from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, ParallelDims
 
 # Row shards of replicated parameters: gradients reduce-scattered and parameters all-gathered in flat buckets.

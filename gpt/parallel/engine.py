@@ -17,11 +17,9 @@ from gpt.checkpoint.formats import TensorFiles
 from gpt.config import Pack, Precision, TrainConfig
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.layers import cross_entropy, summed_loss
-from gpt.parallel.compile import compile_loss
-from gpt.parallel.distributed import World
-from gpt.parallel.dtensor import inverse_replicas, local_tensor
+from gpt.parallel.distributed import WORLD, World
+from gpt.parallel.modules import compile_loss, inverse_replicas, local_tensor
 from gpt.parallel.optimizer import build_optimizer, skipping
-from gpt.parallel.timeline import WORLD
 from gpt.topology import Batch, ParallelDims
 
 # Clipping of gradients to a global norm, in one all-reduce with the figures of the step.
@@ -196,7 +194,7 @@ class Engine:
     layer_group: dist.ProcessGroup | None = None
     """The ranks that have the same layers (the same pipeline stage); None means all ranks."""
     timed_groups: tuple[str, ...] | None = None
-    """Groups whose waits ``gpt.parallel.timeline`` records; None if there are none, or if some waits cannot be
+    """Groups whose waits ``gpt.parallel.distributed`` records; None if there are none, or if some waits cannot be
     recorded."""
     loss_scale: LossScale | None = None
     """Loss scale of fp16, for records and checkpoints; None in other precisions."""

@@ -21,14 +21,12 @@ from gpt.config import ReduceDtype, Strategy, TrainConfig
 from gpt.model.ffn import MixtureOfExperts, autocast_rows, find_mixtures, invert_order
 from gpt.model.gpt import GPT, Weights
 from gpt.model.layers import COMPUTE_DTYPES
-from gpt.parallel.compile import replace_forward
 from gpt.parallel.context import SequenceShard, shard_sequences
 from gpt.parallel.ddp import GradientReducer, ReplicaBucket
-from gpt.parallel.distributed import build_mesh, expert_mesh, mesh_without, shard_mesh
-from gpt.parallel.dtensor import all_reduce_in_buckets, local_tensor, materialize, split_into_buckets
+from gpt.parallel.distributed import build_mesh, expert_mesh, mesh_without, shard_mesh, waiting
 from gpt.parallel.engine import RunLayout, TorchEngine
+from gpt.parallel.modules import all_reduce_in_buckets, local_tensor, materialize, replace_forward, split_into_buckets
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients, vocabulary_loss
-from gpt.parallel.timeline import waiting
 from gpt.topology import BUCKET_BYTES, ParallelDims, fsdp_units, shard_dimension
 
 # FSDP2 (``fully_shard``): parameters, gradients and optimizer state sharded over the ranks (arXiv 2304.11277).
@@ -250,7 +248,7 @@ def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_pla
 
 def all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """Exchange rows with every rank of a group, in the order of ranks (all_to_all_single with unequal sizes)."""
-    # An operation of its own with a result, so that selective recomputation can keep it (gpt/parallel/compile.py).
+    # An operation of its own with a result, so that selective recomputation can keep it (gpt/parallel/modules.py).
     operations = torch.ops._c10d_functional
     with waiting("ep"):
         return operations.wait_tensor(operations.all_to_all_single(x.contiguous(), received, sent, group.group_name))

@@ -16,9 +16,8 @@ from torch.optim import _muon
 from gpt.components import build_custom_optimizer
 from gpt.config import OptimConfig
 from gpt.config.optim import ADAMW, MUON, muon_options
-from gpt.parallel.distributed import World
-from gpt.parallel.dtensor import local_tensor
-from gpt.parallel.timeline import WORLD, waiting
+from gpt.parallel.distributed import WORLD, World, waiting
+from gpt.parallel.modules import local_tensor
 
 # AdamW (arXiv 1711.05101) and its skipped steps.
 

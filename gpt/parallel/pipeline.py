@@ -30,12 +30,10 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from gpt.config import Pack, Schedule
 from gpt.model.gpt import GPT, Stage, Weights
 from gpt.model.layers import COMPUTE_DTYPES, autocast, find_documents
-from gpt.parallel.compile import replace_forward
-from gpt.parallel.distributed import mesh_without
-from gpt.parallel.dtensor import local_tensor
+from gpt.parallel.distributed import BUBBLE, mesh_without, receiving, scheduling, waiting, working
 from gpt.parallel.engine import RunLayout
+from gpt.parallel.modules import local_tensor, replace_forward
 from gpt.parallel.nd import NDEngine, reshard
-from gpt.parallel.timeline import BUBBLE, receiving, scheduling, waiting, working
 from gpt.topology.schedules import local_stages, rank_stages, stage_indices
 
 SCHEDULES = {

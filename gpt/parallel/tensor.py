@@ -28,9 +28,15 @@ from gpt.config import ParallelConfig
 from gpt.model.ffn import DenseFfn, MixtureOfExperts
 from gpt.model.gpt import GPT
 from gpt.model.layers import exponentials, write_softmax
-from gpt.parallel.compile import replace_forward
-from gpt.parallel.dtensor import all_reduce_in_buckets, compute_on_shards, distribute, local_tensor, reduce_partial
-from gpt.parallel.timeline import waiting
+from gpt.parallel.distributed import waiting
+from gpt.parallel.modules import (
+    all_reduce_in_buckets,
+    compute_on_shards,
+    distribute,
+    local_tensor,
+    reduce_partial,
+    replace_forward,
+)
 
 # The vocabulary sharded over ranks: the rows of the embedding, and the loss of logits sharded by columns.
 #

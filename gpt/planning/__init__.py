@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gpt.accounting import GIB
-from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, words_of
+from gpt.accounting import GIB, GIGA, KNOWN, TERA, expand, find, memory_bytes, words_of
 from gpt.topology import ParallelDims
 from launch.errors import ConfigError, closest
 from launch.runs.measured import COLLECTIVES, TIERS, Curve, LinkFit, MatmulRates, Network

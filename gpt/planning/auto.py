@@ -9,14 +9,13 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from gpt.accounting.hardware import find
+from gpt.accounting import find
 from gpt.config import CompileMode, Float8, ParallelConfig, Precision, Strategy, TrainConfig, check_tf32
 from gpt.planning import Machine
 from gpt.planning.cost import Estimate, estimate
 from gpt.planning.search import Candidate, LayoutSearch, SearchResult, layout_text, with_micro_batch
 from gpt.topology import Batch, parallel_dims, split_batch
-from gpt.topology.check_dims import check_parallel_dims
-from gpt.topology.deepspeed_config import casts_weights
+from gpt.topology.check_dims import casts_weights, check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import read_config
 from launch.runs.folder import RunFolder

@@ -34,7 +34,7 @@ from gpt.planning.rank_shards import (
     parameter_shards,
 )
 from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, Batch, ParallelDims, fsdp_units
-from gpt.topology.deepspeed_config import BUCKET
+from gpt.topology.check_dims import BUCKET
 from gpt.topology.schedules import StageLayers, local_stages, rank_stages
 
 # Parameters, gradients and optimizer state of one rank, in bytes: exact, for AdamW over fp32 weights.

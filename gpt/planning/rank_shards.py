@@ -303,7 +303,7 @@ class LayerBytes:
         return bytes_
 
     def products(self) -> int:
-        """Return the bytes of the results of a block's matrix products, with attention, as gpt/parallel/compile.py
+        """Return the bytes of the results of a block's matrix products, with attention, as gpt/parallel/modules.py
         saves them.
 
         If only one of attention and ffn is a class of the user, the other counts with all its saved tensors: an upper

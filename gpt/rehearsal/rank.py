@@ -35,11 +35,10 @@ from gpt.data.loader import StepBatch
 from gpt.model import attention, layers
 from gpt.model.gpt import GPT
 from gpt.parallel import context, ddp, distributed, nd
-from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.engine import Engine, RunLayout
-from gpt.rehearsal.compare import Collective
+from gpt.parallel.modules import local_tensor
+from gpt.rehearsal import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, REST, Collective, RankRehearsal
 from gpt.rehearsal.recorder import Recorder, calling_line, recording
-from gpt.rehearsal.report import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, REST, RankRehearsal
 from gpt.topology import Batch, ParallelDims
 from gpt.training.run import Run
 from gpt.training.step import queue_step
@@ -112,7 +111,7 @@ def replace_values() -> None:
 
 
 def allocate(parts: Sequence[GPT], _: Any, device: torch.device, home: torch.device | None = None) -> None:
-    """Allocate a model without values, in place of ``gpt.parallel.dtensor.materialize``."""
+    """Allocate a model without values, in place of ``gpt.parallel.modules.materialize``."""
     for part in parts:
         if any(parameter.is_meta for parameter in part.parameters()):
             part.to_empty(device=home or device)

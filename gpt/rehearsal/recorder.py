@@ -32,8 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gpt.model import layers
 from gpt.parallel.distributed import World
-from gpt.rehearsal.compare import Collective, RankGroup
-from gpt.rehearsal.report import REST
+from gpt.rehearsal import REST, Collective, RankGroup
 
 # The line of our code, or of the user's, that called an operation.
 

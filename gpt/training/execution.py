@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from gpt.config import CompileMode, Float8, ParallelConfig, Precision, TrainConfig, check_chunked_loss
-from gpt.metrics.runs import read_startup
+from gpt.metrics import read_startup
 from gpt.parallel.distributed import World, set_timeouts
 from gpt.planning.auto import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
 from launch.errors import ConfigError, counted

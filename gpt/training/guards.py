@@ -15,8 +15,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from gpt.config import DivergenceConfig, OptimConfig, TrainConfig
-from gpt.parallel.dtensor import ReplicaCheck
 from gpt.parallel.engine import MINIMUM
+from gpt.parallel.modules import ReplicaCheck
 from launch.errors import ConfigError
 from launch.runs.events import Events
 from launch.runs.records import StepRecord
@@ -281,7 +281,7 @@ def refuse_unknown_text(config: TrainConfig, val_bytes: float | None) -> None:
 
 # Replicas with different parameters end the attempt, and the failure names rank and host.
 #
-# gpt/parallel/dtensor.py compares the replicas; the launcher decides whether the host is used again.
+# gpt/parallel/modules.py compares the replicas; the launcher decides whether the host is used again.
 
 
 class ReplicaDriftError(RuntimeError):

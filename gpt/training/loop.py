@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gpt.data.loader import Samples
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import World
-from gpt.parallel.dtensor import ReplicaCheck
+from gpt.parallel.modules import ReplicaCheck
 from gpt.training.checkpoints import CheckpointSchedule, go_back, judge_step, start_save
 from gpt.training.diagnostics import CompileTime, Gradients, StepBreakdown, StepProfile
 from gpt.training.execution import StepTimeouts

@@ -14,8 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from gpt import checkpoint as folders
-from gpt.accounting import count, training_flops_per_token
-from gpt.accounting.hardware import peak_flops
+from gpt.accounting import count, peak_flops, training_flops_per_token
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.target import check_target, saved_checkpoints
 from gpt.config import (
@@ -34,7 +33,7 @@ from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify
 from gpt.data.corpus import check_fit, describe_corpus, describe_tokens, ensure_tokens
 from gpt.data.loader import BatchPrefetcher, Samples
 from gpt.data.prepared import Tokens
-from gpt.metrics.startup_summary import describe_rank, render_summary, software
+from gpt.metrics import describe_rank, render_summary, software
 from gpt.model.gpt import GPT, Weights, initial_weights
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
@@ -42,8 +41,7 @@ from gpt.planning import Machine, cpus, free_memory, gpus, memory
 from gpt.planning.auto import choose_parallelism, choose_precision, choose_tf32, execution_warnings
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, refuse_other_rates, settle_steps, split_batch
-from gpt.topology.check_dims import check_parallel_dims, refuse_without_deepspeed
-from gpt.topology.deepspeed_config import ds_config
+from gpt.topology.check_dims import check_parallel_dims, ds_config, refuse_without_deepspeed
 from gpt.training import execution as reproducibility
 from gpt.training.execution import CompileCache, best_precision
 from gpt.training.guards import DivergenceGuard, EarlyStop

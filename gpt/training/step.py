@@ -20,11 +20,10 @@ from torch import Tensor
 from gpt.checkpoint import Votes
 from gpt.config import Ffn
 from gpt.config.optim import lr_at
-from gpt.metrics.startup_summary import memory_gib
+from gpt.metrics import memory_gib
 from gpt.model.ffn import expert_counts, move_balance_bias, reset_counts
-from gpt.parallel.distributed import World
+from gpt.parallel.distributed import BUBBLE, HOST, Timeline, World, recorded, total, waiting
 from gpt.parallel.engine import Engine
-from gpt.parallel.timeline import BUBBLE, HOST, Timeline, recorded, total, waiting
 from gpt.training.diagnostics import Gradients
 from gpt.training.guards import StragglerWatch
 from gpt.training.run import Run

@@ -15,8 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from gpt.accounting import count, training_flops_per_token
-from gpt.accounting.hardware import expand, peak_flops
+from gpt.accounting import count, expand, peak_flops, training_flops_per_token
 from gpt.checkpoint.target import check_target, saved_checkpoints, saved_copies
 from gpt.config import (
     LENGTH,

@@ -9,8 +9,19 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from gpt.accounting import GIB, count, count_hidden, training_flops_per_token
-from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops
+from gpt.accounting import (
+    GIB,
+    GIGA,
+    KNOWN,
+    TERA,
+    count,
+    count_hidden,
+    expand,
+    find,
+    memory_bytes,
+    peak_flops,
+    training_flops_per_token,
+)
 from gpt.config import (
     Device,
     Float8,

@@ -42,10 +42,10 @@ from gpt.config import (
     TrainConfig,
     rules,
 )
-from gpt.metrics.startup_summary import architecture_rows, performance
+from gpt.metrics import architecture_rows, performance
 from gpt.model.gpt import GPT
 from gpt.model.layers import cross_entropy
-from gpt.parallel.compile import prepare_blocks
+from gpt.parallel.modules import prepare_blocks
 from gpt.parallel.nd import apply_fsdp
 from gpt.planning import memory as rank
 from gpt.planning.memory import RankMemory, per_rank

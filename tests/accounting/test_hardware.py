@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpt.accounting import Flops, utilization
-from gpt.accounting.hardware import expand, peak_flops
+from gpt.accounting import Flops, expand, peak_flops, utilization
 from gpt.config import Precision
 
 KNOWN_BF16 = {

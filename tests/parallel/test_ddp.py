@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from gpt.accounting import count
 from gpt.parallel import ddp, nd
 from gpt.parallel.ddp import DDPEngine, GradientReducer, all_gather_rows, row_buckets, split_parameter
-from gpt.parallel.dtensor import local_tensor, split_into_buckets
+from gpt.parallel.modules import local_tensor, split_into_buckets
 from tests.support.distributed import run_distributed
 from tests.support.learning import TINY, Alive, Operations, start, step
 

@@ -382,7 +382,7 @@ def test_timers_that_the_pipeline_cannot_run_are_refused_there_alone(tmp_path: P
 
 def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
     from gpt.topology import split_batch
-    from gpt.topology.deepspeed_config import ds_config
+    from gpt.topology.check_dims import ds_config
 
     theirs = {
         "train_batch_size": "auto",
@@ -407,7 +407,7 @@ def test_micro_batches_are_not_timed_unless_the_file_asks_for_it(tmp_path: Path)
     from deepspeed.utils.config import get_timers_config
 
     from gpt.topology import split_batch
-    from gpt.topology.deepspeed_config import ds_config
+    from gpt.topology.check_dims import ds_config
 
     asking = {"timers": {"throughput": {"enabled": True}}}
     for strategy, content in (("zero2", {}), ("ds_pp_zero1", {}), ("zero2", asking)):

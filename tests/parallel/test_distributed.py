@@ -16,8 +16,8 @@ from torch.distributed.pipelining import PipelineStage
 from gpt.config import Device
 from gpt.parallel import distributed
 from gpt.parallel.context import SequenceShard
+from gpt.parallel.distributed import BUBBLE, Span, Timeline, recorded, schedule_waits, total, waiting, working
 from gpt.parallel.nd import COLLECTIVE
-from gpt.parallel.timeline import BUBBLE, Span, Timeline, recorded, schedule_waits, total, waiting, working
 from gpt.training.step import fill_in_phases
 from launch.errors import ConfigError
 from launch.runs.events import first_failure, record_failure

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from gpt.config import Float8, Recompute, TrainConfig
 from gpt.model.gpt import GPT
-from gpt.parallel.compile import convert_linears, prepare_blocks
 from gpt.parallel.distributed import World
+from gpt.parallel.modules import convert_linears, prepare_blocks
 from gpt.parallel.optimizer import AdamW
 from gpt.training.checkpoints import load
 from gpt.training.execution import has_float8, settle_execution

@@ -19,7 +19,7 @@ from gpt.accounting import BF16, FP32
 from gpt.config import ModelConfig, ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.model import gpt
 from gpt.model.gpt import GPT
-from gpt.parallel.dtensor import local_tensor, materialize
+from gpt.parallel.modules import local_tensor, materialize
 from gpt.parallel.nd import apply_fsdp, prefetch_forward
 from gpt.planning.memory import parallel_factors, per_rank
 from gpt.planning.rank_shards import activation_bytes, cast_elements, parameter_shards

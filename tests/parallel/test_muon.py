@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt.accounting import count_hidden
 from gpt.config import TrainConfig
 from gpt.model.gpt import GPT, initialize
-from gpt.parallel.dtensor import copy_shard
+from gpt.parallel.modules import copy_shard
 from gpt.parallel.optimizer import Chunk, share_out
 from gpt.training.run import Run
 from tests.support.distributed import run_distributed

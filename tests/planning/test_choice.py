@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from gpt.accounting import GIB
-from gpt.accounting.hardware import peak_flops
+from gpt.accounting import GIB, peak_flops
 from gpt.config import ParallelConfig, Strategy, TrainConfig, compose_train, settle_parallel
 from gpt.planning import Machine, cpus, gpus
 from gpt.planning.auto import NO_DIFFERENCE, LayoutChoice, ParallelChoice, choose_parallelism, rank_layouts, typed_keys

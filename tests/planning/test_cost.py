@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.accounting import count, recomputed_flops_per_token, training_flops
-from gpt.accounting.hardware import peak_flops
+from gpt.accounting import count, peak_flops, recomputed_flops_per_token, training_flops
 from gpt.bench_matmul import main
 from gpt.config import (
     AttentionBackend,

@@ -18,10 +18,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from gpt.config import Precision, TrainConfig
 from gpt.model import layers
 from gpt.model.gpt import GPT
-from gpt.parallel import compile, nd, optimizer, pipeline
+from gpt.parallel import modules, nd, optimizer, pipeline
 from gpt.parallel.engine import Engine
+from gpt.rehearsal import GRADIENTS, OPTIMIZER, PARAMETERS, Rehearsal, rehearsal_lines
 from gpt.rehearsal.recorder import Recorder, recording
-from gpt.rehearsal.report import GRADIENTS, OPTIMIZER, PARAMETERS, Rehearsal, rehearsal_lines
 from gpt.rehearse import main, rehearse
 from gpt.training.step import queue_step
 from launch.runs.process import Phase
@@ -132,7 +132,7 @@ def wait_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         assert loss.item() >= 0
         return loss
 
-    monkeypatch.setattr(compile, "cross_entropy", criterion)
+    monkeypatch.setattr(modules, "cross_entropy", criterion)
 
 
 def compute_logits_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def leave_out_of_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def free_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile, "checkpoint", lambda block, *args, **_: block(*args))
+    monkeypatch.setattr(modules, "checkpoint", lambda block, *args, **_: block(*args))
 
 
 def leave_the_first_collective_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,6 @@ MODELS = {
 }
 ACCUMULATIONS = (1, 4)
 DEEPSPEED = (
-    "gpt.parallel.zero_pipeline",
     "gpt.parallel.zero",
     "deepspeed.checkpoint.ds_to_universal",
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt.config import DivergenceConfig
 from gpt.data.order import PassedOver
 from gpt.model.gpt import Block
-from gpt.parallel.dtensor import local_tensor
+from gpt.parallel.modules import local_tensor
 from gpt.train import train
 from gpt.training.guards import SPIKE_WINDOW, BadSteps, DivergenceGuard, checkpoint_before, last_rollback
 from gpt.training.run import Run

@@ -42,9 +42,9 @@ from gpt.config import (
 )
 from gpt.model.gpt import GPT, initial_weights
 from gpt.model.layers import cross_entropy
-from gpt.parallel.compile import compile_block, compile_loss, prepare_blocks
 from gpt.parallel.distributed import World, open_world
 from gpt.parallel.engine import RunLayout
+from gpt.parallel.modules import compile_block, compile_loss, prepare_blocks
 from gpt.topology import Batch, ParallelDims
 from gpt.training.diagnostics import CompileTime
 from gpt.training.execution import (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt.parallel.dtensor import ReplicaCheck, find_odd, local_tensor
+from gpt.parallel.modules import ReplicaCheck, find_odd, local_tensor
 from gpt.train import train
 from gpt.training import guards
 from gpt.training.guards import EarlyStop, StragglerJudge, refuse_unknown_text

@@ -29,7 +29,7 @@ from gpt.metrics import writers
 from gpt.metrics.writers import console_line
 from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
-from gpt.parallel.dtensor import inverse_replicas, local_tensor
+from gpt.parallel.modules import inverse_replicas, local_tensor
 from gpt.parallel.nd import find_timed_groups
 from gpt.topology import ParallelDims
 from gpt.train import train
