@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from glob import glob
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Optional
@@ -187,6 +188,9 @@ class ScriptOptions:
     )
     elastic: bool = key(False, "The script can resume with another number of ranks; it reads WORLD_SIZE.")
     resume_args: Any = key(None, "Further arguments from the second attempt on.")
+    checkpoint: Optional[str] = key(
+        None, "Pattern of the paths of its complete checkpoints; without such a path a restart has no resume_args."
+    )
     stop_signal: str = key(
         "SIGTERM",
         "Signal to every rank before the time limit, at preemption and by launch.cancel: the script saves and leaves.",
@@ -236,6 +240,12 @@ class ScriptOptions:
                 "script.elastic=true without script.resumes=true",
                 "a script that goes on from its own checkpoint: with another number of ranks it starts anew",
                 "script.resumes=true script.elastic=true, or script.elastic=false",
+            )
+        if "%{newest}" in str(self.resume_args) and self.checkpoint is None:
+            raise ConfigError(
+                "${newest} without script.checkpoint",
+                "a pattern of the paths of complete checkpoints, of which ${newest} is the newest",
+                "'script.checkpoint=${checkpoint_dir}/step*.pt'",
             )
         if self.resume_args is not None and not self.resumes:
             raise ConfigError(
@@ -385,12 +395,11 @@ class ScriptWorkload(Workload):
     name = "script"
     schema = ScriptConfig
     raw_keys = ("script.progress",)
-    not_in_point = tuple(
-        f"script.{key}"
-        for key in (
-            *("path", "module", "python", "workdir", "env", "resumes", "elastic", "resume_args", "stop_signal"),
-            *("silence_timeout_s", "progress", "work_per_step", "unit", "max_steps"),
-        )
+    not_in_point = (
+        "like",
+        *(f"script.{key}" for key in ("path", "module", "python", "workdir", "env", "resumes", "elastic")),
+        *(f"script.{key}" for key in ("resume_args", "checkpoint", "stop_signal", "silence_timeout_s", "progress")),
+        *(f"script.{key}" for key in ("work_per_step", "unit", "max_steps")),
     )
     resumable = tuple(key for key in not_in_point if key not in ("script.path", "script.module"))
 
@@ -403,7 +412,7 @@ class ScriptWorkload(Workload):
         References such as ``${run_dir}`` become ``%{run_dir}``, which the method ``command`` replaces when ranks start.
         """
         raw: Any = OmegaConf.to_container(document.script, resolve=False)
-        for name in ("args", "resume_args", "options", "env", "command"):
+        for name in ("args", "resume_args", "checkpoint", "options", "env", "command"):
             if (value := raw.get(name)) is not None:
                 require_known(f"script.{name}", value, [str(known) for known in document])
                 document.script[name] = keep_values(value)
@@ -422,7 +431,7 @@ class ScriptWorkload(Workload):
         cluster = request.cluster
         require_program(script, elsewhere=not request.is_local and bool(cluster.container or cluster.setup))
         work = total_work(script, request.world_size)
-        command = shlex.join(self._args(config, attempt=1))
+        command = shlex.join(self._args(config))
         again = (
             "a new start goes on from the script's own checkpoint"
             if script.resumes
@@ -433,7 +442,7 @@ class ScriptWorkload(Workload):
             rows["work"] = f"{work:,.12g} {script.unit.name} a step"
         if script.max_steps is not None:
             rows["steps"] = f"{script.max_steps:,}"
-        facts = {"command": self._args(config, attempt=1), "unit": script.unit.name, "work_per_step": work}
+        facts = {"command": self._args(config), "unit": script.unit.name, "work_per_step": work}
         return WorkloadPlan(
             rows=rows,
             facts={key: value for key, value in facts.items() if value is not None},
@@ -455,6 +464,9 @@ class ScriptWorkload(Workload):
             "attempt": attempt,
             "name": config.name,
         }
+        if script.checkpoint is not None:
+            pattern = Path(script.workdir or ".") / fill(script.checkpoint, values)
+            values["newest"] = max(glob(str(pattern)), key=os.path.getmtime, default=None)  # noqa: PTH207 (may be absolute)
 
         def place(path: str) -> str:
             if copied is None or not Path(path).is_relative_to(root):
@@ -464,7 +476,8 @@ class ScriptWorkload(Workload):
         env = {key: fill(value, values) for key, value in script.env.items() if value is not None}
         if copied is not None:
             env.setdefault("PYTHONPATH", os.pathsep.join(filter(None, (copied, os.environ.get("PYTHONPATH")))))
-        args = self._args(config, attempt, place(script.path) if script.path else None)
+        resumes = attempt > 1 and ("newest" not in values or values["newest"] is not None)
+        args = self._args(config, place(script.path) if script.path else None, resumes=resumes)
         hidden = [word for key, value in script.env.items() if value is None for word in ("-u", key)]
         if hidden:  # Set by env(1), because torch elastic sets RANK and the like last.
             args = ["env", *hidden, *args]
@@ -496,7 +509,7 @@ class ScriptWorkload(Workload):
         root = Path(found.decode().strip()) if found else start
         return CodeTree(root, partial(code_files, script=script.path), has_launcher=False)
 
-    def _args(self, config: ScriptConfig, attempt: int, path: str | None = None) -> list[str]:
+    def _args(self, config: ScriptConfig, path: str | None = None, *, resumes: bool = False) -> list[str]:
         script = config.script
         python = script.python or sys.executable
         if script.command is not None:
@@ -506,7 +519,7 @@ class ScriptWorkload(Workload):
         else:
             program = [python, path or str(script.path)]
         args = [*program, *split_args("script.args", script.args), *written_options(script.options, script.style)]
-        return args + (split_args("script.resume_args", script.resume_args) if attempt > 1 else [])
+        return args + (split_args("script.resume_args", script.resume_args) if resumes else [])
 
 
 def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:

@@ -359,7 +359,7 @@ TOKENS = {
     "hydra_plugins": 2_470,
     "launch/agent": 30_790,
     "launch/bench_network": 3_740,
-    "launch/config": 4_110,
+    "launch/config": 4_120,
     "launch/doctor": 7_080,
     "launch/fleet": 2_710,
     "launch/plan": 9_160,

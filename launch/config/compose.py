@@ -88,6 +88,8 @@ def refuse_other_workload(overrides: Sequence[str], workload: Workload) -> None:
     foreign = {*keys} - {*schema_keys(workload.schema), *schema_keys(Config)}
     if not is_default and (CONFIGS / "experiment" / f"{typed_value(overrides, 'experiment')}.yaml").is_file():
         foreign.add("experiment")
+    if is_default:
+        foreign.add("like")
     typed = [arg for arg in overrides if "=" in arg and typed_key(arg).partition(".")[0] in foreign]
     if not typed:
         return

@@ -34,7 +34,6 @@ for iter_num in range(max_iters + 1):
     if int(os.environ["RANK"]) == 0:
         print(f"iter {iter_num}: loss {loss / (iter_num + 1):.4f}, time {dt * 1000:.2f}ms, mfu -100.00%")
 """
-NANOGPT = r"script.progress=iter (?P<step>\d+): loss (?P<loss>[\d.]+), time (?P<step_time_ms>[\d.]+)ms"
 
 
 def test_options_below_options_are_written_by_dotted_names() -> None:
@@ -47,7 +46,7 @@ def test_what_is_printed_is_what_metrics_table_and_curves_say(tmp_path: Path) ->
     write_script(tmp_path, PRINTING, "train.py")
     (tmp_path / "config").mkdir()
     write_script(tmp_path, "pause = 0.05\nloss = 2.5\n", "config/small.py")
-    words = ["script.path=train.py", "script.args=config/small.py", "script.options.max_iters=30", NANOGPT]
+    words = ["script.path=train.py", "script.args=config/small.py", "script.options.max_iters=30", "like=nanogpt"]
     text = run(
         "launch nodes=2 script.unit=tokens script.work_per_step=16384", *LOCAL, *words, cwd=tmp_path
     )  # fmt: skip
@@ -97,23 +96,30 @@ def test_a_failure_is_that_of_the_command_with_its_traceback_and_is_not_started_
 
 
 ASKING = """
-import os, sys
-print("attempt", os.environ["LAUNCH_ATTEMPT"], sys.argv[1:], os.environ["WHERE"], flush=True)
-sys.exit(75 if os.environ["LAUNCH_ATTEMPT"] == "1" else 0)
+import os, pathlib, sys
+attempt = os.environ["LAUNCH_ATTEMPT"]
+print("attempt", attempt, sys.argv[1:], os.environ["WHERE"], flush=True)
+if attempt == "2" and os.environ["RANK"] == "0":
+    folder = pathlib.Path(os.environ["LAUNCH_CHECKPOINT_DIR"])
+    folder.mkdir()
+    for step in (1, 2):
+        (folder / f"step{step}.pt").touch()
+        os.utime(folder / f"step{step}.pt", (step, step))
+sys.exit(0 if attempt == "3" else 75)  # The other rank may be ended before it prints.
 """
 
 
-def test_the_exit_status_that_asks_for_the_queue_starts_again_in_place(tmp_path: Path) -> None:
+def test_an_exit_status_asks_for_another_start_which_gets_the_newest_checkpoint(tmp_path: Path) -> None:
     write_script(tmp_path, ASKING, "asking.py")
     folder = RunFolder(tmp_path / "run")
-    resuming = ["script.resumes=true", "script.resume_args=--resume", "script.args=${world_size}/${nodes}"]
-    where = "script.env.WHERE=${checkpoint_dir}"
-    run(
-        f"launch nodes=2 script.path=asking.py run_dir={folder.path}", *LOCAL, *resuming, where, cwd=tmp_path
-    )  # fmt: skip
-    assert causes(folder) == ["requested", "finished"]
-    assert printed(folder, 1) == f"attempt 1 ['2/2'] {folder.checkpoints}\n"
-    assert printed(folder, 2, rank=1) == f"attempt 2 ['2/2', '--resume'] {folder.checkpoints}\n"
+    resuming = ["script.resumes=true", 'script.resume_args="--resume=${newest}"', "script.args=${world_size}/${nodes}"]
+    words = [f"launch nodes=2 script.path=asking.py run_dir={folder.path}", *LOCAL, *resuming]
+    refused = run(*words, cwd=tmp_path, status=2)
+    assert "found: ${newest} without script.checkpoint" in refused
+    run(*words, "script.checkpoint=${checkpoint_dir}/*.pt", "script.env.WHERE=${checkpoint_dir}", cwd=tmp_path)
+    assert causes(folder) == ["requested", "requested", "finished"]
+    for attempt, resumed in ((1, []), (2, []), (3, [f"--resume={folder.checkpoints}/step2.pt"])):
+        assert printed(folder, attempt) == f"attempt {attempt} {['2/2', *resumed]} {folder.checkpoints}\n"
 
 
 def test_a_copy_of_the_code_is_that_of_the_programs_repository(tmp_path: Path) -> None:
