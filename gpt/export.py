@@ -1,6 +1,7 @@
 """Write the model of a run for other programs: ``python -m gpt.export RUN --format hf --output OUT``.
 
     python -m gpt.export outputs/gpt2_124m/default --format hf --output gpt2-mine   # a folder that transformers loads
+    python -m gpt.export RUN --format peft --output adapter              # adapters (LoRA) alone, for peft
     python -m gpt.export RUN --format torch --output model.pt --dtype bf16          # one file of torch.save
 
 Reads the newest whole checkpoint, of any number of ranks and any strategy, in one process without a GPU. An export gets
@@ -24,11 +25,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gpt.accounting import count
 from gpt.checkpoint import Manifest, read_manifest, sum_file, sync_folder
 from gpt.config import ModelConfig, TokenizerKind
 from gpt.conversion import StateDictAdapter, choose_adapter
-from gpt.conversion.source import SINGLE
-from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights, to_hf
+from gpt.conversion.source import PEFT_CONFIG, PEFT_WEIGHTS, SINGLE
+from gpt.conversion.state_dict import find_checkpoint, merge_adapters, open_run, read_weights, to_hf, to_peft
 from gpt.data.tokenizers import ABOUT, CharTokenizer, HfTokenizer, Tokenizer, load_tokenizer
 from gpt.model.gpt import GPT
 from launch.errors import CommandParser, ConfigError, refusing
@@ -112,9 +114,9 @@ def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[
 # Weights in one file, config.json, and the tokenizer.
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, name: str = SINGLE) -> None:
     """Write ``tensors`` into one safetensors file."""
-    path = folder / SINGLE
+    path = folder / name
     save_file({name: tensor.to(dtype) for name, tensor in tensors}, path, metadata={"format": "pt"})
     # The library creates files that only the owner can read. Use the permissions of the folder instead.
     path.chmod(folder.stat().st_mode & 0o666)
@@ -164,9 +166,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write; required")
     parser.add_argument(
         "--format",
-        choices=("hf", "torch"),
+        choices=("hf", "peft", "torch"),
         default="hf",
-        help="hf: a folder that transformers loads; torch: one file with our own names (default: hf)",
+        help="hf: a folder that transformers loads, with adapters (LoRA) merged into the weights; "
+        "peft: the adapters alone, as peft loads them; torch: one file with our own names (default: hf)",
     )
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights written (default: fp32)")
@@ -186,7 +189,13 @@ def export(args: argparse.Namespace) -> str:
     if os.path.lexists(out):
         raise ConfigError(f"{out} is there already", "a path where nothing is", f"--output {out}-export")
     folder, config = open_run(args.run)
-    adapter = choose_adapter(config.model) if args.format == "hf" else None
+    adapter = choose_adapter(config.model) if args.format != "torch" else None
+    if args.format == "peft" and not config.model.lora.rank:
+        raise ConfigError(
+            f"--format peft of {folder.path}, whose model has no adapters",
+            "a run with model.lora.rank of at least 1",
+            "--format hf",
+        )
     checkpoint = find_checkpoint(folder, args.step)
     origin = origin_of(folder, checkpoint)
     model = read_weights(config, checkpoint)
@@ -195,6 +204,8 @@ def export(args: argparse.Namespace) -> str:
     try:
         if adapter is None:
             write_torch_file(temporary, model.state_dict(), config.model, DTYPES[args.dtype], origin)
+        elif args.format == "peft":
+            write_peft(temporary, adapter, model, folder, origin, DTYPES[args.dtype])
         else:
             write_hf(temporary, adapter, model, folder, origin, args)
         temporary.replace(out)
@@ -205,8 +216,9 @@ def export(args: argparse.Namespace) -> str:
         else:
             temporary.unlink(missing_ok=True)
         raise
-    kind = "torch" if adapter is None else adapter.architecture
-    numbers = sum(p.numel() for p in model.parameters())
+    kind = "torch" if adapter is None else f"{args.format} {adapter.architecture}".removeprefix("hf ")
+    counted = count(config.model)
+    numbers = {"hf": counted.frozen or counted.total, "peft": counted.trained, "torch": counted.total}[args.format]
     return f"wrote {out}: {kind}, {numbers:,} parameters of step {origin['step']} in {args.dtype}"
 
 
@@ -221,15 +233,53 @@ def write_hf(
     """Write a complete folder that transformers loads, synced to disk."""
     temporary.mkdir()
     config, dtype = model.config, DTYPES[args.dtype]
-    write_weights(temporary, to_hf(model.state_dict(), adapter, config), dtype)
+    write_weights(temporary, to_hf(merge_adapters(model.state_dict(), config.lora), adapter, config), dtype)
     tokenizer: Tokenizer | None = load_tokenizer(folder.tokenizer) if (folder.tokenizer / ABOUT).is_file() else None
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder, temporary, config.block_size)
     write_configs(temporary, adapter, config, dtype, None if tokenizer is None else tokenizer.eot, origin)
-    for path in filter(Path.is_file, temporary.rglob("*")):
+    sync_files(temporary)
+
+
+def write_peft(
+    temporary: Path,
+    adapter: StateDictAdapter,
+    model: GPT,
+    folder: RunFolder,
+    origin: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Write the adapters of a model into a folder that peft loads beside the base weights, synced to disk."""
+    temporary.mkdir()
+    config, lora = model.config, model.config.lora
+    write_weights(temporary, to_peft(model.state_dict(), adapter, config), dtype, PEFT_WEIGHTS)
+    # A stack of several adapters has their ranks together. Its alpha grows alike, so that the scale is the same.
+    stacks = {
+        name.removeprefix(f"{adapter.layers}.0."): sum(module.endswith(config.adapted) for module in modules)
+        for name, modules in adapter.adapted(config).items()
+        if name.startswith(f"{adapter.layers}.0.")
+    }
+    started = (event for event in folder.read_events() if event["event"] == "initialised" and event["kind"] != "run")
+    described = {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"},
+        "base_model_name_or_path": next((event["path"] for event in started), None),
+        **{"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout},
+        "target_modules": [*stacks],
+        "rank_pattern": {name: lora.rank * adapters for name, adapters in stacks.items() if adapters > 1},
+        "alpha_pattern": {name: lora.alpha * adapters for name, adapters in stacks.items() if adapters > 1},
+        "fan_in_fan_out": adapter.transposes,
+    }
+    write_json(temporary / PEFT_CONFIG, described)
+    write_json(temporary / "exported_from.json", origin)
+    sync_files(temporary)
+
+
+def sync_files(folder: Path) -> None:
+    """Sync a folder and all its files to disk."""
+    for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    sync_folder(temporary)
+    sync_folder(folder)
 
 
 def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:

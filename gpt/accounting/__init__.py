@@ -169,11 +169,18 @@ class Parameters:
     head: int
     idle: int = 0
     """Part of ``ffn``: the experts that a token is not routed to."""
+    frozen: int = 0
+    """Part of all components: the parameters beside adapters, which are not trained."""
 
     @property
     def total(self) -> int:
         """Number of all parameters."""
-        return sum(vars(self).values()) - self.idle
+        return sum(vars(self).values()) - self.idle - self.frozen
+
+    @property
+    def trained(self) -> int:
+        """Number of the parameters that are trained: all, or with LoRA those of adapters."""
+        return self.total - self.frozen
 
     @property
     def active(self) -> int:
@@ -193,7 +200,7 @@ class Parameters:
 
     def as_dict(self) -> dict[str, int]:
         """Return the components and their sums."""
-        sums = ("total", "active", "non_embedding", "active_non_embedding")
+        sums = ("total", "trained", "active", "non_embedding", "active_non_embedding")
         return {**asdict(self), **{name: getattr(self, name) for name in sums}}
 
 
@@ -226,6 +233,7 @@ def count(model: ModelConfig) -> Parameters:
         norm=model.n_layer * sum(size(block, f"{name}.") for name in BLOCK_NORMS) + size(around, "norm."),
         head=size(around, "head."),
         idle=experts // model.n_expert * idle_experts if experts else 0,
+        frozen=model.n_layer * frozen_size(model, block) + frozen_size(model, around),
     )
 
 
@@ -236,6 +244,11 @@ BLOCK_NORMS = ("attention_norm", "ffn_norm", "attended_norm", "fed_norm")
 def size(shapes: Shapes, prefix: str = "") -> int:
     """Return the number of elements of all tensors whose name starts with ``prefix``."""
     return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
+
+
+def frozen_size(model: ModelConfig, shapes: Shapes) -> int:
+    """Return the number of elements of the tensors that are not trained."""
+    return size({name: shape for name, shape in shapes.items() if not model.trains(name)})
 
 
 def block_shapes(model: ModelConfig) -> Shapes:
@@ -304,9 +317,13 @@ def outer_shapes(model: ModelConfig) -> Shapes:
 
 
 def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> Shapes:
-    """Return the shape of a matrix, and of its bias if the model has biases."""
-    matrix: Shapes = {f"{name}.weight": (outputs, inputs)}
-    return matrix | {f"{name}.bias": (outputs,)} if model.bias else matrix
+    """Return the shapes of a matrix, of its bias if the model has biases, and of its adapter if it has one."""
+    shapes: Shapes = {f"{name}.weight": (outputs, inputs)}
+    if model.bias:
+        shapes[f"{name}.bias"] = (outputs,)
+    if name in model.adapted:
+        shapes |= {f"{name}.lora_a": (model.lora.rank, inputs), f"{name}.lora_b": (outputs, model.lora.rank)}
+    return shapes
 
 
 def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
@@ -325,6 +342,9 @@ def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
 # Training is exactly three times the forward pass. The backward pass of a product Y = X W is two products of the same
 # cost: one for the gradient of X and one for that of W. Both operands of every product here need a gradient, even in
 # the first block, since the embedding before it is trained.
+#
+# With LoRA, frozen matrices need no gradient: their products cost twice the forward pass. The first block computes no
+# gradient of its input either, which is counted all the same.
 
 
 @dataclass(frozen=True)
@@ -340,6 +360,8 @@ class Flops:
     logits: int
     """Output matrix, with the padding of the vocabulary."""
     router: int = 0
+    adapters: int = 0
+    """Products of the adapters (LoRA)."""
     custom: int = 0
     """Measured FLOPs of the user's attention, norms and positions. Causal attention is not halved."""
 
@@ -369,12 +391,14 @@ def forward_flops(model: ModelConfig, sequences: int) -> Flops:
     rows = sequences * expert_rows(model) + tokens * model.n_shared_expert if of_experts else tokens
     dense = 2 * rows * model.n_layer * (3 if model.gated else 2) * model.n_embd * model.ffn_width
     ours = not isinstance(model.attention, str)
+    sizes = {name: math.prod(shape) for name, shape in block_shapes(model).items()} if model.adapted else {}
     return Flops(
         projections=ours * 2 * tokens * model.n_layer * model.n_embd * (2 * queries + 2 * keys),
         attention=ours * 2 * sequences * 2 * queries * attention_pairs(model),
         ffn=sequences * model.n_layer * part_counts(model)["ffn"].flops if isinstance(model.ffn, str) else dense,
         logits=2 * tokens * model.n_embd * model.padded_vocab,
         router=2 * tokens * model.n_layer * model.n_embd * model.n_expert if of_experts else 0,
+        adapters=2 * tokens * model.n_layer * sum(s for name, s in sizes.items() if ".lora_" in name),
         custom=sequences * custom_flops(model),
     )
 
@@ -424,7 +448,9 @@ def training_flops(model: ModelConfig, sequences: int) -> Flops:
     computes the scores once more in the backward pass. This is a cost of the kernel, not of the model, and is not
     counted.
     """
-    return Flops(**{part: 3 * flops for part, flops in vars(forward_flops(model, sequences)).items()})
+    frozen = ("projections", "ffn", "logits", "router") if model.adapted else ()
+    once = vars(forward_flops(model, sequences))
+    return Flops(**{part: (2 if part in frozen else 3) * flops for part, flops in once.items()})
 
 
 @lru_cache(maxsize=CACHED)

@@ -33,6 +33,7 @@ from gpt.config.model import (
     ExpertBalance,
     ExpertMatmul,
     Ffn,
+    LoraConfig,
     ModelConfig,
     Norm,
     NormPosition,
@@ -67,6 +68,7 @@ __all__ = [
     "ExpertMatmul",
     "Ffn",
     "Float8",
+    "LoraConfig",
     "ModelConfig",
     "Norm",
     "NormPosition",
@@ -226,9 +228,9 @@ class TrainConfig(RunConfig):
     name: str = "${model.name}"
     """Folder under output_dir for the points of one sweep."""
     init_from: Optional[str] = None
-    """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), or the
-    folder of another run. hf:FOLDER accepts a folder of transformers only. The newest checkpoint of another run is
-    loaded. Both models must be the same. Without effect if the run already has a checkpoint."""
+    """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), an
+    adapter of peft (LoRA), or the folder of another run. hf:FOLDER accepts the first two only. The newest checkpoint of
+    another run is loaded. Both models must be the same. Without effect if the run already has a checkpoint."""
     seed: int = 1337
     """Seed of the initial weights, of dropout and of the order of the data."""
     device: Device = Device.auto

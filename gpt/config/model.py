@@ -115,12 +115,31 @@ class ExpertMatmul(Enum):
 # Schema of the architecture.
 
 
+LORA_TARGETS = {
+    **{name: f"attention.{name}" for name in ("query", "key", "value", "output")},
+    **{name: f"ffn.{name}" for name in ("gate", "up", "down")},
+}
+"""Value of ``lora.targets`` -> module of a block."""
 CACHED = 2**16
 """Number of results that a cached function of a model keeps. A search for layouts uses each of a few models thousands
 of times."""
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
 # ruff: noqa: UP007, UP045
+
+
+@dataclass
+class LoraConfig:
+    """Adapters of low rank beside frozen weights (LoRA, arXiv 2106.09685)."""
+
+    rank: int = 0
+    """Rank of the two matrices beside each target. Only they are trained. 0 trains all weights, without adapters."""
+    alpha: float = 16.0
+    """Scale of the adapters: the product of the two matrices is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of the values set to zero in the input of an adapter."""
+    targets: list[str] = field(default_factory=lambda: ["query", "value"])
+    """Linear layers of each block that have an adapter: query, key, value, output; gate, up, down."""
 
 
 @dataclass
@@ -222,6 +241,7 @@ class ModelConfig:
     """Share the output matrix with the token embedding (arXiv 1608.05859)."""
     dropout: float = 0.0
     """Share of values set to zero after the embedding, in attention's weights, and after attention and ffn (GPT-2)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of parts of your own, which read them from ``config.options``."""
 
@@ -233,7 +253,17 @@ class ModelConfig:
                 setattr(self, key, names[value])
 
     def __hash__(self) -> int:
-        return hash((*(value for key, value in vars(self).items() if key != "options"), repr(self.options)))
+        rest = (value for key, value in vars(self).items() if key not in ("options", "lora"))
+        return hash((*rest, repr(self.options), repr(self.lora)))
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Modules of a block that have an adapter, such as ``attention.query``."""
+        return tuple(LORA_TARGETS[target] for target in self.lora.targets if self.lora.rank)
+
+    def trains(self, name: str) -> bool:
+        """Return True if the parameter ``name`` is trained: every one, or with LoRA those of adapters."""
+        return not self.lora.rank or ".lora_" in name
 
     @property
     def custom_parts(self) -> dict[str, str]:

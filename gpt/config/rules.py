@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 
 from gpt.config.model import (
+    LORA_TARGETS,
     PARTS,
     Activation,
     AttentionBackend,
@@ -107,6 +108,7 @@ def check_model(model: ModelConfig) -> None:
     check_softcap(model)
     check_block(model)
     check_activation(model)
+    check_adapters(model)
     if model.ffn is Ffn.moe:
         check_experts(model)
     else:
@@ -243,6 +245,25 @@ def check_activation(model: ModelConfig) -> None:
             f"model.activation={model.activation.name} with {key}={model.dense_ffn.name}",
             f"{' or '.join(a.name for a in fitting)}, or null for the usual one",
             f"model.activation=null, or {key}=standard",
+        )
+
+
+def check_adapters(model: ModelConfig) -> None:
+    """Raise ConfigError for adapters (LoRA) of layers that the model does not have."""
+    lora = model.lora
+    check_numbers("model.lora.", lora, ("alpha",), ("rank",), dropout=(0.0, 0.99))
+    possible = [
+        target
+        for target, module in LORA_TARGETS.items()
+        if not isinstance(getattr(model, module.partition(".")[0]), str)
+        and not (model.ffn is Ffn.moe and module.startswith("ffn."))
+        and (target != "gate" or model.gated)
+    ]
+    if lora.rank and (not lora.targets or {*lora.targets} - {*possible} or len({*lora.targets}) < len(lora.targets)):
+        raise ConfigError(
+            f"model.lora.targets=[{','.join(lora.targets)}]",
+            f"linear layers of this model, each once, of {', '.join(possible) or 'which it has none'}",
+            f"model.lora.targets=[{','.join(possible[:3:2])}]" if possible else "model.lora.rank=0",
         )
 
 

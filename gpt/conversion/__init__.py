@@ -22,6 +22,7 @@ from gpt.config import (
     AttentionBackend,
     ExpertBalance,
     Ffn,
+    LoraConfig,
     ModelConfig,
     Norm,
     NormPosition,
@@ -34,7 +35,7 @@ NOT_LEARNED = frozenset(
     [
         *("name", "options", "dropout", "capacity_factor"),
         *("balance_coefficient", "balance_bias_rate", "z_coefficient"),
-        *("attention", "expert_matmul", "vocab_multiple"),
+        *("attention", "expert_matmul", "vocab_multiple", "lora"),
     ]
 )
 """Fields of ModelConfig that a trained model does not depend on: initial values, training and kernels."""
@@ -178,8 +179,8 @@ class StateDictAdapter:
 
     def rules(self, config: ModelConfig) -> list[Rule]:
         """Return the rules of a model's tensors, with a bias in every possible layer if the architecture requires
-        it."""
-        config = self.equivalent(config)
+        it. Adapters (LoRA) are no part of them."""
+        config = dataclasses.replace(self.equivalent(config), lora=LoraConfig())
         blocks = [f"blocks.{layer}.{name}" for layer in range(config.n_layer) for name in block_shapes(config)]
         found: dict[tuple[str, ...], list[str]] = {}
         for name in [*outer_shapes(config), *blocks]:
@@ -194,6 +195,17 @@ class StateDictAdapter:
             )
             for hf_names, names in found.items()
         ]
+
+    def adapted(self, config: ModelConfig) -> dict[str, list[str]]:
+        """Return the modules of transformers that have an adapter, and the modules here that each of them stacks."""
+        stacks = {
+            rule.hf_names[0]: [name.removesuffix(".weight") for name in rule.names] for rule in self.rules(config)
+        }
+        return {
+            name.removesuffix(".weight"): modules
+            for name, modules in stacks.items()
+            if name.endswith(".weight") and any(module.endswith(config.adapted) for module in modules)
+        }
 
     def hf_names(self, name: str, config: ModelConfig) -> tuple[str, ...]:
         """Return the names of a parameter's tensors in transformers: one, or for stacked experts one of each."""

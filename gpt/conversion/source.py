@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 
 from gpt import checkpoint as folders
-from gpt.config import HF_PREFIX, ModelConfig, Position, TrainConfig, rules
+from gpt.config import HF_PREFIX, LoraConfig, ModelConfig, Position, TrainConfig, rules
+from gpt.config.model import LORA_TARGETS
 from gpt.conversion import StateDictAdapter, architecture_fields, find_adapter, format_value
 from launch.errors import ConfigError
 from launch.runs import compose
@@ -26,6 +27,16 @@ from launch.runs.folder import RunFolder
 
 
 SINGLE = "model.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+"""Prefix of the names of tensors in files of peft."""
+PEFT_ONLY: dict[str, Any] = {
+    **{"peft_type": "LORA", "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None},
+    **dict.fromkeys(("use_rslora", "use_dora", "use_qalora", "use_bdlora", "lora_bias"), False),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "kasa_config"), None),
+    **dict.fromkeys(("target_parameters", "arrow_config", "monteclora_config", "velora_config"), None),
+}
+"""Key of adapter_config.json -> the value that is supported here; a missing key, or an empty value, has it, too."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -85,6 +96,8 @@ class WeightSource:
     model: ModelConfig
     step: int | None = None
     """Step of the checkpoint of a run; None for the newest."""
+    adapter: Path | None = None
+    """Folder of peft's adapter (LoRA) of the weights; None without one."""
 
 
 def find_source(init_from: str) -> WeightSource:
@@ -94,6 +107,8 @@ def find_source(init_from: str) -> WeightSource:
         ConfigError: the path has none of the kinds, or is incomplete.
     """
     path = Path(init_from.removeprefix(HF_PREFIX)).expanduser().absolute()
+    if (path / PEFT_CONFIG).is_file():
+        return inspect_adapter(path)
     if (path / HF_CONFIG).is_file():
         return WeightSource(path, False, inspect_hf_folder(path)[1])
     if init_from.startswith(HF_PREFIX):
@@ -167,6 +182,50 @@ def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
     return adapter, config
 
 
+def inspect_adapter(folder: Path) -> WeightSource:
+    """Inspect a folder of peft's adapter, whose base weights lie beside it, or where its config says.
+
+    Raises:
+        ConfigError: there are no base weights, or the adapter is damaged or not like those here.
+    """
+    path, weights = folder / PEFT_CONFIG, folder / PEFT_WEIGHTS
+    try:
+        peft = json.loads(path.read_bytes())
+        rank, alpha = int(peft["r"]), float(peft["lora_alpha"])
+        with safe_open(weights, framework="np") as file:
+            names = {*file.keys()}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise damaged_file_error(path, str(error)) from error
+    odd = [f"{key}={peft[key]}" for key, value in PEFT_ONLY.items() if peft.get(key) and peft[key] != value]
+    if odd:
+        raise ConfigError(
+            f"{', '.join(odd)} in {path}", "a plain LoRA, of one rank for all layers", "another adapter to start from"
+        )
+    base = folder if (folder / HF_CONFIG).is_file() else Path(peft.get("base_model_name_or_path") or "").absolute()
+    if not (base / HF_CONFIG).is_file():
+        raise ConfigError(
+            f"{folder}, an adapter for {peft.get('base_model_name_or_path')}, which is no local folder",
+            f"base weights beside the adapter, with their {HF_CONFIG}",
+            f"hf download {peft.get('base_model_name_or_path')} --local-dir {folder}",
+        )
+    adapter, config = inspect_hf_folder(base)
+    everywhere = replace(config, lora=LoraConfig(rank, alpha, targets=[*LORA_TARGETS]))
+    stacks = adapter.adapted(everywhere)
+    found = {adapter.canonical(name.removeprefix(PEFT_PREFIX)): name for name in names}
+    modules = [m for name, stack in stacks.items() if f"{name}.lora_A.weight" in found for m in stack]
+    targets = [target for target, module in LORA_TARGETS.items() if any(m.endswith(module) for m in modules)]
+    config = replace(config, lora=LoraConfig(rank, alpha, targets=targets))
+    wanted = {f"{name}.lora_{part}.weight" for name in adapter.adapted(config) for part in "AB"}
+    if not wanted or wanted != found.keys():
+        differing = ", ".join(sorted(wanted ^ found.keys())[:5]) or "no tensors"
+        raise ConfigError(
+            f"{weights} with {differing}",
+            f"two matrices for each adapter, of the same linear layers in each block: {', '.join(LORA_TARGETS)}",
+            "another adapter to start from",
+        )
+    return WeightSource(base, False, config, adapter=folder)
+
+
 def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, names: set[str]) -> None:
     """Raise ConfigError unless a folder has exactly the tensors of the model."""
     wanted = {name for rule in adapter.rules(config) for name in rule.hf_names}
@@ -187,7 +246,8 @@ def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
     """Return the overrides that turn ``asked`` into the architecture of ``found``; empty if its weights fit.
 
     The embedding may have more rows than the source. Training may use shorter sequences than the source, and longer
-    ones if no table of positions limits them.
+    ones if no table of positions limits them. An adapter of the source goes on being trained, or is merged into the
+    weights of a run without adapters.
     """
     there = architecture_fields(found)
     if asked.vocab_size >= found.vocab_size:
@@ -197,8 +257,11 @@ def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
     changes: dict[str, Any] = {}
     # A part decides which other keys matter and their defaults, so parts come first.
     for keys in (PART_KEYS, there.keys()):
-        here = architecture_fields(dataclasses.replace(asked, **changes))
+        here = architecture_fields(replace(asked, **changes))
         changes |= {key: there[key] for key in there if key in keys and key in here and here[key] != there[key]}
+    if asked.lora.rank and found.lora.rank and replace(found.lora, dropout=asked.lora.dropout) != asked.lora:
+        lora = found.lora
+        changes |= {"lora.rank": lora.rank, "lora.alpha": lora.alpha, "lora.targets": f"[{','.join(lora.targets)}]"}
     return [f"model.{key}={format_value(value)}" for key, value in changes.items()]
 
 
@@ -207,7 +270,7 @@ def refuse_other_model(asked: ModelConfig, source: WeightSource) -> None:
     overrides = differences(asked, source.model)
     if overrides:
         keys = [override.split("=")[0].removeprefix("model.") for override in overrides]
-        mine = ", ".join(f"model.{key}={format_value(getattr(asked, key))}" for key in keys)
+        mine = ", ".join(f"model.{key}={format_value(attrgetter(key)(asked))}" for key in keys)
         raise ConfigError(
             f"init_from={source.path} with {mine}",
             "the same model as there, since its weights fit no other",

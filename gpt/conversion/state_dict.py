@@ -19,9 +19,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from gpt import checkpoint as folders
 from gpt.checkpoint import DEEPSPEED, DamagedError, Manifest, find_damage, formats, read_manifest, sum_file
-from gpt.config import ModelConfig, TrainConfig
+from gpt.config import LoraConfig, ModelConfig, TrainConfig
 from gpt.conversion import Rule, StateDictAdapter
 from gpt.conversion.source import (
+    HF_CONFIG,
+    PEFT_CONFIG,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
     WeightSource,
     damaged_file_error,
     inspect_hf_folder,
@@ -117,6 +121,50 @@ def wrong_shapes_error(wrong: list[str]) -> ConfigError:
     return ConfigError("; ".join(wrong), "tensors of the model that is described beside them", "another copy of it")
 
 
+def merge_adapters(state: State, lora: LoraConfig) -> State:
+    """Return a state without adapters, whose products are added to the weights beside them."""
+    merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name in state:
+        if name.endswith(".lora_a"):
+            module = name.removesuffix("lora_a")
+            product = state[f"{module}lora_b"] @ state[name] * (lora.alpha / lora.rank)
+            merged[f"{module}weight"] = merged[f"{module}weight"] + product
+    return merged
+
+
+def to_peft(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the adapters of a model under peft's names.
+
+    transformers may stack several matrices by rows. The adapter of a stack has the ranks of all its adapters: its
+    second matrix is block-diagonal, without columns for matrices that have no adapter.
+    """
+    for hf_module, modules in adapter.adapted(config).items():
+        firsts = [state[f"{m}.lora_a"] for m in modules if f"{m}.lora_a" in state]
+        seconds = [state.get(f"{m}.lora_b", state[f"{m}.weight"][:, :0]) for m in modules]
+        yield f"{PEFT_PREFIX}{hf_module}.lora_A.weight", torch.cat(firsts)
+        yield f"{PEFT_PREFIX}{hf_module}.lora_B.weight", torch.block_diag(*seconds)
+
+
+def read_peft(folder: Path, adapter: StateDictAdapter, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
+    """Read the adapters of a model, fp32, from a folder of peft. Those of a stack of matrices share their first
+    matrix, so each gets a copy of it.
+
+    Raises:
+        ConfigError: the rows of an adapter are not those of its stack.
+    """
+    state: State = {}
+    with safe_open(folder / PEFT_WEIGHTS, framework="pt") as file:
+        names = {adapter.canonical(name.removeprefix(PEFT_PREFIX)): name for name in file.keys()}  # noqa: SIM118
+        for hf_module, modules in adapter.adapted(config).items():
+            first, second = (file.get_tensor(names[f"{hf_module}.lora_{part}.weight"]).float() for part in "AB")
+            rows = [shapes[f"{m}.weight"][0] for m in modules]
+            if sum(rows) != second.size(0):
+                raise wrong_shapes_error([f"lora_B of {hf_module} is {tuple(second.shape)}, for {sum(rows)} rows"])
+            for module, part in zip(modules, second.split(rows), strict=True):
+                state |= {f"{module}.lora_a": first, f"{module}.lora_b": part}
+    return state
+
+
 @dataclass(frozen=True)
 class VerifiedSource:
     """Source whose files one process has verified for all ranks. Can be sent to them."""
@@ -137,8 +185,10 @@ def verify_source(source: WeightSource) -> VerifiedSource:
     if source.is_run:
         checkpoint = find_checkpoint(open_run(source.path)[0], source.step)
         return VerifiedSource(source, sum_files([checkpoint / "manifest.json"]), checkpoint)
-    held = {*tensors_in_folder(source.path).values()}
-    return VerifiedSource(source, sum_files([source.path / "config.json", *sorted(held)]), None)
+    held = sorted({source.path / HF_CONFIG, *tensors_in_folder(source.path).values()})
+    if source.adapter is not None:
+        held += [source.adapter / PEFT_CONFIG, source.adapter / PEFT_WEIGHTS]
+    return VerifiedSource(source, sum_files(held), None)
 
 
 def sum_files(paths: list[Path]) -> dict[str, str]:
@@ -149,14 +199,22 @@ def sum_files(paths: list[Path]) -> dict[str, str]:
 def read_source(verified: VerifiedSource, model: GPT) -> State:
     """Read the state of ``model`` from a source, fp32, with every tensor in the shape of its parameter.
 
+    Without adapters if only the model has them. If only the source has them, they are merged into its weights.
+
     Raises:
         ConfigError: tensors are missing, unknown or of another shape.
     """
     source, shapes = verified.source, {name: tensor.shape for name, tensor in model.state_dict().items()}
     if verified.checkpoint is None:
         state = read_hf_folder(source.path, shapes)
+        if source.adapter is not None:
+            state |= read_peft(source.adapter, inspect_hf_folder(source.path)[0], source.model, shapes)
     else:
         state = read_weights(open_run(source.path)[1], verified.checkpoint).state_dict()
+    if not model.config.lora.rank:
+        state = merge_adapters(state, source.model.lora)
+    elif not source.model.lora.rank:
+        shapes = {name: shape for name, shape in shapes.items() if ".lora_" not in name}
     if state.keys() != shapes.keys():
         differing = sorted(state.keys() ^ shapes.keys())
         raise wrong_shapes_error([f"{name} is {'missing' if name in shapes else 'unknown'}" for name in differing])

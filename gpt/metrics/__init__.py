@@ -123,6 +123,7 @@ def architecture_rows(model: ModelConfig, counts: dict[str, int]) -> dict[str, s
     components = ("embedding", "position", "attention", "ffn", "norm", "head")
     sizes = ", ".join(f"{name} {counts[name]:,}" for name in components if counts[name])
     active = f"{counts['active']:,} active for a token, " if counts["idle"] else ""
+    active += f"{counts['trained']:,} trained, " if counts["frozen"] else ""
     heads = f"{model.n_head} heads of {model.head_dim}, {model.kv_heads} for keys and values"
     return {
         "model": f"{model.name}: {model.n_layer} layers x {model.n_embd}, {heads}",
@@ -187,6 +188,7 @@ def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
     count = training_flops_per_token(config.model)
     attention, ffn = count.projections + count.attention + count.custom, count.ffn + count.router
     shares = {"attention": attention, "feed-forward": ffn, "output matrix": count.logits}
+    shares |= {"adapters": count.adapters} if count.adapters else {}
     where = ", ".join(f"{name} {share / count.palm:.0%}" for name, share in shares.items())
     rows = {
         "arithmetic": f"{flops / 1e9:.4g} GFLOP a token (PaLM convention), {step / 1e12:.4g} TFLOP a step",

@@ -138,9 +138,9 @@ class BatchedProduct(torch.autograd.Function):
         return x_EQI.bmm(weight_EOI.mT)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         x_EQI, weight_EOI = ctx.saved_tensors
-        return gradients[0].bmm(weight_EOI), gradients[0].mT.bmm(x_EQI)
+        return gradients[0].bmm(weight_EOI), gradients[0].mT.bmm(x_EQI) if ctx.needs_input_grad[1] else None
 
 
 def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

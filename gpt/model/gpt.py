@@ -18,6 +18,7 @@ from gpt.model.layers import (
     INIT_STD,
     Documents,
     Linear,
+    LoraLinear,
     build_norm,
     build_position,
     chunked_loss,
@@ -119,17 +120,21 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """Draw one whole parameter, or the value of a buffer, fp32 on the CPU.
 
     Each expert is drawn by itself, so its values do not depend on the number of experts. Padding rows of the vocabulary
-    are 0, and the other rows are the same as without padding. A user's own class may provide other values.
+    are 0, and the other rows are the same as without padding. A user's own class may provide other values. An adapter
+    begins as zero: only its first matrix is random.
     """
     own = part_value(name, shape, config, seed)
     if own is not None:
         return own
-    if name.endswith("bias"):  # of a layer, or of the balance of experts
+    if name.endswith(("bias", "lora_b")):  # a bias of a layer, or of the balance of experts
         return torch.zeros(shape, device="cpu")
     if len(shape) < 2:  # the gain of a norm
         return torch.ones(shape, device="cpu")
     std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith(RESIDUAL_OUTPUTS) else INIT_STD
     whole = torch.zeros(shape, device="cpu")
+    if name.endswith("lora_a"):  # as in peft
+        generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
+        return nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
     if len(shape) == 3:
         for expert in range(shape[0]):
             fill_normal(whole[expert], f"{name}.{expert}", std, seed)
@@ -229,6 +234,12 @@ class GPT(nn.Module):
         """True if logits have the columns of padding, too, for a loss that ignores these."""
         self.chunk_loss = loss_and_gradient
         """Loss of a chunk of logits and its gradient; a compiled one if the model is compiled."""
+        if config.adapted:
+            for block in self.blocks:
+                for name in config.adapted:
+                    block.set_submodule(name, LoraLinear(block.get_submodule(name), config.lora))  # type: ignore[arg-type]
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(config.trains(name))
 
     def forward(
         self, tokens_BT: Tensor, past: Cache | Documents | None = None, targets_BT: Tensor | None = None

@@ -19,6 +19,7 @@ from gpt.components import load_part
 from gpt.config import (
     LOGITS_AT_ONCE,
     LOSS_CHUNK,
+    LoraConfig,
     ModelConfig,
     Norm,
     Pack,
@@ -107,17 +108,36 @@ class LinearOnCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        ctx.has_bias = bias_O is not None
         product: Tensor = torch.ops.gpt.onednn_linear(x, weight_OI, bias_O)
         return product
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight_OI = ctx.saved_tensors
-        rows_RO = gradient.flatten(0, -2)
-        x_gradient = torch.ops.gpt.onednn_linear(gradient, weight_OI.mT, None)
-        return x_gradient, rows_RO.mT @ x.flatten(0, -2), rows_RO.sum(0) if ctx.has_bias else None
+        rows_RO, (needs_x, needs_weight, needs_bias) = gradient.flatten(0, -2), ctx.needs_input_grad
+        return (
+            torch.ops.gpt.onednn_linear(gradient, weight_OI.mT, None) if needs_x else None,
+            rows_RO.mT @ x.flatten(0, -2) if needs_weight else None,
+            rows_RO.sum(0) if needs_bias else None,
+        )
+
+
+class LoraLinear(Linear):
+    """Frozen linear layer with an adapter: W x + alpha / rank B A dropout(x) (LoRA, arXiv 2106.09685, section 4.1).
+
+    The adapter lies beside the weights, (rank, I) and (O, rank). So the other parameters keep their names.
+    """
+
+    def __init__(self, whole: nn.Linear, lora: LoraConfig) -> None:
+        super().__init__(whole.in_features, whole.out_features, whole.bias is not None)
+        self.lora_a = nn.Parameter(torch.empty(lora.rank, whole.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(whole.out_features, lora.rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.dropout, self.scale = nn.Dropout(lora.dropout), lora.alpha / lora.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.scale * linear(linear(self.dropout(x), self.lora_a), self.lora_b)
 
 
 # The product as an operation of this package: torch.compile knows its shape, and FlopCounterMode its arithmetic.
@@ -445,7 +465,8 @@ class ChunkedLoss(torch.autograd.Function):
                 total += loss
                 if differentiates:
                     x_gradient_RD.copy_(gradient_RV @ factor_VD)
-                    weight_gradient_VD += gradient_RV.mT @ x_RD
+                    if ctx.needs_input_grad[1]:
+                        weight_gradient_VD += gradient_RV.mT @ x_RD
         ctx.gradients = x_gradient_ND, weight_gradient_VD.to(weight_VD.dtype)
         return total
 

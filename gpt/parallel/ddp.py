@@ -320,15 +320,16 @@ class Zero1Engine(TorchEngine):
             set_tensor(shards, name, pairs[-1].shard)
         for name, buffer in model.named_buffers():
             set_tensor(shards, name, buffer)  # replicated, and stored whole
-        self._wholes = [whole.detach() for whole, _ in pairs]
+        self._wholes = [whole for whole, _ in pairs]
         self._reducer = GradientReducer(row_buckets(pairs, self._mesh))
         super().__init__(model, shards, layout, averaged=1)
         self.timed_groups = ("dp",)
-        self.optimizer.register_step_post_hook(self._all_gather_parameters)
+        stepped = [whole for whole in self._wholes if whole.requires_grad]
+        self.optimizer.register_step_post_hook(lambda *_: self._all_gather(stepped))
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self._all_gather_parameters()
+        self._all_gather(self._wholes)
 
     def sync_context(self, last: bool) -> AbstractContextManager[object]:
         if last:
@@ -338,7 +339,7 @@ class Zero1Engine(TorchEngine):
     def reduce_gradients(self) -> None:
         self._reducer.finish()
 
-    def _all_gather_parameters(self, *_: Any) -> None:
-        """All-gather the parameters, after each rank has stepped its shard in place."""
+    def _all_gather(self, parameters: Sequence[nn.Parameter]) -> None:
+        """All-gather parameters, after each rank has changed its shards in place."""
         with waiting("dp"):
-            all_gather_rows(self._wholes, self._mesh.get_group())
+            all_gather_rows([whole.detach() for whole in parameters], self._mesh.get_group())

@@ -203,6 +203,11 @@ class RankStep:
             waits["host"] = self.offload(self.machine.host)
         return waits
 
+    @cached_property
+    def trained(self) -> ParameterShards:
+        """Shards of the parameters that are trained."""
+        return self.shards.trained(self.config.model)
+
     def groups(self, *names: str, shards: ParameterShards | None = None) -> list[tuple[int, Group]]:
         """Return pairs: a number of elements, and the group of ranks along ``names`` that reduces or shards them.
 
@@ -228,14 +233,14 @@ class RankStep:
         axes = ("dp_replicate", "dp_shard", "cp")
         ring = self.ring(*axes)
         if self.config.parallel.strategy is Strategy.zero1:
-            size = FP32 * ring.ranks * self.shards.stored(ring.ranks)
+            size = FP32 * ring.ranks * self.trained.stored(ring.ranks)
             last = ring.reduce_scatter(min(BUCKET_BYTES, size))
             return max(last, ring.reduce_scatter(size) - BACKWARD * self.compute_s) + ring.all_gather(size)
-        sums = sum(replicas.all_reduce(FP32 * count) for count, replicas in self.groups(*axes))
+        sums = sum(replicas.all_reduce(FP32 * count) for count, replicas in self.groups(*axes, shards=self.trained))
         if self.dims.pp > 1:
             return sums  # after the schedule, which runs the backward passes in an order of its own
         bucket = BUCKET_BYTES if self.dims.model_ranks * self.dims.ep > 1 else DDP_BUCKET_BYTES
-        last = ring.all_reduce(min(bucket, FP32 * self.shards.elements))
+        last = ring.all_reduce(min(bucket, FP32 * self.trained.elements))
         return max(last, sums - BACKWARD * self.compute_s)
 
     def fsdp(self) -> float:
@@ -254,17 +259,26 @@ class RankStep:
         ring, units = rings[0][1], fsdp_units(config, shards.layers) or [1]
         # Each unit of blocks is one group of parameters. The parameters around the blocks are one group if tied,
         # otherwise two. The experts of each block are a group of their own.
-        blocks = [unit * elements(shards.block) for unit in units]
-        entry, around = elements(shards.entry), elements(shards.around)
-        outside = [around] if config.model.tie_embeddings else [entry, around - entry]
+        (blocks, outside), of_trained = (
+            (
+                [unit * elements(found.block) for unit in units],
+                [elements(found.around)]
+                if config.model.tie_embeddings
+                else [elements(found.entry), elements(found.around) - elements(found.entry)],
+            )
+            for found in (shards, self.trained)
+        )
         parts = [[*blocks, *outside], [1] * shards.layers]
         gathers = sum(in_pieces(r.all_gather, width * size, of) for (size, r), of in zip(rings, parts, strict=False))
+        parts[0] = [*of_trained[0], *of_trained[1]]
         scatters = sum(
-            in_pieces(r.reduce_scatter, reduced * size, of) for (size, r), of in zip(rings, parts, strict=False)
+            in_pieces(r.reduce_scatter, reduced * size, of)
+            for (size, r), of in zip(self.groups("dp_shard", "cp", shards=self.trained), parts, strict=False)
         )
-        sums = scatters + replicas.all_reduce(reduced * shards.stored())
+        sums = scatters + replicas.all_reduce(reduced * self.trained.stored())
         ends = [blocks[0], outside[0]]
         first = in_pieces(ring.all_gather, width * sum(ends), ends)
+        ends = [of_trained[0][0], of_trained[1][0]]
         last = in_pieces(ring.reduce_scatter, reduced * sum(ends), ends)
         again = 0.0
         freed = replace(shards, layers=max(0, shards.layers - units[-1]), around=())
@@ -313,7 +327,8 @@ class RankStep:
             waits += count * (forward + max(0.0, again - BACKWARD * self.compute_s))
         if fsdp or parallel.offload_optimizer:
             often = count if (parallel.zero_stage or 0) >= 2 else 1
-            waits += often * FP32 * part / host.link_bytes_per_s + STEP_BYTES * part / host.bytes_per_s
+            stepped = self.trained.stored() if fsdp else part
+            waits += often * FP32 * stepped / host.link_bytes_per_s + STEP_BYTES * stepped / host.bytes_per_s
             waits += 0.0 if fsdp or parallel.offload_parameters else brought
         return waits
 

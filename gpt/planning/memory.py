@@ -94,8 +94,9 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
         found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
         return found(config, dims.data_ranks, shards)
     ranks = dims.data_ranks if config.parallel.strategy is Strategy.zero1 else None
-    kept, gradients = FP32 * shards.stored(), FP32 * shards.stored(ranks)
-    state = optimizer_bytes(config, shards, ranks)
+    trained = shards.trained(config.model)
+    kept, gradients = FP32 * shards.stored(), FP32 * trained.stored(ranks)
+    state = optimizer_bytes(config, trained, ranks)
     if config.parallel.cpu_offload:
         return RankMemory(host=kept + gradients + state)
     return RankMemory(kept, gradients, state)
@@ -204,9 +205,9 @@ def shared_bytes(config: TrainConfig, world_size: int) -> int:
 
 def checkpoint_bytes(config: TrainConfig) -> int:
     """Return the bytes of all weights and of the optimizer's state, without counts of steps."""
-    each = FP32 + optimizer_state(config.optim).per_element  # the weight, and for AdamW both moments
+    counted, each = count(config.model), optimizer_state(config.optim).per_element  # for AdamW both moments
     hidden = count_hidden(config.model).elements if config.optim.optimizer == MUON else 0
-    return round(count(config.model).total * each) - FP32 * hidden
+    return round(FP32 * counted.total + each * counted.trained) - FP32 * hidden
 
 
 # Total memory of one rank: states, gathered weights, activations of micro-batches in flight, and logits.
@@ -326,21 +327,23 @@ def compute_weights(
     ZeRO-3 frees gathered parameters only beyond ``LIVE`` elements, or when they are not needed again. ZeRO-1 and 2
     compute with their own parameters. All three have a gradient bucket, in fp32 at most.
     """
-    bf16 = config.precision.is_half
+    bf16, trained = config.precision.is_half, shards.trained(config.model)
     if config.parallel.zero_stage:
         gathered = min(shards.elements, LIVE) if config.parallel.zero_stage == 3 else 0
         return (BF16 if bf16 else FP32) * gathered + FP32 * min(shards.elements, BUCKET)
     if config.parallel.strategy is not Strategy.fsdp:
         casts = in_flight * BF16 * cast_elements(shards, any(stage.last for stage in stages)) if bf16 else 0
-        return casts + (unreduced_gradients(shards, accumulates) if config.parallel.strategy is Strategy.zero1 else 0)
-    block, around = elements(shards.block), elements(shards.around)
+        return casts + (unreduced_gradients(trained, accumulates) if config.parallel.strategy is Strategy.zero1 else 0)
+    block = elements(shards.block)
     width, reshards = BF16 if bf16 else FP32, config.parallel.reshard_after_forward
     units = sorted(fsdp_units(config, shards.layers))
     gathered = sum(units[-2:]) if reshards else shards.layers
     # An embedding that is tied to the output matrix is not freed after its forward pass.
-    kept = around - (elements(shards.entry) if reshards and not config.model.tie_embeddings else 0)
+    frees = reshards and not config.model.tie_embeddings
+    kept, reduced = (elements(s.around) - frees * elements(s.entry) for s in (shards, trained))
     accumulates = accumulates and not config.parallel.reduce_each_micro_batch
-    whole = reduced_width(config) * shards.elements if accumulates else width * max(max(units, default=0) * block, kept)
+    largest = max(max(units, default=0) * elements(trained.block), reduced)
+    whole = reduced_width(config) * trained.elements if accumulates else width * largest
     return width * (kept + gathered * block) + whole
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from gpt.accounting import (
@@ -103,6 +103,11 @@ class ParameterShards:
     def tensors(self) -> int:
         """Number of parameter tensors of the rank."""
         return self.layers * len(self.block) + len(self.around)
+
+    def trained(self, model: ModelConfig) -> ParameterShards:
+        """Return the shards of the parameters that are trained: all, or with LoRA those of adapters."""
+        block, around = (tuple(p for p in parts if model.trains(p.name)) for parts in (self.block, self.around))
+        return replace(self, block=block, around=around)
 
     def stored(self, ranks: int | None = None) -> int:
         """Return the number of elements that the rank stores, sharded over ``ranks`` ranks; None means FSDP's ranks."""
@@ -291,7 +296,7 @@ class LayerBytes:
     def block(self) -> int:
         """Return the bytes that a block saves for its backward pass."""
         model, factors = self.model, self.factors
-        bytes_ = self.tokens * (self.attention() + self.ffn()) + self.experts()
+        bytes_ = self.tokens * (self.attention() + self.ffn() + self.adapters()) + self.experts()
         if model.parallel_residual:
             bytes_ -= self.tokens * FP32 * model.n_embd // factors.hidden  # both norms keep the same input
         if model.attention is AttentionBackend.manual:
@@ -327,6 +332,14 @@ class LayerBytes:
         # Plus the rows received in both all-to-alls.
         results = up * self.inner + (3 if factors.sends_rows else 1) * model.n_embd
         return self.tokens * (attention + mixture) + self.rows * width * results
+
+    def adapters(self) -> int:
+        """Return the bytes per token that adapters (LoRA) save: the result of their first matrix, and with dropout its
+        noise and its result."""
+        model, width = self.model, self.width
+        inputs = [shape[1] for name, shape in block_shapes(model).items() if name.endswith("lora_a")]
+        noise = 2 * width * sum(inputs) if model.lora.dropout else 0
+        return width * model.lora.rank * len(inputs) + noise
 
     def custom(self, part: str, products: bool = False) -> int:
         """Return the bytes per token that a user's ``part`` saves; with ``products``, only those of results of matrix

@@ -18,6 +18,7 @@ from gpt.config import (
     CpMethod,
     ExpertMatmul,
     Ffn,
+    Float8,
     ModelConfig,
     NormPosition,
     Precision,
@@ -44,7 +45,7 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
     """
     dims = parallel_dims(config.parallel, world_size, ranks_per_node)
     checks = (check_parallel_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert)
-    for check in (*checks, check_selective, check_deepspeed, check_muon):
+    for check in (*checks, check_selective, check_lora, check_deepspeed, check_muon):
         check(config, dims)
     return dims
 
@@ -251,6 +252,25 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
             "parallel=fsdp, or precision=fp32",
         )
     ds_config(config, split_batch(config.optim, dims.data_ranks))
+
+
+def check_lora(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError for an engine, a precision or an optimizer that does not know frozen weights with adapters."""
+    parallel, rank = config.parallel, config.model.lora.rank
+    sharing = [name for name in ("tp", "pp", "ep") if getattr(dims, name) > 1]
+    refused = {f"parallel.{name}={getattr(dims, name)}": f"parallel.{name}=1" for name in sharing}
+    if parallel.strategy is Strategy.deepspeed:
+        refused = {"parallel.strategy=deepspeed": "parallel=fsdp"}
+    if config.float8 is not Float8.none:
+        refused[f"float8={config.float8.name}"] = "float8=none"
+    if config.optim.optimizer == MUON:
+        refused[f"optim.optimizer={MUON}"] = "optim.optimizer=adamw"
+    if rank and refused:
+        raise ConfigError(
+            f"model.lora.rank={rank} with {' '.join(refused)}",
+            "adapters under ddp, zero1 or fsdp, also with parallel.cp; without float8, and not with Muon",
+            f"{' '.join(refused.values())}, or model.lora.rank=0",
+        )
 
 
 def check_muon(config: TrainConfig, _: ParallelDims) -> None:

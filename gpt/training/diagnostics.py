@@ -204,9 +204,10 @@ class Gradients:
         with torch.device("meta"):
             whole = GPT(model)
         self._device = device
-        self.names = list(dict.fromkeys(layer_of(name) for name, _ in whole.named_parameters()))
+        trained = {name: p.numel() for name, p in whole.named_parameters() if p.requires_grad}
+        self.names = list(dict.fromkeys(map(layer_of, trained)))
         """The layers, in the order of the model."""
-        self._elements = sum(p.numel() for p in whole.parameters())
+        self._elements = sum(trained.values())
 
     def sums(self, parts: Iterable[tuple[str, Tensor, float]]) -> Tensor:
         """Return this rank's sums over its gradient elements, (N + 1,) float64, for the N layers of ``names``.

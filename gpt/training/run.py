@@ -358,9 +358,10 @@ def first_weights(
         raise ConfigError(f"init_from={init_from} holds other weights on some rank than on the first", *shared)
     source = verified.source
     chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
-    kind = "run" if source.is_run else "hf"
+    kind = "run" if source.is_run else "hf" if source.adapter is None else "peft"
     about = {"path": str(source.path), "kind": kind, "step": chosen, "sha256": verified.files}
-    return lambda name, shape: state[name], about
+    drawn = initial_weights(config.model, config.seed)  # of adapters beside weights that have none
+    return lambda name, shape: state[name] if name in state else drawn(name, shape), about
 
 
 def zeros(name: str, shape: torch.Size) -> Tensor:

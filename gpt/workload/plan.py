@@ -199,6 +199,7 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Ran
     """Return the rows of the plan that the launcher prints: title -> text."""
     counted, steps = count(config.model), config.optim.max_steps
     active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
+    active += f", {counted.trained:,} trained" if counted.frozen else ""
     gflop = training_flops_per_token(config.model).palm / 1e9
     tokens = batch.global_batch * config.model.block_size
     shares = {key: value for key, value in asdict(needed).items() if key != "host" and value}
@@ -333,6 +334,7 @@ def plan_facts(
         "model": config.model.name,
         "parameters": counted.total,
         "parameters_non_embedding": counted.non_embedding,
+        "parameters_trained": counted.trained,
         "parameters_active": counted.active,  # that one token uses; of the experts only those of the token
         "flops_per_token": training_flops_per_token(config.model).palm,
         "memory_bytes": {**asdict(needed), "total": needed.total},

@@ -138,6 +138,7 @@ PP = "model.n_layer=4 optim.max_micro_batch=4 parallel.pp=2"
 ALONE = "parallel=ds_pp_zero1 parallel.pp=4 optim.max_micro_batch=4 model.n_layer=4 model.vocab_size=2048"
 """The last stage has the output matrix alone."""
 UNITS, EACH = "parallel.fsdp_min_num_params=1000000", "parallel.reduce_each_micro_batch=true"
+LORA = "model.lora.rank=4"
 REFUSED = [
     # Context parallelism.
     (4, "parallel=cp parallel.cp=4 model.block_size=36", "parallel.cp=4 with model.block_size=36", ""),
@@ -221,6 +222,14 @@ REFUSED = [
         "muon with parallel.cpu_offload=true",
         "parallel.cpu_offload=false",
     ),
+    # Adapters.
+    (2, f"{LORA} parallel=tp", "model.lora.rank=4 with parallel.tp=2", "parallel.tp=1"),
+    (2, f"{LORA} {PP}", "model.lora.rank=4 with parallel.pp=2", "parallel.pp=1"),
+    (2, f"{LORA} {MOE} parallel.ep=2", "model.lora.rank=4 with parallel.ep=2", "parallel.ep=1"),
+    (2, f"{LORA} parallel=zero2", "model.lora.rank=4 with parallel.strategy=deepspeed", "parallel=fsdp"),
+    (2, f"{LORA} float8=rowwise", "model.lora.rank=4 with float8=rowwise", "float8=none"),
+    (2, f"{LORA} optim=muon", "model.lora.rank=4 with optim.optimizer=muon", "optim.optimizer=adamw"),
+    (2, f"{LORA} {MOE} model.lora.targets=[up]", "model.lora.targets=[up]", "model.lora.targets=[query,value]"),
     # DeepSpeed.
     (
         2,

@@ -43,12 +43,12 @@ def config_from(words: Iterable[str]) -> TrainConfig:
     values = [word for word in words if word.startswith(VALUES) and not word.startswith(ELSEWHERE)]
     config = copy.deepcopy(_composed(tuple(word for word in words if word not in values)))
     try:
-        given: dict[str, dict[str, Any]] = {}
+        changed: dict[str, Any] = {}
         for override in OverridesParser.create().parse_overrides(values):
-            section, key = override.key_or_group.split(".")
-            given.setdefault(section, {})[key] = override.value()
-        for section, changed in given.items():
-            merged = OmegaConf.merge(OmegaConf.structured(getattr(config, section)), changed)
+            section, _, key = override.key_or_group.partition(".")
+            merged = changed.setdefault(section, OmegaConf.structured(getattr(config, section)))
+            OmegaConf.update(merged, key, override.value())
+        for section, merged in changed.items():
             setattr(config, section, OmegaConf.to_object(merged))
     except (HydraException, OmegaConfBaseException):  # to have it in our words
         return to_schema(compose_train(words), TrainConfig)
