@@ -1,16 +1,20 @@
 """What docs/ shows works: every command is run, planned or composed here, or says in its fence why not.
 
 A fence ``bash`` holds commands that are tried; ``bash not-run: REASON`` others. Of the features' table each row is.
-What a command of README.md does is tested with the README.
+The README's commands do what they say: its two set-up lines run whole in ``.ci/run``; here is every other one.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,8 +26,8 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, prepare_overrides, typed_config
 from launch.plan.plan import make_plan
 from launch.runs.measured import COLLECTIVES, LinkFit, Network, network_document, rates_document
-from tests.support.commands import ROOT, TINY, run
-from tests.support.composing import without_openwebtext
+from tests.support.commands import ROOT, TINY, environment, run, start, wait_for
+from tests.support.composing import OPENWEBTEXT, config_from, without_openwebtext
 from tests.support.planning import refused
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -40,7 +44,7 @@ NEEDS_MORE = (
     "--fit",
     "pip wheel",
 )
-"""What needs a network, files of others, or long. Tests of it are in its row of the features, or in test_goal.py."""
+"""What needs a network, files of others, or long. Its row of the features has a test, or test_project_fit.py."""
 
 
 def shown(page: Path) -> Iterator[str]:
@@ -63,7 +67,7 @@ ELSEWHERE = {
     "gpt.bench_matmul": "planning/test_cost.py",
     "launch.bench_network": "launch/test_bench_network.py",
     "launch.doctor": "launch/test_doctor.py",
-    "launch.attach": "launch/test_local_points.py",
+    "launch.attach": "launch/test_sweep.py",
     "launch.storm": "launch/test_storm.py",
     "gpt.prepare": "data/test_prepare.py",
     "gpt.rehearse": "rehearsal/test_rehearsal.py",
@@ -185,3 +189,203 @@ def test_the_site_has_every_page() -> None:
     named = {uri for section in nav for pages in section.values() for page in pages for uri in page.values()}
     assert {page.name for page in PAGES} == {uri for uri in named if "/" not in uri}
     assert all((ROOT / uri.removeprefix("checkout/")).is_file() for uri in named if "/" in uri)
+
+
+# The README
+
+
+README = (ROOT / "README.md").read_text()
+TYPED = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+SMALL = [*TINY, "optim.max_steps=12"]
+UNDRAWN = ["launch.report_files=[md,csv]"]
+TOOLS = ("prepare", "compare", "generate", "evaluate", "export")
+
+
+def commands(start_word: str) -> list[str]:
+    found = [command for command in TYPED if command.startswith(start_word)]
+    assert found, start_word
+    return found
+
+
+def test_every_command_is_tested_here() -> None:
+    known = ("python3 -m venv", "python -m launch ", "python -m gpt.train", "torchrun", "tensorboard", "sbatch")
+    modules = tuple(f"python -m launch.{name}" for name in ("report", "doctor", "status", "logs", "cancel", "verify"))
+    modules += tuple(f"python -m gpt.{name}" for name in TOOLS)
+    assert [c for c in TYPED if not c.startswith((*known, *modules))] == []
+
+
+def named_commands(*paths: Path) -> set[str]:
+    """Modules of ours that texts name behind ``python -m``."""
+    texts = "\n".join(path.read_text() for path in paths)
+    return set(re.findall(r"python -m ((?:launch|gpt|slurm)(?:\.[a-z]\w*)?)\b", texts))
+
+
+def test_every_module_that_is_named_as_a_command_is_started_by_a_test() -> None:
+    rooms = (path for room in ("docs", "examples", "launch", "gpt", "slurm") for path in (ROOT / room).rglob("*"))
+    texts = [path for path in rooms if path.suffix in (".md", ".py", ".sh")]
+    commands = named_commands(ROOT / "README.md", ROOT / "configs" / "config.yaml", *texts)
+    assert len(commands) > 12
+    words = {f"gpt.{tool}" for tool in TOOLS}
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.name != "test_structure.py":  # which names modules for another reason
+            constants = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+            words |= {str(constant.value).partition(" ")[0] for constant in constants}
+    scripts = [path for path in (ROOT / "slurm").glob("*.sh") if f"slurm/{path.name}" in words]
+    assert commands - words - named_commands(*scripts) == set()
+
+
+def test_every_script_that_is_submitted_is_started_by_a_test() -> None:
+    scripts = {f"slurm/{path.name}" for path in (ROOT / "slurm").glob("*.sh")} - {"slurm/env.sh"}  # which they source
+    texts = "\n".join(path.read_text() for path in (ROOT / "tests" / "slurm").glob("*.py"))
+    assert scripts == {script for script in scripts if script.removeprefix("slurm/") in texts} != set()
+
+
+def test_the_loss_that_is_shown_is_said_to_be_of_one_corpus() -> None:
+    ((shown,),) = [re.findall(r"nodes=1 .* (\d\.\d{4})$", README, re.MULTILINE)]
+    beside = README[: README.index(shown)].rsplit("```", 1)[0].rsplit("```", 1)[1]
+    assert re.search(r"of\s+3\.\d+\.\d+; another version\s+has another text, and another loss", beside)
+
+
+def test_the_installed_command_is_the_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((module, name),) = re.findall(r"^    gpt-launch = (\S+):(\w+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["gpt-launch", "--version"])
+    assert getattr(import_module(module), name)() == 0
+    assert capsys.readouterr().out.startswith("gpt-launch ")
+
+
+def test_the_two_set_up_lines_pin_and_end_in_the_main_job_and_the_tests() -> None:
+    first, second = commands("python3 -m venv .venv && ")
+    assert first.endswith("&& .venv/bin/python -m launch -m nodes=1,2,4")
+    assert second.endswith("&& .venv/bin/python -m pytest")
+    assert all("-c constraints.txt -e" in command for command in (first, second))
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text()
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / path).exists(), f"README links to {path}"
+
+
+def test_the_tour_has_six_files_and_the_architecture_every_folder_and_ten_words() -> None:
+    tour = re.findall(r"^\d\. \[(\S+\.py)\]\(\1\) ", README, re.MULTILINE)
+    assert len(tour) == 6 and [path for path in tour if not (ROOT / path).is_file()] == []
+    architecture = (ROOT / "docs" / "architecture.md").read_text() + "\n"
+    folders = set(re.findall(r"^\| `(\w+)/` \|", architecture, re.MULTILINE))
+    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+    every = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"hydra_plugins", "docs", "containers"}
+    assert every - folders == set()
+    (words,) = re.findall(r"\| word \| meaning \|\n.*?\n(?!\|)", architecture, re.DOTALL)
+    assert words.count("\n") == 2 + 10
+
+
+@pytest.mark.parametrize("command", [c for c in commands("python -m launch ") if "slurm" in c])
+def test_what_is_for_a_cluster_is_planned(command: str, tmp_path: Path) -> None:
+    words = [word for word in shlex.split(command)[3:] if word != "dry_run=true"]
+    if OPENWEBTEXT in words:
+        text = run("launch dry_run=true", *words, cwd=tmp_path, status=2)
+        assert f"type next: python -m gpt.prepare {OPENWEBTEXT}" in text
+        assert [c for c in commands("python -m gpt.prepare") if c.startswith(f"python -m gpt.prepare {OPENWEBTEXT}")]
+        words = without_openwebtext(words, tmp_path)
+    text = run("launch dry_run=true", *words, cwd=tmp_path)
+    assert "#SBATCH --nodes=4" in text and "on slurm" in text
+
+
+def test_what_trains_for_long_on_a_cluster_has_more_than_the_default_corpus() -> None:
+    planned = [c for c in (*commands("python -m launch "), *commands("sbatch")) if "optim=gpt2" in c]
+    assert len(planned) >= 3 and {c for c in planned if OPENWEBTEXT not in c} == {
+        c for c in planned if "dry_run=true" in c
+    }
+    config = config_from(["model=gpt2_124m", "optim=gpt2"])
+    tokens = config.optim.max_steps * config.optim.global_batch * config.model.block_size
+    assert tokens < 2 * 9e9, "of which OpenWebText has so many"
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands("python -m launch ") if not {"cluster=slurm", "workload=script"} & {*c.split()}]
+)
+def test_what_is_for_this_machine_runs(command: str, tmp_path: Path) -> None:
+    text = run("launch", *shlex.split(command)[3:], *SMALL, *UNDRAWN, cwd=tmp_path)
+    assert "finished  step 12/12" in text
+
+
+def test_a_script_is_launched(tmp_path: Path) -> None:
+    (command,) = (c for c in commands("python -m launch ") if "workload=script" in c)
+    text = run(f"launch output_dir={tmp_path}", *shlex.split(command)[3:], *UNDRAWN, cwd=ROOT)
+    assert text.count(" finished ") >= 2 and "Strong scaling of ddp_with_worker" in text
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's torchrun line, its line for a text of one's own, and a launch were typed."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "FILE").write_text("all work and no play makes jack a dull boy\n" * 2000)
+    for command in [*commands("torchrun"), *commands("python -m gpt.train")]:
+        words = shlex.split(command)
+        module = ["torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[2:]
+        run(*module, *SMALL, cwd=folder)
+    run("launch name=launched", *SMALL, *UNDRAWN, cwd=folder)
+    return folder
+
+
+def test_the_report_is_made_of_what_was_trained(used: Path) -> None:
+    for command in commands("python -m launch.report"):
+        text = run(*shlex.split(command)[2:], cwd=used)
+        assert "fsdp" in text and "finished" in text
+    assert (used / "outputs" / "quick_test" / "scaling.png").is_file()
+
+
+@pytest.mark.parametrize("module", ["status", "logs", "cancel", "verify"])
+def test_a_run_that_is_over_can_be_looked_at(module: str, used: Path) -> None:
+    for command in commands(f"python -m launch.{module}"):
+        there = next((used / "outputs" / "launched").glob("*/plan.json")).parent
+        words = [word.replace("outputs/quick_test/nodes=4", str(there)) for word in shlex.split(command)[2:]]
+        assert run(*words, cwd=used)
+
+
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "prepare"])
+def test_a_run_can_be_used(tool: str, used: Path) -> None:
+    made = [next((used / "outputs" / name).glob("*/run.json")).parent for name in ("launched", "quick_test")]
+    for command in commands(f"python -m gpt.{tool}"):
+        there = iter(made)
+        words = [str(next(there)) if word.startswith("outputs/") else word for word in shlex.split(command)[2:]]
+        assert run(*words, cwd=used)
+
+
+def test_files_become_a_corpus(used: Path) -> None:
+    """OpenWebText is read in test_a_dataset_is_read_at_its_revision."""
+    lines = [json.dumps({"text": path.read_text()}) for path in sorted((ROOT / "gpt").rglob("*.py"))]
+    (used / "FOLDER").mkdir()
+    (used / "FOLDER" / "a.jsonl").write_text("\n".join(lines))
+    for command in commands("python -m gpt.prepare data=files"):
+        text = run(*shlex.split(command)[2:], cwd=used)
+        assert "val: " in text and "sentencepiece" in text
+
+
+def test_the_doctor_says_that_there_is_no_slurm(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for command in commands("python -m launch.doctor"):
+        text = run(*shlex.split(command)[2:], cwd=tmp_path, status=1, PATH=str(tmp_path / "bin"))
+        assert "sbatch" in text
+
+
+def test_tensorboard_opens_the_outputs(used: Path, tmp_path: Path) -> None:
+    (command,) = commands("tensorboard")
+    log = tmp_path / "log"
+    process = start("tensorboard.main", *shlex.split(command)[1:], "--port", "0", cwd=used, log=log)
+    try:
+        wait_for(lambda: "http://" in log.read_text() or process.poll() is not None, "TensorBoard's address")
+        assert "http://" in log.read_text(), log.read_text()
+    finally:
+        process.kill()  # a SIGTERM is lost where it comes while a request is served
+        process.wait()
+
+
+@pytest.mark.parametrize("command", commands("sbatch"))
+def test_the_batch_script_plans_for_the_nodes_of_its_job(command: str, tmp_path: Path) -> None:
+    words = without_openwebtext(shlex.split(command), tmp_path)
+    assert (ROOT / words[1]).is_file()
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8"}
+    command = [sys.executable, "-m", "launch.batch", *words[2:]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(**job), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 x 8 = 16 ranks on slurm" in done.stderr
+    assert (Path(done.stdout.strip()) / "plan.json").is_file()

@@ -1,9 +1,12 @@
-"""What is typed: flags, keys, and the names of points; and what a refusal proposes to type in their place."""
+"""What is typed: flags, keys and their ranges, names of points; and what a refusal proposes to type."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
 import json
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -13,37 +16,39 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from gpt.config import TrainConfig
 from gpt.training.run import parse_arguments
 from gpt.workload import GptWorkload
-from launch import status
+from launch import keys, status
 from launch.__main__ import COMMANDS, prepare, refuse_command, split_flags
-from launch.config import ClusterKind
-from launch.config.compose import compose_launch, not_in_point
+from launch.config import ClusterKind, Config
+from launch.config.compose import compose_launch, not_in_point, typed_config
 from launch.plan.preflight import worst_case_text
 from launch.runs.compose import RunConfig, choose_folder
-from launch.runs.environment import ROOT, install_command
+from launch.runs.environment import ROOT as OF_THE_CODE
+from launch.runs.environment import install_command
 from launch.runs.find import find_runs, point_labels, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import MOST_NAMES, NOT_IN_POINT, point_name
+from launch.schema import check_ranges, key
 from launch.script import ScriptOptions, require_program
-from tests.support.commands import ROOT as CHECKOUT
-from tests.support.commands import call, run
+from tests.support.commands import ROOT, call, run
 from tests.support.planning import config_of, plan, refused
 
 
 def test_an_extra_is_installed_from_where_the_project_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shlex.split(install_command("data", tmp_path)) == ["pip", "install", "gpt-launch[data]"]  # from a wheel
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(OF_THE_CODE)
     assert install_command("data") == "pip install -e '.[data]'"
     monkeypatch.chdir(tmp_path)
-    assert shlex.split(install_command("data"))[-1] == f"{ROOT}[data]"
+    assert shlex.split(install_command("data"))[-1] == f"{OF_THE_CODE}[data]"
 
 
 def test_another_command_typed_behind_this_one_is_named_whole() -> None:
     for command in COMMANDS:
-        assert (CHECKOUT / "launch" / f"{command}.py").is_file() or (CHECKOUT / "launch" / command).is_dir()
+        assert (ROOT / "launch" / f"{command}.py").is_file() or (ROOT / "launch" / command).is_dir()
         refusal = refused(refuse_command, [command, "-f", "outputs/a b"])
         assert refusal.fix == f"python -m launch.{command} -f 'outputs/a b'"
         refuse_command([f"{command}=1"])
@@ -178,8 +183,8 @@ def test_a_comma_that_makes_points_of_one_text_is_answered_with_the_text(tmp_pat
 
 
 def test_a_variable_of_the_shell_that_is_not_set_is_refused() -> None:
-    for key in ("partition", "account", "exclude"):
-        refusal = refused(config_of(f"cluster.{key}=").validate, found=f"cluster.{key}= without a value")
+    for name in ("partition", "account", "exclude"):
+        refusal = refused(config_of(f"cluster.{name}=").validate, found=f"cluster.{name}= without a value")
         config_of(refusal.fix.split(", or ")[1]).validate()
 
 
@@ -298,3 +303,66 @@ def test_fresh_makes_a_new_folder_and_the_same_command_then_goes_on_in_it(tmp_pa
 
     chosen = " ".join(choose(f) for f in (False, False, True, False, True, False))
     assert chosen == "nodes=2 nodes=2 nodes=2~2 nodes=2~2 nodes=2~3 nodes=2~3"
+
+
+# Keys: every key says what it means, docs/keys.md is the list of the schema, and a number has a range.
+
+
+def test_the_page_of_keys_is_the_list_of_the_schema() -> None:
+    assert (ROOT / "docs" / "keys.md").read_text() == keys.keys_page(), (
+        "python -m launch.keys --markdown > docs/keys.md"
+    )
+
+
+@pytest.mark.parametrize("workload", ["gpt", "script"])
+def test_every_key_has_a_meaning(workload: str) -> None:
+    found = keys.keys_of_workload(workload)
+    assert [one.name for one in found if not one.meaning] == []
+    assert len({one.name for one in found}) == len(found)
+
+
+def test_keys_are_found_by_a_word(tmp_path: Path) -> None:
+    printed = run("launch.keys", "time limit", cwd=tmp_path)
+    assert "cluster.timeout_min=60    (above 0 min)" in printed and "script." not in printed
+    printed = run("launch.keys prgress --workload script", cwd=tmp_path, status=2)
+    assert "type next: python -m launch.keys progress" in printed
+
+
+NUMBERS = [
+    (f"{prefix}{field.name}", field.metadata)
+    for schema, prefix in (
+        *((Config, ""), (ScriptOptions, "script.")),
+        *((field.default_factory, f"{field.name}.") for field in dataclasses.fields(Config)),
+    )
+    if isinstance(schema, type) and dataclasses.is_dataclass(schema)
+    for field in dataclasses.fields(schema)
+    if {field.metadata.get("least"), field.metadata.get("above")} != {None}
+]
+
+
+def test_a_number_below_its_range_is_refused() -> None:
+    composed = compose_launch(["workload=script", "script.path=train.py"])
+    assert len(NUMBERS) > 20
+    for name, metadata in NUMBERS:
+        document = copy.deepcopy(composed)
+        bound = metadata["above"] if metadata["least"] is None else metadata["least"] - 1
+        OmegaConf.update(document, name, int(bound) if bound % 1 == 0 else bound)
+        assert refused(typed_config(document).validate, found=name).fix.startswith(f"{name}=")
+
+
+@dataclasses.dataclass
+class Numbers:
+    share: float = key(0.5, "A share.", least=0, most=1)
+    any_number: float = key(0.0, "A number.")
+
+
+def test_a_range_is_said() -> None:
+    for typed, expected in (
+        (Numbers(share=1.5), "0 to 1"),
+        (Numbers(share=-0.1), "0 to 1"),
+        (Numbers(share=math.nan), "0 to 1"),
+        (Numbers(any_number=math.inf), "a finite number"),
+    ):
+        refusal = refused(check_ranges, typed, "numbers.", found="numbers.")
+        assert refusal.expected == expected
+    check_ranges(Numbers(share=1, any_number=-3))

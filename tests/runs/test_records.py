@@ -1,10 +1,11 @@
-"""Step records cost a run nothing, however poor the filesystem; a sweep returns an objective of them to its sweeper."""
+"""Step records and the objective of a sweep; what a run used of its request; ranks that fail together."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import importlib.util
+import json
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,10 @@ from hydra_plugins.launch_plugin import job_return, refuse_other_tasks, refuse_w
 from launch.errors import ConfigError
 from launch.runner import PointResult, SweepFailedError
 from launch.runs import records
+from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder, append_json_lines, append_lines, append_whole, open_to_append
+from launch.runs.measured import usage_file, usage_text
+from launch.runs.process import ENVIRONMENT
 from launch.runs.records import (
     FIRST_S,
     LONGEST_S,
@@ -34,6 +38,7 @@ from launch.runs.records import (
 )
 from tests.support.commands import TINY, run
 from tests.support.planning import refused
+from tests.support.runs import recorded
 
 STEPS = 1000
 
@@ -186,3 +191,79 @@ def test_optuna_searches_by_the_validation_loss(tmp_path: Path) -> None:
     run("launch -m", *words, cwd=tmp_path)
     (file,) = (tmp_path / "outputs").rglob("optimization_results.yaml")
     assert yaml.safe_load(file.read_text())["best_params"] == {"optim.lr": 3e-3}
+
+
+# What a run used of its request, from the files that its ranks and agents have written.
+
+
+ENDED = (
+    {"event": "submitted", "cluster": "slurm", "job_id": "7"},
+    {"event": "agent_started", "job": "slurm-7-0-0", "allocated_at": 0.0, "limit_s": 3600.0},
+    {"event": "finished", "attempt": 1},
+    {"event": "agent_ended", "job": "slurm-7-0-0", "ended_at": 3000.0},
+)
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_the_fullest_gpu_counts_and_proposes_no_request(has_gpu: bool, tmp_path: Path) -> None:
+    """Rank 1 peaks above rank 0, whose allocator has reserved more; without a GPU the same figures are of RAM."""
+    folder = recorded(RunFolder(tmp_path), *ENDED)
+    folder.create_attempt()
+    usage_file(folder, 1, 0).parent.mkdir()
+    usage_file(folder, 1, 0).write_text('{"memory_gib": 3, "memory_given_gib": 4, "cpus": 3, "cpus_given": 4}')
+    ranks = [{"rank": rank, **({"memory_gib": 80.0} if has_gpu else {})} for rank in (0, 1)]
+    folder.environment(1).write_text(json.dumps({"ranks": ranks}))
+    for rank, peak in ((0, 20.0), (1, 30.5)):
+        record = {"step": 1, "attempt": 1, "memory_peak_gib": peak, "memory_reserved_gib": 24.0 if has_gpu else None}
+        writer = RecordWriter(folder.metrics(rank))
+        writer.put(record)
+        writer.flush()
+    gpu = "30.5 of 80 GiB of memory on the fullest GPU, " if has_gpu else ""
+    assert usage_text(folder) == f"used 3 of 4 GiB of memory on a node, 3 of 4 CPUs on average, {gpu}50 of 60 min"
+
+
+# Ranks that fail together: one traceback for a node, and the first failure found among its echoes.
+
+
+def fail(folder: RunFolder, rank: int, error: Exception, elsewhere: bool = False) -> None:
+    """Let a rank fail, at one of two lines."""
+    try:
+        if elsewhere:
+            raise error
+        raise error
+    except type(error) as raised:
+        record_failure(folder, 1, rank, raised, step=3)
+
+
+def test_a_node_writes_each_traceback_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scratch = RunFolder(tmp_path / "run"), tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv(ENVIRONMENT, str(scratch))
+    for rank in range(4):  # of errors about a lost peer, which differ in their words and types
+        fail(folder, rank, RuntimeError(f"[Rank {rank}] Connection closed by peer"))
+    fail(folder, 4, ConnectionError("[gloo/transport/tcp/pair.h:311] Connect timeout [none]"))  # one not yet talked to
+    for rank in (5, 6):
+        fail(folder, rank, ValueError(f"bad sample {rank}"))
+    fail(folder, 7, ValueError("bad sample"), elsewhere=True)
+    events = folder.read_events()
+    full = [e["rank"] for e in events if "Traceback (most recent call last)" in e["traceback"]]
+    assert full == [0, 5, 7]
+    assert [e.get("same_as") for e in events] == [None, 0, 0, 0, 0, None, 5, None]
+    assert (
+        events[6]["traceback"].startswith("as rank 5 of this host") and events[6]["cause"] == "ValueError: bad sample 6"
+    )
+    assert all(len(str(e)) < 500 for e in events if "same_as" in e), "4,096 of them are read by every agent"
+    # Another attempt has another folder; without an agent each rank speaks for itself.
+    monkeypatch.delenv(ENVIRONMENT)
+    fail(folder, 1, RuntimeError("Connection closed by peer"))
+    assert "Traceback" in folder.read_events()[-1]["traceback"]
+
+
+def test_the_failure_that_is_shown_has_its_traceback(tmp_path: Path) -> None:
+    """The rank that writes the traceback may come after one that refers to it."""
+    told = {"event": "rank_failed", "attempt": 1, "host": "h", "cause": "ValueError: x", "echo": False}
+    short = {**told, "rank": 1, "time": 1.0, "traceback": "as rank 0 of this host", "same_as": 0}
+    full = {**told, "rank": 0, "time": 2.0, "traceback": "Traceback"}
+    assert first_failure([short, full], 1) == full
+    assert first_failure([short, {**full, "host": "other"}], 1) == short
+    assert first_failure([short], 1) == short

@@ -22,11 +22,12 @@ from tests.support.runs import (
     causes,
     checkpoint,
     from_step,
+    make_ssh,
     options,
     rank_hosts,
+    serve_ssh,
     start_training,
 )
-from tests.support.ssh import make_ssh, serve_ssh
 
 pytestmark = pytest.mark.slurm
 

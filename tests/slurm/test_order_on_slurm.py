@@ -1,19 +1,27 @@
-"""Jobs in order on a real Slurm: after other runs, in arrays within its limit, and inside a job that the user holds."""
+"""Jobs on a real Slurm: in order, in arrays, several points in one job, and moved to where there is room."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launch.runs.folder import RunFolder
-from slurm.sandbox.cluster import Cluster
-from tests.support.commands import ON_SLURM, run, start_fork, wait_for
-from tests.support.runs import COUNTING, MEETING, checkpoint, options, write_script
+from launch.runs.records import read_records
+from launch.slurm.client import JobState
+from launch.slurm.failover import fail_over
+from launch.slurm.jobs import SlurmJob
+from launch.slurm.status import RunStatus, find_run_status
+from slurm.sandbox.cluster import Cluster, preempt
+from tests.support.commands import ON_SLURM, is_alive, run, start_fork, wait_for
+from tests.support.runs import COUNTING, MEETING, causes, checkpoint, from_step, names, options, printed, write_script
 
 pytestmark = pytest.mark.slurm
 
@@ -180,3 +188,159 @@ def test_small_points_share_one_job_which_runs_them_side_by_side(sandbox: Cluste
     runs = [RunFolder(path.parent) for path in sorted((tmp_path / "outputs" / "small").glob("*/plan.json"))]
     assert len(runs) == 3 and all(events(folder, "finished") for folder in runs), (tmp_path / "out").read_text()
     assert "at the same time as" in (tmp_path / "outputs" / "small" / "scaling.md").read_text()
+
+
+# Several points in one job of a real Slurm: shares, cancel of one, requeue of the rest, and the table.
+
+
+TWO_IN_A_JOB = (*ON_SLURM, "launch.detach=true", "cluster.points_per_job=2", "name=s")
+
+
+def folders(outputs: Path) -> list[RunFolder]:
+    """The run folders of the sweep ``s``, in the order of their labels."""
+    plans = {path: json.loads(path.read_text()) for path in (outputs / "s").glob("*/plan.json")}
+    return [RunFolder(path.parent) for path in sorted(plans, key=lambda path: str(plans[path]["label"]))]
+
+
+def job(folder: RunFolder) -> str:
+    return str(next(event["job_id"] for event in folder.read_events() if event["event"] == "submitted"))
+
+
+def test_one_of_two_points_of_a_job_is_cancelled_and_the_other_is_requeued(sandbox: Cluster, tmp_path: Path) -> None:
+    command, hurry = partial(run, cwd=tmp_path, **sandbox.env), tmp_path / "hurry"
+    words = ["ranks_per_node=1", *COUNTING, *options(hurry=hurry, save_every=5), "script.options.steps=901,902,903,904"]
+    command("launch", "-m", *TWO_IN_A_JOB, *words)
+    points = folders(tmp_path / "outputs")
+    assert len(points) == 4 and len({job(point) for point in points}) == 2
+    first, second, third, _ = points
+    assert job(first) == job(second) != job(third)
+    for point in points:
+        wait_for(lambda here=point: len(read_records(here.metrics(0))) > 3, "steps side by side")
+    refused = command("launch.cancel --now", str(first.path), status=2)
+    assert f"whose job has other points: {second.point}" in refused
+    assert "cancelled after step" in command("launch.cancel", str(first.path))
+    assert not (first.path / "STOP").exists() and checkpoint(first)["step"] > 0
+    states = command("launch.status", "outputs")
+    assert re.findall(r"^\S+ +(\w+)  +\d", states, re.MULTILINE) == ["cancelled", "running", "running", "running"]
+    assert "nothing to cancel, cancelled" in command("launch.cancel", str(first.path))
+
+    preempt(sandbox, job(second))
+    wait_for(lambda: from_step(second, attempt=2) is not None, "the comeback")
+    hurry.touch()
+    wait_for(lambda: not sandbox.slurm("squeue", "--noheader", "--states=running,pending").strip(), "the ends")
+    assert causes(second) == ["preempted", "finished"] and names(second).count("requeued") == 1
+    ended = next(event for event in second.read_events() if event["event"] == "attempt_ended")
+    assert from_step(second, attempt=2) == ended["step"]
+    assert causes(first) == ["cancelled"] and names(first).count("agent_started") == 1
+    for point, steps in zip(points[1:], (902, 903, 904), strict=True):
+        assert checkpoint(point)["step"] == steps
+    table = command("launch.report", "outputs/s")
+    assert table.count("on a node at the same time as") == 4 and "no efficiency is claimed" in table
+
+
+SHARE = """
+import os
+print(len(os.sched_getaffinity(0)), os.environ["CUDA_VISIBLE_DEVICES"], os.environ["SLURM_MEM_PER_NODE"])
+"""
+
+
+def test_points_of_a_job_have_their_shares_and_leave_its_queue_alone_or_together(
+    sandbox: Cluster, tmp_path: Path
+) -> None:
+    command, script = partial(run, cwd=tmp_path, **sandbox.env), write_script(tmp_path, SHARE)
+    held = ["cluster.additional_parameters.hold=true", "ranks_per_node=1", "workload=script", f"script.path={script}"]
+    held += ["cluster.mem_gb=2", "-m", *TWO_IN_A_JOB, "script.args=a,b"]
+    assert "cluster.gpus_per_node=2, and the best node of low has 1 GPUs for each of 2 points" in command(
+        "launch cluster.gpus_per_node=2", *held, status=2
+    )
+    command("launch cluster.gpus_per_node=1", *held)
+    one, two = folders(tmp_path / "outputs")
+    assert "cancelled" in command("launch.cancel", str(one.path))
+    assert "pending" in command("launch.status", str(two.path))
+    sandbox.slurm("scontrol", "release", job(two))
+    wait_for(lambda: "agent_ended" in names(one) and "agent_ended" in names(two), "their ends")
+    assert causes(one) == [] and causes(two) == ["finished"]
+    cpus, gpu, memory = printed(two).split()
+    assert (gpu, memory) == ("1", "2048") and int(cpus) >= 1
+
+    command("launch cluster.gpus_per_node=1 fresh=true", *held)
+    third = folders(tmp_path / "outputs")[-1]
+    command("launch.cancel outputs/s")
+    assert not sandbox.slurm("squeue", "--noheader", "--states=pending", "--jobs", job(third)).strip()
+
+
+@pytest.mark.parametrize("word", ["nodes=2", "resilience.requeue=chain", "launch.sequential=true", "cluster.gres=a:1"])
+def test_points_that_cannot_share_a_job_are_refused(word: str, tmp_path: Path) -> None:
+    refused = run("launch cluster.points_per_job=2 dry_run=true", *ON_SLURM, word, cwd=tmp_path, status=2)
+    assert "cluster.points_per_job=2 with " in refused and "type next: cluster.points_per_job=1" in refused
+
+
+# Placement on a real Slurm: points whose GPUs are taken move to where there is room, or are given up.
+
+
+NO_ROOM = "{partition: low, gres: 'gpu:2'}"
+WORDS = [*ON_SLURM, *COUNTING, *options(steps=5)]
+
+
+@pytest.fixture
+def no_gpus(sandbox: Cluster) -> str:
+    """A job that holds the GPUs of all nodes, and one CPU of each."""
+    options = ["--parsable", "--partition=high", "--nodes=4", "--gpus-per-node=2", "--chdir=/", "--output=/dev/null"]
+    job = sandbox.slurm("sbatch", *options, "--wrap", "exec sleep 600").strip()
+    wait_for(lambda: sandbox.slurm("squeue", "-h", "-j", job, "-o", "%T").strip() == "RUNNING", "the GPUs to be taken")
+    return job
+
+
+def of(folder: RunFolder, *names: str) -> list[dict[str, Any]]:
+    return [event for event in folder.read_events() if event["event"] in names]
+
+
+def test_detached_points_move_to_where_there_is_room(sandbox: Cluster, no_gpus: str, tmp_path: Path) -> None:
+    conf = sandbox.env["SLURM_CONF"]
+    places = [NO_ROOM, "{partition: low, gres: 'gpu:9'}", "{partition: high, price_per_gpu_hour: 2}"]
+    listed = f"cluster.placement=[{', '.join(places)}]"
+    words = ["-m", *options(step_s="0.01,0.02"), "name=s", listed, "cluster.retry_interval_min=0.05"]
+    words += ["launch.detach=true"]
+    text = run("launch", *words, *WORDS, cwd=tmp_path, SLURM_CONF=conf)
+    said = "partition=low gres=gpu:9 is skipped: cluster.gres=gpu:9, and the best node of low has 2 of gpu"
+    assert said in text
+    failover = int(text.split("process ")[1].split()[0])
+    folders = [RunFolder(path.parent) for path in (tmp_path / "outputs" / "s").glob("*/plan.json")]
+    try:
+        wait_for(lambda: all(of(folder, "finished") for folder in folders), "both points to finish elsewhere")
+        wait_for(lambda: not is_alive(failover), "the process that moved them to leave")
+    finally:
+        run("launch.cancel --now outputs/s", cwd=tmp_path, SLURM_CONF=conf)
+    for folder in folders:
+        first, moved, second = of(folder, "submitted", "moved", "stayed", "cancelled", "gave_up")
+        assert (first["placement"], first["gpus"]) == ("partition=low gres=gpu:2", 2)
+        assert (moved["job_id"], moved["to"]) == (first["job_id"], "partition=high") and "Resources" in moved["cause"]
+        assert (second["placement"], second["partition"], second["price_per_gpu_hour"]) == ("partition=high", "high", 2)
+        assert second["job_id"] != first["job_id"]
+    assert {r["state"] for r in json.loads(run("launch.status --json", cwd=tmp_path, SLURM_CONF=conf))} == {"finished"}
+
+
+def test_a_point_is_given_up_and_one_that_has_started_is_left_alone(
+    sandbox: Cluster, no_gpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = sandbox.env["SLURM_CONF"]
+    listed = f"cluster.placement=[{NO_ROOM}, {{partition: high, gres: 'gpu:1'}}]"
+    words = [listed, "run_dir=run", "cluster.retry_interval_min=0.05", "cluster.give_up_after_min=0.15"]
+    text = run("launch", *words, *WORDS, cwd=tmp_path, status=1, SLURM_CONF=conf)
+    folder = RunFolder(tmp_path / "run")
+    assert "run placement_timeout (" in text and "the same command submits it again" in text
+    assert [event["event"] for event in folder.read_events()][-1] == "gave_up" and of(folder, "moved")
+    (seen,) = json.loads(run("launch.status --json run", cwd=tmp_path, SLURM_CONF=conf))
+    assert seen["state"] == "placement_timeout" and " s in the queue" in seen["detail"]
+    assert sandbox.slurm("squeue", "-h", "-o", "%i").split() == [no_gpus]
+
+    # The moment in which a job starts: it was seen waiting, and runs when it is to be moved.
+    monkeypatch.setenv("SLURM_CONF", conf)
+    folder.record_event("submitted", cluster="slurm", job_id=no_gpus, candidate=0)
+    point: RunStatus = find_run_status(folder)
+    assert isinstance(point.job, SlurmJob) and point.job.job_id == no_gpus
+    point.state, point.job_status = "pending", JobState("PENDING", partition="low", submitted=1.0)
+    point.plan = None
+    assert fail_over([point], Console()) is None
+    assert [event["event"] for event in folder.read_events()][-2:] == ["gave_up", "stayed"]
+    assert sandbox.slurm("squeue", "-h", "-j", no_gpus, "-o", "%T").strip() == "RUNNING"

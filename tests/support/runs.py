@@ -1,22 +1,28 @@
-"""Runs that tests launch: scripts, examples, the program that counts, and a run on the sandbox with faults."""
+"""Runs that tests launch: scripts, examples, the program that counts, a run on the sandbox with faults; a real ssh."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from matplotlib.image import imread
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.storm import injection
 from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.nodes import process_one
+from slurm.sandbox.state import require_state
 from tests.support.commands import ON_SLURM, ROOT, Process, descendants, running, start_fork, wait_for
 
 EXAMPLES = ROOT / "examples"
@@ -252,3 +258,55 @@ def png_shape(png: bytes) -> tuple[int, int, int]:
     """Width, height and channels of a PNG file, as matplotlib reads it."""
     height, width, channels = imread(io.BytesIO(png)).shape
     return width, height, channels
+
+
+# A real ssh with keys made for a test: a client's command in a folder of its own, and servers that know its key.
+
+
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin")
+CLIENT = """
+Host *
+  IdentityFile {folder}/key
+  IdentitiesOnly yes
+  UserKnownHostsFile /dev/null
+  StrictHostKeyChecking no
+  LogLevel ERROR
+"""
+SERVER = """
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/key.pub
+PasswordAuthentication no
+PermitRootLogin yes
+StrictModes no
+UsePAM no
+PidFile none
+"""
+
+
+def make_ssh(folder: Path, client: str = "") -> Path:
+    """Make keys, a server's ``sshd_config`` and a client's ``bin/ssh`` in a new folder.
+
+    Skips where no server is installed. ``client`` is put before the client's configuration, with ``{folder}`` and
+    ``{sshd}`` filled in.
+    """
+    if SSHD is None or os.getuid() != 0:
+        pytest.skip("needs openssh-server and root")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    folder.mkdir(parents=True)
+    for name in ("key", "host"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "config").write_text((client + CLIENT).format(sshd=SSHD, folder=folder))
+    (folder / "sshd_config").write_text(SERVER.format(folder=folder))
+    write_program(folder / "bin" / "ssh", f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
+    return folder
+
+
+def serve_ssh(sandbox: Cluster, folder: Path) -> dict[str, str]:
+    """Start a server on each node of a sandbox. Returns node -> address. A node that has one keeps it."""
+    state = require_state(sandbox.directory)
+    for name in state.nodes:
+        first = process_one(state, name)
+        assert first is not None and SSHD is not None
+        inside = ["nsenter", f"--target={first.pid}", *(f"--{kind}" for kind in ("mount", "uts", "ipc", "net", "pid"))]
+        subprocess.run([*inside, SSHD, "-f", folder / "sshd_config"], check=False)
+    return dict(state.nodes)
