@@ -1,4 +1,4 @@
-"""Shards of any model and their laws, and what cannot be parallelized: refused with what can be typed instead.
+"""Devices by their names, shards of any model and their laws, and what is refused with what can be typed instead.
 
 Tests in tests/parallel compare the shards with those of ranks."""
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.accounting import FP32, count
+from gpt.accounting import FP32, Flops, count, expand, peak_flops, utilization
 from gpt.config import CpMethod, ModelConfig, ParallelConfig, Precision, Recompute, Schedule, Strategy, TrainConfig
 from gpt.planning.memory import RankMemory, micro_batches_in_flight, per_rank
 from gpt.planning.rank_shards import parameter_shards
@@ -21,6 +21,7 @@ from gpt.topology.schedules import rank_stages
 from launch.errors import ConfigError
 from tests.support.composing import config_from
 from tests.support.learning import TINY
+from tests.support.planning import refused
 from tests.support.small_models import LLAMA, MOE, configs, optim, small
 
 OPTIM = optim(global_batch=64, max_micro_batch=2)
@@ -284,10 +285,9 @@ def test_what_cannot_run_is_refused_with_what_can(ranks: int, words: str, found:
         config.validate()
         check_parallel_dims(config, ranks)
 
-    with pytest.raises(ConfigError) as refusal:
-        check(*words.split())
-    assert found in refusal.value.found and refusal.value.fix.startswith(fix)
-    alternatives = [alternative.split() for alternative in refusal.value.fix.split(", or ")]
+    told = refused(check, *words.split(), found=found).fix
+    assert told.startswith(fix)
+    alternatives = [alternative.split() for alternative in told.split(", or ")]
     typed = [words for words in alternatives if all("=" in word and "model=" not in word for word in words)]
     assert typed
     for alternative in typed:
@@ -302,3 +302,216 @@ def test_a_lone_output_matrix_is_refused_for_its_norms_only() -> None:
 def test_a_file_of_deepspeed_belongs_to_it() -> None:
     with pytest.raises(ConfigError, match="DeepSpeed, whose key it is"):
         config_from(["parallel=fsdp", "parallel.deepspeed_config=ds.json"]).validate()
+
+
+COMBINATIONS = {
+    "optim.patience=2 eval.interval=0": "optim.patience=2 with eval.interval=0",
+    "optim.target_val_loss=0": "optim.target_val_loss",
+    **dict.fromkeys([f"logging.straggler_factor={f}" for f in ("1", "0.5", "-2")], "logging.straggler_factor=1.2"),
+    "logging.breakdown_interval=5 profile=true": "logging.breakdown_interval=0",
+    # Documents packed into sequences.
+    "data.document_end=10": "data.document_end=10 with data.pack=none",
+    "data.pack=documents parallel=cp": "parallel.cp=2",
+    "data.pack=documents parallel=zero2": "DeepSpeed",
+    "data.pack=documents model.attention=my.part:Attention": "model.attention=my.part:Attention",
+    # Text that is tokenized while it is read.
+    "data.stream=true data=synthetic": "data=synthetic",
+    "data.stream=true data=tokens data.path=x": "data=tokens",
+    "data.stream=true data=text data.path=x data.tokenizer=char": "data.tokenizer=char",
+    "data.stream=true data=tinystories": "data.tokenizer=sentencepiece",
+    "data.stream=true data=files data.path=x data.max_bytes=9": "data.max_bytes=9",
+    "data.stream=true data=openwebtext data.revision=null": "without data.revision",
+    "data.stream=true data=text data.path=x data.shuffle_buffer=0": "data.shuffle_buffer=0",
+    # A loss without whole logits.
+    **{
+        f"chunked_loss=true {words}": "chunked_loss=true with"
+        for words in ("parallel=tp", "parallel=pp", "parallel=zero2", "model.logit_softcap=30", "precision=fp16")
+    },
+    # Checkpoints.
+    "checkpoint.in_memory=true checkpoint.asynchronous=false": "in_memory=true with checkpoint.asynchronous=false",
+    "checkpoint.in_memory=true parallel=zero2": "checkpoint.in_memory=true with parallel.strategy=deepspeed",
+    "checkpoint.in_memory=true checkpoint.in_memory_interval=0": "checkpoint.in_memory_interval=0",
+    "checkpoint.scrub=true checkpoint.asynchronous=false": "checkpoint.scrub=true with checkpoint.asynchronous=false",
+}
+"""Overrides, and what their refusal says."""
+
+
+@pytest.mark.parametrize("words", COMBINATIONS)
+def test_keys_that_do_not_go_together_are_refused(words: str) -> None:
+    refused(config_from(words.split()).validate, said=COMBINATIONS[words])
+
+
+def test_no_straggler_need_be_named() -> None:
+    config_from(["logging.straggler_factor=0"]).validate()
+
+
+# Peaks by the names that drivers report, and what follows from them.
+
+
+KNOWN_BF16 = {
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "A100-SXM4-40GB": 312,
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
+    "NVIDIA GB200": 2500,
+    "NVIDIA L40S": 362,
+    "AMD Instinct MI300X": 1307,
+    "NVIDIA A10": 125,
+    "NVIDIA RTX A6000": 154.8,
+    "Tesla V100-SXM2-32GB": None,
+}
+KNOWN_FP32 = {
+    "Tesla V100-SXM2-16GB": 15.7,
+    "Tesla V100-SXM2-32GB": 15.7,
+    "Tesla V100-PCIE-32GB": 14,
+    "NVIDIA A100-SXM4-80GB": 19.5,
+    "NVIDIA H100 80GB HBM3": 67,
+    "NVIDIA B200": None,
+}
+UNKNOWN = (
+    "NVIDIA L40",
+    "NVIDIA A10G",
+    "NVIDIA H20",
+    "NVIDIA H200 NVL",
+    "NVIDIA GH200 480GB",
+    "NVIDIA B300 SXM6 AC",
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    "GRID A100-40C",
+    "NVIDIA GeForce RTX 3050",
+    "NVIDIA GeForce RTX 4070 SUPER",
+    "NVIDIA RTX 6000 Ada Generation",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "AMD Instinct MI300A",
+    "AMD EPYC 9654 96-Core Processor",
+    "cpu",
+    "",
+)
+
+
+SHORT = {
+    "H100": ["NVIDIA H100 80GB HBM3"],
+    "nvidia_h100_80gb_hbm3": ["NVIDIA H100 80GB HBM3"],
+    "H100-SXM5-80GB": ["NVIDIA H100 80GB HBM3"],
+    "h100 pcie": ["NVIDIA H100 PCIe"],
+    "H100-94GB": ["NVIDIA H100 NVL"],
+    "A100": ["NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"],
+    "a100-80": ["NVIDIA A100-SXM4-80GB"],
+    "A100 80GB PCIe": ["NVIDIA A100 80GB PCIe"],
+    "V100-32GB": ["Tesla V100-SXM2-32GB"],
+    "rtx4090": ["NVIDIA GeForce RTX 4090"],
+    "RTX 4080": ["NVIDIA GeForce RTX 4080"],
+    "RTX 4070 Ti": ["NVIDIA GeForce RTX 4070 Ti"],
+    "geforce_rtx_4070_ti_super": ["NVIDIA GeForce RTX 4070 Ti SUPER"],
+    "RTX 3060 12GB": ["NVIDIA GeForce RTX 3060"],
+    "RTX 3060 8GB": [],
+    "mi300x": ["AMD Instinct MI300X"],
+    "H20": [],
+    "A100-64GB": [],
+    "80GB": [],
+    "": [],
+}
+
+
+@pytest.mark.parametrize(("name", "meant"), SHORT.items())
+def test_short_names_mean_one_device_or_leave_the_memory_open(name: str, meant: list[str]) -> None:
+    assert expand(name) == meant
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_device_that_is_not_in_the_table_has_no_short_name_and_borrows_no_peak(name: str) -> None:
+    assert expand(name) == []
+    assert [peak_flops(name, precision) for precision in Precision] == [None] * len(Precision)
+
+
+KNOWN_TF32 = {
+    "NVIDIA A100-SXM4-80GB": 156,
+    "NVIDIA H100 80GB HBM3": 494.5,
+    "NVIDIA H100 PCIe": 378,
+    "NVIDIA H100 NVL": 417.5,
+    "NVIDIA H200": 494.5,
+    "NVIDIA L40S": 183,
+    "NVIDIA GeForce RTX 3090": 35.6,
+}
+KNOWN_FP16 = {
+    "Tesla V100-SXM2-32GB": 125,
+    "Tesla V100-PCIE-16GB": 112,
+    "Tesla T4": 65,
+    "NVIDIA A100-SXM4-40GB": 312,
+}
+
+
+KNOWN = {
+    (Precision.bf16, False): KNOWN_BF16,
+    (Precision.fp32, False): KNOWN_FP32,
+    (Precision.fp32, True): KNOWN_TF32,
+    (Precision.fp16, False): KNOWN_FP16,
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "tflops"), [(asked, *row) for asked, known in KNOWN.items() for row in known.items()]
+)
+def test_known_peaks(asked: tuple[Precision, bool], name: str, tflops: float | None) -> None:
+    assert peak_flops(name, *asked) == (tflops and tflops * 1e12), "none where device or vendor has none"
+
+
+def test_tf32_changes_only_the_peak_of_fp32_where_the_device_has_it() -> None:
+    for name in KNOWN_TF32:
+        assert peak_flops(name, Precision.bf16, tf32=True) == peak_flops(name, Precision.bf16)
+    for name in (name for name in KNOWN_FP16 if name.startswith("Tesla")):
+        assert peak_flops(name, Precision.fp32, tf32=True) == peak_flops(name, Precision.fp32)
+
+
+CORES_AND_BOOST_MHZ = {
+    "3060": (3584, 1777),
+    "3060 Ti": (4864, 1665),
+    "3070": (5888, 1725),
+    "3080": (8704, 1710),
+    "3090": (10496, 1695),
+    "3090 Ti": (10752, 1860),
+    "4060": (3072, 2460),
+    "4060 Ti": (4352, 2535),
+    "4070": (5888, 2475),
+    "4070 Ti": (7680, 2610),
+    "4070 Ti SUPER": (8448, 2610),
+    "4080": (9728, 2505),
+    "4080 SUPER": (10240, 2550),
+    "4090": (16384, 2520),
+    "4090 D": (14592, 2520),
+}
+ADVERTISED = {"3060 Ti": 130, "3070": 163, "3080": 238, "3090": 285, "3090 Ti": 320, "4070 Ti": 641}
+"""NVIDIA's Tensor TFLOP/s and, of the RTX 40, TOPS: sparse, accumulated in 16 bits, and the latter in 8 bits."""
+
+
+@pytest.mark.parametrize("card", CORES_AND_BOOST_MHZ)
+def test_the_peaks_of_cards_follow_from_their_cores_and_clocks(card: str) -> None:
+    cores, boost_mhz = CORES_AND_BOOST_MHZ[card]
+    name = f"NVIDIA GeForce RTX {card}"
+    fp32, bf16 = peak_flops(name, Precision.fp32), peak_flops(name, Precision.bf16)
+    assert fp32 == pytest.approx(2 * cores * boost_mhz * 1e6, rel=5e-3)
+    assert bf16 == pytest.approx(4 * cores * boost_mhz * 1e6, rel=5e-3)
+    if card in ADVERTISED:
+        assert bf16 == pytest.approx(ADVERTISED[card] * 1e12 / (4 if card.startswith("3") else 8), rel=1e-2)
+
+
+def test_utilization_of_a_published_run() -> None:
+    # PaLM, appendix B: 540B on 6144 chips of 275 TFLOP/s, 238,300 tokens/s, 46.2 % with attention and 45.7 % without.
+    # 118 layers, 48 heads 256 wide, 2048 tokens; the parameters beside attention are those of table 1.
+    parameters, attention = 540.35e9, 12 * 118 * 48 * 256 * 2048
+    flops = Flops(projections=0, attention=attention, ffn=int(6 * parameters), logits=0)
+    used = utilization(flops, tokens_per_s=238_300 / 6144, peak_flops_per_s=275e12)
+    assert used.mfu_palm == pytest.approx(0.462, abs=0.001)
+    assert used.hfu == used.mfu_palm
+    assert used.mfu_causal == pytest.approx((0.462 + 0.457) / 2, abs=0.001)
+    assert used.tflops_per_s == pytest.approx(0.462 * 275, rel=0.002)
+
+
+def test_no_utilization_without_a_peak() -> None:
+    used = utilization(Flops(1, 2, 3, 4), tokens_per_s=1e12, peak_flops_per_s=None)
+    assert (used.tflops_per_s, used.mfu_palm, used.mfu_causal, used.hfu) == (10.0, None, None, None)

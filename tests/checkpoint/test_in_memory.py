@@ -226,19 +226,6 @@ def test_nodes_without_that_memory_are_refused(device: str, tmp_path: Path) -> N
             refuse_too_little_host(asked, needed, PlanRequest((), RunFolder(tmp_path), False, 2, 2, cluster, 0))
 
 
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        (["checkpoint.asynchronous=false"], "checkpoint.in_memory=true with checkpoint.asynchronous=false"),
-        (["parallel=zero2"], "checkpoint.in_memory=true with parallel.strategy=deepspeed"),
-        (["checkpoint.in_memory_interval=0"], "checkpoint.in_memory_interval=0"),
-    ],
-)
-def test_what_cannot_be_kept_in_memory_is_refused(words: list[str], found: str) -> None:
-    with pytest.raises(ConfigError, match=found):
-        config_from([*TINY, "checkpoint.in_memory=true", *words]).validate()
-
-
 # Messages between ranks: values come back as they were, and what somebody else sends runs nothing.
 
 

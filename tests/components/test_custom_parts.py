@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt.accounting import block_shapes, count, forward_flops, outer_shapes, training_flops
+from gpt.accounting import forward_flops, training_flops
 from gpt.components import optimizer_state, owner_of, source_digest
 from gpt.config import DataConfig, ModelConfig, Norm, Precision, Recompute
 from gpt.conversion import choose_adapter
@@ -23,11 +23,13 @@ from gpt.planning.rank_shards import activation_bytes, parameter_shards
 from gpt.topology import ParallelDims
 from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError
+from tests.accounting.test_counts import assert_counts_equal
 from tests.support.commands import ROOT
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import Case, assert_all_same, learn_alone, learn_cases
-from tests.support.small_models import elements, optim, random_tokens, small
+from tests.support.planning import refused
+from tests.support.small_models import kept_bytes, optim, random_tokens, small
 
 EXAMPLE = ROOT / "examples" / "components"
 NAMES = {
@@ -52,14 +54,9 @@ def custom(**changes: Any) -> ModelConfig:
 )
 def test_counts_are_those_of_the_model_that_is_built(keys: list[str], qk_norm: bool) -> None:
     config = small(**{key: NAMES[key] for key in keys}, qk_norm=qk_norm, n_kv_head=2)
+    assert_counts_equal(config)
     model = GPT(config)
     initialize(model, seed=1)
-    counted = {f"blocks.{i}.{k}": v for i in range(config.n_layer) for k, v in block_shapes(config).items()}
-    counted |= outer_shapes(config)
-    assert counted == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert count(config).total == elements(model)
-    with FlopCounterMode(display=False) as counter:
-        model(random_tokens(config, 3)).sum().backward()
     # A kernel of ours computes the scores once more in its backward pass, which is not counted; nor is that of a mask.
     if "attention" not in keys:
         config.attention = type(config.attention)["manual"]  # type: ignore[index]
@@ -73,30 +70,19 @@ def test_counts_are_those_of_the_model_that_is_built(keys: list[str], qk_norm: b
         assert forward_flops(config, 3).palm == counter.get_total_flops()
 
 
-def saved_by_blocks(config: ModelConfig, sequences: int) -> int:
-    """Bytes that autograd keeps for the backward pass of the blocks, each storage once, but for weights and tables."""
-    model, kept = GPT(config), {}
+def saved_by_a_block(config: ModelConfig, sequences: int) -> int:
+    """Bytes that autograd keeps for the backward pass of a block, weights and tables not counted."""
+    model = GPT(config)
     initialize(model, seed=1)
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    x = torch.randn(sequences, config.block_size, config.n_embd, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = model.blocks[0](x)
-    assert y.shape == x.shape
-    return sum(kept.values())
+    x_BTD = torch.randn(sequences, config.block_size, config.n_embd, requires_grad=True)
+    return kept_bytes(model, lambda: model.blocks[0](x_BTD))
 
 
 @pytest.mark.parametrize("key", ["norm", "ffn", "attention"])
 def test_planned_activations_are_what_autograd_keeps(key: str) -> None:
     config = small(**{key: NAMES[key]}, n_layer=1)
     planned = activation_bytes(config, 3, Precision.fp32, Recompute.none).block
-    measured_bytes = saved_by_blocks(config, 3)
+    measured_bytes = saved_by_a_block(config, 3)
     assert measured_bytes <= planned <= 1.2 * measured_bytes, (planned, measured_bytes)
     half = activation_bytes(config, 3, Precision.bf16, Recompute.none).block
     selective = activation_bytes(config, 3, Precision.fp32, Recompute.selective)
@@ -180,10 +166,12 @@ def test_a_part_that_cannot_be_used_is_refused_in_three_parts(
     monkeypatch.syspath_prepend(str(tmp_path))
     config = config_from([])
     config.model.norm = name.format(module=module)
-    with pytest.raises(ConfigError) as refused:
+
+    def check() -> None:
         config.validate()
         check_parallel_dims(config, 1)
-    assert found in refused.value.found and fix.format(module=module) in refused.value.fix, refused.value
+
+    refused(check, found=found, fix=fix.format(module=module))
 
 
 @pytest.mark.parametrize(
@@ -195,9 +183,7 @@ def test_a_part_that_cannot_be_used_is_refused_in_three_parts(
 )
 def test_parallelism_that_a_part_says_nothing_of_is_refused(words: list[str], parallel: str, part: str) -> None:
     config = config_from([*words, parallel, "model.n_kv_head=4"])
-    with pytest.raises(ConfigError) as refused:
-        check_parallel_dims(config, 2)
-    assert part in refused.value.expected and "parallel=fsdp" in refused.value.fix
+    assert part in refused(check_parallel_dims, config, 2, fix="parallel=fsdp").expected
 
 
 def test_deepspeed_float8_and_transformers_refuse_in_words() -> None:
@@ -206,9 +192,8 @@ def test_deepspeed_float8_and_transformers_refuse_in_words() -> None:
     config = config_from(["optim.optimizer=gpt_parts.optim:Lion", "parallel=zero2"])
     with pytest.raises(ConfigError, match=r"optim\.optimizer=gpt_parts\.optim:Lion with parallel\.strategy=deepspeed"):
         check_parallel_dims(config, 2)
-    with pytest.raises(ConfigError, match=r"model\.ffn=gpt_parts\.ffn:SquaredReluFfn") as refused:
-        choose_adapter(custom(norm=Norm.layernorm, position="learned", attention="sdpa", options={}))
-    assert "--format torch" in refused.value.fix
+    ours = custom(norm=Norm.layernorm, position="learned", attention="sdpa", options={})
+    refused(choose_adapter, ours, said="model.ffn=gpt_parts.ffn:SquaredReluFfn", fix="--format torch")
 
 
 def test_state_of_an_optimizer_is_that_of_a_step_and_its_arguments_are_checked() -> None:

@@ -36,6 +36,7 @@ from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 from tests.conversion.test_transformers_both_ways import llama
 from tests.support.commands import ROOT, environment
+from tests.support.planning import refused
 from tests.support.small_models import LLAMA, MOE, configs, small
 
 
@@ -145,10 +146,9 @@ def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig, wan
     ],
 )
 def test_a_part_without_a_place_is_named(parts: dict[str, Any], found: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        choose_adapter(small(**parts))
-    assert refusal.value.found.startswith(found)
-    assert "llama (norm=rmsnorm, position=rope, ffn=swiglu|geglu" in refusal.value.expected
+    refusal = refused(choose_adapter, small(**parts))
+    assert refusal.found.startswith(found)
+    assert "llama (norm=rmsnorm, position=rope, ffn=swiglu|geglu" in refusal.expected
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,7 @@ def test_a_part_without_a_place_is_named(parts: dict[str, Any], found: str) -> N
 )
 def test_a_folder_that_is_no_model_of_ours_is_refused(folder: Path, values: dict[str, Any], found: str) -> None:
     change_config(folder, **values)
-    with pytest.raises(ConfigError) as refusal:
-        find_source(str(folder))
-    assert found in refusal.value.found and refusal.value.fix
+    refused(find_source, str(folder), found=found)
 
 
 def test_a_missing_shard_and_a_cut_one_are_found(folder: Path) -> None:
@@ -246,6 +244,7 @@ def test_hf_accepts_a_folder_of_transformers_alone(
     config = tmp_path / "run" / ".hydra" / "config.yaml"  # what makes a folder a run to init_from=FOLDER
     config.parent.mkdir(parents=True)
     config.write_text("name: run\n")
-    with pytest.raises(ConfigError, match=r"no folder with config\.json") as refused:
-        find_source(f"hf:{tmp_path / 'run'}")
-    assert "save_pretrained" in refused.value.expected and "init_from=hf:FOLDER" in refused.value.fix
+    refusal = refused(
+        find_source, f"hf:{tmp_path / 'run'}", said="no folder with config.json", fix="init_from=hf:FOLDER"
+    )
+    assert "save_pretrained" in refusal.expected

@@ -42,6 +42,7 @@ from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
 from tests.support.distributed import run_distributed
+from tests.support.planning import refused
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 NOWHERE = Path("/nowhere")
@@ -175,9 +176,7 @@ def test_paths_that_lead_to_no_text_are_refused_with_what_to_type(tmp_path: Path
         (tmp_path / "empty", "no file with text"),
         ("~no such user/file", "cannot be read"),
     ):
-        with pytest.raises(ConfigError) as refusal:
-            describe_corpus(text_config(path), NOWHERE)
-        assert found in refusal.value.found and refusal.value.fix == "data.path=FILE", refusal.value
+        assert refused(describe_corpus, text_config(path), NOWHERE, found=found).fix == "data.path=FILE"
 
 
 def test_a_text_without_read_permission_is_refused(tmp_path: Path) -> None:
@@ -210,9 +209,8 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("text")
-    with pytest.raises(ConfigError) as refusal:
-        ensure_tokens(text_config(tmp_path / "text"), tmp_path / "text" / "cache")
-    assert refusal.value.fix == "data.cache_dir=FOLDER"
+    refusal = refused(ensure_tokens, text_config(tmp_path / "text"), tmp_path / "text" / "cache")
+    assert refusal.fix == "data.cache_dir=FOLDER"
 
 
 @given(
@@ -268,9 +266,8 @@ def test_configs_fit_the_schema(name: str) -> None:
 def test_what_has_to_be_prepared_is_refused_with_the_command(name: str, tmp_path: Path) -> None:
     words = [f"data={name}", "data.max_bytes=1000", f"data.cache_dir={tmp_path}"]
     config = to_schema(compose_train(words), TrainConfig)
-    with pytest.raises(ConfigError) as refusal:
-        describe_corpus(config.data, config.data_cache)
-    assert refusal.value.fix == f"python -m gpt.prepare {words[0]} {words[1]} {words[2]}"
+    told = refused(describe_corpus, config.data, config.data_cache).fix
+    assert told == f"python -m gpt.prepare {words[0]} {words[1]} {words[2]}"
 
 
 def test_the_command_that_is_proposed_prepares_what_was_asked_for(
@@ -281,9 +278,7 @@ def test_the_command_that_is_proposed_prepares_what_was_asked_for(
     (tmp_path / "a text.txt").write_text(text)
     words = ["data=files", "data.path='a *.txt'", "data.tokenizer=char", "data.val_fraction=0.2"]
     config = to_schema(compose_train(words), TrainConfig)
-    with pytest.raises(ConfigError) as refusal:
-        describe_corpus(config.data, config.data_cache)
-    command = refusal.value.fix
+    command = refused(describe_corpus, config.data, config.data_cache).fix
     assert command == prepare_command(config.data, config.data_cache)
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, capture_output=True)
     corpus = describe_corpus(config.data, config.data_cache)
@@ -308,9 +303,7 @@ def test_keys_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         (DataConfig(source=Source.dataset), "data=tinystories"),
         (DataConfig(source=Source.tokens), "data=tokens data.path=FOLDER"),
     ):
-        with pytest.raises(ConfigError) as refusal:
-            config.validate()
-        assert refusal.value.fix.startswith(fix)
+        assert refused(config.validate).fix.startswith(fix)
     assert main(["data=tokens", f"data.path={tmp_path}"]) == 2
 
 

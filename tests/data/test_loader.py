@@ -88,15 +88,6 @@ def test_validation_keeps_the_order_of_the_last_part_of_the_text(text: tuple[byt
         samples.batch("val", np.array([samples.num_val]))
 
 
-def test_ranks_together_make_the_global_batch(text: tuple[bytes, Tokens]) -> None:
-    samples = Samples(text[1], block_size=16, seed=1)
-    whole = samples.batch("train", train_indices(41, 0, batch_of(12, 1)))  # crosses into the second epoch
-    for ranks in (2, 3, 4):
-        parts = [samples.batch("train", train_indices(41, r, batch_of(12, ranks))) for r in range(ranks)]
-        for number in (0, 1):
-            assert torch.equal(torch.cat([part[number] for part in parts]), whole[number])
-
-
 def test_a_file_that_this_machine_does_not_see_whole_is_refused(text: tuple[bytes, Tokens]) -> None:
     tokens = text[1]
     tokens.sources[0].val.segments[0].path.write_bytes(b"short")

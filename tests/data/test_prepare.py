@@ -29,6 +29,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import kill_all, run, start, wait_for
 from tests.support.composing import config_from
+from tests.support.planning import refused
 
 TEXTS = [f"Document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(20 + i % 7)) + " é🎉" for i in range(300)]
 
@@ -329,9 +330,7 @@ def test_patterns_and_files_that_cannot_be_read_are_refused(tmp_path: Path) -> N
 
     def refusal(**changes: object) -> ConfigError:
         config = DataConfig(source=Source.files, **{"path": pattern, **changes})  # type: ignore[arg-type]
-        with pytest.raises(ConfigError) as caught:
-            made(config, tmp_path / "out")
-        return caught.value
+        return refused(made, config, tmp_path / "out")
 
     assert "matches no file" in refusal(path=f"{tmp_path}/*.json").found
     assert "id, text" in refusal(text_key="body").expected

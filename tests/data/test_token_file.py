@@ -35,6 +35,7 @@ from tests.data.test_prepare import ids_of, made, write_jsonl, write_parquet
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import save, start, step
+from tests.support.planning import refused
 
 IDS = np.random.default_rng(0).integers(0, 50257, 3000)
 
@@ -199,9 +200,7 @@ def test_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         ("half", "there are no tokens"),
         ("nothing/*.bin", "there are no tokens"),
     ):
-        with pytest.raises(ConfigError) as refusal:
-            open_tokens(tokens_config(tmp_path / name))
-        assert found in refusal.value.found, name
+        refused(open_tokens, tokens_config(tmp_path / name), found=found)
     (tmp_path / "mega.idx").write_bytes(b"no index of Megatron's")
     with pytest.raises(ConfigError, match="no whole index of Megatron"):
         open_tokens(tokens_config(prefix))
@@ -371,23 +370,6 @@ def test_any_number_of_ranks_sees_the_same_batches_also_after_a_kill(tmp_path: P
     for size, steps in ((2, [1, 2, 3, 4]), (4, [4, 5, 6, 7]), (1, [7, 8, 9])):
         for found in run_distributed(taken, size, tmp_path / "killed", words, steps):
             assert found == [whole[number - 1] for number in steps], (size, steps)
-
-
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ("data=synthetic", "data=synthetic"),
-        ("data=tokens data.path=x", "data=tokens"),
-        ("data=text data.path=x data.tokenizer=char", "data.tokenizer=char"),
-        ("data=tinystories", "data.tokenizer=sentencepiece"),
-        ("data=files data.path=x data.max_bytes=9", "data.max_bytes=9"),
-        ("data=openwebtext data.revision=null", "without data.revision"),
-        ("data=text data.path=x data.shuffle_buffer=0", "data.shuffle_buffer=0"),
-    ],
-)
-def test_what_cannot_be_streamed_is_refused(words: str, found: str) -> None:
-    with pytest.raises(ConfigError, match=found):
-        config_from([*words.split(), "data.stream=true"]).validate()
 
 
 def test_text_that_is_missing_or_too_short_is_refused(config: DataConfig, tmp_path: Path) -> None:

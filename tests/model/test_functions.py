@@ -64,12 +64,17 @@ def test_a_norm_and_its_gradients_are_torchs_in_float64() -> None:
 
 
 def test_other_precisions_and_a_norm_in_a_graph_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RmsNormOnCpu, "apply", lambda *_: pytest.fail("not for this input"))
-    norm, plain = RmsNorm(WIDTH, eps=1e-5), nn.RMSNorm(WIDTH, eps=1e-5)
+    for ours in (RmsNormOnCpu, LinearOnCpu):
+        monkeypatch.setattr(ours, "apply", lambda *_: pytest.fail("not for this input"))
+    norm, plain, layer = RmsNorm(WIDTH, eps=1e-5), nn.RMSNorm(WIDTH, eps=1e-5), Linear(WIDTH, 5)
     x = torch.randn(2, WIDTH)
     assert torch.equal(norm(x.bfloat16()), plain(x.bfloat16()))
     assert torch.equal(torch.compile(norm, backend="eager", fullgraph=True)(x), plain(x))
     assert norm.state_dict().keys() == plain.state_dict().keys()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.double()(x.double()).dtype == torch.float64
+    assert layer.to("meta")(x.to("meta")).shape == (2, 5)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -86,15 +91,6 @@ def test_a_linear_layer_and_its_gradients_are_torchs_in_float64(bias: bool, comp
         y = call(own)
         found.append((y.detach(), *torch.autograd.grad(y, (own, *module.parameters()), gradient.to(dtype))))
     torch.testing.assert_close(*found, rtol=2e-6, atol=2e-6, check_dtype=False)
-
-
-def test_other_precisions_of_a_linear_layer_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LinearOnCpu, "apply", lambda *_: pytest.fail("not for this input"))
-    layer, x = Linear(WIDTH, 5), torch.randn(2, WIDTH)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    assert layer.double()(x.double()).dtype == torch.float64
-    assert layer.to("meta")(x.to("meta")).shape == (2, 5)
 
 
 # The loss against torch's, in value and gradient, and what it moves and allocates for each logit.
@@ -120,27 +116,21 @@ def computed(criterion: Callable[[Tensor, Tensor], Tensor], logits_BTV: Tensor, 
 @pytest.mark.parametrize("chunk", [1, 5 * V, 2**23], ids=["by token", "uneven chunks", "at once"])
 @pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_loss_and_gradient_are_those_of_torch(
+def test_loss_and_gradient_times_any_number_are_those_of_torch(
     dtype: torch.dtype, padding: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "LOSS_CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     logits_BTV = (5 * torch.randn(B, T, V + padding, generator=generator)).to(dtype)
     logits_BTV[0, 0, 3] = 60.0  # a token that is all but certain
-    (found, grad), (expected, expected_grad) = (computed(f, logits_BTV, 0.003) for f in (cross_entropy, torchs))
-    assert found.dtype == torch.float32 and grad.dtype == dtype
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    # In bf16 a value at the border of two may be rounded to the other one.
-    rounding = 2e-6 if dtype is torch.float32 else 2**-7
-    torch.testing.assert_close(grad, expected_grad, rtol=rounding, atol=1e-9)
-    assert (grad - expected_grad).norm() <= (1e-6 if dtype is torch.float32 else 1e-4) * expected_grad.norm()
-
-
-def test_the_loss_may_be_multiplied_by_any_number() -> None:
-    logits_BTV = torch.randn(B, T, V, generator=torch.Generator().manual_seed(0))
-    for scale in (-0.5, 0.0):
-        (_, grad), (_, expected) = (computed(f, logits_BTV, scale) for f in (cross_entropy, torchs))
-        torch.testing.assert_close(grad, expected, rtol=2e-6, atol=1e-9)
+    for scale in (0.003, -0.5, 0.0):
+        (found, grad), (expected, expected_grad) = (computed(f, logits_BTV, scale) for f in (cross_entropy, torchs))
+        assert found.dtype == torch.float32 and grad.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        # In bf16 a value at the border of two may be rounded to the other one.
+        rounding = 2e-6 if dtype is torch.float32 else 2**-7
+        torch.testing.assert_close(grad, expected_grad, rtol=rounding, atol=1e-9)
+        assert (grad - expected_grad).norm() <= (1e-6 if dtype is torch.float32 else 1e-4) * expected_grad.norm()
 
 
 class Traffic(TorchDispatchMode):
@@ -303,8 +293,9 @@ def test_more_than_there_is_room_for_is_refused() -> None:
     model, tokens_BT = lively(config), random_tokens(config, 1)
     cache = Cache(config.block_size)
     model(tokens_BT, cache)
-    with pytest.raises(AssertionError, match="13 tokens in a model of block_size=12"):
-        model(tokens_BT[:, :1], cache)
+    for tokens, kept in ((tokens_BT[:, :1], (cache,)), (torch.zeros(1, 13, dtype=torch.long), ())):
+        with pytest.raises(AssertionError, match="13 tokens in a model of block_size=12"):
+            model(tokens, *kept)
     short = Cache(4)
     with pytest.raises(AssertionError, match="5 tokens in a cache for 4"):
         model(tokens_BT[:, :5], short)

@@ -36,11 +36,6 @@ def last_measured(rank: int, size: int, folder: Path) -> int:
     return found
 
 
-def test_it_measures_no_step_after_its_first_ten(tmp_path: Path) -> None:
-    """By default it does in each hundredth, and waits for the device there."""
-    assert run_distributed(last_measured, 2, tmp_path / "run") == [10, 10]
-
-
 class Peak(Alive):
     """The most bytes that the storages of operations held at once."""
 
@@ -65,11 +60,6 @@ def peaks(rank: int, size: int, folder: Path) -> tuple[int, int]:
     return warm_up.most - 2 * sum(p.nbytes for p in engine.module.parameters()), training.most
 
 
-def test_the_passes_before_the_first_step_need_less_memory_than_a_step(tmp_path: Path) -> None:
-    for warm_up, training in run_distributed(peaks, 2, tmp_path / "run"):
-        assert 4 * 8 * 16 * 8192 < warm_up <= training
-
-
 def gradient_storages(rank: int, size: int, folder: Path) -> list[set[int]]:
     """Storages of the gradients after the first of two micro-batches, and after the step."""
     run = start(rank, size, folder, "parallel=ddp", "optim.max_micro_batch=2", "optim.global_batch=8")
@@ -87,8 +77,17 @@ def gradient_storages(rank: int, size: int, folder: Path) -> list[set[int]]:
     return found
 
 
-def test_gradients_of_every_micro_batch_lie_in_the_buckets(tmp_path: Path) -> None:
-    for before, between, after, *again in run_distributed(gradient_storages, 2, tmp_path / "run"):
+def watch(rank: int, size: int, folder: Path) -> tuple[int, tuple[int, int], list[set[int]]]:
+    kinds = (last_measured, peaks, gradient_storages)
+    measured, most, stored = (kind(rank, size, folder / kind.__name__) for kind in kinds)
+    return measured, most, stored
+
+
+def test_it_stops_measuring_warms_up_in_the_memory_of_a_step_and_keeps_gradients_in_buckets(tmp_path: Path) -> None:
+    for measured, (warm_up, training), stored in run_distributed(watch, 2, tmp_path / "runs"):
+        assert measured == 10, "by default it measures each hundredth step, and waits for the device there"
+        assert 4 * 8 * 16 * 8192 < warm_up <= training, "passes before the first step need no more than a step"
+        before, between, after, *again = stored
         assert before == between == after and again == [before] * 3
         assert 1 <= len(after) <= 2, "few buckets hold all gradients"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import PipelineStage
 
-from gpt.config import Device
+from gpt.config import Device, Schedule
 from gpt.parallel import distributed
 from gpt.parallel.context import SequenceShard
 from gpt.parallel.distributed import BUBBLE, Span, Timeline, recorded, schedule_waits, total, waiting, working
@@ -23,6 +22,7 @@ from launch.errors import ConfigError
 from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord
+from tests.parallel.test_nd import orders, play
 from tests.support.distributed import run_distributed
 from tests.support.learning import world_of
 
@@ -137,49 +137,18 @@ def test_every_rank_hears_of_the_failure_of_the_first(tmp_path: Path) -> None:
 # Spans of a step: which belong to whom, and the bubble of pipelines against closed forms and a count by hand.
 
 
-Action = tuple[str, int]
-
-
-def gpipe(stages: int, stage: int, count: int) -> list[Action]:
-    return [(kind, i) for kind in "FB" for i in range(count)]
-
-
-def one_f_one_b(stages: int, stage: int, count: int) -> list[Action]:
-    warmup = min(count, stages - stage)
-    steady = [action for i in range(count - warmup) for action in (("B", i), ("F", warmup + i))]
-    return [("F", i) for i in range(warmup)] + steady + [("B", i) for i in range(count - warmup, count)]
-
-
-def simulate(orders: Sequence[Sequence[Action]], seconds: dict[str, Sequence[float]]) -> list[list[Span]]:
-    """When each stage does its work, where a transfer takes no time: an action begins when what it needs is there."""
-    stages, ends = len(orders), {}
-    at, clock = [0] * stages, [0.0] * stages
-    works: list[list[Span]] = [[] for _ in orders]
-    while any(at[s] < len(orders[s]) for s in range(stages)):
-        for s in range(stages):
-            if at[s] == len(orders[s]):
-                continue
-            kind, i = orders[s][at[s]]
-            feeder = s - 1 if kind == "F" else s + 1
-            is_fed = 0 <= feeder < stages
-            if is_fed and (feeder, kind, i) not in ends:
-                continue
-            begin = max(clock[s], ends.get((feeder, kind, i), 0.0))
-            clock[s] = ends[s, kind, i] = begin + seconds[kind][s]
-            works[s].append(Span(BUBBLE if is_fed else "pp", begin, clock[s]))
-            at[s] += 1
-    return works
-
-
-@pytest.mark.parametrize("order", [gpipe, one_f_one_b])
+@pytest.mark.parametrize("schedule", [Schedule.gpipe, Schedule["1f1b"]])
 @pytest.mark.parametrize(("stages", "count"), [(2, 2), (4, 8), (3, 7)])
-def test_even_stages_idle_as_the_schedules_arithmetic_says(order, stages: int, count: int) -> None:  # type: ignore[no-untyped-def]
+def test_even_stages_idle_as_the_schedules_arithmetic_says(schedule: Schedule, stages: int, count: int) -> None:
     """GPipe and 1F1B: (p - 1) / (m + p - 1) of the step, arXiv 1811.06965 section 2.3 and 2104.04473 section 2.2."""
-    works = simulate([order(stages, s, count) for s in range(stages)], {"F": [1.0] * stages, "B": [2.0] * stages})
-    makespan = max(own[-1].end for own in works)
-    for own in works:
-        found = schedule_waits(0.0, [*own, Span("pp", own[-1].end, own[-1].end)], [])
-        found.append(Span(BUBBLE, own[-1].end, makespan))  # the wait for the other stages, in the first collective
+    times = play(orders(schedule, stages, count, 1), stages, 1)  # a transfer takes no time
+    makespan = max(end for _, end in times.values())
+    for stage in range(stages):
+        waits_for = {"F": stage > 0, "B": stage < stages - 1}
+        own = sorted((*times[action], waits_for[action[0]]) for action in times if action[1] == stage)
+        works = [Span(BUBBLE if is_fed else "pp", begin, end) for begin, end, is_fed in own]
+        found = schedule_waits(0.0, [*works, Span("pp", works[-1].end, works[-1].end)], [])
+        found.append(Span(BUBBLE, works[-1].end, makespan))  # the wait for the other stages, in the first collective
         assert total(found, 0, makespan + 1, "pp") == 0
         share = total(found, 0, makespan + 1, BUBBLE) / makespan
         assert share == pytest.approx((stages - 1) / (count + stages - 1), abs=1e-12)

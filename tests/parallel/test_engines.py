@@ -19,6 +19,7 @@ from gpt.config import TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, read_weights
 from gpt.model.gpt import GPT, initialize
 from launch.runs.folder import RunFolder
+from tests.support import learning
 from tests.support.distributed import run_distributed
 from tests.support.learning import (
     STEPS,
@@ -41,7 +42,7 @@ from tests.support.learning import (
 PADDED = ["model.vocab_size=259", "model.vocab_multiple=16"]
 ONE, FOUR = "model.n_layer=1", "model.n_layer=4"
 """One layer is enough for a kind of layer; four are for pipelines, some of which have two stages on each rank."""
-MOE = ["model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"]
+MOE = learning.MODELS["experts"]
 TIED = ["model.tie_embeddings=true", "model.position=learned", "model.norm=layernorm"]
 QUERIES = ["model.tie_embeddings=false", "model.n_kv_head=2", "model.qk_norm=true", "model.norm=rmsnorm"]
 EXPERTS = [*MOE, "model.tie_embeddings=true", "model.n_shared_expert=1", "model.n_kv_head=2"]
@@ -173,7 +174,8 @@ def prove(rank: int, size: int, folder: Path, cases: Sequence[Case]) -> list[dic
             if run.dims.pp > 1 or size == 1:
                 learned["after"] = step(run)  # not disturbed by an evaluation
             held = held_as_planned(run) if is_new and not shares_gradients(case) else ""
-            found.append(learned | {"begun": begun, "held": held, "on host": is_on_host(module)})
+            seen = {"begun": begun, "held": held, "on host": is_on_host(module), "plain": isinstance(module, GPT)}
+            found.append(learned | seen)
     return found if rank == 0 else []
 
 
@@ -225,6 +227,7 @@ def assert_learned(case: Case, found: dict[str, Any], expected: dict[str, Any]) 
     assert found.get("val", expected["val"]) == pytest.approx(expected["val"], rel=1e-6)
     assert found.get("after", expected["after"]) == pytest.approx(expected["after"], rel=2e-5)
     assert (found["held"], found["on host"]) == ("", case.words == ON_HOST)
+    assert expected["plain"] and not (found["plain"] and case.words == "parallel=ddp"), "one rank needs no wrapper"
     if found["begun"] is not None:
         assert_begun(found, expected)
 

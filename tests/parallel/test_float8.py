@@ -26,6 +26,7 @@ from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.distributed import run_distributed
 from tests.support.learning import MODELS, compose, control_group, save, start, step
+from tests.support.planning import refused
 from tests.support.small_models import LLAMA, MOE, loss_of, random_tokens, small
 
 pytest.importorskip("torchao")
@@ -127,15 +128,12 @@ def test_every_engine_learns_the_same_and_nearly_what_whole_precision_learns(tmp
     ],
 )
 def test_what_it_does_not_go_together_with_is_refused(words: list[str], found: str, fix: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        compose("float8=rowwise", *words)
-    assert found in str(refused.value) and fix in str(refused.value)
+    refused(compose, "float8=rowwise", *words, said=found, fix=fix)
 
 
 def test_without_the_package_its_extra_is_named() -> None:
-    with mock.patch("gpt.config.is_importable", return_value=False), pytest.raises(ConfigError) as refused:
-        compose("float8=rowwise")
-    assert "package torchao is not installed" in str(refused.value) and "[float8]" in str(refused.value)
+    with mock.patch("gpt.config.is_importable", return_value=False):
+        assert "[float8]" in str(refused(compose, "float8=rowwise", said="package torchao is not installed"))
 
 
 SETTLED = {

@@ -88,37 +88,33 @@ def elements(*modules: torch.nn.Module) -> int:
     return sum(-(-len(p) // RANKS) * RANKS * p[0].numel() for m in modules for p in m.parameters())
 
 
-@pytest.mark.parametrize("model", [UNTIED, LEARNED], ids=["rotary", "learned positions"])
-def test_the_embedding_alone_is_gathered_first_and_what_ends_a_pass_once(model: ModelConfig, mesh: DeviceMesh) -> None:
+GATHERED: list[tuple[ModelConfig, dict[str, Any], list[int], list[int]]] = [
+    (UNTIED, {}, [1] * 5, [1] * 4),
+    (LEARNED, {}, [1] * 5, [1] * 4),
+    (TIED, {}, [1] * 5, [1] * 4),
+    (UNTIED, {"reshard_after_forward": False}, [1] * 5, []),
+    (TIED, {"reshard_after_forward": False}, [1] * 5, []),
+    (UNTIED, {"fsdp_min_num_params": 1}, [1] * 5, [1] * 4),
+    (UNTIED, {"fsdp_min_num_params": PARAMETERS}, [1] * 5, [1] * 4),
+    (UNTIED, {"fsdp_min_num_params": PARAMETERS + 1}, [2, 3], [2]),
+    (UNTIED, {"fsdp_min_num_params": 4 * PARAMETERS}, [5], []),
+]
+"""Model, settings, and the blocks of each gather of a forward pass and of its backward pass."""
+
+
+@pytest.mark.parametrize(("model", "keys", "forward", "backward"), GATHERED)
+def test_embedding_units_and_end_are_gathered_once_each(
+    model: ModelConfig, keys: dict[str, Any], forward: list[int], backward: list[int], mesh: DeviceMesh
+) -> None:
     whole = GPT(model)
-    entry = [m for m in (whole.token_embedding, whole.position) if m is not None]
-    block, end = elements(whole.blocks[0]), elements(whole.norm, whole.head)
-    forward, backward = gathers(sharded(model, mesh))
-    assert forward == [elements(*entry), *[block] * BLOCKS, end]
-    assert backward == [block] * (BLOCKS - 1)
-
-
-def test_a_tied_matrix_is_gathered_once(mesh: DeviceMesh) -> None:
-    whole = GPT(TIED)
-    forward, backward = gathers(sharded(TIED, mesh))
-    block = elements(whole.blocks[0])
-    assert forward == [elements(whole.token_embedding, whole.position, whole.norm), *[block] * BLOCKS]
-    assert backward == [block] * (BLOCKS - 1)
-
-
-@pytest.mark.parametrize("model", [UNTIED, TIED], ids=["untied", "tied"])
-def test_nothing_is_gathered_again_without_resharding(model: ModelConfig, mesh: DeviceMesh) -> None:
-    assert gathers(sharded(model, mesh, reshard_after_forward=False))[1] == []
-
-
-@pytest.mark.parametrize(
-    ("least", "units"), [(1, [1] * 5), (PARAMETERS, [1] * 5), (PARAMETERS + 1, [2, 3]), (4 * PARAMETERS, [5])]
-)
-def test_units_have_as_many_parameters_as_is_asked_for(least: int, units: list[int], mesh: DeviceMesh) -> None:
-    forward, backward = gathers(sharded(UNTIED, mesh, fsdp_min_num_params=least))
-    block = elements(GPT(UNTIED).blocks[0])
-    assert forward[1:-1] == [count * block for count in units]
-    assert backward == [count * block for count in reversed(units[:-1])]
+    block, entry = elements(whole.blocks[0]), [m for m in (whole.token_embedding, whole.position) if m is not None]
+    blocks = [count * block for count in forward]
+    expected = (
+        [elements(*entry, whole.norm), *blocks]  # a tied matrix is gathered with what begins a pass
+        if model.tie_embeddings
+        else [elements(*entry), *blocks, elements(whole.norm, whole.head)]
+    )
+    assert gathers(sharded(model, mesh, **keys)) == (expected, [count * block for count in backward])
 
 
 def test_a_stage_with_too_few_parameters_is_one_unit_and_one_without_blocks_none() -> None:

@@ -20,6 +20,7 @@ from gpt.parallel.optimizer import Chunk, share_out
 from gpt.training.run import Run
 from tests.support.distributed import run_distributed
 from tests.support.learning import (
+    MODELS,
     Chain,
     assert_followed,
     compose,
@@ -35,8 +36,7 @@ DENSE = [*MUON, "model.n_layer=4", "model.ffn_hidden=42", "model.bias=true", "mo
 """Rows of the feed-forward layer that four ranks do not divide."""
 EXPERTS = [
     *MUON,
-    *("model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"),
-    *("model.n_shared_expert=1", "model.expert_matmul=loop"),
+    *(*MODELS["experts"], "model.n_shared_expert=1", "model.expert_matmul=loop"),
 ]
 FEW = [*EXPERTS, "model.n_expert=2", "model.n_expert_per_token=1"]
 PP, FSDP_EP = "parallel=ddp parallel.pp=2", "parallel=fsdp_ep parallel.ep=2"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from launch.plan.preflight import plan_text
 from launch.runs.compose import write_config
 from launch.runs.folder import RunFolder
 from tests.support.composing import config_from
+from tests.support.planning import refused
 
 GPUS = ("cluster=slurm", "cluster.gpus_per_node=8", "cluster.gpu_name=H100", "model=gpt2_124m", "optim=gpt2")
 
@@ -136,23 +136,17 @@ def test_float8_on_gpus_without_it_is_refused_before_the_queue() -> None:
 def test_too_little_memory_in_fp32_is_answered_with_16_bits_first(name: str, half: str) -> None:
     words = [word.replace("H100", name) for word in GPUS]
     large = (*words, "optim.max_micro_batch=64", "optim.global_batch=1024", "model.n_layer=36")
-    with pytest.raises(ConfigError, match="GiB on a GPU") as refusal:
-        plan_of(*large, "precision=fp32")
-    assert refusal.value.fix.startswith(f"precision={half}")
-    with pytest.raises(ConfigError, match="GiB on a GPU") as refusal:
-        plan_of(*large)
-    assert "precision" not in refusal.value.fix, "it is in 16 bits already"
+    assert refused(plan_of, *large, "precision=fp32", said="GiB on a GPU").fix.startswith(f"precision={half}")
+    assert "precision" not in refused(plan_of, *large, said="GiB on a GPU").fix, "it is in 16 bits already"
 
 
 def test_a_run_whose_logits_do_not_fit_is_proposed_a_loss_without_them() -> None:
     words = (*GPUS, "optim.max_micro_batch=448", "optim.global_batch=3584", "recompute=full")
-    with pytest.raises(ConfigError, match="GiB on a GPU") as refusal:
-        plan_of(*words)
-    assert refusal.value.fix.startswith("chunked_loss=true, or optim.max_micro_batch=1")
+    fix = refused(plan_of, *words, said="GiB on a GPU").fix
+    assert fix.startswith("chunked_loss=true, or optim.max_micro_batch=1")
     plan_of(*words, "chunked_loss=true")
-    with pytest.raises(ConfigError, match="GiB on a GPU") as refusal:
-        plan_of(*words, "parallel=tp", "optim.max_micro_batch=896")
-    assert "chunked_loss" not in refusal.value.fix
+    cut = (*words, "parallel=tp", "optim.max_micro_batch=896")
+    assert "chunked_loss" not in refused(plan_of, *cut, said="GiB on a GPU").fix
 
 
 def test_tensor_parallelism_on_gpus_that_is_not_compiled_is_warned_of() -> None:
@@ -249,26 +243,34 @@ def test_optim_moe_fits_one_consumer_gpu(batch: int, tmp_path: Path) -> None:
     assert config_from(["optim=moe", "precision=fp32", "recompute=none"]).precision is Precision.fp32, "what is typed"
 
 
-def test_gpt2_on_openwebtext(tmp_path: Path) -> None:
-    config, text = plan(tmp_path, "+experiment=gpt2_owt", *SLURM, vocab_size=50257)
-    assert (config.optim.global_batch, config.optim.max_steps) == (480, 600_000)
-    assert "124,475,904 parameters" in text and "294,912,000,000" in text
-    assert config_from(["+experiment=gpt2_owt"]).data.dataset == "Skylion007/openwebtext"
+EXPERIMENTS: dict[str, tuple[int, list[str]]] = {
+    "gpt2_owt": (50257, ["124,475,904 parameters", "global batch 480", "600000 steps", "294,912,000,000"]),
+    "llama_1p36b_slimpajama": (
+        32000,
+        ["1 x 8 = 8 ranks", "1,364,297,728 parameters", "fsdp", "2,097,152 a step"],
+    ),
+    **{
+        f"scaling_117m ranks_per_node={gpus}": (
+            50257,
+            [f"1 x {gpus} = {gpus} rank", "global batch 480", f"{480 // gpus // 12} micro-batches of 12 per rank"],
+        )
+        for gpus in (1, 2, 4, 8)
+    },
+}
+"""Experiment -> its vocabulary, and what its plan on a node of 8 GPUs says."""
 
 
-def test_a_llama_of_1p36b_on_a_node_of_8_gpus(tmp_path: Path) -> None:
-    _, text = plan(tmp_path, "+experiment=llama_1p36b_slimpajama", *SLURM, vocab_size=32000)
-    assert "1 x 8 = 8 ranks" in text and "1,364,297,728 parameters" in text and "fsdp" in text
-    assert "2,097,152 a step" in text
-    assert "SlimPajama" in str(config_from(["+experiment=llama_1p36b_slimpajama"]).data.dataset)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_on_a_node_of_8_gpus(name: str, tmp_path: Path) -> None:
+    vocab_size, said = EXPERIMENTS[name]
+    _, text = plan(tmp_path, *f"+experiment={name}".split(), *SLURM, vocab_size=vocab_size)
+    assert [part for part in said if part not in text] == []
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
-def test_the_scaling_set_of_the_117m(gpus: int, tmp_path: Path) -> None:
-    words: Sequence[str] = ["+experiment=scaling_117m", f"ranks_per_node={gpus}", *SLURM]
-    config, text = plan(tmp_path, *words, vocab_size=50257)
-    assert f"1 x {gpus} = {gpus} rank" in text and config.optim.global_batch == 480
-    assert f"{480 // gpus // 12} micro-batches of 12 per rank" in text
+def test_experiments_have_their_corpus() -> None:
+    datasets = {"gpt2_owt": "Skylion007/openwebtext", "llama_1p36b_slimpajama": "SlimPajama"}
+    for name, dataset in datasets.items():
+        assert dataset in str(config_from([f"+experiment={name}"]).data.dataset)
 
 
 # Precision and compilation that a config leaves to the devices: what is chosen, and that a run keeps it.
@@ -344,11 +346,10 @@ SPLIT = ["precision=bf16", "optim.global_batch=32", "optim.max_micro_batch=4"]
 )
 def test_cuda_graphs_that_would_overwrite_gradients_are_refused(words: list[str], ranks: int, mode: str) -> None:
     words = [*SPLIT, *words, f"compile={mode}"]
-    with pytest.raises(ConfigError) as refusal:
-        choose_compile(config_from(words), ranks, on_cpus=False)
+    refusal = refused(choose_compile, config_from(words), ranks, False)
     micro_batches = 4 if ranks == 2 and words[3] not in ("parallel=tp", "parallel=pp") else 8
-    assert refusal.value.found == f"compile={mode} with {micro_batches} micro-batches a step"
-    fixes = refusal.value.fix.split(", or ")
+    assert refusal.found == f"compile={mode} with {micro_batches} micro-batches a step"
+    fixes = refusal.fix.split(", or ")
     assert len(fixes) == (1 if "parallel=pp" in words else 2), "a pipeline is made of micro-batches"
     for fix in fixes:
         choose_compile(config_from([*words, fix]), ranks, on_cpus=False)
@@ -365,10 +366,9 @@ def test_cuda_graphs_that_would_overwrite_gradients_are_refused(words: list[str]
 )
 def test_cuda_graphs_of_parameters_that_fsdp_moves_are_refused(words: list[str]) -> None:
     words = [*words, "compile=reduce-overhead", "precision=bf16"]
-    with pytest.raises(ConfigError) as refusal:
-        choose_compile(config_from(words), 2, on_cpus=False)
-    assert refusal.value.found == "compile=reduce-overhead with parallel.strategy=fsdp"
-    for fix in refusal.value.fix.split(", or "):
+    refusal = refused(choose_compile, config_from(words), 2, False)
+    assert refusal.found == "compile=reduce-overhead with parallel.strategy=fsdp"
+    for fix in refusal.fix.split(", or "):
         choose_compile(config_from(["optim.max_micro_batch=8", "compile=reduce-overhead", fix]), 2, on_cpus=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -163,3 +164,18 @@ def check_gradients(module: nn.Module, *inputs: Tensor) -> None:
         return functional_call(module, parameters, arguments[: len(inputs)])
 
     assert gradcheck(call, (*inputs, *values))
+
+
+def kept_bytes(module: nn.Module, call: Callable[[], object]) -> int:
+    """Bytes of the storages that autograd keeps from a call, each once, but not of a module's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in kept)}
+    return sum(size for place, size in storages.items() if place not in own)

@@ -225,14 +225,18 @@ def test_what_does_not_hold_is_said_and_is_the_exit_status(monkeypatch: pytest.M
 # A sharded checkpoint in one process, against torch's own converter; and what is said where there is none.
 
 
-@pytest.mark.parametrize(("asked", "step"), [(None, 12), (8, 8)])
-def test_the_weights_are_those_that_were_saved(trained: Path, tmp_path: Path, asked: int | None, step: int) -> None:
-    config, model = load_model(trained, asked)
-    saved = read_weights(trained, step, tmp_path)
-    state = model.state_dict()
-    assert {f"/model/{name}" for name in state} == {name for name in saved if name.startswith("/model/")}
-    assert all(torch.equal(saved[f"/model/{name}"], value) for name, value in state.items())
+@pytest.mark.parametrize(("asked", "step"), [([], 12), (["--step", "8"], 8)])
+def test_the_weights_are_those_that_were_saved_also_in_one_torch_file(
+    trained: Path, tmp_path: Path, asked: list[str], step: int
+) -> None:
+    config, model = load_model(trained, step if asked else None)
+    assert write(trained, "--format", "torch", "--output", tmp_path / "m.pt", *asked) == 0
+    file, saved = torch.load(tmp_path / "m.pt", weights_only=True), read_weights(trained, step, tmp_path)
+    for state in (model.state_dict(), file["model"]):
+        assert {f"/model/{name}" for name in state} == {name for name in saved if name.startswith("/model/")}
+        assert all(torch.equal(saved[f"/model/{name}"], value) for name, value in state.items())
     assert config.model.n_embd == 64 and not model.training
+    assert file["exported_from"]["step"] == step and file["model_config"]["n_kv_head"] == 2
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_left_alone(
@@ -346,15 +350,6 @@ def test_transformers_loads_a_run(trained: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(list(text.encode())) == text
     assert set(tokenizer(text)) == {"input_ids", "attention_mask"}
     assert tokenizer.model_max_length == 32
-
-
-def test_one_torch_file_holds_what_was_saved(trained: Path, tmp_path: Path) -> None:
-    assert write(trained, "--format", "torch", "--output", tmp_path / "m.pt", "--step", "8") == 0
-    file = torch.load(tmp_path / "m.pt", weights_only=True)
-    saved = read_weights(trained, 8, tmp_path)
-    assert {f"/model/{name}" for name in file["model"]} == {name for name in saved if name.startswith("/model/")}
-    assert all(torch.equal(saved[f"/model/{name}"], value) for name, value in file["model"].items())
-    assert file["exported_from"]["step"] == 8 and file["model_config"]["n_kv_head"] == 2
 
 
 def test_an_export_that_is_refused_or_fails_leaves_everything_as_it_was(

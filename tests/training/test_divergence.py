@@ -270,14 +270,18 @@ def go_through_all(rank: int, size: int, folder: Path) -> dict[str, dict[str, An
     return found
 
 
+Ranks = list[dict[str, dict[str, Any]]]
+"""What each rank found in each case."""
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return run_distributed(
         go_through_all, 2, tmp_path_factory.mktemp("divergence") / "runs", timeout_s=300, imports=DEEPSPEED
     )
 
 
-def test_one_bad_step_is_skipped_counted_and_told(ranks: list[dict[str, dict[str, Any]]]) -> None:
+def test_one_bad_step_is_skipped_counted_and_told(ranks: Ranks) -> None:
     for rank, told in enumerate(ranks):
         once = told["once"]
         assert once["failure"] is None and once["step"] == STEPS
@@ -291,7 +295,7 @@ def test_one_bad_step_is_skipped_counted_and_told(ranks: list[dict[str, dict[str
     assert ranks[0]["once"]["summary"]["skipped_steps"] == 1
 
 
-def test_three_in_a_row_are_passed_over_as_if_they_had_never_been(ranks: list[dict[str, dict[str, Any]]]) -> None:
+def test_three_in_a_row_are_passed_over_as_if_they_had_never_been(ranks: Ranks) -> None:
     for told in ranks:
         three, quiet = told["three"], told["quiet"]
         assert three["failure"] is None and three["step"] == STEPS
@@ -317,7 +321,7 @@ def test_three_in_a_row_are_passed_over_as_if_they_had_never_been(ranks: list[di
     assert sorted(used) == [s for b in (*range(6), *range(9, STEPS + 3)) for s in range(b * BATCH, (b + 1) * BATCH)]
 
 
-def test_what_comes_again_ends_the_run_with_step_and_batch_named(ranks: list[dict[str, dict[str, Any]]]) -> None:
+def test_what_comes_again_ends_the_run_with_step_and_batch_named(ranks: Ranks) -> None:
     for told in ranks:
         always = told["always"]
         assert always["failure"] is not None
@@ -333,7 +337,7 @@ def test_what_comes_again_ends_the_run_with_step_and_batch_named(ranks: list[dic
 
 
 def test_a_run_that_is_killed_after_it_went_back_still_passes_over_the_batches(
-    ranks: list[dict[str, dict[str, Any]]],
+    ranks: Ranks,
 ) -> None:
     for told in ranks:
         assert told["killed"]["failure"] == "killed"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
-import math
 import signal
 import subprocess
 import sys
@@ -20,9 +19,6 @@ import torch.distributed as dist
 
 from gpt.config import OptimConfig, TrainConfig, compose_train
 from gpt.config.optim import DecayShape, LrSchedule
-from gpt.data.corpus import ensure_tokens
-from gpt.data.loader import Samples
-from gpt.model.gpt import GPT, initialize
 from gpt.parallel import engine as base
 from gpt.train import train
 from gpt.training.step import lr_at
@@ -32,9 +28,8 @@ from launch.runs.records import read_records
 from launch.worker import Run as Rank
 from tests.support.commands import ROOT, TINY, environment, run
 from tests.support.distributed import run_distributed
-from tests.support.learning import DEEPSPEED, MODELS, Operations, evaluated, start
+from tests.support.learning import DEEPSPEED, MODELS, Operations, evaluated, plain_loop, start
 from tests.support.learning import step as take_step
-from tests.support.small_models import loss_of
 
 STEPS = 90
 SAVE_AT, STOP_AT = 60, 80
@@ -217,33 +212,6 @@ WORDS_OF_REFERENCE = [
 ]
 
 
-def plain_losses(folder: Path) -> list[tuple[float, float]]:
-    """Loss and gradient norm of every step, of the whole batch in one pass."""
-    config = to_schema(compose_train(WORDS_OF_REFERENCE), TrainConfig)
-    samples = Samples(ensure_tokens(config.data, folder), config.model.block_size, config.seed)
-    model = GPT(config.model)
-    initialize(model, config.seed)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
-    seen = []
-    for step in range(STEPS_OF_REFERENCE):
-        indices = torch.arange(step * 8, (step + 1) * 8).numpy()
-        tokens_BT, targets_BT = samples.batch("train", indices)
-        loss = loss_of(model, tokens_BT, targets_BT)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                3e-3 * (step + 1) / 3 if step < 3 else 3e-4 + 1.35e-3 * (1 + math.cos(math.pi * (step - 2) / 3))
-            )
-        optimizer.step()
-        seen.append((loss.item(), norm.item()))
-    return seen
-
-
 def test_losses_and_gradient_norms_are_those_of_a_plain_loop_and_bf16_is_close(tmp_path: Path) -> None:
     given = [word for word in WORDS_OF_REFERENCE if not word.startswith("optim.max_steps")]
     tokens = to_schema(compose_train(given), TrainConfig)
@@ -256,10 +224,11 @@ def test_losses_and_gradient_norms_are_those_of_a_plain_loop_and_bf16_is_close(t
         records[precision] = read_records(RunFolder(folder).metrics(0))
         assert [r["step"] for r in records[precision]] == [*range(1, STEPS_OF_REFERENCE + 1)]
         assert records[precision][-1]["lr"] == pytest.approx(3e-4), "the cosine has come to its end"
-    reference = plain_losses(tmp_path)
+    config = to_schema(compose_train(WORDS_OF_REFERENCE), TrainConfig)
+    reference = plain_loop(config, tmp_path, STEPS_OF_REFERENCE, micro=config.optim.global_batch)
     losses, losses_bf16 = ([r["loss"] for r in records[precision]] for precision in ("fp32", "bf16"))
-    assert losses == pytest.approx([loss for loss, _ in reference], rel=1e-5)
-    assert [r["grad_norm"] for r in records["fp32"]] == pytest.approx([norm for _, norm in reference], rel=1e-4)
+    assert losses == pytest.approx(reference["losses"], rel=1e-5)
+    assert [r["grad_norm"] for r in records["fp32"]] == pytest.approx(reference["norms"], rel=1e-4)
     assert losses_bf16 == pytest.approx(losses, rel=2e-2) and losses_bf16 != losses
 
 

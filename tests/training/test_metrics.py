@@ -19,24 +19,19 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd import DeviceType
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from gpt.config import CompileMode, is_installed
 from gpt.metrics import writers
 from gpt.metrics.writers import console_line
 from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
-from gpt.parallel.modules import inverse_replicas, local_tensor
 from gpt.parallel.nd import find_timed_groups
 from gpt.topology import ParallelDims
 from gpt.train import train
 from gpt.training.diagnostics import MARK, Gradients, Interval, StepBreakdown, break_down, classify
 from gpt.training.guards import WINDOW, LossWindow
 from gpt.training.step import queue_step
-from launch.errors import ConfigError
 from launch.runs.environment import reachable_files
 from launch.runs.event_files import record_scalars
 from launch.runs.folder import RunFolder
@@ -53,51 +48,22 @@ from tests.support.small_models import LLAMA, loss_of, small
 WORDS = (*LAUNCHED, "optim.max_steps=8", "checkpoint.interval=4", "eval.interval=4", "logging.gradients_interval=2")
 
 
-def measured_both(rank: int, world_size: int) -> list[tuple[list[str], list[float]]]:
-    return [measured_sums(rank, world_size, sharded) for sharded in (False, True)]
-
-
-def measured_sums(rank: int, world_size: int, sharded: bool) -> tuple[list[str], list[float]]:
-    """Names and sums of a model whose gradient is the mean over two ranks with a token batch each."""
+def test_gradient_figures_are_those_of_the_whole_gradient() -> None:
+    """Of one process, whose figures tests/parallel/test_engines.py finds under every engine."""
+    config = small(**LLAMA, vocab_size=51, n_layer=2)
     torch.manual_seed(0)
-    model: nn.Module = GPT(small(**LLAMA, vocab_size=51, n_layer=2))
-    if sharded:
-        assert isinstance(model, GPT)
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
-    else:
-        model = DistributedDataParallel(model)
-    backward(model, rank)
-    gradients = Gradients(small(**LLAMA, vocab_size=51, n_layer=2), torch.device("cpu"))
-    grads = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    sums = gradients.sums((name, local_tensor(grad), inverse_replicas(grad, world_size)) for name, grad in grads)
-    torch.distributed.all_reduce(sums)
-    told = record(1, 1.0)
-    gradients.into(told, sums.tolist())
-    assert told.layer_grad_norms is not None
-    return list(told.layer_grad_norms), [told.grad_mean or 0, told.grad_std or 0, *told.layer_grad_norms.values()]
-
-
-def backward(model: nn.Module, rank: int) -> None:
-    tokens_BT = torch.randint(51, (2, 8), generator=torch.Generator().manual_seed(rank))
-    loss_of(model, tokens_BT).backward()
-
-
-def test_gradient_figures_are_those_of_the_whole_gradient_under_ddp_and_fsdp() -> None:
-    found, others = run_distributed(measured_both, 2)
-    assert others == found, "on every rank"
-    torch.manual_seed(0)
-    model = GPT(small(**LLAMA, vocab_size=51, n_layer=2))
-    for rank in range(2):
-        backward(model, rank)
-    whole = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}
+    model = GPT(config)
+    loss_of(model, torch.randint(51, (2, 8))).backward()
+    whole = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients, told = Gradients(config, torch.device("cpu")), record(1, 1.0)
+    gradients.into(told, gradients.sums((name, grad, 1.0) for name, grad in whole.items()).tolist())
     flat = torch.cat([grad.flatten() for grad in whole.values()]).double()
     names = ["token_embedding", "blocks.0", "blocks.1", "norm", "head"]
     parts = [torch.cat([g.flatten() for n, g in whole.items() if n.startswith(f"{name}.")]) for name in names]
-    expected = [flat.mean().item(), flat.std(correction=0).item(), *(part.norm().item() for part in parts)]
-    for told, values in found:
-        assert told == names and values == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert told.layer_grad_norms is not None and list(told.layer_grad_norms) == names
+    assert [*told.layer_grad_norms.values()] == pytest.approx([part.norm().item() for part in parts], rel=1e-4)
+    assert told.grad_mean == pytest.approx(flat.mean().item(), rel=1e-4, abs=1e-9)
+    assert told.grad_std == pytest.approx(flat.std(correction=0).item(), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -365,12 +331,6 @@ def test_every_so_many_steps_one_is_broken_down_on_every_rank(tmp_path: Path) ->
             parts = [record[f"breakdown_{part}_s"] for part in ("compute", "exposed", "idle")]
             assert all(part >= 0 for part in parts) and parts[0] > 0 and "breakdown_copies_s" not in record
             assert record["breakdown_comm_s"] >= record["breakdown_exposed_s"] > 0, "FSDP on a CPU hides nothing"
-
-
-def test_two_profilers_are_refused() -> None:
-    config = config_from(["logging.breakdown_interval=5", "profile=true"])
-    with pytest.raises(ConfigError, match=r"logging\.breakdown_interval=0"):
-        config.validate()
 
 
 # Phases of a step: they lie inside of it, and time that a rank waits for another is that rank's communication.

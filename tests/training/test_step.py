@@ -17,14 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.config import OptimConfig
-from gpt.data.corpus import ensure_tokens
-from gpt.data.loader import Samples
 from gpt.model import layers
-from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.gpt import GPT, initialize
 from gpt.model.layers import summed_loss
 from gpt.parallel import engine, nd
@@ -35,16 +31,14 @@ from gpt.parallel.optimizer import AdamW, build_optimizer
 from gpt.training.diagnostics import Gradients
 from gpt.training.guards import is_bad
 from gpt.training.run import Run
-from gpt.training.step import keep_freed_memory, lr_at, queue_step
-from launch.errors import ConfigError
+from gpt.training.step import keep_freed_memory, queue_step
 from launch.runs.folder import RunFolder
 from launch.runs.process import Phase
 from launch.runs.records import StepRecord, read_records
 from tests.support.commands import TINY
 from tests.support.commands import run as run_command
-from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
-from tests.support.learning import BATCH, MODELS, compose, host_waits, save, start, whole
+from tests.support.learning import MODELS, compose, host_waits, plain_loop, save, start, whole
 from tests.support.learning import step as learned_step
 from tests.support.small_models import small
 
@@ -97,17 +91,6 @@ def test_adamw_is_fused_and_steps_as_the_plain_one() -> None:
         for optimizer in (fused, plain):
             optimizer.step()
     torch.testing.assert_close(*([*model.parameters()] for model in models), rtol=1e-6, atol=1e-7)
-
-
-def wrapped(rank: int, size: int, folder: Path) -> bool:
-    """Tell whether the engine of a plain run calls the model itself."""
-    run = start(rank, size, folder, *MODELS["tied"], "parallel=ddp")
-    return isinstance(run.engine.module, GPT)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_one_rank_calls_the_model_itself(ranks: int, tmp_path: Path) -> None:
-    assert run_distributed(wrapped, ranks, tmp_path / "runs") == [ranks == 1] * ranks
 
 
 # The host runs ahead of the device: what of a step makes it wait, on a GPU that is not there.
@@ -189,51 +172,12 @@ CROSSED = {"zero1": "fsdp"}
 """A checkpoint of each goes on under the other, with its loss scale."""
 
 
-def plain_loop(folder: Path, factor: int, casts: bool) -> dict[str, Any]:
-    """Records and weights of a loop of torch's own parts, whose loss is ``factor`` times as large."""
-    config = compose(*WORDS)
-    samples = Samples(ensure_tokens(config.data, folder.parent / "cache"), config.model.block_size, config.seed)
-    model = GPT(config.model)
-    initialize(model, config.seed)
-    optim = config.optim
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-    scaler = torch.amp.GradScaler("cpu", init_scale=HIGH, growth_interval=GROWTH_INTERVAL)
-    seen: dict[str, list[Any]] = {"losses": [], "norms": [], "scales": [], "skipped": []}
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        scale, total = scaler.get_scale(), 0.0
-        # The losses of routing enter the gradient inside the model, so they are scaled there.
-        set_auxiliary_scale(model, factor / BATCH, torch.tensor(scale))
-        for first in range(step * BATCH, (step + 1) * BATCH, MICRO):
-            tokens_BT, targets_BT = samples.batch("train", torch.arange(first, first + MICRO).numpy())
-            with torch.autocast("cpu", torch.float16):
-                cast = {name: p.half() if casts else p for name, p in model.named_parameters()}
-                logits_BTV = functional_call(model, cast, (tokens_BT,))
-            loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten()) * MICRO / BATCH
-            scaler.scale(loss * factor).backward()
-            total += loss.item()
-        scaler.unscale_(optimizer)
-        for parameter in parameters:
-            parameter.grad /= factor
-        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip).item()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(optim, step + 1)
-        scaler.step(optimizer)
-        scaler.update()
-        seen["losses"].append(total)
-        seen["norms"].append(norm if math.isfinite(norm) else None)
-        seen["scales"].append(scale)
-        seen["skipped"].append(seen["norms"].count(None))
-    return seen | {"weights": {name: p.detach() for name, p in model.named_parameters()}}
-
-
 def plain_loops(rank: int, size: int, folder: Path, kinds: list[tuple[int, bool]]) -> dict[Any, dict[str, Any]]:
-    return {kind: plain_loop(folder, *kind) for kind in kinds}
+    found = {}
+    for factor, casts in kinds:
+        scaler = torch.amp.GradScaler("cpu", init_scale=HIGH, growth_interval=GROWTH_INTERVAL)
+        found[factor, casts] = plain_loop(compose(*WORDS), folder.parent / "cache", STEPS, MICRO, factor, casts, scaler)
+    return found
 
 
 def record_of(run: Run) -> StepRecord:
@@ -433,11 +377,3 @@ def test_every_engine_learns_as_with_whole_logits(tmp_path: Path) -> None:
     for found in run_distributed(steps, 2, tmp_path / "runs"):
         for name in CHUNKED:
             assert found[f"{name} true"] == pytest.approx(found[f"{name} false"], rel=2e-6), name
-
-
-@pytest.mark.parametrize(
-    "words", ["parallel=tp", "parallel=pp", "parallel=zero2", "model.logit_softcap=30", "precision=fp16"]
-)
-def test_what_it_cannot_compute_is_refused(words: str) -> None:
-    with pytest.raises(ConfigError, match="chunked_loss=true with"):
-        config_from([words, "chunked_loss=true"]).validate()
