@@ -65,14 +65,13 @@ PLANS = {
         cluster.container_runtime=apptainer cluster.python=/opt/python""",
     "the words of a site": f"""nodes=4 {H100} optim.global_batch=64 'name=my run' cluster.partition=gpu
         cluster.account=abc cluster.qos=high
-        cluster.constraint=fast cluster.exclude="'n[3-4]'" cluster.timeout_min=90 cluster.signal_delay_s=300
+        cluster.constraint=fast cluster.exclude="'n[3-4]'" cluster.timeout_min=90 resilience.grace_period_s=280
         'cluster.setup=["module load cuda","export X=1"]' 'cluster.srun_args=["--cpu-bind=none"]'
-        cluster.mail_user=me@site.edu
         '++cluster.additional_parameters={{reservation: spring}}'""",
     "sequential after a dependency": f"""-m nodes=1,2 {A100} launch.sequential=true
         '++cluster.additional_parameters={{dependency: singleton}}'""",
     "budget and restarts": f"""-m nodes=1,2 {H100} budget.gpu_hours=100 budget.cost=300 cluster.price_per_gpu_hour=2
-        resilience.max_restarts.crashed=5 resilience.max_restarts.hung=0 launch.on_event=sh""",
+        resilience.max_restarts.crashed=5 launch.on_event=sh""",
     "no requeue": f"nodes=2 {A100} resilience.requeue=false checkpoint.interval=10min",
     "an array": f"-m nodes=2 seed=1,2,3,4 {A100} cluster.array_parallelism=2 launch.detach=true",
     "script with arguments": f"-m nodes=1,2 {SCRIPT} 'script.args=\"--batch_size=8 --max_iters=200\"' {H100}",
@@ -141,7 +140,7 @@ REFUSALS = (
     Refusal("launch bf16=true", "bf16"),
     Refusal("launch parallel.tensor=2", "parallel.tensor", "2"),
     Refusal("launch cluster.time=1:30:00", "cluster.time"),
-    Refusal("launch resilience.max_restart.hung=1", "resilience.max_restart", "1"),
+    Refusal("launch resilience.max_restart.crashed=1", "resilience.max_restart", "1"),
     Refusal("launch gradient_accumulation_steps=2", "gradient_accumulation_steps"),
     Refusal("launch ~model", "~model"),
     # Values and types
@@ -177,7 +176,7 @@ REFUSALS = (
     Refusal("launch cluster.gpus_per_node=2 ranks_per_node=4", "ranks_per_node", "4"),
     Refusal("launch device=cuda nodes=64 optim.global_batch=64", "64 ranks"),
     Refusal("launch nodes=2 resilience.min_nodes=3", "resilience.min_nodes", "3"),
-    Refusal("launch cluster.timeout_min=1 cluster.signal_delay_s=90", "cluster.signal_delay_s", "90"),
+    Refusal("launch cluster.timeout_min=1 resilience.grace_period_s=90", "resilience.grace_period_s", "90"),
     Refusal("launch parallel.tp=3 nodes=3", "parallel.tp", "3"),
     Refusal("launch -m resilience.grace_period_s=10,20", "folder"),
     Refusal("launch budget.cost=5 cluster.gpus_per_node=8", "budget.cost", "5"),

@@ -61,7 +61,7 @@ TITLES = (
 def config_of(count: int) -> Config:
     """Return the config of a run on ``count`` nodes."""
     config = Config(nodes=count)
-    config.resilience.health_check.enabled = False
+    config.resilience.health_check = False
     config.resilience.node_timeout_s = NODE_TIMEOUT_S
     return config
 

@@ -118,19 +118,16 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
 
 
 def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest) -> Machine:
-    """Return ``machine`` with the bandwidths of the config, with measured rates and links, and corrected by the factors
+    """Return ``machine`` with the bandwidth of the config, with measured rates and links, and corrected by the factors
     for computing and communication of ``request``.
 
     Raises:
         ConfigError: the file ``cluster.network`` is no measurement of a network.
     """
-    stated = request.cluster.interconnect
-    inside, between = machine.intra_node, machine.inter_node
-    if stated.intra_node.bandwidth_gb_per_s is not None:
-        inside = replace(inside, bytes_per_s=stated.intra_node.bandwidth_gb_per_s * GIGA)
-    if stated.inter_node.bandwidth_gb_per_s is not None:  # the bandwidth of a node, which its ranks share
-        between = replace(between, bytes_per_s=stated.inter_node.bandwidth_gb_per_s * GIGA / machine.ranks_per_node)
-    machine = replace(machine, intra_node=inside, inter_node=between)
+    stated = request.cluster.inter_node_gb_per_s
+    if stated is not None:  # the bandwidth of a node, which its ranks share
+        between = replace(machine.inter_node, bytes_per_s=stated * GIGA / machine.ranks_per_node)
+        machine = replace(machine, inter_node=between)
     if rates is not None:
         machine = replace(machine, flops_per_s=rates.best, matmul=rates.times(request.rate_factor))
     if request.cluster.network is not None:

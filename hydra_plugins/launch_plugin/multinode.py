@@ -28,7 +28,7 @@ from hydra_plugins.launch_plugin import _multinode_config  # noqa: F401  # regis
 
 OF_CLUSTER = (
     *("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "partition", "qos", "account", "constraint"),
-    *("exclude", "gres", "signal_delay_s", "array_parallelism", "setup", "placement"),
+    *("exclude", "gres", "array_parallelism", "setup", "placement"),
 )
 """Keys of this launcher that are keys of the group ``cluster``, with the same names."""
 OF_SBATCH = ("cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment")
@@ -134,6 +134,7 @@ def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str
         ConfigError: a key of submitit that has no counterpart.
     """
     from launch.api import overrides_of
+    from launch.config import SIGNAL_MARGIN_S
     from launch.errors import ConfigError
 
     keys = OmegaConf.to_container(config.hydra.launcher, resolve=True)
@@ -146,6 +147,8 @@ def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str
     values = {f"cluster.{name}": keys[name] for name in OF_CLUSTER}
     values |= {f"cluster.additional_parameters.{name}": keys[name] for name in OF_SBATCH}
     values |= {"ranks_per_node": keys["tasks_per_node"]}
+    if keys["signal_delay_s"] is not None:
+        values["resilience.grace_period_s"] = max(1, keys["signal_delay_s"] - SIGNAL_MARGIN_S)
     if keys["max_num_timeout"] == 0:
         values["resilience.requeue"] = False
     words = ["workload=function", f"cluster={keys['kind']}", f"nodes={keys['nodes']}"]

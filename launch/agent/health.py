@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from launch.agent.node import RunContext
-from launch.config import HealthCheckConfig
+from launch.config import ResilienceConfig
 from launch.config.compose import workload_of
 from launch.runs.environment import DRIVER, THROTTLE_REASONS, Gpu, GpuSample, append_samples, visible_gpus
 from launch.runs.folder import say
@@ -262,11 +262,11 @@ class HealthCheck:
 
     Args:
         run_dir: folder of the run, whose filesystem needs free space.
-        limits: the config ``resilience.health_check``.
+        limits: the config ``resilience``.
         gpus: number of GPUs that a node of the run should have; None if not known.
     """
 
-    def __init__(self, run_dir: Path, limits: HealthCheckConfig, gpus: int | None) -> None:
+    def __init__(self, run_dir: Path, limits: ResilienceConfig, gpus: int | None) -> None:
         self._limits = limits
         self._gpus = gpus
         self._nvml: Nvml | None = None
@@ -283,7 +283,7 @@ class HealthCheck:
 
     def examine(self) -> list[Fault]:
         """Return the faults of this node, within twice ``CHECK_TIMEOUT_S`` seconds; empty if checks are off."""
-        if not self._limits.enabled:
+        if self._limits.health_check is False:
             return []
         found: list[Fault] = []
         at = RUN_FOLDER
@@ -302,8 +302,8 @@ class HealthCheck:
         thread.join(CHECK_TIMEOUT_S)
         if thread.is_alive():
             found.append(Fault(at, f"{at}: no answer in {CHECK_TIMEOUT_S:g} s"))
-        if self._limits.command_words:
-            fault = fault_of_program(self._limits.command_words, CHECK_TIMEOUT_S)
+        if self._limits.health_command:
+            fault = fault_of_program(self._limits.health_command, CHECK_TIMEOUT_S)
             found += [Fault("command", fault)] if fault else []
         return found
 

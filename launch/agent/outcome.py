@@ -111,7 +111,7 @@ def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
         job = wait_for_controller(context.folder, lambda: scheduler.job_details(context.node.slurm_job))
     except scheduler.SlurmError as error:
         raise failed_to_requeue(context, "requested to stop", str(error)) from error
-    return cause_of_signal(job, context.node.restarts, context.config.cluster.signal_delay_s, signalled_at)
+    return cause_of_signal(job, context.node.restarts, context.config.signal_delay_s, signalled_at)
 
 
 def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = NO_HOSTS, text: str = "") -> None:
@@ -442,7 +442,7 @@ def handle_too_few_nodes(context: AgentContext, error: TooFewNodesError) -> None
     is_shared = all(one.is_shared for one in error.sick)
     hosts = ",".join(sorted({one.host for one in error.sick}))
     leave = f"cluster.exclude={hosts}, or spare_nodes=1; " if context.node.is_slurm else ""
-    fix = f"{leave}resilience.health_check.enabled=false starts the ranks all the same"
+    fix = f"{leave}resilience.health_check=false starts the ranks all the same"
     if is_shared:
         fix = f"df -h {shlex.quote(str(context.folder.path))}; or output_dir=FOLDER"
     needed = context.config.resilience.min_nodes or context.config.nodes

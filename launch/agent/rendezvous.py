@@ -77,7 +77,7 @@ class AgentGroup:
         # A message of another term, which a stranger could put back, has another signature.
         signed = SignedStore(endpoint.store, self.token, f"heartbeats at {endpoint.store.host}:{endpoint.store.port}")
         self.heartbeat = Heartbeat(node.index, node.count + node.late, signed, node.head)
-        self._health = HealthCheck(context.folder.path, self._limits.health_check, config.cluster.gpus_per_node)
+        self._health = HealthCheck(context.folder.path, self._limits, config.cluster.gpus_per_node)
         self._has_recorded_foreign = False
         self._has_shown_presence = False
         lost = endpoint.term.lost if node.is_head else ()

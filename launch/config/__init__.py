@@ -38,6 +38,10 @@ def split_command(name: str, command: Any) -> list[str]:
     return words
 
 
+SIGNAL_MARGIN_S = 20
+"""Seconds between the end of a grace period and the time limit of a job, for agents to record the end."""
+
+
 @dataclass
 class RestartLimits:
     """Largest number of restarts by cause; null: no limit. A failure counts for an hour.
@@ -50,28 +54,16 @@ class RestartLimits:
     out_of_memory: ClassVar[int] = 1
     diverged: ClassVar[int] = 1
     node_failed: Optional[int] = key(10, "A node was lost or sick.", least=0)
-    crashed: Optional[int] = key(3, "A rank failed in another way.", least=0)
-    hung: Optional[int] = key(3, "A rank made no progress (resilience.hang_timeout_s).", least=0)
-
-
-@dataclass
-class HealthCheckConfig:
-    """Checks of each node before every start of its ranks; a spare replaces a sick node.
-
-    An agent checks the GPUs if NVIDIA's driver is installed, disks, memory, and links that were up at the first start.
-    """
-
-    enabled: bool = key(True, "false: ranks start without a check of their node.")
-    command: Any = key(
-        None,
-        "The site's own check: program and arguments, a string as in a shell, or a list. Exit status 0 means healthy;"
-        " otherwise its last line is the reason. It has 60 s.",
+    crashed: Optional[int] = key(
+        3,
+        "A rank failed in another way. Hangs have the same limit, counted apart (hang_timeout_s).",
+        least=0,
     )
 
     @property
-    def command_words(self) -> list[str]:
-        """Return program and arguments of the command; empty if there is no command."""
-        return split_command("resilience.health_check.command", self.command)
+    def hung(self) -> int | None:
+        """Limit of hangs: that of crashes."""
+        return self.crashed
 
 
 DEEP = "deep"
@@ -85,7 +77,13 @@ class ResilienceConfig:
     """Restarts, requeue, and the times after which something counts as failed."""
 
     max_restarts: RestartLimits = key(RestartLimits, "Largest number of restarts by cause.")
-    health_check: HealthCheckConfig = key(HealthCheckConfig, "Checks of a node before ranks start on it.")
+    health_check: Any = key(
+        True,
+        "Check each node before every start of its ranks: GPUs if NVIDIA's driver is installed, disks, memory, and"
+        " links that were up at the first start. A spare replaces a sick node. false: ranks start unchecked. A command"
+        " (a string as in a shell, or a list) is the site's own check, which runs besides: exit status 0 means healthy;"
+        " otherwise its last line is the reason. It has 60 s.",
+    )
     max_without_progress: ClassVar[int] = 3
     """Largest number of attempts in a row that save no new checkpoint; then the run stops. An attempt that was
     preempted or lost a node before its first step does not count.
@@ -117,7 +115,8 @@ class ResilienceConfig:
     """Seconds in which all agents of a run must join."""
     grace_period_s: int = key(
         MISSING,
-        "Time for the last step and checkpoint of a run that was stopped; then ranks are killed.",
+        "Time for the last step and checkpoint of a run that was stopped; then ranks are killed. Slurm sends SIGUSR2"
+        " (sbatch --signal) this time and 20 s before the time limit.",
         unit="s",
         least=1,
     )
@@ -146,6 +145,13 @@ class ResilienceConfig:
         unit="s",
         least=1,
     )
+
+    @property
+    def health_command(self) -> list[str]:
+        """Return program and arguments of the site's own health check; empty if there is none."""
+        return (
+            [] if isinstance(self.health_check, bool) else split_command("resilience.health_check", self.health_check)
+        )
 
 
 @dataclass
@@ -297,6 +303,11 @@ class Config(RunConfig):
         return 6 * self.launch.poll_s
 
     @property
+    def signal_delay_s(self) -> int:
+        """Seconds before the time limit at which Slurm's SIGUSR2 makes the run save and leave (sbatch --signal)."""
+        return self.resilience.grace_period_s + SIGNAL_MARGIN_S
+
+    @property
     def ranks_on_node(self) -> int:
         """Number of ranks on each node: as configured, or by default the number of GPUs, or 1 without GPUs."""
         return self.ranks_per_node or self.cluster.gpus_per_node or 1
@@ -322,7 +333,14 @@ class Config(RunConfig):
         super().validate()
         self.cluster.validate()
         self.cluster.validate_start(self.nodes_asked)
-        _ = self.resilience.health_check.command_words, self.launch.on_event_command  # refuses what cannot be read
+        _ = self.resilience.health_command, self.launch.on_event_command  # refuses what cannot be read
+        grace_s, limit_s = self.resilience.grace_period_s, 60 * self.cluster.timeout_min
+        if self.signal_delay_s > limit_s:
+            raise ConfigError(
+                f"resilience.grace_period_s={grace_s} with cluster.timeout_min={self.cluster.timeout_min}",
+                f"at most the time limit, {limit_s} s, less {SIGNAL_MARGIN_S} s",
+                f"resilience.grace_period_s={limit_s - SIGNAL_MARGIN_S}",
+            )
         least = self.resilience.min_nodes
         if least is not None and least > self.nodes:
             raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, Optional
 
 from omegaconf import MISSING
 
@@ -72,46 +72,11 @@ class PlacementConfig:
 
 
 @dataclass
-class LinkConfig:
-    """One kind of link, in one direction."""
-
-    latency_us: ClassVar[float] = 2.0
-    """Latency of a message in microseconds."""
-    bandwidth_gb_per_s: Optional[float] = key(
-        None,
-        "Bandwidth, 10^9 bytes a second. null: of the vendor's own system with such GPUs, else PCIe or 100 Gbit/s.",
-        unit="GB/s",
-        above=0,
-    )
-
-
-@dataclass
-class NodeLinkConfig(LinkConfig):
-    """A link between nodes."""
-
-    latency_us: ClassVar[float] = 5.0
-
-
-@dataclass
-class InterconnectConfig:
-    """Speed of the nodes' links, for parallel=auto to compare layouts; ``launch.doctor --on-cluster`` measures it."""
-
-    intra_node: LinkConfig = key(LinkConfig, "From one GPU to the other GPUs of its node.")
-    inter_node: NodeLinkConfig = key(NodeLinkConfig, "From one node to other nodes, all its network adapters together.")
-
-
-@dataclass
 class ClusterConfig(PlacementConfig):
     """Source of the nodes. All keys except ``kind`` and the times are for Slurm."""
 
     kind: ClusterKind = key(MISSING, "Where the nodes come from.")
     timeout_min: int = key(MISSING, "Time limit of a job (sbatch --time).", unit="min", above=0)
-    signal_delay_s: int = key(
-        MISSING,
-        "Time before the limit at which SIGUSR2 makes the run save and leave (sbatch --signal).",
-        unit="s",
-        least=0,
-    )
     exclude: Optional[str] = key(None, "Nodes that are not used (sbatch --exclude).")
     exclusive: Optional[bool] = key(
         None,
@@ -133,9 +98,16 @@ class ClusterConfig(PlacementConfig):
         None,
         "File of python -m gpt.bench_matmul: measured rates of matrix products by size, instead of gpu_tflops.",
     )
-    interconnect: InterconnectConfig = key(InterconnectConfig, "Links of the nodes.")
+    inter_node_gb_per_s: Optional[float] = key(
+        None,
+        "Bandwidth from one node to other nodes in one direction, all its network adapters together, for parallel=auto"
+        " to compare layouts; launch.doctor --on-cluster measures it. null: of the vendor's own system with such GPUs,"
+        " else 100 Gbit/s.",
+        unit="GB/s",
+        above=0,
+    )
     network: Optional[str] = key(
-        None, "File of python -m launch.bench_network: measured collectives, instead of interconnect."
+        None, "File of python -m launch.bench_network: measured collectives, instead of stated or assumed links."
     )
     cpus_per_task: Optional[int] = key(
         None,
@@ -158,9 +130,6 @@ class ClusterConfig(PlacementConfig):
     )
     give_up_after_min: Optional[float] = key(
         None, "Wait over all places after which a point leaves the queue; null: never.", unit="min", above=0
-    )
-    mail_user: Optional[str] = key(
-        None, "Address for Slurm's mail when a job begins, ends, fails or is requeued (sbatch --mail-user)."
     )
     points_per_job: int = key(
         1,
@@ -206,12 +175,6 @@ class ClusterConfig(PlacementConfig):
 
     def validate(self) -> None:
         """Raise ConfigError for keys that contradict each other. ``check_ranges`` checks the range of numbers."""
-        if self.signal_delay_s > 60 * self.timeout_min:
-            raise ConfigError(
-                f"cluster.signal_delay_s={self.signal_delay_s} with cluster.timeout_min={self.timeout_min}",
-                f"at most the time limit, {60 * self.timeout_min} s",
-                "cluster.signal_delay_s=0",
-            )
         for field in fields(self):
             if getattr(self, field.name) == "":
                 raise ConfigError(

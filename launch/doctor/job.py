@@ -174,7 +174,7 @@ def measure_node(root: str) -> None:
         "torch": metadata.version("torch"),
         "filesystem": filesystem_of(folder.path),
     }
-    health = HealthCheck(folder.path, config.resilience.health_check, config.cluster.gpus_per_node)
+    health = HealthCheck(folder.path, config.resilience, config.cluster.gpus_per_node)
     record["faults"] = [fault.found for fault in health.examine()]
     record["lacks"] = [] if (folder.path / ON_CPUS).exists() else lacking_parts(health.first or ())
     try:

@@ -138,10 +138,6 @@ def placement_lines(placement: Placement) -> list[str]:
 # Candidates and resources from the config.
 
 
-MAIL_TYPE = "BEGIN,END,FAIL,REQUEUE"
-"""Events of a job that send mail, as sbatch --mail-type takes them."""
-
-
 def configs(config: Config) -> list[tuple[str, Config]]:
     """Return name and config of each candidate of ``cluster.placement``.
 
@@ -221,6 +217,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         "nodes": config.nodes_asked,
         "ntasks_per_node": 1,
         "time": cluster.timeout_min,
+        "signal_delay_s": config.signal_delay_s,
         **{key: getattr(cluster, key) for key in AS_IN_CLUSTER},
         "exclusive": cluster.exclusive or None,
         "gpus_per_node": cluster.gpus_per_node or None,  # 0 requests no GPUs
@@ -231,7 +228,6 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         "additional_parameters": {
             "requeue" if config.resilience.requeue is True and resumes else "no_requeue": True,
             **({"no_kill": True} if survives else {}),
-            **({"mail_user": cluster.mail_user, "mail_type": MAIL_TYPE} if cluster.mail_user else {}),
             **cluster.additional_parameters,
         },
     }
@@ -241,7 +237,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         # Slurm does not bind what ssh starts to the CPUs and GPUs of the job.
         whole = cluster.start is AgentStart.ssh if cluster.exclusive is None else cluster.exclusive
         asked |= {"use_srun": False, "exclusive": whole or None, "setup": [*setup, LAUNCH_AGENTS]}
-        asked["additional_parameters"].setdefault("signal", f"B:USR2@{cluster.signal_delay_s}")
+        asked["additional_parameters"].setdefault("signal", f"B:USR2@{config.signal_delay_s}")
     for key, value in {**asked, **asked["additional_parameters"]}.items():
         # Without the quotes, the shell would execute the rest.
         if isinstance(value, str) and ("\n" in value or "\r" in value):
@@ -266,7 +262,7 @@ Slurm sends TERM and USR2, and ``launch.cancel`` sends URG, which a shell withou
 
 
 AS_IN_CLUSTER = (
-    *("signal_delay_s", "partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task"),
+    *("partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task"),
     "array_parallelism",
 )
 """Parameters of submitit with the same name and value as a key of ``cluster``."""

@@ -62,12 +62,10 @@ def _problems(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[
         return
     text, stop_s = f"a save took up to {took[0]:.3g} s and a step {took[1]:.3g} s", sum(took)
     lost = "loses the steps since its last periodic checkpoint"
-    limits = {"resilience.grace_period_s": config.resilience.grace_period_s}
-    limits |= {"cluster.signal_delay_s": config.cluster.signal_delay_s} if plan.cluster == "slurm" else {}
-    if short := [key for key, value in limits.items() if stop_s > value]:
-        found = f"{text}, and {' and '.join(f'{key}={limits[key]}' for key in short)}: a run that is stopped {lost}"
-        wish = 10 * math.ceil(MARGIN * stop_s / 10)
-        yield Problem(found, "time for a step and a save", " ".join(f"{key}={wish}" for key in short))
+    if stop_s > (grace_s := config.resilience.grace_period_s):
+        found = f"{text}, and resilience.grace_period_s={grace_s}: a run that is stopped {lost}"
+        fix = f"resilience.grace_period_s={10 * math.ceil(MARGIN * stop_s / 10)}"
+        yield Problem(found, "time for a step and a save", fix)
     for name, left_s in _preemption_graces(plan, slurm).items():
         if stop_s > left_s:
             has = f"a job that partition {name} preempts has {left_s} s (GraceTime and KillWait)"

@@ -229,7 +229,7 @@ class Network:
 
 
 def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a file of measured links: fits in units of ``cluster.interconnect``, and ``measured``.
+    """Return the content of a file of measured links: fits in GB/s and microseconds, and ``measured``.
 
     ``measured`` has the samples and the conditions of the measurement.
     """

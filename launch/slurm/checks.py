@@ -241,16 +241,11 @@ def check_access(case: Case) -> Iterator[Finding]:
 
 
 def check_time(case: Case) -> Iterator[Finding]:
-    """Check the time limit, and that a save fits before the time limit."""
+    """Check the time limit."""
     asked, most = case.config.cluster.timeout_min, case.partition.max_time_min
     if most is not None and asked > most:
         found = f"cluster.timeout_min={asked}, and MaxTime of {case.partition.name} is {most:g} min"
         yield case.exceeds("time limit", found, f"cluster.timeout_min={int(most)}")
-    lead, grace = case.config.cluster.signal_delay_s, case.config.resilience.grace_period_s
-    if grace > lead:
-        found = f"resilience.grace_period_s={grace} and cluster.signal_delay_s={lead}"
-        why = "Slurm ends the job at its time limit, before the time for a slow save is over"
-        yield warn("time limit", found, why, f"cluster.signal_delay_s={grace + 20}")
 
 
 def check_node_count(case: Case) -> Iterator[Finding]:

@@ -53,7 +53,7 @@ from launch.storm.injection import (
 
 GONE_S = 60.0
 """Seconds that processes and jobs of a run have to end after its launcher has ended."""
-UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "hung", "node_failed"))
+UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "node_failed"))
 """Overrides that lift restart limits in a drill, unless the user typed them.
 
 A drill has more faults than limits allow.

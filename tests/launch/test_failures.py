@@ -370,7 +370,7 @@ IN_MEMORY = (
     *TINY,
     *(f"optim.max_steps={STEPS}", "eval.interval=0", f"checkpoint.interval={DISK}", "nodes=2", "cluster=local"),
     *("model.n_layer=1", "optim.max_micro_batch=4", "checkpoint.in_memory_interval=1", "parallel=fsdp"),
-    *("logging.tensorboard=false", "resilience.health_check.enabled=false"),
+    *("logging.tensorboard=false", "resilience.health_check=false"),
 )
 AGENTS = 3
 """Of two nodes and a spare."""

@@ -27,7 +27,7 @@ from launch.agent.health import (
     sampling,
 )
 from launch.agent.ranks import RankAgent, cpus_of_ranks
-from launch.config import Config, HealthCheckConfig, ResilienceConfig
+from launch.config import Config, ResilienceConfig
 from launch.doctor import findings
 from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples
 from launch.runs.events import select_events
@@ -74,7 +74,7 @@ def test_links_are_physical_interfaces_and_active_ports(tmp_path: Path) -> None:
 def test_a_link_that_was_up_at_the_first_start_has_to_stay_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     up = {"eth0", "ib0"}
     monkeypatch.setattr("launch.agent.health.links_up", lambda: set(up))
-    check = HealthCheck(tmp_path, HealthCheckConfig(), None)
+    check = HealthCheck(tmp_path, ResilienceConfig(), None)
     assert check.examine() == []
     up.remove("ib0")
     assert [fault.found for fault in check.examine()] == ["link ib0 is down, and was up at the first start"]
@@ -96,12 +96,12 @@ def test_the_command_of_the_site_reports_a_fault_with_its_last_line(script: str,
 
 
 def test_each_part_that_fails_is_a_fault_unless_the_check_is_off(tmp_path: Path) -> None:
-    (fault,) = HealthCheck(tmp_path / "gone", HealthCheckConfig(), None).examine()
+    (fault,) = HealthCheck(tmp_path / "gone", ResilienceConfig(), None).examine()
     assert fault.part == "run folder" and "No such file" in fault.found
-    limits = HealthCheckConfig(command="no-such-program-here --quick")
+    limits = ResilienceConfig(health_check="no-such-program-here --quick")
     (fault,) = HealthCheck(tmp_path, limits, 8).examine()  # without a driver there are no GPUs to miss
     assert fault.part == "command" and "cannot be run: No such file" in fault.found
-    limits.enabled = False
+    limits.health_check = False
     assert HealthCheck(tmp_path / "gone", limits, None).examine() == []
 
 
@@ -125,9 +125,9 @@ def test_a_full_or_read_only_filesystem_is_a_fault(
 
 @pytest.mark.parametrize("command", ["check 'it", [], ""])
 def test_a_malformed_check_command_is_refused(command: object) -> None:
-    config = Config(resilience=ResilienceConfig(health_check=HealthCheckConfig(command=command)))
-    assert "a program" in refused(config.validate, found="resilience.health_check.").expected
-    assert HealthCheckConfig(command="a 'b c'").command_words == ["a", "b c"]
+    config = Config(resilience=ResilienceConfig(health_check=command))
+    assert "a program" in refused(config.validate, found="resilience.health_check=").expected
+    assert ResilienceConfig(health_check="a 'b c'").health_command == ["a", "b c"]
 
 
 def test_the_doctor_names_sick_nodes() -> None:
@@ -144,13 +144,13 @@ def test_a_node_that_becomes_sick_between_two_starts_is_named_and_refused(tmp_pa
     checking = f"import os, sys\nsys.exit('the fan is dead' if os.path.exists({str(mark)!r}) else 0)\n"
     check = write_script(tmp_path, checking, "check.py")
     words = [*LOCAL, "nodes=1", f"script.path={script}", "script.resumes=true", f"run_dir={tmp_path / 'run'}"]
-    command = f"resilience.health_check.command=[{sys.executable},{check}]"
+    command = f"resilience.health_check=[{sys.executable},{check}]"
     text = run("launch", *words, command, cwd=tmp_path, status=1)
     folder = RunFolder(tmp_path / "run")
     assert causes(folder) == ["crashed", "node_failed"]
     (told,) = select_events(folder.read_events(), "node_sick")
     assert told["cause"] == f"{sys.executable} left with status 1: the fan is dead"
-    for part in ("is sick: ", "expected: 1 healthy nodes", "type next: resilience.health_check.enabled=false"):
+    for part in ("is sick: ", "expected: 1 healthy nodes", "type next: resilience.health_check=false"):
         assert part in text
     status = run(f"launch.status {tmp_path / 'run'}", cwd=tmp_path)
     assert "is sick and was left out" in status and "the fan is dead" in status
@@ -190,7 +190,7 @@ def test_ranks_start_again_when_the_gpus_have_given_back_their_memory(
     monkeypatch.setattr(health, "visible_gpus", lambda: [])
     monkeypatch.setattr(health, "MEMORY_POLL_S", 0.001)
     driver.xids.clear()
-    check = HealthCheck(tmp_path, HealthCheckConfig(), None)
+    check = HealthCheck(tmp_path, ResilienceConfig(), None)
     assert check.examine() == []
     driver.used[:] = [40 * 2**30, 40 * 2**30, 2**30]
     assert check.examine() == [] and driver.used == [2**30]

@@ -57,7 +57,7 @@ def history(causes: str) -> Events:
     return [e for i, cause in enumerate(ended) for e in attempt(i + 1, cause, 10 * i, 10 * (i + 1))]
 
 
-LIMITS = RestartLimits(crashed=2, hung=1)
+LIMITS = RestartLimits(crashed=2)
 
 
 def decide(
@@ -80,7 +80,8 @@ def decide(
         ("preempted*50", "requeue"),
         ("preempted*50 crashed", "restart"),
         ("crashed*2 preempted", "requeue"),
-        ("hung*2", "stop"),
+        ("hung*3", "stop"),
+        ("crashed*2 hung*2", "restart"),
         ("out_of_memory", "restart"),
         ("out_of_memory*2", "stop"),
         ("diverged", "restart"),

@@ -61,7 +61,7 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
     ),
     ("parallel=[ddp,fsdp]", "parallel=[ddp,fsdp], a list of options", "python -m launch -m parallel=ddp,fsdp"),
     ("~model", "~model, which takes it away", "the same without ~model"),
-    ("resilience.max_restart.hung=1", "unknown key resilience.max_restart", "resilience.max_restarts.hung=1"),
+    ("resilience.max_restart.crashed=1", "unknown key resilience.max_restart", "resilience.max_restarts.crashed=1"),
     ("nodes==2", "nodes==2, which cannot be read", "nodes=NUMBER"),
     (["cluster.gpu=NVIDIA H100"], "unknown key cluster.gpu", "'cluster.gpu_name=NVIDIA H100'"),
     ("workload=script script.path=x.py batch_size=4", "unknown key batch_size", "script.options.batch_size=4"),
@@ -138,7 +138,11 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
     ("output_dir='o%A'", "'%' in the run's path", "output_dir=FOLDER"),
     (["cluster.account='a\nrm -rf b'"], r"cluster.account='a\nrm -rf b'", "cluster.account='a rm -rf b'"),
     ("copy_code=true output_dir='a:b'", "with a : in it", "output_dir=FOLDER without :"),
-    ("cluster.timeout_min=1 cluster.signal_delay_s=90", "cluster.signal_delay_s=90", "cluster.signal_delay_s=0"),
+    (
+        "cluster.timeout_min=1 resilience.grace_period_s=50",
+        "grace_period_s=50 with",
+        "resilience.grace_period_s=40",
+    ),
 ]
 
 

@@ -50,7 +50,7 @@ def config_of(nodes: int, spares: int = 0) -> Config:
     config = Config(nodes=nodes, spare_nodes=spares)
     for key in ("rendezvous_timeout_s", "node_timeout_s"):
         setattr(config.resilience, key, WAIT_S)
-    config.resilience.health_check.enabled = False
+    config.resilience.health_check = False
     return config
 
 

@@ -330,7 +330,7 @@ def write(path: Path, device: str = "CPU", precision: str = "fp32", seconds: flo
 
 
 def request(path: Path, **cluster: Any) -> PlanRequest:
-    nodes = ClusterConfig(kind=ClusterKind.slurm, timeout_min=60, signal_delay_s=60, mem_gb=8, matmul_rates=str(path))
+    nodes = ClusterConfig(kind=ClusterKind.slurm, timeout_min=60, mem_gb=8, matmul_rates=str(path))
     return PlanRequest((), RunFolder(path.parent), False, 1, 1, replace(nodes, **cluster), 0)
 
 

@@ -40,7 +40,7 @@ def of(events: list[dict[str, Any]], name: str, key: str) -> list[Any]:
 def test_a_program_interrupted_in_every_way_counts_each_step_once(sandbox: Cluster, tmp_path: Path) -> None:
     begin, hurry, steps = tmp_path / "begin", tmp_path / "hurry", 5000
     begin.touch()
-    words = [*COUNTING, *options(steps=steps, begin=begin, hurry=hurry), "cluster.signal_delay_s=50"]
+    words = [*COUNTING, *options(steps=steps, begin=begin, hurry=hurry), "resilience.grace_period_s=30"]
     storm = StormyRun(sandbox, tmp_path, *words)
     here, job = storm.folder, storm.job
     storm.wait_for_steps(attempt=1)
@@ -87,7 +87,7 @@ def test_a_program_interrupted_in_every_way_counts_each_step_once(sandbox: Clust
 
 def test_where_jobs_are_not_requeued_a_run_continues_in_the_next_job(sandbox: Cluster, tmp_path: Path) -> None:
     hurry = tmp_path / "hurry"
-    words = [*COUNTING, *options(steps=5000, begin=tmp_path, hurry=hurry), "cluster.signal_delay_s=50"]
+    words = [*COUNTING, *options(steps=5000, begin=tmp_path, hurry=hurry), "resilience.grace_period_s=30"]
     storm = StormyRun(sandbox, tmp_path, *words, "resilience.requeue=chain")
     first, status = storm.job, partial(run, "launch.status", str(storm.folder.path), cwd=tmp_path, **sandbox.env)
     storm.wait_for_steps(attempt=1)

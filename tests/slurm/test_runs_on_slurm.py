@@ -70,7 +70,7 @@ def test_a_spare_takes_the_place_of_a_sick_node(sandbox: Cluster, tmp_path: Path
     check = write_script(tmp_path, CHECK, "check.py")
     script = write_script(tmp_path, "print('done')\n")
     words = ["nodes=2", "spare_nodes=1", "ranks_per_node=1", "workload=script", f"script.path={script}"]
-    words += [f"resilience.health_check.command=[{sys.executable},{check}]", f"run_dir={here.path}"]
+    words += [f"resilience.health_check=[{sys.executable},{check}]", f"run_dir={here.path}"]
     run("launch", *ON_SLURM, *words, cwd=tmp_path, **sandbox.env)
     (members,) = [e for e in here.read_events() if e["event"] == "members"]
     (sick,) = [e for e in here.read_events() if e["event"] == "node_sick"]
