@@ -226,11 +226,11 @@ REFUSED = [
     # Adapters.
     (2, f"{LORA} parallel=tp", "model.lora.rank=4 with parallel.tp=2", "parallel.tp=1"),
     (2, f"{LORA} {PP}", "model.lora.rank=4 with parallel.pp=2", "parallel.pp=1"),
-    (2, f"{LORA} {MOE} parallel.ep=2", "model.lora.rank=4 with parallel.ep=2", "parallel.ep=1"),
+    (2, f"{LORA} {EXPERTS} parallel.ep=2", "model.lora.rank=4 with parallel.ep=2", "parallel.ep=1"),
     (2, f"{LORA} parallel=zero2", "model.lora.rank=4 with parallel.strategy=deepspeed", "parallel=fsdp"),
     (2, f"{LORA} float8=rowwise", "model.lora.rank=4 with float8=rowwise", "float8=none"),
     (2, f"{LORA} optim=muon", "model.lora.rank=4 with optim.optimizer=muon", "optim.optimizer=adamw"),
-    (2, f"{LORA} {MOE} model.lora.targets=[up]", "model.lora.targets=[up]", "model.lora.targets=[query,value]"),
+    (2, f"{LORA} {EXPERTS} model.lora.targets=[up]", "model.lora.targets=[up]", "model.lora.targets=[query,value]"),
     # DeepSpeed.
     (
         2,
