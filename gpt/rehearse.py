@@ -85,10 +85,7 @@ def parse_words(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gpu-gib", type=float, metavar="X", help="memory of the GPU; by default that of its table")
     parser.add_argument("--run", metavar="FOLDER", help="take the config from a run folder")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
-    words, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return words
+    return parser.parse_args(argv)
 
 
 def settle(words: argparse.Namespace) -> tuple[TrainConfig, Machine | None]:

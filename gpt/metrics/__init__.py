@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gpt import checkpoint as folders
-from gpt.accounting import training_flops_per_token
+from gpt.accounting import GIB, training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, TrainConfig, float8_words
 from gpt.config.optim import ADAMW, MUON, describe_schedule
 from gpt.parallel.distributed import World
@@ -41,7 +41,7 @@ def describe_rank(world: World) -> dict[str, Any]:
     }
     if device.type == "cuda":
         record["device_uuid"] = str(torch.cuda.get_device_properties(device).uuid)
-        record["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
+        record["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
     return record
 
 
@@ -53,9 +53,6 @@ def software() -> dict[str, str]:
         versions["nccl"] = ".".join(str(n) for n in torch.cuda.nccl.version())
     driver = driver_version()
     return versions | ({"nvidia-driver": driver} if driver else {})
-
-
-GIB = 2**30
 
 
 def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]:

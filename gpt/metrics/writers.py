@@ -332,12 +332,11 @@ class MetricWriters:
         device = describe_rank(world)["device_name"]
         self._peak = peak_flops(device, config.precision, bool(config.tf32))
         self._bf16_peak = peak_flops(device, Precision.bf16)
-        self._folder = folder
+        self._folder, self._config, self._layers = folder, config, layers
         # A crash loses the records of steps after the checkpoint. These steps are repeated.
         earlier = read_records(folder.metrics(0)) if rank.attempt > 1 and world.is_first else []
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
-        self._open = lambda step, done: open_writers(folder, config, step, done, layers) if world.is_first else []
-        self.writers: list[MetricWriter] = self._open(step, [r for r in earlier if r["step"] <= step])
+        self.writers = self._open(step, [r for r in earlier if r["step"] <= step])
         self._unshown: list[StepRecord] = []
         """Records that are written to the rank's file, and not yet to the views."""
         self._shown = time.monotonic()
@@ -402,23 +401,19 @@ class MetricWriters:
         record.mfu_bf16 = utilization(self._flops, tokens_per_s, self._bf16_peak).mfu_palm
         self._rank.record(**(record.as_dict() if self._world.is_first else record.own()))
 
-
-def open_writers(
-    folder: RunFolder, config: TrainConfig, step: int, done: Records, layers: Sequence[str]
-) -> list[MetricWriter]:
-    """Open the views of ``config.logging``, for a run that resumes after ``step``."""
-    logging = config.logging
-    views: dict[str, tuple[bool, Callable[[int, Records], MetricWriter]]] = {
-        "console": (True, lambda step, done: Console(config.optim.max_steps)),
-        "tensorboard": (
-            logging.tensorboard,
-            lambda step, done: EventWriter(folder.tensorboard, purge_step=step + 1 if step else None),
-        ),
-        "steps.csv": (True, lambda step, done: StepsCsv(folder.steps_csv, layers, done)),
-        "run.json": (True, lambda step, done: RunJson(folder)),
-        "wandb": (
-            logging.wandb,
-            lambda step, done: WeightsAndBiases(folder, plain_config(config)),
-        ),
-    }
-    return [View(folder, name, opens, step, done) for name, (is_on, opens) in views.items() if is_on]
+    def _open(self, step: int, done: Records) -> list[MetricWriter]:
+        """Open the views of ``config.logging``, for a run that resumes after ``step``; none on ranks other than 0."""
+        if not self._world.is_first:
+            return []
+        folder, config, layers = self._folder, self._config, self._layers
+        views: dict[str, tuple[bool, Callable[[int, Records], MetricWriter]]] = {
+            "console": (True, lambda step, done: Console(config.optim.max_steps)),
+            "tensorboard": (
+                config.logging.tensorboard,
+                lambda step, done: EventWriter(folder.tensorboard, purge_step=step + 1 if step else None),
+            ),
+            "steps.csv": (True, lambda step, done: StepsCsv(folder.steps_csv, layers, done)),
+            "run.json": (True, lambda step, done: RunJson(folder)),
+            "wandb": (config.logging.wandb, lambda step, done: WeightsAndBiases(folder, plain_config(config))),
+        }
+        return [View(folder, name, opens, step, done) for name, (is_on, opens) in views.items() if is_on]

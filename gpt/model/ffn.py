@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,9 @@ from gpt.model.layers import INIT_STD, Linear
 # Dense feed-forward layers, applied to each position alone. B batch, T time, D width, F inner width.
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """Compute GPT-2's approximation of GELU (arXiv 1606.08415, section 2)."""
-    return F.gelu(x, approximate="tanh")
-
-
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.gelu: F.gelu,
-    Activation.gelu_tanh: gelu_tanh,
+    Activation.gelu_tanh: partial(F.gelu, approximate="tanh"),  # as in GPT-2 (arXiv 1606.08415, section 2)
     Activation.silu: F.silu,
     Activation.relu: F.relu,
     Activation.leaky_relu: F.leaky_relu,

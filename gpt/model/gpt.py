@@ -67,15 +67,13 @@ def build_attention(config: ModelConfig) -> nn.Module:
     """Build the built-in attention, or the user's, (B, T, D) and a cache or None -> (B, T, D)."""
     if not isinstance(config.attention, str):
         return Attention(config)
-    made: nn.Module = load_part("model.attention", config.attention)(config)
-    return made
+    return load_part("model.attention", config.attention)(config)
 
 
 def build_ffn(config: ModelConfig) -> nn.Module:
     """Build the feed-forward layer that ``config.ffn`` names, (B, T, D) -> (B, T, D)."""
     if isinstance(config.ffn, str):
-        made: nn.Module = load_part("model.ffn", config.ffn)(config)
-        return made
+        return load_part("model.ffn", config.ffn)(config)
     return MixtureOfExperts(config) if config.ffn is Ffn.moe else DenseFfn(config, config.ffn_width)
 
 
@@ -133,15 +131,15 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith(RESIDUAL_OUTPUTS) else INIT_STD
     whole = torch.zeros(shape, device="cpu")
     if name.endswith("lora_a"):  # as in peft
-        generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
-        return nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+        return nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator_of(name, seed))
     if len(shape) == 3:
         for expert in range(shape[0]):
-            fill_normal(whole[expert], f"{name}.{expert}", std, seed)
+            whole[expert].normal_(std=std, generator=generator_of(f"{name}.{expert}", seed))
         return whole
     # Drawn in place: a padded copy would be as large again, and this is the largest tensor of many models.
     is_padded = name in ("token_embedding.weight", "head.weight")
-    fill_normal(whole[: config.vocab_size] if is_padded else whole, name, std, seed)
+    drawn = whole[: config.vocab_size] if is_padded else whole
+    drawn.normal_(std=std, generator=generator_of(name, seed))
     return whole
 
 
@@ -157,22 +155,15 @@ def part_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> 
     kind = load_part(f"model.{key}", config.custom_parts[key])
     if not hasattr(kind, "initial_value"):
         return None
-    generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
-    value: Tensor | None = kind.initial_value(config, local, shape, generator)
+    value: Tensor | None = kind.initial_value(config, local, shape, generator_of(name, seed))
     assert value is None or value.shape == shape, f"{name}: {tuple(value.shape)} instead of {tuple(shape)}"
     return value
 
 
-def fill_normal(values: Tensor, name: str, std: float, seed: int) -> None:
-    """Fill a contiguous tensor on the CPU with normal values that depend only on the run's seed and a name."""
-    generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
-    values.normal_(std=std, generator=generator)
-
-
-def parameter_seed(name: str, seed: int) -> int:
-    """Return a seed of 63 bits, derived from the run's seed and a parameter's name."""
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """Return a generator on the CPU, seeded by 63 bits that are derived from the run's seed and a parameter's name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 # The model: tokens to logits of the next token.
@@ -280,8 +271,7 @@ class GPT(nn.Module):
         if targets_BT is not None:
             vocab_size = self.config.vocab_size
             summed = partial(chunked_loss, targets_BT=targets_BT, vocab_size=vocab_size, evaluate=self.chunk_loss)
-            loss: Tensor = self.head(x_BTD, *tied, summed)
-            return loss
+            return self.head(x_BTD, *tied, summed)
         logits_BTV = self.head(x_BTD, *tied)
         logits_BTV = logits_BTV if self.pads_logits else logits_BTV[..., : self.config.vocab_size]
         return logits_BTV if self.config.logit_softcap is None else softcap(logits_BTV, self.config.logit_softcap)

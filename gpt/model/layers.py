@@ -38,8 +38,7 @@ def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
     """
     width = config.n_embd if width is None else width
     if isinstance(config.norm, str):
-        made: nn.Module = load_part("model.norm", config.norm)(config, width)
-        return made
+        return load_part("model.norm", config.norm)(config, width)
     if config.norm is Norm.rmsnorm:
         return RmsNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm is Norm.layernorm)
@@ -52,8 +51,7 @@ class RmsNorm(nn.RMSNorm):
         # Compilers fuse these operations; DTensors and other kinds of tensors support only torch's own operations.
         plain = type(x) is Tensor and type(self.weight) is nn.Parameter and not torch.compiler.is_compiling()
         if plain and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            normalized: Tensor = RmsNormOnCpu.apply(x, self.weight, self.eps)
-            return normalized
+            return RmsNormOnCpu.apply(x, self.weight, self.eps)
         return super().forward(x)
 
 
@@ -93,8 +91,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     plain = type(x) in (Tensor, nn.Parameter) and type(weight_OI) is nn.Parameter  # not a DTensor
     fp32 = x.dtype == weight_OI.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if plain and fp32 and x.device.type == "cpu":
-        product: Tensor = LinearOnCpu.apply(x, weight_OI, bias_O)
-        return product
+        return LinearOnCpu.apply(x, weight_OI, bias_O)
     return F.linear(x, weight_OI, bias_O)
 
 
@@ -108,8 +105,7 @@ class LinearOnCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        product: Tensor = torch.ops.gpt.onednn_linear(x, weight_OI, bias_O)
-        return product
+        return torch.ops.gpt.onednn_linear(x, weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
@@ -147,8 +143,7 @@ torch.library.define("gpt::onednn_linear", "(Tensor x, Tensor weight, Tensor? bi
 @torch.library.impl("gpt::onednn_linear", "cpu")
 def onednn_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """Compute a linear layer with oneDNN, (..., I) -> (..., O)."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
-    return product
+    return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
 
 
 @torch.library.register_fake("gpt::onednn_linear")
@@ -163,6 +158,15 @@ def onednn_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: A
     return 2 * x_shape.numel() * weight_shape[0]
 
 
+def rows_of(start: int | Tensor, tokens: int, positions_T: Tensor | None) -> slice | Tensor:
+    """Return the rows of a table of positions for ``tokens`` tokens: ``start`` if it has all positions, else those from
+    the first position ``start`` on; an index into ``positions_T``, if this rank has a part of each sequence."""
+    if isinstance(start, Tensor):
+        return start
+    rows = slice(start, start + tokens)
+    return rows if positions_T is None else positions_T[rows]
+
+
 class LearnedPosition(nn.Module):
     """Table with one trained vector for each position, added to that of the token (GPT-2)."""
 
@@ -173,12 +177,8 @@ class LearnedPosition(nn.Module):
         self.positions_T: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, start: int | Tensor = 0) -> Tensor:
-        if isinstance(start, Tensor):
-            return x_BTD + F.embedding(start, self.weight)
-        tokens = slice(start, start + x_BTD.size(1))
-        if self.positions_T is not None:
-            return x_BTD + F.embedding(self.positions_T[tokens], self.weight)
-        return x_BTD + self.weight[tokens]
+        rows = rows_of(start, x_BTD.size(1), self.positions_T)
+        return x_BTD + (self.weight[rows] if isinstance(rows, slice) else F.embedding(rows, self.weight))
 
 
 class Rope(nn.Module):
@@ -214,12 +214,7 @@ class Rope(nn.Module):
         self.sin.copy_(stretch * angles.sin())
 
     def forward(self, x_BTHC: Tensor, start: int | Tensor = 0) -> Tensor:
-        rows: slice | Tensor
-        if isinstance(start, Tensor):
-            rows = start
-        else:
-            tokens = slice(start, start + x_BTHC.size(1))
-            rows = tokens if self.positions_T is None else self.positions_T[tokens]
+        rows = rows_of(start, x_BTHC.size(1), self.positions_T)
         # fp32 tables promote bf16 queries and keys, while the values stay bf16.
         turned: Tensor = Rotation.apply(x_BTHC, self.cos[rows, None], self.sin[rows, None])
         return turned.type_as(x_BTHC)
@@ -257,7 +252,7 @@ def build_position(config: ModelConfig) -> nn.Module | None:
     The module maps (B, T, D) and the first position to (B, T, D).
     """
     if isinstance(config.position, str):
-        made: nn.Module = load_part("model.position", config.position)(config)
+        made = load_part("model.position", config.position)(config)
         return None if getattr(made, "on_heads", False) else made
     return LearnedPosition(config.block_size, config.n_embd) if config.position is Position.learned else None
 
@@ -268,7 +263,7 @@ def build_rotation(config: ModelConfig) -> nn.Module | None:
     The module maps (B, T, H, C) and the first position to (B, T, H, C).
     """
     if isinstance(config.position, str):
-        made: nn.Module = load_part("model.position", config.position)(config)
+        made = load_part("model.position", config.position)(config)
         return made if getattr(made, "on_heads", False) else None
     return Rope(config) if config.position is Position.rope else None
 
@@ -390,8 +385,7 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int | None
     Targets below 0 do not count. The columns from ``vocab_size`` on are padding; None means that there are none. A
     slice of the logits would be as good, but its backward pass would copy the gradient.
     """
-    summed_loss: Tensor = CrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), vocab_size)
-    return summed_loss
+    return CrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), vocab_size)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -487,8 +481,7 @@ def chunked_loss(
 ) -> Tensor:
     """Compute the summed loss of hidden states and the output matrix in nats, (), see ``ChunkedLoss``."""
     rows = x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten()
-    loss: Tensor = ChunkedLoss.apply(*rows, vocab_size, evaluate, torch.is_grad_enabled())
-    return loss
+    return ChunkedLoss.apply(*rows, vocab_size, evaluate, torch.is_grad_enabled())
 
 
 def loss_and_gradient(logits_RV: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,11 +42,7 @@ class RingAttention(torch.autograd.Function):
         y_BHTC = y_BHTC.type_as(lse_BHT)
         ring = SequenceShard(group)
         transfer = Transfer(ring, own, KEYS)
-        for owner in ring.others():
-            block = transfer.wait()
-            if owner != ring.next:
-                transfer = Transfer(ring, block, KEYS)
-            first, keys = visible_keys(owner, ring.rank, q_BHTC.size(2))
+        for block, first, keys in ring.arrivals(transfer, q_BHTC.size(2)):
             k, v = block[..., :keys, :]
             part, part_lse = attend_block(q_BHTC[:, :, first:], k, v, False, fused)
             part, part_lse = merge_blocks(y_BHTC[:, :, first:], lse_BHT[:, :, first:], part, part_lse)
@@ -68,11 +63,7 @@ class RingAttention(torch.autograd.Function):
         transfer = Transfer(ring, block, KEYS)
         dq_BHTC, dblock = block_gradients(*given, block, (0, q_BHTC.size(2)), True, ctx.fused)
         collecting = Transfer(ring, dblock, GRADIENTS)
-        for owner in ring.others():
-            block = transfer.wait()
-            if owner != ring.next:
-                transfer = Transfer(ring, block, KEYS)
-            first, keys = visible_keys(owner, ring.rank, q_BHTC.size(2))
+        for block, first, keys in ring.arrivals(transfer, q_BHTC.size(2)):
             dq, mine = block_gradients(*given, block, (first, keys), False, ctx.fused)
             dq_BHTC[:, :, first:] += dq
             dblock = collecting.wait()
@@ -95,7 +86,7 @@ def block_gradients(
         grad_BHTC: gradient of the result of all blocks.
         attended: queries, and the result of all blocks.
         block: keys and values of the block, (2, B, K, T, C).
-        visible: ``first`` (index of the first query) and ``keys`` (number of keys), a result of ``visible_keys``.
+        visible: ``first`` (index of the first query) and ``keys`` (number of keys), see ``SequenceShard.arrivals``.
         causal: True for this rank's own block, in which a query attends only to keys up to its position.
         fused: True to use the flash kernel.
     """
@@ -106,16 +97,6 @@ def block_gradients(
     return dq.type_as(attended.lse), torch.stack((dk, dv)).type_as(attended.lse)
 
 
-def visible_keys(owner: int, rank: int, tokens: int) -> tuple[int, int]:
-    """Return the index of this rank's first query that attends to the block of rank ``owner``, and the number of keys
-    of this block that such queries attend to.
-
-    A rank's early chunk comes before the early chunks of higher ranks, and its late chunk after their late chunks. So
-    every query sees the early chunk of a lower rank, and the late queries see both chunks of a higher rank.
-    """
-    return (0, tokens // 2) if owner < rank else (tokens // 2, tokens)
-
-
 class Transfer:
     """An asynchronous send of a tensor to the next rank, and a receive of a tensor of its shape from the previous
     rank."""
@@ -123,7 +104,7 @@ class Transfer:
     def __init__(self, ring: SequenceShard, x: Tensor, tag: int) -> None:
         # The send buffer must not change until the send completes.
         self._sent, self._received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        after = dist.get_global_rank(ring.group, ring.next)
+        after = dist.get_global_rank(ring.group, (ring.rank + 1) % ring.ranks)
         before = dist.get_global_rank(ring.group, (ring.rank - 1) % ring.ranks)
         self._works = dist.batch_isend_irecv(
             [
@@ -165,12 +146,22 @@ class SequenceShard:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.next = (self.rank + 1) % self.ranks
 
-    def others(self) -> list[int]:
-        """Ranks whose blocks arrive here, in order of arrival. The last block is that of the next rank, and is not sent
-        on."""
-        return [(self.rank - i) % self.ranks for i in range(1, self.ranks)]
+    def arrivals(self, transfer: Transfer, tokens: int) -> Iterator[tuple[Tensor, int, int]]:
+        """Yield the blocks of the other ranks in the order in which they arrive, and send each but the last one on.
+
+        ``transfer`` is that of this rank's own block, of ``tokens`` tokens. With each block comes the index of this
+        rank's first query that attends to it, and the number of keys of the block that such queries attend to.
+
+        A rank's early chunk comes before the early chunks of higher ranks, and its late chunk after their late chunks.
+        So every query sees the early chunk of a lower rank, and the late queries see both chunks of a higher rank.
+        """
+        for distance in range(1, self.ranks):
+            block = transfer.wait()
+            if distance < self.ranks - 1:
+                transfer = Transfer(self, block, KEYS)
+            is_of_lower_rank = distance <= self.rank
+            yield block, *((0, tokens // 2) if is_of_lower_rank else (tokens // 2, tokens))
 
     def part(self, x_BS: Tensor) -> Tensor:
         """Return this rank's tokens of whole sequences, (B, S) -> (B, T)."""
@@ -215,17 +206,15 @@ def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig
         return lambda q, k, v: RingAttention.apply(q, k, v, shard.group, fused)
     for end in shard.ends(config.model.block_size):
         causal_bias(config.model.block_size // (2 * shard.ranks), end)
-    return partial(allgather_attend, shard, attention.attend)
+    attend = attention.attend
 
+    def allgather_attend(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+        k_BKSC, v_BKSC = AllGatherSequence.apply(torch.stack((k_BKTC, v_BKTC)), shard.group).unbind()
+        # ``attend`` aligns its queries with the last keys, so each chunk gets the keys up to its end.
+        parts = zip(q_BHTC.chunk(2, dim=2), shard.ends(k_BKSC.size(2)), strict=True)
+        return torch.cat([attend(q, k_BKSC[:, :, :end], v_BKSC[:, :, :end]) for q, end in parts], dim=2)
 
-def allgather_attend(shard: SequenceShard, attend: Attend, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
-    """Attend from this rank's queries to the all-gathered keys: (B, H, T, C).
-
-    ``attend`` aligns its queries with the last keys, so each chunk gets the keys up to its end.
-    """
-    k_BKSC, v_BKSC = AllGatherSequence.apply(torch.stack((k_BKTC, v_BKTC)), shard.group).unbind()
-    parts = zip(q_BHTC.chunk(2, dim=2), shard.ends(k_BKSC.size(2)), strict=True)
-    return torch.cat([attend(q, k_BKSC[:, :, :end], v_BKSC[:, :, :end]) for q, end in parts], dim=2)
+    return allgather_attend
 
 
 class AllGatherSequence(torch.autograd.Function):

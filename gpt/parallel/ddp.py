@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -79,29 +80,18 @@ def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None
 
 
 class GradientBucket:
-    """Parameters whose gradients are reduced together, in one collective over a process group."""
+    """Parameters whose gradients are all-reduced (sum) together, in one collective over a process group.
+
+    The gradients become views of the bucket, so no sum is copied back.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
         self.parameters, self.group = parameters, group
         self.missing: set[nn.Parameter] = set()
         """Parameters whose gradients the backward pass has yet to compute."""
 
-    def send(self) -> None:
-        """Start the collective of the bucket."""
-        raise NotImplementedError
-
-    def receive(self) -> None:
-        """Wait for the summed gradients of the bucket."""
-        raise NotImplementedError
-
-
-class ReplicaBucket(GradientBucket):
-    """A bucket whose gradients are all-reduced (sum). The gradients become views of the bucket, so no sum is copied
-    back."""
-
-    _sums: dist.Work | None = None
-
-    def send(self) -> None:
+    def send(self) -> Callable[[], object]:
+        """Start the collective of the bucket; return the function that waits for the summed gradients."""
         for parameter in self.parameters:
             if parameter.grad is None:  # the parameter took no part in the step, but another rank may have used it
                 parameter.grad = torch.zeros_like(parameter)
@@ -116,17 +106,12 @@ class ReplicaBucket(GradientBucket):
                     own, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
                 )
             parameter.grad = own
-        self._sums = dist.all_reduce(flat, group=self.group, async_op=True)
-
-    def receive(self) -> None:
-        assert self._sums is not None
-        self._sums.wait()
-        self._sums = None
+        return dist.all_reduce(flat, group=self.group, async_op=True).wait
 
 
 class RowBucket(GradientBucket):
-    """A bucket whose gradients are reduce-scattered (sum): each rank gets and keeps only the
-    gradients of its rows."""
+    """A bucket whose gradients are reduce-scattered (sum) instead: each rank gets and keeps only the gradients of its
+    rows."""
 
     def __init__(self, pairs: Sequence[SplitParameter], group: dist.ProcessGroup) -> None:
         super().__init__([whole for whole, _ in pairs], group)
@@ -134,8 +119,6 @@ class RowBucket(GradientBucket):
         self.sums = self.parameters[0].new_zeros(sum(sizes))
         """Summed gradients of this rank's rows. The tensor is kept between steps, because the host needs time to make
         its DTensors."""
-        self._in_flight: tuple[Tensor, Tensor] | None = None
-        """All gradients in one flat tensor, and the tensor in which the sums arrive."""
         self._gradients: list[tuple[nn.Parameter, DTensor]] = []
         for (whole, shard), place in zip(pairs, self.sums.split(sizes), strict=True):
             assert isinstance(shard, DTensor)
@@ -143,19 +126,19 @@ class RowBucket(GradientBucket):
             rows = as_row_shard(place[: local.numel()].view_as(local), whole, shard.device_mesh)
             self._gradients.append((shard, rows))
 
-    def send(self) -> None:
+    def send(self) -> Callable[[], object]:
         # A parameter that took no part in the step counts as zeros, as another rank may have used it.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in self.parameters]
         ranks = self.group.size()
         flat = torch._chunk_cat(gradients, dim=0, num_chunks=ranks).view(-1)  # ordered by the rank that gets a chunk
         for parameter in self.parameters:
             parameter.grad = None
-        self._in_flight = flat, collectives.reduce_scatter_tensor(flat, "sum", ranks, self.group.group_name)
+        arriving = collectives.reduce_scatter_tensor(flat, "sum", ranks, self.group.group_name)
+        return partial(self._receive, flat, arriving)
 
-    def receive(self) -> None:
-        assert self._in_flight is not None
-        self.sums.copy_(collectives.wait_tensor(self._in_flight[1]))
-        self._in_flight = None
+    def _receive(self, _flat: Tensor, arriving: Tensor) -> None:
+        """Wait for the sums; ``_flat``, which the collective reads, must live until then."""
+        self.sums.copy_(collectives.wait_tensor(arriving))
         for shard, gradient in self._gradients:
             shard.grad = gradient
 
@@ -186,7 +169,8 @@ class GradientReducer:
             parameter.register_post_accumulate_grad_hook(self._note_gradient)
         self._to_send: deque[GradientBucket] = deque()
         """Buckets that the last backward pass of a step has yet to send; empty at other times."""
-        self._in_flight: deque[GradientBucket] = deque()
+        self._in_flight: deque[Callable[[], object]] = deque()
+        """Functions that wait for the sums of the buckets that are on their way."""
 
     def begin_last(self) -> None:
         """Prepare the last backward pass of a step, which sends each bucket when it is complete."""
@@ -211,12 +195,11 @@ class GradientReducer:
     def _send(self, bucket: GradientBucket) -> None:
         if len(self._in_flight) == BUCKETS_IN_FLIGHT:
             self._receive()
-        bucket.send()
-        self._in_flight.append(bucket)
+        self._in_flight.append(bucket.send())
 
     def _receive(self) -> None:
         with waiting("dp"):
-            self._in_flight.popleft().receive()
+            self._in_flight.popleft()()
 
 
 # The engines of DDP (arXiv 2006.15704) and ZeRO-1 (arXiv 1910.02054).

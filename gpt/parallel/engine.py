@@ -163,10 +163,6 @@ def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
 # Shapes: B sequences, T tokens of each.
 
 
-def do_nothing() -> None:
-    """Do nothing."""
-
-
 @dataclass(frozen=True)
 class RunLayout:
     """Config of a run, its ranks, and how these share the model and the batch."""
@@ -207,7 +203,7 @@ class Engine:
 
     def __init__(self, layout: RunLayout, averaged: int) -> None:
         self.config, self.world, self.dims, self.batch = layout.config, layout.world, layout.dims, layout.batch
-        self.on_micro_batch: Callable[[], None] = do_nothing
+        self.on_micro_batch: Callable[[], None] = lambda: None
         self._averaged = averaged
         self.scale: float | Tensor = averaged / (self.batch.global_batch * self.config.model.block_size)
 
@@ -231,7 +227,7 @@ class Engine:
         self.begin_backward()
         loss_sum = self.run_micro_batches(tokens_BT, targets_BT)
         self.reduce_gradients()
-        self.on_micro_batch = do_nothing  # a pipeline also calls it in evaluations
+        self.on_micro_batch = lambda: None  # a pipeline also calls it in evaluations
         if self.loss_scale is not None:
             self.loss_scale.unscale([local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None])
         return loss_sum * self.loss_weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from gpt.model.ffn import MixtureOfExperts, autocast_rows, find_mixtures, invert
 from gpt.model.gpt import GPT, Weights
 from gpt.model.layers import COMPUTE_DTYPES
 from gpt.parallel.context import SequenceShard, shard_sequences
-from gpt.parallel.ddp import GradientReducer, ReplicaBucket
+from gpt.parallel.ddp import GradientBucket, GradientReducer
 from gpt.parallel.distributed import build_mesh, expert_mesh, mesh_without, shard_mesh, waiting
 from gpt.parallel.engine import RunLayout, TorchEngine
 from gpt.parallel.modules import all_reduce_in_buckets, local_tensor, materialize, replace_forward, split_into_buckets
@@ -157,7 +157,7 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
             mine = whole.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
             setattr(mixture.experts, name, nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)))
         # Each call has another length and waits for other ranks, so it is not compiled.
-        send = torch.compiler.disable(build_dispatch(mixture, mesh.get_group(), share))
+        send = torch.compiler.disable(partial(send_to_experts, mixture, mesh.get_group(), share))
         mixture.give_to_experts = send  # type: ignore[method-assign]
 
 
@@ -173,30 +173,22 @@ def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: 
             reshard = config.parallel.reshard_after_forward and block not in last
             fsdp_shard_modules([mixture.experts], mesh, config, reshard, shard_dimension(config.model, dims))
             replace_forward(mixture.experts, block.forward)
-            replace_forward(block, partial(call_module, mixture.experts))
+            # A function, since a module as an attribute would become a submodule.
+            replace_forward(block, partial(nn.Module.__call__, mixture.experts))
 
 
-def call_module(module: nn.Module, *inputs: Any) -> Any:
-    """Call a module with its hooks; a function, since a module as an attribute would become a submodule."""
-    return module(*inputs)
-
-
-def build_dispatch(
-    mixture: MixtureOfExperts, group: dist.ProcessGroup, share: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``MixtureOfExperts.give_to_experts`` for sharded experts: send rows, compute, send results back."""
-
-    def forward(x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        experts = mixture.experts
-        plan = plan_dispatch(len(x_RD), ends_E, group, mixture.has_fixed_places)
-        x_SD = AllToAll.apply(autocast_rows(x_RD), plan.sent, plan.received, group)
-        gate_HFD = None if experts.gate is None else local_experts(experts.gate, share)
-        up_HFD, down_HDF = local_experts(experts.up, share), local_experts(experts.down, share)
-        x_SD, even = x_SD.index_select(0, plan.order), mixture.has_fixed_places
-        y_SD = experts.apply_to(x_SD, plan.ends, even, gate_HFD, up_HFD, down_HDF)
-        return AllToAll.apply(y_SD.index_select(0, invert_order(plan.order)), plan.received, plan.sent, group)
-
-    return forward
+def send_to_experts(
+    mixture: MixtureOfExperts, group: dist.ProcessGroup, share: float, x_RD: Tensor, ends_E: Tensor
+) -> Tensor:
+    """Do the work of ``MixtureOfExperts.give_to_experts`` for sharded experts: send rows, compute, send results
+    back."""
+    experts, even = mixture.experts, mixture.has_fixed_places
+    plan = plan_dispatch(len(x_RD), ends_E, group, even)
+    x_SD = AllToAll.apply(autocast_rows(x_RD), plan.sent, plan.received, group).index_select(0, plan.order)
+    gate_HFD = None if experts.gate is None else local_experts(experts.gate, share)
+    up_HFD, down_HDF = local_experts(experts.up, share), local_experts(experts.down, share)
+    y_SD = experts.apply_to(x_SD, plan.ends, even, gate_HFD, up_HFD, down_HDF)
+    return AllToAll.apply(y_SD.index_select(0, invert_order(plan.order)), plan.received, plan.sent, group)
 
 
 def local_experts(weight: Tensor, share: float) -> Tensor:
@@ -299,8 +291,7 @@ class NDEngine(TorchEngine):
             for part in parts:
                 apply_tensor_parallel(part, tensor_mesh, config.parallel)
             self.loss_weight = 1.0 if tensor_mesh.get_local_rank() == 0 else 0.0
-            columns = config.model.padded_vocab // tensor_mesh.size()
-            self.criterion = vocabulary_loss(tensor_mesh, columns, config.model.vocab_size)
+            self.criterion = vocabulary_loss(tensor_mesh, config.model.padded_vocab // dims.tp, config.model.vocab_size)
         if self._sharded:
             if dims.ep > 1:
                 expert_fsdp_mesh = shard_mesh(data, "edp")
@@ -322,7 +313,7 @@ class NDEngine(TorchEngine):
         """Return this rank's part of the model as one module, and a list of its pieces that are called one by one."""
         return model, [model]
 
-    def _plan_all_reduce(self, module: nn.Module, data: DeviceMesh) -> list[ReplicaBucket]:
+    def _plan_all_reduce(self, module: nn.Module, data: DeviceMesh) -> list[GradientBucket]:
         """Return buckets for the gradients of ``module``, in the order in which the backward pass computes them.
 
         Replicas all-reduce their gradients without DistributedDataParallel, which requires all parameters on one
@@ -334,7 +325,7 @@ class NDEngine(TorchEngine):
         mixtures = find_mixtures(module) if self.dims.ep > 1 else []
         experts = {parameter for mixture in mixtures for parameter in mixture.experts.parameters()}
         late = {p for p in parameters if isinstance(p, DTensor) and any(q.is_replicate() for q in p.placements)}
-        buckets: list[ReplicaBucket] = []
+        buckets: list[GradientBucket] = []
         for chosen, mesh in (({*parameters} - experts, self.mesh), (experts, data)):
             group = mesh_without(mesh, "pp", "ep", "tp").get_group()
             if group.size() == 1:
@@ -342,7 +333,7 @@ class NDEngine(TorchEngine):
             self._late.append((sorted(chosen & late, key=place.__getitem__), group))
             soon = sorted(chosen - late, key=place.__getitem__, reverse=True)
             for indices in split_into_buckets([local_tensor(p.detach()) for p in soon], BUCKET_BYTES):
-                buckets.append(ReplicaBucket([soon[index] for index in indices], group))
+                buckets.append(GradientBucket([soon[index] for index in indices], group))
         return sorted(buckets, key=lambda bucket: place[bucket.parameters[-1]], reverse=True)
 
     def reduce_gradients(self) -> None:

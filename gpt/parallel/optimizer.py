@@ -247,8 +247,7 @@ class Muon(AdamW):
     def _newton_schulz(self, matrix: Tensor) -> Tensor:
         """Return a whole matrix, (R, C) bf16, orthogonalized; the input is overwritten."""
         coefficients, steps = self._options["ns_coefficients"], self._options["ns_steps"]
-        result: Tensor = _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, _muon.EPS)
-        return result
+        return _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, _muon.EPS)
 
     def _apply(self, p: nn.Parameter, direction: Tensor, group: dict[str, Any], skip: Tensor) -> None:
         """Decay this rank's shard of a parameter, and move it along its part of the orthogonalized update."""
@@ -293,8 +292,7 @@ def build_optimizer(
         assert world is not None
         return Muon(groups, hidden, config, world, fused)
     if config.optimizer != ADAMW:
-        own: torch.optim.Optimizer = build_custom_optimizer(config, groups)
-        return own
+        return build_custom_optimizer(config, groups)
     return kind(
         groups,
         lr=config.lr,

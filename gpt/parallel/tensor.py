@@ -45,16 +45,20 @@ from gpt.parallel.modules import (
 # B batch, T time, D width, V the tokens of one rank, N = B T.
 
 
-class ShardedEmbedding(ParallelStyle):
-    """Style of an embedding sharded by rows (one for each token of the vocabulary); output in placement ``hidden``.
-
-    torch's RowwiseParallel shards embeddings, too, but its gradient on each rank is as large as the whole matrix (torch
-    2.13).
-    """
+class PlacedStyle(ParallelStyle):
+    """Style of a module whose output, and input if it has hidden states as input, has the placement ``hidden``."""
 
     def __init__(self, hidden: Placement) -> None:
         super().__init__()
         self.hidden = hidden
+
+
+class ShardedEmbedding(PlacedStyle):
+    """Style of an embedding sharded by rows (one for each token of the vocabulary).
+
+    torch's RowwiseParallel shards embeddings, too, but its gradient on each rank is as large as the whole matrix (torch
+    2.13).
+    """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
@@ -88,8 +92,7 @@ def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable
 
     def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         logits_NV, targets_N = logits_BTV.flatten(0, 1), targets_BT.flatten()
-        summed_loss: Tensor = ShardedCrossEntropy.apply(logits_NV, targets_N, first, tokens, mesh.get_group())
-        return summed_loss
+        return ShardedCrossEntropy.apply(logits_NV, targets_N, first, tokens, mesh.get_group())
 
     return loss
 
@@ -225,7 +228,7 @@ def outer_styles(model: GPT, hidden: Placement) -> dict[str, ParallelStyle]:
         )
     return {
         "token_embedding": ShardedEmbedding(hidden),
-        "position": Replicated(hidden, starts_at_slice=True),
+        "position": ReplicatedPosition(hidden),
         "norm": Replicated(hidden),  # also a user's norm, if its class says that it takes tokens one by one
         "head": head,
     }
@@ -250,23 +253,25 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
     return {**plan, "ffn": whole, **columns, "ffn.down": rows}
 
 
-class Replicated(ParallelStyle):
+class Replicated(PlacedStyle):
     """Style of a module with replicated parameters, whose input and output have the same placement.
 
-    If this placement is a shard, each rank computes a partial gradient of the parameters. With ``starts_at_slice``,
-    the module also takes the position of its first token, which differs between the sequence shards of the ranks.
+    If this placement is a shard, each rank computes a partial gradient of the parameters.
     """
-
-    def __init__(self, placement: Placement, starts_at_slice: bool = False) -> None:
-        super().__init__()
-        self.placement, self.starts_at_slice = placement, starts_at_slice
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         distribute(module, device_mesh, {})
-        if self.starts_at_slice and self.placement == SEQUENCE:
-            replace_forward(module, partial(shift_positions, module.forward, device_mesh.get_local_rank()))
-        compute_on_shards(module, REPLICATED if self.placement == REPLICATED else Partial())
+        compute_on_shards(module, REPLICATED if self.hidden == REPLICATED else Partial())
         return module
+
+
+class ReplicatedPosition(Replicated):
+    """Style of a module that also takes the position of its first token, which differs between sequence shards."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if self.hidden == SEQUENCE:
+            replace_forward(module, partial(shift_positions, module.forward, device_mesh.get_local_rank()))
+        return super()._apply(module, device_mesh)
 
 
 def shift_positions(
@@ -281,17 +286,13 @@ def shift_positions(
     return forward(x_BTD, start[:, first : first + length] if isinstance(start, Tensor) else start + first)
 
 
-class ShardedMixture(ParallelStyle):
+class ShardedMixture(PlacedStyle):
     """Style of a mixture of experts, each expert sharded by its inner width. Every rank routes all tokens alike.
 
     Inside the mixture, everything that a rank computes is a partial sum: the result, the gradient of the input, and
     that of the router. So no collective is needed before the end. The routing losses, which every rank computes whole,
     are divided by the number of ranks.
     """
-
-    def __init__(self, hidden: Placement) -> None:
-        super().__init__()
-        self.hidden = hidden
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         distribute(module, device_mesh, MIXTURE_PLACEMENTS)

@@ -97,7 +97,17 @@ class ZeroFiles(TensorFiles):
         with open_as_tensors(folder, saved, group) as tensors:
             mine = [*state.parameters, *state.buffers()]
             names = {name for of_rank in state.world.gather(mine) for name in of_rank}
-            run_on_all_ranks(lambda: state.load_tensors(TensorReader(tensors), names, saved.step), group)
+
+            def load_tensors() -> None:
+                reader = TensorReader(tensors)
+                if reader.names != names:
+                    raise ValueError(f"the checkpoint differs in {', '.join(sorted(reader.names ^ names)[:3])}")
+                state.set_masters(reader.weight)
+                state.set_moments(reader.moment, saved.step)
+                for name, buffer in state.buffers().items():
+                    buffer.copy_(reader.weight(name))
+
+            run_on_all_ranks(load_tensors, group)
             state.update_from_masters()
 
 
@@ -180,7 +190,7 @@ class ZeroEngine(Engine):
             )
         self.files = ZeroFiles(checkpoint_settings(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
         self.optimizer = self.ds.optimizer
-        self.parameters = dict(module.named_parameters())
+        self.parameters: dict[str, Any] = dict(module.named_parameters())
         """The parameters by their names in the whole model."""
         if casts:
             # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.
@@ -260,18 +270,6 @@ class ZeroEngine(Engine):
         """Return the paths of the files that this rank reads, of a DeepSpeed checkpoint of the same parallelism."""
         return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
 
-    def load_tensors(self, tensors: TensorReader, names: set[str], steps: int) -> None:
-        """Load the state after ``steps`` steps from whole tensors. ValueError if their names are not ``names``.
-
-        Not collective; call ``update_from_masters`` afterwards.
-        """
-        if tensors.names != names:
-            raise ValueError(f"the checkpoint differs in {', '.join(sorted(tensors.names ^ names)[:3])}")
-        self.set_masters(tensors.weight)
-        self.set_moments(tensors.moment, steps)
-        for name, buffer in self.buffers().items():
-            buffer.copy_(tensors.weight(name))
-
     def tensor_info(self) -> dict[str, Any]:
         """Return ``shapes`` (name of a parameter -> shape) and ``buffers`` (name -> tensor) of all pipeline stages.
         Collective."""
@@ -305,8 +303,7 @@ class ZeroEngine(Engine):
 
     def held(self) -> list[tuple[str, Any]]:
         """Return pairs of name and parameter, for the parameters of whose state this rank has a shard."""
-        named: list[tuple[str, Any]] = [*self.parameters.items()]
-        return [(n, p) for n, p in named if self.stage in (0, 3) or p._hp_mapping is not None]
+        return [(n, p) for n, p in self.parameters.items() if self.stage in (0, 3) or p._hp_mapping is not None]
 
     @torch.no_grad()
     def set_masters(self, whole: Callable[[str], Tensor]) -> None:
@@ -384,6 +381,8 @@ TIED = "token_embedding"
 class ZeroPipelineEngine(ZeroEngine):
     """A model split into pipeline stages, run and stepped by DeepSpeed's pipeline engine."""
 
+    module: GPTPipelineModule
+
     def __init__(self, model: GPT, layout: RunLayout) -> None:
         self._rows = layout.batch.micro
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=layout.world.device)
@@ -398,7 +397,6 @@ class ZeroPipelineEngine(ZeroEngine):
             return GPTPipelineModule(model, self.config, self.dims.pp, self._criterion)
 
     def whole_name(self, name: str) -> str:
-        assert isinstance(self.module, GPTPipelineModule)
         return self.module.whole_name(name)
 
     def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -424,7 +422,6 @@ class ZeroPipelineEngine(ZeroEngine):
             yield name, part, 1 / (held * (2 if name == twice else 1))
 
     def rank_files(self, folder: Path, tag: str) -> list[str]:
-        assert isinstance(self.module, GPTPipelineModule)
         return [*super().rank_files(folder, tag), *self.module.rank_files(folder / tag)]
 
     def step_optimizer(self) -> None:

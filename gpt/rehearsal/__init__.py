@@ -84,12 +84,12 @@ def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
     ranks = list(of_group)
     own = [[one for one in calls if one.peer is None] for calls in of_group.values()]
     for number, calls in enumerate(zip_longest(*own), start=1):
-        contents = Counter(None if call is None else call.content for call in calls)
-        if len(contents) == 1:
+        contents = [None if call is None else call.content for call in calls]
+        [(common, _)] = Counter(contents).most_common(1)
+        differs = [content != common for content in contents]
+        if not any(differs):
             continue
-        (common, _), *_ = contents.most_common()
-        odd = next(i for i, call in enumerate(calls) if (None if call is None else call.content) != common)
-        other = next(i for i, call in enumerate(calls) if (None if call is None else call.content) == common)
+        odd, other = differs.index(True), differs.index(False)
         yield (
             f"group {group.label} of {len(group.ranks)} ranks, collective {number}: rank {ranks[odd]} issues "
             f"{calls[odd] or 'none'}, and rank {ranks[other]} {calls[other] or 'none'}"

@@ -68,14 +68,12 @@ def as_on_gpu() -> None:
     """Make the code in this process that depends on the device work as on a GPU: chunks of the loss, no masks, fp32
     norms."""
     kernel = attention.sdpa_attention
-    replace_functions(
-        (layers, "chunk_elements", lambda _: LOSS_CHUNK),
-        (layers, "LOGITS_AT_ONCE", dict.fromkeys(LOGITS_AT_ONCE, LOGITS_AT_ONCE["cuda"])),
-        (layers.LinearOnCpu, "apply", functional.linear),
-        (attention, "sdpa_attention", lambda q, k, v, _, bias=None: kernel(q, k, v, 0.0, bias)),  # no T x T noise
-        *((module, "causal_bias", lambda *_: None) for module in (attention, context)),  # and no T x T mask
-        *((functional, name, in_fp32(getattr(functional, name))) for name in ("layer_norm", "rms_norm")),
-    )
+    layers.chunk_elements = lambda device: LOSS_CHUNK
+    layers.LOGITS_AT_ONCE = dict.fromkeys(LOGITS_AT_ONCE, LOGITS_AT_ONCE["cuda"])
+    layers.LinearOnCpu.apply = functional.linear  # type: ignore[method-assign]
+    attention.sdpa_attention = lambda q, k, v, _, bias=None: kernel(q, k, v, 0.0, bias)  # type: ignore  # no T x T noise
+    attention.causal_bias = context.causal_bias = lambda *_: None  # type: ignore  # and no T x T mask
+    functional.layer_norm, functional.rms_norm = in_fp32(functional.layer_norm), in_fp32(functional.rms_norm)
 
 
 def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -88,26 +86,18 @@ def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return on_gpu
 
 
-def replace_functions(*replacements: tuple[Any, str, Any]) -> None:
-    """Replace functions, each given as (owner, name, replacement), for the rest of this process."""
-    for owner, name, replacement in replacements:
-        setattr(owner, name, replacement)
-
-
 def replace_values() -> None:
     """Replace, in this process, the code that reads values of tensors or needs data from another rank."""
     distributed.BACKENDS["cpu"] = FAKE
     for name in ("__init__", "__getitem__", "_flatten", "_unflatten"):
-        replace_functions((DeviceMesh, name, without_fakes(getattr(DeviceMesh, name))))
+        setattr(DeviceMesh, name, without_fakes(getattr(DeviceMesh, name)))
+    DeviceMesh._concatenate = staticmethod(without_fakes(DeviceMesh._concatenate))  # type: ignore[method-assign]
     for name in ("_verify_param_shape_across_processes", "_sync_module_states"):
-        replace_functions((torch_ddp, name, lambda *_, **__: None))
-    replace_functions(
-        (DeviceMesh, "_concatenate", staticmethod(without_fakes(DeviceMesh._concatenate))),
-        (distributed, "init_device_mesh", without_fakes(distributed.init_device_mesh)),
-        *((module, "materialize", allocate) for module in (train, nd)),
-        (ddp, "DistributedDataParallel", FakeReplica),
-        (nd, "plan_dispatch", plan_balanced_dispatch),
-    )
+        setattr(torch_ddp, name, lambda *_, **__: None)
+    distributed.init_device_mesh = without_fakes(distributed.init_device_mesh)
+    train.materialize = nd.materialize = allocate  # type: ignore[assignment]
+    ddp.DistributedDataParallel = FakeReplica  # type: ignore[misc]
+    nd.plan_dispatch = plan_balanced_dispatch
 
 
 def allocate(parts: Sequence[GPT], _: Any, device: torch.device, home: torch.device | None = None) -> None:
@@ -145,9 +135,9 @@ class FakeReplica(DistributedDataParallel):
             def in_order(parameters: Any, _: Any, *rest: Any) -> Any:
                 return tuple([*reversed(found)] for found in assign(parameters, limits, *rest))  # DDP reverses it
 
-            replace_functions((dist, assign.__name__, in_order))
+            dist._compute_bucket_assignment_by_size = in_order  # type: ignore[assignment]
             self._build_reducer(self._came)
-            replace_functions((dist, assign.__name__, assign))
+            dist._compute_bucket_assignment_by_size = assign
         return super()._pre_forward(*inputs, **options)
 
     def _build_reducer(self, parameters: list[Tensor]) -> None:

@@ -45,8 +45,14 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
     """
     dims = parallel_dims(config.parallel, world_size, ranks_per_node)
     checks = (check_parallel_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert)
-    for check in (*checks, check_selective, check_lora, check_deepspeed, check_muon):
+    for check in (*checks, check_selective, check_lora, check_deepspeed):
         check(config, dims)
+    if config.optim.optimizer == MUON and config.parallel.cpu_offload:
+        raise ConfigError(
+            "optim.optimizer=muon with parallel.cpu_offload=true",
+            "matrices on the devices, which orthogonalize them, or an optimizer for parameters in host memory",
+            "parallel.cpu_offload=false, or optim.optimizer=adamw",
+        )
     return dims
 
 
@@ -238,7 +244,6 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
     )
     if dims.pp > 1:
         check_stages(config, dims)
-        check_ends(config, dims)
     if config.optim.optimizer != ADAMW:
         raise ConfigError(
             f"optim.optimizer={config.optim.optimizer} with parallel.strategy=deepspeed",
@@ -273,29 +278,9 @@ def check_lora(config: TrainConfig, dims: ParallelDims) -> None:
         )
 
 
-def check_muon(config: TrainConfig, _: ParallelDims) -> None:
-    """Raise ConfigError for Muon over parameters in host memory."""
-    if config.optim.optimizer == MUON and config.parallel.cpu_offload:
-        raise ConfigError(
-            "optim.optimizer=muon with parallel.cpu_offload=true",
-            "matrices on the devices, which orthogonalize them, or an optimizer for parameters in host memory",
-            "parallel.cpu_offload=false, or optim.optimizer=adamw",
-        )
-
-
-def check_ends(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError for model.scale_embedding and model.logit_softcap, which DeepSpeed's pipeline lacks."""
-    for key, idle in (("scale_embedding", False), ("logit_softcap", None)):
-        if getattr(config.model, key) != idle:
-            raise ConfigError(
-                f"parallel.strategy=deepspeed parallel.pp={dims.pp} with model.{key}",
-                "a plain embedding and plain logits: DeepSpeed's first and last layer are the shared matrix alone",
-                f"parallel=pp parallel.pp={dims.pp}, or parallel.pp=1",
-            )
-
-
 def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if DeepSpeed's pipeline does not support the ZeRO stage, offload or schedule."""
+    """Raise ConfigError if DeepSpeed's pipeline does not support the ZeRO stage, offload, schedule or the model's
+    ends."""
     parallel = config.parallel
     if parallel.zero_stage in (2, 3):
         # A preset with parameter offload implies ZeRO-3, so changing the ZeRO stage alone would not suffice.
@@ -324,6 +309,13 @@ def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
             "both parameter groups in every stage: DeepSpeed reduces the gradient norm of each group over the stages",
             "parallel.zero_stage=0, or fewer stages",
         )
+    for key, idle in (("scale_embedding", False), ("logit_softcap", None)):
+        if getattr(config.model, key) != idle:
+            raise ConfigError(
+                f"parallel.strategy=deepspeed parallel.pp={dims.pp} with model.{key}",
+                "a plain embedding and plain logits: DeepSpeed's first and last layer are the shared matrix alone",
+                f"parallel=pp parallel.pp={dims.pp}, or parallel.pp=1",
+            )
 
 
 # Configuration of DeepSpeed: generated from the run's config and merged with the user's file.

@@ -183,23 +183,23 @@ def partition(costs: tuple[int, ...], parts: int) -> list[range]:
         cuts = range(start + 1, end - left + 2)
         return min(max(sums[cut] - sums[start], largest(cut, left - 1)) for cut in cuts)
 
-    @cache
-    def squares(start: int, left: int) -> float:
-        if left == 1:
-            return square(start, end)
-        return min(square(start, cut) + squares(cut, left - 1) for cut in range(start + 1, end - left + 2))
-
     def square(start: int, stop: int) -> float:
         cost = sums[stop] - sums[start]
         return cost**2 if cost <= limit else math.inf
 
+    @cache
+    def most_even(start: int, left: int) -> tuple[float, tuple[int, ...]]:
+        """Return the least sum of squares of ``left`` parts from ``start`` on, and the ends of these parts."""
+        if left == 1:
+            return square(start, end), (end,)
+        found = []
+        for cut in range(start + 1, end - left + 2):
+            rest, ends = most_even(cut, left - 1)
+            found.append((square(start, cut) + rest, (cut, *ends)))
+        return min(found)
+
     limit = largest(0, parts)
-    cuts = [0]
-    for left in range(parts, 1, -1):
-        start = cuts[-1]
-        candidates = range(start + 1, end - left + 2)
-        cuts.append(min(candidates, key=lambda cut: (square(start, cut) + squares(cut, left - 1), cut)))
-    return [range(*pair) for pair in pairwise([*cuts, end])]
+    return [range(*pair) for pair in pairwise([0, *most_even(0, parts)[1]])]
 
 
 def min_micro_batches(parallel: ParallelConfig) -> int:

@@ -107,10 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--run", metavar="FOLDER", help="go on with the run in FOLDER, with the config it was made with"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
-    words, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return words
+    return parser.parse_args(argv)
 
 
 def parse_request(words: argparse.Namespace) -> Request:
