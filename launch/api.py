@@ -33,12 +33,11 @@ from typing import Any
 from rich.console import Console
 
 from launch.config.compose import compose_launch, schema_of, target_of
-from launch.errors import CommandParser, ConfigError, closest, refusing
+from launch.errors import CommandParser, ConfigError, closest, refusing, schema_keys
 from launch.plan.plan import Plan, unfinished
 from launch.runs.compose import flatten
 from launch.runs.find import find_runs, plain_console
 from launch.runs.folder import RunFolder, deny_others_writing, make_folder
-from launch.schema import schema_keys
 from launch.script import hydra_text
 from launch.slurm.jobs import LocalQueueEntry
 from launch.slurm.resolve import plan_sweep

@@ -24,9 +24,8 @@ from rich.padding import Padding
 import gpt_launch.own_names  # noqa: F401
 from launch.config import Config
 from launch.config.compose import compose_launch, schema_of, target_of
-from launch.errors import CommandParser, ConfigError, closest, refusing
+from launch.errors import CommandParser, ConfigError, closest, list_elements, range_text, refusing
 from launch.runs.find import plain_console
-from launch.schema import list_elements, range_text
 
 
 class Key(NamedTuple):

@@ -20,13 +20,12 @@ from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.errors import ConfigError, closest
+from launch.errors import ConfigError, check_ranges, closest, key
 from launch.runs.compose import RunConfig, make_absolute
 from launch.runs.environment import git
 from launch.runs.folder import RunFolder, read_plan
 from launch.runs.overrides import RANK_VALUES, in_shell, quoted
 from launch.runs.progress import check_pattern
-from launch.schema import check_ranges, key
 from launch.worker.call import REQUEUE_EXIT
 from launch.workload import (
     CodeTree,

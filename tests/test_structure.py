@@ -75,8 +75,7 @@ ROOMS = {
     "gpt_launch.worker": ("launch.worker", "gpt_launch"),
     "gpt_launch.__main__": ("launch.__main__",),
     "launch.errors": ("gpt_launch.own_names",),
-    "launch.schema": ("launch.errors",),
-    "launch.runs": ("launch.schema",),
+    "launch.runs": ("launch.errors",),
     "launch.worker": ("launch.runs",),
     "launch.slurm.client": ("launch.worker",),
     "launch.slurm.limits": ("launch.slurm.client",),
@@ -131,7 +130,7 @@ ROOTS = {
     "gpt": {"__init__", *COMMANDS},
     "launch": {
         *("__init__", "__main__", "status", "logs", "cancel", "verify", "move", "batch", "runner", "workload"),
-        *("api", "errors", "schema", "keys", "script"),
+        *("api", "errors", "keys", "script"),
     },
 }
 """Files of the two packages that lie in no room."""

@@ -10,11 +10,10 @@ from omegaconf import MISSING
 
 from launch.config.cluster import ClusterConfig
 from launch.config.cluster import ClusterKind as ClusterKind  # for the importers of this module
-from launch.errors import ConfigError
+from launch.errors import ConfigError, check_ranges, key
 from launch.runs.compose import RunConfig
 from launch.runs.folder import ReportFile
 from launch.runs.records import ObjectiveOf
-from launch.schema import check_ranges, key
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045

@@ -12,9 +12,8 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, key
 from launch.runs.measured import read_matmul_rates, read_network
-from launch.schema import key
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 import configs
 from launch.config import Config
-from launch.errors import ConfigError, closest
+from launch.errors import ConfigError, closest, schema_keys
 from launch.runs import compose
 from launch.runs.compose import RunConfig
 from launch.runs.folder import RunFolder, damaged
@@ -27,7 +27,6 @@ from launch.runs.overrides import (
     typed_key,
     typed_value,
 )
-from launch.schema import schema_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 CONFIGS = Path(configs.__file__).parent

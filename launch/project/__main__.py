@@ -27,7 +27,7 @@ import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config, workload_of
-from launch.errors import CommandParser, ConfigError, counted, refusing
+from launch.errors import CommandParser, ConfigError, check_ranges, counted, refusing
 from launch.project.models import HeldOut, SweepPoints, failures_of, hold_out, read_sweep, request_for, straggler_notes
 from launch.report.notes import percent, rate, time_text
 from launch.report.selection import select
@@ -35,7 +35,6 @@ from launch.runs.find import print_table
 from launch.runs.folder import RunFolder, deny_others_writing, write_atomically
 from launch.runs.measured import read_network
 from launch.runs.overrides import typed_key
-from launch.schema import check_ranges
 from launch.workload import SetUp, TrainingGoal
 
 if TYPE_CHECKING:

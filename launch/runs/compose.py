@@ -24,7 +24,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, free_keys, key, schema_keys
 from launch.runs.events import refuse_resume_from
 from launch.runs.find import generation
 from launch.runs.folder import RunFolder, damaged, unreadable, write_atomically, writing_into
@@ -41,7 +41,6 @@ from launch.runs.overrides import (
     structured,
     unknown_option,
 )
-from launch.schema import free_keys, key, schema_keys
 
 # OmegaConf 2.3 reads the annotations of a schema at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from launch.errors import ConfigError, closest
+from launch.errors import ConfigError, closest, free_keys, key_types, list_elements, schema_keys
 from launch.runs.folder import RunFolder, damaged, read_strictly
-from launch.schema import free_keys, key_types, list_elements, schema_keys
 
 if TYPE_CHECKING:
     # Only functions that parse overrides import Hydra, so that a report, which reads text, does not wait for it.

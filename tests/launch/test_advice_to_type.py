@@ -32,7 +32,7 @@ from launch.runs.environment import install_command
 from launch.runs.find import find_runs, point_labels, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import MOST_NAMES, NOT_IN_POINT, point_name
-from launch.schema import check_ranges, key
+from launch.errors import check_ranges, key
 from launch.script import ScriptOptions, require_program
 from tests.support.commands import ROOT, call, run
 from tests.support.planning import config_of, plan, refused
