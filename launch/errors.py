@@ -78,8 +78,7 @@ def refusing(main: Callable[P, int]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs)
         except ConfigError as error:
-            print(as_typed(str(error)), file=sys.stderr, flush=True)
-            return 2
+            refusal = error
         except OSError as error:
             if error.filename is None or error.errno not in FILE_ERRORS:
                 raise
@@ -91,8 +90,8 @@ def refusing(main: Callable[P, int]) -> Callable[P, int]:
                 f"ls -ld {shlex.quote(str(seen))}, and the same command after a change; or another folder, if it has "
                 "--out",
             )
-            print(as_typed(str(refusal)), file=sys.stderr, flush=True)
-            return 2
+        print(as_typed(str(refusal)), file=sys.stderr, flush=True)
+        return 2
 
     return with_refusals
 

@@ -5,7 +5,6 @@ python -m launch.agent RUN_DIR             started by srun on every node of a jo
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -14,7 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import refuse_other_code
 from launch.runs.environment import raise_open_files, set_defaults
 from launch.runs.events import FEWER_NODES, is_finished
-from launch.runs.folder import RunFolder, deny_others_writing, is_event, keep_unwritten, make_folder
+from launch.runs.folder import RunFolder, deny_others_writing, is_event, keep_unwritten, make_folder, parse_json_lines
 from launch.runs.process import lasting_imports, set_default_threads
 from launch.runs.progress import NewLines
 from launch.worker import STORE_PREFIX
@@ -91,15 +91,14 @@ def run_agent(run_dir: str, spare: Node | None = None) -> None:
         print(f"finished already, and not started again: {run_dir} (fresh=true runs it in a new folder)", flush=True)
         return
     keep_unwritten()
-    context = RunContext(folder, spare or Node.from_env(), read_point(folder))
-    context = replace(context, node=replace(context.node, late=context.config.spare_jobs))
-    node, shares_job = context.node, SHARES_JOB in os.environ
+    config = read_point(folder)
+    node = replace(spare or Node.from_env(), late=config.spare_jobs)
+    context, shares_job = RunContext(folder, node, config), SHARES_JOB in os.environ
     if shares_job and node.restarts and has_stopped(context.events()):
         print(f"not started again, as it has stopped before the other points of its job: {run_dir}", flush=True)
         return
-    limits = context.config.resilience
     raise_open_files()
-    set_default_threads(context.config.ranks_on_node)  # Set before the fork server loads libraries for the ranks.
+    set_default_threads(config.ranks_on_node)  # Set before the fork server loads libraries for the ranks.
     set_defaults()
     with lasting_imports():
         from launch.agent import exchange, ranks, rendezvous  # All agents import torch now, before they meet.
@@ -107,15 +106,15 @@ def run_agent(run_dir: str, spare: Node | None = None) -> None:
     stop.interruptible = True
     lost: Mapping[int, NodeProblem] = {}
     try:
-        with ranks.fork_server(context) as server, ranks.MemoryStore() as store:
-            timeouts = (limits.rendezvous_timeout_s, limits.node_timeout_s)
+        with ranks.fork_server(context) as server, closing(ranks.MemoryStore()) as store:
+            timeouts = (config.resilience.rendezvous_timeout_s, config.resilience.node_timeout_s)
             endpoint: RendezvousEndpoint | None = exchange.open_endpoint(folder, node, *timeouts)
             while endpoint is not None:  # Each turn is a term of one head node.
                 context = replace(context, node=replace(node, head=endpoint.term.head))
                 with (
-                    on_event(context, context.node.is_head),  # This starts a thread, so it follows the server's fork.
+                    on_event(context),  # This starts a thread, so it follows the server's fork.
                     Meter(context) as meter,
-                    rendezvous.join(context, endpoint) as group,
+                    closing(rendezvous.AgentGroup(context, endpoint)) as group,
                 ):
                     lost = group.lost
                     if shares_job and context.events("cancelled", job_id=node.slurm_job):
@@ -124,7 +123,7 @@ def run_agent(run_dir: str, spare: Node | None = None) -> None:
                         AgentContext(**vars(context), group=group, stop=stop, meter=meter, server=server, store=store)
                     )
     except InterruptedError as error:
-        with on_event(context, context.node.is_head):
+        with on_event(context):
             handle_early_stop(context, str(error))
     finally:
         end_lost_agents(context, lost.values())
@@ -275,34 +274,17 @@ def event_variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> d
     return {key: "" if value is None else str(value) for key, value in known.items()}
 
 
-def on_event(context: RunContext, is_active: bool = True) -> contextlib.AbstractContextManager[None]:
-    """Run the user's command, if there is one, for each event that is recorded in a ``with`` block.
+@contextmanager
+def on_event(context: RunContext) -> Iterator[None]:
+    """Run the user's command for each event with an ``event_name`` that is recorded in a ``with`` block.
 
-    ``is_active`` is False on nodes other than the head node: these nodes run no command.
+    Only the head node runs the command, in a thread, until another node has replaced it. The end of the block waits at
+    most about ``COMMAND_TIMEOUT_S`` seconds for the commands of the last events. Does nothing without a command.
     """
     command, folder, node = context.config.launch.on_event_command, context.folder, context.node
-    if not is_active or not command:
-        return contextlib.nullcontext()
-    return run_at_events(folder, command, is_silent=lambda: node.is_head and is_replaced(folder, node))
-
-
-@contextlib.contextmanager
-def run_at_events(
-    folder: RunFolder,
-    command: Sequence[str],
-    timeout_s: float = COMMAND_TIMEOUT_S,
-    is_silent: Callable[[], bool] = lambda: False,
-) -> Iterator[None]:
-    """Run a command, in a thread, for each event with an ``event_name`` that is recorded during a ``with`` block.
-
-    The end of the block waits at most about ``timeout_s`` seconds for the commands of the last events.
-
-    Args:
-        folder: folder of the run.
-        command: program and arguments.
-        timeout_s: seconds after which a command is killed.
-        is_silent: function that returns True if another process now runs the command for the events.
-    """
+    if not node.is_head or not command:
+        yield
+        return
     lines = NewLines(folder.events, re.compile(rb"\n"), LONGEST_LINE, skip=True)
     closing = threading.Event()
 
@@ -310,10 +292,11 @@ def run_at_events(
         is_last = False
         while not is_last:
             is_last = closing.wait(POLL_S)  # before the log is read, so that no event is missed
-            with contextlib.suppress(OSError):  # The filesystem does not answer; the next poll finds the same lines.
+            with suppress(OSError):  # The filesystem does not answer; the next poll finds the same lines.
                 while (found := lines.read()) is not None:
-                    for line in found if not is_silent() else ():
-                        handle_line(folder, command, line, timeout_s)
+                    for event in parse_json_lines(found) if not is_replaced(folder, node) else ():
+                        if is_event(event) and (name := event_name(event)) is not None:
+                            run_command(folder, command, name, event)
 
     thread = threading.Thread(target=follow, name="on-event", daemon=True)
     thread.start()
@@ -321,21 +304,14 @@ def run_at_events(
         yield
     finally:
         closing.set()
-        thread.join(timeout_s + 2 * POLL_S)
+        thread.join(COMMAND_TIMEOUT_S + 2 * POLL_S)
 
 
-def handle_line(folder: RunFolder, command: Sequence[str], line: bytes, timeout_s: float) -> None:
-    """Run the command if ``line`` of the event log is an event with an ``event_name``.
+def run_command(folder: RunFolder, command: Sequence[str], name: str, event: Mapping[str, Any]) -> None:
+    """Run the command for an event with ``event_name`` ``name``.
 
-    If the command fails, or does not end in ``timeout_s`` seconds, record the event ``on_event_failed``.
+    If the command fails, or does not end in ``COMMAND_TIMEOUT_S`` seconds, record the event ``on_event_failed``.
     """
-    try:
-        event = json.loads(line)
-    except ValueError:  # A crash has cut this line off.
-        return
-    name = event_name(event) if isinstance(event, dict) and is_event(event) else None
-    if name is None:
-        return
     env = {key: value for key, value in os.environ.items() if key != STORE_PREFIX}
     log = folder.path / ".launch" / "on_event.log"
     try:
@@ -343,15 +319,15 @@ def handle_line(folder: RunFolder, command: Sequence[str], line: bytes, timeout_
         with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
             status = subprocess.run(
                 command, env=env | event_variables(folder, name, event), stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, start_new_session=True, timeout=timeout_s,
+                stderr=output, start_new_session=True, timeout=COMMAND_TIMEOUT_S,
             ).returncode  # fmt: skip
         problem = f"left with {status}, and its output in .launch/on_event.log" if status else None
     except subprocess.TimeoutExpired:
-        problem = f"was killed, after {timeout_s:.0f} s"
+        problem = f"was killed, after {COMMAND_TIMEOUT_S:.0f} s"
     except (OSError, ValueError) as error:
         problem = f"cannot be run: {type(error).__name__}"
     if problem:  # neither the command nor its output: both may hold secrets
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             folder.record_event("on_event_failed", of=name, cause=f"launch.on_event {problem}")
 
 

@@ -19,9 +19,8 @@ from typing import Any
 
 from submitit.core.utils import DelayedSubmission, JobPaths
 
-from launch.agent import node as processes
 from launch.agent.__main__ import on_event
-from launch.agent.node import Node, RunContext
+from launch.agent.node import Node, RunContext, is_gone, start_time
 from launch.agent.outcome import (
     apply_decision,
     cut_short,
@@ -34,7 +33,7 @@ from launch.agent.policy import WANTED, Action, Cause, RunFailedError, has_stopp
 from launch.config.compose import read_point
 from launch.errors import CommandParser, refusing
 from launch.plan.budget import last_heartbeat
-from launch.runs.events import select_events
+from launch.runs.events import last_event, select_events
 from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 
@@ -51,19 +50,17 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
     events = events_of(folder, node)
     if not events and has_stopped(context.events()):  # The run stopped in an earlier start of this shared job.
         return 0
-    ends = select_events(events, "attempt_ended")
-    if ends and ends[-1]["cause"] in WANTED:
+    if last_event(events, "attempt_ended").get("cause") in WANTED:
         return 0
     action = pending_action(events, status)
     if action is None:
         return status
-    job = wait_for_controller(folder, lambda: scheduler.job_details(node.slurm_job))
+    job = wait_for_controller(context, lambda: scheduler.job_details(node.slurm_job))
     if not job.is_running or job.restarts != node.restarts:  # cancelled, preempted or requeued meanwhile
         return status
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's requeue sends it, and more events follow.
     if action is Action.requeue:  # An agent decided this, and was killed before Slurm received its request.
-        decided = select_events(events, "decided")[-1]
-        requeue_job(context, Cause(decided["cause"]), hosts_to_avoid(events))
+        requeue_job(context, Cause(last_event(events, "decided")["cause"]), hosts_to_avoid(events))
         return status
     attempt, cause = cut_short(context, events)
     apply_decision(context, attempt, cause, f"the agents' starter ended with exit status {status}", step_has_ended=True)
@@ -75,12 +72,12 @@ def wait_for_agents(context: RunContext) -> None:
     is_recorded = False
     while True:
         events = events_of(context.folder, context.node)
-        started = select_events(events, "agent_started", "head_replaced")
-        if not started or not is_alive(context, started[-1], events):
+        started = last_event(events, "agent_started", "head_replaced")
+        if not started or not is_alive(context, started, events):
             return
         if not is_recorded:
             cause = "srun has ended, and the agents continue"
-            context.record("srun_lost", job=started[-1]["job"], cause=cause)
+            context.record("srun_lost", job=started["job"], cause=cause)
             is_recorded = True
         time.sleep(POLL_S)
 
@@ -101,7 +98,7 @@ def is_alive(context: RunContext, last: dict[str, Any], events: Sequence[dict[st
         is_silent = time.time() - seen > context.config.resilience.rendezvous_timeout_s
         return not is_silent and not select_events(events, "agent_ended")
     pid = last["pid"]
-    return not processes.is_gone(pid) and processes.start_time(pid) == last["pid_started"]
+    return not is_gone(pid) and start_time(pid) == last["pid_started"]
 
 
 def submitted_run_dirs(folder: str, node: Node) -> list[str]:
@@ -126,17 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     contexts = [RunContext(folder, node, read_point(folder)) for folder in folders]
     for context in contexts:  # All agents of a job save before a requeue ends the last of them.
         wait_for_agents(context)
-    return max([end_of_run(context, args.status) for context in contexts])
-
-
-def end_of_run(context: RunContext, status: int) -> int:
-    """Requeue the job of a run that should continue, and return the exit status of the batch script for this run."""
-    try:
-        with on_event(context):
-            return requeue_unless_ended(context, status)
-    except (RunFailedError, scheduler.SlurmError) as error:
-        print(error, file=sys.stderr)
-        return status
+    statuses = []
+    for context in contexts:
+        try:
+            with on_event(context):
+                statuses.append(requeue_unless_ended(context, args.status))
+        except (RunFailedError, scheduler.SlurmError) as error:
+            print(error, file=sys.stderr)
+            statuses.append(args.status)
+    return max(statuses)
 
 
 if __name__ == "__main__":

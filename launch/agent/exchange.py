@@ -463,12 +463,13 @@ class Agreement:
     def _obey(self) -> None:
         """Write the tickets into the heartbeat files of this node's ranks."""
         for request, ticket in self._tickets.items():
+            is_new = ticket.number > self._held[request][0]
             for file in self._ranks:
-                if ticket.number > self._held[request][0]:
+                if is_new:
                     file.set_hold(request, ticket.number)
                 if ticket.at:
                     file.set_at(request, ticket.at, ticket.cause)
-            if ticket.number > self._held[request][0]:
+            if is_new:
                 self._held[request] = (ticket.number, time.monotonic())
         stop = self._tickets[Request.stop]
         waits_for_first = stop.at == 0 and self._wants(Request.stop) > 0  # Only a stop is urgent: a save may be late.

@@ -7,7 +7,6 @@ rank runs (``run_rank``). A forked rank behaves as if ``python -m MODULE`` had b
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import importlib
 import io
@@ -17,9 +16,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -54,39 +53,14 @@ class Start:
     """Path of the file to which the rank's output is appended."""
 
 
-class ForkedProcess:
-    """A forked rank, a child of this process. Has the part of ``subprocess.Popen`` that torch elastic uses."""
+class ForkedProcess(subprocess.Popen[bytes]):
+    """A forked rank, a child of this process, with all methods of ``subprocess.Popen``."""
 
     def __init__(self, args: Sequence[str], pid: int) -> None:
-        self.args = args
-        self.pid = pid
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        """Return the exit status, negative for a signal; None while the rank runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait until the rank has ended, and return its exit status.
-
-        Raises:
-            subprocess.TimeoutExpired: the rank has not ended after ``timeout`` seconds.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (status := self.poll()) is None:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            time.sleep(0.01)
-        return status
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal, unless the rank has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        # Popen's own constructor would start a process. Its other methods need these attributes.
+        self.args, self.pid, self.returncode = args, pid, None
+        self.stdin = self.stdout = self.stderr = None
+        self._waitpid_lock, self._child_created = threading.Lock(), True
 
 
 class ForkServer:
@@ -388,7 +362,7 @@ def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> 
     Linux shows the memory that had both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
     This memory is overwritten, and text that does not fit is cut off.
     """
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    with suppress(OSError, ValueError, IndexError):
         fields = [int(field) for field in Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[45:49]]
         shown = [(fields[:2], words)]
         if env is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import signal
@@ -14,6 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -112,13 +112,13 @@ class Nvml:
             for bus in [bus for bus in gpus if bus in buses]:
                 found[bus] = {}
                 for gauge, (function, divisor, constants) in GAUGES.items():
-                    with contextlib.suppress(self._nvml.NVMLError):
+                    with suppress(self._nvml.NVMLError):
                         value = self._call(function, gpus[bus], *constants)
                         if value is not None:
                             found[bus][gauge] = value / divisor
         return found
 
-    @contextlib.contextmanager
+    @contextmanager
     def _answering(self) -> Iterator[Mapping[str, Any]]:
         """Yield the GPUs that this process may open: PCI address -> handle of NVML.
 
@@ -130,7 +130,7 @@ class Nvml:
                 nvml.nvmlInit()
                 gpus = {}
                 for index in range(nvml.nvmlDeviceGetCount()):
-                    with contextlib.suppress(nvml.NVMLError_NoPermission):  # This GPU belongs to another job.
+                    with suppress(nvml.NVMLError_NoPermission):  # This GPU belongs to another job.
                         handle = nvml.nvmlDeviceGetHandleByIndex(index)
                         gpus[self._bus(handle)] = handle
                 self._gpus = gpus
@@ -153,9 +153,9 @@ class Nvml:
         if self._events is None:
             self._events = nvml.nvmlEventSetCreate()
             for handle in gpus.values():
-                with contextlib.suppress(nvml.NVMLError_NotSupported):
+                with suppress(nvml.NVMLError_NotSupported):
                     nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
-        with contextlib.suppress(nvml.NVMLError_Timeout):  # The driver has no further error.
+        with suppress(nvml.NVMLError_Timeout):  # The driver has no further error.
             while True:
                 event = nvml.nvmlEventSetWait_v2(self._events, 0)
                 if int(event.eventData) not in OF_APPLICATIONS:
@@ -171,7 +171,7 @@ class Nvml:
         except self._nvml.NVMLError as error:
             return GpuReading(bus, xids=xids, problem=f"does not answer: {error}")
         used, users, persistent = 0, tuple[int, ...](), True
-        with contextlib.suppress(self._nvml.NVMLError):
+        with suppress(self._nvml.NVMLError):
             persistent = bool(self._nvml.nvmlDeviceGetPersistenceMode(handle))
             used = int(self._nvml.nvmlDeviceGetMemoryInfo(handle).used)
             users = tuple(int(one.pid) for one in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle))
@@ -369,7 +369,7 @@ def links_up(root: Path = SYS) -> set[str]:
         states[f"{path.parts[-3]}/{path.name}"] = path / "state", "ACTIVE"
     up = set()
     for name, (file, state) in states.items():
-        with contextlib.suppress(OSError):  # EINVAL: the interface was switched off.
+        with suppress(OSError):  # EINVAL: the interface was switched off.
             if state in file.read_text():
                 up.add(name)
     return up
@@ -437,7 +437,7 @@ def gpus_of_run(there: Sequence[str], visible: Sequence[Gpu], ranks: int, is_slu
     return list(there) if len(there) == len(own) else []
 
 
-@contextlib.contextmanager
+@contextmanager
 def sampling(
     nvml: Nvml, choose: Callable[[Sequence[str]], Sequence[str]], write: Callable[[list[Sample]], None]
 ) -> Iterator[None]:
@@ -484,7 +484,7 @@ def sampling(
         thread.join(LAST_SAMPLE_S)
 
 
-@contextlib.contextmanager
+@contextmanager
 def gpu_telemetry(context: RunContext, attempt: int) -> Iterator[None]:
     """Sample the GPUs of this node in a ``with`` block, every GPU_SAMPLE_S seconds. Does nothing without a GPU.
 
@@ -505,7 +505,7 @@ def gpu_telemetry(context: RunContext, attempt: int) -> Iterator[None]:
     if nvml is None:
         yield
         return
-    visible, host = visible_gpus(environ=dict(os.environ)), socket.gethostname()
+    visible, host = visible_gpus(), socket.gethostname()
     with sampling(
         nvml,
         lambda there: gpus_of_run(there, visible, config.ranks_on_node, node.is_slurm),

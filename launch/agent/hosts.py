@@ -25,8 +25,7 @@ from shlex import join, quote
 
 from submitit.core.utils import JobPaths
 
-from launch.agent import node as processes
-from launch.agent.node import OWNER, SHARES_JOB, TOKEN, VISIBLE_GPUS, Node
+from launch.agent.node import OWNER, SHARES_JOB, TOKEN, VISIBLE_GPUS, Node, is_gone
 from launch.config import Config
 from launch.config.compose import read_point
 from launch.errors import ConfigError, counted, refusing
@@ -277,7 +276,7 @@ def main() -> int:
         started.append(start_on(host, words, own, KEEP, (paths.stdout, paths.stderr)))
     owner = os.environ.get(OWNER)
     while started[0].poll() is None:
-        if owner is not None and processes.is_gone(int(owner)):
+        if owner is not None and is_gone(int(owner)):
             asked.append(signal.SIGTERM)
             owner = None
         while asked:

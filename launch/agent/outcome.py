@@ -43,18 +43,26 @@ from launch.agent.policy import (
     cause_of_failure,
     cause_of_signal,
     decide_next,
+    has_stopped,
     hosts_to_avoid,
     is_inside_job,
     open_attempts,
     reasons,
     refuse_replaced,
 )
-from launch.config import CHAIN
+from launch.config import CHAIN, Config
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
 from launch.plan.plan import is_recorded, next_job, record_found, record_next_job
 from launch.runs.environment import DUMP_PREFIX, dumped_ranks
-from launch.runs.events import events_since_submission, failure_text, first_failure, last_index, select_events
+from launch.runs.events import (
+    events_since_submission,
+    failure_text,
+    first_failure,
+    last_event,
+    last_index,
+    select_events,
+)
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.slurm import client as scheduler
@@ -75,7 +83,7 @@ KILLED = 128
 """Exit statuses above this value mean that a signal has ended the process."""
 
 
-def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
+def wait_for_controller(context: RunContext, ask: Callable[[], Answer]) -> Answer:
     """Call ``ask`` until Slurm's controller answers, and return the answer.
 
     The event log gets one event when the controller stops answering.
@@ -90,7 +98,7 @@ def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
         except scheduler.SlurmBusyError as error:
             if began is None:
                 began = time.monotonic()
-                folder.record_event("controller_away", cause=str(error), waits_s=CONTROLLER_WAIT_S)
+                context.record("controller_away", cause=str(error), waits_s=CONTROLLER_WAIT_S)
             if time.monotonic() - began > CONTROLLER_WAIT_S:
                 raise
             time.sleep(ASK_AGAIN_S)
@@ -108,7 +116,7 @@ def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
         return Cause.cancelled
     signalled_at = time.time()  # The answer may come much later than the signal.
     try:
-        job = wait_for_controller(context.folder, lambda: scheduler.job_details(context.node.slurm_job))
+        job = wait_for_controller(context, lambda: scheduler.job_details(context.node.slurm_job))
     except scheduler.SlurmError as error:
         raise failed_to_requeue(context, "requested to stop", str(error)) from error
     return cause_of_signal(job, context.node.restarts, context.config.signal_delay_s, signalled_at)
@@ -148,7 +156,7 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
             scheduler.requeue(node.slurm_job)
 
     try:
-        wait_for_controller(context.folder, requeue_once)
+        wait_for_controller(context, requeue_once)
     except scheduler.SlurmError as error:
         why = f"Slurm did not requeue it: {error}; resilience.requeue=chain continues in another job"
         raise failed_to_requeue(context, text or cause, why) from error
@@ -168,7 +176,7 @@ def exclude_hosts(context: RunContext, job_id: str, exclude: Mapping[str, str]) 
     if not exclude:
         return
     try:
-        why_not = wait_for_controller(context.folder, exclude_once)
+        why_not = wait_for_controller(context, exclude_once)
     except scheduler.SlurmError as error:
         why_not = str(error)
     if why_not is None:
@@ -184,8 +192,7 @@ def submit_next_job(context: RunContext) -> None:
     job continues. Does nothing for a program that cannot resume.
     """
     node, config, events = context.node, context.config, context.events()
-    resumes = workload_of(config).contract(config, config.world_size).resumes
-    is_chain = node.is_slurm and config.resilience.requeue == CHAIN and resumes
+    is_chain = node.is_slurm and config.resilience.requeue == CHAIN and can_resume(config)
     if not is_chain or next_job(events, node.slurm_job) is not None:
         return
     without_start = select_events(events[last_index(events, "started") + 1 :], "next_job")
@@ -194,6 +201,11 @@ def submit_next_job(context: RunContext) -> None:
         return
     command = [*CHAIN_COMMAND, str(context.folder.path), node.slurm_job]
     run_or_record(context, command, "no_next_job", after=node.slurm_job)
+
+
+def can_resume(config: Config) -> bool:
+    """Return whether a new start of the program continues from a checkpoint."""
+    return workload_of(config).contract(config, config.world_size).resumes
 
 
 CHAIN_COMMAND = (sys.executable, "-m", "gpt_launch", "launch.slurm.failover")
@@ -221,7 +233,7 @@ def continue_in_next_job(context: RunContext, cause: Cause, exclude: Mapping[str
     """
     job = context.node.slurm_job
     with suppress(scheduler.SlurmError):
-        wait_for_controller(context.folder, lambda: scheduler.job_details(job))
+        wait_for_controller(context, lambda: scheduler.job_details(job))
     submit_next_job(context)
     job_id = next_job(context.events(), job)
     if job_id is None:
@@ -240,7 +252,7 @@ def cancel_next_job(context: RunContext) -> None:
         return
     record_next_job(context.folder, None, node.slurm_job)
     with suppress(scheduler.SlurmError):  # launch.status shows a job that is left, and launch.cancel cancels it.
-        wait_for_controller(context.folder, lambda: scheduler.scancel(job_id))
+        wait_for_controller(context, lambda: scheduler.scancel(job_id))
 
 
 def request_spare_jobs(context: AgentContext, rdzv: RendezvousRound) -> None:
@@ -297,9 +309,11 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
             how = f"torchfrtrace --prefix {DUMP_PREFIX} {shlex.quote(str(folder.attempt(attempt)))}"
             context.record("flight_recorder", attempt=attempt, ranks=dumped, cause=f"a collective timed out: {how}")
         # Where ranks only lost their connections, a different failure is the cause.
-        if not any(i in group.lost for i in rdzv.members) and (failure is None or failure.get("echo")):
-            context.record_problems("node_lost", attempt, group.find_reason(rdzv))
         is_lost = any(i in group.lost for i in rdzv.members)
+        if not is_lost and (failure is None or failure.get("echo")):
+            silent = group.find_reason(rdzv)
+            context.record_problems("node_lost", attempt, silent)
+            is_lost = bool(silent)
         cause = Cause.node_failed if is_lost else cause_of_failure(failure)
         text = problems_text("lost", group.lost.values()) if is_lost else text
         if verdict := find_verdict(folder):
@@ -332,10 +346,8 @@ def apply_decision(
     """
     refuse_decided(context, attempt)
     signal = (context.stop.name or None) if isinstance(context, AgentContext) else None
-    reason = text if step_has_ended else None
-    record_attempt_end(context, context.node.job, attempt, cause, signal=signal, reason=reason)
-    events = context.events()
-    decision = decide_for(context, cause)
+    details = {"signal": signal, "reason": text if step_has_ended else None}
+    decision = end_attempt(context, context.node.job, attempt, cause, **details)
     action, reason = decision.action, decision.reason
     if action is Action.requeue and cause is Cause.requested and not context.node.is_slurm:
         action, reason = Action.restart, f"{reason}; there is no queue here"
@@ -352,7 +364,7 @@ def apply_decision(
             with suppress(scheduler.SlurmError):  # A job that is left finds no agents, and ends at once.
                 scheduler.scancel(event["job_id"], "--state=PENDING")
     if action is Action.requeue:
-        requeue_job(context, cause, hosts_to_avoid(events), text)
+        requeue_job(context, cause, hosts_to_avoid(context.events()), text)
     if action is Action.stop:
         cancel_next_job(context)
     if action is Action.stop and cause not in WANTED:
@@ -360,18 +372,15 @@ def apply_decision(
     return decision
 
 
-def record_attempt_end(context: RunContext, job: str, attempt: int | None, cause: Cause, **details: Any) -> None:
-    """Record the end of an attempt of ``job``, with its last step; None if the attempt made no step."""
+def end_attempt(context: RunContext, job: str, attempt: int | None, cause: Cause, **details: Any) -> Decision:
+    """Record the end of an attempt of ``job``, and decide what follows.
+
+    The record has the last step of the attempt; None if the attempt made no step.
+    """
     last = (recent_records(context.folder.metrics(0)) or [{}])[-1]
     step = last["step"] if attempt is not None and last.get("attempt") == attempt else None
     context.record("attempt_ended", attempt=attempt, cause=cause, step=step, job=job, **details)
-
-
-def decide_for(context: RunContext, cause: Cause) -> Decision:
-    """Decide what follows an attempt that ended for ``cause``. Record the end before this call."""
-    config = context.config
-    resumes = workload_of(config).contract(config, config.world_size).resumes
-    return decide_next(context.events(), cause, config.resilience, resumes)
+    return decide_next(context.events(), cause, context.config.resilience, can_resume(context.config))
 
 
 def record_decision(context: RunContext, attempt: int | None, cause: Cause, decision: Decision) -> None:
@@ -418,8 +427,7 @@ def close_lost_attempts(context: RunContext) -> None:
     step = max((e["step"] for e in context.events("saved")), default=0)
     jobs = [e["job"] for e in context.events("agent_started") if e["job"] != context.node.job] or [context.node.job]
     reason = f"killed before it could save; continues from step {step}"
-    record_attempt_end(context, jobs[-1], attempt, cause, reason=reason)
-    decision = decide_for(context, cause)
+    decision = end_attempt(context, jobs[-1], attempt, cause, reason=reason)
     if decision.action is Action.stop:
         record_decision(context, attempt, cause, decision)
         raise RunFailedError(f"not started again: {decision.reason}")
@@ -461,8 +469,7 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
     would end the job. So the whole job is cancelled.
     """
     node, folder = context.node, context.folder
-    decided = context.events("decided")
-    if not (node.is_head and node.is_slurm and lost and decided and decided[-1]["action"] == Action.stop):
+    if not (node.is_head and node.is_slurm and lost and has_stopped(context.events())):
         return
     has_no_script = any(one.index == 0 for one in lost) and not is_inside_job(folder)
     # launch.agent.hosts does not wait for lost agents.
@@ -472,7 +479,7 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
     details = {"job": node.job, "hosts": [one.host for one in lost]}
     context.record("step_ended", **details, cause=problems_text("lost", lost))  # This agent ends with the step.
     try:
-        wait_for_controller(folder, lambda: scheduler.scancel(f"{node.slurm_job}{step}"))
+        wait_for_controller(context, lambda: scheduler.scancel(f"{node.slurm_job}{step}"))
     except scheduler.SlurmError as error:
         context.record("step_not_ended", **details, cause=str(error))
 
@@ -502,9 +509,9 @@ def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | No
         return Action.restart if status > KILLED else None
     if select_events(events, "requeue_failed") or select_events(events, "requeued", by=CHAIN):
         return None
-    last = [{}, *select_events(events, "decided", "started")][-1]
-    if last.get("action", Action.restart) != Action.restart:  # "started" has no action
-        return Action.requeue if last["action"] == Action.requeue else None
+    action = last_event(events, "decided", "started").get("action", Action.restart)  # "started" has no action
+    if action != Action.restart:
+        return Action.requeue if action == Action.requeue else None
     return None if select_events(events, "agent_ended") else Action.restart
 
 
@@ -540,7 +547,7 @@ def take_over(context: AgentContext) -> bool:
     context.record_problems("node_lost", attempt, lost)
     context.record("head_replaced", node=node.index, host=node.host, job=node.job, attempt=attempt, cause=text)
     if action is Action.requeue:
-        requeue_job(context, Cause(select_events(events, "decided")[-1]["cause"]), hosts_to_avoid(events), text)
+        requeue_job(context, Cause(last_event(events, "decided")["cause"]), hosts_to_avoid(events), text)
     if action is not Action.restart or (attempt is None and select_events(events, "decided")):
         return action is Action.restart
     # Agents that srun has not started end with their connection to the lost node. Then no process would end the job.

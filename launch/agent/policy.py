@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-from launch.agent import node as processes
-from launch.agent.node import RunContext, is_replaced
+from launch.agent.node import RunContext, is_replaced, start_time
 from launch.config import ClusterKind, ResilienceConfig
 from launch.errors import ConfigError, RepeatedFailureError
 from launch.plan.budget import (
@@ -33,6 +32,7 @@ from launch.runs.events import (
     Events,
     events_since_submission,
     first_failure,
+    last_event,
     select_events,
 )
 from launch.runs.folder import RunFolder, write_unwritten
@@ -91,8 +91,7 @@ class Decision:
 
 def has_stopped(events: Events) -> bool:
     """Return whether the last decision of the agents in these events is that the run stops."""
-    decided = select_events(events, "decided")
-    return bool(decided) and decided[-1]["action"] == Action.stop
+    return last_event(events, "decided").get("action") == Action.stop
 
 
 WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
@@ -263,17 +262,16 @@ def refuse_replaced(context: RunContext) -> None:
     Otherwise two agents would work on the run and restart it again and again.
     """
     node = context.node
-    starts = select_events(context.folder.read_events(), "agent_started")
-    if starts and starts[-1]["job"] != node.job:
-        raise AlreadyDecidedError(f"{starts[-1]['job']} works on this run now; {node.job} was left over")
+    job = last_event(context.folder.read_events(), "agent_started").get("job", node.job)
+    if job != node.job:
+        raise AlreadyDecidedError(f"{job} works on this run now; {node.job} was left over")
     if is_replaced(context.folder, node):
         raise AlreadyDecidedError(f"{node.host} was cut off, and another node is the head node now")
 
 
 def is_inside_job(folder: RunFolder) -> bool:
     """Return whether the run is a step of the user's own job, such as one of salloc, which began before the run."""
-    submitted = select_events(folder.read_events(), "submitted")
-    return bool(submitted) and submitted[-1].get("cluster") == ClusterKind.allocation.name
+    return last_event(folder.read_events(), "submitted").get("cluster") == ClusterKind.allocation.name
 
 
 # Hosts that a run avoids, and why: a pure function of its event log.
@@ -371,7 +369,7 @@ class Meter:
                     record_found(self._folder, node.slurm_job, node.count, by="agent")
             # The batch script identifies the agent's process by its number and start time.
             pid = os.getpid()
-            process = {"pid": pid, "pid_started": processes.start_time(pid)}
+            process = {"pid": pid, "pid_started": start_time(pid)}
             self._context.record("agent_started", **self._allocation(), **process)
             self._write_heartbeat()
         if node.index >= node.count:
@@ -426,10 +424,10 @@ class Meter:
         config, node = self._context.config, self._context.node
         begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
         if node.is_slurm and not is_inside_job(self._folder):
-            with contextlib.suppress(scheduler.SlurmError):  # The agent started a moment after its job.
+            with suppress(scheduler.SlurmError):  # The agent started a moment after its job.
                 job = scheduler.job_details(node.slurm_job, retries=1)
                 begun, limit_s = job.start_time or begun, job.time_limit_s or limit_s
-        placed = [{}, *select_events(self._folder.read_events(), "submitted")][-1]
+        placed = last_event(self._folder.read_events(), "submitted")
         gpus = placed.get("gpus")
         if gpus is None and config.cluster.gpus_per_node is not None:
             gpus = node.count * config.cluster.gpus_per_node
@@ -441,7 +439,7 @@ class Meter:
         write_unwritten()
         file = heartbeat_file(self._folder)
         # The disk is full. Without heartbeats, the events decide how much an allocation has used.
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
             # Uses this node's clock, as the event log does, instead of the file server's.

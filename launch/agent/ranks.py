@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -27,7 +26,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing import api as elastic_processes
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from launch.agent.exchange import POLL_S, derive
 from launch.agent.fork_server import ForkedProcess, ForkServer
@@ -148,19 +148,13 @@ def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
 
 
 class MemoryStore:
-    """Process that keeps checkpoints in the memory of this agent's node, for the length of a ``with`` block.
-
-    The first call of ``environment`` starts the process.
-    """
+    """Process with checkpoints in the memory of this node, from the first ``environment`` to ``close``."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._place = ""
 
-    def __enter__(self) -> MemoryStore:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         """End the store. Its checkpoints are lost."""
         if self._process is not None:
             self._process.kill()
@@ -173,14 +167,14 @@ class MemoryStore:
         secret that ranks and stores of the job share.
         """
         if self._process is None or self._process.poll() is not None:
-            self.__exit__()
+            self.close()
             args = [sys.executable, "-m", "gpt_launch", "launch.worker.memory", str(os.getpid())]
             self._process = subprocess.Popen(
                 args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
             )
             assert self._process.stdin is not None and self._process.stdout is not None
             port = ""
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 print(json.dumps([address, secret]), file=self._process.stdin, flush=True)
                 port = self._process.stdout.readline().strip()
             self._place = f"{address}:{port}" if port else ""
@@ -241,40 +235,18 @@ LAST_MESSAGES_S = 3.0
 """Seconds after the first failure in which other ranks can still record their own failures."""
 
 
-class FixedRendezvous(RendezvousHandler):
-    """Rendezvous for torch elastic with members and an address on which the agents have agreed."""
+class FixedRendezvous(StaticTCPRendezvous):
+    """Rendezvous for torch elastic with members and an address on which the agents have agreed.
 
-    use_agent_store = True
-    """The ranks use the store of the head node, so that no further port is opened, which another process could take."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+    The ranks use the store of the head node, so that no further port is opened, which another process could take. The
+    object serves one round, and the store belongs to the head node's agent group.
+    """
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return the place of this node among the members, and the address of the ranks' store."""
-        rdzv = self._attempt.rdzv
-        where = RendezvousStoreInfo(rdzv.address, rdzv.port)
+        where = RendezvousStoreInfo(self.master_addr, self.master_port)
         # Elastic reads and writes nothing in its own store, since the nodes have the same number of ranks.
-        return RendezvousInfo(dist.HashStore(), self._attempt.place, len(rdzv.members), where)
-
-    # Elastic requires these methods. The object serves one round, and the store belongs to the head node's agent group.
-
-    def get_backend(self) -> str:
-        return "fixed"
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None: ...
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return f"attempt-{self._attempt.number}"
-
-    def shutdown(self) -> bool:
-        return True
+        return RendezvousInfo(dist.HashStore(), self.rank, self.world_size, where)
 
 
 DEVICES = Path("/sys/bus/pci/devices")
@@ -304,7 +276,8 @@ class RankAgent(LocalElasticAgent):
     """Elastic's agent for the ranks of one node in one attempt. It polls ``watch`` and ``records`` while ranks run."""
 
     def __init__(self, attempt: Attempt, watch: Watch, records: RankRecords) -> None:
-        config, command = attempt.config, attempt.command
+        config, command, rdzv = attempt.config, attempt.command, attempt.rdzv
+        run_id, members = f"attempt-{attempt.number}", len(rdzv.members)
         self._attempt = attempt
         self._watch = watch
         self._records = records
@@ -315,7 +288,7 @@ class RankAgent(LocalElasticAgent):
             local_world_size=config.ranks_on_node,
             entrypoint="/bin/sh",
             args=("-c", START_RANK, "sh", self._workdir, str(logs), *command.args),
-            rdzv_handler=FixedRendezvous(attempt),
+            rdzv_handler=FixedRendezvous(rdzv.address, rdzv.port, attempt.place, members, run_id, timeout=0),
             max_restarts=0,  # The agents decide on restarts, not elastic.
             monitor_interval=POLL_S,
             local_addr=attempt.group.address,
@@ -428,7 +401,7 @@ class RankAgent(LocalElasticAgent):
     def send(self, number: signal.Signals) -> None:
         """Send a signal to every rank of this node that still runs."""
         for rank, pid in self.ranks().items():
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
                 if number is signal.SIGKILL:
                     self.killed.add(rank)

@@ -7,8 +7,7 @@ and wait.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from itertools import zip_longest
 
@@ -54,7 +53,7 @@ TERM_POLL_S = 1.0
 
 
 class AgentGroup:
-    """Membership of this node's agent in the group of all agents of the job."""
+    """Membership of this node's agent in the group of all agents of the job, for one term, until ``close``."""
 
     def __init__(self, context: RunContext, endpoint: RendezvousEndpoint) -> None:
         node, config = context.node, context.config
@@ -79,7 +78,6 @@ class AgentGroup:
         self.heartbeat = Heartbeat(node.index, node.count + node.late, signed, node.head)
         self._health = HealthCheck(context.folder.path, self._limits, config.cluster.gpus_per_node)
         self._has_recorded_foreign = False
-        self._has_shown_presence = False
         lost = endpoint.term.lost if node.is_head else ()
         self._head_before = lost[-1][0] if lost else None
         self.lost = {index: NodeProblem(index, node.host_of(index), why) for index, why in lost}
@@ -370,15 +368,14 @@ class AgentGroup:
     def head_is_lost(self) -> bool:
         """Return whether the store of the head node is gone.
 
-        Also True if the head node was silent for more than ``resilience.node_timeout_s``. At the first True, this node
-        creates its ``presence_file``, which tells the next head node that this node lives.
+        Also True if the head node was silent for more than ``resilience.node_timeout_s``. Then this node creates its
+        ``presence_file``, which tells the next head node that this node lives.
         """
         if self._node.is_head:
             return False
         silent = self.heartbeat.silence(self._head)
         is_lost = self.heartbeat.lost_connection is not None or (silent or 0.0) > self._limits.node_timeout_s
-        if is_lost and not self._has_shown_presence:
-            self._has_shown_presence = True
+        if is_lost:
             presence_file(self._context.folder, self._node.job, self._head, self._node.index).touch()
         return is_lost
 
@@ -391,13 +388,3 @@ def distance(switches: Sequence[str], head: Sequence[str]) -> list[tuple[bool, s
         head: the same for the head node.
     """
     return [(switch != other, switch) for switch, other in zip_longest(switches, head, fillvalue="")]
-
-
-@contextmanager
-def join(context: RunContext, endpoint: RendezvousEndpoint) -> Iterator[AgentGroup]:
-    """Join the other agents of a term for the length of a ``with`` block. Yields their group."""
-    group = AgentGroup(context, endpoint)
-    try:
-        yield group
-    finally:
-        group.close()

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.agent import node as processes
 from launch.agent.exchange import Agreement
-from launch.agent.node import JOINED, OWNER, STOP_FILE, Attempt
+from launch.agent.node import JOINED, OWNER, STOP_FILE, Attempt, count_oom_kills, describe_wait, is_gone, process_state
 from launch.agent.outcome import stop_details
 from launch.agent.policy import BUDGET, AlreadyDecidedError
 from launch.config import ResilienceConfig
@@ -134,7 +133,7 @@ class Watchdog:
         """
         limits, started = self._limits, self._started
         if last is not None:
-            state = "stopped" if processes.process_state(last.pid) in "Tt" else "frozen"
+            state = "stopped" if process_state(last.pid) in "Tt" else "frozen"
             text = f"{state}: the process has not run for {{}}"
             yield now - max(last.ran_at, started), limits.heartbeat_timeout_s, text
             if last.moved_at:
@@ -166,7 +165,7 @@ def stack_of(pid: int, log: Path) -> str:
     while True:
         time.sleep(0.05)
         # Checked before the log is read, so that the log of an ended process is complete.
-        is_done = processes.is_gone(pid)
+        is_done = is_gone(pid)
         with log.open("rb") as file:
             file.seek(before)
             former, answer = answer, file.read()
@@ -213,7 +212,7 @@ class Watch:
         stop, group, number = self._attempt.stop, self._attempt.group, self._attempt.rdzv.number
         stop.interruptible = False
         owner = os.environ.get(OWNER)
-        if owner and not stop.count and processes.is_gone(int(owner)):
+        if owner and not stop.count and is_gone(int(owner)):
             stop.request("the launcher is gone")
         if self._attempt.meter.poll(is_leaving=bool(stop.count)):
             stop.request(BUDGET)
@@ -280,7 +279,7 @@ class Watch:
         attempt = self._attempt
         paths = {rank: attempt.heartbeats / str(rank) for rank in pids}
         beats = {rank: beat for rank, path in paths.items() if (beat := read_heartbeat(path))}
-        states = {rank: processes.describe_wait(beat.pid) for rank, beat in beats.items()}
+        states = {rank: describe_wait(beat.pid) for rank, beat in beats.items()}
         with ThreadPoolExecutor() as pool:
             stacks = dict(
                 zip(beats, pool.map(lambda rank: stack_of(beats[rank].pid, attempt.log(rank)), beats), strict=True)
@@ -332,7 +331,7 @@ class RankRecords:
         self._unwritten_part: dict[str, Any] | None = None
         self._environment: dict[str, Any] | None = None
         self._is_environment_written = False
-        self._oom_kills = processes.count_oom_kills()
+        self._oom_kills = count_oom_kills()
 
     def begin(self) -> None:
         """Record the start and the environment of the ranks, unless the ranks record both."""
@@ -434,7 +433,7 @@ class RankRecords:
             if rank in known or rank in killed or stopped or failure.exitcode == contract.requeue_exit:
                 continue
             cause, trace = failure_message(failure, attempt.log(rank))
-            if failure.exitcode == -signal.SIGKILL and processes.count_oom_kills() > self._oom_kills:
+            if failure.exitcode == -signal.SIGKILL and count_oom_kills() > self._oom_kills:
                 cause += ", out of memory: the kernel has killed a process of this job for its memory"
             first = kinds.setdefault(failure_kind(cause, trace), rank)
             same = None if first == rank else first

@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, ranges
 from launch.runs.folder import RunFolder, append_lines, numbers_in, read_json, read_json_lines
 
 # Machine of a rank for ``environment.json``: host, processor, GPUs and cores, read without torch.
@@ -63,11 +63,7 @@ def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
 def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
     """Return the number of CPUs that a rank may use, and their list in the format of Linux: ``0-3,8``."""
     numbers = sorted(cpus)
-    parts = []
-    for _, following in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in following]
-        parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
-    return {"cores": len(numbers), "cpus": ",".join(parts)}
+    return {"cores": len(numbers), "cpus": ranges(numbers).replace(" ", "")}
 
 
 def cpu_name() -> str:
@@ -194,14 +190,8 @@ COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 RECORDED = (
     *(name for names, _ in DEFAULTS for name in names),
-    *(
-        *DUMP_VARIABLES,
-        "OMP_NUM_THREADS",
-        "GLOO_SOCKET_IFNAME",
-        "NCCL_SOCKET_IFNAME",
-        COMPILE_CACHE,
-        "TRITON_CACHE_DIR",
-    ),
+    *DUMP_VARIABLES,
+    *("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", COMPILE_CACHE, "TRITON_CACHE_DIR"),
 )
 MOST_FILES = 1 << 20
 """Highest limit of open files that is set. Some programs close all possible descriptors, which takes long for 10^9."""

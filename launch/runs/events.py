@@ -35,6 +35,11 @@ def select_events(events: Events, *names: str, **fields: Any) -> list[dict[str, 
     return [event for event in wanted if all(event.get(field) == value for field, value in fields.items())]
 
 
+def last_event(events: Events, *names: str, **fields: Any) -> dict[str, Any]:
+    """Return the last event that ``select_events`` selects; an empty dictionary if there is none."""
+    return [{}, *select_events(events, *names, **fields)][-1]
+
+
 def last_index(events: Events, *names: str, **fields: Any) -> int:
     """Return the index of the last event that ``select_events`` selects; -1 if there is none."""
     found = (index for index, event in enumerate(events) if select_events([event], *names, **fields))

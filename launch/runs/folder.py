@@ -6,7 +6,6 @@ Files are JSON that is replaced as a whole, and JSON lines that are appended.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -18,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from shlex import quote
@@ -112,7 +111,7 @@ def append_whole(descriptor: int, data: bytes) -> None:
         while written < len(data):
             written += os.write(descriptor, data[written:])
     except OSError:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.ftruncate(descriptor, size)
         raise
 

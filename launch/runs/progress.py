@@ -6,20 +6,19 @@ time and bytes, because the agent that calls it also watches the ranks.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError
-from launch.runs.folder import RunFolder, append_lines, say
+from launch.runs.folder import RunFolder, append_lines, parse_json_lines, say
 from launch.runs.records import is_record, recent_records
 
 if TYPE_CHECKING:
@@ -202,7 +201,7 @@ def numbers(match: Mapping[str, str | Any]) -> dict[str, Any] | None:
     """Return the fields of a step record in a match; None if the step is no number. Reads 1,024 and 1.5e-3."""
     fields: dict[str, Any] = {}
     for name, text in match.items():
-        with contextlib.suppress(AttributeError, ValueError, OverflowError):  # None: a group that took no part
+        with suppress(AttributeError, ValueError, OverflowError):  # None: a group that took no part
             value = float(text.replace(",", "").replace("_", ""))
             fields[name] = int(value) if name == "step" else value
     if "step_time_ms" in fields:
@@ -226,15 +225,13 @@ class _Curves:
     def poll(self) -> bool:
         """Write a part of the new records to TensorBoard; return whether the file of records has grown."""
         lines = self._reader.read()
-        for line in lines or ():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and is_record(record) and record["attempt"] == self._attempt:
-                    try:
-                        self._draw(record)
-                    except OSError as error:  # a full disk: a later record begins a new file
-                        say(f"the curves of step {record['step']} are lost: {error}")
-                        self._writer = None
+        for record in parse_json_lines(lines or ()):
+            if is_record(record) and record["attempt"] == self._attempt:
+                try:
+                    self._draw(record)
+                except OSError as error:  # a full disk: a later record begins a new file
+                    say(f"the curves of step {record['step']} are lost: {error}")
+                    self._writer = None
         return lines is not None
 
     def _draw(self, record: Mapping[str, Any]) -> None:
@@ -248,7 +245,7 @@ class _Curves:
     def close(self) -> None:
         """Close the event file, after its last records are written."""
         if self._writer is not None:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self._writer.close()
 
 
@@ -291,7 +288,7 @@ class NewLines:
         return [line[: self._longest] for line in whole if line]
 
 
-@contextlib.contextmanager
+@contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the ``with`` block after ``seconds``. Has no effect outside the main thread.
 

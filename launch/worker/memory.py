@@ -13,7 +13,6 @@ stores that receive it. Standard library only.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
@@ -24,6 +23,7 @@ import struct
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +57,9 @@ class Place:
         return f"{self.host}:{self.port}"
 
 
-def own_store(environment: Mapping[str, str] = os.environ) -> tuple[Place, str] | None:
+def own_store() -> tuple[Place, str] | None:
     """Return the memory store of this rank's node, and the secret of all stores; None if the agent runs no store."""
-    place, secret = environment.get(STORE), environment.get(SECRET)
+    place, secret = os.environ.get(STORE), os.environ.get(SECRET)
     if not place or not secret:
         return None
     host, _, port = place.rpartition(":")
@@ -207,17 +207,16 @@ class StoreClient:
         """
         self._send({"op": "append", **arguments}, payload, digest)
 
-    def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytearray:
-        """Return ``size`` bytes, at most ``CHUNK``, from ``offset`` on, of the file ``name`` of a rank.
-
-        ``save`` is the name of the checkpoint. Raises StoreError if the store cannot read them.
-        """
-        self._send({"op": "read", "save": save, "rank": rank, "name": name, "offset": offset, "size": size})
-        return self._answer()[1]
-
     def read_all(self, save: str, rank: int, name: str, size: int) -> bytes:
-        """Return the whole file ``name``, of ``size`` bytes, of a rank in the checkpoint ``save``."""
-        parts = [self.read(save, rank, name, at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)]
+        """Return the whole file ``name``, of ``size`` bytes, of a rank in the checkpoint ``save``.
+
+        Raises StoreError if the store cannot read the file.
+        """
+        parts = []
+        for at in range(0, size, CHUNK):
+            part = {"offset": at, "size": min(CHUNK, size - at)}
+            self._send({"op": "read", "save": save, "rank": rank, "name": name, **part})
+            parts.append(self._answer()[1])
         return b"".join(parts)
 
     def _send(self, message: Mapping[str, Any], payload: bytes | memoryview = b"", digest: str = "") -> None:
@@ -448,7 +447,7 @@ def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
     """Accept connections for ever, and answer each rank that knows the secret in its own thread."""
 
     def meet(connection: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError, ValueError), connection:
+        with suppress(OSError, EOFError, ValueError), connection:
             connection.settimeout(TIMEOUT_S)  # A stranger who sends nothing must not block the thread.
             channel = Channel(connection, secret, is_store=True)
             connection.settimeout(None)  # A rank is silent while it computes; the kernel reports a rank that has died.

@@ -25,6 +25,7 @@ from launch import keys, status
 from launch.__main__ import COMMANDS, prepare, refuse_command, split_flags
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, not_in_point, typed_config
+from launch.errors import check_ranges, key
 from launch.plan.preflight import worst_case_text
 from launch.runs.compose import RunConfig, choose_folder
 from launch.runs.environment import ROOT as OF_THE_CODE
@@ -32,7 +33,6 @@ from launch.runs.environment import install_command
 from launch.runs.find import find_runs, point_labels, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import MOST_NAMES, NOT_IN_POINT, point_name
-from launch.errors import check_ranges, key
 from launch.script import ScriptOptions, require_program
 from tests.support.commands import ROOT, call, run
 from tests.support.planning import config_of, plan, refused

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launch.agent.__main__ import event_name, event_variables, run_at_events
+from launch.agent.__main__ import event_name, event_variables, on_event
 from launch.agent.node import Node, RunContext
 from launch.config import ClusterKind, Config, LaunchConfig
 from launch.config.compose import compose_launch, typed_config
@@ -73,11 +73,13 @@ def test_an_unknown_field_of_an_event_is_an_empty_variable(tmp_path: Path) -> No
     ],
 )
 def test_a_failed_or_hung_command_is_recorded_without_its_output(
-    code: str, timeout_s: float, said: str, tmp_path: Path
+    code: str, timeout_s: float, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.record_event("started", attempt=1)
-    with run_at_events(folder, [sys.executable, "-c", code, "a secret"], timeout_s):
+    monkeypatch.setattr("launch.agent.__main__.COMMAND_TIMEOUT_S", timeout_s)
+    config = Config(launch=LaunchConfig(poll_s=5.0, on_event=[sys.executable, "-c", code, "a secret"]))
+    with on_event(RunContext(folder, Node(0, 1, "process-1-here", False), config)):
         folder.record_event("node_lost", host="n3")
     failed = select_events(folder.read_events(), "on_event_failed")
     assert [event["of"] for event in failed] == ["node_lost"], "what came before is history"

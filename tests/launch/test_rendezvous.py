@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from datetime import timedelta
 from pathlib import Path
 from threading import Barrier, Event
@@ -63,7 +63,7 @@ def join(context: RunContext) -> AbstractContextManager[AgentGroup]:
     """The agent in the group of the first term."""
     limits = context.config.resilience
     endpoint = exchange.open_endpoint(context.folder, context.node, limits.rendezvous_timeout_s, limits.node_timeout_s)
-    return rendezvous.join(context, endpoint)
+    return closing(AgentGroup(context, endpoint))
 
 
 def run_agents(
