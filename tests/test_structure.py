@@ -363,7 +363,7 @@ TOKENS = {
     "launch/fleet": 2_710,
     "launch/plan": 9_080,
     "launch/project": 6_840,
-    "launch/report": 29_700,
+    "launch/report": 29_450,
     "launch/runs": 24_000,
     "launch/slurm": 21_960,
     "launch/storm": 6_520,

@@ -26,6 +26,7 @@ from launch.report.read import Floats, read_columns
 from launch.report.selection import Selection
 from launch.report.series import Series, fit_not_negative, label_points, split
 from launch.report.steps import TIME, WAITS, step_times
+from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
 from launch.workload import PlanRequest, StepTime
 
@@ -486,8 +487,8 @@ def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures
     """
     if mtbf_node_h is None:
         return None, []
-    events = RunFolder(sweep.base.path).read_events()
-    saves = [float(e["seconds"]) for e in events if e["event"] == "saved" and e.get("seconds") is not None]
+    events = select_events(RunFolder(sweep.base.path).read_events(), "saved")
+    saves = [float(event["seconds"]) for event in events if event.get("seconds") is not None]
     start_s = None if sweep.base.goodput is None else sweep.base.goodput.seconds.get("start")
     if not saves or start_s is None:
         return None, [f"no goodput: {sweep.base.title} recorded no save or no start, so a failure has no known cost"]

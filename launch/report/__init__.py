@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -191,55 +191,54 @@ def _largest(table: ScalingTable) -> list[Row]:
     return list(found.values())
 
 
-def _scaling(table: ScalingTable) -> list[Tile]:
-    found = []
+def _scaling(table: ScalingTable) -> Iterator[Tile]:
     for row in _largest(table)[:MAX_SERIES]:
         text = f"speedup {row.speedup:.2f} on {row.ranks} ranks"
         if row.efficiency_low is not None and row.efficiency_high is not None:
             text += f"; 95 % interval {100 * row.efficiency_low:.1f} to {100 * row.efficiency_high:.1f} %"
         kind = "" if row.efficiency is None else _kind(row.efficiency)
-        found.append(Tile(f"Efficiency at {row.label}", efficiency(row), text, kind))
-    return found
+        yield Tile(f"Efficiency at {row.label}", efficiency(row), text, kind)
 
 
-def _losses(table: ScalingTable) -> list[Tile]:
+def _losses(table: ScalingTable) -> Iterator[Tile]:
     rows = [row for row in _largest(table) if row.losses]
     if not rows:
-        return []
+        return
     row = max(rows, key=lambda row: row.ranks or 0)
     (phase, share), *others = sorted(row.losses.items(), key=lambda part: -part[1])
     name = f"Most lost at {row.label}"
     if share <= 0:
-        return [Tile(name, "nothing", "no phase takes more than its part", "good")]
-    more = "".join(f"; {LOSSES[other]} {100 * lost:.1f} %" for other, lost in others[:2])
-    return [Tile(name, LOSSES[phase], f"{100 * share:.1f} % of the step{more}")]
+        yield Tile(name, "nothing", "no phase takes more than its part", "good")
+    else:
+        more = "".join(f"; {LOSSES[other]} {100 * lost:.1f} %" for other, lost in others[:2])
+        yield Tile(name, LOSSES[phase], f"{100 * share:.1f} % of the step{more}")
 
 
-def _slow_rank(table: ScalingTable) -> list[Tile]:
-    worst = shown_runs(table.details)[:1]
-    if not worst or (times := worst[0].rank_times) is None:
-        return []
-    slow = [row for row in worst[0].slowest if row.time.is_slow]
-    if not slow:
-        how = "own times agree within their spread" if times.is_net else "as far as step times show it"
-        return [Tile("Ranks slow throughout", "none", how, "good")]
-    row, on = slow[0], "" if slow[0].host is None else f"on {slow[0].host}, "
-    more = f"; {len(slow) - 1} more" if len(slow) > 1 else ""
-    text = f"{on}+{1000 * row.time.excess_s:.3g} ms, {percent(row.share)} of the step time, {worst[0].label}{more}"
-    return [Tile("Slow rank", f"rank {row.time.rank}", text, "bad")]
+def _slow_rank(table: ScalingTable) -> Iterator[Tile]:
+    for run in shown_runs(table.details)[:1]:
+        slow = [row for row in run.slowest if row.time.is_slow]
+        if slow:
+            row, on = slow[0], "" if slow[0].host is None else f"on {slow[0].host}, "
+            more = f"; {len(slow) - 1} more" if len(slow) > 1 else ""
+            text = f"{on}+{1000 * row.time.excess_s:.3g} ms, {percent(row.share)} of the step time, {run.label}{more}"
+            yield Tile("Slow rank", f"rank {row.time.rank}", text, "bad")
+        elif run.rank_times is not None:
+            is_net = run.rank_times.is_net
+            how = "own times agree within their spread" if is_net else "as far as step times show it"
+            yield Tile("Ranks slow throughout", "none", how, "good")
 
 
-def _goodput(table: ScalingTable) -> list[Tile]:
+def _goodput(table: ScalingTable) -> Iterator[Tile]:
     rows = [row for row in table.rows if row.goodput is not None]
     if not rows:
-        return []
+        return
     worst = min(rows, key=lambda row: row.goodput or 0.0)
     spent = {part: worst.parts_s.get(part, 0.0) for part in PARTS if part not in ("steps", "fewer", "waiting")}
     part = max(spent, key=lambda name: spent[name])
     whole = sum(worst.parts_s.values())  # As in the bars, the wait for nodes is included.
     most = f"{PARTS[part]} {percent(spent[part] / whole)} of the whole time" if whole else ""
     of = f" at {worst.label}" if len(rows) > 1 else ""
-    return [Tile(f"Goodput{of}", percent(worst.goodput), most, _kind(worst.goodput or 0.0))]
+    yield Tile(f"Goodput{of}", percent(worst.goodput), most, _kind(worst.goodput or 0.0))
 
 
 def _kind(share: float) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat, used
 from launch.report.read import read_columns
-from launch.runs.events import FEWER_NODES, aside_records, best_interval_s, expected_goodput
+from launch.runs.events import FEWER_NODES, Events, aside_records, best_interval_s, expected_goodput, select_events
 from launch.runs.folder import RunFolder
 
 PARTS = {
@@ -139,9 +139,9 @@ class Goodput:
         return steps_s / allocated if allocated else 0.0
 
 
-def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput | None:
+def measure_goodput(run: RunFolder, events: Events) -> Goodput | None:
     """Return the time of a run by part, and its cost. None if the event log does not describe all its allocations."""
-    agents = [event for event in events if event["event"] == "agent_started"]
+    agents = select_events(events, "agent_started")
     if not all({"job", "nodes", "allocated_at"} <= event.keys() for event in agents):
         return None  # The log was written by hand, or cut off: the rest of the time would be missing.
     log, rates = EventLog(list(events), last_heartbeat(run)), Rates()
@@ -150,7 +150,7 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         return None
     size_of = "gpus" if all(started.get("gpus") for started, _ in found) else "nodes"
     division = _Division(run, events)
-    submitted = [event for event in events if event["event"] == "submitted"]
+    submitted = select_events(events, "submitted")
     since = min((event["time"] for event in submitted), default=found[0][0]["allocated_at"])
     for number, (started, ended) in enumerate(found):
         begun = float(started["allocated_at"])
@@ -221,7 +221,7 @@ UNKNOWN = RunInterruption(0.0, "unknown")
 class _Division:
     """Totals of a run by part and by interruption. ``add`` divides one allocation after another."""
 
-    def __init__(self, run: RunFolder, events: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, run: RunFolder, events: Events) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         """Part of ``PARTS`` -> seconds."""
         self.stretches: list[Stretch] = []
@@ -237,7 +237,7 @@ class _Division:
         self._fewer: set[int] = set()
         self._read_interruptions(run, events)
 
-    def _read_interruptions(self, run: RunFolder, events: Sequence[dict[str, Any]]) -> None:
+    def _read_interruptions(self, run: RunFolder, events: Events) -> None:
         ended: dict[int, dict[str, Any]] = {}
         started: dict[int, float] = {}
         without_attempt: list[RunInterruption] = []
@@ -332,24 +332,28 @@ class _Division:
             if record.lost_to in (None, end):
                 record.lost_to = end if end.cause == "continued" else RunInterruption(end.since, "continued")
 
-    def _spend(self, part: str, seconds: float, lost_to: RunInterruption | None = None) -> None:
-        """Add seconds to a part of ``PARTS`` and, if they are lost to an interruption, to the losses of its cause."""
+    def _spend(self, part: str, seconds: float, lost_to: RunInterruption | None = None) -> float:
+        """Add seconds to a part of ``PARTS`` and, if they are lost to an interruption, to the losses of its cause.
+
+        Returns the seconds.
+        """
         self.seconds[part] += seconds
-        if seconds > 0:
-            cause = None if lost_to is None else lost_to.cause
-            recent = self.stretches[-2 if "other" in (part, self.stretches[-1].part) else -1 :]
-            for stretch in recent:
-                if (stretch.part, stretch.cause) == (part, cause):
-                    stretch.seconds += seconds
-                    break
-            else:
-                self.stretches.append(Stretch(part, seconds, cause))
-        if lost_to is not None and seconds > 0:
+        if seconds <= 0:
+            return seconds
+        cause = None if lost_to is None else lost_to.cause
+        recent = self.stretches[-2 if "other" in (part, self.stretches[-1].part) else -1 :]
+        same = next((one for one in recent if (one.part, one.cause) == (part, cause)), None)
+        if same is None:
+            self.stretches.append(Stretch(part, seconds, cause))
+        else:
+            same.seconds += seconds
+        if lost_to is not None:
             self.lost_s[lost_to.cause] += seconds
             self.lost_h[lost_to.cause] += seconds / 3600 * self._size
             # A command that discards steps of an interrupted run is not a second interruption.
             if self.causes.get(lost_to.since, "continued") == "continued":
                 self.causes[lost_to.since] = lost_to.cause
+        return seconds
 
     def add(self, begun: float, ended: float, size: int, *, is_last: bool) -> None:
         """Divide the time of the next allocation among the parts of ``PARTS``, and add it to ``seconds``.
@@ -369,8 +373,7 @@ class _Division:
             starts = max(at, min(record.begun, record.ended))
             in_step = min(record.compile_s, record.ended - starts)
             self._divide_gap(before, record, at, starts, record.compile_s - in_step)
-            if in_step:
-                self._spend("compile", in_step, record.lost_to or self._before[record.attempt])
+            self._spend("compile", in_step, record.lost_to or self._before[record.attempt])
             part = "lost" if record.lost_to else "fewer" if record.attempt in self._fewer else "steps"
             self._spend(part, record.ended - starts - in_step, record.lost_to)
             at, before = record.ended, record
@@ -378,25 +381,10 @@ class _Division:
             self._divide_starts(at, ended, is_last=is_last)
             return
         self._has_stepped = True
-        at = self._divide_save(before, at, ended)
-        at += self._divide_compile(before, ended - at)
+        at += self._spend("saves", min(self._save_s[before.attempt, before.step], ended - at))
+        at += self._spend("compile", min(before.val_compile_s, ended - at), self._before[before.attempt])
         for since, until, end in [(at, ended, None)] if is_last else self._slices(at, ended):
             self._spend("shutdown", until - since, end)
-
-    def _divide_save(self, before: _Record, at: float, until: float) -> float:
-        """Add the time of the save after the step ``before``. Return the Unix time at which the save ended.
-
-        The save begins at ``at`` and ends at ``until`` at the latest, Unix seconds.
-        """
-        saved_s = min(until - at, self._save_s.get((before.attempt, before.step), 0.0))
-        self._spend("saves", saved_s)
-        return at + saved_s
-
-    def _divide_compile(self, before: _Record, gap_s: float) -> float:
-        """Add the compilation in the evaluation after the step ``before``, at most ``gap_s``. Return the seconds."""
-        compiled_s = min(before.val_compile_s, gap_s)
-        self._spend("compile", compiled_s, self._before[before.attempt])
-        return compiled_s
 
     def _divide_gap(self, before: _Record | None, record: _Record, at: float, until: float, compile_s: float) -> None:
         """Divide the time from ``at`` to ``until`` into save, evaluation, starts, restore and compilation.
@@ -408,21 +396,21 @@ class _Division:
             until: end of the time, Unix seconds.
             compile_s: seconds of compilation in this time.
         """
+        back = None
         if before is not None:
-            at = self._divide_save(before, at, until)
-        is_same = before is not None and before.attempt == record.attempt
-        backs = (back for back in self._rollbacks if back.attempt == record.attempt and back.since <= record.ended)
-        back = next((back for back in backs if is_same and before and before.ended <= back.since), None)
+            at += self._spend("saves", min(self._save_s[before.attempt, before.step], until - at))
+            backs = (back for back in self._rollbacks if before.attempt == back.attempt == record.attempt)
+            back = next((back for back in backs if before.ended <= back.since <= record.ended), None)
         lost_to = back or self._before[record.attempt]
         compiled = min(compile_s, until - at)
         restored = min(record.restore_s, until - at - compiled)
         until -= compiled + restored
-        if before is None or not is_same:
+        if before is None or before.attempt != record.attempt:
             self._divide_starts(at, until)
         elif back is not None:
             self._spend("restarts", until - at, lost_to)
         else:
-            at += self._divide_compile(before, until - at)
+            at += self._spend("compile", min(before.val_compile_s, until - at), lost_to)
             self._spend("evaluations" if before.evaluated else "other", until - at)
         self._spend("restore", restored, lost_to)
         self._spend("compile", compiled, lost_to)

@@ -14,7 +14,7 @@ from launch.report.goodput import Goodput, measure_goodput
 from launch.report.read import Environment, read_environment
 from launch.report.steps import MIN_STEPS, StepFigures, StepReading, measure_steps, read_run_steps
 from launch.runs.environment import THROTTLE_REASONS, GpuSample, read_samples, telemetry_nodes
-from launch.runs.events import fewer_nodes, last_command
+from launch.runs.events import Events, events_since_submission, fewer_nodes, select_events
 from launch.runs.find import natural
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides, typed_value
@@ -293,7 +293,7 @@ def read_point(path: Path) -> Point:
     on_fewer = Counter[int]()
     for attempt, event in fewer.items():
         on_fewer[int(event["nodes"])] += reading.attempt_steps.get(attempt, 0)
-    submitted = [{}, *(event for event in events if event.get("event") == "submitted")][-1]
+    submitted = [{}, *select_events(events, "submitted")][-1]
     unit = reading.unit if reading.last_step is not None or environment is None else environment.unit
     return Point(
         **{**vars(reading), "span": span, "unit": unit},
@@ -311,14 +311,14 @@ def read_point(path: Path) -> Point:
     )
 
 
-def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float | None]]:
+def _attempt_times(events: Events) -> dict[int, tuple[float, float | None]]:
     """Return attempt -> Unix times at which its ranks started and ended.
 
     The end is None if no event records it.
     """
     times: dict[int, tuple[float, float | None]] = {}
     for event in events:
-        name, attempt = event.get("event"), event.get("attempt")
+        name, attempt = event["event"], event.get("attempt")
         if name == "started" and attempt is not None:
             times.setdefault(attempt, (event["time"], None))
         elif name in (*ENDS, "attempt_ended") and attempt in times and times[attempt][1] is None:
@@ -326,21 +326,20 @@ def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, f
     return times
 
 
-def _end(event_log: Sequence[dict[str, Any]], last: int) -> PointState | None:
+def _end(event_log: Events, last: int) -> PointState | None:
     """Return the state of a point by the end of attempt ``last``; None if no event records an end.
 
     An event without attempt counts for every attempt.
     """
-    ends = [event for event in event_log if event.get("event") in ENDS and event.get("attempt", last) >= last]
-    reason = next((event for event in event_log[last_command(event_log) :] if event.get("event") in REASONS), None)
-    failures = [event["time"] for event in ends if event["event"] == "rank_failed" and "time" in event]
+    ends = [event for event in select_events(event_log, *ENDS) if event.get("attempt", last) >= last]
+    failures, reasons = select_events(ends, "rank_failed"), select_events(events_since_submission(event_log), *REASONS)
     # A failure after a cancel, or at a cap of the budget, is its consequence. A run that finished nevertheless has
     # finished.
-    has_finished = any(event["event"] == "finished" for event in ends)
-    if reason is not None and not has_finished and all(time >= reason.get("time", 0.0) for time in failures):
-        return REASONS[reason["event"]]
+    was_first = bool(reasons) and all(event["time"] >= reasons[0]["time"] for event in failures)
+    if was_first and not select_events(ends, "finished"):
+        return REASONS[reasons[0]["event"]]
     # A failed rank fails the attempt, even if other ranks record more afterwards.
-    if any(event["event"] == "rank_failed" and event.get("attempt") is not None for event in ends):
+    if any(event.get("attempt") is not None for event in failures):
         return PointState.FAILED
     return ENDS[ends[-1]["event"]] if ends else None
 

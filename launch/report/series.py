@@ -272,11 +272,18 @@ class Medians:
 
     def __init__(self, times: Floats, index: int) -> None:
         self.value = float(np.median(times))
-        self.replicates = _draw(times, np.random.default_rng((SEED, index)))
-        length, rho = block_length(times), correlation(times)
+        steps, length, rho = len(times), block_length(times), correlation(times)
+        chance, drawn = np.random.default_rng((SEED, index)), []
+        for _ in range(REPLICATES):
+            # A block that reaches the last step continues with the first step.
+            begins = chance.integers(0, steps, (math.ceil(steps / length), 1))
+            places = (begins + np.arange(length)).ravel()[:steps] % steps
+            drawn.append(np.median(times[places]))
+        self.replicates = np.array(drawn)
+        """``REPLICATES`` medians in seconds, each of as many steps as the run has, drawn in blocks."""
         # Student's quantile, corrected for the correlation that is lost at the ends of blocks.
         cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
-        self.widening = student(max(1.0, len(times) / length - 1)) / math.sqrt(1 - cut) / NORMAL
+        self.widening = student(max(1.0, steps / length - 1)) / math.sqrt(1 - cut) / NORMAL
         """Factor that widens a bootstrap interval of the run."""
 
 
@@ -313,31 +320,13 @@ def student(freedom: float) -> float:
     return z + sum(term / v ** (power + 1) for power, term in enumerate(terms))
 
 
-def _draw(times: Floats, chance: np.random.Generator) -> Floats:
-    """Return ``REPLICATES`` medians in seconds, each of ``len(times)`` steps drawn in blocks.
-
-    A block that reaches the last step continues with the first step.
-    """
-    steps, length = len(times), block_length(times)
-    found = []
-    for _ in range(REPLICATES):
-        begins = chance.integers(0, steps, (math.ceil(steps / length), 1))
-        places = (begins + np.arange(length)).ravel()[:steps] % steps
-        found.append(np.median(times[places]))
-    return np.array(found)
-
-
-def interval(value: float, replicates: Floats, widening: float) -> tuple[float, float]:
-    """Return the 95 % interval of the replicates, with distances from ``value`` multiplied by ``widening``."""
-    low, high = np.quantile(replicates, (0.025, 0.975))
-    return value - widening * (value - float(low)), value + widening * (float(high) - value)
-
-
 def ratio(efficiency: float, point: Medians, base: Medians) -> tuple[float, float]:
     """Return the 95 % interval of an efficiency, by the resampled step times of the point and its baseline.
 
-    The lower end is at least 0.
+    Its distances from the efficiency are multiplied by the larger widening of the two runs. The lower end is at least
+    0.
     """
     drawn = efficiency * (point.value / point.replicates) * (base.replicates / base.value)
-    low, high = interval(efficiency, drawn, max(point.widening, base.widening))
-    return max(0.0, low), high
+    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+    widening = max(point.widening, base.widening)
+    return max(0.0, efficiency - widening * (efficiency - low)), efficiency + widening * (high - efficiency)

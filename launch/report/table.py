@@ -230,15 +230,14 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         intervals = efficiency_intervals(series)
         rows += [_row(series, point, intervals.get(point.name, (None, None))) for point in series.members]
     shown = [point for series in every for point in series.members]
-    batches: dict[str, dict[str, None]] = {}
+    batches: dict[str, list[str]] = {}
     for series in every:
-        for point in series.members if series.scaling else ():
-            batch = point.environment and batch_text(point.environment)
-            batches.setdefault(series.scaling or "", {}).update({batch: None} if batch else {})
+        known = [point.environment for point in series.members if point.environment is not None]
+        batches.setdefault(series.scaling or "", []).extend(filter(None, map(batch_text, known)))
     return ScalingTable(
         selection=selection,
         rows=tuple(rows),
-        batches={kind: " or ".join(texts) for kind, texts in batches.items()},
+        batches={kind: " or ".join(dict.fromkeys(texts)) for kind, texts in batches.items() if kind},
         conditions=_conditions(shown),
         notes=tuple(report_notes(points, every, rows)),
         details=tuple(_detail(point, point.figures) for point in shown if point.figures is not None),
