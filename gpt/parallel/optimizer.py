@@ -171,7 +171,7 @@ class Muon(AdamW):
         names: parameter of ``groups`` -> its name, the same on all ranks.
         config: config of the optimizer.
         world: all ranks, which construct and step the optimizer together.
-        fused: choice of the fused step of AdamW.
+        adamw: arguments of torch's AdamW.
     """
 
     def __init__(
@@ -180,9 +180,9 @@ class Muon(AdamW):
         names: Mapping[nn.Parameter, str],
         config: OptimConfig,
         world: World,
-        fused: bool,
+        **adamw: Any,
     ) -> None:
-        super().__init__(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+        super().__init__(groups, **adamw)
         self._options = muon_options(config)
         self._first = {p: Matrix(name, 0) for p, name in names.items()}
         """Parameter -> the first of the matrices that this rank stores of it."""
@@ -288,15 +288,10 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     fused = fused or all(p.device.type in ("cuda", "cpu") for p in named)
+    adamw: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": fused}
     if is_muon:
         assert world is not None
-        return Muon(groups, hidden, config, world, fused)
+        return Muon(groups, hidden, config, world, **adamw)
     if config.optimizer != ADAMW:
         return build_custom_optimizer(config, groups)
-    return kind(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=fused,
-    )
+    return kind(groups, **adamw)

@@ -51,7 +51,8 @@ class TimedStage(PipelineStage):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._received: set[tuple[str, int]] = set()
-        """Pairs (name of the pass, number of the micro-batch) for the passes that begin with data from another rank."""
+        """Pairs (name of the pass, number of the micro-batch) for the passes that begin with data from another rank;
+        the same in each step."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._note("forward", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id))
@@ -60,11 +61,11 @@ class TimedStage(PipelineStage):
         return self._note("backward", bwd_chunk_id, super().get_bwd_recv_ops(bwd_chunk_id))
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **options: Any) -> Any:
-        with working(self._takes("forward", fwd_chunk_id)):
+        with working(("forward", fwd_chunk_id) in self._received):
             return super().forward_one_chunk(fwd_chunk_id, *args, **options)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **options: Any) -> Any:
-        with working(self._takes("backward", bwd_chunk_id)):
+        with working(("backward", bwd_chunk_id) in self._received):
             return super().backward_one_chunk(bwd_chunk_id, *args, **options)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **options: Any) -> Any:
@@ -76,11 +77,6 @@ class TimedStage(PipelineStage):
             self._received.add((kind, chunk))
             receiving()
         return ops
-
-    def _takes(self, kind: str, chunk: int) -> bool:
-        is_fed = (kind, chunk) in self._received
-        self._received.discard((kind, chunk))
-        return is_fed
 
 
 class TiedEmbedding:

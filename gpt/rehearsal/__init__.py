@@ -251,10 +251,9 @@ class Rehearsal:
         """Raise ConfigError if the run would hang, wait for its devices, or not fit into their memory."""
         hangs, waits = self.hangs(), [f"the host waits at {place}" for place in self.waits()]
         largest = max(self.ranks, key=lambda rank: rank.peak)
-        too_large = self.gpu_bytes is not None and largest.peak > self.gpu_bytes
         found = [*(f"would hang here: {hang}" for hang in hangs), *waits]
         fixes = ["the lines that are named, then the same command"] if found else []
-        if too_large and self.gpu_bytes is not None:
+        if self.gpu_bytes is not None and largest.peak > self.gpu_bytes:
             has = self.gpu_bytes / GIB
             found.append(f"rank {largest.rank} needs {largest.peak / GIB:.1f} GiB, and a GPU has {has:.1f} GiB")
             fixes.append(f"optim.max_micro_batch={max(1, self.batch.micro // 2)}, recompute=full or parallel=fsdp")

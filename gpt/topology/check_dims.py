@@ -336,8 +336,7 @@ def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
     ours = generated_config(config, batch)
     if path is None:
         return ours
-    theirs = read_file(Path(path))
-    return merged_settings(ours, theirs, run_values(config, batch), path)
+    return merged_settings(ours, read_file(Path(path)), run_values(config, batch), path)
 
 
 def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
