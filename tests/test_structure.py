@@ -370,7 +370,7 @@ TOKENS = {
     "launch/trace": 1_370,
     "launch/why": 3_540,
     "launch/worker": 6_310,
-    "slurm": 7_330,
+    "slurm": 7_220,
 }
 """Folder -> the most code tokens that it may have: what Python's tokenizer yields, without comments and docstrings.
 

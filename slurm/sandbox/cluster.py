@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from launch.errors import ConfigError
-from slurm.sandbox import nodes
+from slurm.sandbox.nodes import CableLimits, Node, assign_addresses, delete
 from slurm.sandbox.state import (
     PROGRAMS,
     SandboxError,
@@ -101,13 +101,14 @@ def start_controller(state: SandboxState) -> None:
 def clear(state: SandboxState) -> None:
     """End all processes of a sandbox, also of a half built or crashed one. Removes its bridge and directory."""
     for name in state.nodes:
-        nodes.switch_off(state, name)
+        Node(state, name).switch_off()
     for daemon in ("slurmctld", "munged"):
         end(state.find(daemon), grace_s=5.0)
     for name in state.nodes:
-        nodes.delete(nodes.cable(state, name))
-        nodes.delete(nodes.delay_ends(state, name)[1])
-    nodes.delete(state.bridge)
+        node = Node(state, name)
+        delete(node.cable)
+        delete(node.delay_ends[1])
+    delete(state.bridge)
     shutil.rmtree(state.directory)
 
 
@@ -229,13 +230,13 @@ class Cluster:
 
     def _start(self, state: SandboxState, timeout_s: float) -> None:
         state.save()
-        nodes.assign_addresses(state)
+        assign_addresses(state)
         write_files(state)
         state.save()
         start_munged(state)
         start_controller(state)
         for node in state.nodes:
-            nodes.switch_on(state, node)
+            Node(state, node).switch_on()
         self.wait_idle(timeout_s=timeout_s)
         state.started = True
         state.save()
@@ -279,8 +280,8 @@ class Cluster:
                 name=name,
                 address=address,
                 power=state.find(name) is not None,
-                link=nodes.link_is_up(state, name),
-                frozen=nodes.is_frozen(state, name),
+                link=Node(state, name).link_is_up,
+                frozen=Node(state, name).is_frozen,
                 slurm=known.get(name, SlurmState()),
             )
             for name, address in state.nodes.items()
@@ -312,8 +313,8 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxState]:
-    """Yield the record of a sandbox for a fault of a node. ConfigError if the node cannot have the fault."""
+def _node(cluster: Cluster, fault: str, name: str) -> Iterator[Node]:
+    """Yield a node for a fault. ConfigError if the node cannot have the fault."""
     with opened(cluster.directory) as state:
         if name not in state.nodes:
             names = ", ".join(state.nodes)
@@ -322,39 +323,39 @@ def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxState]:
         if fault != "heal" and not state.find(name):
             fix = f"python -m slurm.sandbox heal {name}"
             raise ConfigError(f"{fault} {name}, which is off", "a node that is on", fix)
-        yield state
+        yield Node(state, name)
 
 
 def power_cut(cluster: Cluster, name: str) -> str:
     """Cut the power of a node: its cable is cut before its processes end, so no peer is notified."""
-    with _node(cluster, "power-cut", name) as state:
-        nodes.set_link(state, name, up=False)
-        nodes.switch_off(state, name)
+    with _node(cluster, "power-cut", name) as node:
+        node.set_link(up=False)
+        node.switch_off()
     return f"{name} has no power"
 
 
 def cut_link(cluster: Cluster, name: str) -> str:
     """Cut the cable of a node. All its processes continue."""
-    with _node(cluster, "cut-link", name) as state:
-        nodes.set_link(state, name, up=False)
+    with _node(cluster, "cut-link", name) as node:
+        node.set_link(up=False)
     return f"{name} has no link, and its processes run on"
 
 
 def freeze(cluster: Cluster, name: str) -> str:
     """Stop every process of a node; its kernel still acknowledges packets."""
-    with _node(cluster, "freeze", name) as state:
-        nodes.set_frozen(state, name, frozen=True)
+    with _node(cluster, "freeze", name) as node:
+        node.set_frozen(frozen=True)
     return f"the processes of {name} are stopped, and its link is up"
 
 
 def link(cluster: Cluster, name: str, **limits: float | None) -> str:
-    """Limit the cable of a node in each direction. ``limits`` are fields of ``nodes.CableLimits``.
+    """Limit the cable of a node in each direction. ``limits`` are fields of ``CableLimits``.
 
     Without any limit given, remove all limits.
     """
-    given = nodes.CableLimits(**limits)
-    with _node(cluster, "link", name) as state:
-        nodes.limit(state, name, given)
+    given = CableLimits(**limits)
+    with _node(cluster, "link", name) as node:
+        node.limit(given)
     return f"the link of {name}, each direction: {given}"
 
 
@@ -364,17 +365,17 @@ def heal(cluster: Cluster, name: str) -> str:
     Slurm itself also drains a node, for example after a step that it could not end, and leaves it to an operator.
     """
     done = []
-    with _node(cluster, "heal", name) as state:
-        if not state.find(name):
-            nodes.switch_on(state, name)
+    with _node(cluster, "heal", name) as node:
+        if not node.state.find(name):
+            node.switch_on()
             done.append("switched on")
         else:
-            done += [] if nodes.link_is_up(state, name) else ["link up again"]
-            done += ["processes go on"] if nodes.is_frozen(state, name) else []
-            nodes.set_link(state, name, up=True)
-            nodes.limit(state, name, nodes.CableLimits())
-            nodes.set_frozen(state, name, frozen=False)
-            nodes.register_again(state, name)
+            done += [] if node.link_is_up else ["link up again"]
+            done += ["processes go on"] if node.is_frozen else []
+            node.set_link(up=True)
+            node.limit(CableLimits())
+            node.set_frozen(frozen=False)
+            node.register_again()
     if cluster.slurm_states().get(name, SlurmState()).is_drained:
         cluster.slurm("scontrol", "update", f"NodeName={name}", "State=UNDRAIN")
         done.append("drained no more")

@@ -103,90 +103,6 @@ def _exists(interface: str) -> bool:
     return Path("/sys/class/net", interface).exists()
 
 
-def cable(state: SandboxState, name: str) -> str:
-    """Return the interface at the host's end of a node's cable."""
-    return f"{state.bridge}{name}"
-
-
-def delay_ends(state: SandboxState, name: str) -> tuple[str, str]:
-    """Return the two interfaces of the program that delays frames, between a node's cable and the bridge.
-
-    The interface at the bridge is second. Names of interfaces have at most 15 letters, and a cable's name may be as
-    long.
-    """
-    rest = cable(state, name).removeprefix("ssb")
-    return f"ssp{rest}", f"ssd{rest}"
-
-
-def set_link(state: SandboxState, name: str, *, up: bool) -> None:
-    """Connect or cut a node's cable at the bridge. While it is cut, the node's interface has no carrier."""
-    ip(f"link set {cable(state, name)} {'up' if up else 'down'}")
-
-
-def link_is_up(state: SandboxState, name: str) -> bool:
-    """Return True if a node's cable exists and is connected."""
-    with contextlib.suppress(OSError):
-        return bool(int(Path("/sys/class/net", cable(state, name), "flags").read_text(), 16) & 1)
-    return False
-
-
-def switch_on(state: SandboxState, name: str) -> None:
-    """Start a node and record it. Its slurmd registers with the controller."""
-    (state.directory / "spool" / name).mkdir(parents=True, exist_ok=True)
-    here, address = cable(state, name), state.nodes[name]
-
-    def plug_in(pid: int) -> None:
-        delete(here)
-        ip(f"link add {here} type veth peer name eth0 address {_mac(address)} netns {pid}")
-        ip(f"link set {here} master {state.bridge} up")
-
-    inner = ["unshare", "--pid", "--fork", "--kill-child", "sh", str(INIT), str(state.directory), name, f"{address}/24"]
-    state.start(name, inner, inside="unshare --net --uts --mount --ipc", before=plug_in)
-
-
-def process_one(state: SandboxState, name: str) -> psutil.Process | None:
-    """Return process 1 of a node; None if the node has no power."""
-    owner = state.find(name)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return next(iter(owner.children()), None) if owner else None
-    return None
-
-
-def switch_off(state: SandboxState, name: str) -> None:
-    """Kill a node and all its processes at once."""
-    # The kernel ends process 1 only after all processes of its namespace. A slurmd that is still registering ignores
-    # SIGTERM.
-    for process in (process_one(state, name), state.find(name)):
-        end(process)
-    _remove_delay(state, name)
-    state.forget(name)
-
-
-def set_frozen(state: SandboxState, name: str, *, frozen: bool) -> None:
-    """Stop or continue every process of a node. Its network still answers, as on a machine that hangs."""
-    first = process_one(state, name)
-    assert first is not None
-    # The kernel signals all processes of the namespace together, except process 1, and none can fork meanwhile.
-    number = "STOP" if frozen else "CONT"
-    run_program(["nsenter", f"--pid=/proc/{first.pid}/ns/pid", "sh", "-c", f"kill -s {number} -- -1 || true"])
-    first.suspend() if frozen else first.resume()
-
-
-def is_frozen(state: SandboxState, name: str) -> bool:
-    """Return True if process 1 of a node is stopped."""
-    first = process_one(state, name)
-    return first is not None and first.status() == psutil.STATUS_STOPPED
-
-
-def register_again(state: SandboxState, name: str) -> None:
-    """Have a node's slurmd register again. Otherwise the controller polls a lost node only after about a minute."""
-    first = process_one(state, name)
-    for child in first.children() if first else []:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if child.name() == "slurmd":
-                child.send_signal(signal.SIGHUP)
-
-
 # Limits on a cable: bandwidth (tbf), lost packets (nftables), delay (a program, because not every kernel has netem).
 
 EMPTY_TABLE = "table netdev sandbox {}\ndelete table netdev sandbox\n"
@@ -206,86 +122,179 @@ class CableLimits:
         return ", ".join(f"{value:g} {unit}" for value, unit in values if value is not None) or "no limits"
 
 
-def limit(state: SandboxState, name: str, limits: CableLimits) -> None:
-    """Replace the limits of a node's cable.
-
-    Raises:
-        ConfigError: a value is out of its range, or the program that drops packets is not installed.
-    """
-    for option, value, low, high, example in (
-        ("--bandwidth-mbit", limits.bandwidth_mbit, 0.1, 100_000, 100),
-        ("--loss-percent", limits.loss_percent, 0, 100, 1),
-        ("--latency-ms", limits.latency_ms, 0, 10_000, 1),
-    ):
-        if value is not None and not low <= value <= high:
-            raise ConfigError(f"{option} {value:g}", f"{low:g} to {high:g}", f"{option} {example}")
-    if limits.loss_percent:
-        require_packages(WITH_LOSS)
-    _remove_delay(state, name)
-    for inside, device in _ends(state, name):
-        queues = json.loads(_tc(inside, f"-json qdisc show dev {device} root"))
-        if any(queue["kind"] == "tbf" for queue in queues):
-            _tc(inside, f"qdisc del dev {device} root")
-    if shutil.which("nft", path=search_path()):
-        _nft(state, name, EMPTY_TABLE)
-    if limits.latency_ms:
-        _insert_delay(state, name, limits.latency_ms)
-    if limits.bandwidth_mbit is not None:
-        # A bucket smaller than a burst between two timer ticks (4 ms at 250 Hz) would never reach the rate.
-        burst = max(65536, int(limits.bandwidth_mbit * 1e6 / 8 * 0.004))
-        rate = f"rate {int(limits.bandwidth_mbit * 1000)}kbit burst {burst}b latency 100ms"
-        for inside, device in _ends(state, name):
-            _tc(inside, f"qdisc add dev {device} root handle 10: tbf {rate}")
-    if limits.loss_percent:
-        share = round(limits.loss_percent / 100 * RESOLUTION)
-        drop = f"numgen random mod {RESOLUTION} < {share} drop"
-        hooks = ("ingress", "egress")
-        chains = [f'chain {hook} {{ type filter hook {hook} device "eth0" priority 0; {drop}; }}\n' for hook in hooks]
-        _nft(state, name, f"{EMPTY_TABLE}table netdev sandbox {{\n{''.join(chains)}}}\n")
-
-
-def _inside(state: SandboxState, name: str) -> list[str]:
-    return ["nsenter", f"--net=/proc/{state.processes[name].pid}/ns/net"]
-
-
-def _ends(state: SandboxState, name: str) -> Iterator[tuple[list[str], str]]:
-    """Yield both ends of a cable: the command that enters the end's namespace, and the interface."""
-    yield [], cable(state, name)
-    yield _inside(state, name), "eth0"
-
-
 def _tc(inside: list[str], words: str) -> str:
     return run_program([*inside, "tc", *words.split()])
 
 
-def _nft(state: SandboxState, name: str, rules: str) -> None:
-    run_program([*_inside(state, name), "nft", "-f", "-"], stdin=rules)
+@dataclass(frozen=True)
+class Node:
+    """One node of a sandbox: its cable, its power, and its processes."""
 
+    state: SandboxState
+    name: str
 
-def _insert_delay(state: SandboxState, name: str, latency_ms: float) -> None:
-    """Insert the program that delays frames between a node's cable and the bridge."""
-    here, (ours, bridged), log = cable(state, name), delay_ends(state, name), state.log(f"delay-{name}")
-    ip(f"link add {bridged} type veth peer name {ours}")
-    for interface in (here, ours):
-        # These interfaces carry frames for others. The host has its address on the bridge, and must not answer here.
-        Path(f"/proc/sys/net/ipv4/conf/{interface}/arp_ignore").write_text("8")
-    ip(f"link set {ours} up")
-    ip(f"link set {bridged} master {state.bridge} up")
-    ip(f"link set {here} nomaster")
-    log.unlink(missing_ok=True)
-    command = [sys.executable, "-P", "-m", "slurm.sandbox.nodes", here, ours, f"{latency_ms:g}"]
-    state.start(f"delay-{name}", command, PYTHONPATH=str(INIT.parents[2]))
-    state.wait_ready(f"delay-{name}", lambda: "ready" in log.read_text())
+    @property
+    def cable(self) -> str:
+        """Return the interface at the host's end of a node's cable."""
+        return f"{self.state.bridge}{self.name}"
 
+    @property
+    def delay_ends(self) -> tuple[str, str]:
+        """Return the two interfaces of the program that delays frames, between a node's cable and the bridge.
 
-def _remove_delay(state: SandboxState, name: str) -> None:
-    if f"delay-{name}" not in state.processes:
-        return
-    end(state.find(f"delay-{name}"))
-    delete(delay_ends(state, name)[1])
-    if _exists(cable(state, name)):
-        ip(f"link set {cable(state, name)} master {state.bridge}")
-    state.forget(f"delay-{name}")
+        The interface at the bridge is second. Names of interfaces have at most 15 letters, and a cable's name may be as
+        long.
+        """
+        rest = self.cable.removeprefix("ssb")
+        return f"ssp{rest}", f"ssd{rest}"
+
+    def set_link(self, *, up: bool) -> None:
+        """Connect or cut a node's cable at the bridge. While it is cut, the node's interface has no carrier."""
+        ip(f"link set {self.cable} {'up' if up else 'down'}")
+
+    @property
+    def link_is_up(self) -> bool:
+        """Return True if a node's cable exists and is connected."""
+        with contextlib.suppress(OSError):
+            return bool(int(Path("/sys/class/net", self.cable, "flags").read_text(), 16) & 1)
+        return False
+
+    def switch_on(self) -> None:
+        """Start a node and record it. Its slurmd registers with the controller."""
+        (self.state.directory / "spool" / self.name).mkdir(parents=True, exist_ok=True)
+        here, address = self.cable, self.state.nodes[self.name]
+
+        def plug_in(pid: int) -> None:
+            delete(here)
+            ip(f"link add {here} type veth peer name eth0 address {_mac(address)} netns {pid}")
+            ip(f"link set {here} master {self.state.bridge} up")
+
+        inner = [
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "sh",
+            str(INIT),
+            str(self.state.directory),
+            self.name,
+            f"{address}/24",
+        ]
+        self.state.start(self.name, inner, inside="unshare --net --uts --mount --ipc", before=plug_in)
+
+    def process_one(self) -> psutil.Process | None:
+        """Return process 1 of a node; None if the node has no power."""
+        owner = self.state.find(self.name)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return next(iter(owner.children()), None) if owner else None
+        return None
+
+    def switch_off(self) -> None:
+        """Kill a node and all its processes at once."""
+        # The kernel ends process 1 only after all processes of its namespace. A slurmd that is still registering
+        # ignores SIGTERM.
+        for process in (self.process_one(), self.state.find(self.name)):
+            end(process)
+        self._remove_delay()
+        self.state.forget(self.name)
+
+    def set_frozen(self, *, frozen: bool) -> None:
+        """Stop or continue every process of a node. Its network still answers, as on a machine that hangs."""
+        first = self.process_one()
+        assert first is not None
+        # The kernel signals all processes of the namespace together, except process 1, and none can fork meanwhile.
+        number = "STOP" if frozen else "CONT"
+        run_program(["nsenter", f"--pid=/proc/{first.pid}/ns/pid", "sh", "-c", f"kill -s {number} -- -1 || true"])
+        first.suspend() if frozen else first.resume()
+
+    @property
+    def is_frozen(self) -> bool:
+        """Return True if process 1 of a node is stopped."""
+        first = self.process_one()
+        return first is not None and first.status() == psutil.STATUS_STOPPED
+
+    def register_again(self) -> None:
+        """Have a node's slurmd register again. Otherwise the controller polls a lost node only after about a minute."""
+        first = self.process_one()
+        for child in first.children() if first else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.name() == "slurmd":
+                    child.send_signal(signal.SIGHUP)
+
+    def limit(self, limits: CableLimits) -> None:
+        """Replace the limits of a node's cable.
+
+        Raises:
+            ConfigError: a value is out of its range, or the program that drops packets is not installed.
+        """
+        for option, value, low, high, example in (
+            ("--bandwidth-mbit", limits.bandwidth_mbit, 0.1, 100_000, 100),
+            ("--loss-percent", limits.loss_percent, 0, 100, 1),
+            ("--latency-ms", limits.latency_ms, 0, 10_000, 1),
+        ):
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{option} {value:g}", f"{low:g} to {high:g}", f"{option} {example}")
+        if limits.loss_percent:
+            require_packages(WITH_LOSS)
+        self._remove_delay()
+        for inside, device in self._ends():
+            queues = json.loads(_tc(inside, f"-json qdisc show dev {device} root"))
+            if any(queue["kind"] == "tbf" for queue in queues):
+                _tc(inside, f"qdisc del dev {device} root")
+        if shutil.which("nft", path=search_path()):
+            self._nft(EMPTY_TABLE)
+        if limits.latency_ms:
+            self._insert_delay(limits.latency_ms)
+        if limits.bandwidth_mbit is not None:
+            # A bucket smaller than a burst between two timer ticks (4 ms at 250 Hz) would never reach the rate.
+            burst = max(65536, int(limits.bandwidth_mbit * 1e6 / 8 * 0.004))
+            rate = f"rate {int(limits.bandwidth_mbit * 1000)}kbit burst {burst}b latency 100ms"
+            for inside, device in self._ends():
+                _tc(inside, f"qdisc add dev {device} root handle 10: tbf {rate}")
+        if limits.loss_percent:
+            share = round(limits.loss_percent / 100 * RESOLUTION)
+            drop = f"numgen random mod {RESOLUTION} < {share} drop"
+            hooks = ("ingress", "egress")
+            chains = [
+                f'chain {hook} {{ type filter hook {hook} device "eth0" priority 0; {drop}; }}\n' for hook in hooks
+            ]
+            self._nft(f"{EMPTY_TABLE}table netdev sandbox {{\n{''.join(chains)}}}\n")
+
+    def _inside(self) -> list[str]:
+        return ["nsenter", f"--net=/proc/{self.state.processes[self.name].pid}/ns/net"]
+
+    def _ends(self) -> Iterator[tuple[list[str], str]]:
+        """Yield both ends of a cable: the command that enters the end's namespace, and the interface."""
+        yield [], self.cable
+        yield self._inside(), "eth0"
+
+    def _nft(self, rules: str) -> None:
+        run_program([*self._inside(), "nft", "-f", "-"], stdin=rules)
+
+    def _insert_delay(self, latency_ms: float) -> None:
+        """Insert the program that delays frames between a node's cable and the bridge."""
+        here, (ours, bridged), log = self.cable, self.delay_ends, self.state.log(f"delay-{self.name}")
+        ip(f"link add {bridged} type veth peer name {ours}")
+        for interface in (here, ours):
+            # These interfaces carry frames for others. The host has its address on the bridge, and must not answer
+            # here.
+            Path(f"/proc/sys/net/ipv4/conf/{interface}/arp_ignore").write_text("8")
+        ip(f"link set {ours} up")
+        ip(f"link set {bridged} master {self.state.bridge} up")
+        ip(f"link set {here} nomaster")
+        log.unlink(missing_ok=True)
+        command = [sys.executable, "-P", "-m", "slurm.sandbox.nodes", here, ours, f"{latency_ms:g}"]
+        self.state.start(f"delay-{self.name}", command, PYTHONPATH=str(INIT.parents[2]))
+        self.state.wait_ready(f"delay-{self.name}", lambda: "ready" in log.read_text())
+
+    def _remove_delay(self) -> None:
+        if f"delay-{self.name}" not in self.state.processes:
+            return
+        end(self.state.find(f"delay-{self.name}"))
+        delete(self.delay_ends[1])
+        if _exists(self.cable):
+            ip(f"link set {self.cable} master {self.state.bridge}")
+        self.state.forget(f"delay-{self.name}")
 
 
 # The program that delays frames. Frames have the header of virtio (packet(7), PACKET_VNET_HDR): the kernel leaves
