@@ -52,7 +52,7 @@ with lasting_imports():
         set_matmul_precision,
         settle_execution,
     )
-    from gpt.training.guards import DivergenceGuard, EarlyStop, refuse_unknown_text
+    from gpt.training.guards import DivergenceGuard, EarlyStop
     from gpt.training.loop import train
     from gpt.training.run import (
         Request,
@@ -108,7 +108,6 @@ def build(
     weights, initialised_from = first_weights(model, config, folder, world)
     engine = parallelize(model, weights, RunLayout(config, world, dims, batch))
     set_timeouts(config.parallel.timeout_s)  # new groups have the timeout of torch
-    refuse_unknown_text(config, samples.val_bytes(config.eval.sequences))
 
     run = Run(
         config=config,
@@ -128,10 +127,9 @@ def build(
         initialised_from=initialised_from,
         compiled=compiled,
     )
-    kept, keeps = config.checkpoint, run.checkpoints.keeps
+    kept = config.checkpoint
     if kept.scrub or kept.copy_to is not None:
-        copy_keeps = keeps if kept.copy_keep is None else Retention(kept.copy_keep)
-        run.checkpoints.upkeep = UpkeepPlan(folder, attempt, keeps, kept.scrub, kept.copy_to, copy_keeps)
+        run.checkpoints.upkeep = UpkeepPlan(folder, attempt, run.checkpoints.keeps, kept.scrub, kept.copy_to)
     run.checkpoints.beat = partial(rank.phase, Phase.starting)
     load(run)
     return run
@@ -174,7 +172,7 @@ def open_checkpoints(
     kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, writer: Writer | None
 ) -> CheckpointManager:
     """Open the checkpoints of a run, also checkpoints in memory and remote copies if the config requests them."""
-    keeps = Retention(kept.keep_last, kept.keep_every, kept.keep_best)
+    keeps = Retention(kept.keep_last, kept.keep_best)
     give_up_after_s = 60 * kept.give_up_after_min
     manager = CheckpointManager(folder.checkpoints, keeps, world.control, engine.files, writer, give_up_after_s)
     if kept.in_memory:

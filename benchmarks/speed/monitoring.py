@@ -27,7 +27,7 @@ from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import Timeline, open_world, recorded, waiting
 from gpt.train import build
 from gpt.training.diagnostics import Gradients
-from gpt.training.guards import STRAGGLER_WINDOW, StragglerJudge
+from gpt.training.guards import STRAGGLER_FACTOR, STRAGGLER_WINDOW, StragglerJudge
 from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
 from gpt.training.step import QueuedStep, fill_in_phases, queue_step
 from launch import worker
@@ -107,8 +107,7 @@ def main() -> None:
 def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, float]:
     """CPU seconds that each part takes for one step, by itself, many times over."""
     record, _ = queue_step(run, None, Phase.training).finish(0.0)
-    logging = run.config.logging
-    judge = StragglerJudge(logging.straggler_factor, STRAGGLER_WINDOW)
+    judge = StragglerJudge(STRAGGLER_FACTOR, STRAGGLER_WINDOW)
     own_times = [0.1 + 1e-5 * (rank % 7) for rank in range(RANKS)]
     actions: dict[str, Callable[[], object]] = {
         "gradients by layer, every tenth step": lambda: gradients.sums(run.engine.gradients()),

@@ -97,7 +97,7 @@ def opened(ranks: int, forked: bool) -> int:
 
 ROADS = {
     "disk": ((*SPARE,), ("sigkill_rank", "sigkill_agent", "power_cut", "requeue")),
-    "memory": ((*SPARE, "checkpoint.in_memory=true"), ("sigkill_rank", "sigkill_agent")),
+    "memory": ((*SPARE, "checkpoint.memory_interval=10"), ("sigkill_rank", "sigkill_agent")),
     "fewer": (("resilience.min_nodes=1", "resilience.node_timeout_s=5"), ("sigkill_agent",)),
 }
 """Drill -> words that it adds to those of a run, and its kinds of faults."""

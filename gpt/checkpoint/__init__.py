@@ -235,12 +235,14 @@ LEFT_OVER = re.compile(r"\.(saving|deleting|converting|fetching)_step_\d{8,}_[0-
 class Retention:
     """Rule for the checkpoints to keep: each that meets at least one of these conditions."""
 
-    last: int
-    """Number of the newest checkpoints to keep."""
-    every: int = 0
-    """Checkpoints of steps that are multiples of this number are kept for good; 0 keeps none."""
+    last: int | None
+    """Number of the newest checkpoints to keep; None keeps all."""
     best: int = 0
     """Number of checkpoints to keep for the lowest validation loss. Checkpoints of unevaluated steps do not count."""
+
+    def with_more(self, more: int) -> Retention:
+        """Return a rule that keeps ``more`` further checkpoints, but always the newest one."""
+        return self if self.last is None else dataclasses.replace(self, last=max(1, self.last + more))
 
 
 def list_committed(folder: Path) -> list[Path]:
@@ -334,6 +336,8 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
         keeps: the checkpoints to keep.
         read: reads the manifest of a step; called only if validation losses decide.
     """
+    if keeps.last is None:
+        return set(saved)
     losses = []
     for step in saved if keeps.best else ():
         try:
@@ -343,7 +347,7 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
         if isinstance(loss, float) and math.isfinite(loss):
             losses.append((loss, -step))  # of equal losses the newest step
     best = [-step for _, step in sorted(losses)[: keeps.best]]
-    return {*saved[-keeps.last :], *best, *(step for step in saved if keeps.every and step % keeps.every == 0)}
+    return {*saved[-keeps.last :], *best}
 
 
 def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:

@@ -97,7 +97,7 @@ class CheckpointManager:
         writer: Writer | None = None,
         give_up_after_s: float = 0.0,
     ) -> None:
-        assert keeps.last >= 1 and keeps.every >= 0 and keeps.best >= 0, keeps
+        assert (keeps.last is None or keeps.last >= 1) and keeps.best >= 0, keeps
         self.folder = folder
         self.group = group
         self.format = fmt or TensorFiles()
@@ -301,9 +301,12 @@ class CheckpointManager:
             if no_room is None:
                 raise CheckpointError(cause)
             before = max(self.steps(), default=None)
+            needed = "all checkpoints (checkpoint.keep_last=null)"
+            if (last := self.keeps.last) is not None:
+                needed = f"{last + 1} checkpoints (checkpoint.keep_last={last}, and the new one)"
             raise ConfigError(
                 f"the checkpoint of step {step} cannot be written into {self.folder}: {no_room}",
-                f"room for {self.keeps.last + 1} checkpoints (checkpoint.keep_last={self.keeps.last}, and the new one)",
+                f"room for {needed}",
                 f"df -h {self.folder.parent}, remove what is not needed, or checkpoint.keep_last=1; then the same "
                 f"command, which {'begins anew' if before is None else f'goes on from step {before}'}",
             )

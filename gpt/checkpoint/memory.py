@@ -238,9 +238,9 @@ def open_memory(group: dist.ProcessGroup | None, writer: Writer | None) -> Memor
     found = messages.all_gather(own is not None, group)
     if not any(found) or writer is None or not writer.is_background:
         raise ConfigError(
-            "checkpoint.in_memory=true, and no memory store on this node",
+            "checkpoint.memory_interval above 0, and no memory store on this node",
             "agents of the launcher, on Linux, which keep one on each node",
-            "python -m launch with the same words, or checkpoint.in_memory=false",
+            "python -m launch with the same words, or checkpoint.memory_interval=0",
         )
     if not all(found):
         return None

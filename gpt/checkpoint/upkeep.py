@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,13 +36,11 @@ class UpkeepPlan:
     folder: RunFolder
     attempt: int
     keeps: Retention
-    """Rule for the checkpoints to keep."""
+    """Rule for the checkpoints and the copies to keep."""
     scrubs: bool
     """True to read each checkpoint again after the commit, since disks lose bits without an error."""
     copy_to: str | None
     """URL of the copies; None makes none."""
-    copy_keeps: Retention
-    """Rule for the copies to keep."""
 
 
 class Upkeep:
@@ -154,7 +152,7 @@ class Upkeep:
 
         Also keep the newest checkpoint that was found whole, and the checkpoint that is being copied.
         """
-        keeps = replace(self._plan.keeps, last=self._plan.keeps.last + more)
+        keeps = self._plan.keeps.with_more(more)
         spared = {step for step in (self._sound, self._copying) if step is not None}
         with self._lock:
             folders.retire(self._folder, keeps, spared)
@@ -194,7 +192,7 @@ class Upkeep:
         if sent:
             copy_s = time.monotonic() - began
             self._record("copied", step=step, bytes=sent, copy_s=copy_s, failures=self._failures)
-            self._target.retire(self._plan.copy_keeps)
+            self._target.retire(self._plan.keeps)
 
     def _record(self, event: str, **details: object) -> None:
         self._plan.folder.record_event(event, attempt=self._plan.attempt, **details)

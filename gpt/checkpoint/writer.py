@@ -108,7 +108,7 @@ def remove_save(temporary: Path, keeps: Retention, frees: bool, state: WriterSta
     """
     folders.remove_folder(temporary)
     if frees:
-        folders.retire(temporary.parent, replace(keeps, last=max(1, keeps.last - 1)))
+        folders.retire(temporary.parent, keeps.with_more(-1))
 
 
 def tend_saved(

@@ -56,6 +56,7 @@ __all__ = [
     "BYTE_VOCAB",
     "LOGITS_AT_ONCE",
     "LOSS_CHUNK",
+    "PROFILE_FROM",
     "Activation",
     "AttentionBackend",
     "CheckpointConfig",
@@ -124,19 +125,10 @@ class LoggingConfig:
     breakdown_interval: int = 0
     """Steps between profiled steps. On every rank torch's profiler divides such a step into computing, communication,
     copies and idle time, for the step records. 0 profiles none. A profiled step is slower."""
-    straggler_factor: float = 1.2
-    """Name a rank and its host if its own time per step, over 20 steps, exceeds this many times the median of the other
-    ranks. The own time excludes waits for other ranks. 0 names none."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or a required extra is not installed."""
         check_numbers("logging.", self, (), ("gradients_interval", "breakdown_interval"))
-        if self.straggler_factor and not 1 < self.straggler_factor < float("inf"):
-            raise ConfigError(
-                f"logging.straggler_factor={self.straggler_factor:g}",
-                "a number above 1, or 0 to name no slow rank",
-                "logging.straggler_factor=1.2",
-            )
         if self.wandb and not is_installed("wandb"):
             raise ConfigError(
                 "logging.wandb=true, and the package wandb is not installed",
@@ -221,6 +213,10 @@ LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**21}
 gradient of the output matrix takes more time, because each chunk reads and writes it."""
 
 
+PROFILE_FROM = 5
+"""First step of ``profile=true``, counted from 1: earlier ones compile and allocate."""
+
+
 @dataclass
 class TrainConfig(RunConfig):
     """Config of one training run."""
@@ -258,10 +254,8 @@ class TrainConfig(RunConfig):
     deterministic: bool = False
     """Refuse operations whose result depends on scheduling (torch.use_deterministic_algorithms); costs time on GPUs."""
     profile: bool = False
-    """Write a trace of three steps of rank 0, and a table of their time by operation, into the folder of the
-    attempt."""
-    profile_from: int = 5
-    """First step that is profiled, counted from 1."""
+    """Write a trace of three steps of rank 0, from step 5 on, and a table of their time by operation, into the folder
+    of the attempt."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -288,18 +282,18 @@ class TrainConfig(RunConfig):
         parts = (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.divergence, self.logging)
         for part in parts:
             part.validate()
-        check_numbers("", self, ("profile_from",), seed=(0, 2**63 - 1))
+        check_numbers("", self, seed=(0, 2**63 - 1))
         check_tf32(self)
         check_float8(self)
         check_chunked_loss(self)
         check_packing(self)
         if self.checkpoint.in_memory and self.parallel.strategy is Strategy.deepspeed:
             raise ConfigError(
-                "checkpoint.in_memory=true with parallel.strategy=deepspeed",
+                f"checkpoint.memory_interval={self.checkpoint.memory_interval} with parallel.strategy=deepspeed",
                 "tensors by name, which any node can take over; DeepSpeed's own files are for its loader, from a disk",
-                "parallel=fsdp, or checkpoint.in_memory=false",
+                "parallel=fsdp, or checkpoint.memory_interval=0",
             )
-        early = {key: getattr(self.optim, key) for key in ("target_val_loss", "target_val_nats_per_byte", "patience")}
+        early = {key: getattr(self.optim, key) for key in ("target_val_loss", "patience")}
         asked = next((f"optim.{key}={value:g}" for key, value in early.items() if value is not None), None)
         if asked and not self.eval.interval:
             raise ConfigError(
@@ -313,11 +307,11 @@ class TrainConfig(RunConfig):
                 "one of both: a process has one profiler",
                 "profile=true logging.breakdown_interval=0, or profile=false",
             )
-        if self.profile and self.optim.max_tokens is None and self.profile_from > self.optim.max_steps:
+        if self.profile and self.optim.max_tokens is None and self.optim.max_steps < PROFILE_FROM:
             raise ConfigError(
-                f"profile_from={self.profile_from} in a run of {self.optim.max_steps} steps",
-                "a step of the run",
-                f"profile_from={self.optim.max_steps}",
+                f"profile=true in a run of {self.optim.max_steps} steps",
+                f"at least {PROFILE_FROM} steps: the first ones compile and allocate, and are not profiled",
+                f"optim.max_steps={PROFILE_FROM}, or profile=false",
             )
 
 
@@ -452,7 +446,7 @@ def is_installed(package: str) -> bool:
 # Composition of ``configs/train.yaml``: keys that name a run, and keys that may change.
 
 
-WATCHING = ("logging", "profile", "profile_from")
+WATCHING = ("logging", "profile")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
 """Keys that are not in the name of a run's folder: its folders and its monitoring. They do not change any result of the
 run."""
@@ -511,7 +505,7 @@ def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: 
 
 EXECUTION = (
     *("parallel", "optim.max_micro_batch", "device", "compile", "recompute", "deterministic"),
-    *("compile_fullgraph", "optim.target_val_loss", "optim.target_val_nats_per_byte", "optim.patience"),
+    *("compile_fullgraph", "optim.target_val_loss", "optim.patience"),
 )
 LENGTH = (*(f"optim.{key}" for key in SCHEDULE), "optim.max_steps", "optim.max_tokens")
 """Keys that set the number of steps, and the learning rate of the additional steps. A larger number of steps extends

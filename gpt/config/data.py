@@ -124,12 +124,11 @@ class DataConfig:
     sources: list[WeightedPath] = field(default_factory=list)
     """source=tokens only: several paths with weights, instead of ``path``."""
     dataset: Optional[str] = None
-    """source=dataset only: the dataset's name on the Hugging Face hub, or a folder that load_dataset reads."""
+    """source=dataset only: the dataset's name on the Hugging Face hub, or a folder that load_dataset reads. NAME:SUBSET
+    names one of its configurations, if it has several."""
     revision: Optional[str] = None
     """source=dataset only: commit, tag or branch of the dataset on the hub; null takes the newest, which may change.
     Not for a folder."""
-    subset: Optional[str] = None
-    """source=dataset only: the configuration of the dataset, if it has several."""
     val_split: Optional[str] = None
     """source=dataset only: the split to validate on; null keeps ``val_fraction`` of the documents of the split train,
     on which a run trains."""
@@ -170,6 +169,14 @@ class DataConfig:
     def title(self) -> str:
         """Name of the corpus, with the default resolved."""
         return self.name or (self.source.rpartition(":")[2] if isinstance(self.source, str) else self.source.name)
+
+    @property
+    def dataset_and_subset(self) -> tuple[str | None, str | None]:
+        """Name or folder of the dataset, and the name of its configuration, each None if it is not given."""
+        if self.dataset is None or Path(self.dataset).expanduser().is_dir():
+            return self.dataset, None
+        name, _, subset = self.dataset.partition(":")
+        return name, subset or None
 
     def __post_init__(self) -> None:
         # OmegaConf keeps a name as a string if a field also accepts strings.

@@ -97,8 +97,6 @@ class OptimConfig:
     """Largest global gradient norm; 0 turns clipping off."""
     target_val_loss: Optional[float] = None
     """Validation loss, in nats per token, at which the run is over: it saves, and ends as finished."""
-    target_val_nats_per_byte: Optional[float] = None
-    """Validation loss, in nats per byte of text, at which the run is over. Works for any tokenizer with known text."""
     patience: Optional[int] = None
     """Evaluations in a row without a lower validation loss after which the run is over (early stopping)."""
 
@@ -119,7 +117,7 @@ class OptimConfig:
             self,
             positive=(
                 *("max_steps", "global_batch", "max_micro_batch", "lr"),
-                *("target_val_loss", "target_val_nats_per_byte", "patience"),
+                *("target_val_loss", "patience"),
             ),
             at_least_0=("min_lr", "warmup_steps", "weight_decay", "grad_clip", "decay_from"),
             **{"max_tokens": (1.0, 1e18), "beta1": (0.0, 0.9999999), "beta2": (0.0, 0.9999999)},
@@ -314,10 +312,8 @@ class CheckpointConfig:
     interval: Union[int, str] = MISSING
     """Steps between checkpoints; 0 saves only at the end and at an interruption. ``30min`` sets minutes. ``auto`` picks
     the interval that loses least time, from the duration of saves and the rate of failures (Young 1974)."""
-    keep_last: int = MISSING
-    """Number of the newest checkpoints to keep; keep_every=1 keeps all."""
-    keep_every: int = 0
-    """Keep checkpoints forever whose step is a multiple of this number. 0 keeps none forever."""
+    keep_last: Optional[int] = MISSING
+    """Number of the newest checkpoints to keep; null keeps all."""
     keep_best: int = 0
     """Number of additional checkpoints to keep: those with the lowest validation loss, of the evaluated steps."""
     asynchronous: bool = True
@@ -329,41 +325,40 @@ class CheckpointConfig:
     scrub: bool = False
     """Read each checkpoint again after it was written, in the background, and set it aside if it is damaged. Older
     checkpoints are deleted only after a whole one was read."""
-    in_memory: bool = False
-    """Keep the newest state of each node in its memory and in that of the next node. After the death of ranks, or with
-    a spare node, the run then resumes without the disk. Needs the launcher."""
-    in_memory_interval: int = 10
-    """Steps between checkpoints in memory, while no save to disk is in flight."""
+    memory_interval: int = 0
+    """Steps between checkpoints in memory, such as 10, while no save to disk is in flight. The newest state of each
+    node is then in its memory and in that of the next node. After the death of ranks, or with a spare node, the run
+    resumes without the disk. Needs the launcher. 0 keeps none in memory."""
 
     copy_to: Optional[str] = None
     """URL that fsspec reaches, such as ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``. Each checkpoint is copied to it
     while training continues. A start fetches a copy if no checkpoint on the disk is whole."""
-    copy_keep: Optional[int] = None
-    """Number of the newest copies to keep; null follows keep_last, keep_every and keep_best."""
+
+    @property
+    def in_memory(self) -> bool:
+        """True if the newest state is also kept in the memory of the nodes."""
+        return self.memory_interval > 0
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or ``copy_to`` is no URL."""
         self.every()
         self._validate_copies()
-        at_least_0 = ("keep_every", "keep_best", "give_up_after_min")
-        check_numbers("checkpoint.", self, ("keep_last", "in_memory_interval", "copy_keep"), at_least_0)
-        beside = {"scrub": "reads while training goes on", "in_memory": "sends the copy to the other nodes"}
-        for key, does in beside.items():
-            if getattr(self, key) and not self.asynchronous:
+        check_numbers("checkpoint.", self, ("keep_last",), ("keep_best", "memory_interval", "give_up_after_min"))
+        beside = {
+            "scrub": ("false", "reads while training goes on"),
+            "memory_interval": ("0", "sends the copy to the other nodes"),
+        }
+        for key, (off, does) in beside.items():
+            value = getattr(self, key)
+            if value and not self.asynchronous:
                 raise ConfigError(
-                    f"checkpoint.{key}=true with checkpoint.asynchronous=false",
+                    f"checkpoint.{key}={str(value).lower()} with checkpoint.asynchronous=false",
                     f"a process beside each rank, which {does}",
-                    f"checkpoint.asynchronous=true, or checkpoint.{key}=false",
+                    f"checkpoint.asynchronous=true, or checkpoint.{key}={off}",
                 )
 
     def _validate_copies(self) -> None:
         if self.copy_to is None:
-            if self.copy_keep is not None:
-                raise ConfigError(
-                    f"checkpoint.copy_keep={self.copy_keep} without checkpoint.copy_to",
-                    "a place that checkpoints are copied to",
-                    "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_keep=null",
-                )
             return
         found = URL.fullmatch(self.copy_to)
         example = "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_to=file:///FOLDER"

@@ -78,9 +78,10 @@ class ParallelConfig:
     bytes, and keeps the gradients of several micro-batches in half the memory. Sums then have 8 bits of precision, so
     this key does change the loss curve."""
     cpu_offload: bool = False
-    """fsdp only: keep parameters, gradients and moments in host memory, and compute the optimizer step there. A GPU
-    then has only the parameters that it computes with. This is slow: every forward and backward pass copies parameters,
-    and every step copies gradients. On CPUs nothing changes."""
+    """fsdp, and deepspeed from stage 1: keep state in host memory, and compute the optimizer step there. The state of
+    fsdp is parameters, gradients and moments. That of deepspeed is moments and master weights, and in stage 3 also the
+    parameters. This is slow: every step copies gradients, and every forward and backward pass copies parameters that
+    are in host memory. On CPUs nothing changes with fsdp."""
     tp: int = 1
     """Tensor parallelism: ranks that share each matrix, and the heads of attention."""
     sequence_parallel: bool = True
@@ -105,11 +106,6 @@ class ParallelConfig:
     zero_stage: Optional[int] = None
     """deepspeed only: state that is sharded over the data ranks (arXiv 1910.02054): 0 none, 1 the optimizer's moments
     and master weights, 2 the gradients too, 3 the parameters too."""
-    offload_optimizer: bool = False
-    """deepspeed only, from stage 1: keep moments and master weights in host memory, and compute the optimizer step
-    there."""
-    offload_parameters: bool = False
-    """deepspeed only, stage 3: keep the parameters in host memory until they are needed."""
     deepspeed_config: Optional[str] = None
     """deepspeed only: JSON file with additional settings of DeepSpeed (bucket sizes, overlap, ...). A setting that
     contradicts this configuration is refused."""
@@ -121,13 +117,21 @@ class ParallelConfig:
     slowest of the first steps, at least 100 and at most timeout_s. Messages between saves and evaluations keep
     timeout_s."""
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """True if DeepSpeed keeps moments and master weights in host memory."""
+        return self.cpu_offload and self.strategy is Strategy.deepspeed
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """True if DeepSpeed also keeps the parameters in host memory until they are needed."""
+        return self.offloads_optimizer and self.zero_stage == 3
+
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or is a key of another strategy."""
-        for key, (strategy, expected, fix) in STRATEGY_OF_KEY.items():
+        for key, (strategies, expected, fix) in STRATEGIES_OF_KEY.items():
             value = getattr(self, key)
-            # parallel=auto may choose FSDP.
-            fits = self.strategy in (strategy, Strategy.auto if strategy is Strategy.fsdp else strategy)
-            if value not in (None, False, ReduceDtype.fp32) and not fits:
+            if value not in (None, False, ReduceDtype.fp32) and self.strategy not in strategies:
                 text = str(value).lower() if value is True else getattr(value, "name", value)
                 found = f"parallel.{key}={text} with parallel.strategy={self.strategy.name}"
                 raise ConfigError(found, expected, fix.format(value=value))
@@ -172,49 +176,48 @@ class ParallelConfig:
                 "0, 1, 2 or 3",
                 "parallel.zero_stage=2",
             )
-        for key, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
-            if getattr(self, key) and self.zero_stage < least:
-                raise ConfigError(
-                    f"parallel.{key}=true with parallel.zero_stage={self.zero_stage}",
-                    f"at least parallel.zero_stage={least}: only what is sharded can be kept elsewhere",
-                    f"parallel.zero_stage={least}, or parallel.{key}=false",
-                )
+        if self.cpu_offload and not self.zero_stage:
+            raise ConfigError(
+                "parallel.cpu_offload=true with parallel.zero_stage=0",
+                "at least parallel.zero_stage=1: only what is sharded can be kept elsewhere",
+                "parallel.zero_stage=1, or parallel.cpu_offload=false",
+            )
 
 
-STRATEGY_OF_KEY = {
+FSDP = (Strategy.fsdp, Strategy.auto)
+"""Strategies for the keys of FSDP; parallel=auto may choose FSDP."""
+STRATEGIES_OF_KEY = {
     "cpu_offload": (
-        Strategy.fsdp,
+        (*FSDP, Strategy.deepspeed),
         "a strategy that gathers the model part by part as it computes",
         "parallel=fsdp_offload, or parallel.cpu_offload=false",
     ),
     "reduce_each_micro_batch": (
-        Strategy.fsdp,
+        FSDP,
         "a strategy that shards the gradients",
         "parallel=fsdp, or parallel.reduce_each_micro_batch=false",
     ),
     "reduce_dtype": (
-        Strategy.fsdp,
+        FSDP,
         "a strategy that casts gradients before it reduces them",
         "parallel=fsdp, or parallel.reduce_dtype=fp32",
     ),
     "fsdp_min_num_params": (
-        Strategy.fsdp,
+        FSDP,
         "a strategy that gathers the model unit by unit",
         "parallel=fsdp, or parallel.fsdp_min_num_params=null",
     ),
     "dp_shard": (
-        Strategy.fsdp,
+        FSDP,
         "a strategy that shards the model",
         "parallel=hsdp parallel.dp_shard={value}, or no parallel.dp_shard",
     ),
     **{
-        key: (Strategy.deepspeed, "DeepSpeed, whose key it is", f"{words}, or no parallel.{key}")
+        key: ((Strategy.deepspeed,), "DeepSpeed, whose key it is", f"{words}, or no parallel.{key}")
         for key, words in (
             ("zero_stage", "parallel.strategy=deepspeed"),
-            ("offload_optimizer", "parallel=zero2"),
-            ("offload_parameters", "parallel=zero3"),
             ("deepspeed_config", "parallel=zero2"),
         )
     },
 }
-"""Key of one strategy -> the strategy, and the rest of the error with another strategy."""
+"""Key of few strategies -> these strategies, and the rest of the error with another strategy."""

@@ -308,7 +308,8 @@ def open_dataset(config: DataConfig, split: str) -> Any:
     """
     revision = revision_of(config)
     with readable(f"the split {split} of the dataset {config.dataset}{f' at {revision}' if revision else ''}"):
-        return _open_stream(str(config.dataset), revision, config.subset, split)
+        dataset, subset = config.dataset_and_subset
+        return _open_stream(str(dataset), revision, subset, split)
 
 
 # Readers of a shard's text: texts, jsonl and parquet files, and datasets streamed by Hugging Face's library.

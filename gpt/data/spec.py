@@ -275,9 +275,10 @@ def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
         }
         return _make_spec(config, "synthetic", (), {"synthetic": chain})
     if config.source is Source.dataset:
+        dataset, subset = config.dataset_and_subset
         identity: dict[str, Any] = {
-            "dataset": config.dataset,
-            "subset": config.subset,
+            "dataset": dataset,
+            "subset": subset,
             "train_split": TRAIN_SPLIT,
             "val_split": config.val_split,
             "text_key": config.text_key,

@@ -198,8 +198,7 @@ class RankStep:
         waits = {"dp": self.deepspeed() if parallel.strategy is Strategy.deepspeed else self.data_parallel()}
         if agreeing > 0:
             waits["world"] = agreeing
-        offloads = parallel.cpu_offload or parallel.offload_optimizer or parallel.offload_parameters
-        if self.machine.host is not None and offloads:
+        if self.machine.host is not None and parallel.cpu_offload:
             waits["host"] = self.offload(self.machine.host)
         return waits
 
@@ -316,21 +315,20 @@ class RankStep:
         after every micro-batch.
         """
         parallel, count = self.config.parallel, self.batch.accumulation
-        fsdp = parallel.cpu_offload
+        fsdp = not parallel.offloads_optimizer
         part = self.shards.stored() if fsdp else -(-self.shards.elements // self.dims.data_ranks)
         # fsdp copies fp32 weights and casts them on the device; DeepSpeed has bf16 weights next to the masters.
         brought = (FP32 if fsdp else self.width) * part / host.link_bytes_per_s
         waits = 0.0
-        if fsdp or parallel.offload_parameters:
+        if fsdp or parallel.offloads_parameters:
             again = brought if parallel.reshard_after_forward else 0.0
             forward = max(0.0, brought - (1 - BACKWARD) * self.compute_s)
             waits += count * (forward + max(0.0, again - BACKWARD * self.compute_s))
-        if fsdp or parallel.offload_optimizer:
-            often = count if (parallel.zero_stage or 0) >= 2 else 1
-            stepped = self.trained.stored() if fsdp else part
-            waits += often * FP32 * stepped / host.link_bytes_per_s + STEP_BYTES * stepped / host.bytes_per_s
-            waits += 0.0 if fsdp or parallel.offload_parameters else brought
-        return waits
+        else:
+            waits += brought
+        often = count if (parallel.zero_stage or 0) >= 2 else 1
+        stepped = self.trained.stored() if fsdp else part
+        return waits + often * FP32 * stepped / host.link_bytes_per_s + STEP_BYTES * stepped / host.bytes_per_s
 
     def tied_embedding(self) -> float:
         """Return the seconds per step of the exchange of a tied embedding's gradients between the first and the last

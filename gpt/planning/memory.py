@@ -123,7 +123,7 @@ def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) ->
     # ZeRO-1 leaves gradients in the unpadded parameters, and in bf16 also accumulates them in fp32.
     whole = FP32 * flat + BF16 * shards.elements if bf16 else FP32 * shards.elements
     gradients = FP32 * flat // ranks if parallel.zero_stage == 2 else whole
-    host = masters_and_moments if parallel.offload_optimizer else 0
+    host = masters_and_moments if parallel.offloads_optimizer else 0
     return RankMemory((BF16 if bf16 else FP32) * flat, gradients, masters_and_moments + counts - host, host=host)
 
 
@@ -135,8 +135,8 @@ def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> R
     # A single rank frees nothing, although it also has its shard of everything.
     whole = sum(count * p.elements for p, count in pieces(shards) if p.elements <= PERSISTENT or ranks == 1)
     counts = FP32 * sum(1 for size in group_sizes(shards) if size)
-    states_there = 3 * FP32 * part if parallel.offload_optimizer else 0
-    weights_there = width * part if parallel.offload_parameters else 0
+    states_there = 3 * FP32 * part if parallel.offloads_optimizer else 0
+    weights_there = width * part if parallel.offloads_parameters else 0
     return RankMemory(
         width * (part + whole) - weights_there,
         FP32 * part,

@@ -26,8 +26,6 @@ from launch.runs.compose import plain
 
 SCHEDULES = (Schedule["1f1b"], Schedule.interleaved, Schedule.zbv)
 """Schedules to consider. Of schedules with equal bubbles, only the one with the fewest activations is in the list."""
-OFFLOADS = ("cpu_offload", "offload_optimizer", "offload_parameters")
-"""Keys of ``parallel`` that offload tensors to host memory."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +283,7 @@ def layout_text(parallel: ParallelConfig, dims: ParallelDims) -> str:
         text.append(parallel.schedule.name)
     if dims.is_sharded and not parallel.reshard_after_forward:
         text.append("reshard_after_forward=false")
-    return " ".join([*text, *(f"{key}=true" for key in OFFLOADS if getattr(parallel, key))])
+    return " ".join([*text, *(["cpu_offload=true"] if parallel.cpu_offload else [])])
 
 
 def table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -284,17 +284,17 @@ def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
     parallel = config.parallel
     if parallel.zero_stage in (2, 3):
         # A preset with parameter offload implies ZeRO-3, so changing the ZeRO stage alone would not suffice.
-        fix = "parallel=ds_pp_zero1" if parallel.offload_parameters else "parallel.zero_stage=1"
+        fix = "parallel=ds_pp_zero1" if parallel.offloads_parameters else "parallel.zero_stage=1"
         raise ConfigError(
             f"parallel.zero_stage={parallel.zero_stage} with parallel.pp={dims.pp}",
             "stage 0 or 1: a stage of DeepSpeed's pipeline keeps its gradients over all micro-batches",
             f"{fix}, or parallel=fsdp parallel.pp={dims.pp}",
         )
-    if parallel.offload_optimizer:
+    if parallel.offloads_optimizer:
         raise ConfigError(
-            f"parallel.offload_optimizer=true with parallel.pp={dims.pp}",
+            f"parallel.cpu_offload=true with parallel.pp={dims.pp}",
             "one of them: DeepSpeed's pipeline steps an optimizer on the device",
-            "parallel.offload_optimizer=false, or parallel.pp=1",
+            "parallel.cpu_offload=false, or parallel.pp=1",
         )
     if parallel.schedule is not Schedule["1f1b"]:
         raise ConfigError(
@@ -349,9 +349,9 @@ def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
     if parallel.zero_stage:
         # DeepSpeed allocates a whole bucket, by default 2 GB, even for a small model.
         zero["reduce_bucket_size"] = min(BUCKET, count(config.model).total)
-    if parallel.offload_optimizer:
+    if parallel.offloads_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if parallel.offload_parameters:
+    if parallel.offloads_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     made: dict[str, Any] = {
         "train_batch_size": batch.global_batch,
@@ -370,7 +370,7 @@ def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
         }
-    if parallel.offload_optimizer:
+    if parallel.offloads_optimizer:
         # torch's fused AdamW also runs on the host; DeepSpeed's own would be compiled at the first start.
         made["zero_force_ds_cpu_optimizer"] = False
     return made
@@ -422,11 +422,11 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": optim.grad_clip,
         "zero_optimization.stage": parallel.zero_stage,
-        "zero_optimization.offload_optimizer.device": "cpu" if parallel.offload_optimizer else "none",
-        "zero_optimization.offload_param.device": "cpu" if parallel.offload_parameters else "none",
+        "zero_optimization.offload_optimizer.device": "cpu" if parallel.offloads_optimizer else "none",
+        "zero_optimization.offload_param.device": "cpu" if parallel.offloads_parameters else "none",
         # Keys of older DeepSpeed config files for the same two settings.
-        "zero_optimization.cpu_offload": parallel.offload_optimizer,
-        "zero_optimization.cpu_offload_param": parallel.offload_parameters,
+        "zero_optimization.cpu_offload": parallel.offloads_optimizer,
+        "zero_optimization.cpu_offload_param": parallel.offloads_parameters,
         # This setting orders shards in a way that checkpoints do not record, so a resumed run would mix up weights.
         "zero_optimization.round_robin_gradients": False,
         # Replica groups, which checkpoints do not record.

@@ -22,7 +22,7 @@ def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if ``pp`` ranks or the schedule cannot run this number of layers or micro-batches."""
     if dims.pp == 1:
         return
-    if config.parallel.cpu_offload and config.model.tie_embeddings:
+    if config.parallel.cpu_offload and config.model.tie_embeddings and not config.parallel.offloads_optimizer:
         raise ConfigError(
             f"parallel.cpu_offload=true with parallel.pp={config.parallel.pp} and model.tie_embeddings=true",
             "gradients on the devices, where first and last rank sum those of the tied matrix",

@@ -312,7 +312,7 @@ class CheckpointSchedule:
     def is_due_in_memory(self, step: int) -> bool:
         """Return True if a checkpoint in memory is due after ``step``; never while another save is in flight."""
         is_free = self._manager.memory is not None and not self._manager.is_pending
-        return is_free and step % self._run.config.checkpoint.in_memory_interval == 0
+        return is_free and step % self._run.config.checkpoint.memory_interval == 0
 
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
         """Save a checkpoint of the step just done; return the seconds that training waited.

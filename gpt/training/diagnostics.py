@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gpt.config import ModelConfig, TrainConfig
+from gpt.config import PROFILE_FROM, ModelConfig, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import shared_squares, times
@@ -246,7 +246,7 @@ def layer_of(parameter: str) -> str:
     return ".".join(words[:2]) if words[0] == "blocks" else words[0]
 
 
-# Profile of a few steps: ``profile=true profile_from=A``. Only rank 0 is profiled.
+# Profile of a few steps: ``profile=true``. Only rank 0 is profiled.
 
 
 PROFILED = 3
@@ -257,7 +257,7 @@ ROWS = 40
 
 
 class StepProfile:
-    """Profiler of the ``PROFILED`` steps from ``profile_from`` on.
+    """Profiler of the ``PROFILED`` steps from ``PROFILE_FROM`` on.
 
     The loop calls ``due`` after each step. If the result is True, the loop waits for the device, reads the figures of
     the step, and calls ``after``.
@@ -267,7 +267,7 @@ class StepProfile:
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:
         self._folder = folder
-        self._first, self._last = config.profile_from, config.profile_from + PROFILED - 1
+        self._first, self._last = PROFILE_FROM, PROFILE_FROM + PROFILED - 1
         self._wanted, self._is_profiled = config.profile, world.is_first
         self._is_on = False
         self._on_gpus = world.device.type == "cuda"

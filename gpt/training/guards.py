@@ -17,7 +17,6 @@ from torch import Tensor
 from gpt.config import DivergenceConfig, OptimConfig, TrainConfig
 from gpt.parallel.engine import MINIMUM
 from gpt.parallel.modules import ReplicaCheck
-from launch.errors import ConfigError
 from launch.runs.events import Events
 from launch.runs.records import StepRecord
 
@@ -242,13 +241,11 @@ class EarlyStop:
     def reason(self) -> str | None:
         """Return the reason to end the run now, as text; None if the run continues."""
         target, patience = self.config.target_val_loss, self.config.patience
-        per_byte, per_byte_target = self.best_per_byte, self.config.target_val_nats_per_byte
+        per_byte = self.best_per_byte
         told = f"val_loss {self.best:.4f} at step {self.best_step}"
         told += "" if per_byte is None else f" ({per_byte:.4f} nats per byte)"
         if target is not None and self.best <= target:
             return f"{told} reached optim.target_val_loss={target:g}"
-        if per_byte_target is not None and per_byte is not None and per_byte <= per_byte_target:
-            return f"{told} reached optim.target_val_nats_per_byte={per_byte_target:g}"
         if patience is not None and self.waited >= patience:
             return (
                 f"val_loss did not fall below {self.best:.4f}, that of step {self.best_step}, in {self.waited} "
@@ -266,17 +263,6 @@ class EarlyStop:
         self.best, self.best_step = state.get("best", math.inf), state.get("best_step", 0)
         self.waited = state["waited"]
         self.best_per_byte = state.get("best_per_byte")
-
-
-def refuse_unknown_text(config: TrainConfig, val_bytes: float | None) -> None:
-    """Raise ConfigError if a target is per byte of text, and the bytes of the validation text are not known."""
-    target = config.optim.target_val_nats_per_byte
-    if target is not None and not val_bytes:
-        raise ConfigError(
-            f"optim.target_val_nats_per_byte={target:g} with data={config.data.title}, whose bytes of text are unknown",
-            "a corpus of gpt.prepare, or of characters",
-            "optim.target_val_loss=LOSS, in nats per token",
-        )
 
 
 # Replicas with different parameters end the attempt, and the failure names rank and host.
@@ -319,6 +305,8 @@ def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
 
 WARMUP_STEPS = 5
 """First steps of an attempt that are left out: they compile, connect, and fill caches."""
+STRAGGLER_FACTOR = 1.2
+"""Factor above the median of the other ranks' own times per step at which a rank is slow, and named with its host."""
 STRAGGLER_WINDOW = 20
 """Number of steps over which the own times of the ranks are averaged."""
 ENDS_AT = 0.5
@@ -381,12 +369,11 @@ class StragglerWatch:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        logging = run.config.logging
         # If the waits are unknown, a step takes equally long on every rank, which shows no difference.
         is_known = run.engine.timed_groups is not None and run.world.size > 1
-        self.size = run.world.size if is_known and logging.straggler_factor else 0
+        self.size = run.world.size if is_known else 0
         """Numbers that a step sums for the watch: one for each rank, or none."""
-        self._judge = StragglerJudge(logging.straggler_factor, STRAGGLER_WINDOW)
+        self._judge = StragglerJudge(STRAGGLER_FACTOR, STRAGGLER_WINDOW)
         self._since = run.step
         self._own_s = 0.0
 

@@ -248,7 +248,7 @@ class GptWorkload(Workload):
             checkpoint_bytes=memory.checkpoint_bytes(config),
             step_s=None if on_cpus(config, request) else step_s,  # the estimate assumes one rate for all CPUs
             saves_more_often=f"checkpoint.interval={saves_more_often(config)}",
-            checkpoints_kept=config.checkpoint.keep_last + 1,
+            checkpoints_kept=most_checkpoints(config),
             uses_cpus=on_cpus(config, request),
             fewer_nodes=possible_sizes(request, partial(refuse_size, config)),
         )
@@ -316,6 +316,12 @@ class GptWorkload(Workload):
             ConfigError: the run makes no copies, or they are unreachable.
         """
         return saved_copies(read_config(folder, TrainConfig).checkpoint.copy_to, folder.path)
+
+
+def most_checkpoints(config: TrainConfig) -> int:
+    """Return the number of checkpoints that the run has on the disk at most, with the one that is being written."""
+    kept, steps = config.checkpoint.keep_last, config.checkpoint.every().steps
+    return 1 + (kept if kept is not None else -(-config.optim.max_steps // steps) if steps else 1)
 
 
 def saves_more_often(config: TrainConfig) -> str:

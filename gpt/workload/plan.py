@@ -247,7 +247,7 @@ def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
     where = "its own node and of the next" if nodes > 1 else "its node"
     gone = "a lost head node, or two neighbors lost together, take" if nodes > 1 else "a lost node takes"
     return (
-        f"; every {config.checkpoint.in_memory_interval} steps in the memory of {where}, "
+        f"; every {config.checkpoint.memory_interval} steps in the memory of {where}, "
         f"{held / GIB:.3f} GiB for each rank of a node ({gone} it along: then the disk's counts)"
     )
 
@@ -435,7 +435,7 @@ def refuse_too_little_memory(config: TrainConfig, needed: RankMemory, request: P
 def smaller(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> Iterator[str]:
     """Yield overrides with which the run needs less memory; first those that cost the least speed."""
     if config.checkpoint.in_memory and on_cpus(config, request):
-        yield "checkpoint.in_memory=false"
+        yield "checkpoint.memory_interval=0"
     known = find(gpu_name(request) or "")
     if config.precision is Precision.fp32 and not on_cpus(config, request):
         yield f"precision={(Precision.bf16 if known is None else known.half).name}"
@@ -466,7 +466,7 @@ def refuse_too_little_host(config: TrainConfig, needed: RankMemory, request: Pla
     ]
     asked = ", ".join(f"{text} {size / GIB:.2f} GiB" for size, text in parts if size)
     fixes = ["more nodes", *(["no offload"] if needed.host else [])]
-    fixes += ["checkpoint.in_memory=false"] if held else ["checkpoint.asynchronous=false"] if staging else []
+    fixes += ["checkpoint.memory_interval=0"] if held else ["checkpoint.asynchronous=false"] if staging else []
     raise ConfigError(
         f"{asked} for each rank, and {have / GIB:.2f} GiB of a node's memory for each",
         "a node that holds what its GPUs leave to it",

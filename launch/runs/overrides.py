@@ -356,8 +356,16 @@ ELSEWHERE = {
     "eval_steps": "eval.interval",
     "save_steps": "checkpoint.interval",
     "save_total_limit": "checkpoint.keep_last",
+    # earlier versions of this project
+    "keep_every": "checkpoint.keep_last=null",
+    "copy_keep": "checkpoint.keep_last",
+    "in_memory": "checkpoint.memory_interval=10",
+    "in_memory_interval": "checkpoint.memory_interval",
+    "subset": "data.dataset=NAME:SUBSET",
+    "target_val_nats_per_byte": "optim.target_val_loss=LOSS",
+    **dict.fromkeys(("offload_optimizer", "offload_parameters"), "parallel.cpu_offload=true"),
 }
-"""Name of a setting in other tools -> key of this project; a whole override if the values have another meaning."""
+"""Name of a setting elsewhere -> key of this project; a whole override if the values have another meaning."""
 MOST_NAMES = 6
 """Names of keys that a refusal lists."""
 

@@ -15,7 +15,6 @@ from gpt.checkpoint.messages import CheckpointError
 from gpt.checkpoint.target import Target, check_target
 from gpt.checkpoint.upkeep import LAST_TRIES, Upkeep, UpkeepPlan, fetch_newest
 from gpt.config.optim import CheckpointConfig
-from launch.errors import ConfigError
 from launch.runs.events import uncopied_text
 from launch.runs.folder import RunFolder
 from tests.support.checkpoints import Checkpoints, differing, read_weights, state
@@ -126,20 +125,22 @@ def test_a_checkpoint_is_not_deleted_while_it_is_copied(target: Target, tmp_path
         tending.add(2, None)  # which retires all others
         may_go_on.set()
         assert tending.close(60)
-    assert target.steps() == [1, 2] and not path.exists(), "deleted after it was copied"
+    copied = [event["step"] for event in folder.read_events() if event["event"] == "copied"]
+    assert copied == [1, 2] and not path.exists(), "deleted after it was copied"
+    assert target.steps() == [2], "copies of the steps that the run folder keeps"
     assert put(path, yes) is None, "gone before it was begun"
 
 
 def plan_of(folder: RunFolder, keeps: int = 9) -> UpkeepPlan:
-    return UpkeepPlan(folder, 1, Retention(keeps), False, "there", Retention(2))
+    return UpkeepPlan(folder, 1, Retention(keeps), False, "there")
 
 
 def test_copies_that_are_not_kept_or_were_never_finished_are_deleted(target: Target, tmp_path: Path) -> None:
     for step, loss in ((10, 3.0), (20, 1.0), (25, 2.0), (30, 4.0), (40, 5.0)):
         target.put(make_checkpoint(tmp_path, step, val_loss=loss), yes)
     target.fs.rm_file(f"{target.root}/step_00000025/{NAME}")  # as after an upload that was cut off
-    target.retire(Retention(1, every=30, best=1))
-    assert target.steps() == target._begun() == [20, 30, 40]
+    target.retire(Retention(1, best=1))
+    assert target.steps() == target._begun() == [20, 40]
     target.discard_after(20)
     assert target.steps() == [20]
 
@@ -287,10 +288,6 @@ def test_places_that_take_no_copies_are_refused(url: str, found: str, fix: str, 
     assert "SECRET" not in str(refused(check, fix=fix, said=found))
 
 
-def test_a_number_of_copies_needs_a_place_for_them(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"without checkpoint\.copy_to"):
-        CheckpointConfig(interval=1, keep_last=1, copy_keep=2).validate()
-    with pytest.raises(ConfigError, match=r"checkpoint\.copy_keep=0"):
-        CheckpointConfig(interval=1, keep_last=1, copy_to=f"file://{tmp_path}", copy_keep=0).validate()
+def test_the_probe_of_a_place_for_copies_leaves_nothing(tmp_path: Path) -> None:
     check_target(f"file://{tmp_path}/far", tmp_path / "n" / "p")
     assert not [path for path in (tmp_path / "far").rglob("*") if path.is_file()], "the probe is deleted again"

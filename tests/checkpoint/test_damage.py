@@ -350,7 +350,7 @@ def save_on_a_disk_that_rots(rank: int, size: int, folder: RunFolder) -> tuple[l
             writer = ProcessWriter()
         writer.patience_s = 100.0
         store = Checkpoints(folder.checkpoints, Retention(1, 0), writer=writer)
-        store.upkeep = UpkeepPlan(folder, 7, Retention(1), scrubs=True, copy_to=None, copy_keeps=Retention(1))
+        store.upkeep = UpkeepPlan(folder, 7, Retention(1), scrubs=True, copy_to=None)
         for step in steps:
             store.save(step, state(step), {}, {})
         writer.close()  # what is under way is read to its end
@@ -378,7 +378,7 @@ def save_faster_than_scrubs(rank: int, size: int, folder: RunFolder) -> list[lis
             has_read.set()
 
     store = Checkpoints(folder.checkpoints, Retention(1))
-    store.upkeep = UpkeepPlan(folder, 7, Retention(1), scrubs=True, copy_to=None, copy_keeps=Retention(1))
+    store.upkeep = UpkeepPlan(folder, 7, Retention(1), scrubs=True, copy_to=None)
     found = []
     with (
         mock.patch.object(upkeep, "drop_cached", lambda path: may_read.wait()),

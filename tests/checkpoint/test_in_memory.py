@@ -200,7 +200,7 @@ def test_a_copy_that_changes_on_its_way_is_refused(nodes: list[Served]) -> None:
 
 
 def test_the_plan_counts_the_memory_of_two_nodes_and_refuses_what_does_not_fit() -> None:
-    config = config_from([*TINY, "checkpoint.in_memory=true", "checkpoint.in_memory_interval=7"])
+    config = config_from([*TINY, "checkpoint.memory_interval=7"])
     share = staging_bytes(config, 4)
     assert in_memory_bytes(config, 4, 1) == 2 * share, "the last, and the one on its way"
     assert in_memory_bytes(config, 4, 2) == in_memory_bytes(config, 4, 4) == 4 * share, "of this node and another"
@@ -216,10 +216,10 @@ def test_the_plan_counts_the_memory_of_two_nodes_and_refuses_what_does_not_fit()
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_nodes_without_that_memory_are_refused(device: str, tmp_path: Path) -> None:
     words = [*TINY, f"device={device}", "checkpoint.asynchronous=true"]
-    asked = config_from([*words, "checkpoint.in_memory=true"])
+    asked = config_from([*words, "checkpoint.memory_interval=10"])
     held = in_memory_bytes(asked, 4, 2)
     needed = RankMemory(0, 0, 0, 0, 0, 0)
-    refused = pytest.raises(ConfigError, match=r"checkpoints in memory of .* GiB(.|\n)*checkpoint\.in_memory=false")
+    refused = pytest.raises(ConfigError, match=r"checkpoints in memory of .* GiB(.|\n)*checkpoint\.memory_interval=0")
     for room, outcome in ((held // 2, refused), (2 * (held + staging_bytes(asked, 4)), nullcontext())):
         cluster = ClusterConfig(mem_gb=2 * room / 2**30)
         with outcome:

@@ -110,8 +110,8 @@ LOSSES = [3.0, 1.5, None, 2.5, 2.0, float("nan"), 2.0, None]
 KEPT = {
     Retention(1): [8],
     Retention(3): [6, 7, 8],
-    Retention(2, every=3): [3, 6, 7, 8],
-    Retention(1, every=5, best=2): [2, 5, 7, 8],  # of equal losses the newer
+    Retention(None): [1, 2, 3, 4, 5, 6, 7, 8],
+    Retention(1, best=2): [2, 7, 8],  # of equal losses the newer
 }
 
 

@@ -432,12 +432,18 @@ def test_validation_files_that_cannot_be_are_refused(
 def test_a_dataset_is_read_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets (the extra 'data') is not installed")
     asked: list[Any] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: asked.append((args, keys["revision"])))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **keys: asked.append((a, keys["revision"], keys["name"])))
     for name in ("tinystories", "openwebtext", "slimpajama_6b"):
         config = config_from([f"data={name}"]).data
         shards.open_dataset(config, "train")
-        assert config.revision is not None and asked[-1] == ((config.dataset,), config.revision)
+        assert config.revision is not None and asked[-1] == ((config.dataset,), config.revision, None)
         assert build_spec(config, tmp_path).identity["revision"] == config.revision
+    subset = config_from(["data=tinystories", "data.dataset=NAME:SUBSET"]).data
+    shards.open_dataset(subset, "train")
+    assert (
+        asked[-1] == (("NAME",), subset.revision, "SUBSET")
+        and build_spec(subset, tmp_path).identity["subset"] == "SUBSET"
+    )
     with pytest.raises(ConfigError, match=r"data\.revision=v1 with data=stdlib"):
         DataConfig(source=Source.stdlib, revision="v1").validate()
 

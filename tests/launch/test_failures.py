@@ -369,7 +369,7 @@ STEPS, DISK = 60, 20
 IN_MEMORY = (
     *TINY,
     *(f"optim.max_steps={STEPS}", "eval.interval=0", f"checkpoint.interval={DISK}", "nodes=2", "cluster=local"),
-    *("model.n_layer=1", "optim.max_micro_batch=4", "checkpoint.in_memory_interval=1", "parallel=fsdp"),
+    *("model.n_layer=1", "optim.max_micro_batch=4", "parallel=fsdp"),
     *("logging.tensorboard=false", "resilience.health_check=false"),
 )
 AGENTS = 3
@@ -388,7 +388,7 @@ def test_restarts_from_memory_after_a_killed_rank_and_a_lost_node_give_the_same_
     doomed.config.parent.mkdir(parents=True)
     shutil.copy(quiet.plan, doomed.plan)
     config = quiet.config.read_text().replace(str(quiet.path), str(doomed.path))
-    doomed.config.write_text(config.replace("in_memory: false", "in_memory: true"))
+    doomed.config.write_text(config.replace("memory_interval: 0", "memory_interval: 1"))
 
     where = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "SUBMITIT_LOCAL_NTASKS": str(AGENTS)}
     agents = [

@@ -188,7 +188,7 @@ def test_offloading_by_hand() -> None:
     assert kept["host"] == pytest.approx(3 * 4 * part / 1e9 + stepping)
     hidden = cost(config_of(3, data_ranks=4, **keys), 4, replace(slow, flops_per_s=1e6)).communication_s
     assert hidden["host"] == pytest.approx(stepping)
-    keys = {"strategy": Strategy.deepspeed, "zero_stage": 2, "offload_optimizer": True}
+    keys = {"strategy": Strategy.deepspeed, "zero_stage": 2, "cpu_offload": True}
     config = replace(config_of(3, data_ranks=4, **keys), precision=Precision.bf16)
     shard = parameters / 4
     assert cost(config, 4, slow).communication_s["host"] == pytest.approx(

@@ -17,10 +17,9 @@ from torch import Tensor
 from gpt.parallel.modules import ReplicaCheck, find_odd, local_tensor
 from gpt.train import train
 from gpt.training import guards
-from gpt.training.guards import EarlyStop, StragglerJudge, refuse_unknown_text
+from gpt.training.guards import EarlyStop, StragglerJudge
 from gpt.training.run import Run
 from gpt.training.step import queue_step
-from launch.errors import ConfigError
 from launch.runs.events import straggling_ranks
 from launch.runs.folder import RunFolder
 from launch.runs.process import Phase
@@ -29,7 +28,6 @@ from launch.slurm.status import find_run_status
 from launch.status import as_dict, status_notes
 from launch.worker import Run as Rank
 from tests.support.commands import TINY, run
-from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import DEEPSPEED, start
 from tests.support.learning import TINY as LEARNING
@@ -68,20 +66,16 @@ def test_the_losses_that_end_a_run_whether_or_not_it_is_resumed() -> None:
     assert over_at(waiting, patience=4) is None
 
 
-def test_a_target_per_byte_of_text() -> None:
-    stop = judge(target_val_nats_per_byte=0.5)
+def test_the_reason_names_the_loss_per_byte_of_text() -> None:
+    stop = judge(target_val_loss=2.5)
     stop.add(10, 3.0, 1.0)
-    assert stop.reason() is None, "a bit is 0.69 nats"
-    stop.add(20, 2.0, 0.72)
+    assert stop.reason() is None
+    stop.add(20, 2.0, 0.72)  # a bit is 0.69 nats
     reason = stop.reason()
-    assert reason == "val_loss 2.0000 at step 20 (0.4991 nats per byte) reached optim.target_val_nats_per_byte=0.5"
-    resumed = judge(target_val_nats_per_byte=0.5)
+    assert reason == "val_loss 2.0000 at step 20 (0.4991 nats per byte) reached optim.target_val_loss=2.5"
+    resumed = judge(target_val_loss=2.5)
     resumed.load(json.loads(json.dumps(stop.state())))
     assert resumed.reason() == reason
-    config = config_from(["data=synthetic", "optim.target_val_nats_per_byte=0.5"])
-    refuse_unknown_text(config, 100.0)
-    with pytest.raises(ConfigError, match="whose bytes of text are unknown"):
-        refuse_unknown_text(config, None)
 
 
 def test_a_run_ends_at_its_target_stays_ended_and_goes_on_for_a_lower_one(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_gradient_figures_are_those_of_the_whole_gradient() -> None:
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run whose first attempt went on to step 6 without saving again, was lost, and was resumed from step 4."""
     folder = tmp_path_factory.mktemp("views")
-    words = (*WORDS, "profile=true", "profile_from=2", f"run_dir={folder / 'run'}")
+    words = (*WORDS, "profile=true", f"run_dir={folder / 'run'}")
     words += ("deterministic=true", "model.dropout=0.1", "recompute=full")
     words += (f"logging.wandb={str(is_installed('wandb')).lower()}",)
     run("gpt.train", *words, cwd=folder, WANDB_MODE="offline")
@@ -138,14 +138,11 @@ def test_weights_and_biases_has_the_curves_of_every_attempt_under_one_run(resume
         assert {name: curves[name] for name in known} == known
 
 
-def test_the_steps_asked_for_were_profiled_once(resumed: RunFolder) -> None:
-    attempt = resumed.attempt(1)
-    assert (attempt / "trace_rank_00000.json.gz").stat().st_size > 1000
-    assert (
-        "aten::addmm" in (attempt / "profile_rank_00000.txt").read_text()
-        or "aten::mm" in (attempt / "profile_rank_00000.txt").read_text()
-    )
-    assert not list(resumed.attempt(2).glob("*profile*")), "those steps were over"
+def test_each_attempt_that_goes_through_the_profiled_steps_has_a_trace_of_them(resumed: RunFolder) -> None:
+    for attempt in (resumed.attempt(1), resumed.attempt(2)):  # the second one begins at step 5
+        assert (attempt / "trace_rank_00000.json.gz").stat().st_size > 1000
+        table = (attempt / "profile_rank_00000.txt").read_text()
+        assert "aten::addmm" in table or "aten::mm" in table
 
 
 def test_the_environment_is_recorded(resumed: RunFolder) -> None:
