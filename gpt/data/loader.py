@@ -17,9 +17,8 @@ from torch import Tensor
 
 from gpt.data.corpus import num_windows
 from gpt.data.order import PassedOver, Stream, max_samples, sample_position, sample_source, samples_per_source
+from gpt.data.prepared import Segment, Tokens
 from gpt.data.prepared import Split as SplitFiles
-from gpt.data.prepared import Tokens
-from gpt.data.token_file import Segment
 from gpt.topology import Batch
 from launch.errors import ConfigError
 

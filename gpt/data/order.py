@@ -26,11 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt.config import DataConfig
-from gpt.data.preparation import encode_piece, make_tokenizer, token_dtype_for
-from gpt.data.prepared import TOKENIZER, Split, Tokens, TokenSource
-from gpt.data.shards import TRAIN, VAL, list_shards, read_shard
+from gpt.data.preparation import encode_piece, token_dtype_for
+from gpt.data.prepared import TOKENIZER, Split, Tokens, TokenSource, read_token_file
+from gpt.data.shards import TRAIN, VAL, list_shards, make_tokenizer, read_shard
 from gpt.data.spec import PreprocessingSpec, build_spec, prepare_command
-from gpt.data.token_file import read_token_file
 from gpt.data.tokenizers import ABOUT, Tokenizer, describe_tokenizer, load_tokenizer, save_tokenizer
 from launch.errors import ConfigError
 from launch.runs.folder import read_json, write_atomically, write_json

@@ -17,6 +17,7 @@ import os
 import pickle
 import platform
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +36,21 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from gpt.config import TokenFileFormat, TokenizerKind, is_installed
-from gpt.data.prepared import FORMAT, MANIFEST, SPLITS, TOKENIZER, TokenSource, open_folder, read_corpus_manifest
+from gpt.data.prepared import (
+    FORMAT,
+    ITEM_BYTES,
+    LLMC_HEADER_BYTES,
+    LLMC_KINDS,
+    MANIFEST,
+    MEGATRON_CODES,
+    MEGATRON_HEADER,
+    MEGATRON_MAGIC,
+    SPLITS,
+    TOKENIZER,
+    TokenSource,
+    open_folder,
+    read_corpus_manifest,
+)
 from gpt.data.shards import (
     TRAIN,
     VAL,
@@ -45,22 +60,18 @@ from gpt.data.shards import (
     chain_of,
     decode_text,
     list_shards,
+    make_tokenizer,
     read_shard,
     walk,
 )
-from gpt.data.spec import TOKENIZER_TRAIN_BYTES, PreprocessingSpec
-from gpt.data.token_file import ITEM_BYTES, WrittenFile, token_dtype, write_split
+from gpt.data.spec import PreprocessingSpec
 from gpt.data.tokenizers import (
     ABOUT,
-    ByteTokenizer,
     CharTokenizer,
     Tokenizer,
     describe_tokenizer,
-    load_gpt2,
     load_tokenizer,
-    read_tokenizer,
     save_tokenizer,
-    train_sentencepiece,
 )
 from launch.errors import ConfigError
 from launch.runs.folder import read_json, write_atomically, write_json
@@ -114,53 +125,6 @@ def prepare_folder(
         made = open_folder(folder)
         assert made is not None, f"{folder} was just written"
         return made
-
-
-# Tokenizer of a corpus: built in, read from a file, or trained on the text. Texts are streamed.
-
-
-SAMPLED_SHARDS = 16  # spread over the corpus, since its beginning may have one language or one source
-LINE_CHARACTERS = 1000  # SentencePiece ignores lines of more than 4192 bytes
-
-
-def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
-    """Make the tokenizer of a spec.
-
-    Raises:
-        ConfigError: its file or its library is missing, or the text is not UTF-8.
-    """
-    config = spec.config
-    if config.tokenizer is TokenizerKind.byte:
-        return ByteTokenizer()
-    if config.tokenizer is TokenizerKind.char:
-        # The characters of the whole corpus, including validation. A newline ends a document.
-        found = {"\n"} if spec.splits_documents else set()
-        for shard in list_shards(spec):
-            found.update(*(decode_text(piece.data, shard) for piece in read_shard(spec, shard)))
-        return CharTokenizer(sorted(found))
-    if config.tokenizer_path is not None:
-        return read_tokenizer(config.tokenizer, Path(config.tokenizer_path).expanduser())
-    if config.tokenizer is TokenizerKind.tiktoken:
-        return load_gpt2()
-    assert config.tokenizer is TokenizerKind.sentencepiece, "DataConfig.validate asks for a path"
-    return train_sentencepiece(_sample_lines(spec), config.tokenizer_vocab_size)
-
-
-def _sample_lines(spec: PreprocessingSpec) -> Iterator[str]:
-    """Yield lines of the training text, sampled over the whole corpus, up to ``TOKENIZER_TRAIN_BYTES``."""
-    shards = [shard for shard in list_shards(spec) if shard.split in (None, TRAIN)]
-    chosen = shards[:: max(1, len(shards) // SAMPLED_SHARDS)][:SAMPLED_SHARDS]
-    for shard in chosen:
-        left = TOKENIZER_TRAIN_BYTES // len(chosen)
-        for piece in read_shard(spec, shard):
-            if piece.split != TRAIN:
-                continue
-            text = decode_text(piece.data, shard)[:left]
-            left -= len(piece.data)
-            for line in text.splitlines(keepends=True):
-                yield from (line[i : i + LINE_CHARACTERS] for i in range(0, len(line), LINE_CHARACTERS))
-            if left <= 0:
-                break
 
 
 # Tokenization of shards, in this process or in several. A process keeps one piece of text and its tokens in memory.
@@ -281,6 +245,105 @@ def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:
 def token_dtype_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> str:
     """Return the numpy name of the integer type of a corpus's tokens."""
     return token_dtype(spec.config.layout, vocab_size_for(spec, tokenizer))
+
+
+# Writers of token files: one split in the format of nanoGPT, llm.c or Megatron. They keep one piece in memory at a
+# time.
+
+
+LLMC_SHARD_TOKENS = 100_000_000  # as in llm.c's fineweb.py
+MEGATRON_SEQUENCE_LIMIT = 1 << 31  # lengths are int32
+UINT16_VOCAB = 1 << 16
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Entry of one file of a split in the manifest."""
+
+    name: str
+    tokens: int
+    """Number of tokens; 0 for a file without tokens, such as an index."""
+    size: int
+    sha256: str
+
+
+def token_dtype(layout: TokenFileFormat, vocab_size: int) -> str:
+    """Choose the integer type of a token: 16 bits if the vocabulary allows. Megatron has no unsigned 32 bits."""
+    if vocab_size <= UINT16_VOCAB:
+        return "uint16"
+    return "int32" if layout is TokenFileFormat.megatron else "uint32"
+
+
+def write_split(
+    layout: TokenFileFormat,
+    stem: Path,
+    dtype: str,
+    tokens: int,
+    chunks: Iterable[bytes],
+    lengths: npt.NDArray[np.int64],
+) -> list[WrittenFile]:
+    """Write the files of one split.
+
+    Args:
+        layout: the format of the files.
+        stem: folder and beginning of the file names, such as ``FOLDER/train``.
+        dtype: numpy name of a token's integer.
+        tokens: number of tokens in ``chunks``; llm.c writes it into a header.
+        chunks: the tokens, as little-endian ``dtype``.
+        lengths: tokens of each document, in order, (documents,); used by Megatron's index only.
+    """
+    if layout is TokenFileFormat.llmc:
+        return list(_write_llmc(stem, dtype, tokens, chunks))
+    written = [_write_file(stem.with_suffix(".bin"), chunks, tokens)]
+    assert written[0].size == tokens * ITEM_BYTES[dtype], f"{stem}: {written[0].size} bytes for {tokens} tokens"
+    if layout is TokenFileFormat.megatron:
+        written.append(_write_file(stem.with_suffix(".idx"), _megatron_index(dtype, lengths), 0))
+    return written
+
+
+def _write_file(path: Path, chunks: Iterable[bytes | memoryview], tokens: int) -> WrittenFile:
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return WrittenFile(path.name, tokens, size, digest.hexdigest())
+
+
+def _write_llmc(stem: Path, dtype: str, tokens: int, chunks: Iterable[bytes]) -> Iterator[WrittenFile]:
+    more, rest = iter(chunks), memoryview(b"")
+
+    def shard(count: int) -> Iterator[bytes | memoryview]:
+        nonlocal rest
+        yield struct.pack("<iii", *LLMC_KINDS[dtype], count).ljust(LLMC_HEADER_BYTES, b"\0")
+        left = count * ITEM_BYTES[dtype]
+        while left:
+            rest = rest or memoryview(next(more))
+            piece, rest = rest[:left], rest[left:]
+            left -= len(piece)
+            yield piece
+
+    for number, first in enumerate(range(0, max(1, tokens), LLMC_SHARD_TOKENS)):
+        count = min(tokens - first, LLMC_SHARD_TOKENS)
+        yield _write_file(stem.with_name(f"{stem.name}_{number:06d}.bin"), shard(count), count)
+
+
+def _megatron_index(dtype: str, lengths: npt.NDArray[np.int64]) -> Iterator[bytes]:
+    """Yield Megatron's index, in which every document is one sequence."""
+    if lengths.max(initial=0) >= MEGATRON_SEQUENCE_LIMIT:
+        raise ConfigError(
+            f"data.layout=megatron with a document of {lengths.max():,} tokens",
+            f"documents of less than {MEGATRON_SEQUENCE_LIMIT:,} tokens, which the format has room for",
+            "data.layout=llmc",
+        )
+    after = np.cumsum(lengths)
+    yield MEGATRON_HEADER.pack(MEGATRON_MAGIC, 1, MEGATRON_CODES[dtype], len(lengths), len(lengths) + 1)
+    yield lengths.astype("<i4").tobytes()
+    yield ((after - lengths) * ITEM_BYTES[dtype]).astype("<i8").tobytes()
+    yield np.arange(len(lengths) + 1).astype("<i8").tobytes()
 
 
 # Merge of tokenized shards into a prepared folder: the used rows, the files of each split, and the manifest.

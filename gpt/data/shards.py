@@ -1,4 +1,5 @@
-"""Shards of a corpus, each some megabytes of text: their borders, the readers of their text, and Markov chains.
+"""Shards of a corpus, each some megabytes of text: their borders, and the readers of their text. Also Markov chains,
+and the tokenizer that is made from the text.
 
 Imports no torch.
 """
@@ -24,8 +25,16 @@ import numpy.typing as npt
 from gpt.components import load_source
 from gpt.config import DataConfig, TokenizerKind
 from gpt.config.data import SUCCESSORS, SyntheticConfig
-from gpt.data.spec import TRAIN_SPLIT, CorpusFile, PreprocessingSpec, revision_of
-from gpt.data.tokenizers import import_library
+from gpt.data.spec import TOKENIZER_TRAIN_BYTES, TRAIN_SPLIT, CorpusFile, PreprocessingSpec, revision_of
+from gpt.data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    import_library,
+    load_gpt2,
+    read_tokenizer,
+    train_sentencepiece,
+)
 from launch.errors import ConfigError
 
 # Corpus of known entropy: a seeded Markov chain, whose entropy is a floor for the loss.
@@ -443,3 +452,50 @@ def missing_column_error(where: object, key: str, names: Iterable[str]) -> Confi
         f"a name among {', '.join(names) or 'fields of a JSON object'} that has one",
         "data.text_key=NAME",
     )
+
+
+# Tokenizer of a corpus: built in, read from a file, or trained on the text. Texts are streamed.
+
+
+SAMPLED_SHARDS = 16  # spread over the corpus, since its beginning may have one language or one source
+LINE_CHARACTERS = 1000  # SentencePiece ignores lines of more than 4192 bytes
+
+
+def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
+    """Make the tokenizer of a spec.
+
+    Raises:
+        ConfigError: its file or its library is missing, or the text is not UTF-8.
+    """
+    config = spec.config
+    if config.tokenizer is TokenizerKind.byte:
+        return ByteTokenizer()
+    if config.tokenizer is TokenizerKind.char:
+        # The characters of the whole corpus, including validation. A newline ends a document.
+        found = {"\n"} if spec.splits_documents else set()
+        for shard in list_shards(spec):
+            found.update(*(decode_text(piece.data, shard) for piece in read_shard(spec, shard)))
+        return CharTokenizer(sorted(found))
+    if config.tokenizer_path is not None:
+        return read_tokenizer(config.tokenizer, Path(config.tokenizer_path).expanduser())
+    if config.tokenizer is TokenizerKind.tiktoken:
+        return load_gpt2()
+    assert config.tokenizer is TokenizerKind.sentencepiece, "DataConfig.validate asks for a path"
+    return train_sentencepiece(_sample_lines(spec), config.tokenizer_vocab_size)
+
+
+def _sample_lines(spec: PreprocessingSpec) -> Iterator[str]:
+    """Yield lines of the training text, sampled over the whole corpus, up to ``TOKENIZER_TRAIN_BYTES``."""
+    shards = [shard for shard in list_shards(spec) if shard.split in (None, TRAIN)]
+    chosen = shards[:: max(1, len(shards) // SAMPLED_SHARDS)][:SAMPLED_SHARDS]
+    for shard in chosen:
+        left = TOKENIZER_TRAIN_BYTES // len(chosen)
+        for piece in read_shard(spec, shard):
+            if piece.split != TRAIN:
+                continue
+            text = decode_text(piece.data, shard)[:left]
+            left -= len(piece.data)
+            for line in text.splitlines(keepends=True):
+                yield from (line[i : i + LINE_CHARACTERS] for i in range(0, len(line), LINE_CHARACTERS))
+            if left <= 0:
+                break

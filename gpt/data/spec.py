@@ -24,8 +24,7 @@ from omegaconf import OmegaConf
 from gpt.components import source_digest
 from gpt.config import DataConfig, Source, TokenizerKind
 from gpt.config.data import SUCCESSORS
-from gpt.data.prepared import FORMAT, refuse_shared_files
-from gpt.data.token_file import glob_files
+from gpt.data.prepared import FORMAT, glob_files, refuse_shared_files
 from launch.errors import ConfigError
 from launch.runs.compose import flatten
 from launch.runs.folder import write_atomically

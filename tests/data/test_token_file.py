@@ -24,10 +24,10 @@ from gpt.data import shards
 from gpt.data.corpus import check_fit, describe_corpus, ensure_tokens
 from gpt.data.loader import Samples
 from gpt.data.order import Stream
-from gpt.data.preparation import make_tokenizer, prepare_folder
-from gpt.data.prepared import find_document_end, open_tokens
+from gpt.data.preparation import prepare_folder, token_dtype, write_split
+from gpt.data.prepared import find_document_end, open_token_files, open_tokens, read_token_file, split_end
+from gpt.data.shards import make_tokenizer
 from gpt.data.spec import build_spec
-from gpt.data.token_file import open_token_files, read_token_file, split_end, token_dtype, write_split
 from gpt.prepare import prepare_corpus
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
@@ -150,7 +150,7 @@ def test_what_is_written_is_what_the_formats_say(tmp_path: Path) -> None:
 def test_long_splits_are_cut_where_llmc_cuts_them_and_refused_where_megatron_has_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpt.data import token_file as layouts
+    from gpt.data import preparation as layouts
 
     monkeypatch.setattr(layouts, "LLMC_SHARD_TOKENS", 1200)
     chunks = [IDS[i : i + 77].astype("<u2").tobytes() for i in range(0, 3000, 77)]
