@@ -178,11 +178,8 @@ def decode_index(plain: dict[str, Any]) -> Metadata:
             found[name] = BytesStorageMetadata()
             continue
         kind, size, chunks = entry
-        dtype = getattr(torch, kind, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{kind!r} is no type of tensors")
         held = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks]
-        found[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(size), held)
+        found[name] = TensorStorageMetadata(TensorProperties(messages.dtype_of(kind)), torch.Size(size), held)
     return Metadata(found)
 
 

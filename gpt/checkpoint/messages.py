@@ -104,6 +104,14 @@ def from_plain(plain: Any) -> Any:
     return KINDS[kind][2](from_plain(content))
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch's type of the numbers of a tensor by its name, such as ``float32``; ValueError if it is unknown."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no type of tensors")
+    return found
+
+
 def write_tensor(tensor: torch.Tensor) -> list[Any]:
     """Encode a tensor as ``[dtype, shape, base64 text]``."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -112,10 +120,8 @@ def write_tensor(tensor: torch.Tensor) -> list[Any]:
 
 def read_tensor(content: list[Any]) -> torch.Tensor:
     """Decode the result of ``write_tensor`` into a tensor on the CPU; ValueError if the dtype is unknown."""
-    dtype, shape, data = content
-    found = getattr(torch, dtype)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"{dtype!r} is no type of tensors")
+    name, shape, data = content
+    found = dtype_of(name)
     flat = as_tensor(base64.b64decode(data)).view(found) if data else torch.empty(0, dtype=found)
     return flat.reshape(shape)
 

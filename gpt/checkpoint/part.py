@@ -372,6 +372,4 @@ class _Unpickler(pickle.Unpickler):
         if pid[0] == PLAN:
             return self._plan
         _, offset, dtype, shape = pid
-        if not torch.Size(shape).numel():
-            return torch.empty(shape, dtype=dtype)
         return self._memory.view(offset, dtype, shape)

@@ -147,7 +147,7 @@ class StateDictAdapter:
         written = {key: fields[field] for field, (key, *_) in self.keys.items()}
         names = (name for name, found in self.activations.items() if found == config.ffn_activation.name)
         written[self.keys["activation"][0]] = next(names, None)
-        return written | dict.fromkeys(self.dropout, config.dropout) | WRITE_PARTS[self.name](config)
+        return written | dict.fromkeys(self.dropout, config.dropout) | PARTS[self.name][0](config)
 
     def equivalent(self, config: ModelConfig) -> ModelConfig:
         """Return the model of the architecture that computes the same as ``config``: with biases of zeros, or with
@@ -175,7 +175,7 @@ class StateDictAdapter:
             fields[field] = hf[key] if is_set else missing[0]
         refuse_others(hf, self.only | {self.keys["activation"][0]: [*self.activations]})
         fields["activation"] = Activation[self.activations[fields["activation"]]]
-        return ModelConfig(**(fields | READ_PARTS[self.name](hf, fields)))
+        return ModelConfig(**(fields | PARTS[self.name][1](hf, fields)))
 
     def rules(self, config: ModelConfig) -> list[Rule]:
         """Return the rules of a model's tensors, with a bias in every possible layer if the architecture requires
@@ -376,29 +376,21 @@ def read_gemma3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return parts | {"qk_norm": True, "rope_base_local": None if parts["window"] is None else base}
 
 
-WRITE_PARTS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
-    "gpt2": no_parts,
-    "llama": write_llama,
-    "mistral": write_plain,
-    "phi3": write_phi3,
-    "mixtral": write_mixtral,
-    "qwen3": write_plain,
-    "gemma2": write_gemma,
-    "gemma3_text": write_gemma,
+PARTS: dict[
+    str, tuple[Callable[[ModelConfig], dict[str, Any]], Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]]
+] = {
+    "gpt2": (no_parts, no_parts),
+    "llama": (write_llama, read_llama),
+    "mistral": (write_plain, read_llama),
+    "phi3": (write_phi3, read_phi3),
+    "mixtral": (write_mixtral, read_mixtral),
+    "qwen3": (write_plain, read_qwen3),
+    "gemma2": (write_gemma, read_gemma2),
+    "gemma3_text": (write_gemma, read_gemma3),
 }
-"""Architecture -> function that returns the parts of a model as further keys of config.json."""
-READ_PARTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
-    "gpt2": no_parts,
-    "llama": read_llama,
-    "mistral": read_llama,
-    "phi3": read_phi3,
-    "mixtral": read_mixtral,
-    "qwen3": read_qwen3,
-    "gemma2": read_gemma2,
-    "gemma3_text": read_gemma3,
-}
-"""Architecture -> function that returns further fields of ModelConfig, from a config.json and the fields that the table
-gave. It raises ConfigError for an unsupported part."""
+"""Architecture -> function that returns the parts of a model as further keys of config.json; and function that returns
+further fields of ModelConfig, from a config.json and the fields that the table gave. The second one raises ConfigError
+for an unsupported part."""
 TABLE = resources.files("gpt.conversion").joinpath("architectures.yaml")
 ADAPTERS = tuple(StateDictAdapter(name, **row) for name, row in yaml.safe_load(TABLE.read_text()).items())
 

@@ -152,6 +152,12 @@ def _read_megatron(path: Path, index: Path, size: int) -> Segment:
     return _whole_file(path, size, dtype)
 
 
+def split_tokens(tokens: int, val_fraction: float) -> tuple[int, int]:
+    """Split a number of tokens into training and validation tokens. The training tokens come first in the text."""
+    val = min(tokens, max(1, int(tokens * val_fraction)))
+    return tokens - val, val
+
+
 def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
     """Split off the last ``tokens`` tokens. Return the segments before them, and the segments that contain them."""
     before: list[Segment] = []
@@ -409,8 +415,7 @@ def _foreign_splits(
     beside = train[0].path.with_name("val.bin")
     if len(train) == 1 and train[0].path.name == "train.bin" and beside.is_file():
         return train, (read_token_file(beside, dtype),)
-    tokens = sum(segment.tokens for segment in train)
-    return split_end(train, min(tokens, max(1, int(tokens * config.val_fraction))))
+    return split_end(train, split_tokens(sum(segment.tokens for segment in train), config.val_fraction)[1])
 
 
 def refuse_shared_files(config: DataConfig, train: Sequence[Path], val: Sequence[Path]) -> None:

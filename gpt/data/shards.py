@@ -25,6 +25,7 @@ import numpy.typing as npt
 from gpt.components import load_source
 from gpt.config import DataConfig, TokenizerKind
 from gpt.config.data import SUCCESSORS, SyntheticConfig
+from gpt.data.prepared import split_tokens
 from gpt.data.spec import TOKENIZER_TRAIN_BYTES, TRAIN_SPLIT, CorpusFile, PreprocessingSpec, revision_of
 from gpt.data.tokenizers import (
     ByteTokenizer,
@@ -190,7 +191,7 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
         places = zip(splits, counts, strict=True)
         return _group(TextPart(name, i, count, split) for (name, split), count in places for i in range(count))
     if not spec.val_files:
-        border = spec.num_bytes - min(spec.num_bytes, max(1, int(spec.num_bytes * config.val_fraction)))
+        border, _ = split_tokens(spec.num_bytes, config.val_fraction)
         return _group(_split_files(spec, spec.files, None, border))
     val = _group(_split_files(spec, spec.val_files, VAL, 0))
     return _group(_split_files(spec, spec.files, TRAIN, spec.num_bytes), val)

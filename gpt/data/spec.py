@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from gpt.components import source_digest
 from gpt.config import DataConfig, Source, TokenizerKind
 from gpt.config.data import SUCCESSORS
-from gpt.data.prepared import FORMAT, glob_files, refuse_shared_files
+from gpt.data.prepared import FORMAT, glob_files, refuse_shared_files, split_tokens
 from launch.errors import ConfigError
 from launch.runs.compose import flatten
 from launch.runs.folder import write_atomically
@@ -250,12 +250,6 @@ class PreprocessingSpec:
                 return sum(file.size for file in self.files), sum(file.size for file in self.val_files)
             return split_tokens(self.num_bytes, self.config.val_fraction)
         return None
-
-
-def split_tokens(tokens: int, val_fraction: float) -> tuple[int, int]:
-    """Split a number of tokens into training and validation tokens. The training tokens come first in the text."""
-    val = min(tokens, max(1, int(tokens * val_fraction)))
-    return tokens - val, val
 
 
 def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
