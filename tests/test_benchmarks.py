@@ -17,7 +17,7 @@ from benchmarks.gpu import NEEDED
 from benchmarks.page import keep, merged
 from benchmarks.scale import growth
 from benchmarks.scale.launcher import GPUS
-from benchmarks.speed.peers import Setting, Shape, contestants, parse, ratio
+from benchmarks.speed.peers import Setting, Shape, contestants, parse
 from tests.support.commands import ROOT, run
 
 TITLES = ("way", "seconds")
@@ -105,11 +105,6 @@ def test_adamw_is_fused_where_a_peers_own_script_fuses_it_or_everywhere() -> Non
     assert [setting.fuses(name) for name in ("nanoGPT", "transformers", "litgpt")] == [False, True, False]
     assert Setting(Shape("gpt2"), "eager", 1, fused=True, device="cpu").fuses("nanoGPT")
     assert Setting(Shape("gpt2"), "eager", 1, fused=False, device="cuda").fuses("litgpt")
-
-
-def test_a_ratio_is_of_turns_of_the_same_round() -> None:
-    # In the third round the machine was ten times slower for both.
-    assert ratio([2.0, 2.2, 20.0], [1.0, 1.0, 10.0]) == 2.0
 
 
 def test_contestants_take_turns_and_the_table_says_who_was_missing() -> None:

@@ -32,6 +32,8 @@ from tests.support.planning import refused
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^( *)```bash(?P<info>[^\n]*)\n(?P<text>.*?)^\1```", re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text()
+TYPED = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 FEATURES = (ROOT / "docs" / "features.md").read_text()
 ROWS = re.findall(r"^\| .*? \| `((?:python|sbatch|tensorboard)[^`]*)` \| (\S+) \|$", FEATURES, re.MULTILINE)
 NEEDS_MORE = (
@@ -161,7 +163,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_runs() -> list[str]:
     """Commands that look at runs, each once whatever its page calls the folder; of a report its table alone."""
-    once = dict.fromkeys(command.replace("outputs/scaling", "outputs/quick_test") for command in of(*ON_RUNS))
+    of_readme = [shlex.join(shlex.split(command)) for command in TYPED if module_of(command) in ON_RUNS]
+    assert len(of_readme) == 8
+    typed = (command.replace("outputs/scaling", "outputs/quick_test") for command in (*of(*ON_RUNS), *of_readme))
+    once = dict.fromkeys(typed)
     return [f"{command} --files md" if module_of(command) == "launch.report" else command for command in once]
 
 
@@ -194,8 +199,6 @@ def test_the_site_has_every_page() -> None:
 # The README
 
 
-README = (ROOT / "README.md").read_text()
-TYPED = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SMALL = [*TINY, "optim.max_steps=12"]
 UNDRAWN = ["launch.report_files=[md,csv]"]
 TOOLS = ("prepare", "compare", "generate", "evaluate", "export")
@@ -315,14 +318,13 @@ def test_a_script_is_launched(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's torchrun line, its line for a text of one's own, and a launch were typed."""
+    """A folder in which the README's torchrun line and its line for a text of one's own were typed."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "FILE").write_text("all work and no play makes jack a dull boy\n" * 2000)
     for command in [*commands("torchrun"), *commands("python -m gpt.train")]:
         words = shlex.split(command)
         module = ["torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[2:]
         run(*module, *SMALL, cwd=folder)
-    run("launch name=launched", *SMALL, *UNDRAWN, cwd=folder)
     return folder
 
 
@@ -331,23 +333,8 @@ def test_the_report_is_made_of_what_was_trained(used: Path) -> None:
         text = run(*shlex.split(command)[2:], cwd=used)
         assert "fsdp" in text and "finished" in text
     assert (used / "outputs" / "quick_test" / "scaling.png").is_file()
-
-
-@pytest.mark.parametrize("module", ["status", "logs", "cancel", "verify"])
-def test_a_run_that_is_over_can_be_looked_at(module: str, used: Path) -> None:
-    for command in commands(f"python -m launch.{module}"):
-        there = next((used / "outputs" / "launched").glob("*/plan.json")).parent
-        words = [word.replace("outputs/quick_test/nodes=4", str(there)) for word in shlex.split(command)[2:]]
-        assert run(*words, cwd=used)
-
-
-@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "prepare"])
-def test_a_run_can_be_used(tool: str, used: Path) -> None:
-    made = [next((used / "outputs" / name).glob("*/run.json")).parent for name in ("launched", "quick_test")]
-    for command in commands(f"python -m gpt.{tool}"):
-        there = iter(made)
-        words = [str(next(there)) if word.startswith("outputs/") else word for word in shlex.split(command)[2:]]
-        assert run(*words, cwd=used)
+    for command in commands("python -m launch.cancel"):
+        assert "nothing to cancel, finished" in run(*shlex.split(command)[2:], cwd=used)
 
 
 def test_files_become_a_corpus(used: Path) -> None:

@@ -352,9 +352,6 @@ def test_a_compiled_run_tells_compilation_in_the_steps_that_had_it_once(tmp_path
     # A step may be read while the next one is made: what both take counts once.
     assert 0 < goodput.seconds["steps"] <= steps_s - told[1] + 1e-6, "none of it in a step"
     assert sum(goodput.seconds.values()) == pytest.approx(ended - begun, abs=1e-6)
-    assert 100 * sum(s / sum(goodput.seconds.values()) for s in goodput.seconds.values()) == pytest.approx(
-        100.0, abs=1e-9
-    )
 
 
 # All runs together: launch.fleet.

@@ -454,11 +454,6 @@ def host_waits(call: Callable[[torch.device], object]) -> list[str]:
     return seen.found
 
 
-def elements_of(*values: Any) -> int:
-    """Elements of the largest tensor among arguments or results."""
-    return max((x.numel() for x in tree_leaves(values) if isinstance(x, Tensor)), default=0)
-
-
 def held_bytes(run: Run) -> tuple[int, int, int]:
     """Parameters, gradients and optimizer state of this rank, after a step and another backward pass."""
     ds = getattr(run.engine, "ds", None)
