@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config.model import CACHED, ModelConfig
-from gpt.config.optim import ADAMW, MUON, OptimConfig
+from gpt.config.optim import ADAMW, MUON, SCHEDULE_FREE, OptimConfig
 from launch.errors import ConfigError, closest
 
 # Counts of a part of the user (parameters, FLOPs, memory), and its attribute ``parallel``.
@@ -376,13 +376,14 @@ def optimizer_state(optim: OptimConfig) -> StateBytes:
     """Return the bytes of an optimizer's state. For AdamW these are two moments and a count of steps; for a user's
     optimizer they are measured after one step.
 
-    For Muon these are the bytes for the parameters that AdamW steps.
+    For Muon these are the bytes for the parameters that AdamW steps. Schedule-free AdamW has one moment, the newest
+    weights, and no count.
 
     Raises:
         ConfigError: the user's optimizer cannot be imported, refuses its arguments, or fails.
     """
-    if optim.optimizer in (ADAMW, MUON):
-        return StateBytes(8, 4)
+    if optim.optimizer in (ADAMW, MUON, SCHEDULE_FREE):
+        return StateBytes(8, 0 if optim.optimizer == SCHEDULE_FREE else 4)
     numbers = {key: value for key, value in asdict(optim).items() if not isinstance(value, Enum)}
     return _state_after_step(json.dumps(numbers, sort_keys=True))
 

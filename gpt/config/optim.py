@@ -12,8 +12,9 @@ from typing import Any, Optional, Union
 
 from omegaconf import MISSING
 
-from gpt.config.rules import check_custom_name, check_numbers
+from gpt.config.rules import check_custom_name, check_numbers, is_importable
 from launch.errors import ConfigError, closest, require_range
+from launch.runs.environment import install_command
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
 # ruff: noqa: UP007, UP045
@@ -24,6 +25,7 @@ from launch.errors import ConfigError, closest, require_range
 
 ADAMW = "adamw"
 MUON = "muon"
+SCHEDULE_FREE = "adamw_schedule_free"
 
 
 class LrSchedule(Enum):
@@ -53,8 +55,9 @@ class OptimConfig:
     """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then ``schedule``."""
 
     optimizer: str = ADAMW
-    """adamw; or muon for the matrices of the blocks, with adamw for the rest (docs/training.md). Or a class of your
-    own, as ``package.module:Class`` or as an entry point of the group ``gpt.optimizer`` (docs/components.md)."""
+    """adamw; muon for the matrices of the blocks, with adamw for the rest; or adamw_schedule_free (docs/training.md).
+    Or a class of your own, as ``package.module:Class`` or as an entry point of the group ``gpt.optimizer``
+    (docs/components.md)."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of muon (those of ``torch.optim.Muon``), or of an optimizer of your own. Your optimizer
     receives lr, betas and eps from this config if it accepts them."""
@@ -104,11 +107,11 @@ class OptimConfig:
         """Raise ConfigError if a number is out of its range."""
         if self.optimizer == MUON:
             check_muon_options(self.options)
-        elif self.optimizer != ADAMW:
-            check_custom_name("optim.optimizer", self.optimizer, (ADAMW, MUON))
+        elif self.optimizer not in (ADAMW, SCHEDULE_FREE):
+            check_custom_name("optim.optimizer", self.optimizer, (ADAMW, MUON, SCHEDULE_FREE))
         elif self.options:
             raise ConfigError(
-                f"optim.options={self.options} with optim.optimizer={ADAMW}",
+                f"optim.options={self.options} with optim.optimizer={self.optimizer}",
                 "arguments for muon, or for an optimizer of your own",
                 "optim.options={}, or optim.optimizer=muon, or optim.optimizer=PACKAGE.MODULE:CLASS",
             )
@@ -129,6 +132,23 @@ class OptimConfig:
                 f"optim.min_lr={self.lr / 10:g}",
             )
         self._validate_decay()
+        if self.optimizer == SCHEDULE_FREE:
+            self._validate_schedule_free()
+
+    def _validate_schedule_free(self) -> None:
+        found = f"optim.optimizer={SCHEDULE_FREE}"
+        if not is_importable("schedulefree"):
+            raise ConfigError(
+                f"{found}, and the package schedulefree is not installed",
+                "the extra schedulefree",
+                f"{install_command('schedulefree')}, or optim.optimizer={ADAMW}",
+            )
+        if self.schedule is not LrSchedule.constant or not self.beta1:
+            raise ConfigError(
+                f"{found} with optim.schedule={self.schedule.name} optim.beta1={self.beta1:g}",
+                "a constant learning rate after the warm-up, and weights between the average and the newest ones",
+                "optim.schedule=constant optim.beta1=0.9",
+            )
 
     def _validate_decay(self) -> None:
         if self.schedule is LrSchedule.wsd:

@@ -15,7 +15,7 @@ import torch
 from gpt import checkpoint as folders
 from gpt.accounting import GIB, training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, TrainConfig, float8_words
-from gpt.config.optim import ADAMW, MUON, describe_schedule
+from gpt.config.optim import ADAMW, MUON, SCHEDULE_FREE, describe_schedule
 from gpt.parallel.distributed import World
 from launch.errors import counted
 from launch.runs.environment import cpu_name, describe_place, driver_version, library_versions
@@ -145,7 +145,8 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
         f"recompute {config.recompute.name}",
         *(["deterministic"] if config.deterministic else []),
     ]
-    optimizer = {ADAMW: "AdamW", MUON: "Muon and AdamW"}.get(optim.optimizer, optim.optimizer)
+    names = {ADAMW: "AdamW", MUON: "Muon and AdamW", SCHEDULE_FREE: "schedule-free AdamW"}
+    optimizer = names.get(optim.optimizer, optim.optimizer)
     first = record["initialised_from"]
     return {
         "batch": f"{record['global_batch']:,} sequences = {tokens:,} tokens a step; {per_rank} per rank",

@@ -307,12 +307,14 @@ class Zero1Engine(TorchEngine):
         self._reducer = GradientReducer(row_buckets(pairs, self._mesh))
         super().__init__(model, shards, layout, averaged=1)
         self.timed_groups = ("dp",)
-        stepped = [whole for whole in self._wholes if whole.requires_grad]
-        self.optimizer.register_step_post_hook(lambda *_: self._all_gather(stepped))
+        self.optimizer.register_step_post_hook(lambda *_: self.gather_stepped())
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self._all_gather(self._wholes)
+
+    def gather_stepped(self) -> None:
+        self._all_gather([whole for whole in self._wholes if whole.requires_grad])
 
     def sync_context(self, last: bool) -> AbstractContextManager[object]:
         if last:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpt.checkpoint.formats import TensorFiles
 from gpt.config import Pack, Precision, TrainConfig
+from gpt.config.optim import SCHEDULE_FREE
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.layers import cross_entropy, summed_loss
 from gpt.parallel.distributed import WORLD, World
@@ -307,6 +308,10 @@ class Engine:
     def begin(self) -> None:
         """Prepare a run without checkpoint: reset the optimizer's state, which ``state()`` may have initialized."""
 
+    def averaged_weights(self) -> AbstractContextManager[object]:
+        """Return the context of an evaluation, in which parameters are the averages of a schedule-free optimizer."""
+        return nullcontext()
+
 
 class TorchEngine(Engine):
     """A model parallelized by torch; each strategy overrides the methods in which it differs.
@@ -332,6 +337,8 @@ class TorchEngine(Engine):
         self.optimizer = build_optimizer(
             trained, self.config.optim, fused=self.loss_scale is not None, world=self.world
         )
+        self.averages = self.config.optim.optimizer == SCHEDULE_FREE
+        """True if the optimizer is schedule-free: evaluations and checkpoints have its averaged weights."""
         self._parameters = tuple(module.parameters())
         # Tensor-parallel ranks route the same tokens, and their gradients are summed. Each context-parallel rank has
         # the mean over its own tokens.
@@ -382,8 +389,24 @@ class TorchEngine(Engine):
         if self.loss_scale is not None:
             self.loss_scale.update(skip)
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        if self.averages:
+            self.optimizer.eval()  # type: ignore[attr-defined]
+            self.gather_stepped()
+        yield
+        if self.averages:
+            self.optimizer.train()  # type: ignore[attr-defined]
+            self.gather_stepped()
+
+    def gather_stepped(self) -> None:
+        """Gather the parameters of which each rank has changed its shard."""
+
     def state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.trained, self.optimizer)
+        with self.averaged_weights():
+            model, optimizer = get_state_dict(self.trained, self.optimizer)
+            if self.averages:  # training goes on with other weights before those of the checkpoint are written
+                model = {name: cast(Tensor, tensor).clone() for name, tensor in model.items()}
         return {"model": model, "optimizer": optimizer}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -392,7 +415,14 @@ class TorchEngine(Engine):
         groups = get_optimizer_state_dict(self.trained, self.optimizer)["param_groups"]
         optimizer = {"state": state["optimizer"]["state"], "param_groups": groups}
         set_state_dict(self.trained, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
+        if self.averages:
+            counts = {key: state["optimizer"]["param_groups"][0][key] for key in ("k", "weight_sum", "lr_max")}
+            for group in self.optimizer.param_groups:
+                group.update(counts, train_mode=False)
+            self.optimizer.train()  # type: ignore[attr-defined]
 
     def begin(self) -> None:
         # get_state_dict initializes the optimizer by a step with zero gradients, which AdamW would count as its first.
         self.optimizer.state.clear()
+        if self.averages:
+            self.optimizer.train()  # type: ignore[attr-defined]

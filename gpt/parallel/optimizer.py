@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch.optim import _muon
 
 from gpt.components import build_custom_optimizer
 from gpt.config import OptimConfig
-from gpt.config.optim import ADAMW, MUON, muon_options
+from gpt.config.optim import ADAMW, MUON, SCHEDULE_FREE, muon_options
 from gpt.parallel.distributed import WORLD, World, waiting
 from gpt.parallel.modules import local_tensor
 
@@ -257,6 +258,57 @@ class Muon(AdamW):
         weight.copy_(torch.where(skip, weight, stepped))
 
 
+# Schedule-free AdamW (arXiv 2405.15682), by the package schedulefree. Its parameters are the weights at which gradients
+# are computed, or, after ``eval()``, the averaged weights.
+
+
+@contextmanager
+def on_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Context in which parameters, gradients and state of a schedule-free optimizer are this rank's shards, as plain
+    tensors. Creates the state that is missing. The counts of the parameter groups are kept."""
+    groups, states = optimizer.param_groups, optimizer.state
+    shards: dict[Tensor, Tensor] = {}
+    for p in (p for group in groups for p in group["params"]):
+        if not states[p]:
+            states[p] = {"z": p.detach().clone(), "exp_avg_sq": torch.zeros_like(p)}
+        shards[p] = local_tensor(p.detach())
+        shards[p].grad = None if p.grad is None else local_tensor(sharded_alike(p, p.grad))
+    optimizer.param_groups = [{**group, "params": [shards[p] for p in group["params"]]} for group in groups]
+    local = {shards[p]: {key: local_tensor(tensor) for key, tensor in states[p].items()} for p in shards}
+    optimizer.state = defaultdict(dict, local)
+    try:
+        yield
+    finally:
+        for group, stepped in zip(groups, optimizer.param_groups, strict=True):
+            group.update({key: value for key, value in stepped.items() if key != "params"})
+        optimizer.param_groups, optimizer.state = groups, states
+
+
+def build_schedule_free(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the schedule-free AdamW over shards; the warm-up comes with the learning rate of each step."""
+    from schedulefree import AdamWScheduleFree  # type: ignore[import-untyped, unused-ignore]
+
+    # Without the hooks of a step, which the step around it calls.
+    step_all = inspect.unwrap(AdamWScheduleFree.step)
+
+    class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> None:
+            skip = getattr(self, "found_inf", None)
+            if skip is None or not skip.item():
+                with torch.no_grad(), on_shards(self):
+                    step_all(self, closure)
+
+        def eval(self) -> None:
+            with on_shards(self):
+                super().eval()
+
+        def train(self) -> None:
+            with on_shards(self):
+                super().train()
+
+    return ScheduleFreeAdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
 # The optimizer that a config names.
 
 
@@ -292,6 +344,8 @@ def build_optimizer(
     if is_muon:
         assert world is not None
         return Muon(groups, hidden, config, world, **adamw)
+    if config.optimizer == SCHEDULE_FREE:
+        return build_schedule_free(groups, config)
     if config.optimizer != ADAMW:
         return build_custom_optimizer(config, groups)
     return kind(groups, **adamw)

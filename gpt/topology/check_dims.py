@@ -28,7 +28,7 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.config.model import PARTS
-from gpt.config.optim import ADAMW, MUON
+from gpt.config.optim import ADAMW, MUON, SCHEDULE_FREE
 from gpt.config.rules import GROUPED_MULTIPLE, divisors, is_importable
 from gpt.topology import Batch, ParallelDims, check_expert, parallel_dims, split_batch
 from gpt.topology.schedules import check_pipeline, split_layers
@@ -45,7 +45,7 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
     """
     dims = parallel_dims(config.parallel, world_size, ranks_per_node)
     checks = (check_parallel_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert)
-    for check in (*checks, check_selective, check_lora, check_deepspeed):
+    for check in (*checks, check_selective, check_lora, check_deepspeed, check_schedule_free):
         check(config, dims)
     if config.optim.optimizer == MUON and config.parallel.cpu_offload:
         raise ConfigError(
@@ -275,6 +275,18 @@ def check_lora(config: TrainConfig, dims: ParallelDims) -> None:
             f"model.lora.rank={rank} with {' '.join(refused)}",
             "adapters under ddp, zero1 or fsdp, also with parallel.cp; without float8, and not with Muon",
             f"{' '.join(refused.values())}, or model.lora.rank=0",
+        )
+
+
+def check_schedule_free(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError for schedule-free AdamW under an engine with which its average was not compared."""
+    sharing = [f"parallel.{name}=1" for name in ("tp", "pp", "cp", "ep") if getattr(dims, name) > 1]
+    sharing += ["parallel.cpu_offload=false"] if config.parallel.cpu_offload else []
+    if config.optim.optimizer == SCHEDULE_FREE and sharing:
+        raise ConfigError(
+            f"optim.optimizer={SCHEDULE_FREE} without {' '.join(sharing)}",
+            "data parallelism with weights on the devices: ddp, zero1 or fsdp",
+            f"{' '.join(sharing)}, or optim.optimizer=adamw",
         )
 
 

@@ -298,7 +298,8 @@ def evaluate_step(run: Run, record: StepRecord) -> BadSteps | None:
     sequences, engine, dims = run.config.eval.sequences, run.engine, run.dims
     share = EvaluationShare(sequences, run.batch.micro, dims.data_rank(run.world.rank), dims.data_ranks)
     show = partial(run.worker.phase, Phase.evaluating, run.step)
-    loss = mean_loss(engine.module, engine.loss, run.samples, run.world, share, show)
+    with engine.averaged_weights():
+        loss = mean_loss(engine.module, engine.loss, run.samples, run.world, share, show)
     bad = run.guard.judge_evaluation(record.step, loss)
     if bad is None:
         record.val_loss, record.val_bits_per_byte = loss, run.samples.val_bits_per_byte(loss, sequences)

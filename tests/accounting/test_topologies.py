@@ -140,6 +140,7 @@ ALONE = "parallel=ds_pp_zero1 parallel.pp=4 optim.max_micro_batch=4 model.n_laye
 """The last stage has the output matrix alone."""
 UNITS, EACH = "parallel.fsdp_min_num_params=1000000", "parallel.reduce_each_micro_batch=true"
 LORA = "model.lora.rank=4"
+FREE = "optim.optimizer=adamw_schedule_free optim.schedule=constant"
 REFUSED = [
     # Context parallelism.
     (4, "parallel=cp parallel.cp=4 model.block_size=36", "parallel.cp=4 with model.block_size=36", ""),
@@ -231,6 +232,14 @@ REFUSED = [
     (2, f"{LORA} float8=rowwise", "model.lora.rank=4 with float8=rowwise", "float8=none"),
     (2, f"{LORA} optim=muon", "model.lora.rank=4 with optim.optimizer=muon", "optim.optimizer=adamw"),
     (2, f"{LORA} {EXPERTS} model.lora.targets=[up]", "model.lora.targets=[up]", "model.lora.targets=[query,value]"),
+    (2, f"{FREE} parallel=cp", "schedule_free without parallel.cp=1", "parallel.cp=1"),
+    (
+        2,
+        f"{FREE} parallel=fsdp_offload",
+        "schedule_free without parallel.cpu_offload=false",
+        "parallel.cpu_offload=false",
+    ),
+    (2, f"{FREE} parallel=zero2", "schedule_free with parallel.strategy=deepspeed", "parallel=fsdp"),
     # DeepSpeed.
     (
         2,
