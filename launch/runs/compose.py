@@ -203,10 +203,13 @@ def stored_as(folder: RunFolder, document: DictConfig, schema: type[Schema]) -> 
     kind: Any = schema
     known, free = schema_keys(kind), tuple(f"{key}." for key in free_keys(kind))
     for path in flatten(cast(Any, OmegaConf.to_container(document))):
-        group, _, name = path.rpartition(".")
-        if group in known and path not in known and not path.startswith(free):
+        group, _, rest = path.rpartition(".")
+        while group and group not in known:  # all keys of a group that is gone
+            group, _, rest = group.rpartition(".")
+        name = f"{group}.{rest}"
+        if group and name not in known and not path.startswith(free):
             with open_dict(document):
-                del OmegaConf.select(document, group)[name]
+                OmegaConf.select(document, group).pop(rest, None)
     try:
         return to_schema(document, schema)
     except ConfigError as error:

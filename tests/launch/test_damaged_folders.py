@@ -20,7 +20,7 @@ from gpt.compare import read_metrics
 from launch import cancel, logs, move, status
 from launch.agent.node import start_time
 from launch.config import ClusterKind
-from launch.config.compose import compose_launch
+from launch.config.compose import compose_launch, read_point
 from launch.errors import refusing
 from launch.report import build
 from launch.runner import run_sweep
@@ -172,6 +172,15 @@ def test_a_config_that_was_cut_off_is_no_key_to_type(folder: RunFolder) -> None:
     folder.config.write_text(text[: text.index("n_layer")].rsplit("\n", 1)[0] + "\n")
     refusal = refused(commands(folder)["launch"], found=str(folder.config))
     assert "model.n_layer" in refusal.found and "=VALUE" not in refusal.fix
+
+
+def test_keys_and_groups_that_only_an_earlier_version_had_are_left_out(folder: RunFolder) -> None:
+    config = read_point(folder)
+    text = folder.config.read_text()
+    folder.config.write_text(
+        text.replace("\ncluster:\n", "\ncluster:\n  gone: 1\n  former: {inner: {a: 1, b: [2]}, c: 3}\n")
+    )
+    assert folder.config.read_text() != text and read_point(folder) == config
 
 
 def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> None:
