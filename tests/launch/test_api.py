@@ -1,4 +1,4 @@
-"""``import launch``, and ``hydra/launcher=multinode`` for any Hydra app: programs, functions, results and refusals."""
+"""``import launch``: programs and functions from Python, their results, refusals, and runs of other processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from hydra import version
-from hydra.core.plugins import Plugins
-from hydra.plugins.launcher import Launcher
-from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 from nbclient import NotebookClient
 
 import launch
-from hydra_plugins.launch_plugin.multinode import MultinodeLauncher
 from tests.support.commands import ROOT
 from tests.support.planning import refused
 
@@ -187,48 +182,3 @@ def test_the_notebook_of_the_page_runs_cell_by_cell(tmp_path: Path) -> None:
     text = "\n".join(printed)
     assert "#SBATCH --nodes=2" in text and "{'rank': 1, 'loss': " in text
     assert "'state': 'finished'" in text and "type next: nodes=NUMBER" in text
-
-
-# ``hydra/launcher=multinode`` for any Hydra app: Hydra's own suites for launchers, and an app of a user.
-
-
-@pytest.fixture
-def as_hydra_begins() -> None:
-    """Hydra's suites expect the version of a fresh process; other tests of this process have set another."""
-    version.setbase("1.1")
-
-
-def test_hydra_discovers_the_launcher() -> None:
-    assert MultinodeLauncher.__name__ in [found.__name__ for found in Plugins.instance().discover(Launcher)]
-
-
-@pytest.mark.usefixtures("as_hydra_begins")
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("multinode_local", [])])
-class TestLauncher(LauncherTestSuite):
-    """Hydra's suite for launchers, unchanged."""
-
-
-@pytest.mark.usefixtures("as_hydra_begins")
-@pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=multinode_local"])])
-class TestIntegration(IntegrationTestSuite):
-    """Hydra's suite for apps, unchanged."""
-
-
-APP = """
-import hydra
-
-@hydra.main(version_base=None, config_path=None)
-def main(config):
-    print("it runs")
-
-main()
-"""
-
-
-@pytest.mark.parametrize("key", ["submitit_folder=logs", "gpus_per_task=1"])
-def test_a_key_of_submitit_without_a_counterpart_is_refused(key: str, tmp_path: Path) -> None:
-    (tmp_path / "app.py").write_text(APP)
-    words = [sys.executable, "app.py", "-m", "hydra/launcher=multinode_local", f"hydra.launcher.{key}"]
-    told = subprocess.run(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    assert told.returncode != 0 and f"found: hydra.launcher.{key}" in told.stdout and "type next:" in told.stdout
-    assert [*tmp_path.rglob("launch")] == [] and "it runs" not in told.stdout
