@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import version
-from hydra.test_utils.launcher_common_tests import LauncherTestSuite
 
 from hydra_plugins.launch_plugin import multinode  # noqa: F401  # registers its keys
 from launch.config import ClusterKind
@@ -228,20 +226,3 @@ def test_watching_outlives_a_controller_that_does_not_answer_and_ctrl_c_saves(sa
     assert_saved_and_cancelled(folder)
     assert f"the last checkpoint is of step {steps(folder)}" in log.read_text()
     assert queue(sandbox, submitted(folder)["job_id"]) == "COMPLETED"
-
-
-# ``hydra/launcher=multinode`` submits to Slurm: Hydra's own suite for launchers, on the sandbox.
-
-
-@pytest.fixture
-def in_this_process(sandbox: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Submit from this process to the sandbox, with the version of Hydra that the suite expects."""
-    for name, value in sandbox.env.items():
-        monkeypatch.setenv(name, value)
-    version.setbase("1.1")
-
-
-@pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("multinode", [])])
-class TestLauncher(LauncherTestSuite):
-    """Hydra's suite for launchers, unchanged."""
