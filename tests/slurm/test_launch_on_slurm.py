@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from hydra_plugins.launch_plugin import multinode  # noqa: F401  # registers its keys
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.plan.plan import make_plan, write_run
