@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -429,9 +430,9 @@ class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of hidden states and an output matrix, without the logits of all tokens at once.
 
     The forward pass computes the gradients of each chunk of tokens as well, while its logits are there. So the backward
-    pass only multiplies them by a number. (N, D) hidden states, (V, D) matrix, (N,) targets, columns of the vocabulary
-    without padding, ``loss_and_gradient``, maybe compiled, and False in an evaluation, which needs no gradients: the
-    forward pass of a Function cannot see that by itself.
+    pass only multiplies them by a number. (N, D) hidden states, (V, D) matrix, (N,) targets, ``loss_and_gradient`` of a
+    vocabulary, maybe compiled, and False in an evaluation, which needs no gradients: the forward pass of a Function
+    cannot see that by itself.
     """
 
     @staticmethod
@@ -440,8 +441,7 @@ class ChunkedLoss(torch.autograd.Function):
         x_ND: Tensor,
         weight_VD: Tensor,
         targets_N: Tensor,
-        vocab_size: int,
-        evaluate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+        evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         differentiates: bool,
     ) -> Tensor:
         device = x_ND.device.type
@@ -455,7 +455,7 @@ class ChunkedLoss(torch.autograd.Function):
             parts = zip(x_ND.split(rows), targets_N.split(rows), x_gradient_ND.split(rows), strict=True)
             for x_RD, targets_R, x_gradient_RD in parts:
                 x_RD = x_RD.to(dtype)
-                loss, gradient_RV = evaluate(F.linear(x_RD, factor_VD), targets_R, vocab_size)
+                loss, gradient_RV = evaluate(F.linear(x_RD, factor_VD), targets_R)
                 total += loss
                 if differentiates:
                     x_gradient_RD.copy_(gradient_RV @ factor_VD)
@@ -466,10 +466,10 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x_gradient_ND, weight_gradient_VD = ctx.gradients
         ctx.gradients = ()
-        return x_gradient_ND.mul_(gradient), weight_gradient_VD.mul_(gradient), None, None, None, None
+        return x_gradient_ND.mul_(gradient), weight_gradient_VD.mul_(gradient), None, None, None
 
 
 def chunked_loss(
@@ -477,11 +477,11 @@ def chunked_loss(
     weight_VD: Tensor,
     targets_BT: Tensor,
     vocab_size: int,
-    evaluate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    evaluate: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Compute the summed loss of hidden states and the output matrix in nats, (), see ``ChunkedLoss``."""
     rows = x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten()
-    return ChunkedLoss.apply(*rows, vocab_size, evaluate, torch.is_grad_enabled())
+    return ChunkedLoss.apply(*rows, partial(evaluate, vocab_size=vocab_size), torch.is_grad_enabled())
 
 
 def loss_and_gradient(logits_RV: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

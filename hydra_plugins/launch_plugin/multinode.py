@@ -121,7 +121,7 @@ class MultinodeLauncher(Launcher):
         finally:
             Singleton.set_state(state)
             VersionBase.instance().version_base = base
-        return [job_return(*parts) for parts in zip(jobs, composed, job_overrides, strict=True)]
+        return [task_return(*parts) for parts in zip(jobs, composed, job_overrides, strict=True)]
 
 
 def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str]:
@@ -162,7 +162,7 @@ def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str
     return words + [word for group in GROUPS for word in overrides_of(group, keys[group])]
 
 
-def job_return(job: Any, config: DictConfig, overrides: Sequence[str]) -> JobReturn:
+def task_return(job: Any, config: DictConfig, overrides: Sequence[str]) -> JobReturn:
     """Wait for the ``launch.api.Job`` of a point, and return its result for Hydra's sweeper.
 
     The result of a failed point has the exception as its value.

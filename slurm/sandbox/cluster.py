@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from launch.errors import ConfigError
-from slurm.sandbox.nodes import CableLimits, Node, assign_addresses, delete
+from slurm.sandbox.nodes import CableLimits, SandboxNode, assign_addresses, delete
 from slurm.sandbox.state import (
     PROGRAMS,
     SandboxError,
@@ -101,11 +101,11 @@ def start_controller(state: SandboxState) -> None:
 def clear(state: SandboxState) -> None:
     """End all processes of a sandbox, also of a half built or crashed one. Removes its bridge and directory."""
     for name in state.nodes:
-        Node(state, name).switch_off()
+        SandboxNode(state, name).switch_off()
     for daemon in ("slurmctld", "munged"):
         end(state.find(daemon), grace_s=5.0)
     for name in state.nodes:
-        node = Node(state, name)
+        node = SandboxNode(state, name)
         delete(node.cable)
         delete(node.delay_ends[1])
     delete(state.bridge)
@@ -236,7 +236,7 @@ class Cluster:
         start_munged(state)
         start_controller(state)
         for node in state.nodes:
-            Node(state, node).switch_on()
+            SandboxNode(state, node).switch_on()
         self.wait_idle(timeout_s=timeout_s)
         state.started = True
         state.save()
@@ -280,8 +280,8 @@ class Cluster:
                 name=name,
                 address=address,
                 power=state.find(name) is not None,
-                link=Node(state, name).link_is_up,
-                frozen=Node(state, name).is_frozen,
+                link=SandboxNode(state, name).link_is_up,
+                frozen=SandboxNode(state, name).is_frozen,
                 slurm=known.get(name, SlurmState()),
             )
             for name, address in state.nodes.items()
@@ -313,7 +313,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def _node(cluster: Cluster, fault: str, name: str) -> Iterator[Node]:
+def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxNode]:
     """Yield a node for a fault. ConfigError if the node cannot have the fault."""
     with opened(cluster.directory) as state:
         if name not in state.nodes:
@@ -323,7 +323,7 @@ def _node(cluster: Cluster, fault: str, name: str) -> Iterator[Node]:
         if fault != "heal" and not state.find(name):
             fix = f"python -m slurm.sandbox heal {name}"
             raise ConfigError(f"{fault} {name}, which is off", "a node that is on", fix)
-        yield Node(state, name)
+        yield SandboxNode(state, name)
 
 
 def power_cut(cluster: Cluster, name: str) -> str:

@@ -127,7 +127,7 @@ def _tc(inside: list[str], words: str) -> str:
 
 
 @dataclass(frozen=True)
-class Node:
+class SandboxNode:
     """One node of a sandbox: its cable, its power, and its processes."""
 
     state: SandboxState

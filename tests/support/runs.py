@@ -21,7 +21,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.storm import injection
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.nodes import Node
+from slurm.sandbox.nodes import SandboxNode
 from slurm.sandbox.state import require_state
 from tests.support.commands import ON_SLURM, ROOT, Process, descendants, running, start_fork, wait_for
 
@@ -305,7 +305,7 @@ def serve_ssh(sandbox: Cluster, folder: Path) -> dict[str, str]:
     """Start a server on each node of a sandbox. Returns node -> address. A node that has one keeps it."""
     state = require_state(sandbox.directory)
     for name in state.nodes:
-        first = Node(state, name).process_one()
+        first = SandboxNode(state, name).process_one()
         assert first is not None and SSHD is not None
         inside = ["nsenter", f"--target={first.pid}", *(f"--{kind}" for kind in ("mount", "uts", "ipc", "net", "pid"))]
         subprocess.run([*inside, SSHD, "-f", folder / "sshd_config"], check=False)
