@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt.metrics import software
+from gpt.metrics.writers import software
 from launch.runs.environment import code_state, cpu_name
 
 UNCHANGED = hashlib.sha256(b"").hexdigest()

@@ -29,7 +29,7 @@ from benchmarks.speed.peers import serve_peer
 from benchmarks.turns import ROOT, Served, serve
 from gpt.accounting import peak_flops, training_flops_per_token
 from gpt.data.loader import StepBatch, train_indices
-from gpt.metrics import describe_rank, software
+from gpt.metrics.writers import describe_rank, software
 from gpt.model.attention import prefer_fast_kernels
 from gpt.parallel.distributed import open_world
 from gpt.parallel.modules import plain_cross_entropy

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-from gpt.metrics import memory_gib
-from gpt.metrics.writers import MetricWriters
+from gpt.metrics.writers import MetricWriters, memory_gib
 from gpt.parallel.distributed import Timeline, open_world, recorded, waiting
 from gpt.train import build
 from gpt.training.diagnostics import Gradients

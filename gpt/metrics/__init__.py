@@ -1,76 +1,21 @@
-"""Environment and startup summary of an attempt, and ``run.json``, the whole run in one value."""
+"""Startup summary of an attempt, and ``run.json``, the whole run in one value. Does not import torch."""
 
 from __future__ import annotations
 
-import os
-import resource
 import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from gpt import checkpoint as folders
-from gpt.accounting import GIB, training_flops_per_token
+from gpt.accounting import training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, TrainConfig, float8_words
 from gpt.config.optim import ADAMW, MUON, SCHEDULE_FREE, describe_schedule
-from gpt.parallel.distributed import World
 from launch.errors import counted
-from launch.runs.environment import cpu_name, describe_place, driver_version, library_versions
 from launch.runs.events import saves_that_count
 from launch.runs.folder import RunFolder, read_json, read_mapping, write_json
 from launch.runs.records import StepRecord, read_records
-
-# Environment of one attempt: device and memory of each rank, and versions of the software.
-#
-# No environment variable is recorded, because some contain secrets (``launch.runs.environment`` lists the reported
-# ones).
-
-
-def describe_rank(world: World) -> dict[str, Any]:
-    """Return host, process, threads, device and its memory (GiB) of this rank, with the key names of
-    ``environment.json``."""
-    device = world.device
-    record = describe_place(world.rank, world.local_rank, world.node) | {
-        "pid": os.getpid(),
-        "device": str(device),
-        "device_name": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        record["device_uuid"] = str(torch.cuda.get_device_properties(device).uuid)
-        record["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
-    return record
-
-
-def software() -> dict[str, str]:
-    """Return the versions of Python, of the libraries that affect results, and of CUDA and NCCL if torch has them."""
-    versions = library_versions()
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-        versions["nccl"] = ".".join(str(n) for n in torch.cuda.nccl.version())
-    driver = driver_version()
-    return versions | ({"nvidia-driver": driver} if driver else {})
-
-
-def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]:
-    """Return allocated, peak and reserved memory of ``device`` in GiB; None for figures that a CPU does not report.
-
-    On a GPU these are the current tensors, the peak of the tensors in this attempt, and the memory that the allocator
-    keeps. On a CPU only the peak is known: the RAM of the whole process with its libraries.
-    """
-    if device.type != "cuda":
-        # Linux counts ru_maxrss in KiB (getrusage(2)).
-        return None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, None
-    known = torch.cuda.memory_stats(device)  # one call for all figures, because a call takes a tenth of a millisecond
-    return (
-        known["allocated_bytes.all.current"] / GIB,
-        known["allocated_bytes.all.peak"] / GIB,
-        known["reserved_bytes.all.current"] / GIB,
-    )
-
 
 # Startup summary of an attempt: model, configuration, hardware, and theoretical performance. This only formats the
 # record of the environment.

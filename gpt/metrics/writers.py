@@ -1,5 +1,5 @@
-"""Writers of step records during a run: the JSONL file of each rank; console, TensorBoard, CSV, JSON and W&B of rank
-0."""
+"""Environment of an attempt, and writers of step records during a run: the JSONL file of each rank; console,
+TensorBoard, CSV, JSON and W&B of rank 0."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import logging
 import os
+import resource
 import shutil
 import sys
 import time
@@ -16,16 +17,68 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from gpt.accounting import peak_flops, recomputed_flops_per_token, training_flops_per_token, utilization
+import torch
+
+from gpt.accounting import GIB, peak_flops, recomputed_flops_per_token, training_flops_per_token, utilization
 from gpt.config import Precision, TrainConfig
-from gpt.metrics import RunJson, describe_rank
+from gpt.metrics import RunJson
 from gpt.parallel.distributed import World
 from launch import worker
 from launch.errors import duration_text
 from launch.runs.compose import plain_config
+from launch.runs.environment import cpu_name, describe_place, driver_version, library_versions
 from launch.runs.event_files import EventWriter, record_scalars
 from launch.runs.folder import RunFolder, say
 from launch.runs.records import TOLD_ONCE, StepRecord, read_records
+
+# Environment of one attempt: device and memory of each rank, and versions of the software.
+#
+# No environment variable is recorded, because some contain secrets (``launch.runs.environment`` lists the reported
+# ones).
+
+
+def describe_rank(world: World) -> dict[str, Any]:
+    """Return host, process, threads, device and its memory (GiB) of this rank, with the key names of
+    ``environment.json``."""
+    device = world.device
+    record = describe_place(world.rank, world.local_rank, world.node) | {
+        "pid": os.getpid(),
+        "device": str(device),
+        "device_name": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        record["device_uuid"] = str(torch.cuda.get_device_properties(device).uuid)
+        record["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
+    return record
+
+
+def software() -> dict[str, str]:
+    """Return the versions of Python, of the libraries that affect results, and of CUDA and NCCL if torch has them."""
+    versions = library_versions()
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+        versions["nccl"] = ".".join(str(n) for n in torch.cuda.nccl.version())
+    driver = driver_version()
+    return versions | ({"nvidia-driver": driver} if driver else {})
+
+
+def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]:
+    """Return allocated, peak and reserved memory of ``device`` in GiB; None for figures that a CPU does not report.
+
+    On a GPU these are the current tensors, the peak of the tensors in this attempt, and the memory that the allocator
+    keeps. On a CPU only the peak is known: the RAM of the whole process with its libraries.
+    """
+    if device.type != "cuda":
+        # Linux counts ru_maxrss in KiB (getrusage(2)).
+        return None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, None
+    known = torch.cuda.memory_stats(device)  # one call for all figures, because a call takes a tenth of a millisecond
+    return (
+        known["allocated_bytes.all.current"] / GIB,
+        known["allocated_bytes.all.peak"] / GIB,
+        known["reserved_bytes.all.current"] / GIB,
+    )
+
 
 # A view is a copy of a run's step records in another format. A filesystem failure may interrupt a view for a while, but
 # never the training.

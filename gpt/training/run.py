@@ -33,7 +33,8 @@ from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify
 from gpt.data.corpus import check_fit, describe_corpus, describe_tokens, ensure_tokens
 from gpt.data.loader import BatchPrefetcher, Samples
 from gpt.data.prepared import Tokens
-from gpt.metrics import describe_rank, render_summary, software
+from gpt.metrics import render_summary
+from gpt.metrics.writers import describe_rank, software
 from gpt.model.gpt import GPT, Weights, initial_weights
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine

@@ -20,7 +20,7 @@ from torch import Tensor
 from gpt.checkpoint import Votes
 from gpt.config import Ffn
 from gpt.config.optim import lr_at
-from gpt.metrics import memory_gib
+from gpt.metrics.writers import memory_gib
 from gpt.model.ffn import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import BUBBLE, HOST, Timeline, World, recorded, total, waiting
 from gpt.parallel.engine import Engine

@@ -17,8 +17,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-import psutil
-
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder, read_json, write_json
 from launch.runs.records import recent_records
@@ -332,6 +330,8 @@ class UsageMeter:
         if time.monotonic() < self._next or not ranks:
             return
         self._next = time.monotonic() + SAMPLE_S
+        import psutil  # the layouts of gpt.planning read this module, and are counted without the agent's libraries
+
         own, shared = 0, 0
         for rank in ranks:
             with suppress(psutil.Error):

@@ -67,9 +67,9 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
     ("workload=script script.path=x.py batch_size=4", "unknown key batch_size", "script.options.batch_size=4"),
     ("cluster.time=1:30:00", "unknown key cluster.time", "cluster.timeout_min=MINUTES"),
     (
-        "checkpoint.keep_last=null",
-        "checkpoint.keep_last=null",
-        "checkpoint.keep_last=NUMBER; python -m launch.keys checkpoint.keep_last has its meaning",
+        "optim.global_batch=null",
+        "optim.global_batch=null",
+        "optim.global_batch=NUMBER; python -m launch.keys optim.global_batch has its meaning",
     ),
     (
         "dry_run=shallow",
