@@ -46,7 +46,7 @@ NEEDS_MORE = (
     "--fit",
     "pip wheel",
 )
-"""What needs a network, files of others, or long. Its row of the features has a test, or test_project_fit.py."""
+"""Parts of commands that need a network, files of others, or much time. Tests in other files run those commands."""
 
 
 def shown(page: Path) -> Iterator[str]:

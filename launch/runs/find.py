@@ -1,4 +1,4 @@
-"""What the commands share: search of run folders below paths, labels of runs, the record of sweeps, and tables."""
+"""Search of run folders below paths, labels of runs, the record of sweeps, and tables. All commands use these."""
 
 from __future__ import annotations
 

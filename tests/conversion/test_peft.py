@@ -1,4 +1,4 @@
-"""Adapters between LoRA here and peft, in both directions: the same losses and logits, whoever wrote the files."""
+"""Adapters of this project and of peft, read by each other: the same losses and logits."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ OURS = {
     "llama geglu padded": small(**{**LLAMA, "ffn": Ffn.geglu}, activation=Activation.gelu_tanh, vocab_multiple=16),
     "mixtral geglu": small(**{**LLAMA, **MOE, "n_expert_per_token": 3}, expert_ffn=Ffn.geglu),
 }
-"""What no model of transformers begins with, or no file of its own shows."""
+"""Settings that no new model of transformers has, or that no test of its own shows."""
 
 
 @pytest.mark.parametrize("kind", OURS)

@@ -339,7 +339,7 @@ def byte_level_bpe() -> str:
 
 @cache
 def same_for_tiktoken() -> bytes:
-    """The same merges as a tiktoken encoding; GPT-2's stand-ins for bytes are undone by the library's own decoder."""
+    """Payload of a tiktoken encoding with the merges of ``byte_level_bpe``, whose stand-ins for bytes are undone."""
     tiktoken = pytest.importorskip("tiktoken")
     tokenizers = pytest.importorskip("tokenizers")
     vocab = json.loads(byte_level_bpe())["model"]["vocab"]

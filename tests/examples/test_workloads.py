@@ -136,7 +136,7 @@ PREPARE, TRAIN = (
     shlex.split(re.findall(rf"python -m gpt\.{name} (.+?)\n(?:python|```)", DOCS, re.DOTALL)[0])
     for name in ("prepare", "train")
 )
-"""What the docs have one type."""
+"""Arguments that the docs give for `gpt.prepare` and `gpt.train`."""
 SMALL = [*(word for word in TINY if "kv_head" not in word and "max_bytes" not in word), "device=cpu"]
 
 

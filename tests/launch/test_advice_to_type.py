@@ -1,4 +1,4 @@
-"""What is typed: flags, keys and their ranges, names of points; and what a refusal proposes to type."""
+"""Flags, keys and their ranges, and names of points as users type them; and the commands that a refusal proposes."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def stepped_by_engine(run: Run) -> list[dict[str, Tensor]]:
 
 
 def differences(rank: int, size: int, folder: Path) -> list[str]:
-    """What each engine does otherwise than torch's optimizers, and than the plan of its memory."""
+    """Return how each engine differs from torch's optimizers, and from the plan of its memory."""
     wrong = []
     for number, (words, model) in enumerate(CASES[size]):
         run = start(rank, size, folder / str(number), *model, *words.split())

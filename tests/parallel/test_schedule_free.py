@@ -99,7 +99,7 @@ def stepped_by_engine(run: Run) -> tuple[Weights, Weights]:
 
 
 def differences(rank: int, size: int, folder: Path) -> list[str]:
-    """What each engine does otherwise than the package, and than the plan of its memory."""
+    """Return how each engine differs from the package, and from the plan of its memory."""
     wrong = []
     for number, (words, model) in enumerate(CASES[size]):
         run = start(rank, size, folder / str(number), *model, *words.split())

@@ -1,4 +1,4 @@
-"""What a plan chooses for the devices, and its warnings: precision, compilation, epochs and time limits."""
+"""Choices of a plan for the devices, and its warnings: precision, compilation, epochs and time limits."""
 
 from __future__ import annotations
 

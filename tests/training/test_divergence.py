@@ -273,7 +273,7 @@ def go_through_all(rank: int, size: int, folder: Path) -> dict[str, dict[str, An
 
 
 Ranks = list[dict[str, dict[str, Any]]]
-"""What each rank found in each case."""
+"""Findings of each rank in each case."""
 
 
 @pytest.fixture(scope="module")

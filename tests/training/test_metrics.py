@@ -350,7 +350,7 @@ CASES = {
     *(("forward", words) for words in GROUPS.values()),
     *(("forward", f"{STAGES}{schedule}") for schedule in ("gpipe", "1f1b")),
 }
-"""What is late, and the words of the run."""
+"""Late part of a step, and the overrides of the run."""
 Records = list[dict[str, Any]]
 Measured = dict[tuple[str, str], tuple[Records, Records]]
 """Records of both ranks in each case."""
