@@ -16,7 +16,7 @@ from launch.storm import __main__ as drill
 from launch.storm import injection
 from launch.storm.__main__ import LastFault, choose_kinds, first_save, make_schedule
 from launch.storm.injection import KINDS, SANDBOX, SLURM, Site
-from tests.support.commands import ROOT, run, start_fork
+from tests.support.commands import ROOT, run, start_fork, wait_for
 from tests.support.planning import refused
 from tests.support.runs import LOCAL
 
@@ -24,18 +24,32 @@ LOCAL_KINDS = [name for name, kind in KINDS.items() if not kind.needs]
 PROGRAM = ROOT / "tests" / "support" / "programs" / "checkpointing.py"
 
 
-def words(steps: int, step_s: float) -> list[str]:
-    program = [f"script.path={PROGRAM}", f"script.args='{steps} 20 {step_s}'", "script.resumes=true", "nodes=2"]
+def words(steps: int, step_s: float, calm: str = "") -> list[str]:
+    program = [f"script.path={PROGRAM}", f"script.args='{steps} 20 {step_s} {calm}'", "script.resumes=true", "nodes=2"]
     timeouts = ["resilience.heartbeat_timeout_s=5", "resilience.node_timeout_s=10"]
     return [*LOCAL, *program, *timeouts, f"script.env.PYTHONPATH={ROOT}", "launch.poll_s=0.5"]
+
+
+def is_complete(faults: Path) -> bool:
+    return len(faults.read_text().splitlines()) == len(LOCAL_KINDS)
 
 
 def test_a_run_under_a_storm_ends_as_a_quiet_one(tmp_path: Path) -> None:
     out = tmp_path / "drill"
     options = ["--faults", str(len(LOCAL_KINDS)), "--seed", "10", "--output", str(out), "--most-steps", "10"]
     log = tmp_path / "log"
-    process = start_fork("launch.storm", *options, *words(3000, 0.004), cwd=tmp_path, log=log)
-    assert process.wait(timeout=900) == 0, log.read_text()  # a dozen starts of a run, one after another
+    # The quiet run, and the run after its last fault, are quick. Between faults the steps are slow: a busy machine
+    # notices a frozen agent late, and the run must not end before the next fault.
+    calm = tmp_path / "calm"
+    calm.touch()
+    process = start_fork("launch.storm", *options, *words(6000, 0.03, str(calm)), cwd=tmp_path, log=log)
+    wait_for(lambda: (out / "stormy").exists() or process.poll() is not None, "the start of the stormy run", 300)
+    calm.unlink()
+    faults = out / "faults.jsonl"
+    # A dozen starts of a run, one after another.
+    wait_for(lambda: process.poll() is not None or (faults.exists() and is_complete(faults)), "the last fault", 900)
+    calm.touch()
+    assert process.wait(timeout=300) == 0, log.read_text()
     text = log.read_text()
     found = json.loads((out / "verdict.json").read_text())
     assert found["passed"] and found["wrong"] == [] and "passed: as the quiet run, bit for bit" in text
