@@ -35,12 +35,12 @@ from launch.config.compose import (
     schema_of,
     target_of,
 )
-from launch.errors import ConfigError, closest, refusing
+from launch.errors import ConfigError, refusing
 from launch.plan.remote import remote_of, run_remotely
 from launch.runner import SweepFailedError, print_failure
 from launch.runs.compose import CONFIG_ERRORS, refuse_file_of_config
 from launch.runs.folder import deny_others_writing
-from launch.runs.overrides import override_of_flag, point_name
+from launch.runs.overrides import point_name, unknown_flag
 from launch.workload import load_workload
 
 
@@ -75,7 +75,10 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
     except argparse.ArgumentError as error:
         raise ConfigError(str(error), "a flag of Hydra's with its value", "python -m launch --help") from error
     if unknown:
-        raise unknown_flag(unknown[0], argv, re.findall(r"--[\w-]+", parser.format_usage()))
+        schema: type[Config] = Config
+        with suppress(ConfigError):  # The workload may be in the user's own folder of configs, which is not known yet.
+            schema = schema_of(target_of([word for word in argv if word.startswith("workload=")]))
+        raise unknown_flag(unknown[0], argv, schema, re.findall(r"--[\w-]+", parser.format_usage()), "python -m launch")
     showing = next((name.replace("_", "-") for name in SHOWING if getattr(given, name)), None)
     if showing is not None and given.multirun:
         fix = "the same without -m, and with one value for each key"
@@ -84,17 +87,6 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
     for override in given.overrides:
         flags.remove(override)
     return flags, given
-
-
-def unknown_flag(flag: str, argv: Sequence[str], flags: Sequence[str]) -> ConfigError:
-    """Return a ConfigError for a flag that is not among Hydra's ``flags``, with the key or flag that was meant."""
-    schema: type[Config] = Config
-    with suppress(ConfigError):  # The workload may be in the user's own folder of configs, which is not known yet.
-        schema = schema_of(target_of([word for word in argv if word.startswith("workload=")]))
-    name, _, value = flag.partition("=")
-    following = value or next(iter(argv[argv.index(flag) + 1 :]), "")
-    fix = override_of_flag(name, following, schema) or next(iter(closest(name, flags)), "python -m launch --help")
-    return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
 
 
 COMMANDS = (

@@ -399,7 +399,10 @@ def prepare_command(config: DataConfig, cache: Path) -> str:
     # The preset sets the name. The folder is added below only if it is not the default.
     same = {"name": config.name, "cache_dir": config.cache_dir}
     default = flatten(_plain(OmegaConf.merge(OmegaConf.structured(DataConfig), preset, same)))
-    changed = {key: value for key, value in flatten(_plain(config)).items() if value != default.get(key)}
+    values = flatten(_plain(config))
+    changed = {key: value for key, value in values.items() if value != default.get(key)}
+    if changed.get("tokenizer") == TokenizerKind.sentencepiece.name and config.tokenizer_path is None:
+        changed["tokenizer_vocab_size"] = values["tokenizer_vocab_size"]  # the default, too: it is a part of the model
     args = [f"data={name}", *(f"data.{key}={'null' if value is None else value}" for key, value in changed.items())]
     if cache != Path("outputs/.cache").absolute():
         args.append(f"data.cache_dir={cache}")

@@ -53,7 +53,7 @@ from launch.runs.compose import choose_folder, refuse_other_run
 from launch.runs.environment import changed_since, code_state, describe_code, describe_environment, refuse_change
 from launch.runs.events import apply_continuation, plan_continuation, refuse_alive
 from launch.runs.folder import RunFolder, write_json
-from launch.runs.overrides import without_key
+from launch.runs.overrides import unknown_flag, without_key
 
 # The request of a command line: config, run folder, and ``parallel=auto`` for ranks without a plan.
 #
@@ -108,7 +108,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--run", metavar="FOLDER", help="go on with the run in FOLDER, with the config it was made with"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
-    return parser.parse_args(argv)
+    words, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise unknown_flag(unknown[0], argv, TrainConfig, ("--run", "--help"), parser.prog)
+    return words
 
 
 def parse_request(words: argparse.Namespace) -> Request:

@@ -243,7 +243,8 @@ def _check_option(typed: str, group: str, folders: Sequence[Path]) -> None:
 
 def unknown_option(group: str, choice: str, options: Collection[str]) -> ConfigError:
     """Return the refusal of an option that a group of config files does not have."""
-    likely = closest(choice, options) or sorted(options)
+    likely = [option for option in sorted(options) if option.startswith(choice)] or closest(choice, options)
+    likely = likely or sorted(options)
     fix = f"{group}={likely[0]}"
     if group == "hydra/launcher" and choice in ("submitit_slurm", "submitit_local"):
         fix = f"pip install hydra-submitit-launcher, or the same without {group}={choice}"
@@ -317,6 +318,8 @@ def fitting_value(typed: str, schema: type) -> tuple[str, str]:
     expected = "a list" if is_list else "one text"
     if isinstance(inner, type) and issubclass(inner, Enum):
         options = [option.name for option in inner]
+        if "none" in options and value.lower() == "false":  # compile is a switch in other programs
+            words = ["none"]
         words = [(closest(word, options) or options)[0] for word in words]
         expected = f"{'a list of' if is_list else 'one of'} {', '.join(options)}"
     elif get_origin(kind) is dict:
@@ -350,12 +353,24 @@ ELSEWHERE = {
     "steps": "optim.max_steps",
     "num_train_epochs": "optim.max_steps=STEPS",
     "gradient_accumulation_steps": "optim.max_micro_batch=VALUE",
-    "batch_size": "optim.global_batch",
-    "per_device_train_batch_size": "optim.max_micro_batch",
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size"), "optim.max_micro_batch"),
     "max_grad_norm": "optim.grad_clip",
-    "eval_steps": "eval.interval",
+    **dict.fromkeys(("eval_steps", "eval_interval"), "eval.interval"),
     "save_steps": "checkpoint.interval",
     "save_total_limit": "checkpoint.keep_last",
+    # nanoGPT, and programs that name the parts of a model
+    "dataset": "data",
+    "dtype": "precision",
+    "eval_iters": "eval.sequences=SEQUENCES",
+    "lr_decay_iters": "optim.max_steps",
+    "wandb_log": "logging.wandb",
+    "wandb_project": "logging.wandb=true, with WANDB_PROJECT={} before the command",
+    "arch_preset": "model",
+    "position_encoding": "model.position",
+    "normalization": "model.norm",
+    "ffn_type": "model.ffn",
+    "weight_tying": "model.tie_embeddings",
+    **{f"use_{engine}": f"parallel={engine}" for engine in ("ddp", "zero1", "fsdp")},
     # earlier versions of this project
     "keep_every": "checkpoint.keep_last=null",
     "copy_keep": "checkpoint.keep_last",
@@ -365,7 +380,8 @@ ELSEWHERE = {
     "target_val_nats_per_byte": "optim.target_val_loss=LOSS",
     **dict.fromkeys(("offload_optimizer", "offload_parameters"), "parallel.cpu_offload=true"),
 }
-"""Name of a setting elsewhere -> key of this project; a whole override if the values have another meaning."""
+"""Name of a setting elsewhere -> key of this project; a whole override if the values have another meaning. ``{}`` is
+the typed value."""
 MOST_NAMES = 6
 """Names of keys that a refusal lists."""
 
@@ -380,7 +396,7 @@ def likely_override(name: str, value: str, schema: type) -> str | None:
     parent, _, leaf = name.rpartition(".")
     ours, _, other = ELSEWHERE.get(leaf, "").partition("=")
     if ours in keys and other:  # A switch of another tool that is false needs no key here.
-        return None if value.lower() == "false" else in_shell(ours, other)
+        return None if value.lower() == "false" else f"{ours}={other}".format(shlex.quote(value))
     # A name without a group is compared with the last parts of keys. If several are equal, the shortest key counts.
     named = {key if parent else key.rpartition(".")[2]: key for key in sorted(keys, key=lambda key: -key.count("."))}
     likely = [ours] if ours in keys else []
@@ -411,13 +427,19 @@ def unknown_key(key: str, value: str, schema: type) -> ConfigError:
     return ConfigError(f"unknown key {key}", f"a key {such}(python -m launch.keys lists all)", fix)
 
 
-def override_of_flag(flag: str, following: str, schema: type) -> str | None:
-    """Return the override for a flag, ``optim.max_steps=3`` for ``--max-steps 3``; None if no key has such a name.
+def unknown_flag(flag: str, argv: Sequence[str], schema: type, flags: Sequence[str], command: str) -> ConfigError:
+    """Return the refusal of a flag, with the override that a user probably meant: ``optim.max_steps=3`` for
+    ``--max-steps 3``.
 
     Args:
-        flag: flag as typed.
-        following: the next argument, which may be another override or flag.
+        flag: flag as typed, with its value if they are joined by ``=``.
+        argv: all arguments; the one after the flag may be its value, another override or another flag.
         schema: dataclass of the config.
+        flags: flags of the command.
+        command: ``python -m`` and the module.
     """
+    name, _, value = flag.partition("=")
+    following = value or next(iter(argv[argv.index(flag) + 1 :]), "")
     value = following if following and not re.search("^-|=", following) else "VALUE"
-    return likely_override(flag.lstrip("-"), value, schema)
+    fix = likely_override(name.lstrip("-"), value, schema) or next(iter(closest(name, flags)), f"{command} --help")
+    return ConfigError(f"{flag}, which is no flag", f"KEY=VALUE, or one of {', '.join(flags)}", fix)

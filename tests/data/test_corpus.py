@@ -262,12 +262,19 @@ def test_configs_fit_the_schema(name: str) -> None:
         check_fit(describe_corpus(config, NOWHERE), model_of(4096), eval_sequences=50)
 
 
-@pytest.mark.parametrize("name", ["tinystories", "openwebtext", "slimpajama", "shakespeare"])
-def test_what_has_to_be_prepared_is_refused_with_the_command(name: str, tmp_path: Path) -> None:
-    words = [f"data={name}", "data.max_bytes=1000", f"data.cache_dir={tmp_path}"]
-    config = to_schema(compose_train(words), TrainConfig)
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("data=tinystories", "data=openwebtext", "data=slimpajama", "data=shakespeare"),
+        "data=shakespeare data.val_fraction=0.05 data.tokenizer=sentencepiece data.tokenizer_vocab_size=16384",
+        "data=tinystories data.tokenizer_vocab_size=4096",
+    ],
+)
+def test_what_has_to_be_prepared_is_refused_with_the_command(words: str, tmp_path: Path) -> None:
+    typed = [*words.split(), "data.max_bytes=1000", f"data.cache_dir={tmp_path}"]
+    config = to_schema(compose_train(["+experiment=baseline", *typed]), TrainConfig)
     told = refused(describe_corpus, config.data, config.data_cache).fix
-    assert told == f"python -m gpt.prepare {words[0]} {words[1]} {words[2]}"
+    assert told.startswith("python -m gpt.prepare ") and set(told.split()[3:]) == set(typed)
 
 
 def test_the_command_that_is_proposed_prepares_what_was_asked_for(

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from gpt.config import TrainConfig
+from gpt.config import TrainConfig, compose_train
 from gpt.training.run import parse_arguments
 from gpt.workload import GptWorkload
 from launch import keys, status
@@ -62,7 +62,7 @@ def test_a_point_typed_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_flag_of_a_training_is_answered_with_the_one_that_was_meant() -> None:
-    assert refused(parse_arguments, ["--rum", "x"]).fix == "python -m gpt.train ... --run"
+    assert refused(parse_arguments, ["--rum", "x"]).fix == "--run"
 
 
 @pytest.mark.parametrize("words", [["run_dir=taken"], ["run_dir=taken/run"], ["output_dir=taken"]], ids=str)
@@ -251,6 +251,38 @@ def test_every_command_helps_and_refuses_a_flag_that_it_does_not_have(
 )
 def test_a_flag_is_refused_with_the_key_that_was_meant(words: list[str], fix: str) -> None:
     assert refused(split_flags, words).fix == fix
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        # The flags of a program with exchangeable parts of the model.
+        (["--position_encoding=rope"], "model.position=rope"),
+        (["--normalization=rmsnorm"], "model.norm=rmsnorm"),
+        (["--ffn_type", "swiglu"], "model.ffn=swiglu"),
+        (["--norm_position=post"], "model.norm_position=post"),
+        (["--weight_tying=false"], "model.tie_embeddings=false"),
+        (["--use_zero1"], "parallel=zero1"),
+        (["--use_fsdp=true"], "parallel=fsdp"),
+        (["--arch_preset=llama"], "model=llama_124m"),
+        (["--arch_preset=gpt2"], "model=gpt2_124m"),
+        (["--wandb_project=mine"], "logging.wandb=true, with WANDB_PROJECT=mine before the command"),
+        # Those of nanoGPT: its batch is the micro-batch of one GPU.
+        (["--batch_size=12"], "optim.max_micro_batch=12"),
+        (["--max_iters=600000"], "optim.max_steps=600000"),
+        (["--block_size=1024"], "model.block_size=1024"),
+        (["--learning_rate=6e-4"], "optim.lr=6e-4"),
+        (["--eval_interval=500"], "eval.interval=500"),
+        (["--dataset=openwebtext"], "data=openwebtext"),
+        (["--dtype=bfloat16"], "precision=bf16"),
+        (["--compile=False"], "compile=none"),
+    ],
+    ids=str,
+)
+def test_a_flag_of_another_trainer_is_answered_by_both_commands(words: list[str], fix: str) -> None:
+    for read in (split_flags, parse_arguments):
+        assert refused(read, [*words, "seed=3"]).fix == fix
+    compose_train([fix.partition(",")[0]])
 
 
 def test_flags_stand_anywhere() -> None:
