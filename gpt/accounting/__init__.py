@@ -264,6 +264,8 @@ def block_shapes(model: ModelConfig) -> Shapes:
         shapes |= linear_shapes(model, "attention.key", keys, width)
         shapes |= linear_shapes(model, "attention.value", keys, width)
         shapes |= linear_shapes(model, "attention.output", width, queries)
+        if model.attention_sinks:
+            shapes["attention.sinks.weight"] = (model.n_head,)
         if model.qk_norm:
             shapes |= norm_shapes(model, "attention.query_norm", model.head_dim)
             shapes |= norm_shapes(model, "attention.key_norm", model.head_dim)

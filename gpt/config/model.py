@@ -194,6 +194,9 @@ class ModelConfig:
     attention_softcap: Optional[float] = None
     """Bound *c* of attention's scores *s*, which become c tanh(s / c) (Gemma 2, arXiv 2408.00118, section 2);
     attention=manual only, since torch's fused kernels have no such operation. null means no bound."""
+    attention_sinks: bool = False
+    """Give each head a learned logit that joins the softmax over the keys and has no value, so that a head can attend
+    to nothing (gpt-oss, arXiv 2508.10925, section 2.2; arXiv 2309.17453)."""
     logit_softcap: Optional[float] = None
     """Bound *c* of the logits *s*, which become c tanh(s / c) (Gemma 2). null means no bound."""
     scale_embedding: bool = False

@@ -105,7 +105,7 @@ def check_model(model: ModelConfig) -> None:
     check_heads(model)
     check_rope(model)
     check_window(model)
-    check_softcap(model)
+    check_attention(model)
     check_block(model)
     check_activation(model)
     check_adapters(model)
@@ -196,12 +196,6 @@ def check_window(model: ModelConfig) -> None:
                     "a window, which makes layers local",
                     f"model.window=512, or model.{key}=null",
                 )
-    elif isinstance(model.attention, str):
-        raise ConfigError(
-            f"model.window={model.window} with model.attention={model.attention}",
-            "built-in attention, which alone reads the window",
-            "model.attention=sdpa",
-        )
     if model.rope_base_local is not None and model.position is not Position.rope:
         raise ConfigError(
             f"model.rope_base_local={model.rope_base_local:g} with other positions than rotary ones",
@@ -210,8 +204,15 @@ def check_window(model: ModelConfig) -> None:
         )
 
 
-def check_softcap(model: ModelConfig) -> None:
-    """Raise ConfigError for a bound of attention's scores that the attention cannot compute."""
+def check_attention(model: ModelConfig) -> None:
+    """Raise ConfigError for a window, sinks or a bound of the scores that the attention cannot compute."""
+    own = next((key for key in ("window", "attention_sinks") if getattr(model, key)), None)
+    if own is not None and isinstance(model.attention, str):
+        raise ConfigError(
+            f"model.{own}={str(getattr(model, own)).lower()} with model.attention={model.attention}",
+            f"built-in attention, which alone reads model.{own}",
+            "model.attention=sdpa",
+        )
     if model.attention_softcap is not None and model.attention is not AttentionBackend.manual:
         raise ConfigError(
             f"model.attention_softcap={model.attention_softcap:g} with "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
@@ -177,6 +178,52 @@ def merge_blocks(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_
     return mine_BHT1 * y_BHTC + its_BHT1 * other_BHTC, both_BHT
 
 
+# Sinks: one more column of scores, whose logit is learned for each head, and which has no value (gpt-oss).
+#
+# The column only adds to the sum of exponentials. So it is merged like one more block of keys, whose result is 0; and
+# the backward pass of the other blocks needs nothing but the new sum.
+
+
+class Sinks(nn.Module):
+    """Logit of the sink of each head, (H,)."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+def merge_sinks(y_BHTC: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge sinks into the result of all blocks of keys: (B, H, T, C) and its log-sum-exp (B, H, T)."""
+    both_BHT = torch.logaddexp(lse_BHT, sinks_H.type_as(lse_BHT).unsqueeze(1))
+    return y_BHTC * (lse_BHT - both_BHT).exp().unsqueeze(-1).type_as(y_BHTC), both_BHT
+
+
+def sink_gradient(grad_BHTC: Tensor, attended: Attended, sinks_H: Tensor) -> Tensor:
+    """Return the gradient of the sinks, (H,), from that of the result after ``merge_sinks``."""
+    share_BHT = (sinks_H.unsqueeze(1) - attended.lse).exp()
+    return -(share_BHT * (grad_BHTC * attended.result).sum(-1)).sum((0, 2)).type_as(sinks_H)
+
+
+class SinkAttention(torch.autograd.Function):
+    """Causal attention with sinks by torch's flash kernel, (B, H, T, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, sinks_H: Tensor) -> Tensor:
+        y_BHTC, lse_BHT = merge_sinks(*attend_block(q_BHTC, k_BKTC, v_BKTC, True, True), sinks_H)
+        ctx.save_for_backward(q_BHTC, k_BKTC, v_BKTC, y_BHTC, lse_BHT, sinks_H)
+        return y_BHTC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHTC: Tensor) -> tuple[Tensor, ...]:
+        q_BHTC, k_BKTC, v_BKTC, y_BHTC, lse_BHT, sinks_H = ctx.saved_tensors
+        given = grad_BHTC, Attended(q_BHTC, y_BHTC, lse_BHT)
+        return *attend_block_backward(*given, k_BKTC, v_BKTC, True, True), sink_gradient(*given, sinks_H)
+
+
 def has_kernel(q_BHTC: Tensor) -> bool:
     """Return True if torch's flash kernel takes these queries, and returns the log-sum-exp for the backward pass."""
     return not q_BHTC.is_cuda or q_BHTC.dtype in (torch.bfloat16, torch.float16)
@@ -232,6 +279,7 @@ class Attention(nn.Module):
         self.backend = config.attention
         self.dropout = config.dropout
         self.window, self.softcap = config.window, config.attention_softcap
+        self.sinks = Sinks(config.n_head) if config.attention_sinks else None
 
     def forward(self, x_BTD: Tensor, past: LayerCache | Documents | None = None) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D). With a cache, the T tokens follow the cached ones, and are added to the
@@ -277,8 +325,13 @@ class Attention(nn.Module):
     def attend_whole(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_B1TS: Tensor | None) -> Tensor:
         """Compute attention to all given keys, (B, H, T, C), see ``attend``."""
         dropout = self.dropout if self.training else 0.0
-        if self.backend is AttentionBackend.manual:
-            return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS, self.softcap)
+        sinks_H = None if self.sinks is None else self.sinks()
+        # With sinks, the kernels return their log-sum-exp without a mask, a cache or dropout only.
+        plain = bias_B1TS is None and not dropout and q_BHTC.size(2) == k_BKSC.size(2)
+        if self.backend is AttentionBackend.manual or (sinks_H is not None and not plain):
+            return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS, self.softcap, sinks_H)
+        if sinks_H is not None:
+            return SinkAttention.apply(q_BHTC, k_BKSC, v_BKSC, sinks_H)
         if self.backend is AttentionBackend.flash:
             with sdpa_kernel(FLASH_FIRST, set_priority=True):
                 return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
@@ -304,9 +357,11 @@ def manual_attention(
     dropout: float,
     bias_B1TS: Tensor | None = None,
     bound: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Compute softmax(Q K^T / sqrt(C) + bias) V, (B, H, T, C). The default bias masks the future. This reference needs
-    T x S in memory. ``bound`` is that of ``softcap`` for the scores; None for no bound."""
+    T x S in memory. ``bound`` is that of ``softcap`` for the scores; None for no bound. ``sinks_H`` are the scores of
+    a further key, which is not in V."""
     k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
     new, seen = q_BHTC.size(2), k_BHSC.size(2)
     scores_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(3))
@@ -317,7 +372,10 @@ def manual_attention(
         scores_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf)
     else:
         scores_BHTS = scores_BHTS + bias_B1TS
-    return F.dropout(scores_BHTS.softmax(-1), dropout) @ v_BHSC
+    if sinks_H is not None:
+        sinks_BHT1 = sinks_H.type_as(scores_BHTS)[:, None, None].expand(*scores_BHTS.shape[:3], 1)
+        scores_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1)
+    return F.dropout(scores_BHTS.softmax(-1)[..., :seen], dropout) @ v_BHSC
 
 
 FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

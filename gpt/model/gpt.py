@@ -94,7 +94,7 @@ def initialize(model: GPT, seed: int) -> None:
     """Fill every parameter and buffer of ``model`` with its initial value, in place, on any device.
 
     Matrices are normal with standard deviation ``INIT_STD``. Matrices that write into the residual stream are scaled by
-    1 / sqrt(2 n_layer), since each block adds to it twice. Gains are 1 and biases 0. Source: Language Models are
+    1 / sqrt(2 n_layer), since each block adds to it twice. Gains are 1, biases and sinks 0. Source: Language Models are
     Unsupervised Multitask Learners (Radford et al. 2019), section 2.3,
     https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, and
     https://github.com/openai/gpt-2/blob/master/src/model.py. The position table is like the matrices, as in later GPTs;
@@ -124,7 +124,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     own = part_value(name, shape, config, seed)
     if own is not None:
         return own
-    if name.endswith(("bias", "lora_b")):  # a bias of a layer, or of the balance of experts
+    # A bias of a layer, or of the balance of experts.
+    if name.endswith(("bias", "lora_b", "sinks.weight")):
         return torch.zeros(shape, device="cpu")
     if len(shape) < 2:  # the gain of a norm
         return torch.ones(shape, device="cpu")

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gpt.config import AttentionBackend, CpMethod, TrainConfig
-from gpt.model.attention import Attended, Attention, attend_block, attend_block_backward, causal_bias, merge_blocks
+from gpt.model.attention import (
+    Attended,
+    Attention,
+    attend_block,
+    attend_block_backward,
+    causal_bias,
+    merge_blocks,
+    merge_sinks,
+    sink_gradient,
+)
 from gpt.model.ffn import set_sequence_mean
 from gpt.model.layers import set_positions
 from gpt.parallel.distributed import waiting
@@ -35,7 +44,13 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, group: dist.ProcessGroup, fused: bool
+        ctx: Any,
+        q_BHTC: Tensor,
+        k_BKTC: Tensor,
+        v_BKTC: Tensor,
+        sinks_H: Tensor | None,
+        group: dist.ProcessGroup,
+        fused: bool,
     ) -> Tensor:
         own = torch.stack((k_BKTC, v_BKTC))
         y_BHTC, lse_BHT = attend_block(q_BHTC, k_BKTC, v_BKTC, True, fused)
@@ -48,16 +63,18 @@ class RingAttention(torch.autograd.Function):
             part, part_lse = merge_blocks(y_BHTC[:, :, first:], lse_BHT[:, :, first:], part, part_lse)
             y_BHTC = torch.cat((y_BHTC[:, :, :first], part), dim=2)
             lse_BHT = torch.cat((lse_BHT[:, :, :first], part_lse), dim=2)
+        if sinks_H is not None:
+            y_BHTC, lse_BHT = merge_sinks(y_BHTC, lse_BHT, sinks_H)
         # Token-major in memory, as the kernels return it, so that the output matrix saves this tensor and no copy.
         y_BHTC = y_BHTC.type_as(q_BHTC).transpose(1, 2).contiguous().transpose(1, 2)
-        ctx.save_for_backward(q_BHTC, own, y_BHTC, lse_BHT)
+        ctx.save_for_backward(q_BHTC, own, y_BHTC, lse_BHT, sinks_H)
         ctx.group, ctx.fused = group, fused
         return y_BHTC
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BHTC: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q_BHTC, block, y_BHTC, lse_BHT = ctx.saved_tensors
+    def backward(ctx: Any, grad_BHTC: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHTC, block, y_BHTC, lse_BHT, sinks_H = ctx.saved_tensors
         given = grad_BHTC.contiguous(), Attended(q_BHTC, y_BHTC, lse_BHT)
         ring = SequenceShard(ctx.group)
         transfer = Transfer(ring, block, KEYS)
@@ -70,7 +87,8 @@ class RingAttention(torch.autograd.Function):
             dblock[..., :keys, :] += mine
             collecting = Transfer(ring, dblock, GRADIENTS)
         dk_BKTC, dv_BKTC = collecting.wait().type_as(block)
-        return dq_BHTC.type_as(q_BHTC), dk_BKTC, dv_BKTC, None, None
+        dsinks_H = None if sinks_H is None else sink_gradient(*given, sinks_H)
+        return dq_BHTC.type_as(q_BHTC), dk_BKTC, dv_BKTC, dsinks_H, None, None
 
 
 def block_gradients(
@@ -203,7 +221,8 @@ def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig
     """Return the function that replaces ``attention.attend``: ring attention, or attention to all-gathered keys."""
     if config.parallel.cp_method is CpMethod.ring:
         fused = attention.backend is not AttentionBackend.manual
-        return lambda q, k, v: RingAttention.apply(q, k, v, shard.group, fused)
+        sinks = attention.sinks
+        return lambda q, k, v: RingAttention.apply(q, k, v, None if sinks is None else sinks(), shard.group, fused)
     for end in shard.ends(config.model.block_size):
         causal_bias(config.model.block_size // (2 * shard.ranks), end)
     attend = attention.attend

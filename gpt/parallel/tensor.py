@@ -242,6 +242,7 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
         "attention": PrepareModuleInput(input_layouts=(hidden, None), desired_input_layouts=(REPLICATED, None)),
         **dict.fromkeys(("attention.query", "attention.key", "attention.value"), ColwiseParallel()),
         **dict.fromkeys(("attention.query_norm", "attention.key_norm"), Replicated(HEADS)),
+        "attention.sinks": ShardedByHead(),
         "attention.output": RowwiseParallel(output_layouts=hidden),
     }
     if isinstance(block.ffn, MixtureOfExperts):
@@ -262,6 +263,15 @@ class Replicated(PlacedStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         distribute(module, device_mesh, {})
         compute_on_shards(module, REPLICATED if self.hidden == REPLICATED else Partial())
+        return module
+
+
+class ShardedByHead(ParallelStyle):
+    """Style of a module with one weight for each head."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        distribute(module, device_mesh, {"weight": Shard(0)})
+        compute_on_shards(module, Partial())
         return module
 
 

@@ -15,6 +15,7 @@ from gpt.components import optimizer_state
 from gpt.config import (
     LOGITS_AT_ONCE,
     LOSS_CHUNK,
+    AttentionBackend,
     CpMethod,
     Pack,
     ParallelConfig,
@@ -268,6 +269,8 @@ def activations(
     for every micro-batch of a step, forward and backward; and the outputs of a stage, kept as long as its activations.
     """
     model, factors = config.model, parallel_factors(config, dims)
+    if model.attention_sinks and config.data.pack is Pack.documents:  # with its bias, scores are written out
+        model = replace(model, attention=AttentionBackend.manual)
     per_micro_batch = activation_bytes(model, batch.micro, config.precision, config.recompute, factors)
     layers = sum(len(stage.blocks) for stage in stages)
     inside = in_flight * layers * per_micro_batch.recomputed + (

@@ -37,7 +37,7 @@ from gpt.topology.schedules import StageLayers
 # The rules are those of the engines (gpt/parallel); tests compare the two.
 
 
-SHARDED_DIM_0 = ("query", "key", "value", "gate", "up", "token_embedding", "head")
+SHARDED_DIM_0 = ("query", "key", "value", "sinks", "gate", "up", "token_embedding", "head")
 """Tensors that tensor parallelism shards along the first dimension (column-parallel): by heads, inner width or
 vocabulary (Megatron-LM, arXiv 1909.08053, section 3)."""
 SHARDED_DIM_1 = ("output.weight", "down.weight", "experts.down")
@@ -280,12 +280,17 @@ class LayerBytes:
         self.rows = sequences * expert_rows(model) // factors.cp if model.ffn is Ffn.moe else 0
         self.heads, kv_heads = -(-model.n_head // factors.tp), -(-model.kv_heads // factors.tp)
         self.queries, self.keys = self.heads * model.head_dim, kv_heads * model.head_dim
-        self.span = attention_pairs(model) / model.n_layer / model.block_size
-        """Number of keys whose scores a query has."""
         window = min(model.block_size, model.window or model.block_size)
         local = sum(map(model.is_local, range(model.n_layer))) / model.n_layer
         self.blockwise = local if window < model.block_size else 0.0
         """Share of the layers that compute attention by blocks of queries."""
+        by_sinks = 0 if not model.attention_sinks else 1 if model.dropout else self.blockwise
+        self.written_out = 1 if model.attention is AttentionBackend.manual else by_sinks
+        """Share of the layers that write the scores out. With sinks, layers with a window do, and all with dropout."""
+        fused = 1 - self.written_out if self.written_out else 0
+        self.span = attention_pairs(model) / model.n_layer / model.block_size - fused * model.block_size
+        self.span += model.attention_sinks * self.written_out
+        """Number of keys whose scores a query has, with the sink; of layers that write them out, if there are some."""
         self.keys_read = 1 + self.blockwise * (1 - window / model.block_size)
         """Number of blocks of queries that read a key."""
         self.inner = -(-model.ffn_width // factors.tp)
@@ -319,7 +324,7 @@ class LayerBytes:
         if custom.keys() & {"attention", "ffn"}:
             attention = self.custom("attention", products=True) if "attention" in custom else self.attention()
             return self.tokens * (attention + (self.custom("ffn", products=True) if "ffn" in custom else self.ffn()))
-        written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
+        written_out = bool(self.written_out or model.dropout)
         attention = width * (2 * self.queries + 2 * self.keys + model.n_embd)
         attention += math.ceil(width * self.heads * self.span) if written_out else FP32 * self.heads
         if factors.cp > 1 and not factors.gathers_keys:  # a ring's last rank merges one result for each block of keys
@@ -384,14 +389,16 @@ class LayerBytes:
         if isinstance(model.attention, str):
             return around + self.custom("attention")
         of_others = factors.cp if factors.gathers_keys else 1
-        if model.attention is AttentionBackend.manual:
+        if self.written_out:
             # Softmax; with dropout also its noise and its result, with a bound the tangent.
             pairs = (3 if model.dropout else 1) + (model.attention_softcap is not None)
-            copied = 2 * self.queries * of_others * self.keys_read + pairs * self.heads * self.span
+            read = self.written_out + self.keys_read - 1
+            copied = 2 * self.queries * of_others * read + pairs * self.heads * self.span
             bytes_ = width * (2 * self.queries + math.ceil(copied))
-        else:  # plus the log-sum-exp of every row
-            bytes_ = width * (2 * self.queries + 2 * self.keys * of_others) + FP32 * self.heads
-            bytes_ += math.ceil(width * self.queries * self.blockwise)  # the result, in blocks and merged
+        else:  # the result, in blocks and merged
+            bytes_ = width * (2 * self.queries + math.ceil(self.queries * self.blockwise))
+        # The rest of the layers keeps keys, values, and the log-sum-exp of every row.
+        bytes_ += math.ceil((1 - self.written_out) * (2 * width * self.keys * of_others + FP32 * self.heads))
         if factors.gathers_keys:
             bytes_ += width * self.queries  # the result, once in chunks from the kernel and once merged
         if model.qk_norm and isinstance(model.norm, str):

@@ -88,6 +88,7 @@ def bent(config: ModelConfig, adapter: StateDictAdapter) -> ModelConfig:
     """``config`` with the parts that a format has, where it has others."""
     plain = {"norm_position": NormPosition.pre, "qk_norm": False, "parallel_residual": False, "n_shared_expert": 0}
     plain |= {"window": None, "global_every": None, "attention_softcap": None, "logit_softcap": None}
+    plain |= {"attention_sinks": False}
     plain |= {"scale_embedding": False} | ({"head_width": None} if adapter.name != "qwen3" else {})
     plain = {key: value for key, value in plain.items() if key not in PARTS[adapter.name]}
     if adapter.name == "gemma3_text" and config.window is not None:

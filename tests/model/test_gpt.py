@@ -9,8 +9,11 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig
+import torch.nn.functional as F
+from torch import nn
+from transformers import GptOssConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 
 from gpt.config import (
     Activation,
@@ -24,7 +27,7 @@ from gpt.config import (
     RopeScaling,
     rules,
 )
-from gpt.model.attention import Attention
+from gpt.model.attention import Attention, LayerCache
 from gpt.model.gpt import GPT, Block, initialize
 from gpt.model.layers import Rope, build_norm, rotation_rates
 from tests.support.composing import config_from
@@ -202,11 +205,14 @@ def test_a_batch_can_be_learned_by_heart() -> None:
 MODELS = {
     "gpt2": {},
     "llama": LLAMA,
-    "post": {"norm_position": NormPosition.post, "attention": AttentionBackend.flash, "activation": Activation.relu},
+    "post": {
+        **{"norm_position": NormPosition.post, "attention": AttentionBackend.flash, "activation": Activation.relu},
+        **{"attention_sinks": True},
+    },
     "parallel": {
         **LLAMA,
         **{"parallel_residual": True, "qk_norm": True, "ffn": Ffn.geglu, "n_kv_head": 1},
-        **{"attention": AttentionBackend.manual, "norm": Norm.layernorm_nobias},
+        **{"attention": AttentionBackend.manual, "norm": Norm.layernorm_nobias, "attention_sinks": True},
     },
 }
 
@@ -257,12 +263,17 @@ def test_rope_scaling_is_that_of_transformers() -> None:
 @pytest.mark.parametrize("backend", AttentionBackend)
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_against_a_loop(
-    kv_heads: int, window: int | None, documents: bool, backend: AttentionBackend
+    kv_heads: int, sinks: bool, window: int | None, documents: bool, backend: AttentionBackend
 ) -> None:
     torch.manual_seed(0)
-    attention = Attention(small(attention=backend, window=window, n_kv_head=kv_heads, head_width=6))
+    parts = {"window": window, "n_kv_head": kv_heads, "head_width": 6, "attention_sinks": sinks}
+    attention = Attention(small(attention=backend, **parts))
+    sink_H = torch.randn(4) if sinks else torch.full((4,), -math.inf)
+    if attention.sinks is not None:
+        attention.sinks.weight.data = sink_H
     q, k, v = torch.randn(2, 4, 11, 6), *torch.randn(2, 2, kv_heads, 11, 6)
     first = 5 if documents else 0  # of the second document
     hidden_TT = torch.ones(11, 11, dtype=torch.bool).triu(1)
@@ -273,8 +284,42 @@ def test_attention_against_a_loop(
         start = max(0, t + 1 - (window or 11), first if t >= first else 0)
         for head in range(4):
             keys, values = (x[:, head * kv_heads // 4, start : t + 1] for x in (k, v))
-            weights = (keys @ q[:, head, t, :, None] / math.sqrt(6)).softmax(1)
-            torch.testing.assert_close(y[:, head, t], (weights * values).sum(1))
+            scores = F.pad(keys @ q[:, head, t, :, None] / math.sqrt(6), (0, 0, 1, 0), value=sink_H[head].item())
+            torch.testing.assert_close(y[:, head, t], (scores.softmax(1)[:, 1:] * values).sum(1))
+
+
+@pytest.mark.parametrize("backend", AttentionBackend)
+@pytest.mark.parametrize("window", [None, 5])
+def test_sinks_are_those_of_gpt_oss(window: int | None, backend: AttentionBackend) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 33, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
+    rotary = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "max_position_embeddings": 17}
+    config = GptOssConfig(**sizes, **rotary, sliding_window=5, attn_implementation="eager")
+    theirs = GptOssAttention(config, layer_idx=1 if window is None else 0)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    shape = {"n_embd": 33, "n_head": 6, "n_kv_head": 2, "head_width": 10, "block_size": 17, "bias": True}
+    parts = {"rope_base": 500.0, "window": window, "attention": backend, "attention_sinks": True}
+    ours = Attention(small(**{**LLAMA, **shape, **parts}))
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    for mine, other in names.items():
+        ours.get_submodule(mine).load_state_dict(theirs.get_submodule(other).state_dict())
+    ours.sinks.load_state_dict({"weight": theirs.sinks})
+    x_BTD, position_T = torch.randn(2, 17, 33), torch.arange(17)
+    distance_TT = position_T[:, None] - position_T
+    mask_TT = torch.zeros(17, 17).masked_fill((distance_TT < 0) | (distance_TT >= (window or 17)), -math.inf)
+    expected, _ = theirs(x_BTD, GptOssRotaryEmbedding(config)(x_BTD, position_T[None]), mask_TT)
+    found, cache = ours(x_BTD), LayerCache(17)
+    continued = torch.cat([ours(x, cache) for x in (x_BTD[:, :4], x_BTD[:, 4:9], *x_BTD[:, 9:].split(1, 1))], 1)
+    for module, result in ((ours, found), (theirs, expected)):
+        module.zero_grad()
+        result.sin().sum().backward()
+    pairs = [(found, expected), (continued, expected), (ours.sinks.weight.grad, theirs.sinks.grad)]
+    for mine, other in names.items():
+        own = ours.get_submodule(mine).named_parameters()
+        pairs += [(p.grad, theirs.get_submodule(other).get_parameter(name).grad) for name, p in own]
+    for mine, other in pairs:
+        torch.testing.assert_close(mine, other, rtol=0, atol=5e-6 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("backend", AttentionBackend)
@@ -356,6 +401,7 @@ REFUSED = [
     (["model.rope_base_local=100"], "model.rope_base_local=100 without model.window"),
     (["model.window=8", "model.rope_base_local=100", "model.position=learned"], "with other positions"),
     (["model.window=8", "model.attention=a.b:C"], "model.window=8 with model.attention=a.b:C"),
+    (["model.attention_sinks=true", "model.attention=a.b:C"], "model.attention_sinks=true with model.attention=a.b:C"),
     (["model.attention_softcap=50"], "model.attention_softcap=50 with model.attention=sdpa"),
     (["model.logit_softcap=-1"], "model.logit_softcap=-1"),
     (["model.head_width=5"], "heads 5 wide"),

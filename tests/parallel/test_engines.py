@@ -45,6 +45,7 @@ ONE, FOUR = "model.n_layer=1", "model.n_layer=4"
 MOE = learning.MODELS["experts"]
 TIED = ["model.tie_embeddings=true", "model.position=learned", "model.norm=layernorm"]
 QUERIES = ["model.tie_embeddings=false", "model.n_kv_head=2", "model.qk_norm=true", "model.norm=rmsnorm"]
+QUERIES += ["model.attention_sinks=true"]
 EXPERTS = [*MOE, "model.tie_embeddings=true", "model.n_shared_expert=1", "model.n_kv_head=2"]
 BIASED = ["model.expert_balance=bias", "model.balance_bias_rate=0.05"]
 ROUTED = [*MOE, "model.balance_coefficient=0.3", "model.z_coefficient=0.1"]
@@ -58,14 +59,25 @@ LAYERS = {
     "few experts": [*MOE, "model.n_expert=2", "model.n_expert_per_token=1", ONE],
     "even rows": [*MOE, *PLACES, ONE],
     "post": ["model.norm_position=post", "model.ffn=swiglu", "model.ffn_hidden=36", "model.position=none", ONE],
-    "written out": ["model.n_kv_head=1", "model.attention=manual", "model.position=none", ONE],
+    "written out": [
+        "model.n_kv_head=1",
+        "model.attention_sinks=true",
+        "model.attention=manual",
+        "model.position=none",
+        ONE,
+    ],
     "flash": ["model.qk_norm=true", "model.attention=flash", "model.rope_scaling=ntk", ONE],
     "routed": ROUTED,
     # As in Gemma: local layers and a global one, four norms in a block, bounds of scores and logits.
     "local": [
         *("model.window=6", "model.global_every=2", "model.rope_base_local=100", "model.norm_position=both"),
         *("model.qk_norm=true", "model.n_kv_head=2", "model.head_width=10", "model.logit_softcap=3"),
-        *("model.attention_softcap=2", "model.attention=manual", "model.scale_embedding=true"),
+        *(
+            "model.attention_softcap=2",
+            "model.attention=manual",
+            "model.scale_embedding=true",
+            "model.attention_sinks=true",
+        ),
     ],
     "tied stages": [*TIED, FOUR],
     "untied stages": [*QUERIES, FOUR],

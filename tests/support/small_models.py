@@ -71,6 +71,7 @@ def variants() -> list[ModelConfig]:
         if parts["attention"] is AttentionBackend.manual and i % 2:
             parts["attention_softcap"] = 3.0
         parts["qk_norm"] = i % 5 > 2
+        parts["attention_sinks"] = i % 7 < 2
         parts["vocab_multiple"] = (1, 16)[i // 2 % 2]
         if ffn is Ffn.standard:
             parts["activation"] = list(Activation)[i // 4 % len(Activation)]
@@ -123,6 +124,8 @@ def configs(draw: st.DrawFn, ffns: tuple[Ffn, ...] = tuple(Ffn)) -> ModelConfig:
         window=window,
         global_every=None if window is None else draw(st.none() | st.integers(2, 3)),
         attention_softcap=2.0 if attention is AttentionBackend.manual and draw(st.booleans()) else None,
+        # torch does not count the FLOPs of the kernel whose sums sinks change.
+        attention_sinks=attention is AttentionBackend.manual and draw(st.booleans()),
         logit_softcap=draw(st.none() | st.just(3.0)),
         scale_embedding=draw(st.booleans()),
         n_embd=heads * 2 * draw(st.integers(1, 6)),
