@@ -2,15 +2,18 @@
 folders.
 
     python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --output comparison
+    python -m gpt.compare --presets model=gpt2_124m model=llama_124m 'model=gpt2_124m model.position=rope'
 
-Prints a table, and writes it as ``compare.csv``. Reads the folders of finished and unfinished runs. Needs no torch and
-no GPU. TensorBoard shows the curves: ``tensorboard --logdir outputs``.
+Prints a table, and writes it as ``compare.csv``. Reads the folders of finished and unfinished runs. With ``--presets``
+each argument has the overrides of a model that was not run. Needs no torch and no GPU. TensorBoard shows the curves:
+``tensorboard --logdir outputs``.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +27,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gpt.accounting import GIB, count, training_flops_per_token
+from gpt.config import TrainConfig, compose_train
 from gpt.metrics import describe_run
+from gpt.planning.auto import assume_precision
+from gpt.planning.memory import per_rank
+from gpt.topology import Batch
+from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.runs.compose import flatten, plain
+from launch.runs.compose import flatten, plain, plain_config, to_schema
 from launch.runs.find import find_runs, labels_inside, labels_of
 from launch.runs.folder import RunFolder
 
@@ -39,6 +48,10 @@ SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recomp
 """Parts of the config, in addition to the model, whose differences are listed."""
 COLUMNS = {
     "parameters": ("parameters", "{:,}"),
+    "non_embedding": ("without embeddings", "{:,}"),
+    "active": ("active for a token", "{:,}"),
+    "gflop_per_token": ("GFLOP a token", "{:.4f}"),
+    "planned_gib": ("GiB to train", "{:.2f}"),
     "steps": ("steps", "{:,}"),
     "tokens": ("tokens", "{:,}"),
     "loss_at_equal_tokens": ("loss*", "{:.4f}"),
@@ -101,6 +114,32 @@ def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
         config=flatten(run["config"]),
         values={name: values[name] for name in COLUMNS if values.get(name) is not None},
     )
+
+
+NOTE_OF_PRESETS = (
+    "GFLOP a token: of training, by the convention of PaLM. GiB to train: planned for one rank and one sequence at a "
+    "time, in bf16 unless the precision is typed."
+)
+
+
+def plan_metrics(words: str) -> RunMetrics:
+    """Return the sizes of a model that was not run. ``words`` are overrides, which are also its label.
+
+    Raises:
+        ConfigError: an override is wrong, or the parts of the model do not fit each other.
+    """
+    config = to_schema(compose_train(shlex.split(words)), TrainConfig)
+    config.validate()
+    counts, dims = count(config.model), check_parallel_dims(config, 1)
+    config = assume_precision(config, config.precision)
+    values = {
+        "parameters": counts.total,
+        "non_embedding": counts.non_embedding,
+        **({"active": counts.active} if counts.idle else {}),
+        "gflop_per_token": training_flops_per_token(config.model).palm / 1e9,
+        "planned_gib": per_rank(config, dims, Batch(1, 1, 1, 1, 1)).total / GIB,
+    }
+    return RunMetrics(words, curve([]), curve([]), None, plain_config(config), values)
 
 
 def curve(points: Sequence[tuple[int, float]]) -> Curve:
@@ -200,25 +239,31 @@ WIDE = 1000
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, or 2 if there is nothing to compare."""
-    parser = CommandParser(prog="python -m gpt.compare", description="A table of runs side by side.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of such")
+    parser = CommandParser(prog="python -m gpt.compare", description="A table of runs, or of presets, side by side.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of such; or overrides")
+    parser.add_argument("--presets", action="store_true", help="each RUN is overrides of a model that was not run")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for compare.csv; default: above all runs")
     args = parser.parse_intermixed_args(argv)
-    runs = [run.path for run in find_runs(args.runs)]
-    if len(runs) < 2:
-        raise ConfigError(f"one run, {runs[0]}", "two or more", f"python -m gpt.compare {runs[0]} ANOTHER")
-    metrics = [read_metrics(RunFolder(run), label) for run, label in zip(runs, label_runs(runs), strict=True)]
-    note = add_equal_losses(metrics)
+    note: str | None = NOTE_OF_PRESETS
+    if args.presets:
+        metrics, output = [plan_metrics(words) for words in args.runs], args.output
+    else:
+        runs = [run.path for run in find_runs([Path(run) for run in args.runs])]
+        if len(runs) < 2:
+            raise ConfigError(f"one run, {runs[0]}", "two or more", f"python -m gpt.compare {runs[0]} ANOTHER")
+        metrics = [read_metrics(RunFolder(run), label) for run, label in zip(runs, label_runs(runs), strict=True)]
+        note = add_equal_losses(metrics)
+        output = args.output or Path(os.path.commonpath([run.parent for run in runs]))
     compared = {"architecture": find_differences(metrics, ("model",)), "settings": find_differences(metrics, SETTINGS)}
-    output = args.output or Path(os.path.commonpath([run.parent for run in runs]))
-    output.mkdir(parents=True, exist_ok=True)
     # A file or a pipe has no width, so lines in it are not folded.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     print_table(metrics, compared, console)
     if note is not None:
         console.print(Text(note), soft_wrap=True)
-    write_csv(metrics, compared, output / "compare.csv")
-    console.print(Text(f"wrote {output / 'compare.csv'}"), soft_wrap=True)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_csv(metrics, compared, output / "compare.csv")
+        console.print(Text(f"wrote {output / 'compare.csv'}"), soft_wrap=True)
     return 0
 
 

@@ -51,6 +51,7 @@ from launch.runs.overrides import (
     check_overrides,
     typed_value,
 )
+from launch.runs.records import refuse_unknown_figure, step_figures
 
 __all__ = [
     "BYTE_VOCAB",
@@ -125,10 +126,16 @@ class LoggingConfig:
     breakdown_interval: int = 0
     """Steps between profiled steps. On every rank torch's profiler divides such a step into computing, communication,
     copies and idle time, for the step records. 0 profiles none. A profiled step is slower."""
+    console: list[str] = field(default_factory=list)
+    """Further figures of the step records in the printed line of a step, such as tflops_per_s, grad_mean, grad_std,
+    memory_allocated_gib and memory_reserved_gib."""
 
     def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range, or a required extra is not installed."""
+        """Raise ConfigError if a number is out of its range, a figure is unknown, or a required extra is not
+        installed."""
         check_numbers("logging.", self, (), ("gradients_interval", "breakdown_interval"))
+        for name in self.console:
+            refuse_unknown_figure(name, step_figures(), "logging.console=[{}]")
         if self.wandb and not is_installed("wandb"):
             raise ConfigError(
                 "logging.wandb=true, and the package wandb is not installed",

@@ -184,7 +184,12 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
     saved = {event["step"]: event for event in saves_that_count(events)}  # a repeated step counts one time
     return {
         "format": FORMAT,
-        "run": {"name": folder.path.parent.name, "point": folder.point, "path": str(folder.path)},
+        "run": {
+            "name": folder.path.parent.name,
+            "point": folder.point,
+            "path": str(folder.path),
+            "start_time": next((event["time"] for event in events if event["event"] == "started"), None),
+        },
         "config": read_mapping(folder.config) if folder.config.exists() else None,
         "startup": read_startup(folder),
         "steps": records,

@@ -201,10 +201,10 @@ CLEAR_LINE = "\r\x1b[2K"
 
 class Console:
     """Writer that prints the records of a run of ``max_steps`` steps: on a terminal one line that it keeps up to date,
-    in a log at most one line every ``LOG_S`` seconds."""
+    in a log at most one line every ``LOG_S`` seconds. ``figures`` of the records are added to the line."""
 
-    def __init__(self, max_steps: int, stream: TextIO | None = None) -> None:
-        self._max_steps = max_steps
+    def __init__(self, max_steps: int, figures: Sequence[str] = (), stream: TextIO | None = None) -> None:
+        self._max_steps, self._figures = max_steps, figures
         self._stream = sys.stdout if stream is None else stream
         self._live = self._stream.isatty()
         self._interval_s = REFRESH_S if self._live else LOG_S
@@ -220,7 +220,7 @@ class Console:
         if not lasting and time.monotonic() - self._shown < self._interval_s:
             return
         self._shown = time.monotonic()
-        line = console_line(record, self._max_steps, self._pace_s)
+        line = console_line(record, self._max_steps, self._pace_s, self._figures)
         if not self._live:
             print(line, file=self._stream, flush=True)
             return
@@ -237,8 +237,9 @@ class Console:
         self._open = False
 
 
-def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
-    """Format one record as a line of text. ``pace_s`` is the expected time of a step, in seconds."""
+def console_line(record: StepRecord, max_steps: int, pace_s: float, figures: Sequence[str] = ()) -> str:
+    """Format one record as a line of text. ``pace_s`` is the expected time of a step, in seconds; ``figures`` are
+    further fields, left out where they are unknown."""
     parts = [
         f"step {record.step}/{max_steps}",
         "loss not finite" if record.loss is None else f"loss {record.loss:.4f}",
@@ -252,6 +253,8 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
         parts.append(f"MFU {record.mfu_palm:.1%}{of_bf16}")
     if record.memory_peak_gib is not None:
         parts.append(f"{record.memory_peak_gib:.2f} GiB")
+    values = record.as_dict()
+    parts += [f"{name} {values[name]:.4g}" for name in figures if name in values]
     if record.step < max_steps:
         parts.append(f"{duration_text(pace_s * (max_steps - record.step))} left")
     if record.val_loss is not None:
@@ -460,7 +463,7 @@ class MetricWriters:
             return []
         folder, config, layers = self._folder, self._config, self._layers
         views: dict[str, tuple[bool, Callable[[int, Records], MetricWriter]]] = {
-            "console": (True, lambda step, done: Console(config.optim.max_steps)),
+            "console": (True, lambda step, done: Console(config.optim.max_steps, config.logging.console)),
             "tensorboard": (
                 config.logging.tensorboard,
                 lambda step, done: EventWriter(folder.tensorboard, purge_step=step + 1 if step else None),

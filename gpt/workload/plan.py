@@ -445,10 +445,13 @@ def smaller(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> It
         yield "optim.max_micro_batch=1"
     if config.recompute is Recompute.none:
         yield "recompute=selective"
-    if config.parallel.strategy is Strategy.fsdp or config.parallel.zero_stage == 3:
-        yield "more nodes"
-    else:
+    is_sharded = config.parallel.strategy is Strategy.fsdp or config.parallel.zero_stage == 3
+    if not is_sharded and request.world_size > 1:
         yield "parallel=fsdp"
+    elif not config.parallel.cpu_offload and not on_cpus(config, request):
+        yield "parallel=fsdp_offload"
+    if is_sharded:
+        yield "more nodes"
 
 
 def refuse_too_little_host(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:

@@ -308,19 +308,20 @@ def step_figures() -> tuple[str, ...]:
     )
 
 
-def refuse_unknown_figure(name: str | None, figures: Sequence[str] | None) -> None:
-    """Raise ConfigError for an objective that no step will record, before the run is trained.
+def refuse_unknown_figure(name: str | None, figures: Sequence[str] | None, typed: str = "objective={}") -> None:
+    """Raise ConfigError for a figure that no step will record, before the run is trained.
 
     Args:
         name: requested figure; None without an objective.
         figures: figures that the program records; None if only the program knows them.
+        typed: override whose value is the figure, with ``{}`` for the figure.
     """
     if name is None or figures is None or name in figures:
         return
     raise ConfigError(
-        f"objective={name}, which no step record has",
+        f"{typed.format(name)}, which no step record has",
         f"one figure of the step records: {', '.join(figures)}",
-        f"objective={(closest(name, figures) or figures)[0]}",
+        typed.format((closest(name, figures) or figures)[0]),
     )
 
 

@@ -240,6 +240,10 @@ def test_optim_moe_fits_one_consumer_gpu(batch: int, tmp_path: Path) -> None:
     assert config.precision is Precision.bf16 and config.recompute is Recompute.full
     assert f"{batch} micro-batches of 1 per rank" in text, "and it is not refused for its memory"
     assert config_from(["model=moe_200m", "optim=moe"]).optim.global_batch == 8
+    small = [*words, "cluster.gpu_name=RTX-4060"]
+    with pytest.raises(ConfigError, match="type next: parallel=fsdp_offload, or a smaller model"):
+        plan(tmp_path, *small, vocab_size=50257)
+    plan(tmp_path, *small, "parallel=fsdp_offload", vocab_size=50257)
     assert config_from(["optim=moe", "precision=fp32", "recompute=none"]).precision is Precision.fp32, "what is typed"
 
 

@@ -39,7 +39,7 @@ from launch.runs.folder import RunFolder, append_json_lines, read_json, write_js
 from launch.runs.records import read_records
 from tests.model.test_functions import lively
 from tests.support.checkpoints import read_weights
-from tests.support.commands import TINY, call, python, run
+from tests.support.commands import ROOT, TINY, call, python, run
 from tests.support.planning import refused
 from tests.support.small_models import LLAMA, random_tokens, small
 
@@ -187,6 +187,18 @@ def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
     assert all(row["loss_at_equal_tokens"] == "" for row in rows.values())
     assert "trained on different data" in text and "architecture: the same" in text
     assert "two or more" in call(main, tmp_path / "one", status=2)
+
+
+def test_presets_are_compared_without_a_run_as_the_page_shows(tmp_path: Path) -> None:
+    text = call(main, "--presets", "model=gpt2_124m", "model=llama_124m", "--output", tmp_path)
+    page = (ROOT / "docs" / "training.md").read_text().split("GPT-2 and Llama differ:\n\n```\n")[1].split("```")[0]
+    assert [line.rstrip() for line in text.splitlines()[: len(page.splitlines())]] == page.splitlines()
+    matrices = 12 * 12 * 768**2 + 50304 * 768
+    rows = [*csv.DictReader((tmp_path / "compare.csv").open())]
+    assert [float(row["gflop_per_token"]) * 1e9 for row in rows] == [6 * matrices + 12 * 12 * 768 * 1024] * 2
+    # Weights, gradients and two moments in fp32, and 16-bit copies of the matrices; the rest are activations.
+    assert all(16 < float(row["planned_gib"]) * 2**30 / int(row["parameters"]) < 25 for row in rows)
+    assert "model=gpt2_124m\n" in call(main, "--presets", "model=gpt2_124", status=2)
 
 
 def test_interpolation_stays_within_the_curve() -> None:

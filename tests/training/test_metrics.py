@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import random
+import re
 import resource
 import statistics
 import struct
@@ -21,8 +22,9 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from gpt.accounting import count
 from gpt.config import CompileMode, is_installed
-from gpt.metrics import writers
+from gpt.metrics import architecture_rows, writers
 from gpt.metrics.writers import console_line
 from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
@@ -32,14 +34,15 @@ from gpt.train import train
 from gpt.training.diagnostics import MARK, Gradients, Interval, StepBreakdown, break_down, classify
 from gpt.training.guards import WINDOW, LossWindow
 from gpt.training.step import queue_step
+from launch.errors import ConfigError
 from launch.runs.environment import reachable_files
 from launch.runs.event_files import record_scalars
 from launch.runs.folder import RunFolder
 from launch.runs.process import Phase, lasting_imports
 from launch.runs.records import StepRecord, read_records
 from launch.worker import Run as Rank
+from tests.support.commands import ROOT, run
 from tests.support.commands import TINY as LAUNCHED
-from tests.support.commands import run
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import BATCH, MODELS, TINY, start
@@ -99,6 +102,7 @@ def test_the_whole_run_is_in_one_file(resumed: RunFolder) -> None:
     value = json.loads(resumed.run_json.read_bytes())
     assert value["steps"] == read_records(resumed.metrics(0))
     assert value["config"]["optim"]["max_steps"] == 8 and value["startup"]["attempt"] == 2
+    assert value["run"]["start_time"] == resumed.read_events()[0]["time"] < value["steps"][0]["time"]
     assert [e["step"] for e in value["evaluations"]] == [4, 8]
     assert [(c["step"], c["attempt"], c["kept"]) for c in value["checkpoints"]] == [(4, 1, True), (8, 2, True)]
     summary = value["summary"]
@@ -198,6 +202,22 @@ def test_the_share_of_the_bf16_peak_stands_beside_that_of_the_precision(
     ratios = sorted(lines)
     assert ratios == pytest.approx([67 / 989, 494.5 / 989, 1.0])
     assert ["of the bf16 peak" in lines[ratio] for ratio in ratios] == [True, True, False]
+
+
+def test_the_page_shows_the_lines_of_a_run() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    record = StepRecord(
+        *(60, 1, 2.5533, 2e-4, 0.966, 2048, (0, 1)), step_time_s=0.718, tokens_per_s=2853, memory_peak_gib=0.42,
+        val_loss=2.2422, val_bits_per_byte=3.2348, checkpoint_s=0.3,
+        tflops_per_s=0.01739, grad_mean=1.365e-06, grad_std=0.001008,
+    )  # fmt: skip
+    model, figures = config_from([]).model, ["tflops_per_s", "grad_mean", "grad_std", "hfu"]
+    config_from([f"logging.console=[{','.join(figures)}]"]).logging.validate()
+    assert f"\n{console_line(record, 60, 0.7, figures)}\n```\n" in page
+    rows = architecture_rows(model, count(model).as_dict())
+    assert all(text in re.sub(r"\n {20}", " ", page) for text in rows.values())
+    with pytest.raises(ConfigError, match=r"type next: logging\.console=\[grad_mean\]"):
+        config_from(["logging.console=[grad_men]"]).logging.validate()
 
 
 # The collector of reference cycles rests while imports that stay are made, and is as before afterwards.
