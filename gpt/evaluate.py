@@ -3,6 +3,7 @@
     python -m gpt.evaluate outputs/quick_test/default                    # the whole split, newest checkpoint
     python -m gpt.evaluate RUN --sequences 500 --step 40 --device cpu
     torchrun --nproc-per-node 8 -m gpt.evaluate RUN                      # the ranks share the sequences
+    python -m gpt.evaluate RUN --tasks hellaswag tasks/own.yaml          # tasks of lm-eval, too (the extra eval)
 
 The command only reads the run folder.
 """
@@ -24,6 +25,7 @@ from gpt.config import Device, TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples
 from gpt.data.prepared import find_document_end
+from gpt.data.tokenizers import load_tokenizer
 from gpt.model.layers import summed_loss
 from gpt.parallel.distributed import World, open_world
 from gpt.training.loop import EvaluationShare, mean_loss
@@ -49,6 +51,8 @@ class Evaluation:
     """Exponential of the loss: the number of equally likely tokens whose choice is as uncertain."""
     bits_per_byte: float | None
     """Loss in bits per byte of text, comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1)."""
+    tasks: dict[str, float]
+    """Figures of tasks of lm-eval, by ``task/metric``."""
 
 
 def evaluate_run(
@@ -56,6 +60,7 @@ def evaluate_run(
     world: World,
     step: int | None,
     sequences: int | None,
+    tasks: Sequence[str] = (),
     *,
     shows_progress: bool = False,
 ) -> Evaluation:
@@ -66,12 +71,15 @@ def evaluate_run(
         world: the ranks that share the sequences.
         step: the checkpoint of this step; None takes the newest.
         sequences: number of sequences; None takes all.
+        tasks: tasks of lm-eval, by their names or YAML files.
         shows_progress: True lets rank 0 draw a bar on standard error.
 
     Raises:
-        ConfigError: the run, checkpoint or corpus is missing, or the corpus has fewer sequences.
+        ConfigError: the run, checkpoint or corpus is missing, the corpus has fewer sequences, or a task is unknown.
     """
     folder, config = open_run(path)
+    config.eval.tasks = list(tasks)
+    config.eval.validate()
     checkpoint = world.on_first(lambda: find_checkpoint(folder, step))
     samples, wanted = open_validation(config, checkpoint, world, sequences)
     model = read_weights(config, checkpoint, world.device)
@@ -89,6 +97,11 @@ def evaluate_run(
             return summed
 
         loss = mean_loss(model, counted_loss, samples, world, share)
+    figures: dict[str, float] = {}
+    if tasks:
+        from gpt.training.harness import Harness  # slow to import
+
+        figures = Harness(model, config, load_tokenizer(folder.tokenizer), world).figures(share, lambda: None)
     num_tokens = wanted * config.model.block_size
     num_bytes = samples.val_bytes(wanted)
     return Evaluation(
@@ -101,6 +114,7 @@ def evaluate_run(
         loss=loss,
         perplexity=math.exp(loss),
         bits_per_byte=samples.val_bits_per_byte(loss, wanted),
+        tasks=figures,
     )
 
 
@@ -143,6 +157,7 @@ def format_evaluation(found: Evaluation) -> str:
         f"validation split: {found.sequences:,} sequences, {found.tokens:,} tokens{size}\n"
         f"loss {found.loss:.4f} nats per token   perplexity {found.perplexity:.4g}   bits per byte {bits}"
         f"{note if logged != found.sequences else ''}"
+        + "".join(f"\n{name} {value:.4f}" for name, value in found.tasks.items())
     )
 
 
@@ -156,11 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
     parser.add_argument("--sequences", type=int, metavar="N", help="the first N sequences; default: the whole split")
+    parser.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="tasks of lm-eval, or YAML files")
     parser.add_argument("--device", choices=[d.name for d in Device], default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     with open_world(Device[args.device], timeout_s=600) as world:
-        found = evaluate_run(args.run, world, args.step, args.sequences, shows_progress=not args.json)
+        found = evaluate_run(args.run, world, args.step, args.sequences, args.tasks, shows_progress=not args.json)
         if world.is_first:
             print(json.dumps(asdict(found)) if args.json else format_evaluation(found))
     return 0

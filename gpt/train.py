@@ -132,6 +132,12 @@ def build(
         run.checkpoints.upkeep = UpkeepPlan(folder, attempt, run.checkpoints.keeps, kept.scrub, kept.copy_to)
     run.checkpoints.beat = partial(rank.phase, Phase.starting)
     load(run)
+    if config.eval.tasks:
+        from gpt.training.harness import Harness  # slow to import
+
+        assert tokens.tokenizer_folder is not None, "tokens without a tokenizer are refused before"
+        tokenizer = load_tokenizer(tokens.tokenizer_folder)
+        run.evaluate_tasks = Harness(engine.module, config, tokenizer, world).figures
     return run
 
 

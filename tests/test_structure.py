@@ -118,7 +118,7 @@ ROOMS = {
     "gpt.training": ("gpt.planning", "gpt.data", "gpt.parallel", "gpt.conversion", "gpt.metrics"),
     "gpt.workload": ("gpt.training", "launch.workload"),
     **dict.fromkeys((f"gpt.{command}" for command in COMMANDS), ("gpt.training",)),
-    "gpt.smoke": ("gpt.train", "gpt.generate"),
+    "gpt.smoke": ("gpt.train",),
     "gpt.rehearsal": ("gpt.train",),
     "gpt.rehearse": ("gpt.rehearsal",),
     "slurm": ("launch.runs",),
@@ -350,11 +350,11 @@ def test_every_preset_says_what_it_is() -> None:
 
 
 TOKENS = {
-    "gpt": 159_140,
+    "gpt": 161_580,
     "gpt/components": 2_120,
     "gpt/conversion": 7_160,
-    "gpt/data": 19_310,
-    "gpt/metrics": 4_710,
+    "gpt/data": 19_560,
+    "gpt/metrics": 4_740,
     "gpt_launch": 740,
     "hydra_plugins": 2_500,
     "launch/agent": 30_240,
@@ -365,7 +365,7 @@ TOKENS = {
     "launch/plan": 9_080,
     "launch/project": 6_840,
     "launch/report": 29_450,
-    "launch/runs": 24_280,
+    "launch/runs": 24_320,
     "launch/slurm": 21_960,
     "launch/storm": 6_520,
     "launch/trace": 1_370,

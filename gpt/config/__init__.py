@@ -106,10 +106,19 @@ class EvalConfig:
     """Steps between evaluations; 0 evaluates only at the end."""
     sequences: int = MISSING
     """Sequences of the validation split per evaluation. Every evaluation uses the same sequences."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-eval's harness to evaluate, too: their names, or YAML files (FOLDER/NAME.yaml). Needs the extra
+    ``eval``, and a tokenizer that encodes any text."""
 
     def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range."""
+        """Raise ConfigError if a number is out of its range, or a required extra is not installed."""
         check_numbers("eval.", self, ("sequences",), ("interval",))
+        if self.tasks and not is_installed("lm_eval"):
+            raise ConfigError(
+                f"eval.tasks=[{','.join(self.tasks)}], and the package lm_eval is not installed",
+                "the extra eval",
+                f"{install_command('eval')}, or eval.tasks=[]",
+            )
 
 
 @dataclass
@@ -490,10 +499,11 @@ def make_paths_absolute(config: DictConfig) -> None:
     """Resolve relative paths of the command line against the current folder, because ranks may run in another
     folder."""
     data = config.data
-    keys = [(config, key) for key in ("output_dir", "run_dir", "init_from")]
+    keys: list[tuple[Any, Any]] = [(config, key) for key in ("output_dir", "run_dir", "init_from")]
     keys += [(data, key) for key in ("path", "val_path", "tokenizer_path", "cache_dir")]
     keys.append((config.parallel, "deepspeed_config"))
     keys += [(source, "path") for source in data.sources]
+    keys += [(config.eval.tasks, place) for place, task in enumerate(config.eval.tasks) if Path(task).is_file()]
     if data.dataset is not None and Path(data.dataset).is_dir():  # otherwise it is the name of a dataset on the hub
         keys.append((data, "dataset"))
     is_hf = config.init_from is not None and config.init_from.startswith(HF_PREFIX)

@@ -179,7 +179,7 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
     """Return everything that a run folder records about its run, as plain values."""
     records = read_records(folder.metrics(0))
     events = folder.read_events()
-    evaluation = ("step", "attempt", "time", "val_loss", "val_bits_per_byte")
+    evaluation = ("step", "attempt", "time", "val_loss", "val_bits_per_byte", "tasks")
     kept = set(folders.steps(folder.checkpoints))
     saved = {event["step"]: event for event in saves_that_count(events)}  # a repeated step counts one time
     return {

@@ -261,6 +261,7 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float, figures: Seq
         parts.append(f"val_loss {record.val_loss:.4f}")
     if record.val_bits_per_byte is not None:
         parts.append(f"{record.val_bits_per_byte:.4f} bits per byte")
+    parts += [f"{name} {value:.4g}" for name, value in (record.tasks or {}).items()]
     if record.checkpoint_s is not None:
         parts.append(f"saved in {record.checkpoint_s:.2f} s")
     return "  ".join(parts)
@@ -280,7 +281,7 @@ class StepsCsv:
     """Writer of the table at ``path``; its first rows are those of the ``earlier`` records."""
 
     def __init__(self, path: Path, layers: Sequence[str], earlier: Iterable[dict[str, Any]]) -> None:
-        left_out = ("samples", LAYERS, TOLD_ONCE)
+        left_out = ("samples", LAYERS, TOLD_ONCE, "tasks")
         whole = [field.name for field in dataclasses.fields(StepRecord) if field.name not in left_out]
         self._columns = [*whole, "first_sample", "last_sample", *(LAYER_NORM + name for name in layers)]
         path.parent.mkdir(parents=True, exist_ok=True)

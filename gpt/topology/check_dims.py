@@ -45,7 +45,7 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
     """
     dims = parallel_dims(config.parallel, world_size, ranks_per_node)
     checks = (check_parallel_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert)
-    for check in (*checks, check_selective, check_lora, check_deepspeed, check_schedule_free):
+    for check in (*checks, check_selective, check_lora, check_deepspeed, check_schedule_free, check_tasks_of_eval):
         check(config, dims)
     if config.optim.optimizer == MUON and config.parallel.cpu_offload:
         raise ConfigError(
@@ -287,6 +287,18 @@ def check_schedule_free(config: TrainConfig, dims: ParallelDims) -> None:
             f"optim.optimizer={SCHEDULE_FREE} without {' '.join(sharing)}",
             "data parallelism with weights on the devices: ddp, zero1 or fsdp",
             f"{' '.join(sharing)}, or optim.optimizer=adamw",
+        )
+
+
+def check_tasks_of_eval(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError if no rank has the logits of whole sequences, which tasks of lm-eval need."""
+    if config.eval.tasks:
+        refuse_dimensions(
+            dims,
+            ("tp", "pp", "cp"),
+            f"eval.tasks=[{','.join(config.eval.tasks)}]",
+            "data parallelism, in which each rank computes the logits of whole sequences",
+            "parallel.strategy=fsdp",
         )
 
 

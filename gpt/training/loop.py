@@ -291,7 +291,8 @@ class Loop:
 
 
 def evaluate_step(run: Run, record: StepRecord) -> BadSteps | None:
-    """Put the validation loss into ``record``, in nats per token, and in bits per byte of text if the text is known.
+    """Put the validation loss into ``record``, in nats per token, and in bits per byte of text if the text is known;
+    also the figures of ``eval.tasks``.
 
     Collective. Returns the bad steps for a roll-back if the loss is not finite, else None.
     """
@@ -300,6 +301,7 @@ def evaluate_step(run: Run, record: StepRecord) -> BadSteps | None:
     show = partial(run.worker.phase, Phase.evaluating, run.step)
     with engine.averaged_weights():
         loss = mean_loss(engine.module, engine.loss, run.samples, run.world, share, show)
+        record.tasks = run.evaluate_tasks(share, show) or None
     bad = run.guard.judge_evaluation(record.step, loss)
     if bad is None:
         record.val_loss, record.val_bits_per_byte = loss, run.samples.val_bits_per_byte(loss, sequences)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify
 from gpt.data.corpus import check_fit, describe_corpus, describe_tokens, ensure_tokens
 from gpt.data.loader import BatchPrefetcher, Samples
 from gpt.data.prepared import Tokens
+from gpt.data.tasks import check_tasks
 from gpt.metrics import render_summary
 from gpt.metrics.writers import describe_rank, software
 from gpt.model.gpt import GPT, Weights, initial_weights
@@ -154,7 +155,9 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
         # Check ranks, batch, corpus and libraries before the folder is made.
         refuse_without_deepspeed(config)
         batch = split_batch(config.optim, check_parallel_dims(config, world.size).data_ranks)
-        check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
+        corpus = describe_corpus(config.data, config.data_cache)
+        check_fit(corpus, config.model, config.eval.sequences)
+        check_tasks(config.eval.tasks, corpus.tokenizer)
         if config.data.stream:
             prepare_tokens(config)  # refuses too few validation tokens, which only reading the text can count
         # Back to the checkpoint of ``resume_from``, or beyond the run's end, as the launcher does.
@@ -204,6 +207,8 @@ class Run:
     worker: worker.Run
     early_stop: EarlyStop
     """Decides whether the run ends early."""
+    evaluate_tasks: Callable[..., dict[str, float]] = lambda share, on_pass: {}
+    """Evaluates ``eval.tasks``: ``Harness.figures``, or a function that returns nothing."""
     initialised_from: dict[str, Any] | None = None
     """Source of the first weights of this attempt; None if the weights are random, or are those of a checkpoint."""
     compiled: CompileCache | None = None

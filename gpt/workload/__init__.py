@@ -29,6 +29,7 @@ from gpt.config import (
 )
 from gpt.conversion.source import check_init_from
 from gpt.data.corpus import check_fit, describe_corpus
+from gpt.data.tasks import check_tasks
 from gpt.planning import Machine, memory
 from gpt.planning.auto import (
     LayoutChoice,
@@ -223,6 +224,7 @@ class GptWorkload(Workload):
         refuse_other_rates(config, batch, request.folder)
         corpus = describe_corpus(config.data, config.data_cache)
         check_fit(corpus, config.model, config.eval.sequences)
+        check_tasks(config.eval.tasks, corpus.tokenizer)
         needed = memory.per_rank(config, dims, batch)
         refuse_what_does_not_fit(config, needed, request)
         step = estimated_step(config, dims, batch, request)

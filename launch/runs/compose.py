@@ -143,8 +143,8 @@ def refuse_file_of_config(error: BaseException) -> ConfigError:
 # From a composed document to a typed config, and to the files of a run folder.
 
 
-def make_absolute(nodes: Iterable[tuple[DictConfig, str]]) -> None:
-    """Make paths in a config absolute, in place; null stays. Each path is given as a node and a key of that node."""
+def make_absolute(nodes: Iterable[tuple[Any, Any]]) -> None:
+    """Make paths in a config absolute, in place; null stays. Each path is given as a node, and a key or place in it."""
     for node, name in nodes:
         if not OmegaConf.is_missing(node, name) and node[name] is not None:
             node[name] = str(Path(node[name]).expanduser().absolute())

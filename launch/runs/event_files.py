@@ -75,6 +75,7 @@ def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
     for name in record.keys() - TAGS.keys() - OF_THE_STEP:
         if isinstance(record[name], int | float):
             scalars[f"{'speed' if name.endswith('_per_s') else 'train'}/{name}"] = float(record[name])
+    scalars |= {f"eval/{name}": value for name, value in (record.get("tasks") or {}).items()}
     return scalars | {LAYER_TAG + layer: norm for layer, norm in (record.get("layer_grad_norms") or {}).items()}
 
 

@@ -113,6 +113,8 @@ class StepRecord:
     """Mean cross-entropy on the validation sequences after this step; absent without an evaluation."""
     val_bits_per_byte: float | None = None
     """Validation loss in bits per byte of text, comparable between tokenizers; absent if the text is not known."""
+    tasks: dict[str, float] | None = None
+    """Figures of ``eval.tasks`` after this step, by ``task/metric``; absent without such an evaluation."""
     tokens_per_s: float | None = None
     """Throughput of the whole run: tokens of the global batch over step_time_s."""
     tflops_per_s: float | None = None
@@ -150,7 +152,7 @@ TOLD_ONCE = "straggler"
 OF_THE_RUN = frozenset(
     {
         *("loss", "loss_variance", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
-        *("val_loss", "val_bits_per_byte", "tokens_per_s", "tflops_per_s", "mfu_causal", "hfu"),
+        *("val_loss", "val_bits_per_byte", "tasks", "tokens_per_s", "tflops_per_s", "mfu_causal", "hfu"),
         *("memory_allocated_gib", "memory_reserved_gib", "own_min_s", "own_max_s", "slowest_rank"),
     }
 )
