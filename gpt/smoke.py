@@ -64,7 +64,8 @@ def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:
 
     train_here(words)
     losses = [record["loss"] for record in read_records(run.metrics(0))]
-    text = f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
+    fall = 1 - losses[-1] / losses[0]
+    text = f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps, {fall:.1%} less"
     require(len(losses) == STEPS and losses[0] - losses[-1] > FALL, text)
     yield "training", text
 

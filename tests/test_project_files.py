@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from configparser import ConfigParser
 from importlib.metadata import version
@@ -80,9 +81,20 @@ def test_every_extra_is_pinned(setup: ConfigParser) -> None:
 
 def test_the_workflow_runs_the_checks_of_this_project() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yml").read_text())
-    (job,) = workflow["jobs"].values()
-    assert [step["run"] for step in job["steps"] if "run" in step][-1] == ".ci/run"
+    last = {name: [step["run"] for step in job["steps"] if "run" in step][-1] for name, job in workflow["jobs"].items()}
+    assert last == {"quick": "python -m pytest -m quick", "checks": ".ci/run"}
+    assert last["quick"] in (ROOT / "CONTRIBUTING.md").read_text(), "as it is typed"
     assert workflow["permissions"] == {"contents": "read"}
+
+
+def test_uv_finds_every_field_that_setup_cfg_has(setup: ConfigParser) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {"python_requires": "requires-python", "install_requires": "dependencies", "long_description": "readme"}
+    there = {named.get(key, key) for key in (*setup["metadata"], *setup["options"])} & {
+        *("version", "description", "readme", "license", "classifiers", "requires-python", "dependencies"),
+    }
+    assert {*project["dynamic"]} == there | {"optional-dependencies", "scripts"}
+    assert project["name"] == setup["metadata"]["name"]
 
 
 def test_the_matrix_installs_what_setup_cfg_says(setup: ConfigParser) -> None:

@@ -216,6 +216,8 @@ def test_all_holds_here(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines if line.startswith("ok")] == [
         "ok  training", "ok  saving", "ok  resuming", "ok  writing",
     ]  # fmt: skip
+    first, last, less = (float(number) for number in re.findall(r"\d+\.\d+", lines[0]))
+    assert less == pytest.approx(100 * (1 - last / first), abs=0.1) and lines[0].endswith("% less")
     assert "all holds" in lines[-1] and not any(tmp_path.iterdir()), "nothing is left behind"
 
 
