@@ -121,10 +121,13 @@ def find_source(init_from: str) -> WeightSource:
         return inspect_run(path, None)
     if folders.COMMITTED.fullmatch(path.name) and RunFolder(path.parents[1]).config.is_file():
         return inspect_run(path.parents[1], folders.step_of(path))
+    fix = "init_from=FOLDER; for a model of the hub, first: hf download NAME --local-dir FOLDER"
+    if path.suffix == ".pt":
+        fix = f"init_from=FOLDER, for nanoGPT's after python examples/conversion/nanogpt_weights.py {init_from} FOLDER"
     raise ConfigError(
         f"init_from={init_from}, which is no folder with {HF_CONFIG} or .hydra/config.yaml",
         "a folder of transformers, or the folder of a run or of its checkpoint",
-        "init_from=FOLDER; for a model of the hub, first: hf download NAME --local-dir FOLDER",
+        fix,
     )
 
 

@@ -248,4 +248,6 @@ def test_hf_accepts_a_folder_of_transformers_alone(
     refusal = refused(
         find_source, f"hf:{tmp_path / 'run'}", said="no folder with config.json", fix="init_from=hf:FOLDER"
     )
+    (tmp_path / "ckpt.pt").touch()
+    refused(find_source, str(tmp_path / "ckpt.pt"), fix=f"nanogpt_weights.py {tmp_path / 'ckpt.pt'} FOLDER")
     assert "save_pretrained" in refusal.expected
