@@ -31,7 +31,7 @@ from gpt.config import ModelConfig, TokenizerKind
 from gpt.conversion import StateDictAdapter, choose_adapter
 from gpt.conversion.source import PEFT_CONFIG, PEFT_WEIGHTS, SINGLE
 from gpt.conversion.state_dict import find_checkpoint, merge_adapters, open_run, read_weights, to_hf, to_peft
-from gpt.data.tokenizers import ABOUT, CharTokenizer, HfTokenizer, Tokenizer, load_tokenizer
+from gpt.data.tokenizers import ABOUT, CHAT, CharTokenizer, HfTokenizer, Tokenizer, load_tokenizer
 from gpt.model.gpt import GPT
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.folder import RunFolder, read_json
@@ -56,7 +56,7 @@ def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_si
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if isinstance(tokenizer, HfTokenizer) and tokenizer.end_name is not None:
-        about["eos_token"] = tokenizer.end_name
+        about |= {"eos_token": tokenizer.end_name, **tokenizer.chat}
     write_json(folder / "tokenizer_config.json", about)
 
 
@@ -74,6 +74,7 @@ def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
         each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         return tokenizer_json(words, each, {"type": "Fuse"})
     content: dict[str, Any] = json.loads(tokenizer.payload)
+    content.pop(CHAT, None)  # in tokenizer_config.json
     return content
 
 

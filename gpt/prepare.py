@@ -66,9 +66,14 @@ def report_prepared(source: TokenSource, output: Path | None) -> str:
     assert source.folder is not None and source.vocab_size is not None
     name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
     lines = [str(source.folder)]
-    for split, there in (("train", source.train), ("val", source.val)):
-        counts = {"tokens": there.tokens, "bytes": there.num_bytes, "documents": there.documents}
-        lines.append(f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n is not None))
+    manifest = read_corpus_manifest(source.folder)
+    assert manifest is not None, "it was just written or opened"
+    for split, about in manifest["splits"].items():
+        counts = [f"{about[key]:,} {key}" for key in ("tokens", "bytes", "documents") if about[key] is not None]
+        lines.append(f"{split}: {', '.join(counts)}")
+        if source.conversation_tokens is not None:
+            lines[-1] += f"; cut at {source.conversation_tokens:,} tokens: {about['cut']:,}"
+            lines[-1] += f"; left out without an answer: {about['without_answer']:,}"
     lines.append(f"tokenizer: {name}, {source.vocab_size:,} ids; sha256 of the tokens {source.sha256[:12]}")
     if source.entropy is not None:
         lines.append(f"entropy: {source.entropy:.4f} nats per token, which no loss goes below")

@@ -107,6 +107,7 @@ def build(
         model = GPT(config.model)
     weights, initialised_from = first_weights(model, config, folder, world)
     engine = parallelize(model, weights, RunLayout(config, world, dims, batch))
+    engine.has_answers = tokens.are_conversations
     set_timeouts(config.parallel.timeout_s)  # new groups have the timeout of torch
 
     run = Run(

@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from gpt.config.data import (
     BYTE_VOCAB,
+    NEXT_DOCUMENT,
     DataConfig,
     Pack,
     Source,
@@ -57,6 +58,7 @@ __all__ = [
     "BYTE_VOCAB",
     "LOGITS_AT_ONCE",
     "LOSS_CHUNK",
+    "NEXT_DOCUMENT",
     "PROFILE_FROM",
     "Activation",
     "AttentionBackend",

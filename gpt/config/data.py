@@ -17,6 +17,8 @@ from launch.errors import ConfigError
 
 
 BYTE_VOCAB = 256
+NEXT_DOCUMENT = -1
+"""Target of a token that ends a document. Any target below 0 is left out by the loss; only this one ends a document."""
 SUCCESSORS = 8
 """Number of tokens of a Markov chain that can follow a token, with random probabilities."""
 
@@ -133,7 +135,10 @@ class DataConfig:
     """source=dataset only: the split to validate on; null keeps ``val_fraction`` of the documents of the split train,
     on which a run trains."""
     text_key: str = "text"
-    """Field (jsonl), column (parquet) or feature (dataset) with a document's text."""
+    """Field (jsonl), column (parquet) or feature (dataset) with a document's text, or a conversation's messages."""
+    conversation_tokens: Optional[int] = None
+    """Documents are conversations, and the loss is on the assistant's answers. Whole conversations fill sequences of
+    this many tokens; a longer one is cut. ``model.block_size`` must be a multiple. null: documents are texts."""
     max_bytes: Optional[int] = None
     """Read at most this many bytes of text, rounded up to whole documents if the source has documents; null reads all.
     The files of ``val_path`` are always read whole."""
@@ -195,14 +200,15 @@ class DataConfig:
             )
         for source, key, expected, fix in NEEDED:
             if self.source is source and not getattr(self, key):
-                raise ConfigError(f"data={source.name} without data.{key}", expected, fix)
+                raise ConfigError(f"data={self.title} without data.{key}", expected, fix)
         for key, (sources, expected, fix) in SOURCES_OF_KEY.items():
             value = getattr(self, key)
             is_own = key == "path" and isinstance(self.source, str)  # a function of the user may read it
             if value and self.source not in sources and not is_own:
                 raise ConfigError(f"data.{key}={value} with data={self.title}, which does not read it", expected, fix)
         sizes = (260, 1_000_000)
-        check_numbers("data.", self, ("max_bytes",), val_fraction=(0.0001, 0.5), tokenizer_vocab_size=sizes)
+        positive = ("max_bytes", "conversation_tokens")
+        check_numbers("data.", self, positive, val_fraction=(0.0001, 0.5), tokenizer_vocab_size=sizes)
         check_numbers("data.", self, at_least_0=("document_end",), shuffle_buffer=(1, 1_000_000))
         if self.document_end is not None and self.pack is Pack.none:
             raise ConfigError(
@@ -214,6 +220,7 @@ class DataConfig:
         self._validate_tokenizer()
         self._validate_tokens()
         self._validate_stream()
+        self._validate_conversations()
 
     def _validate_tokenizer(self) -> None:
         kind, path = self.tokenizer, self.tokenizer_path
@@ -265,6 +272,16 @@ class DataConfig:
             if is_refused:
                 raise ConfigError(f"data.stream=true with {found}", expected, fix)
 
+    def _validate_conversations(self) -> None:
+        is_read = self.source in DOCUMENT_SOURCES and self.tokenizer is TokenizerKind.hf and not self.stream
+        if self.conversation_tokens is not None and not (is_read and self.layout is TokenFileFormat.nanogpt):
+            raise ConfigError(
+                f"data.conversation_tokens={self.conversation_tokens} with data={self.title} data.stream={self.stream}"
+                f" data.tokenizer={self.tokenizer.name} data.layout={self.layout.name}",
+                "files or a dataset, prepared in our own token files by a tokenizer of transformers",
+                "data=chat data.path=FILE data.tokenizer_path=FOLDER/tokenizer.json, without the other keys",
+            )
+
     def _validate_tokens(self) -> None:
         if self.source is not Source.tokens:
             return
@@ -290,7 +307,7 @@ class DataConfig:
 DOCUMENT_SOURCES = (Source.files, Source.dataset)
 NEEDED = (
     (Source.text, "path", "the path of a text file", "data=text data.path=FILE"),
-    (Source.files, "path", "a pattern of files", "data=files 'data.path=FOLDER/*.jsonl'"),
+    (Source.files, "path", "a pattern of files", "'data.path=FOLDER/*.jsonl'"),
     (Source.dataset, "dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"),
 )
 """Source, a key without which it cannot be read, and the rest of the error."""

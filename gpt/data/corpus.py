@@ -5,6 +5,7 @@ Imports no torch and is quick, because the login node calls it before it submits
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ class Corpus:
     """Number of token ids; the largest id seen plus 1 if no file states the number; None if unknown."""
     entropy: float | None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
+    sequence: int = 1
+    """Tokens of the sequences that whole conversations fill; 1 for texts."""
 
     @property
     def train_tokens(self) -> int:
@@ -67,21 +70,19 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
         ConfigError: the text is missing, the corpus must be prepared before training, or packed documents have no
             token for their end.
     """
+    name, spec, tokens = str(config.path or config.title), None, None
     if config.source is Source.tokens:
-        tokens = open_tokens(config)
-        find_document_end(config, tokens)
-        return describe_tokens(config.title, tokens)
-    if config.stream:
+        name, tokens = config.title, open_tokens(config)
+    elif config.stream:
         from gpt.data.order import look_at_stream
 
         tokens = look_at_stream(config, cache)
+    elif (spec := build_spec(config, cache)) is not None:
+        prepared = open_folder(cache / spec.key, spec.identity)
+        tokens = None if prepared is None else Tokens((prepared,))
+    if tokens is not None:
         find_document_end(config, tokens)
-        return describe_tokens(str(config.path or config.title), tokens)
-    spec = build_spec(config, cache)
-    prepared = None if spec is None else open_folder(cache / spec.key, spec.identity)
-    if prepared is not None:
-        find_document_end(config, Tokens((prepared,)))
-        return describe_tokens(str(config.path or config.title), Tokens((prepared,)))
+        return describe_tokens(name, tokens)
     # Training itself prepares a small corpus whose size is known here. Later a refusal would stop a started job.
     known = spec.known_tokens() if spec is not None and spec.num_bytes <= FIRST_USE_BYTES else None
     if known is None:
@@ -98,7 +99,7 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
         tokenizer, vocab_size = "synthetic", config.synthetic.vocab_size
         entropy = chain_of(config.synthetic).entropy()
     source = SourceSize(config.title, (known[0],), (known[1],))
-    return Corpus(str(config.path or config.title), (source,), tokenizer, vocab_size, entropy)
+    return Corpus(name, (source,), tokenizer, vocab_size, entropy)
 
 
 def describe_tokens(name: str, tokens: Tokens) -> Corpus:
@@ -113,7 +114,8 @@ def describe_tokens(name: str, tokens: Tokens) -> Corpus:
     first = tokens.sources[0]  # all sources of a mixture have one tokenizer
     kind = first.tokenizer["kind"] if first.tokenizer is not None else "synthetic" if first.entropy else "unknown"
     entropy = first.entropy if len(tokens.sources) == 1 else None  # the entropy of a mixture is no mean of its sources
-    return Corpus(name, tuple(sources), str(kind), max(sizes), entropy)
+    sequence = math.lcm(*(source.conversation_tokens or 1 for source in tokens.sources))
+    return Corpus(name, tuple(sources), str(kind), max(sizes), entropy, sequence)
 
 
 def num_windows(tokens: int, block_size: int) -> int:
@@ -134,6 +136,12 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
             f"model.vocab_size={model.vocab_size} with {corpus.tokenizer} tokens of {corpus.name}",
             f"room for all {corpus.vocab_size} ids",
             f"model.vocab_size={corpus.vocab_size}",
+        )
+    if model.block_size % corpus.sequence:
+        raise ConfigError(
+            f"model.block_size={model.block_size} with conversations that fill sequences of {corpus.sequence} tokens",
+            "sequences that do not cut conversations",
+            f"model.block_size={corpus.sequence}, or gpt.prepare with data.conversation_tokens={model.block_size}",
         )
     for source in corpus.sources:
         longest = min(max(source.train, default=0), max(source.val, default=0))

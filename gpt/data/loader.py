@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gpt.config import NEXT_DOCUMENT
 from gpt.data.corpus import num_windows
 from gpt.data.order import PassedOver, Stream, max_samples, sample_position, sample_source, samples_per_source
-from gpt.data.prepared import Segment, Tokens
+from gpt.data.prepared import KIND_BIT, Segment, Tokens
 from gpt.data.prepared import Split as SplitFiles
 from gpt.topology import Batch
 from launch.errors import ConfigError
@@ -33,8 +34,6 @@ from launch.errors import ConfigError
 Split = Literal["train", "val"]
 Indices = npt.NDArray[np.int64]
 
-IGNORED = -1
-"""Target of a token that ends a document: no token is predicted, and the loss leaves it out."""
 MOST_OPEN = 128
 """Number of files of a split that a rank keeps open. The kernel also caches the pages of closed files."""
 SOURCE_SEED_STEP = 0x5851F42D4C957F2D  # odd (Knuth's MMIX multiplier), so that sources of one size differ in order
@@ -131,8 +130,8 @@ class Samples:
         block_size: tokens of a sample, T.
         seed: seed of the order.
         vocab_size: all ids must be below this number; None checks nothing.
-        document_end: id of the token that ends a document and predicts nothing: its target is ``IGNORED``. None if all
-            tokens predict the next one.
+        document_end: id of the token that ends a document and predicts nothing: its target is ``NEXT_DOCUMENT``. None
+            if no token does so by its id.
 
     Raises:
         ConfigError: the first file of a split is missing or truncated on this machine.
@@ -149,7 +148,8 @@ class Samples:
         self.block_size = block_size
         self.document_end = document_end
         self.seed = seed
-        self._vocab_size = vocab_size
+        self._has_kinds = tokens.are_conversations
+        self._vocab_size = None if self._has_kinds else vocab_size  # our own files, whose vocabulary is known
         self._sources = tokens.sources
         self._weights = tuple(source.weight for source in tokens.sources)
         self._train = [Windows(source.train, block_size) for source in tokens.sources]
@@ -169,10 +169,17 @@ class Samples:
         return self.split_ids(self.read(split, indices))
 
     def split_ids(self, ids_BT1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split ids (B, T + 1) into tokens and targets, both (B, T), on the same device."""
-        tokens_BT, targets_BT = ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
+        """Split ids (B, T + 1) into tokens and targets, both (B, T), on the same device.
+
+        A token of a conversation that is in no answer is no target: there is the negative of its kind in its place.
+        """
+        tokens_BT, targets_BT = ids_BT1[:, :-1].clone(), ids_BT1[:, 1:].clone()  # parts of one row would share memory
+        if self._has_kinds:
+            tokens_BT &= (1 << KIND_BIT) - 1
+            kinds_BT = targets_BT >> KIND_BIT
+            targets_BT = torch.where(kinds_BT > 0, -kinds_BT, targets_BT)
         if self.document_end is not None:
-            targets_BT.masked_fill_(tokens_BT == self.document_end, IGNORED)
+            targets_BT.masked_fill_(tokens_BT == self.document_end, NEXT_DOCUMENT)
         return tokens_BT, targets_BT
 
     def read(self, split: Split, indices: Indices) -> torch.Tensor:

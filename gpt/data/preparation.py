@@ -36,6 +36,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from gpt.config import TokenFileFormat, TokenizerKind, is_installed
+from gpt.data.conversations import encode_conversations
 from gpt.data.prepared import (
     FORMAT,
     ITEM_BYTES,
@@ -131,7 +132,8 @@ def prepare_folder(
 
 
 ROW_DTYPE = np.dtype([("split", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("ends", "<i8")])
-"""Record of a tokenized piece: its split, number of tokens, bytes of text, and 1 if a document ends with it."""
+"""Record of a tokenized piece: its split, number of tokens, bytes of text, and 1 if a document ends with it; 2 if the
+document is a conversation that is cut there."""
 Rows = npt.NDArray[np.void]
 
 
@@ -206,13 +208,16 @@ def _load_once(folder: Path, about: bytes) -> Tokenizer:
 
 def _tokens(
     spec: PreprocessingSpec, shard: Shard, tokenizer: Tokenizer | None
-) -> Iterator[tuple[int, npt.NDArray[Any], int, bool]]:
-    """Yield for each piece: split, ids, bytes of text, and True if a document ends with it."""
+) -> Iterator[tuple[int, npt.NDArray[Any], int, int]]:
+    """Yield the fields of the row of each piece, with its ids in place of their number."""
     if tokenizer is None:
         ids, known = walk(spec.config.synthetic, shard.number), spec.known_tokens()
         assert known is not None
         cut = min(max(known[0] - shard.number * WALK_TOKENS, 0), len(ids))
         yield from ((split, part, len(part), False) for split, part in ((TRAIN, ids[:cut]), (VAL, ids[cut:])))
+        return
+    if spec.config.conversation_tokens is not None:
+        yield from encode_conversations(read_shard(spec, shard), tokenizer, spec.config.conversation_tokens)
         return
     for piece in read_shard(spec, shard):
         yield piece.split, *encode_piece(spec, tokenizer, piece, shard), piece.ends
@@ -243,7 +248,9 @@ def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:
 
 
 def token_dtype_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> str:
-    """Return the numpy name of the integer type of a corpus's tokens."""
+    """Return the numpy name of the integer type of a corpus's tokens. Tokens of conversations have kinds, too."""
+    if spec.config.conversation_tokens is not None:
+        return "uint32"
     return token_dtype(spec.config.layout, vocab_size_for(spec, tokenizer))
 
 
@@ -368,7 +375,7 @@ class _SplitRows:
 
     @property
     def documents(self) -> int:
-        return int(self.rows["ends"].sum())
+        return int((self.rows["ends"] > 0).sum())
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -462,6 +469,7 @@ def _manifest(
     written: Sequence[Sequence[WrittenFile]],
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
+    is_text = tokenizer is not None and spec.config.conversation_tokens is None  # bytes of answers alone are unknown
     versions = {name: metadata.version(name) for name in LIBRARIES if is_installed(name)}
     sums = json.dumps([[file.sha256 for file in files] for files in written])
     return {
@@ -475,9 +483,11 @@ def _manifest(
         "entropy": chain_of(spec.config.synthetic).entropy() if tokenizer is None else None,
         "splits": {
             name: {
-                "documents": split.documents if spec.has_documents else None,
                 "tokens": split.tokens,
-                "bytes": None if tokenizer is None else int(split.rows["bytes"].sum()),
+                "bytes": int(split.rows["bytes"].sum()) if is_text else None,
+                "documents": split.documents if spec.has_documents else None,
+                "cut": int((split.rows["ends"] == 2).sum()),
+                "without_answer": int((split.rows["tokens"] == 0).sum()),
                 "files": [asdict(file) for file in files],
             }
             for name, split, files in zip(SPLITS, splits, written, strict=True)

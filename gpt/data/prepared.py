@@ -184,6 +184,11 @@ def glob_files(pattern: str) -> list[Path]:
 
 
 FORMAT = 2
+KIND_BIT = 28
+"""A token of a conversation has its kind in the bits from this one on, and its id below: 0 if it is in an answer."""
+NEW_DOCUMENT, CONTEXT = 1, 2
+"""Kinds of tokens that are no target: the first one of a conversation, and others outside of answers. The targets in
+their places are the negative kinds."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "val")
@@ -226,6 +231,8 @@ class TokenSource:
     entropy: float | None = None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
     weight: int = 1
+    conversation_tokens: int | None = None
+    """``data.conversation_tokens`` of prepared conversations, whose tokens have kinds; None for texts."""
 
     @property
     def is_streamed(self) -> bool:
@@ -243,6 +250,11 @@ class Tokens:
     """Tokens of a run: one source, or several with weights. Can be sent to other ranks."""
 
     sources: tuple[TokenSource, ...]
+
+    @property
+    def are_conversations(self) -> bool:
+        """True if the tokens have kinds. The sources of a mixture are alike, because their tokenizers are."""
+        return self.sources[0].conversation_tokens is not None
 
     @property
     def sha256(self) -> str:
@@ -276,11 +288,13 @@ def find_document_end(config: DataConfig, tokens: Tokens | None) -> int | None:
     """Return the id of the token that ends a document; None without packing.
 
     ``tokens`` is None for a text that is tokenized at its first use; such a text has no token that ends a document.
+    Conversations need none: the kind of their first token is ``NEW_DOCUMENT``.
 
     Raises:
         ConfigError: documents are packed, and no such token is known.
     """
-    if config.pack is Pack.none or config.document_end is not None:
+    is_known = config.document_end is not None or (tokens is not None and tokens.are_conversations)
+    if config.pack is Pack.none or is_known:
         return config.document_end
     ends = {end_of_source(source) for source in (tokens.sources if tokens is not None else ())}
     end = ends.pop() if len(ends) == 1 else None
@@ -333,6 +347,7 @@ def open_folder(folder: Path, identity: dict[str, Any] | None = None) -> TokenSo
         tokenizer=manifest["tokenizer"],
         sha256=manifest["sha256"],
         entropy=manifest["entropy"],
+        conversation_tokens=manifest["spec"].get("conversation_tokens"),
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +30,12 @@ from gpt.data.spec import TOKENIZER_TRAIN_BYTES, TRAIN_SPLIT, CorpusFile, Prepro
 from gpt.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
+    HfTokenizer,
     Tokenizer,
     import_library,
     load_gpt2,
     read_tokenizer,
+    read_with_chat,
     train_sentencepiece,
 )
 from launch.errors import ConfigError
@@ -332,6 +334,7 @@ class Piece(NamedTuple):
 
     split: int
     data: bytes
+    """The text; of a conversation JSON, with the place of its row and its messages."""
     ends: bool
     """True if a document ends with the piece."""
 
@@ -390,17 +393,18 @@ def _documents(spec: PreprocessingSpec, part: TextPart) -> Iterator[str]:
             yield text
     elif spec.kind == "dataset":  # file ``part.start`` (of ``part.stop``) of the split ``part.path``
         for row in open_dataset(spec.config, part.path).shard(num_shards=part.stop, index=part.start):
-            yield _text_of(row, key, f"the dataset {spec.config.dataset}")
+            yield _text_of(row, spec.config, f"the dataset {spec.config.dataset}")
     elif spec.kind == "parquet":
         with import_library("pyarrow.parquet").ParquetFile(path) as opened:
             if key not in opened.schema_arrow.names:
-                raise missing_column_error(path, key, opened.schema_arrow.names)
+                raise missing_column_error(str(path), spec.config, opened.schema_arrow.names)
             for batch in opened.iter_batches(batch_size=256, row_groups=range(part.start, part.stop), columns=[key]):
                 # A null is a row without text.
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+                texts = (text for text in batch.column(0).to_pylist() if text is not None)
+                yield from (_text_of({key: text}, spec.config, f"{path}, row group {part.start}") for text in texts)
         _refuse_change(path, part)
     else:
-        yield from _read_jsonl(path, part, key)
+        yield from _read_jsonl(path, part, spec.config)
 
 
 def _read_range(part: TextPart) -> bytes:
@@ -417,7 +421,7 @@ def _refuse_change(path: Path, part: TextPart, complete: bool = True) -> None:
         raise ConfigError(f"{path} changed while it was read", "a text that holds still", "the same command again")
 
 
-def _read_jsonl(path: Path, part: TextPart, key: str) -> Iterator[str]:
+def _read_jsonl(path: Path, part: TextPart, config: DataConfig) -> Iterator[str]:
     """Yield the texts of the lines that begin in the part. A line that began earlier belongs to the part before."""
     packed = part.path.endswith(".gz")
     with gzip.open(path, "rb") if packed else path.open("rb") as stream:
@@ -425,31 +429,35 @@ def _read_jsonl(path: Path, part: TextPart, key: str) -> Iterator[str]:
         if place:
             stream.seek(place - 1)
             place += len(stream.readline()) - 1
-        while packed or place < part.stop:
-            line = stream.readline()
+        after = f" after byte {place}" if place else ""
+        for number in count(1):
+            line = stream.readline() if packed or place < part.stop else b""
             if not line:
                 break
             if line.strip():
+                where = f"{path}, line {number}{after}"
                 try:
                     value = json.loads(line)
                 except ValueError as error:
-                    raise ValueError(f"no JSON in the line at byte {place}: {error}") from error
-                yield _text_of(value, key, f"{path}, at byte {place},")
+                    raise ValueError(f"no JSON in {where}: {error}") from error
+                yield _text_of(value, config, where)
             place += len(line)
     _refuse_change(path, part)
 
 
-def _text_of(row: Any, key: str, where: str) -> str:
-    text = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise missing_column_error(where, key, row if isinstance(row, dict) else ())
-    return text
+def _text_of(row: Any, config: DataConfig, where: str) -> str:
+    """Return the text of a row; of a conversation the place of the row and the messages, as JSON."""
+    text = row.get(config.text_key) if isinstance(row, dict) else None
+    if not isinstance(text, str if config.conversation_tokens is None else list):
+        raise missing_column_error(where, config, row if isinstance(row, dict) else ())
+    return text if isinstance(text, str) else json.dumps([where, text])
 
 
-def missing_column_error(where: object, key: str, names: Iterable[str]) -> ConfigError:
-    """Return the error for a row without a text under ``key``; ``names`` are its columns or fields."""
+def missing_column_error(where: str, config: DataConfig, names: Iterable[str]) -> ConfigError:
+    """Return the error for a row without its text or messages; ``names`` are its columns or fields."""
+    what = "text" if config.conversation_tokens is None else "list of messages"
     return ConfigError(
-        f"{where} has no text under data.text_key={key}",
+        f"{where} has no {what} under data.text_key={config.text_key}",
         f"a name among {', '.join(names) or 'fields of a JSON object'} that has one",
         "data.text_key=NAME",
     )
@@ -478,7 +486,9 @@ def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
             found.update(*(decode_text(piece.data, shard) for piece in read_shard(spec, shard)))
         return CharTokenizer(sorted(found))
     if config.tokenizer_path is not None:
-        return read_tokenizer(config.tokenizer, Path(config.tokenizer_path).expanduser())
+        path = Path(config.tokenizer_path).expanduser()
+        is_chat = config.conversation_tokens is not None
+        return HfTokenizer(read_with_chat(path)) if is_chat else read_tokenizer(config.tokenizer, path)
     if config.tokenizer is TokenizerKind.tiktoken:
         return load_gpt2()
     assert config.tokenizer is TokenizerKind.sentencepiece, "DataConfig.validate asks for a path"

@@ -369,6 +369,14 @@ def _make_spec(
     }
     if val_files:  # the key is omitted without validation files, so that corpora prepared by earlier versions are found
         identity |= {"validation": _identify_files(val_files), "val_fraction": None}
+    if config.conversation_tokens is not None:
+        identity["conversation_tokens"] = config.conversation_tokens
+        if kind == "text":
+            raise ConfigError(
+                f"data.path={config.path}, files of text",
+                "files with a conversation in each line or row: .jsonl, .jsonl.gz or .parquet",
+                "'data.path=FOLDER/*.jsonl'",
+            )
     return PreprocessingSpec(config, kind, files, identity, val_files)
 
 
@@ -377,7 +385,13 @@ def _identify_tokenizer(config: DataConfig) -> dict[str, Any]:
     if config.tokenizer_path is not None:
         path = Path(config.tokenizer_path).expanduser()
         try:
-            identity["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            if config.conversation_tokens is None:
+                content = path.read_bytes()
+            else:
+                from gpt.data.tokenizers import read_with_chat  # imports numpy, which the login node rarely needs
+
+                content = read_with_chat(path)
+            identity["sha256"] = hashlib.sha256(content).hexdigest()
         except OSError as error:
             raise ConfigError(
                 f"data.tokenizer_path={config.tokenizer_path} cannot be read ({error})",

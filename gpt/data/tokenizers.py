@@ -156,15 +156,22 @@ class SentencePieceTokenizer:
         return str(self._model.decode([int(i) for i in ids]))
 
 
+CHAT = "chat"
+"""Key beside those of a tokenizer.json, as ``read_with_chat`` adds it."""
+
+
 class HfTokenizer:
-    """Tokenizer from a ``tokenizer.json`` of Hugging Face's tokenizers library."""
+    """Tokenizer from a ``tokenizer.json`` of Hugging Face's tokenizers library, or from one with a chat template."""
 
     kind = TokenizerKind.hf
 
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
         try:
-            self._model = import_library("tokenizers").Tokenizer.from_str(payload.decode())
+            content = json.loads(payload)
+            self.chat: dict[str, str] = content.pop(CHAT, {})
+            content |= {"truncation": None, "padding": None}  # which some files set, for batches
+            self.model = import_library("tokenizers").Tokenizer.from_str(json.dumps(content))
         except ConfigError:
             raise
         except Exception as error:  # the library raises plain Exception
@@ -173,18 +180,44 @@ class HfTokenizer:
                 "a file that the tokenizers library has written",
                 "data.tokenizer_path=FOLDER/tokenizer.json",
             ) from error
-        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        ends = (name for name in END_NAMES if self._model.token_to_id(name) is not None)
+        self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
+        names = (self.chat.get("eos_token", ""), *END_NAMES)
+        ends = (name for name in names if self.model.token_to_id(name) is not None)
         self.end_name: str | None = next(ends, None)
-        self.eot: int | None = None if self.end_name is None else self._model.token_to_id(self.end_name)
+        self.eot: int | None = None if self.end_name is None else self.model.token_to_id(self.end_name)
 
     def encode(self, text: str) -> Ids:
         """Encode ``text``, (N,). Unlike other tokenizers, names of added tokens in the text become these tokens."""
-        return np.asarray(self._model.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return np.asarray(self.model.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids, without special tokens."""
-        return str(self._model.decode([int(i) for i in ids]))
+        return str(self.model.decode([int(i) for i in ids]))
+
+
+def read_with_chat(path: Path) -> bytes:
+    """Return a tokenizer.json, and under the key ``CHAT`` the chat template and the special tokens beside it.
+
+    The template is in ``chat_template.jinja`` or ``tokenizer_config.json``, as transformers writes it.
+
+    Raises:
+        ConfigError: there is no template, or a file is damaged.
+    """
+    config, own = (path.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja"))
+    try:
+        content = json.loads(path.read_bytes())
+        about = json.loads(config.read_bytes())
+        content[CHAT] = {"chat_template": own.read_text() if own.is_file() else about["chat_template"]}
+        for name in ("bos_token", "eos_token"):
+            if token := about.get(name):
+                content[CHAT][name] = token if isinstance(token, str) else token["content"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"no chat template beside {path} ({type(error).__name__}: {error})",
+            f"the template in {own.name} or {config.name}, as in the folder of an instruction-tuned model",
+            f"a file {own}, or data.tokenizer_path=FOLDER/tokenizer.json",
+        ) from error
+    return json.dumps(content).encode()
 
 
 class TiktokenTokenizer:

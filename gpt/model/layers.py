@@ -20,6 +20,7 @@ from gpt.components import load_part
 from gpt.config import (
     LOGITS_AT_ONCE,
     LOSS_CHUNK,
+    NEXT_DOCUMENT,
     LoraConfig,
     ModelConfig,
     Norm,
@@ -290,13 +291,13 @@ class Documents(NamedTuple):
 
 
 def find_documents(config: TrainConfig, targets_BT: Tensor) -> Documents | None:
-    """Return the documents of a batch, each of which ends with a token without target; None without packing.
+    """Return the documents of a batch, each of which ends at a target ``NEXT_DOCUMENT``; None without packing.
 
     A document that begins in an earlier sequence begins anew with the first token. Memory: B x T x T numbers.
     """
     if config.data.pack is Pack.none:
         return None
-    ends_BT = targets_BT < 0
+    ends_BT = targets_BT == NEXT_DOCUMENT
     index_T = torch.arange(ends_BT.size(1), device=ends_BT.device)
     starts_BT = F.pad(ends_BT[:, :-1], (1, 0))
     first_BT = (index_T * starts_BT).cummax(1).values

@@ -197,6 +197,8 @@ class Engine:
     """Loss scale of fp16, for records and checkpoints; None in other precisions."""
     loss_weight: float = 1.0
     """1, or 0 if another rank computes and reports the loss of the same tokens."""
+    has_answers: bool = False
+    """True if only tokens of answers are targets, as ``gpt.train`` finds it in the token files."""
     counted: Tensor | None = None
     """Number of targets in the global batch of the last step, () float64; None if every token has a target."""
     waits_as: str = WORLD
@@ -220,7 +222,7 @@ class Engine:
             This rank's part of the summed loss, () float64: over all ranks each token counts once.
         """
         self.on_micro_batch = on_micro_batch
-        if self.config.data.pack is Pack.documents:
+        if self.has_answers or self.config.data.pack is Pack.documents:
             mine = (targets_BT >= 0).sum().double().to(self.world.device)
             # Targets of the global batch. Model-parallel ranks have the same sequences: each one is counted once.
             self.counted = self.world.all_reduce(mine) * self.batch.ranks / self.world.size

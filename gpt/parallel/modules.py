@@ -141,7 +141,8 @@ def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int)
     if vocab_size < logits_NV.size(1):
         padding_V = torch.arange(logits_NV.size(1), device=logits_NV.device) >= vocab_size
         logits_NV = logits_NV.masked_fill(padding_V, -torch.inf)
-    return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum", ignore_index=-1)
+    targets_N = targets_BT.flatten().clamp(min=-1)
+    return F.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=-1)
 
 
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:

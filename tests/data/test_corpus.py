@@ -251,9 +251,11 @@ def test_configs_fit_the_schema(name: str) -> None:
     if name == "custom":
         assert OmegaConf.missing_keys(merged) == {"source"}
         merged.source = "tests.data.nowhere:documents"
+    if name == "chat":
+        merged.conversation_tokens = 256  # in place of the model's sequence
     config = OmegaConf.to_object(merged)
     assert isinstance(config, DataConfig) and config.title == ("documents" if name == "custom" else name)
-    if name in ("text", "files", "tokens"):
+    if name in ("text", "files", "tokens", "chat"):
         with pytest.raises(ConfigError, match=r"data\.path"):
             config.validate()
     else:

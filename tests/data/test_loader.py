@@ -78,6 +78,16 @@ def test_an_epoch_of_training_is_every_window_of_the_training_text_once(text: tu
     assert not torch.equal(tokens, other), "another seed has another order"
 
 
+def test_a_batch_of_one_sequence_is_that_sequence_of_a_larger_batch(text: tuple[bytes, Tokens]) -> None:
+    """Its tokens and targets would be parts of one row in memory, if they were not copied."""
+    samples = Samples(text[1], block_size=16, seed=1, document_end=text[0][3])
+    together = samples.batch("train", np.arange(samples.num_train))
+    assert (together[1] == -1).any()
+    for index in range(samples.num_train):
+        alone = samples.batch("train", np.array([index]))
+        assert all(torch.equal(mine[0], many[index]) for mine, many in zip(alone, together, strict=True))
+
+
 def test_validation_keeps_the_order_of_the_last_part_of_the_text(text: tuple[bytes, Tokens]) -> None:
     content, file = text
     samples = Samples(file, block_size=16, seed=1)

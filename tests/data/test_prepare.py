@@ -341,7 +341,7 @@ def test_patterns_and_files_that_cannot_be_read_are_refused(tmp_path: Path) -> N
     (tmp_path / "in" / "a.txt").write_bytes(b"\xff\xfe" * 100)
     assert "not UTF-8" in refusal(path=f"{tmp_path}/in/*.txt", tokenizer=TokenizerKind.char).found
     (tmp_path / "in" / "0.jsonl").write_text('{"text": "a"}\n{"text"\n')
-    assert "at byte 14" in refusal().found
+    assert "0.jsonl, line 2: " in refusal().found
     (tmp_path / "in" / "bad.parquet").write_text("no parquet")
     assert "cannot be read" in refusal(path=f"{tmp_path}/in/*.parquet").found
 

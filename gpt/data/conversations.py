@@ -1,0 +1,147 @@
+"""Conversations as tokens, by the chat template of a tokenizer; the loss is on the assistant's answers.
+
+    messages -> text and places of answers -> tokens with kinds, in sequences -> token files -> targets of the loss
+
+Imports no torch. The template is rendered in the sandbox of jinja2, with what transformers gives to a template.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from functools import partial
+from itertools import accumulate
+
+import numpy as np
+from jinja2 import TemplateError
+from jinja2.ext import Extension
+from jinja2.nodes import Node, Output, TemplateData
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gpt.data.prepared import CONTEXT, KIND_BIT, NEW_DOCUMENT
+from gpt.data.shards import Piece, readable
+from gpt.data.tokenizers import HfTokenizer, Ids, Tokenizer
+from launch.errors import ConfigError
+
+ROLES = ("system", "user", "assistant")
+SIGN = "\ufdd0"
+"""Sign before and after an answer in a rendered text. It is no character of Unicode, so no message contains it."""
+PADDING = NEW_DOCUMENT << KIND_BIT
+"""Token that fills a sequence, as a document of its own."""
+Messages = list[dict[str, str]]
+Places = list[tuple[int, int]]
+"""The beginning and the end of each answer in a text, in characters."""
+
+
+class GenerationBlock(Extension):
+    """Block ``{% generation %}`` of transformers, in which a template writes what an assistant generates."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """Return the nodes of the block, between two signs."""
+        next(parser.stream)
+        sign = Output([TemplateData(SIGN)])
+        return [sign, *parser.parse_statements(("name:endgeneration",), drop_needle=True), sign]
+
+
+def raise_exception(message: str) -> None:
+    """Refuse a conversation; templates call it."""
+    raise TemplateError(message)
+
+
+class ChatTemplate:
+    """Chat template of a tokenizer."""
+
+    def __init__(self, tokenizer: HfTokenizer) -> None:
+        self._model, self._chat = tokenizer.model, tokenizer.chat
+        special = [token.content for token in self._model.get_added_tokens_decoder().values() if token.special]
+        self._turn_end = re.compile(rf"\s*({'|'.join(map(re.escape, special)) or '(?!)'})")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
+        self._template = environment.from_string(self._chat["chat_template"])
+
+    def render(self, messages: Messages) -> tuple[str, Places]:
+        """Return the text of messages without signs, and the places of answers that have signs around them."""
+        given = {**self._chat, "messages": messages, "tools": None, "add_generation_prompt": False}
+        parts = self._template.render(given).split(SIGN)
+        ends = [*accumulate(map(len, parts))]
+        return "".join(parts), [*zip(ends[:-1:2], ends[1::2], strict=True)]
+
+    def find_answers(self, messages: Messages) -> tuple[str, Places]:
+        """Return the text of a conversation, and the places of its answers.
+
+        Answers are in the template's blocks ``{% generation %}``. Without them, an answer is the content of an
+        assistant's message without whitespace before it, up to and including the special token that ends the turn.
+
+        Raises:
+            ValueError: the template changes an answer, or writes no special token after it.
+        """
+        text, places = self.render(messages)
+        if places:
+            return text, places
+        signed = [dict(each) for each in messages]
+        for each in signed:
+            if each["role"] == "assistant":
+                inner = each["content"].strip()  # without the whitespace that many templates strip
+                each["content"] = each["content"].replace(inner, f"{SIGN}{inner}{SIGN}", 1)
+        found, places = self.render(signed)
+        turns = [(begin, self._turn_end.match(text, end)) for begin, end in places]
+        if found != text or not all(end for _, end in turns):
+            raise ValueError("the chat template changes an answer, or writes no special token after it")
+        return text, [(begin, end.end()) for begin, end in turns if end]
+
+    def encode(self, where: str, messages: Messages) -> Ids:
+        """Return the tokens of a conversation with their kinds, (N,).
+
+        Raises:
+            ConfigError: the messages are wrong, or the template refuses them. It names the row, ``where``.
+        """
+        try:
+            for each in messages:
+                if each["role"] not in ROLES or not isinstance(each["content"], str) or SIGN in each["content"]:
+                    raise ValueError(f"the message {each}")
+            text, answers = self.find_answers(messages)
+            tokens = self._model.encode(text, add_special_tokens=False)
+        except Exception as error:  # a template may fail in any way
+            raise ConfigError(
+                f"{where}: {error} ({type(error).__name__})",
+                f"messages with role ({', '.join(ROLES)}) and content (text), as the chat template accepts them",
+                "other messages, or a chat_template.jinja with {% generation %} around answers",
+            ) from error
+        kinds = [0 if any(a < end and b > begin for begin, end in answers) else CONTEXT for a, b in tokens.offsets]
+        kinds[:1] = [NEW_DOCUMENT]
+        return np.array(tokens.ids, np.uint32) | np.array(kinds, np.uint32) << np.uint32(KIND_BIT)
+
+
+def encode_conversations(
+    pieces: Iterable[Piece], tokenizer: Tokenizer | None, length: int
+) -> Iterator[tuple[int, Ids, int, int]]:
+    """Yield for each conversation: split, tokens with kinds, bytes of its row, and 1; 2 if it is cut at ``length``.
+
+    Padding keeps a conversation inside one sequence of ``length`` tokens. A sequence of padding is the last one, since
+    the target of the last token is in the next sequence. A conversation without an answer in its first ``length``
+    tokens is left out: no tokens, and 0.
+    """
+    assert isinstance(tokenizer, HfTokenizer), "DataConfig.validate asks for it"
+    with readable("the chat template beside data.tokenizer_path"):
+        template = ChatTemplate(tokenizer)
+    filled = [0, 0]
+    for piece in pieces:
+        whole = template.encode(*json.loads(piece.data))
+        ids, ends = whole[:length], 1 + (len(whole) > length)
+        if (ids >> KIND_BIT).all():
+            ids, ends = ids[:0], 0
+        free = -filled[piece.split] % length
+        ids = np.pad(ids, (free if free < len(ids) else 0, 0), constant_values=PADDING)
+        filled[piece.split] += len(ids)
+        yield piece.split, ids, len(piece.data), ends
+    for split, tokens in enumerate(filled):
+        if tokens:
+            yield split, np.full(-tokens % length + length, PADDING), 0, 0
