@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -53,14 +54,39 @@ class Start:
     """Path of the file to which the rank's output is appended."""
 
 
-class ForkedProcess(subprocess.Popen[bytes]):
-    """A forked rank, a child of this process, with all methods of ``subprocess.Popen``."""
+class ForkedProcess:
+    """A forked rank, a child of this process. Has the part of ``subprocess.Popen`` that torch elastic uses."""
 
     def __init__(self, args: Sequence[str], pid: int) -> None:
-        # Popen's own constructor would start a process. Its other methods need these attributes.
-        self.args, self.pid, self.returncode = args, pid, None
-        self.stdin = self.stdout = self.stderr = None
-        self._waitpid_lock, self._child_created = threading.Lock(), True
+        self.args = args
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit status, negative for a signal; None while the rank runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until the rank has ended, and return its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: the rank has not ended after ``timeout`` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            time.sleep(0.01)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the rank has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 class ForkServer:
