@@ -43,6 +43,8 @@ from launch.workload import (
 
 
 PLACEHOLDER = re.compile(r"%\{(\w+)\}")
+IN_RUN = "%{run_dir}"
+"""Start of a path within the run folder, which is known when ranks start."""
 REFERENCE = re.compile(r"(?<!\\)\$\{(\w+)\}")
 
 
@@ -178,7 +180,9 @@ class ScriptOptions:
     )
     style: Style = key(Style.argparse, "Spelling of the options: --NAME=VALUE (argparse) or NAME=VALUE (hydra).")
     python: Optional[str] = key(None, "Interpreter for path and module; null: the one that runs the launcher.")
-    workdir: Optional[str] = key(None, "Working directory of the ranks; null: the folder of the command.")
+    workdir: Optional[str] = key(
+        None, "Working directory of the ranks, created if it is within ${run_dir}; null: the folder of the command."
+    )
     env: dict[str, Optional[str]] = key(
         dict, "Environment variables of the ranks by name; null removes one, also RANK and the like."
     )
@@ -202,8 +206,8 @@ class ScriptOptions:
     )
     progress: Optional[str] = key(
         None,
-        "Regular expression that finds step records in the output of a rank by named groups: step, and any of loss, lr,"
-        " grad_norm, step_time_s, step_time_ms, tokens, samples, tokens_per_s.",
+        "Regular expression that finds step records in the output of a rank by named groups: step, and any of epoch,"
+        " steps_per_epoch, loss, lr, grad_norm, step_time_s, step_time_ms, tokens, samples, tokens_per_s.",
     )
     work_per_step: Optional[float] = key(
         None, "Units of work of one step, of all ranks together; with weak_scaling of one rank.", above=0
@@ -345,7 +349,8 @@ def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
         script: the keys of the program.
         elsewhere: True if ranks may have search paths or packages that this machine does not know.
     """
-    if script.workdir is not None and not Path(script.workdir).is_dir():
+    in_run = (script.workdir or "").startswith(IN_RUN)
+    if script.workdir is not None and not in_run and not Path(script.workdir).is_dir():
         raise ConfigError(f"script.workdir={script.workdir}, which is no folder", "a folder", "script.workdir=PATH")
     if script.python is not None and shutil.which(script.python) is None:
         raise ConfigError(
@@ -358,10 +363,10 @@ def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
         raise ConfigError(f"script.path={script.path}, which is no file", "a script", f"script.path={folder / likely}")
     if script.module is not None and script.python is None:
         pythonpath = (script.env.get("PYTHONPATH") or "").split(os.pathsep)
-        unsettled = any(PLACEHOLDER.search(folder) for folder in pythonpath)
+        unsettled = in_run or any(PLACEHOLDER.search(folder) for folder in pythonpath)
         folders = [folder for folder in pythonpath if folder]
         require_module(script.module, Path(script.workdir or "."), folders, elsewhere=elsewhere or unsettled)
-    if script.command is not None:
+    if script.command is not None and not in_run:
         require_command([str(word) for word in script.command], Path(script.workdir or "."))
 
 
@@ -411,14 +416,15 @@ class ScriptWorkload(Workload):
         References such as ``${run_dir}`` become ``%{run_dir}``, which the method ``command`` replaces when ranks start.
         """
         raw: Any = OmegaConf.to_container(document.script, resolve=False)
-        for name in ("args", "resume_args", "checkpoint", "options", "env", "command"):
+        for name in ("args", "resume_args", "checkpoint", "options", "env", "command", "workdir"):
             if (value := raw.get(name)) is not None:
                 require_known(f"script.{name}", value, [str(known) for known in document])
                 document.script[name] = keep_values(value)
         make_absolute([(document, "output_dir"), (document, "run_dir"), (document.script, "path")])
         if document.script.workdir is None:
             document.script.workdir = "."
-        make_absolute([(document.script, "workdir")])
+        if not document.script.workdir.startswith(IN_RUN):
+            make_absolute([(document.script, "workdir")])
 
     def plan(self, config: ScriptConfig, request: PlanRequest) -> WorkloadPlan:
         """Return the plan of a point, after a check that the program exists.
@@ -463,8 +469,9 @@ class ScriptWorkload(Workload):
             "attempt": attempt,
             "name": config.name,
         }
+        workdir = Path(fill(script.workdir or ".", values))
         if script.checkpoint is not None:
-            pattern = Path(script.workdir or ".") / fill(script.checkpoint, values)
+            pattern = workdir / fill(script.checkpoint, values)
             values["newest"] = max(glob(str(pattern)), key=os.path.getmtime, default=None)  # noqa: PTH207 (may be absolute)
 
         def place(path: str) -> str:
@@ -480,8 +487,9 @@ class ScriptWorkload(Workload):
         hidden = [word for key, value in script.env.items() if value is None for word in ("-u", key)]
         if hidden:  # Set by env(1), because torch elastic sets RANK and the like last.
             args = ["env", *hidden, *args]
-        assert script.workdir is not None
-        return RankCommand(tuple(fill(word, values) for word in args), env=env, workdir=Path(place(script.workdir)))
+        if workdir.is_relative_to(folder.path):
+            workdir.mkdir(parents=True, exist_ok=True)
+        return RankCommand(tuple(fill(word, values) for word in args), env=env, workdir=Path(place(str(workdir))))
 
     def contract(self, config: ScriptConfig, world_size: int) -> RankContract:
         """Return the contract of the ranks, which the agent watches only by their logs and exit status."""

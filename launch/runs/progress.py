@@ -28,11 +28,16 @@ if TYPE_CHECKING:
 
 RESOLUTION = "step_time_resolution_s"
 """Field of a step record: seconds over which ``step_time_s`` is a mean, if several lines were read together."""
+COUNTS = ("step", "epoch", "epoch_from_1", "steps_per_epoch")
 GROUPS = (
-    *("step", "loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
+    *COUNTS,
+    *("loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
     *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),
 )
-"""Names that groups of a pattern may have: fields of a step record."""
+"""Names that groups of a pattern may have: fields of a step record.
+
+With ``epoch`` or ``epoch_from_1`` (counted from 0 or 1) and ``steps_per_epoch``, ``step`` is the step of its epoch.
+"""
 POLL_S = 1.0
 """Shortest time between two polls, seconds; the monitor calls several times a second."""
 LOOK_BYTES = 256 * 1024
@@ -198,12 +203,19 @@ class _RankLog:
 
 
 def numbers(match: Mapping[str, str | Any]) -> dict[str, Any] | None:
-    """Return the fields of a step record in a match; None if the step is no number. Reads 1,024 and 1.5e-3."""
+    """Return the fields of a step record in a match; None if the step is no number. Reads 1,024 and 1.5e-3.
+
+    A step within an epoch becomes a step of the whole run.
+    """
     fields: dict[str, Any] = {}
     for name, text in match.items():
         with suppress(AttributeError, ValueError, OverflowError):  # None: a group that took no part
             value = float(text.replace(",", "").replace("_", ""))
-            fields[name] = int(value) if name == "step" else value
+            fields[name] = int(value) if name in COUNTS else value
+    epochs = fields.pop("epoch", fields.pop("epoch_from_1", 1) - 1)
+    earlier = epochs * fields.pop("steps_per_epoch", 0)
+    if "step" in fields:
+        fields["step"] += earlier
     if "step_time_ms" in fields:
         fields["step_time_s"] = fields.pop("step_time_ms") / 1000
     return fields if "step" in fields else None

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.runs import progress
 from launch.runs.folder import RunFolder, append_json_lines
 from launch.runs.progress import Progress
 from launch.runs.records import read_records
 from launch.workload import RankContract
-from tests.support.commands import python
+from tests.support.commands import ROOT, python
 from tests.support.run_folders import read_events, scalars
 from tests.support.runs import names
 
@@ -63,6 +65,56 @@ def test_printed_fields_are_those_of_the_records(folder: RunFolder) -> None:
     assert "step_time_ms" not in folder.metrics(0).read_text()
     watched.close()
     assert names(folder) == []
+
+
+def test_steps_of_an_epoch_are_steps_of_the_run(folder: RunFolder) -> None:
+    pattern = r"Epoch: \[(?P<epoch>\d+)\]\[\s*(?P<step>\d+)/(?P<steps_per_epoch>\d+)\]"
+    watched = watch(folder, pattern)
+    say(folder, "Epoch: [0][  2/1000]\nEpoch: [0][1000/1000]\nEpoch: [1][1/1000]\nEpoch: [2][ 7/1000]\n")
+    watched.poll()
+    assert known(folder, "step", "epoch", "steps_per_epoch") == [(step, None, None) for step in (2, 1000, 1001, 2007)]
+
+
+PRINTED = {
+    "nanogpt": ("iter 6: loss 2.6927, time 8.07ms, mfu 0.01%", {"step": 6, "loss": 2.6927, "step_time_s": 0.00807}),
+    "llama2c": (
+        "6 | loss 6.1392 | lr 3.000000e-06 | 43.29ms | mfu 0.00%",
+        {"step": 6, "loss": 6.1392, "lr": 3e-6, "step_time_s": 0.04329},
+    ),
+    "imagenet": (
+        "Epoch: [1][2/3]\tTime  2.986 ( 3.289)\tData  0.112 ( 0.068)\tLoss 5.2117e+00 (5.6042e+00)\tAcc@1  12.50",
+        {"step": 5, "loss": 5.2117, "step_time_s": 2.986},
+    ),
+    "timm": (
+        "Train: 1 [   4/6 ( 83%)]  Loss: 1.07 (1.25)  Time: 0.184s,   86.75/s  (0.413s,   38.71/s)  LR: 6.250e-03 ",
+        {"step": 10, "loss": 1.07, "step_time_s": 0.184, "lr": 6.25e-3},
+    ),
+    "openclip": (
+        "2026-11-27,06:31:23 | INFO | open_clip_train.train | Train Epoch: 1 [40/64 (62%)] Data (t): 0.088 Batch (t):"
+        " 9.557, 0.837114/s, 0.837114/s/gpu LR: 0.000489 Logit Scale: 14.286 Contrastive_loss: 2.0794 (2.0794)"
+        " Loss: 2.0795 (2.0794)",
+        {"step": 104, "loss": 2.0795, "samples_per_s": 0.837114, "lr": 0.000489},
+    ),
+    "lightning": ("Epoch 2: 100%|█████| 6/6 [00:21<00:00,  0.27it/s, train_acc1=0.250, val_acc1=0.250]", {"step": 18}),
+    "torchtune": ("4|256|Loss: 4.1257: 100%|██████| 64/64 [00:02<00:00, 29.73it/s]", {"step": 256, "loss": 4.1257}),
+    "ignite": (
+        "Epoch 2 - loss: 0.8123 - lr: 0.0050:  47%|████▋     | 30/64 [00:03<00:03,  9.71it/s]",
+        {"step": 94, "loss": 0.8123, "lr": 0.005},
+    ),
+    "litgpt": (
+        "Epoch 1 | iter 128 step 64 | loss train: 5.917, val: n/a | iter time: 84.21 ms (step) remaining time: 0:00:12",
+        {"step": 64, "loss": 5.917, "step_time_s": 0.08421},
+    ),
+}
+"""Preset -> a line as its program prints it, and the fields of the step record."""
+
+
+def test_presets_read_the_lines_of_their_programs() -> None:
+    presets = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "like").glob("*.yaml")}
+    assert presets.keys() - {"none"} == PRINTED.keys()
+    for name, (line, fields) in PRINTED.items():
+        found = re.search(presets[name]["progress"], line)
+        assert found is not None and progress.numbers(found.groupdict()) == pytest.approx(fields), name
 
 
 def test_half_a_line_waits_for_its_end_which_may_be_a_carriage_return(folder: RunFolder) -> None:

@@ -295,6 +295,22 @@ def test_the_gpt_is_the_project_s_own(project: Path) -> None:
     assert "whole" in gpt_launch(project, "verify", "outputs")
 
 
+WORKING = """
+import sys
+from pathlib import Path
+
+Path(sys.argv[1]).write_text(str(Path.cwd()))
+"""
+
+
+def test_a_program_works_in_a_folder_of_its_run(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(WORKING)
+    words = "workload=script script.path=train.py script.args=[result.txt] name=own cluster=local nodes=1"
+    run("launch", *words.split(), "script.workdir=${run_dir}/work", "launch.report_files=[]", cwd=tmp_path)
+    [result] = (tmp_path / "outputs" / "own").glob("*/work/result.txt")
+    assert Path(result.read_text()) == result.parent.resolve()
+
+
 def test_gpt_launch_worker_is_launch_worker_without_a_launch_py(tmp_path: Path) -> None:
     code = "from gpt_launch import worker; import launch.worker; assert worker is launch.worker"
     python(code, cwd=tmp_path)

@@ -1,0 +1,255 @@
+"""Training programs of other people, unmodified: launched over nodes, preempted in the middle, resumed, reported.
+
+    python -m benchmarks.faults.programs CHECKOUTS --python PYTHON            # all that have a checkout; as root
+    python -m benchmarks.faults.programs CHECKOUTS --python PYTHON --only nanogpt,imagenet --write
+
+Each program of programs.yaml runs from a checkout of its own repository, on a Slurm sandbox of two nodes without GPUs.
+First one command launches all its points. Then the largest point runs again in a folder of its own, and Slurm preempts
+its job after some steps. The program resumes from its own checkpoint. The script compares the last losses of both runs.
+CHECKOUTS has a folder for each repository, and PYTHON the packages that the programs import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from benchmarks.faults.storm import slurm_version
+from benchmarks.page import chosen, cores, keep, merged, stamp
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from slurm.sandbox.cluster import Cluster, preempt
+from slurm.sandbox.state import Settings
+from tests.support.commands import ROOT, wait_for
+
+ON_SLURM = ("workload=script", "cluster=slurm", "cluster.gpus_per_node=0", "ranks_per_node=1", "cluster.mem_gb=4")
+TITLES = ("program", "commit", "nodes", "attempts", "resumed at step", "last loss", "undisturbed", "note")
+END_S = 1200.0
+"""Longest time of a run, seconds."""
+
+
+def nanogpt_text(code: Path, _data: Path) -> None:
+    """Write the text that nanoGPT prepares by characters: words of made-up letters, of a seed."""
+    words(code / "data" / "shakespeare_char" / "input.txt")
+
+
+def words(path: Path, count: int = 40_000) -> None:
+    """Write a text of ``count`` words, of a seed."""
+    draw = random.Random(0)
+    letters = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(500)]
+    path.write_text("\n".join(" ".join(draw.choices(letters, k=12)) for _ in range(count // 12)))
+
+
+def images(_code: Path, data: Path) -> None:
+    """Write folders of images, 64 pixels wide, of four classes, each with a color of its own."""
+    from PIL import Image
+
+    draw = random.Random(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for number in range(4):
+            folder = data / split / f"class{number}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for index in range(count):
+                color = bytes(60 * number * (channel == number % 3) for channel in range(3))
+                pixels = bytes((draw.randrange(128) + color[i % 3]) % 256 for i in range(3 * 64 * 64))
+                Image.frombytes("RGB", (64, 64), pixels).save(folder / f"{index}.jpg")
+
+
+def llama2c_tokens(code: Path, _data: Path) -> None:
+    """Write shards of tokens, of a seed, where llama2.c looks for those of a vocabulary of 512."""
+    folder = code / "data" / "tok512"
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    for number in range(3):
+        draw.zipf(1.5, 20_000).clip(max=511).astype(np.uint16).tofile(folder / f"data{number:02d}.bin")
+
+
+def litgpt_text(_code: Path, data: Path) -> None:
+    """Write a text, and a tokenizer of its bytes."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    for name in ("text", "tokenizer"):
+        (data / name).mkdir(exist_ok=True)
+    for number in range(4):
+        words(data / "text" / f"{number}.txt")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train([str(data / "text" / "0.txt")], vocab_size=500, special_tokens=["<s>", "</s>"])
+    tokenizer.save(str(data / "tokenizer" / "tokenizer.json"))
+    kinds = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (data / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(kinds))
+
+
+def digits(_code: Path, data: Path) -> None:
+    """Write files of MNIST's format with images of noise, of a seed: 2,048 to train on and 256 to validate on."""
+    folder = data / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 2048), ("t10k", 256)):
+        labels = draw.integers(10, size=count, dtype=np.uint8)
+        pixels = draw.integers(64, size=(count, 28, 28), dtype=np.uint8) + 15 * labels[:, None, None]
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            sizes = np.array(values.shape, dtype=">u4").tobytes()
+            header = bytes((0, 0, 8, values.ndim))
+            (folder / f"{split}-{kind}-ubyte").write_bytes(header + sizes + values.tobytes())
+
+
+def torchtune_files(_code: Path, data: Path) -> None:
+    """Write sentences, a tokenizer of them, a model of two layers, and a recipe's config."""
+    import sentencepiece
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words(data / "text.txt", 3_000)
+    lines = (data / "text.txt").read_text().splitlines()
+    (data / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines[:128]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(data / "text.txt"), model_prefix=str(data / "tokenizer"), vocab_size=300, minloglevel=2
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(data / "model")
+    text = (Path(__file__).parent / "torchtune.yaml").read_text()
+    (data / "config.yaml").write_text(text.replace("{data}", str(data)))
+
+
+def last_loss(folder: RunFolder) -> float | None:
+    """Return the loss of the last step of rank 0; None if the program prints none."""
+    return next((record["loss"] for record in reversed(read_records(folder.metrics(0))) if "loss" in record), None)
+
+
+def last_step(folder: RunFolder) -> int:
+    """Return the last step that rank 0 has printed, 0 before the first."""
+    return max((record["step"] for record in read_records(folder.metrics(0))), default=0)
+
+
+class Trial:
+    """One program: its checkout, its data, and its runs on the sandbox.
+
+    Args:
+        name: name of the program.
+        about: its entry in programs.yaml.
+        checkouts: folder of the checkouts.
+        python: interpreter that has the packages of the program.
+        scratch: folder for data and runs.
+        sandbox: the cluster.
+    """
+
+    def __init__(
+        self, name: str, about: Mapping[str, Any], checkouts: Path, python: str, scratch: Path, sandbox: Cluster
+    ) -> None:
+        self.name, self.about, self._python, self._sandbox = name, about, python, sandbox
+        self._code = checkouts / about["repository"].rpartition("/")[2] / about.get("folder", ".")
+        self._scratch = scratch / name
+        self._data = self._scratch / "data"
+        self._data.mkdir(parents=True)
+
+    def row(self) -> tuple[str, ...]:
+        """Run the program undisturbed and preempted, and return its row of the table.
+
+        Raises:
+            AssertionError: the checkout is another or was changed, or a run does not finish or resume.
+        """
+        commit = self._git("rev-parse", "HEAD")
+        assert commit.startswith(self.about["commit"]), f"a checkout of {commit}, not of {self.about['commit']}"
+        changed = self._git("diff", "--name-only", "--diff-filter=M", "HEAD")
+        assert not changed, f"the checkout has changes: {changed}"
+        if "data" in self.about:
+            globals()[self.about["data"]](self._code, self._data)
+        if "prepare" in self.about:
+            subprocess.run([self._python, *self.about["prepare"]], cwd=self._code, check=True, capture_output=True)
+        points = self.about["nodes"]
+        self._launch("quiet", "-m", f"nodes={','.join(map(str, points))}")
+        log = (self._scratch / "quiet.log").read_text()
+        print(log[log.find("\npoint") : log.find("\nwrote")], flush=True)
+        (quiet,) = (self._scratch / "outputs" / f"{self.name}_quiet").glob(f"nodes={points[-1]},*")
+        stormy = RunFolder(self._scratch / "stormy")
+        self._launch("stormy", f"nodes={points[-1]}", f"run_dir={stormy.path}", preempted=stormy)
+        records = [record for record in read_records(stormy.metrics(0)) if record["attempt"] > 1]
+        assert records, "no attempt after the first made a step"
+        losses, same = (last_loss(stormy), last_loss(RunFolder(quiet))), self.about["same"]
+        assert losses[0] == losses[1] or same is not True, f"losses {losses} differ"
+        notes = "; ".join(text for text in (self.about["note"], same) if isinstance(text, str) and text)
+        figures = (len(stormy.attempts()), records[0]["step"], *losses)
+        return self.name, commit[:7], ", ".join(map(str, points)), *map(str, figures), notes
+
+    def _git(self, *words: str) -> str:
+        done = subprocess.run(["git", "-C", str(self._code), *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def _launch(self, kind: str, *words: str, preempted: RunFolder | None = None) -> None:
+        """Launch the program and wait for its end; preempt the run in the folder ``preempted`` in the middle."""
+        filled = {"{data}": str(self._data), "{code}": str(self._code)}
+        given = [re.sub(r"{data}|{code}", lambda found: filled[found[0]], word) for word in self.about["words"]]
+        line = [sys.executable, "-m", "gpt_launch", *words, *ON_SLURM, f"script.python={self._python}", *given]
+        env = {**os.environ, **self._sandbox.env, "PYTHONPATH": str(ROOT)}
+        path = self._scratch / f"{kind}.log"
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                [*line, f"name={self.name}_{kind}"], cwd=self._scratch, env=env, stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            if preempted is not None:
+                at = self.about["preempt_at"]
+                wait_for(lambda: process.poll() is not None or last_step(preempted) >= at, f"step {at}", END_S)
+                assert process.poll() is None, f"the run ended before step {at}: {path.read_text()}"
+                submitted = [event for event in preempted.read_events() if event["event"] == "submitted"]
+                preempt(self._sandbox, str(submitted[-1]["job_id"]), seconds=1)
+            assert process.wait(END_S) == 0, path.read_text()
+        finally:
+            process.terminate()
+
+
+def main() -> int:
+    """Exit status 1 if a program fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("checkouts", type=Path, help="folder of the checkouts")
+    parser.add_argument("--python", default=sys.executable, help="interpreter with the packages of the programs")
+    parser.add_argument("--only", default="", metavar="NAMES", help="these programs: NAME,NAME")
+    parser.add_argument("--write", action="store_true", help="write the table into benchmarks/")
+    args = parser.parse_args()
+    known = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+    names = chosen(args.only, list(known))
+    scratch, rows, failed = Path(tempfile.mkdtemp()), [], 0
+    with Cluster(scratch / "sandbox") as sandbox:
+        sandbox.up(Settings(nodes=2, gpus_per_node=0), timeout_s=180.0)
+        for number, name in enumerate(names, start=1):
+            began = time.monotonic()
+            try:
+                trial = Trial(name, known[name], args.checkouts.absolute(), args.python, scratch, sandbox)
+                rows.append(trial.row())
+                outcome = ", ".join(rows[-1][1:])
+            except (AssertionError, KeyError, OSError, subprocess.SubprocessError) as error:
+                failed += 1
+                outcome = f"failed: {error}"
+            print(f"{number}/{len(names)}  {name}: {outcome}; {time.monotonic() - began:.0f} s", flush=True)
+    if args.write and rows:
+        machine = f"{cores()}, Slurm {slurm_version()} in network namespaces"
+        text = f"{stamp(machine)}\n\n{merged(Path(__file__), TITLES, rows)}"
+        keep(Path(__file__), "Programs of other people", __doc__, text)
+    print(f"runs are kept in {scratch}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
