@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -228,6 +229,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="NAMES", help="these programs: NAME,NAME")
     parser.add_argument("--write", action="store_true", help="write the table into benchmarks/")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # takes the sandbox down
     known = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
     names = chosen(args.only, list(known))
     scratch, rows, failed = Path(tempfile.mkdtemp()), [], 0
