@@ -204,7 +204,11 @@ def test_a_hydra_app_is_swept_over_nodes_preempted_and_compared(sandbox: Cluster
     with log.open("w") as output:
         process = subprocess.Popen(words, cwd=tmp_path, env=environment(**sandbox.env), stdout=output, stderr=output)
     two = RunFolder(tmp_path / "sweep" / "launch" / "1,n=2")
-    wait_for(lambda: len(read_records(two.metrics(1))) > 5 or process.poll() is not None, "steps of the second point")
+    # On both ranks: one that is still importing cannot save within the grace period.
+    wait_for(
+        lambda: process.poll() is not None or all(len(read_records(two.metrics(rank))) > 5 for rank in (0, 1)),
+        "steps of both ranks of the second point",
+    )
     preempt(sandbox, next(str(e["job_id"]) for e in two.read_events() if e["event"] == "submitted"), seconds=1)
     assert process.wait(timeout=300) == 0, log.read_text()
     assert causes(two) == ["preempted", "finished"], two.read_events()
