@@ -133,6 +133,8 @@ def nothing_is_left() -> Iterator[None]:
 # Cost of tests: seconds of files, as measured; which tests are quick; and which worker takes which file.
 
 STARTERS: tuple[object, ...] = (subprocess, commands.run, commands.start, distributed.run_distributed)
+STARTING_MODULES = ("selenium.webdriver",)
+"""Modules that start processes, by name, because they are slow to import."""
 SECONDS = {
     "accounting/test_counts.py": 34,
     "checkpoint/test_damage.py": 25,
@@ -188,6 +190,20 @@ SECONDS = {
     "test_wheel.py": 21,
 }
 """Seconds of the files that take longest, on one of two cores; of what is not named, fewer than twelve."""
+QUICK_BESIDE_PROCESSES = frozenset(
+    {
+        *("components/test_custom_parts.py", "examples/test_examples.py", "examples/test_workloads.py"),
+        *(
+            f"launch/test_{name}.py"
+            for name in ("agent", "code_and_containers", "damaged_folders", "failures", "status")
+        ),
+        *(f"launch/test_{name}.py" for name in ("storm", "strangers", "sweep", "worker")),
+        *("report/test_tensorboard.py", "runs/test_full_disk.py", "tools/test_tools.py"),
+        *(f"training/test_{name}.py" for name in ("divergence", "loop", "metrics", "resume", "step")),
+    }
+)
+"""Files of ``SECONDS`` whose time is that of the processes they start: their other tests take seconds together."""
+assert SECONDS.keys() >= QUICK_BESIDE_PROCESSES
 WAITS = "slurm"
 """The folder of tests that mostly wait: for Slurm to notice something, to schedule, to give up."""
 
@@ -200,8 +216,12 @@ def seconds(path: Path) -> int:
 
 
 def is_quick(item: pytest.Item) -> bool:
-    """A test that starts no process, as far as can be seen, in a file that is not known to take long."""
-    if not isinstance(item, pytest.Function) or seconds(item.path) or item.path.parent.name == WAITS:
+    """A test that starts no process, as far as can be seen, in a file whose other tests do not compute for long."""
+    if not isinstance(item, pytest.Function) or item.path.parent.name == WAITS:
+        return False
+    if seconds(item.path) and item.path.relative_to(TESTS).as_posix() not in QUICK_BESIDE_PROCESSES:
+        return False
+    if not item.function.__module__.startswith("tests"):  # the suites of Hydra start jobs
         return False
     fixtures = [found.func for every in item._fixtureinfo.name2fixturedefs.values() for found in every]
     return not any(_starts_anything(function) for function in (item.function, *fixtures))
@@ -223,7 +243,9 @@ def _starts(function: Callable[..., Any], seen: set[object]) -> bool:
     seen.add(function)
     for name in _names(function.__code__):
         value = function.__globals__.get(name)
-        if any(value is starter for starter in STARTERS) or (callable(value) and _starts(value, seen)):
+        if any(value is starter for starter in STARTERS) or getattr(value, "__name__", None) in STARTING_MODULES:
+            return True
+        if callable(value) and _starts(value, seen):
             return True
     return False
 
