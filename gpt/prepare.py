@@ -78,6 +78,8 @@ def report_prepared(source: TokenSource, output: Path | None) -> str:
     if source.entropy is not None:
         lines.append(f"entropy: {source.entropy:.4f} nats per token, which no loss goes below")
     keys = f"data=tokens data.path={source.folder}" if output else "the same data.* keys"
+    if output and source.conversation_tokens is not None:
+        keys += " data.pack=documents"
     lines.append(f"train with {keys} and model.vocab_size={source.vocab_size} (or more)")
     return "\n".join(lines)
 

@@ -162,6 +162,7 @@ def test_the_tokens_in_the_loss_are_those_of_transformers(
         said = f"{split}: {len(pairs):,} tokens, {here} documents; cut at {LENGTH} tokens: {cut - before[0]}; "
         assert f"{said}left out without an answer: {left_out - before[1]}\n" in told
     assert cut > 2 and left_out >= 2
+    assert f"train with data=tokens data.path={tmp_path}/corpus data.pack=documents and " in told
     saved = json.loads((tmp_path / "corpus/tokenizer/tokenizer.json").read_text())["chat"]
     assert saved["eos_token"] == theirs.eos_token and saved["chat_template"] == template
 
