@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gpt.metrics.writers import software
@@ -50,6 +50,14 @@ def keep(script: Path, title: str, document: str | None, text: str, words: str =
     about = (document or "").split("\n\n")[2].strip()
     page = f"# {title}\n\n`python -m benchmarks.{script.parent.name}.{script.stem} {words}`.\n\n{about}\n\n{text}"
     script.with_suffix(".md").write_text(page.rstrip() + "\n")
+
+
+def keep_parts(script: Path, title: str, document: str | None, parts: Mapping[str, str]) -> None:
+    """Write the page of a script as ``keep`` does. Of each heading in ``parts``, the text is replaced; others stay."""
+    page = script.with_suffix(".md")
+    older = (page.read_text() if page.is_file() else "").split("\n## ")[1:]
+    texts = {head: text.strip() for head, _, text in (part.partition("\n") for part in older)} | dict(parts)
+    keep(script, title, document, "\n\n".join(f"## {head}\n\n{text.strip()}" for head, text in texts.items()))
 
 
 def merged(script: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -14,7 +14,7 @@ import torch
 from benchmarks.equivalence import same_results
 from benchmarks.equivalence.cases import REFUSALS
 from benchmarks.gpu import NEEDED
-from benchmarks.page import keep, merged
+from benchmarks.page import keep, keep_parts, merged
 from benchmarks.scale import growth
 from benchmarks.scale.launcher import GPUS
 from benchmarks.speed.peers import Setting, Shape, contestants, parse
@@ -36,6 +36,15 @@ def test_a_row_that_was_measured_again_takes_the_place_of_the_older_one(tmp_path
         "| beside | 0.3 |",
     ]
     assert merged(script, ("way", "minutes"), [["late", "1"]]).splitlines()[2:] == ["| late | 1 |"]
+
+
+def test_a_part_that_was_measured_again_takes_the_place_of_the_older_one(tmp_path: Path) -> None:
+    script, about = tmp_path / "saves.py", "First line.\n\n    commands\n\nWhat is measured.\n"
+    keep_parts(script, "Saves", about, {"One": "1\n", "Two": "2"})
+    keep_parts(script, "Saves", about, {"Two": "3", "Three": "4"})
+    page = script.with_suffix(".md").read_text()
+    assert page.split("## ", 1)[1] == "One\n\n1\n\n## Two\n\n3\n\n## Three\n\n4\n"
+    assert page.startswith("# Saves\n") and "What is measured." in page
 
 
 ELSEWHERE = {10, 16, 17}
