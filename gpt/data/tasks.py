@@ -27,7 +27,7 @@ def check_tasks(tasks: Sequence[str], tokenizer: str) -> None:
         raise ConfigError(
             f"eval.tasks=[{','.join(tasks)}] with {tokenizer} tokens",
             "a corpus whose tokenizer encodes any text",
-            "data.tokenizer=byte, or eval.tasks=[]",
+            "data=text data.path=FILE data.tokenizer=byte, or eval.tasks=[]",
         )
     for task in tasks:
         if not Path(task).is_file() and task not in (known := task_manager(tuple(tasks)).all_tasks):

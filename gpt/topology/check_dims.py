@@ -292,13 +292,12 @@ def check_schedule_free(config: TrainConfig, dims: ParallelDims) -> None:
 
 def check_tasks_of_eval(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if no rank has the logits of whole sequences, which tasks of lm-eval need."""
-    if config.eval.tasks:
-        refuse_dimensions(
-            dims,
-            ("tp", "pp", "cp"),
-            f"eval.tasks=[{','.join(config.eval.tasks)}]",
+    sharing = " ".join(f"parallel.{name}=1" for name in ("tp", "pp", "cp") if getattr(dims, name) > 1)
+    if config.eval.tasks and sharing:
+        raise ConfigError(
+            f"eval.tasks=[{','.join(config.eval.tasks)}] without {sharing}",
             "data parallelism, in which each rank computes the logits of whole sequences",
-            "parallel.strategy=fsdp",
+            f"{sharing}, or eval.tasks=[]",
         )
 
 

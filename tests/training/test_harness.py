@@ -157,6 +157,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as refusal:
             check_parallel_dims(config_from([*TINY, *layout.split(), f"eval.tasks=[{file}]"]), 2)
         assert "eval.tasks" in refusal.value.found
+        assert f"{layout.replace('=', '.')}=1" in refusal.value.fix
 
 
 def test_a_missing_package_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
