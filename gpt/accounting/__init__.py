@@ -253,17 +253,17 @@ def frozen_size(model: ModelConfig, shapes: Shapes) -> int:
 
 def block_shapes(model: ModelConfig) -> Shapes:
     """Return name and shape of every parameter of one block."""
-    width, queries, keys = model.n_embd, model.n_head * model.head_dim, model.kv_heads * model.head_dim
+    width = model.n_embd
     shapes: Shapes = {}
     for norm in BLOCK_NORMS[: norms_per_block(model)]:
         shapes |= norm_shapes(model, norm, width)
     if isinstance(model.attention, str):
         shapes |= part_shapes(model, "attention", "attention")
     else:
-        shapes |= linear_shapes(model, "attention.query", queries, width)
-        shapes |= linear_shapes(model, "attention.key", keys, width)
-        shapes |= linear_shapes(model, "attention.value", keys, width)
-        shapes |= linear_shapes(model, "attention.output", width, queries)
+        for name, (outputs, inputs) in attention_matrices(model).items():
+            shapes |= linear_shapes(model, f"attention.{name}", outputs, inputs)
+        for norm, rank in zip(("latent_norm", "query.norm"), model.latent_widths, strict=False):
+            shapes |= norm_shapes(model, f"attention.{norm}", rank)
         if model.attention_sinks:
             shapes["attention.sinks.weight"] = (model.n_head,)
         if model.qk_norm:
@@ -274,6 +274,18 @@ def block_shapes(model: ModelConfig) -> Shapes:
     if isinstance(model.ffn, str):
         return shapes | part_shapes(model, "ffn", "ffn")
     return shapes | (mixture_shapes(model) if model.ffn is Ffn.moe else dense_shapes(model, "ffn", model.ffn_width))
+
+
+def attention_matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return name and shape (outputs, inputs) of the matrices of built-in attention."""
+    width, queries, keys = model.n_embd, model.n_head * model.head_dim, model.kv_heads * model.head_dim
+    values, rank, latent = model.n_head * model.value_width, model.q_lora_rank, model.kv_lora_rank
+    found = {"query": (queries, width), "output": (width, values)}
+    if latent is None:
+        return found | {"key": (keys, width), "value": (keys, width)}
+    if rank is not None:
+        found = {"query.down": (rank, width), "query.up": (queries, rank), "output": (width, values)}
+    return found | {"latent": (latent + model.rotary_width, width), "expand": (2 * values, latent)}
 
 
 def norms_per_block(model: ModelConfig) -> int:
@@ -388,15 +400,15 @@ class Flops:
 def forward_flops(model: ModelConfig, sequences: int) -> Flops:
     """Return the FLOPs of one forward pass over ``sequences`` sequences of ``block_size`` tokens."""
     tokens = sequences * model.block_size
-    queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
+    heads = model.n_head * (model.head_dim + model.value_width)
     of_experts = model.ffn is Ffn.moe
     rows = sequences * expert_rows(model) + tokens * model.n_shared_expert if of_experts else tokens
     dense = 2 * rows * model.n_layer * (3 if model.gated else 2) * model.n_embd * model.ffn_width
     ours = not isinstance(model.attention, str)
     sizes = {name: math.prod(shape) for name, shape in block_shapes(model).items()} if model.adapted else {}
     return Flops(
-        projections=ours * 2 * tokens * model.n_layer * model.n_embd * (2 * queries + 2 * keys),
-        attention=ours * 2 * sequences * 2 * queries * attention_pairs(model),
+        projections=ours * 2 * tokens * model.n_layer * sum(map(math.prod, attention_matrices(model).values())),
+        attention=ours * 2 * sequences * heads * attention_pairs(model),
         ffn=sequences * model.n_layer * part_counts(model)["ffn"].flops if isinstance(model.ffn, str) else dense,
         logits=2 * tokens * model.n_embd * model.padded_vocab,
         router=2 * tokens * model.n_layer * model.n_embd * model.n_expert if of_experts else 0,

@@ -379,6 +379,8 @@ def check_float8(config: TrainConfig) -> None:
         "width of all heads": model.n_head * model.head_dim,
         "width of the key-value heads": model.kv_heads * model.head_dim,
         "feed-forward width": model.ffn_width,
+        **{f"latent {width} wide": width for width in model.latent_widths},
+        "rotated part of a head": model.rotary_width if model.latent_widths else 0,
     }
     odd = {name: size for name, size in widths.items() if size % FLOAT8_MULTIPLE}
     if odd:

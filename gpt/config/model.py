@@ -166,6 +166,14 @@ class ModelConfig:
     null means n_head."""
     head_width: Optional[int] = None
     """Width of one head; null means n_embd / n_head."""
+    kv_lora_rank: Optional[int] = None
+    """Width of the latent that the keys and values of all heads are computed from, and that a cache keeps (multi-head
+    latent attention, arXiv 2405.04434, section 2.1); null means no latent."""
+    q_lora_rank: Optional[int] = None
+    """kv_lora_rank: width of a latent that the queries are computed from; null means none."""
+    rope_head_width: Optional[int] = None
+    """kv_lora_rank: width of the part of each head that is rotated; all heads share this part of the keys. Below
+    head_width, which includes it. Values have the width of the rest."""
     norm: Union[Norm, str] = Norm.layernorm
     """Name of a built-in norm. Or, as for position, ffn and attention, a class of your own: ``package.module:Class``,
     or an entry point of the group ``gpt.norm`` (``gpt.position``, and so on). See docs/components.md."""
@@ -277,6 +285,21 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of one attention head, with the default resolved."""
         return self.n_embd // self.n_head if self.head_width is None else self.head_width
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of the part of a head that is rotated: the whole head, except in latent attention."""
+        return self.head_dim if self.rope_head_width is None else self.rope_head_width
+
+    @property
+    def value_width(self) -> int:
+        """Width of the values of one head: in latent attention that of the part which is not rotated."""
+        return self.head_dim if self.rope_head_width is None else self.head_dim - self.rope_head_width
+
+    @property
+    def latent_widths(self) -> list[int]:
+        """Widths of the latents of latent attention: that of keys and values, and that of queries if there is one."""
+        return [width for width in (self.kv_lora_rank, self.q_lora_rank) if width is not None]
 
     @property
     def kv_heads(self) -> int:

@@ -103,6 +103,7 @@ def check_model(model: ModelConfig) -> None:
     check_numbers("model.", model, positive, dropout=(0.0, 0.99))
     check_custom_parts(model)
     check_heads(model)
+    check_latent(model)
     check_rope(model)
     check_window(model)
     check_attention(model)
@@ -146,12 +147,33 @@ def check_heads(model: ModelConfig) -> None:
         )
 
 
+def check_latent(model: ModelConfig) -> None:
+    """Raise ConfigError for keys of latent attention without it, and for parts that it does not have."""
+    check_numbers("model.", model, ("kv_lora_rank", "q_lora_rank", "rope_head_width"))
+    latent = model.kv_lora_rank is not None
+    wrong = {
+        "rope_head_width": latent == (model.rope_head_width is None or model.value_width < 1),
+        "q_lora_rank": not latent and model.q_lora_rank is not None,
+        "n_kv_head": latent and model.kv_heads != model.n_head,
+        "qk_norm": latent and model.qk_norm,
+        **{key: latent for key in model.custom_parts if key != "ffn"},
+    }
+    for key, is_wrong in wrong.items():
+        if is_wrong:
+            raise ConfigError(
+                f"model.{key}={getattr(model, key) or 'null'} with model.kv_lora_rank={model.kv_lora_rank or 'null'}",
+                "with a latent: model.rope_head_width below the width of a head, keys for each head, built-in parts; "
+                "without it: none of its keys",
+                f"model.kv_lora_rank=null model.q_lora_rank=null model.rope_head_width=null, or another model.{key}",
+            )
+
+
 def check_rope(model: ModelConfig) -> None:
     """Raise ConfigError unless a head has an even number of channels for rotary embeddings, and their scaling has all
     keys."""
-    if model.position is Position.rope and model.head_dim % 2:
+    if model.position is Position.rope and model.rotary_width % 2:
         raise ConfigError(
-            f"model.position=rope with heads {model.head_dim} wide",
+            f"model.position=rope with heads {model.rotary_width} wide",
             "an even head width, since rotary embeddings turn pairs of channels",
             "model.position=learned, or an even model.head_width",
         )
@@ -171,7 +193,7 @@ def check_rope(model: ModelConfig) -> None:
             "model.position=rope",
         )
     check_numbers("model.", model, ("rope_original_block_size",), rope_factor=(1.0, INF))
-    if scaling is RopeScaling.ntk and model.head_dim == 2:
+    if scaling is RopeScaling.ntk and model.rotary_width == 2:
         raise ConfigError(
             "model.rope_scaling=ntk with heads 2 wide, which have one frequency",
             "a slowest frequency beside the fastest",
@@ -259,6 +281,7 @@ def check_adapters(model: ModelConfig) -> None:
         if not isinstance(getattr(model, module.partition(".")[0]), str)
         and not (model.ffn is Ffn.moe and module.startswith("ffn."))
         and (target != "gate" or model.gated)
+        and (target not in ("query", "key", "value") or model.kv_lora_rank is None)
     ]
     if lora.rank and (not lora.targets or {*lora.targets} - {*possible} or len({*lora.targets}) < len(lora.targets)):
         raise ConfigError(

@@ -46,7 +46,7 @@ YARN: dict[str, list[Any]] = {
     **{key: [None] for key in ("attention_factor", "mscale", "mscale_all_dim")},
 }
 """Keys of config.json for rope_scaling=yarn, and the values that are supported here."""
-NULLABLE = ("window", "attention_softcap", "logit_softcap")
+NULLABLE = ("window", "attention_softcap", "logit_softcap", "q_lora_rank")
 """Fields of ModelConfig for which null in config.json has a meaning, other than that of a missing key."""
 EXPERT_FIELDS = {
     *("n_expert", "n_expert_per_token", "n_shared_expert", "expert_ffn", "router_normalize", "expert_balance"),
@@ -158,7 +158,7 @@ class StateDictAdapter:
         if config.rope_scaling is not RopeScaling.ntk:
             return config
         # transformers' rope_type=dynamic is different: it depends on the length of the text.
-        base = config.rope_base * config.rope_factor ** (config.head_dim / (config.head_dim - 2))
+        base = config.rope_base * config.rope_factor ** (config.rotary_width / (config.rotary_width - 2))
         return dataclasses.replace(config, rope_base=base, rope_scaling=RopeScaling.none, rope_factor=1.0)
 
     def read_config(self, hf: dict[str, Any]) -> ModelConfig:
@@ -334,6 +334,21 @@ def read_qwen3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return read_llama(hf, fields) | {"qk_norm": True}
 
 
+def write_deepseek(config: ModelConfig) -> dict[str, Any]:
+    """Return the further keys of config.json for a DeepSeek V3 without experts."""
+    widths = dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), config.value_width)
+    return write_plain(config) | widths | {"first_k_dense_replace": config.n_layer, "num_nextn_predict_layers": 0}
+
+
+def read_deepseek(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of a DeepSeek V2's or V3's config.json. Raise ConfigError for a part that is not supported."""
+    plain, layers = hf.get("qk_nope_head_dim", 128), fields["n_layer"]
+    dense = min(hf.get("first_k_dense_replace") or 0, layers)
+    refuse_others({**hf, "first_k_dense_replace": dense}, {"first_k_dense_replace": [layers], "v_head_dim": [plain]})
+    # The norms of latents have this constant, whatever that of the other norms is.
+    return read_llama(hf, fields) | {"head_width": plain + fields["rope_head_width"], "norm_eps": 1e-6}
+
+
 # Gemma 2 and 3, whose layers differ.
 
 
@@ -385,6 +400,8 @@ PARTS: dict[
     "phi3": (write_phi3, read_phi3),
     "mixtral": (write_mixtral, read_mixtral),
     "qwen3": (write_plain, read_qwen3),
+    "deepseek_v3": (write_deepseek, read_deepseek),
+    "deepseek_v2": (write_deepseek, read_deepseek),
     "gemma2": (write_gemma, read_gemma2),
     "gemma3_text": (write_gemma, read_gemma3),
 }

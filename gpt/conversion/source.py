@@ -82,7 +82,7 @@ def damaged_file_error(path: Path, why: str) -> ConfigError:
 HF_CONFIG = "config.json"
 OUR_WORKLOAD = "gpt.workload.GptWorkload"
 """Name under which the launcher finds this library."""
-PART_KEYS = ("position", "rope_scaling", "ffn", "expert_ffn")
+PART_KEYS = ("position", "rope_scaling", "ffn", "expert_ffn", "kv_lora_rank")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> s
 
 CHOICES = (
     *("norm", "norm_position", "position", "rope_scaling", "attention", "qk_norm"),
+    *("kv_lora_rank", "q_lora_rank", "rope_head_width"),
     *("window", "global_every", "attention_softcap", "attention_sinks", "logit_softcap", "scale_embedding"),
     *("ffn", "ffn_activation", "ffn_width", "n_shared_expert"),
     *("parallel_residual", "bias", "tie_embeddings", "dropout"),

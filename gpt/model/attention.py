@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +46,7 @@ class LayerCache:
         """Add keys and values of new tokens, each (B, K, T, C). Return those of all tokens so far, each (B, K, S,
         C)."""
         if self._k_BKSC is None or self._v_BKSC is None:
-            batch, heads, _, width = k_BKTC.shape
-            self._k_BKSC = k_BKTC.new_empty(batch, heads, self.capacity, width)
-            self._v_BKSC = v_BKTC.new_empty(batch, heads, self.capacity, width)
+            self._k_BKSC, self._v_BKSC = (x.new_empty(*x.shape[:2], self.capacity, x.size(3)) for x in (k_BKTC, v_BKTC))
         start, end = self.length, self.length + k_BKTC.size(2)
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
         assert k_BKTC.size(0) == self._k_BKSC.size(0), "a cache belongs to one batch of sequences"
@@ -62,7 +61,7 @@ class Cache:
     """Caches of all layers, for one batch of sequences of equal length.
 
     ``capacity`` is the largest number of tokens, at most the model's ``block_size``. Memory per token and sequence: 2 x
-    n_layer x kv_heads x head_dim numbers.
+    n_layer x kv_heads x head_dim numbers; in latent attention n_layer x (kv_lora_rank + rope_head_width).
     """
 
     def __init__(self, capacity: int) -> None:
@@ -267,11 +266,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.query = Linear(config.n_embd, config.n_head * config.head_dim, bias=config.bias)
-        self.key = Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
-        self.value = Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
-        self.output = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.head_dim, self.narrower = config.head_dim, config.head_dim - config.value_width
+        self.padding = 0 if config.attention is AttentionBackend.manual else self.narrower
+        """Number of zeros after the values of a head: torch's kernels have one width for keys and values."""
+        self.add_inputs(config)
+        self.output = Linear(config.n_head * config.value_width, config.n_embd, bias=config.bias)
         # One gain for all heads, so that heads can be sharded.
         self.query_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.key_norm = build_norm(config, config.head_dim) if config.qk_norm else None
@@ -281,11 +280,25 @@ class Attention(nn.Module):
         self.window, self.softcap = config.window, config.attention_softcap
         self.sinks = Sinks(config.n_head) if config.attention_sinks else None
 
+    def add_inputs(self, config: ModelConfig) -> None:
+        """Add the layers that compute queries, keys and values."""
+        self.query = Linear(config.n_embd, config.n_head * config.head_dim, bias=config.bias)
+        self.key = Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
+        self.value = Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
+
     def forward(self, x_BTD: Tensor, past: LayerCache | Documents | None = None) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D). With a cache, the T tokens follow the cached ones, and are added to the
         cache. With documents, a token attends to its own."""
         cache = past if isinstance(past, LayerCache) else None
         documents = past if isinstance(past, Documents) else None
+        start = documents.positions if documents is not None else 0 if cache is None else cache.length
+        q_BHTC, k_BKSC, v_BKSC = self.inputs(x_BTD, start, cache)
+        y_BHTC = self.attend(q_BHTC, k_BKSC, v_BKSC, *([] if documents is None else [documents.bias]))
+        y_BHTC = y_BHTC[..., : -self.padding] if self.padding else y_BHTC
+        return self.output(y_BHTC.transpose(1, 2).flatten(2))
+
+    def inputs(self, x_BTD: Tensor, start: int | Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries (B, H, T, C), and keys and values (B, K, S, C) of all tokens; ``start`` as in ``Rope``."""
         q_BTHC = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKC = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
@@ -293,13 +306,11 @@ class Attention(nn.Module):
             # Under autocast a norm returns fp32, while the values stay bf16.
             q_BTHC, k_BTKC = self.query_norm(q_BTHC).type_as(v_BTKC), self.key_norm(k_BTKC).type_as(v_BTKC)
         if self.rope is not None:
-            start = documents.positions if documents is not None else 0 if cache is None else cache.length
             q_BTHC, k_BTKC = self.rope(q_BTHC, start), self.rope(k_BTKC, start)
         q_BHTC, k_BKSC, v_BKSC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2)
         if cache is not None:
             k_BKSC, v_BKSC = cache.extend(k_BKSC, v_BKSC)
-        y_BHTC = self.attend(q_BHTC, k_BKSC, v_BKSC, *([] if documents is None else [documents.bias]))
-        return self.output(y_BHTC.transpose(1, 2).flatten(2))
+        return q_BHTC, k_BKSC, v_BKSC
 
     def attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
         """Compute attention by the backend of the config, (B, H, T, C). The T queries are the last T of the S tokens.
@@ -336,6 +347,46 @@ class Attention(nn.Module):
             with sdpa_kernel(FLASH_FIRST, set_priority=True):
                 return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
         return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
+
+
+class LatentAttention(Attention):
+    """Attention whose keys and values are computed from a latent, which is all that a cache keeps (multi-head latent
+    attention, arXiv 2405.04434, section 2.1).
+
+    A head has a part that is not rotated, and a part that is. All heads share the rotated part of the keys. R width of
+    the latent, P width of the rotated part.
+    """
+
+    def add_inputs(self, config: ModelConfig) -> None:
+        rank, between, width = config.kv_lora_rank, config.q_lora_rank, config.n_head * config.head_dim
+        assert rank is not None
+        self.plain_dim, self.widths = config.value_width, (rank, config.rotary_width)
+        make = partial(Linear, bias=config.bias)
+        self.query = make(config.n_embd, width)
+        if between is not None:
+            layers = {"down": make(config.n_embd, between), "norm": build_norm(config, between)}
+            self.add_module("query", nn.Sequential(OrderedDict(layers, up=make(between, width))))
+        self.latent, self.latent_norm = make(config.n_embd, sum(self.widths)), build_norm(config, rank)
+        self.expand = make(rank, 2 * config.n_head * config.value_width)
+
+    def inputs(self, x_BTD: Tensor, start: int | Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        plain_BTHC, turned_BTHP = (
+            self.query(x_BTD).unflatten(-1, (-1, self.head_dim)).tensor_split([self.plain_dim], -1)
+        )
+        latent_BT1R, shared_BT1P = self.latent(x_BTD).unsqueeze(2).split(self.widths, dim=-1)
+        latent_BT1R = self.latent_norm(latent_BT1R).type_as(shared_BT1P)
+        if self.rope is not None:
+            # DeepSeek pairs channel c with c + 1.
+            paired = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (turned_BTHP, shared_BT1P))
+            turned_BTHP, shared_BT1P = (self.rope(x, start) for x in paired)
+        latent_B1SR, shared_B1SP = latent_BT1R.transpose(1, 2), shared_BT1P.transpose(1, 2)
+        if cache is not None:
+            latent_B1SR, shared_B1SP = cache.extend(latent_B1SR, shared_B1SP)
+        both_BSHC = self.expand(latent_B1SR.squeeze(1)).unflatten(-1, (-1, 2 * self.plain_dim))
+        k_BHSC, v_BHSC = both_BSHC.transpose(1, 2).chunk(2, dim=-1)
+        k_BHSC = torch.cat((k_BHSC, shared_B1SP.expand(-1, k_BHSC.size(1), -1, -1)), dim=-1)
+        q_BHTC = torch.cat((plain_BTHC, turned_BTHP), dim=-1).transpose(1, 2)
+        return q_BHTC, k_BHSC, F.pad(v_BHSC, (0, self.padding))
 
 
 def outside_window(new: int, seen: int, window: int, device: torch.device) -> Tensor:

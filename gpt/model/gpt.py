@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gpt.components import load_part, owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
-from gpt.model.attention import Attention, Cache, LayerCache, softcap
+from gpt.model.attention import Attention, Cache, LatentAttention, LayerCache, softcap
 from gpt.model.ffn import DenseFfn, MixtureOfExperts
 from gpt.model.layers import (
     INIT_STD,
@@ -66,7 +66,7 @@ class Block(nn.Module):
 def build_attention(config: ModelConfig) -> nn.Module:
     """Build the built-in attention, or the user's, (B, T, D) and a cache or None -> (B, T, D)."""
     if not isinstance(config.attention, str):
-        return Attention(config)
+        return Attention(config) if config.kv_lora_rank is None else LatentAttention(config)
     return load_part("model.attention", config.attention)(config)
 
 

@@ -196,7 +196,7 @@ class Rope(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        shape = (config.block_size, config.head_dim // 2)
+        shape = (config.block_size, config.rotary_width // 2)
         self.register_buffer("cos", torch.empty(shape), persistent=False)
         self.register_buffer("sin", torch.empty(shape), persistent=False)
         self.positions_T: Tensor | None = None
@@ -311,7 +311,7 @@ def rotation_rates(config: ModelConfig) -> Tensor:
 
     Pair i of a head turns by base^(-2i/C); ``rope_scaling`` reduces these rates, see ``gpt.config.RopeScaling``.
     """
-    width, base, factor = config.head_dim, config.rope_base, config.rope_factor
+    width, base, factor = config.rotary_width, config.rope_base, config.rope_factor
     if config.rope_scaling is RopeScaling.ntk:
         base *= factor ** (width / (width - 2))  # so that the slowest pair is divided by exactly the factor
     rates = base ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
@@ -354,7 +354,7 @@ def yarn_rates(rates: Tensor, config: ModelConfig) -> Tensor:
     code, https://github.com/jquesnelle/yarn.
     """
     assert config.rope_original_block_size is not None
-    width, length = config.head_dim, config.rope_original_block_size
+    width, length = config.rotary_width, config.rope_original_block_size
     first, last = (
         width * math.log(length / (2 * math.pi * turns)) / (2 * math.log(config.rope_base)) for turns in YARN_TURNS
     )

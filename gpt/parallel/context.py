@@ -213,6 +213,7 @@ def shard_sequences(
     set_sequence_mean(model, torch.compiler.disable(shard.mean))
     for module in model.modules():
         if isinstance(module, Attention):
+            module.padding = module.narrower  # keys and values are sent as one tensor
             module.attend = torch.compiler.disable(build_attend(module, shard, config))  # type: ignore[method-assign]
     return shard
 

@@ -309,7 +309,7 @@ class LayerBytes:
             bytes_ += math.ceil((1 - self.blockwise) * model.block_size**2 / factors.cp)
         if factors.cp > 1 and model.position is Position.rope:
             # Sines and cosines of the rank's own positions, copied for the queries and again for the keys.
-            bytes_ += 2 * FP32 * model.head_dim * factors.tokens(model, 1)
+            bytes_ += 2 * FP32 * model.rotary_width * factors.tokens(model, 1)
         return bytes_
 
     def products(self) -> int:
@@ -325,7 +325,7 @@ class LayerBytes:
             attention = self.custom("attention", products=True) if "attention" in custom else self.attention()
             return self.tokens * (attention + (self.custom("ffn", products=True) if "ffn" in custom else self.ffn()))
         written_out = bool(self.written_out or model.dropout)
-        attention = width * (2 * self.queries + 2 * self.keys + model.n_embd)
+        attention = width * (2 * self.queries + 2 * self.keys + model.n_embd + sum(model.latent_widths))
         attention += math.ceil(width * self.heads * self.span) if written_out else FP32 * self.heads
         if factors.cp > 1 and not factors.gathers_keys:  # a ring's last rank merges one result for each block of keys
             attention += (factors.cp - 1) * (width * self.queries + (0 if written_out else FP32 * self.heads))
@@ -409,7 +409,12 @@ class LayerBytes:
                 bytes_ -= (FP32 - width) * (self.queries + self.keys)
         if isinstance(model.position, str) and part_counts(model)["position"].on_heads:
             bytes_ += self.custom("position")
-        return around + self.read(3) + bytes_
+        if not model.latent_widths:
+            return around + self.read(3) + bytes_
+        bytes_ += sum(self.norm_over(rank) + width * rank for rank in model.latent_widths)
+        # Written-out attention keeps values and result without padding. A padded result is copied without it.
+        bytes_ += width * self.heads * (-2 * model.rotary_width if self.written_out else model.value_width)
+        return around + self.read(2) + bytes_
 
     def ffn(self) -> int:
         """Return the bytes per token that norm and feed-forward layer save.

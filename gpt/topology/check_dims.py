@@ -167,6 +167,12 @@ def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
     if dims.tp == 1:
         return
     model, tp = config.model, dims.tp
+    if model.kv_lora_rank is not None:
+        raise ConfigError(
+            f"parallel.tp={tp} with model.kv_lora_rank={model.kv_lora_rank}",
+            "keys and values of each head on one rank, since all heads share the latent",
+            "parallel.tp=1 parallel=fsdp, or parallel=cp",
+        )
     check_matrices(model, tp)
     if model.padded_vocab % tp:
         raise ConfigError(

@@ -133,6 +133,7 @@ def test_micro_batches_in_flight_by_schedule(schedule: str, by_rank: list[int]) 
 
 
 EXPERTS = "model.ffn=moe model.n_expert=4 model.n_expert_per_token=2 model.ffn_hidden=32"
+LATENT = "model.kv_lora_rank=8 model.rope_head_width=4 model.n_kv_head=null"
 NARROW = "parallel=tp model.ffn=moe model.n_expert=2 model.ffn_hidden=24"
 SLICES = "parallel.sequence_parallel=false"
 PP = "model.n_layer=4 optim.max_micro_batch=4 parallel.pp=2"
@@ -232,6 +233,8 @@ REFUSED = [
     (2, f"{LORA} float8=rowwise", "model.lora.rank=4 with float8=rowwise", "float8=none"),
     (2, f"{LORA} optim=muon", "model.lora.rank=4 with optim.optimizer=muon", "optim.optimizer=adamw"),
     (2, f"{LORA} {EXPERTS} model.lora.targets=[up]", "model.lora.targets=[up]", "model.lora.targets=[query,value]"),
+    (2, f"{LORA} {LATENT}", "model.lora.targets=[query,value]", "model.lora.targets=[output,up]"),
+    (2, f"parallel=tp {LATENT}", "parallel.tp=2 with model.kv_lora_rank=8", "parallel.tp=1"),
     (2, f"{FREE} parallel=cp", "schedule_free without parallel.cp=1", "parallel.cp=1"),
     (
         2,

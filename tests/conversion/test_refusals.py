@@ -74,6 +74,7 @@ PARTS["mixtral"] = PARTS["llama"] | {
     "bias": (False,),
 }
 PLAIN = PARTS["llama"] | {"bias": (False,)}
+PARTS["deepseek_v2"] = PARTS["deepseek_v3"] = PLAIN
 PARTS["qwen3"] = PLAIN | {"qk_norm": (True,)}
 PARTS["mistral"] = PARTS["phi3"] = PLAIN | {"window": (None, *range(1, 10))}
 PARTS["gemma3_text"] = PARTS["mistral"] | {
@@ -88,12 +89,15 @@ def bent(config: ModelConfig, adapter: StateDictAdapter) -> ModelConfig:
     """``config`` with the parts that a format has, where it has others."""
     plain = {"norm_position": NormPosition.pre, "qk_norm": False, "parallel_residual": False, "n_shared_expert": 0}
     plain |= {"window": None, "global_every": None, "attention_softcap": None, "logit_softcap": None}
-    plain |= {"attention_sinks": False}
+    plain |= {"attention_sinks": False, "kv_lora_rank": None, "q_lora_rank": None, "rope_head_width": None}
     plain |= {"scale_embedding": False} | ({"head_width": None} if adapter.name != "qwen3" else {})
     plain = {key: value for key, value in plain.items() if key not in PARTS[adapter.name]}
     if adapter.name == "gemma3_text" and config.window is not None:
         plain["rope_base_local"] = 100.0
     changes = {key: values[0] for key, values in PARTS[adapter.name].items() if getattr(config, key) not in values}
+    if adapter.name.startswith("deepseek"):
+        plain |= {"kv_lora_rank": 5, "q_lora_rank": config.q_lora_rank, "head_width": 7, "rope_head_width": 4}
+        plain |= {"n_kv_head": None, "norm_eps": 1e-6}
     if adapter.name == "mixtral":
         experts = max(2, config.n_expert)
         plain |= {"n_expert": experts, "n_expert_per_token": 2, "expert_matmul": ExpertMatmul.loop}

@@ -209,6 +209,7 @@ MODELS = {
         **{"norm_position": NormPosition.post, "attention": AttentionBackend.flash, "activation": Activation.relu},
         **{"attention_sinks": True},
     },
+    "latent": {**LLAMA, "kv_lora_rank": 3, "q_lora_rank": 2, "head_width": 5, "rope_head_width": 2},
     "parallel": {
         **LLAMA,
         **{"parallel_residual": True, "qk_norm": True, "ffn": Ffn.geglu, "n_kv_head": 1},
@@ -381,6 +382,7 @@ def test_normalized_queries_and_keys_do_not_feel_the_size_of_their_matrices(kv_h
 # Models that cannot be, refused in words, each with something to type that works.
 
 
+LATENT = ["model.kv_lora_rank=8", "model.rope_head_width=4"]
 MOE_WORDS = ["model.ffn=moe", "model.n_expert=4", "model.bias=false"]
 
 REFUSED = [
@@ -401,6 +403,13 @@ REFUSED = [
     (["model.rope_base_local=100"], "model.rope_base_local=100 without model.window"),
     (["model.window=8", "model.rope_base_local=100", "model.position=learned"], "with other positions"),
     (["model.window=8", "model.attention=a.b:C"], "model.window=8 with model.attention=a.b:C"),
+    (["model.rope_head_width=8"], "model.rope_head_width=8 with model.kv_lora_rank=null"),
+    (["model.q_lora_rank=8"], "model.q_lora_rank=8 with model.kv_lora_rank=null"),
+    (["model.kv_lora_rank=8"], "model.rope_head_width=null with model.kv_lora_rank=8"),
+    ([*LATENT, "model.rope_head_width=32"], "model.rope_head_width=32 with model.kv_lora_rank=8"),
+    ([*LATENT, "model.n_kv_head=2"], "model.n_kv_head=2 with model.kv_lora_rank=8"),
+    ([*LATENT, "model.qk_norm=true"], "model.qk_norm=True with model.kv_lora_rank=8"),
+    ([*LATENT, "model.norm=a.b:C"], "model.norm=a.b:C with model.kv_lora_rank=8"),
     (["model.attention_sinks=true", "model.attention=a.b:C"], "model.attention_sinks=true with model.attention=a.b:C"),
     (["model.attention_softcap=50"], "model.attention_softcap=50 with model.attention=sdpa"),
     (["model.logit_softcap=-1"], "model.logit_softcap=-1"),

@@ -67,6 +67,7 @@ LAYERS = {
         ONE,
     ],
     "flash": ["model.qk_norm=true", "model.attention=flash", "model.rope_scaling=ntk", ONE],
+    "latent": ["model.kv_lora_rank=20", "model.head_width=12", "model.rope_head_width=4"],
     "routed": ROUTED,
     # As in Gemma: local layers and a global one, four norms in a block, bounds of scores and logits.
     "local": [
@@ -111,6 +112,7 @@ CASES = {
         *(Case("parallel=cp", model) for model in ("tied", "queries", "written out", "flash", "routed")),
         *(Case(f"parallel=cp {RING}", model) for model in ("queries", "written out", "flash")),
         *(Case(f"parallel=fsdp_cp {method}", "queries", 1) for method in ("", RING)),
+        *(Case(f"parallel=fsdp_cp {method}", "latent", 1) for method in ("", RING)),
         *(Case(EP, model, count) for model, count in (("experts", 1), ("places", 2), ("even rows", 1))),
         *(Case(FSDP_EP, model, count) for model, count in (("experts", 2), ("places", 1), ("even rows", 4))),
         *(Case(words, "bf16") for words in ("parallel=cp", f"parallel=cp {RING}")),
@@ -123,7 +125,7 @@ CASES = {
         Case(f"{TP} parallel.sequence_parallel=false", "experts", 1),
         Case(f"{TP} recompute=full compile=default", "one layer", 1),
         Case(TP, "local", 1),
-        Case(pp("gpipe"), "local", 4),
+        *(Case(pp("gpipe"), model, 4) for model in ("local", "latent")),
         Case(pp("gpipe"), "tied stages", 4),
         Case(pp("zbv"), "tied stages", 4),
         Case(pp("dualpipev"), "tied stages", 4),

@@ -37,6 +37,8 @@ LLAMA: dict[str, Any] = {
 
 MOE: dict[str, Any] = {"ffn": Ffn.moe, "n_expert": 4, "n_expert_per_token": 2, "ffn_hidden": 24, "bias": False}
 
+LATENT: dict[str, Any] = {"kv_lora_rank": 20, "head_width": 18, "rope_head_width": 6}
+
 
 MINIMAL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 5, "ffn_hidden": 6}
 """Small enough for finite differences of every parameter."""
@@ -144,6 +146,12 @@ def configs(draw: st.DrawFn, ffns: tuple[Ffn, ...] = tuple(Ffn)) -> ModelConfig:
         bias=ffn is not Ffn.moe and draw(st.booleans()),
         tie_embeddings=draw(st.booleans()),
     )
+    if attention is AttentionBackend.manual and draw(
+        st.booleans()
+    ):  # torch's kernels pad values, and count the padding
+        config.kv_lora_rank, config.q_lora_rank = draw(st.integers(1, 9)), draw(st.none() | st.integers(1, 9))
+        config.n_kv_head, config.qk_norm, config.rope_head_width = None, False, 2 * draw(st.integers(1, 3))
+        config.head_width = config.rope_head_width + draw(st.integers(1, 5))
     if ffn is Ffn.moe:
         config.n_expert = draw(st.integers(1, 5))
         config.n_expert_per_token = draw(st.integers(1, config.n_expert))
