@@ -144,6 +144,7 @@ SECONDS = {
     "examples/test_examples.py": 66,
     "examples/test_workloads.py": 25,
     "launch/test_agent.py": 20,
+    "launch/test_api.py": 60,
     "launch/test_budget.py": 21,
     "launch/test_code_and_containers.py": 25,
     "launch/test_damaged_folders.py": 11,
@@ -204,6 +205,24 @@ QUICK_BESIDE_PROCESSES = frozenset(
 )
 """Files of ``SECONDS`` whose time is that of the processes they start: their other tests take seconds together."""
 assert SECONDS.keys() >= QUICK_BESIDE_PROCESSES
+COMPUTE_LONG = frozenset(
+    {
+        "test_a_planted_fault_is_found_with_its_rank_or_line",
+        "test_nothing_is_found_where_nothing_was_planted_and_states_and_peak_are_those_of_the_plan",
+        "test_efficiency_is_speedup_over_ranks_whatever_the_order",
+        "test_the_heat_map_of_a_thousand_ranks_takes_no_more_memory_than_that_of_few",
+        "test_the_interval_holds_the_true_efficiency_in_95_of_100_seeds",
+        "test_without_shuffling_the_stream_is_the_prepared_corpus_again_and_again",
+        "test_every_epoch_has_each_document_once_in_another_order_of_the_shards",
+        "test_gpts_vocabulary_is_padded_to_what_gpus_multiply_fast",
+        "test_a_row_that_fails_is_not_reached",
+        "test_a_silent_fp32_is_seen",
+        "test_a_changed_sbatch_line_and_a_key_that_is_not_named_are_found",
+        "test_memory_does_not_grow_with_the_number_of_ranks",
+        "test_ranks_end_with_a_killed_launcher",
+    }
+)
+"""Tests that start no process, and that take as long as a hundred quick ones (``pytest -m quick --durations=25``)."""
 WAITS = "slurm"
 """The folder of tests that mostly wait: for Slurm to notice something, to schedule, to give up."""
 
@@ -221,7 +240,8 @@ def is_quick(item: pytest.Item) -> bool:
         return False
     if seconds(item.path) and item.path.relative_to(TESTS).as_posix() not in QUICK_BESIDE_PROCESSES:
         return False
-    if not item.function.__module__.startswith("tests"):  # the suites of Hydra start jobs
+    # The suites of Hydra start jobs.
+    if item.originalname in COMPUTE_LONG or not item.function.__module__.startswith("tests"):
         return False
     fixtures = [found.func for every in item._fixtureinfo.name2fixturedefs.values() for found in every]
     return not any(_starts_anything(function) for function in (item.function, *fixtures))
