@@ -450,7 +450,9 @@ class ChunkedLoss(torch.autograd.Function):
         rows = max(1, LOGITS_AT_ONCE[device] // len(weight_VD))
         total = x_ND.new_zeros((), dtype=torch.float32)
         x_gradient_ND = torch.empty_like(x_ND)
-        weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        # A frozen matrix (LoRA) needs no gradient.
+        trains = ctx.needs_input_grad[1]
+        weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if trains else None
         with torch.autocast(device, enabled=False):
             factor_VD = weight_VD.to(dtype)
             parts = zip(x_ND.split(rows), targets_N.split(rows), x_gradient_ND.split(rows), strict=True)
@@ -460,17 +462,16 @@ class ChunkedLoss(torch.autograd.Function):
                 total += loss
                 if differentiates:
                     x_gradient_RD.copy_(gradient_RV @ factor_VD)
-                    if ctx.needs_input_grad[1]:
+                    if weight_gradient_VD is not None:
                         weight_gradient_VD += gradient_RV.mT @ x_RD
-        ctx.gradients = x_gradient_ND, weight_gradient_VD.to(weight_VD.dtype)
+        ctx.gradients = x_gradient_ND, None if weight_gradient_VD is None else weight_gradient_VD.to(weight_VD.dtype)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x_gradient_ND, weight_gradient_VD = ctx.gradients
-        ctx.gradients = ()
-        return x_gradient_ND.mul_(gradient), weight_gradient_VD.mul_(gradient), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, ()
+        return *(None if x is None else x.mul_(gradient) for x in gradients), None, None, None
 
 
 def chunked_loss(

@@ -304,7 +304,7 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
     if config.chunked_loss:
         hidden = numbers // model.padded_vocab * model.n_embd
         of_chunk = min(numbers, LOGITS_AT_ONCE["cuda"]) * (3 * width + FP32)
-        return of_chunk + FP32 * (hidden + model.padded_vocab * model.n_embd)
+        return of_chunk + FP32 * (hidden + model.trains("head.weight") * model.padded_vocab * model.n_embd)
     chunk = FP32 * min(numbers, LOSS_CHUNK) if config.precision.is_half else 0
     kept = dims.pp > 1 and config.parallel.strategy is not Strategy.fsdp
     matrix = width * model.n_embd * (model.padded_vocab // dims.tp) if kept else 0

@@ -303,3 +303,18 @@ def test_more_than_there_is_room_for_is_refused() -> None:
     model(tokens_BT[:, :2], cache)
     with pytest.raises(AssertionError, match="one batch"):
         model(tokens_BT[:, :2].expand(2, 2), cache)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_chunked_loss_has_no_gradient_of_a_frozen_matrix(trains: bool) -> None:
+    torch.manual_seed(0)
+    x_BTD, weight_VD = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=trains)
+    targets_BT = torch.randint(11, (2, 5))
+    loss = layers.chunked_loss(x_BTD, weight_VD, targets_BT, 11, layers.loss_and_gradient)
+    assert (loss.grad_fn.gradients[1] is not None) == trains
+    expected = torch.nn.functional.cross_entropy(
+        (x_BTD @ weight_VD.mT).flatten(0, 1), targets_BT.flatten(), reduction="sum"
+    )
+    asked = (x_BTD, weight_VD) if trains else (x_BTD,)
+    for found, reference in zip(torch.autograd.grad(loss, asked), torch.autograd.grad(expected, asked), strict=True):
+        torch.testing.assert_close(found, reference)
