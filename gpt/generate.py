@@ -22,9 +22,8 @@ from gpt.checkpoint import step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
-from gpt.model.gpt import GPT
+from gpt.model.gpt import GPT, Sampling, generate_tokens, make_generators
 from gpt.model.layers import autocast
-from gpt.model.sampling import Sampling, generate_tokens, make_generators
 from gpt.parallel.distributed import choose_device
 from launch.errors import CommandParser, ConfigError, refusing, require_positive
 

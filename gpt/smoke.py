@@ -23,7 +23,7 @@ import torch
 from gpt import checkpoint as folders
 from gpt.accounting import count
 from gpt.conversion.state_dict import find_checkpoint, load_model
-from gpt.model.sampling import Sampling, generate_tokens, make_generators
+from gpt.model.gpt import Sampling, generate_tokens, make_generators
 from gpt.train import run_ranks
 from gpt.training.run import parse_arguments, parse_request
 from launch import worker

@@ -23,10 +23,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from gpt.config import TrainConfig
-from gpt.data.tasks import check_tasks, load_tasks
+from gpt.data.corpus import check_tasks, load_tasks
 from gpt.data.tokenizers import Tokenizer
+from gpt.model.gpt import Sampling, generate_tokens, make_generators
 from gpt.model.layers import autocast
-from gpt.model.sampling import Sampling, generate_tokens, make_generators
 from gpt.parallel.distributed import World
 from gpt.parallel.nd import reshard
 from gpt.training.loop import EvaluationShare

@@ -30,10 +30,9 @@ from gpt.config import (
 )
 from gpt.conversion.source import find_source, refuse_other_model
 from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
-from gpt.data.corpus import check_fit, describe_corpus, describe_tokens, ensure_tokens
+from gpt.data.corpus import check_fit, check_tasks, describe_corpus, describe_tokens, ensure_tokens
 from gpt.data.loader import BatchPrefetcher, Samples
 from gpt.data.prepared import Tokens
-from gpt.data.tasks import check_tasks
 from gpt.metrics import render_summary
 from gpt.metrics.writers import describe_rank, software
 from gpt.model.gpt import GPT, Weights, initial_weights

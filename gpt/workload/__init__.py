@@ -28,8 +28,7 @@ from gpt.config import (
     refuse_two_lengths,
 )
 from gpt.conversion.source import check_init_from
-from gpt.data.corpus import check_fit, describe_corpus
-from gpt.data.tasks import check_tasks
+from gpt.data.corpus import check_fit, check_tasks, describe_corpus
 from gpt.planning import Machine, memory
 from gpt.planning.auto import (
     LayoutChoice,

@@ -17,8 +17,7 @@ from gpt.components import optimizer_state, owner_of, source_digest
 from gpt.config import DataConfig, ModelConfig, Norm, Precision, Recompute
 from gpt.conversion import choose_adapter
 from gpt.data.spec import build_spec
-from gpt.model.gpt import GPT, initialize
-from gpt.model.sampling import Sampling, generate_tokens, make_generators
+from gpt.model.gpt import GPT, Sampling, generate_tokens, initialize, make_generators
 from gpt.planning.rank_shards import activation_bytes, parameter_shards
 from gpt.topology import ParallelDims
 from gpt.topology.check_dims import check_parallel_dims

@@ -32,8 +32,7 @@ from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import Samples
 from gpt.data.tokenizers import ByteTokenizer
 from gpt.generate import Text
-from gpt.model.gpt import GPT
-from gpt.model.sampling import Sampling, generate_tokens, make_generators, probabilities
+from gpt.model.gpt import GPT, Sampling, generate_tokens, make_generators, probabilities
 from launch.errors import ConfigError
 from launch.runs.compose import refuse_other_run, to_schema
 from launch.runs.folder import RunFolder, append_json_lines, read_json, write_json

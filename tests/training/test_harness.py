@@ -15,7 +15,7 @@ import yaml
 
 from gpt.config.data import TokenizerKind
 from gpt.conversion.state_dict import find_checkpoint, read_weights
-from gpt.data.tasks import check_tasks
+from gpt.data.corpus import check_tasks
 from gpt.data.tokenizers import ByteTokenizer
 from gpt.export import byte_letters, write_tokenizer
 from gpt.metrics.writers import console_line
