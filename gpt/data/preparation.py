@@ -36,7 +36,6 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from gpt.config import TokenFileFormat, TokenizerKind, is_installed
-from gpt.data.conversations import encode_conversations
 from gpt.data.prepared import (
     FORMAT,
     ITEM_BYTES,
@@ -217,6 +216,8 @@ def _tokens(
         yield from ((split, part, len(part), False) for split, part in ((TRAIN, ids[:cut]), (VAL, ids[cut:])))
         return
     if spec.config.conversation_tokens is not None:
+        from gpt.data.conversations import encode_conversations  # a template needs jinja2, which other corpora do not
+
         yield from encode_conversations(read_shard(spec, shard), tokenizer, spec.config.conversation_tokens)
         return
     for piece in read_shard(spec, shard):
