@@ -28,8 +28,8 @@ from torch import Tensor
 from gpt.accounting import count
 from gpt.checkpoint import Manifest, read_manifest, sum_file, sync_folder
 from gpt.config import ModelConfig, TokenizerKind
-from gpt.conversion import StateDictAdapter, choose_adapter
-from gpt.conversion.source import PEFT_CONFIG, PEFT_WEIGHTS, SINGLE
+from gpt.conversion import ADAPTERS, StateDictAdapter, choose_adapter
+from gpt.conversion.source import HF_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, SINGLE
 from gpt.conversion.state_dict import find_checkpoint, merge_adapters, open_run, read_weights, to_hf, to_peft
 from gpt.data.tokenizers import ABOUT, CHAT, CharTokenizer, HfTokenizer, Tokenizer, load_tokenizer
 from gpt.model.gpt import GPT
@@ -115,10 +115,12 @@ def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[
 # Weights in one file, config.json, and the tokenizer.
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, name: str = SINGLE) -> None:
-    """Write ``tensors`` into one safetensors file."""
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, name: str = SINGLE, **metadata: str
+) -> None:
+    """Write ``tensors`` into one safetensors file, with ``metadata`` in its header."""
     path = folder / name
-    save_file({name: tensor.to(dtype) for name, tensor in tensors}, path, metadata={"format": "pt"})
+    save_file({name: tensor.to(dtype) for name, tensor in tensors}, path, metadata={"format": "pt", **metadata})
     # The library creates files that only the owner can read. Use the permissions of the folder instead.
     path.chmod(folder.stat().st_mode & 0o666)
 
@@ -206,7 +208,7 @@ def export(args: argparse.Namespace) -> str:
         if adapter is None:
             write_torch_file(temporary, model.state_dict(), config.model, DTYPES[args.dtype], origin)
         elif args.format == "peft":
-            write_peft(temporary, adapter, model, folder, origin, DTYPES[args.dtype])
+            adapter = write_peft(temporary, adapter, model, folder, origin, DTYPES[args.dtype])
         else:
             write_hf(temporary, adapter, model, folder, origin, args)
         temporary.replace(out)
@@ -249,30 +251,32 @@ def write_peft(
     folder: RunFolder,
     origin: dict[str, Any],
     dtype: torch.dtype,
-) -> None:
-    """Write the adapters of a model into a folder that peft loads beside the base weights, synced to disk."""
+) -> StateDictAdapter:
+    """Write the adapters of a model into a folder that peft loads beside the base weights, synced to disk.
+
+    Returns:
+        The adapter between the names here and those of the base weights; ``adapter`` if the base is unknown or gone.
+    """
     temporary.mkdir()
     config, lora = model.config, model.config.lora
-    write_weights(temporary, to_peft(model.state_dict(), adapter, config), dtype, PEFT_WEIGHTS)
-    # A stack of several adapters has their ranks together. Its alpha grows alike, so that the scale is the same.
-    stacks = {
-        name.removeprefix(f"{adapter.layers}.0."): sum(module.endswith(config.adapted) for module in modules)
-        for name, modules in adapter.adapted(config).items()
-        if name.startswith(f"{adapter.layers}.0.")
-    }
     started = (event for event in folder.read_events() if event["event"] == "initialised" and event["kind"] != "run")
+    base = next((event["path"] for event in started), None)
+    # The names are those of the base, whose matrices may be stacked: a Phi-3 is the same model as a Mistral.
+    kind = base and read_json(Path(base) / HF_CONFIG).get("model_type")
+    adapter = next((one for one in ADAPTERS if one.name == kind), adapter)
+    tensors = to_peft(model.state_dict(), adapter, config)
+    write_weights(temporary, tensors, dtype, PEFT_WEIGHTS, targets=",".join(lora.targets))
     described = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"},
-        "base_model_name_or_path": next((event["path"] for event in started), None),
+        "base_model_name_or_path": base,
         **{"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout},
-        "target_modules": [*stacks],
-        "rank_pattern": {name: lora.rank * adapters for name, adapters in stacks.items() if adapters > 1},
-        "alpha_pattern": {name: lora.alpha * adapters for name, adapters in stacks.items() if adapters > 1},
+        **adapter.peft_targets(config),
         "fan_in_fan_out": adapter.transposes,
     }
     write_json(temporary / PEFT_CONFIG, described)
     write_json(temporary / "exported_from.json", origin)
     sync_files(temporary)
+    return adapter
 
 
 def sync_files(folder: Path) -> None:

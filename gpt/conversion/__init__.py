@@ -207,6 +207,24 @@ class StateDictAdapter:
             if name.endswith(".weight") and any(module.endswith(config.adapted) for module in modules)
         }
 
+    def peft_targets(self, config: ModelConfig) -> dict[str, Any]:
+        """Return the keys of peft's adapter_config.json that name the adapters of a model.
+
+        A stack of several adapters has their ranks together. Its alpha grows alike, so that the scale is the same.
+        """
+        first, lora = f"{self.layers}.0.", config.lora
+        adapters = {
+            name.removeprefix(first): sum(module.endswith(config.adapted) for module in modules)
+            for name, modules in self.adapted(config).items()
+            if name.startswith(first)
+        }
+        several = {name: number for name, number in adapters.items() if number > 1}
+        return {
+            "target_modules": [*adapters],
+            "rank_pattern": {name: lora.rank * number for name, number in several.items()},
+            "alpha_pattern": {name: lora.alpha * number for name, number in several.items()},
+        }
+
     def hf_names(self, name: str, config: ModelConfig) -> tuple[str, ...]:
         """Return the names of a parameter's tensors in transformers: one, or for stacked experts one of each."""
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)

@@ -31,12 +31,14 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 """Prefix of the names of tensors in files of peft."""
 PEFT_ONLY: dict[str, Any] = {
-    **{"peft_type": "LORA", "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None},
+    **{"peft_type": "LORA", "bias": "none", "layer_replication": None},
     **dict.fromkeys(("use_rslora", "use_dora", "use_qalora", "use_bdlora", "lora_bias"), False),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "kasa_config"), None),
     **dict.fromkeys(("target_parameters", "arrow_config", "monteclora_config", "velora_config"), None),
 }
 """Key of adapter_config.json -> the value that is supported here; a missing key, or an empty value, has it, too."""
+MERGE = "merge_and_unload().save_pretrained(FOLDER) of the model in peft, and init_from=hf:FOLDER"
+"""What to do with an adapter that is not like those here."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -196,14 +198,12 @@ def inspect_adapter(folder: Path) -> WeightSource:
         peft = json.loads(path.read_bytes())
         rank, alpha = int(peft["r"]), float(peft["lora_alpha"])
         with safe_open(weights, framework="np") as file:
-            names = {*file.keys()}
+            names, told = {*file.keys()}, (file.metadata() or {}).get("targets", "").split(",")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise damaged_file_error(path, str(error)) from error
     odd = [f"{key}={peft[key]}" for key, value in PEFT_ONLY.items() if peft.get(key) and peft[key] != value]
     if odd:
-        raise ConfigError(
-            f"{', '.join(odd)} in {path}", "a plain LoRA, of one rank for all layers", "another adapter to start from"
-        )
+        raise ConfigError(f"{', '.join(odd)} in {path}", "a plain LoRA", MERGE)
     base = folder if (folder / HF_CONFIG).is_file() else Path(peft.get("base_model_name_or_path") or "").absolute()
     if not (base / HF_CONFIG).is_file():
         raise ConfigError(
@@ -217,6 +217,8 @@ def inspect_adapter(folder: Path) -> WeightSource:
     found = {adapter.canonical(name.removeprefix(PEFT_PREFIX)): name for name in names}
     modules = [m for name, stack in stacks.items() if f"{name}.lora_A.weight" in found for m in stack]
     targets = [target for target, module in LORA_TARGETS.items() if any(m.endswith(module) for m in modules)]
+    # An export names its targets, since a stack may have adapters for some of its matrices only.
+    targets = [target for target in targets if target in told] or targets
     config = replace(config, lora=LoraConfig(rank, alpha, targets=targets))
     wanted = {f"{name}.lora_{part}.weight" for name in adapter.adapted(config) for part in "AB"}
     if not wanted or wanted != found.keys():
@@ -226,6 +228,9 @@ def inspect_adapter(folder: Path) -> WeightSource:
             f"two matrices for each adapter, of the same linear layers in each block: {', '.join(LORA_TARGETS)}",
             "another adapter to start from",
         )
+    patterns = {key: peft.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    if any(patterns.values()) and not patterns.items() <= adapter.peft_targets(config).items():
+        raise ConfigError(f"{patterns} in {path}", "one rank for all layers, and its multiples for stacks", MERGE)
     return WeightSource(base, False, config, adapter=folder)
 
 

@@ -23,6 +23,7 @@ from gpt.config import LoraConfig, ModelConfig, TrainConfig
 from gpt.conversion import Rule, StateDictAdapter
 from gpt.conversion.source import (
     HF_CONFIG,
+    MERGE,
     PEFT_CONFIG,
     PEFT_PREFIX,
     PEFT_WEIGHTS,
@@ -146,12 +147,15 @@ def to_peft(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Ite
 
 
 def read_peft(folder: Path, adapter: StateDictAdapter, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
-    """Read the adapters of a model, fp32, from a folder of peft. Those of a stack of matrices share their first
-    matrix, so each gets a copy of it.
+    """Read the adapters of a model, fp32, from a folder of peft.
+
+    The adapter of a stack of matrices is split as ``to_peft`` joins it. If it has the rank of one adapter, the matrices
+    share its first matrix: each gets a copy.
 
     Raises:
-        ConfigError: the rows of an adapter are not those of its stack.
+        ConfigError: the rows of an adapter are not those of its stack, or its second matrix is not block-diagonal.
     """
+    rank = config.lora.rank
     state: State = {}
     with safe_open(folder / PEFT_WEIGHTS, framework="pt") as file:
         names = {adapter.canonical(name.removeprefix(PEFT_PREFIX)): name for name in file.keys()}  # noqa: SIM118
@@ -160,8 +164,19 @@ def read_peft(folder: Path, adapter: StateDictAdapter, config: ModelConfig, shap
             rows = [shapes[f"{m}.weight"][0] for m in modules]
             if sum(rows) != second.size(0):
                 raise wrong_shapes_error([f"lora_B of {hf_module} is {tuple(second.shape)}, for {sum(rows)} rows"])
+            start = 0
             for module, part in zip(modules, second.split(rows), strict=True):
-                state |= {f"{module}.lora_a": first, f"{module}.lora_b": part}
+                if module.endswith(config.adapted):
+                    ranks = slice(start, start + rank)
+                    state |= {f"{module}.lora_a": first[ranks], f"{module}.lora_b": part[:, ranks].clone()}
+                    part[:, ranks] = 0
+                    start += rank if len(first) > rank else 0
+            if second.any():  # outside of the blocks, which are zeros by now
+                raise ConfigError(
+                    f"lora_B of {hf_module} in {folder / PEFT_WEIGHTS}, which mixes the ranks of {', '.join(modules)}",
+                    "zeros outside of the blocks of these matrices, each with an adapter of its own",
+                    MERGE,
+                )
     return state
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig as TheirConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from gpt import checkpoint as folders
 from gpt import export
@@ -26,7 +26,7 @@ from gpt.model.gpt import GPT, initialize
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.conversion.test_transformers_both_ways import assert_equal_logits, gpt2, imported, llama, mixtral
+from tests.conversion.test_transformers_both_ways import assert_equal_logits, gpt2, imported, llama, mixtral, shaken
 from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import kill_all, run, start_fork, wait_for
 from tests.support.distributed import run_distributed
@@ -73,6 +73,76 @@ def test_an_adapter_of_peft_gives_the_same_logits(kind: str, tmp_path: Path) -> 
     assert_equal_logits(imported(tmp_path / "base"), theirs)
     plain = ModelConfig(**{**vars(ours.config), "lora": LoraConfig()})
     assert_equal_logits(imported(tmp_path / "adapter", plain), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "targets", "ranks"),
+    [
+        ("gpt2", ["query", "key", "value", "up"], {"attn.c_attn": 9}),
+        ("gpt2", ["query", "value"], {"attn.c_attn": 6}),
+        ("gpt2", ["value"], {}),
+        ("phi3", ["query", "key", "value", "gate", "up"], {"self_attn.qkv_proj": 9, "mlp.gate_up_proj": 6}),
+        ("phi3", ["key", "up", "down"], {}),
+    ],
+)
+def test_adapters_of_a_stack_are_read_back(
+    kind: str, targets: list[str], ranks: dict[str, int], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = gpt2() if kind == "gpt2" else phi3()
+    base.save_pretrained(tmp_path / "base")
+    ours = trained(tmp_path, imported(tmp_path / "base"), targets, dtype)
+    config = json.loads((tmp_path / "adapters/adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["r"]) == (ranks, 3)
+    assert config["alpha_pattern"] == {name: rank * 4.0 for name, rank in ranks.items()}
+    again = imported(tmp_path / "adapters")
+    assert again.config == ours.config
+    expected = ours.state_dict()
+    assert any(".lora_b" in name for name in expected)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    tokens_BT = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens_BT), ours(tokens_BT), rtol=1e-6, atol=1e-6)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
+    assert_equal_logits(again, theirs)
+    plain = ModelConfig(**{**vars(ours.config), "lora": LoraConfig()})
+    assert_equal_logits(imported(tmp_path / "adapters", plain), theirs)
+
+
+def phi3() -> Any:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 12}
+    return shaken(Phi3ForCausalLM(Phi3Config(**sizes, **heads)))
+
+
+def trained(folder: Path, base: GPT, targets: list[str], dtype: torch.dtype) -> GPT:
+    """The model of ``base`` with other adapters than those of a start, which are exported into ``folder``/adapters."""
+    lora = LoraConfig(rank=3, alpha=12.0, targets=targets)
+    ours = GPT(ModelConfig(**{**vars(base.config), "lora": lora})).eval()
+    torch.manual_seed(4)
+    adapters = {
+        name: (torch.randn(t.shape) * 0.1).to(dtype) for name, t in ours.state_dict().items() if ".lora_" in name
+    }
+    ours.load_state_dict({**base.state_dict(), **adapters})
+    run = RunFolder(folder)
+    run.record_event("initialised", attempt=1, kind="hf", path=str(folder / "base"), step=None, sha256={})
+    export.write_peft(folder / "adapters", choose_adapter(ours.config), ours, run, {}, dtype)
+    return ours
+
+
+def test_an_adapter_that_mixes_the_matrices_of_a_stack_is_refused(tmp_path: Path) -> None:
+    base = gpt2()
+    base.save_pretrained(tmp_path)
+    with_adapter(
+        base, ["attn.c_attn"], rank_pattern={"attn.c_attn": 9}, alpha_pattern={"attn.c_attn": 36}
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"h.0.attn.c_attn in .*, which mixes the ranks of") as refusal:
+        imported(tmp_path)
+    assert refusal.value.fix.startswith("merge_and_unload()")
+    change(tmp_path, alpha_pattern={})
+    with pytest.raises(ConfigError, match=r"'alpha_pattern': \{\}"):
+        imported(tmp_path)
 
 
 def written(folder: Path, ours: GPT) -> tuple[Path, Path]:
