@@ -340,13 +340,34 @@ class Attention(nn.Module):
         # With sinks, the kernels return their log-sum-exp without a mask, a cache or dropout only.
         plain = bias_B1TS is None and not dropout and q_BHTC.size(2) == k_BKSC.size(2)
         if self.backend is AttentionBackend.manual or (sinks_H is not None and not plain):
-            return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS, self.softcap, sinks_H)
+            return self.attend_manually(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
         if sinks_H is not None:
             return SinkAttention.apply(q_BHTC, k_BKSC, v_BKSC, sinks_H)
         if self.backend is AttentionBackend.flash:
             with sdpa_kernel(FLASH_FIRST, set_priority=True):
                 return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
         return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
+
+    def attend_manually(
+        self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, bias_B1TS: Tensor | None
+    ) -> Tensor:
+        """Compute softmax(Q K^T / sqrt(C) + bias) V, (B, H, T, C). Without a bias, a mask hides the future. This
+        reference needs T x S in memory. It bounds the scores by ``softcap``. Sinks are the scores of a further key,
+        which is not in V."""
+        k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
+        new, seen = q_BHTC.size(2), k_BHSC.size(2)
+        scores_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(3))
+        if self.softcap is not None:
+            scores_BHTS = softcap(scores_BHTS, self.softcap)
+        if bias_B1TS is None:
+            future_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BHTC.device).triu(seen - new + 1)
+            scores_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf)
+        else:
+            scores_BHTS = scores_BHTS + bias_B1TS
+        if self.sinks is not None:
+            sinks_BHT1 = self.sinks().type_as(scores_BHTS)[:, None, None].expand(*scores_BHTS.shape[:3], 1)
+            scores_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1)
+        return F.dropout(scores_BHTS.softmax(-1)[..., :seen], dropout) @ v_BHSC
 
 
 class LatentAttention(Attention):
@@ -399,34 +420,6 @@ def outside_window(new: int, seen: int, window: int, device: torch.device) -> Te
 def softcap(x: Tensor, bound: float) -> Tensor:
     """Bound numbers smoothly to between -``bound`` and ``bound`` (Gemma 2, arXiv 2408.00118, section 2)."""
     return torch.tanh(x / bound) * bound
-
-
-def manual_attention(
-    q_BHTC: Tensor,
-    k_BKSC: Tensor,
-    v_BKSC: Tensor,
-    dropout: float,
-    bias_B1TS: Tensor | None = None,
-    bound: float | None = None,
-    sinks_H: Tensor | None = None,
-) -> Tensor:
-    """Compute softmax(Q K^T / sqrt(C) + bias) V, (B, H, T, C). The default bias masks the future. This reference needs
-    T x S in memory. ``bound`` is that of ``softcap`` for the scores; None for no bound. ``sinks_H`` are the scores of
-    a further key, which is not in V."""
-    k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
-    new, seen = q_BHTC.size(2), k_BHSC.size(2)
-    scores_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(3))
-    if bound is not None:
-        scores_BHTS = softcap(scores_BHTS, bound)
-    if bias_B1TS is None:
-        future_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BHTC.device).triu(seen - new + 1)
-        scores_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf)
-    else:
-        scores_BHTS = scores_BHTS + bias_B1TS
-    if sinks_H is not None:
-        sinks_BHT1 = sinks_H.type_as(scores_BHTS)[:, None, None].expand(*scores_BHTS.shape[:3], 1)
-        scores_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1)
-    return F.dropout(scores_BHTS.softmax(-1)[..., :seen], dropout) @ v_BHSC
 
 
 FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

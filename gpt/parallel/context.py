@@ -40,19 +40,18 @@ KEYS, GRADIENTS = 0, 1
 
 class RingAttention(torch.autograd.Function):
     """Causal attention over all blocks of the ring; in the backward pass keys and values circulate again, with their
-    gradients."""
+    gradients. ``own`` has the keys and values of this rank's block, (2, B, K, T, C)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         q_BHTC: Tensor,
-        k_BKTC: Tensor,
-        v_BKTC: Tensor,
+        own: Tensor,
         sinks_H: Tensor | None,
         group: dist.ProcessGroup,
         fused: bool,
     ) -> Tensor:
-        own = torch.stack((k_BKTC, v_BKTC))
+        k_BKTC, v_BKTC = own
         y_BHTC, lse_BHT = attend_block(q_BHTC, k_BKTC, v_BKTC, True, fused)
         y_BHTC = y_BHTC.type_as(lse_BHT)
         ring = SequenceShard(group)
@@ -86,9 +85,9 @@ class RingAttention(torch.autograd.Function):
             dblock = collecting.wait()
             dblock[..., :keys, :] += mine
             collecting = Transfer(ring, dblock, GRADIENTS)
-        dk_BKTC, dv_BKTC = collecting.wait().type_as(block)
+        dblock = collecting.wait().type_as(block)
         dsinks_H = None if sinks_H is None else sink_gradient(*given, sinks_H)
-        return dq_BHTC.type_as(q_BHTC), dk_BKTC, dv_BKTC, dsinks_H, None, None
+        return dq_BHTC.type_as(q_BHTC), dblock, dsinks_H, None, None
 
 
 def block_gradients(
@@ -223,7 +222,12 @@ def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig
     if config.parallel.cp_method is CpMethod.ring:
         fused = attention.backend is not AttentionBackend.manual
         sinks = attention.sinks
-        return lambda q, k, v: RingAttention.apply(q, k, v, None if sinks is None else sinks(), shard.group, fused)
+
+        def ring_attend(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+            sinks_H = None if sinks is None else sinks()
+            return RingAttention.apply(q_BHTC, torch.stack((k_BKTC, v_BKTC)), sinks_H, shard.group, fused)
+
+        return ring_attend
     for end in shard.ends(config.model.block_size):
         causal_bias(config.model.block_size // (2 * shard.ranks), end)
     attend = attention.attend
