@@ -17,7 +17,7 @@ UNCHANGED = hashlib.sha256(b"").hexdigest()
 
 
 def chosen(words: str, known: Sequence[str]) -> list[str]:
-    """The names in ``words`` (NAME,NAME), all of the ``known`` ones where it is empty; ends the program at others."""
+    """Return the names in ``words`` (NAME,NAME), or all ``known`` names if it is empty. Exits at an unknown name."""
     names = words.split(",") if words else list(known)
     if strangers := [name for name in names if name not in known]:
         sys.exit(
@@ -27,12 +27,12 @@ def chosen(words: str, known: Sequence[str]) -> list[str]:
 
 
 def cores() -> str:
-    """How many cores of which processor this process may run on, in words."""
+    """Return a text with the number and the model of the cores on which this process may run."""
     return f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}"
 
 
 def stamp(machine: str) -> str:
-    """Date, versions, ``machine`` in words, and commit."""
+    """Return a line with the date, versions, the text ``machine``, and the commit."""
     known = software()
     versions = ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "deepspeed") if name in known)
     state = code_state()
@@ -41,11 +41,11 @@ def stamp(machine: str) -> str:
 
 
 def keep(script: Path, title: str, document: str | None, text: str, words: str = "--write") -> None:
-    """Write the page of a script beside it: its ``title``, how it was made, what it shows, and the result.
+    """Write the page of a script beside the script: ``title``, the command, what the page shows, and the result
+    ``text``.
 
-    ``words`` are the options that it was called with.
-
-    What it shows is the paragraph of its docstring (``document``) after the commands.
+    ``words`` are the options of the command. What the page shows is the paragraph after the commands in the script's
+    docstring, ``document``.
     """
     about = (document or "").split("\n\n")[2].strip()
     page = f"# {title}\n\n`python -m benchmarks.{script.parent.name}.{script.stem} {words}`.\n\n{about}\n\n{text}"
@@ -53,7 +53,10 @@ def keep(script: Path, title: str, document: str | None, text: str, words: str =
 
 
 def keep_parts(script: Path, title: str, document: str | None, parts: Mapping[str, str]) -> None:
-    """Write the page of a script as ``keep`` does. Of each heading in ``parts``, the text is replaced; others stay."""
+    """Write the page of a script as ``keep`` does.
+
+    ``parts`` is heading -> text. Text under other headings of the page stays.
+    """
     page = script.with_suffix(".md")
     older = (page.read_text() if page.is_file() else "").split("\n## ")[1:]
     texts = {head: text.strip() for head, _, text in (part.partition("\n") for part in older)} | dict(parts)
@@ -63,8 +66,8 @@ def keep_parts(script: Path, title: str, document: str | None, parts: Mapping[st
 def merged(script: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table of ``rows`` and of the older rows that the page of a script has.
 
-    A row takes the place of the one with the same first cell; those that are new come last. A page under other titles
-    gives none.
+    A new row replaces the older row with the same first cell; other new rows come last. The page gives no older rows if
+    its table has other titles.
     """
     page = script.with_suffix(".md")
     lines = page.read_text().splitlines() if page.is_file() else []

@@ -61,9 +61,10 @@ SHOWING = ("help", "hydra_help", "cfg", "info", "shell_completion", "run")
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
-    """Return Hydra's flags with their values as words, and what Hydra's own parser reads in all arguments.
+    """Split the arguments of a command into Hydra's flags and the overrides.
 
-    Hydra's parser accepts no flag between overrides, and its refusals are long.
+    Return the words that are flags or values of flags, and the result of Hydra's parser for all arguments. The parser
+    is called here because Hydra itself accepts no flag between overrides, and refuses with long messages.
 
     Raises:
         ConfigError: Hydra does not have a flag, a flag lacks its value, or a flag does not fit -m.

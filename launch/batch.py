@@ -180,7 +180,7 @@ def run_task(composed: DictConfig) -> None:
 
 
 def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
-    """Wait until the head node's task has written ``plan.json``, which it writes last, at most ``timeout_s`` seconds.
+    """Wait at most ``timeout_s`` seconds until the head node's task has written ``plan.json``, its last file.
 
     Raises:
         ConfigError: there is no plan in time, because the task refused or the nodes do not share the folder.

@@ -44,7 +44,7 @@ from launch.workload import (
 
 PLACEHOLDER = re.compile(r"%\{(\w+)\}")
 IN_RUN = "%{run_dir}"
-"""Start of a path within the run folder, which is known when ranks start."""
+"""Start of a path within the run folder. The run folder is known only when ranks start."""
 REFERENCE = re.compile(r"(?<!\\)\$\{(\w+)\}")
 
 
@@ -134,7 +134,10 @@ def require_known(key: str, value: Any, keys: Collection[str]) -> None:
 
 
 def keep_values(value: Any) -> Any:
-    """Return ``value`` with ``${NAME}`` of ``RANK_VALUES`` as ``%{NAME}``, which ``fill`` replaces when ranks start."""
+    """Return ``value`` with each ``${NAME}`` whose NAME is in ``RANK_VALUES`` written as ``%{NAME}``.
+
+    ``fill`` replaces ``%{NAME}`` by its value when ranks start.
+    """
     if isinstance(value, str):
         return re.sub(r"(?<!\\)\$\{(" + "|".join(RANK_VALUES) + r")\}", r"%{\1}", value)
     if isinstance(value, list):
@@ -485,7 +488,7 @@ class ScriptWorkload(Workload):
         resumes = attempt > 1 and ("newest" not in values or values["newest"] is not None)
         args = self._args(config, place(script.path) if script.path else None, resumes=resumes)
         hidden = [word for key, value in script.env.items() if value is None for word in ("-u", key)]
-        if hidden:  # Set by env(1), because torch elastic sets RANK and the like last.
+        if hidden:  # env(1) removes these variables last, after torch elastic has set RANK and the like.
             args = ["env", *hidden, *args]
         if workdir.is_relative_to(folder.path):
             workdir.mkdir(parents=True, exist_ok=True)
@@ -509,7 +512,7 @@ class ScriptWorkload(Workload):
         )
 
     def code(self, config: ScriptConfig) -> CodeTree:
-        """Return the files of the program's repository, or of its folder without git."""
+        """Return the files of the program's git repository, or of the program's folder if it is in no repository."""
         script = config.script
         start = Path(script.path).parent if script.path is not None else Path(script.workdir or ".")
         found = git(start, "rev-parse", "--show-toplevel")

@@ -30,7 +30,8 @@ from tests.support.learning import MODELS, save, start, step
 TOLERANCE = 1e-5
 RANKS = 4
 AT_ONCE = 8
-"""Runs of one process: the groups of each keep threads awake, and later ones get slower and slower."""
+"""Number of runs that one process makes. The process groups of each run keep threads awake, so later runs become
+slower."""
 LAYOUTS = {
     "ddp": "parallel=ddp",
     "zero1": "parallel=zero1",
@@ -59,7 +60,8 @@ SIZE = ("model.n_layer=4", "optim.max_micro_batch=2")
 
 @dataclass(frozen=True)
 class Table:
-    """A model, how it is saved on four ranks, and on which other numbers of ranks it goes on as well."""
+    """A model, the layouts that save and resume it on four ranks, and layouts on other numbers of ranks that resume it,
+    too."""
 
     model: str
     layouts: Sequence[str]
@@ -89,7 +91,10 @@ TABLES = (
 
 
 def losses(rank: int, size: int, folder: Path, model: str, layouts: Sequence[str], saves: bool) -> list[list[float]]:
-    """Of two steps under each layout: the first two, which are followed by a checkpoint, are not among them."""
+    """Return the losses of two steps under each layout.
+
+    If ``saves`` is True, two earlier steps and a checkpoint come before these steps; otherwise a run resumes from it.
+    """
     found = []
     for name in layouts:
         run = start(rank, size, folder, *SIZE, *(MODELS | OPTIONS)[model], *LAYOUTS[name].split())
@@ -103,7 +108,7 @@ def losses(rank: int, size: int, folder: Path, model: str, layouts: Sequence[str
 
 
 def row(name: str, table: Table, folder: Path) -> list[str]:
-    """The cells of a row."""
+    """Return the cells of the row of layout ``name``."""
     cells: dict[tuple[str, int], str] = {}
     try:
         to_come = run_distributed(losses, RANKS, folder, table.model, [name], True, timeout_s=600)[0][0]
@@ -118,7 +123,7 @@ def row(name: str, table: Table, folder: Path) -> list[str]:
 
 
 def shown(found: Sequence[float], expected: Sequence[float]) -> str:
-    """The largest relative difference, in bold where it is too much."""
+    """Return the largest relative difference as text, in bold if it exceeds ``TOLERANCE``."""
     error = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
     if error == 0:
         return "="
@@ -126,7 +131,7 @@ def shown(found: Sequence[float], expected: Sequence[float]) -> str:
 
 
 def lines_of(table: Table, names: Sequence[str]) -> list[str]:
-    """The table in Markdown."""
+    """Return the lines of a table in Markdown, with the rows ``names``."""
     heads = [name if ranks == RANKS else f"{name}, {ranks}" for name, ranks in table.columns]
     lines = [f"| {table.model} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     with tempfile.TemporaryDirectory() as place:
@@ -138,7 +143,7 @@ def lines_of(table: Table, names: Sequence[str]) -> list[str]:
 
 
 def main() -> int:
-    """Exit status: 0, or 1 where a checkpoint does not go on as it should."""
+    """Print the tables. Return the exit status, 1 if a run fails or a difference is too large."""
     parser = argparse.ArgumentParser(description="Checkpoints between layouts.")
     parser.add_argument("--only", default="", metavar="ROW,ROW", help="names of layouts; default: all")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/equivalence/crossings.md")

@@ -57,7 +57,7 @@ OPTIONS = {
         *f"data=text data.path={argparse.__file__} data.max_bytes=null data.stream=true eval.sequences=7".split(),
     ],
 }
-"""Models of the third table, beside which a run of one process has the same option."""
+"""Column of the third table -> overrides of its runs, and of the run of one process that they are compared with."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,19 @@ EXECUTIONS = ("recompute=selective", "recompute=full", "compile=default", "compi
 
 @dataclass(frozen=True)
 class Row:
-    """A topology, and on how many ranks it is tried."""
+    """A topology, and the numbers of ranks on which it is tried."""
 
     name: str
     words: str
     ranks: tuple[int, ...] = (2, 4)
     executed: bool = False
-    """Whether it is in the other tables too, on the least of its numbers of ranks."""
+    """True if the row is also in the other tables, there only on the smallest of its numbers of ranks."""
 
 
 Line = tuple[Row, int, list[Column]]
-"""Of a table: a topology, its ranks, and what is tried."""
+"""Line of a table: a topology, its number of ranks, and the models and ways to train that are tried."""
 Cell = dict[str, Any] | str
-"""Result of a run, or why there is none."""
+"""Result of a run, or the reason why there is no result."""
 
 
 ROWS = (
@@ -152,7 +152,7 @@ ROWS = (
 
 
 def cell(rank: int, size: int, folder: Path, words: str, column: Column) -> Cell:
-    """Result of one run on rank 0, or why there is none."""
+    """Return the result of one run, on rank 0, or the reason why the config is refused."""
     case = Case(f"{words} {column.words}", column.model, column.accumulation)
     try:
         with in_fp32(column.model == "Muon"):
@@ -166,7 +166,7 @@ def cell(rank: int, size: int, folder: Path, words: str, column: Column) -> Cell
 
 @contextmanager
 def in_fp32(is_muon: bool) -> Iterator[None]:
-    """Let Muon keep fp32 where it rounds to bf16. Nothing else of a run in fp32 rounds to bf16."""
+    """Let Muon compute in fp32 instead of bf16. Nothing else in a run in fp32 uses bf16."""
     with ExitStack() as stack:
         if is_muon:
             stack.enter_context(patch.object(torch, "bfloat16", torch.float32))
@@ -175,12 +175,12 @@ def in_fp32(is_muon: bool) -> Iterator[None]:
 
 
 def cells(rank: int, size: int, folder: Path, words: str, columns: Sequence[Column]) -> list[Cell]:
-    """The cells of a topology, on this rank."""
+    """Return this rank's cells of a topology."""
     return [cell(rank, size, folder / str(place), words, column) for place, column in enumerate(columns)]
 
 
 def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    """The largest relative error of losses, norms, gradients and weights."""
+    """Return the largest relative error of losses, norms, gradients and weights."""
     errors = [
         abs(a - b) / abs(b) for what in ("losses", "norms") for a, b in zip(found[what], expected[what], strict=True)
     ]
@@ -192,7 +192,7 @@ def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def table(lines: Sequence[Line], heads: Sequence[str], alone: dict[str, dict[str, Any]]) -> tuple[list[str], bool]:
-    """The lines of a table and its footnotes, and whether every cell holds or says why not."""
+    """Return the lines of a table with its footnotes, and True if no error is too large and no run failed."""
     text = [f"| topology | ranks | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     notes: dict[str, int] = {}
     good = True
@@ -215,7 +215,7 @@ def table(lines: Sequence[Line], heads: Sequence[str], alone: dict[str, dict[str
 
 
 def measured(row: Row, size: int, folder: Path, columns: Sequence[Column]) -> list[Cell]:
-    """The cells of a row on ``size`` ranks; all of them failed where one rank did."""
+    """Return the cells of a row on ``size`` ranks. If one rank fails, all cells say so."""
     try:
         found: list[Cell] = run_distributed(cells, size, folder, row.words, columns, timeout_s=1800)[0]
     except RankFailedError as failure:
@@ -229,7 +229,7 @@ HEADINGS = {"models": "Models", "execution": "Compiled and recomputed", "options
 
 
 def tables(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, str], bool]:
-    """The tables with these names, by their headings, with some rows; and whether they hold."""
+    """Return heading -> text of the tables in ``names`` with ``rows``, and True if no cell of them fails."""
     columns = [Column(name, name, 1) for name in MODELS_ALONE]
     with tempfile.TemporaryDirectory() as place:
         found = run_distributed(cells, 1, Path(place) / "alone" / "runs", "parallel=ddp", columns, timeout_s=600)[0]
@@ -250,12 +250,12 @@ def tables(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, str], b
 
 
 def model_of(row: Row) -> str:
-    """The model that is compiled or computed again: of experts where the row deals them out."""
+    """Return the model for compilation and recomputation: one with experts if the row distributes experts."""
     return "experts" if "parallel.ep=" in row.words else "untied, GQA"
 
 
 def main() -> int:
-    """Exit status: 0, or 1 where a cell does not hold."""
+    """Print the tables. Return the exit status, 1 if a cell fails."""
     parser = argparse.ArgumentParser(description="The equivalence matrix.")
     parser.add_argument("--only", default="", metavar="ROW,ROW", help="names of topologies; default: all")
     parser.add_argument("--tables", default="", metavar="TABLE", help=f"some of {', '.join(HEADINGS)}; default: all")

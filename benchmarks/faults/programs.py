@@ -44,12 +44,12 @@ END_S = 1200.0
 
 
 def nanogpt_text(code: Path, _data: Path) -> None:
-    """Write the text that nanoGPT prepares by characters: words of made-up letters, of a seed."""
+    """Write the text that nanoGPT prepares by characters: random words, from a fixed seed."""
     words(code / "data" / "shakespeare_char" / "input.txt")
 
 
 def words(path: Path, count: int = 40_000) -> None:
-    """Write a text of ``count`` words, of a seed."""
+    """Write a text of ``count`` random words, from a fixed seed."""
     draw = random.Random(0)
     letters = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(500)]
     path.write_text("\n".join(" ".join(draw.choices(letters, k=12)) for _ in range(count // 12)))
@@ -71,7 +71,7 @@ def images(_code: Path, data: Path) -> None:
 
 
 def llama2c_tokens(code: Path, _data: Path) -> None:
-    """Write shards of tokens, of a seed, where llama2.c looks for those of a vocabulary of 512."""
+    """Write shards of random tokens, from a fixed seed, where llama2.c looks for tokens of a vocabulary of 512."""
     folder = code / "data" / "tok512"
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def llama2c_tokens(code: Path, _data: Path) -> None:
 
 
 def litgpt_text(_code: Path, data: Path) -> None:
-    """Write a text, and a tokenizer of its bytes."""
+    """Write texts, and a byte-level BPE tokenizer that is trained on the first text."""
     from tokenizers import ByteLevelBPETokenizer
 
     for name in ("text", "tokenizer"):
@@ -95,7 +95,8 @@ def litgpt_text(_code: Path, data: Path) -> None:
 
 
 def digits(_code: Path, data: Path) -> None:
-    """Write files of MNIST's format with images of noise, of a seed: 2,048 to train on and 256 to validate on."""
+    """Write files of MNIST's format with images of noise from a fixed seed: 2,048 to train on and 256 to validate
+    on."""
     folder = data / "MNIST" / "raw"
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
@@ -109,7 +110,8 @@ def digits(_code: Path, data: Path) -> None:
 
 
 def torchtune_files(_code: Path, data: Path) -> None:
-    """Write sentences, a tokenizer of them, a model of two layers, and a recipe's config."""
+    """Write lines of text, a SentencePiece tokenizer that is trained on them, a model of two layers, and a recipe's
+    config."""
     import sentencepiece
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -169,7 +171,7 @@ class Trial:
         """Run the program undisturbed and preempted, and return its row of the table.
 
         Raises:
-            AssertionError: the checkout is another or was changed, or a run does not finish or resume.
+            AssertionError: the checkout is of another commit or was changed, or a run does not finish or resume.
         """
         commit = self._git("rev-parse", "HEAD")
         assert commit.startswith(self.about["commit"]), f"a checkout of {commit}, not of {self.about['commit']}"
@@ -222,7 +224,7 @@ class Trial:
 
 
 def main() -> int:
-    """Exit status 1 if a program fails."""
+    """Run the chosen programs, and print the outcome of each. Returns the exit status, 1 if a program fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkouts", type=Path, help="folder of the checkouts")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the packages of the programs")

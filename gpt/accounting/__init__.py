@@ -420,8 +420,8 @@ def forward_flops(model: ModelConfig, sequences: int) -> Flops:
 def attention_pairs(model: ModelConfig) -> int:
     """Return the number of pairs of query and key that all layers compute for one sequence without skipping a mask.
 
-    T x T for all tokens. For a window of W tokens W x W of the first block of queries, W x 2W of each further one, and
-    less of the rest. In both cases about half of the pairs are visible.
+    Without a window these are T x T. With a window of W tokens they are W x W for the first block of queries, W x 2W
+    for each further block, and fewer for a shorter last block. In both cases about half of the pairs are visible.
     """
     time = model.block_size
     window = min(time, model.window or time)

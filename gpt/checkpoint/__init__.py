@@ -135,7 +135,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         DamagedError: the manifest is missing, or some byte differs from the saved one.
-        RuntimeError: it is sound, but of another version of this program.
+        RuntimeError: the manifest is undamaged, but of another version of this program.
     """
     try:
         raw = (folder / NAME).read_bytes()
@@ -149,7 +149,7 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
 
     Raises:
         DamagedError: some byte differs from the saved one.
-        RuntimeError: it is sound, but of another version of this program.
+        RuntimeError: the manifest is undamaged, but of another version of this program.
     """
     try:
         value = json.loads(raw)
@@ -305,7 +305,8 @@ def begin_temporary(folder: Path, what: str, step: int) -> Path:
 
 
 def commit(temporary: Path, step: int) -> Path:
-    """Rename a finished folder, manifest included, to its final name, which is the commit; return the new path."""
+    """Commit a finished save: rename its folder, which includes the manifest, to its final name. Return the new
+    path."""
     final = final_for(temporary.parent, step)
     temporary.rename(final)
     try:

@@ -62,7 +62,7 @@ class InFlight:
     """Called on rank 0 just before the commit; False commits nothing. None for a save to memory."""
     started: float
     part: RankPart | StagedPart | None
-    """None if this rank's part could not be collected, so that each try fails."""
+    """This rank's part of the state. None if the part could not be collected; each try of the save then fails."""
     failure: str | None
     """Reason why ``part`` is None."""
     to: Path | MemorySave

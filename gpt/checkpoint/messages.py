@@ -143,10 +143,12 @@ def name_of(value: Any) -> str:
 
 
 def find_class(name: str, is_right: Callable[[type], bool]) -> Any:
-    """Find a dataclass or an enum of this project by its name.
+    """Find a class of this project by its name, ``module:class``.
+
+    ``is_right`` returns True for a class of the wanted kind: a dataclass, or an enum.
 
     Raises:
-        ValueError: this project has no such class.
+        ValueError: this project has no class of this name and kind.
     """
     module, _, own = name.partition(":")
     if module.split(".")[0] in PACKAGES:

@@ -65,7 +65,7 @@ class Target:
         return [step for step in self._begun() if self.fs.exists(self._file(step, NAME))]
 
     def manifest(self, step: int) -> Manifest:
-        """Read the manifest of a copy.
+        """Read the manifest of the copy of the checkpoint of ``step``.
 
         Raises:
             DamagedError: some byte differs from the saved one, or the manifest is of another step.

@@ -26,7 +26,7 @@ FIRST_RETRY_S = 5.0
 """Seconds from the first failed copy to the next try; each later wait is twice as long."""
 LONGEST_RETRY_S = 300.0
 LAST_TRIES = 3
-"""Failures in a row after which the last copy is given up, once training has ended."""
+"""Number of failed tries in a row, after the end of training, at which the copy of the last checkpoint is given up."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Upkeep:
         self._thread.start()
 
     def add(self, committed: int | None, back_to: int | None) -> None:
-        """Request the work on the step ``committed``, or the deletion of copies after the step ``back_to``."""
+        """Request the upkeep of the checkpoint of the step ``committed``, or the deletion of copies of steps after
+        ``back_to``."""
         if committed is not None:
             # Deletion waits until a new checkpoint is known to be whole. If the reading is behind, the checkpoints
             # that are never read must not fill the disk.

@@ -136,7 +136,8 @@ def tend_saved(
 NICENESS = 10
 """Niceness of the writer process: it gets the CPU time that the ranks do not use."""
 CLOSING_S = 10.0
-"""Longest wait, in seconds, for upkeep when training ends; the next start of the run does the rest."""
+"""Longest wait, in seconds, at the end of training for the upkeep of checkpoints (``gpt.checkpoint.upkeep``). The next
+start of the run does the upkeep that is left."""
 BEAT_S = 1.0
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that the writer process ignores: they request a rank to save and stop, and the save needs the writer."""
@@ -171,7 +172,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.patience_s = CLOSING_S
-        """Longest wait of ``close`` for the upkeep, in seconds."""
+        """Longest wait of ``close``, in seconds, for submitted jobs and for the upkeep of checkpoints."""
         self.beat: Callable[[], None] = lambda: None
         """Called about once a second while ``close`` waits."""
         self._state = WriterState()

@@ -243,8 +243,8 @@ class TrainConfig(RunConfig):
     """Folder under output_dir for the points of one sweep."""
     init_from: Optional[str] = None
     """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), an
-    adapter of peft (LoRA), or the folder of another run. hf:FOLDER accepts the first two only. The newest checkpoint of
-    another run is loaded. Both models must be the same. Without effect if the run already has a checkpoint."""
+    adapter of peft (LoRA), or the folder of another run, whose newest checkpoint is loaded. hf:FOLDER accepts no folder
+    of a run. Both models must be the same. Without effect if the run already has a checkpoint."""
     seed: int = 1337
     """Seed of the initial weights, of dropout and of the order of the data."""
     device: Device = Device.auto

@@ -121,7 +121,7 @@ class DataConfig:
     files (tokens: a prepared folder, a .bin, a Megatron prefix, or a pattern of shards)."""
     val_path: Optional[str] = None
     """Separate validation files, of the same kind as ``path`` (text, files, tokens); training then uses all of
-    ``path``. null keeps ``val_fraction`` of a text for validation, and of tokens uses val.bin next to train.bin, or
+    ``path``. null keeps ``val_fraction`` of a text for validation. For tokens, null means val.bin next to train.bin, or
     else the end of the files."""
     sources: list[WeightedPath] = field(default_factory=list)
     """source=tokens only: several paths with weights, instead of ``path``."""
@@ -156,8 +156,8 @@ class DataConfig:
     token_dtype: Optional[TokenDtype] = None
     """source=tokens only: width of tokens in files without a header; null means uint16, as nanoGPT writes them."""
     stream: bool = False
-    """Training makes the tokens itself while it reads the text, without ``gpt.prepare``; not of synthetic and tokens.
-    Every rank reads and tokenizes all of the text."""
+    """Training makes the tokens itself while it reads the text, without ``gpt.prepare``. Not possible with the sources
+    synthetic and tokens. Every rank reads and tokenizes all of the text."""
     shuffle_buffer: int = 1024
     """stream=true only: number of consecutive sequences that are shuffled together, 1 to 1,000,000; 1 keeps the order.
     Each rank keeps twice as many in memory."""
@@ -310,7 +310,7 @@ NEEDED = (
     (Source.files, "path", "a pattern of files", "'data.path=FOLDER/*.jsonl'"),
     (Source.dataset, "dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"),
 )
-"""Source, a key without which it cannot be read, and the rest of the error."""
+"""Each row: a source, a key that it requires, and ``expected`` and ``fix`` of the ConfigError without this key."""
 SOURCES_OF_KEY: dict[str, tuple[tuple[Source, ...], str, str]] = {
     "path": (
         (Source.text, Source.shakespeare, Source.files, Source.tokens),
@@ -325,4 +325,4 @@ SOURCES_OF_KEY: dict[str, tuple[tuple[Source, ...], str, str]] = {
     "revision": ((Source.dataset,), "a dataset of the hub, which alone has revisions", "data.revision=null"),
     "sources": ((Source.tokens,), "data=tokens, which mixes prepared corpora", "data=tokens"),
 }
-"""Key -> the sources that read it, and the rest of the error with another source."""
+"""Key -> the sources that read the key, and ``expected`` and ``fix`` of the ConfigError with another source."""

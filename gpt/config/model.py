@@ -46,8 +46,9 @@ class RopeScaling(Enum):
     ``linear`` divides all frequencies by the factor (arXiv 2306.15595). ``ntk`` raises the base: the slowest frequency
     is divided by the factor and the fastest stays (NTK-aware; arXiv 2309.00071, section 3.1). ``llama3`` divides the
     slow frequencies, keeps the fast ones, and blends the frequencies between (Llama 3.1's code,
-    https://github.com/meta-llama/llama-models). ``yarn`` blends in the number of the frequency, from 32 turns in the
-    original length to 1, and makes queries and keys longer by 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4).
+    https://github.com/meta-llama/llama-models). ``yarn`` keeps frequencies of more than 32 turns in the original
+    length, divides those of less than one turn, and blends those between linearly in their number. It also multiplies
+    queries and keys by 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4).
     """
 
     none = "none"
@@ -170,10 +171,10 @@ class ModelConfig:
     """Width of the latent that the keys and values of all heads are computed from, and that a cache keeps (multi-head
     latent attention, arXiv 2405.04434, section 2.1); null means no latent."""
     q_lora_rank: Optional[int] = None
-    """kv_lora_rank: width of a latent that the queries are computed from; null means none."""
+    """With kv_lora_rank: width of a latent that the queries are computed from; null means no such latent."""
     rope_head_width: Optional[int] = None
-    """kv_lora_rank: width of the part of each head that is rotated; all heads share this part of the keys. Below
-    head_width, which includes it. Values have the width of the rest."""
+    """With kv_lora_rank: width of the part of each head that is rotated. All heads share this part of the keys. It is
+    smaller than head_width, which includes it. Values have the remaining width."""
     norm: Union[Norm, str] = Norm.layernorm
     """Name of a built-in norm. Or, as for position, ffn and attention, a class of your own: ``package.module:Class``,
     or an entry point of the group ``gpt.norm`` (``gpt.position``, and so on). See docs/components.md."""
@@ -197,8 +198,8 @@ class ModelConfig:
     """Every layer whose number, from 1, is a multiple of this attends to all tokens; window other than null only. null
     means none (Mistral); 6 makes five local layers for each global one (Gemma 3)."""
     rope_base_local: Optional[float] = None
-    """Base of the rotary frequencies in the layers with a window, which rope_scaling then leaves as they are; null
-    means those of the other layers."""
+    """Base of the rotary frequencies in the layers with a window. rope_scaling then does not change these frequencies.
+    null means the frequencies of the other layers."""
     attention_softcap: Optional[float] = None
     """Bound *c* of attention's scores *s*, which become c tanh(s / c) (Gemma 2, arXiv 2408.00118, section 2);
     attention=manual only, since torch's fused kernels have no such operation. null means no bound."""

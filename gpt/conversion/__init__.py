@@ -38,7 +38,8 @@ NOT_LEARNED = frozenset(
         *("attention", "expert_matmul", "vocab_multiple", "lora"),
     ]
 )
-"""Fields of ModelConfig that a trained model does not depend on: initial values, training and kernels."""
+"""Fields of ModelConfig that do not affect a trained model's output: names, settings of training, padding, and choices
+of kernels."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Keys of config.json that all models with rope_scaling=llama3 share."""
 YARN: dict[str, list[Any]] = {
@@ -132,7 +133,7 @@ class StateDictAdapter:
     gain_offset: float = 0.0
     """Number that transformers adds to the stored gain of a norm: 1 in Gemma."""
     even_heads: bool = False
-    """True if the number of heads has to divide the width even with a head_dim."""
+    """True if the number of heads has to divide the width, even if config.json has a head_dim."""
     requires_bias: bool = False
     """True if every layer needs a bias. Layers without one are then written with a bias of zeros."""
 
@@ -141,7 +142,7 @@ class StateDictAdapter:
         return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        """Return a model as keys of config.json. They have no place for parts that the architecture lacks."""
+        """Return the keys of config.json for a model. Parts that the architecture lacks have no key."""
         config = self.equivalent(config)
         fields = {**vars(config), **architecture_fields(config)}
         written = {key: fields[field] for field, (key, *_) in self.keys.items()}
@@ -150,8 +151,11 @@ class StateDictAdapter:
         return written | dict.fromkeys(self.dropout, config.dropout) | PARTS[self.name][0](config)
 
     def equivalent(self, config: ModelConfig) -> ModelConfig:
-        """Return the model of the architecture that computes the same as ``config``: with biases of zeros, or with
-        another base of the rotary frequencies in place of NTK-aware scaling."""
+        """Return a config that the architecture can express, and whose model computes the same as that of ``config``.
+
+        An architecture that requires biases gets biases of zero. NTK-aware scaling becomes another base of the rotary
+        frequencies.
+        """
         if self.requires_bias:
             norm = Norm.layernorm if config.norm is Norm.layernorm_nobias else config.norm
             return dataclasses.replace(config, bias=True, norm=norm)
@@ -179,7 +183,7 @@ class StateDictAdapter:
 
     def rules(self, config: ModelConfig) -> list[Rule]:
         """Return the rules of a model's tensors, with a bias in every possible layer if the architecture requires
-        it. Adapters (LoRA) are no part of them."""
+        it. Adapters (LoRA) have no rules here."""
         config = dataclasses.replace(self.equivalent(config), lora=LoraConfig())
         blocks = [f"blocks.{layer}.{name}" for layer in range(config.n_layer) for name in block_shapes(config)]
         found: dict[tuple[str, ...], list[str]] = {}
@@ -235,7 +239,7 @@ class StateDictAdapter:
         return (f"{prefix}{self.names[module]}.{kind}",)
 
     def list_misfits(self, config: ModelConfig) -> list[str]:
-        """Return the settings that do not come back from a config.json of the architecture, as ``key=value``."""
+        """Return the settings that a config.json of the architecture cannot store, as ``key=value``."""
         asked = architecture_fields(self.equivalent(config))
         kept = architecture_fields(self.read_config({"model_type": self.name, **self.write_config(config)}))
         odd = ["n_head"] if self.even_heads and config.n_embd % config.n_head else []
@@ -265,7 +269,7 @@ def no_parts(*_: Any) -> dict[str, Any]:
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """Return the further keys of config.json for a Llama model."""
+    """Return the keys of a Llama's config.json that architectures.yaml does not list."""
     biases = {"attention_bias": config.bias, "mlp_bias": config.bias}
     return write_rope(config) | biases
 
@@ -319,12 +323,12 @@ def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
 
 
 def write_plain(config: ModelConfig) -> dict[str, Any]:
-    """Return the further keys of config.json for an architecture without biases: Mistral, Phi-3 and Qwen3."""
+    """Return the keys of config.json that architectures.yaml does not list, for Mistral, Phi-3 and Qwen3: no biases."""
     return {key: value for key, value in write_llama(config).items() if not key.endswith("_bias")}
 
 
 def write_phi3(config: ModelConfig) -> dict[str, Any]:
-    """Return the further keys of config.json for a Phi-3 model, which has no scaling but longrope."""
+    """Return the keys of a Phi-3's config.json that architectures.yaml does not list. Its only scaling is longrope."""
     return write_plain(config) | {"rope_scaling": None}
 
 
@@ -336,7 +340,7 @@ def read_phi3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
-    """Return the further keys of config.json for a Mixtral model."""
+    """Return the keys of a Mixtral's config.json that architectures.yaml does not list."""
     experts = {"router_aux_loss_coef": config.balance_weight, "output_router_logits": False}
     return write_plain(config) | experts
 
@@ -353,7 +357,7 @@ def read_qwen3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_deepseek(config: ModelConfig) -> dict[str, Any]:
-    """Return the further keys of config.json for a DeepSeek V3 without experts."""
+    """Return the keys of a DeepSeek V3's config.json that architectures.yaml does not list. It has no experts."""
     widths = dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), config.value_width)
     return write_plain(config) | widths | {"first_k_dense_replace": config.n_layer, "num_nextn_predict_layers": 0}
 
@@ -363,7 +367,7 @@ def read_deepseek(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     plain, layers = hf.get("qk_nope_head_dim", 128), fields["n_layer"]
     dense = min(hf.get("first_k_dense_replace") or 0, layers)
     refuse_others({**hf, "first_k_dense_replace": dense}, {"first_k_dense_replace": [layers], "v_head_dim": [plain]})
-    # The norms of latents have this constant, whatever that of the other norms is.
+    # The norms of latents have this eps, whatever eps the other norms have.
     return read_llama(hf, fields) | {"head_width": plain + fields["rope_head_width"], "norm_eps": 1e-6}
 
 
@@ -376,7 +380,7 @@ def layer_kinds(config: ModelConfig) -> list[str]:
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
-    """Return the further keys of config.json for a Gemma 2, or for a Gemma 3 of text."""
+    """Return the keys of config.json that architectures.yaml does not list, for a Gemma 2 or a Gemma 3 of text."""
     base = 1e4 if config.rope_base_local is None else config.rope_base_local
     kinds = {"layer_types": layer_kinds(config), "query_pre_attn_scalar": config.head_dim}
     return write_plain(config) | kinds | ({"rope_local_base_freq": base} if config.qk_norm else {})

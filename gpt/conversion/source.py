@@ -36,9 +36,9 @@ PEFT_ONLY: dict[str, Any] = {
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "kasa_config"), None),
     **dict.fromkeys(("target_parameters", "arrow_config", "monteclora_config", "velora_config"), None),
 }
-"""Key of adapter_config.json -> the value that is supported here; a missing key, or an empty value, has it, too."""
+"""Key of adapter_config.json -> the only supported value. A missing key or an empty value counts as this value."""
 MERGE = "merge_and_unload().save_pretrained(FOLDER) of the model in peft, and init_from=hf:FOLDER"
-"""What to do with an adapter that is not like those here."""
+"""What to do with an adapter that has settings which are not supported here."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -191,7 +191,7 @@ def inspect_adapter(folder: Path) -> WeightSource:
     """Inspect a folder of peft's adapter, whose base weights lie beside it, or where its config says.
 
     Raises:
-        ConfigError: there are no base weights, or the adapter is damaged or not like those here.
+        ConfigError: there are no base weights, or the adapter is damaged or has settings that are not supported here.
     """
     path, weights = folder / PEFT_CONFIG, folder / PEFT_WEIGHTS
     try:

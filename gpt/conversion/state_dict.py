@@ -123,7 +123,8 @@ def wrong_shapes_error(wrong: list[str]) -> ConfigError:
 
 
 def merge_adapters(state: State, lora: LoraConfig) -> State:
-    """Return a state without adapters, whose products are added to the weights beside them."""
+    """Return a state without adapters. The scaled product of each adapter's two matrices is added to the weight of its
+    layer."""
     merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
     for name in state:
         if name.endswith(".lora_a"):

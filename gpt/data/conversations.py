@@ -1,8 +1,9 @@
-"""Conversations as tokens, by the chat template of a tokenizer; the loss is on the assistant's answers.
+"""Conversations as tokens, by the chat template of a tokenizer. The loss counts only the assistant's answers.
 
     messages -> text and places of answers -> tokens with kinds, in sequences -> token files -> targets of the loss
 
-Imports no torch. The template is rendered in the sandbox of jinja2, with what transformers gives to a template.
+Imports no torch. The template is rendered in the sandbox of jinja2, with the variables, functions and filters that
+transformers gives to a template.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from launch.errors import ConfigError
 
 ROLES = ("system", "user", "assistant")
 SIGN = "\ufdd0"
-"""Sign before and after an answer in a rendered text. It is no character of Unicode, so no message contains it."""
+"""Sign before and after an answer in a rendered text. Unicode assigns no character to it, and messages that contain it
+are refused."""
 PADDING = NEW_DOCUMENT << KIND_BIT
-"""Token that fills a sequence, as a document of its own."""
+"""Token that fills the rest of a sequence: id 0, kind ``NEW_DOCUMENT``. Each such token is a document of its own."""
 Messages = list[dict[str, str]]
 Places = list[tuple[int, int]]
-"""The beginning and the end of each answer in a text, in characters."""
+"""Beginning and end of each answer in a text, as offsets in characters."""
 
 
 class GenerationBlock(Extension):
@@ -42,14 +44,14 @@ class GenerationBlock(Extension):
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[Node]:
-        """Return the nodes of the block, between two signs."""
+        """Return the nodes of the block between two nodes that write ``SIGN``."""
         next(parser.stream)
         sign = Output([TemplateData(SIGN)])
         return [sign, *parser.parse_statements(("name:endgeneration",), drop_needle=True), sign]
 
 
 def raise_exception(message: str) -> None:
-    """Refuse a conversation; templates call it."""
+    """Refuse a conversation. Templates call this function."""
     raise TemplateError(message)
 
 
@@ -68,7 +70,8 @@ class ChatTemplate:
         self._template = environment.from_string(self._chat["chat_template"])
 
     def render(self, messages: Messages) -> tuple[str, Places]:
-        """Return the text of messages without signs, and the places of answers that have signs around them."""
+        """Render messages. Return the text without ``SIGN``, and the places of the parts that had a ``SIGN`` on both
+        sides."""
         given = {**self._chat, "messages": messages, "tools": None, "add_generation_prompt": False}
         parts = self._template.render(given).split(SIGN)
         ends = [*accumulate(map(len, parts))]
@@ -77,8 +80,9 @@ class ChatTemplate:
     def find_answers(self, messages: Messages) -> tuple[str, Places]:
         """Return the text of a conversation, and the places of its answers.
 
-        Answers are in the template's blocks ``{% generation %}``. Without them, an answer is the content of an
-        assistant's message without whitespace before it, up to and including the special token that ends the turn.
+        Answers are in the template's blocks ``{% generation %}``. In a template without such blocks, an answer begins
+        with the content of an assistant's message, after leading whitespace. It ends with the special token that ends
+        the turn.
 
         Raises:
             ValueError: the template changes an answer, or writes no special token after it.
@@ -98,10 +102,11 @@ class ChatTemplate:
         return text, [(begin, end.end()) for begin, end in turns if end]
 
     def encode(self, where: str, messages: Messages) -> Ids:
-        """Return the tokens of a conversation with their kinds, (N,).
+        """Return the tokens of a conversation with their kinds in the bits from ``KIND_BIT`` on, (N,) uint32.
 
         Raises:
-            ConfigError: the messages are wrong, or the template refuses them. It names the row, ``where``.
+            ConfigError: the messages are wrong, or the template refuses them. The error names the row, which is at
+                ``where``.
         """
         try:
             for each in messages:
@@ -123,11 +128,14 @@ class ChatTemplate:
 def encode_conversations(
     pieces: Iterable[Piece], tokenizer: Tokenizer | None, length: int
 ) -> Iterator[tuple[int, Ids, int, int]]:
-    """Yield for each conversation: split, tokens with kinds, bytes of its row, and 1; 2 if it is cut at ``length``.
+    """Yield for each conversation its split, its tokens with kinds, the bytes of its row, and a number.
 
-    Padding keeps a conversation inside one sequence of ``length`` tokens. A sequence of padding is the last one, since
-    the target of the last token is in the next sequence. A conversation without an answer in its first ``length``
-    tokens is left out: no tokens, and 0.
+    The number is 1, or 2 if the conversation is cut at ``length`` tokens. It is 0 if these tokens have no answer: such
+    a conversation is left out, and its tokens are empty.
+
+    Sequences have ``length`` tokens. Padding comes before a conversation that does not fit into the rest of its
+    sequence. The last item of a split is padding, with 0 bytes and the number 0. It fills the last sequence and one
+    more, because the target of a sequence's last token is in the next sequence.
     """
     assert isinstance(tokenizer, HfTokenizer), "DataConfig.validate asks for it"
     with readable("the chat template beside data.tokenizer_path"):

@@ -1,4 +1,4 @@
-"""Corpus of a run: its description before tokens exist, the check that it fits the model, its tokens, and tasks.
+"""Corpus of a run: its description before tokens exist, its fit to the model, its tokens; and the tasks of lm-eval.
 
 Imports no torch and is quick, because the login node calls it before it submits.
 """
@@ -44,7 +44,7 @@ class Corpus:
     entropy: float | None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
     sequence: int = 1
-    """Tokens of the sequences that whole conversations fill; 1 for texts."""
+    """Number of tokens of the sequences that whole conversations fill, a divisor of ``block_size``; 1 for texts."""
 
     @property
     def train_tokens(self) -> int:
@@ -86,7 +86,8 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
     if tokens is not None:
         find_document_end(config, tokens)
         return describe_tokens(name, tokens)
-    # Training itself prepares a small corpus whose size is known here. Later a refusal would stop a started job.
+    # Training itself prepares a small corpus whose size is known here. Any other corpus is refused now, because a later
+    # refusal would stop a job that has started.
     known = spec.known_tokens() if spec is not None and spec.num_bytes <= FIRST_USE_BYTES else None
     if known is None:
         raise ConfigError(
@@ -116,7 +117,7 @@ def describe_tokens(name: str, tokens: Tokens) -> Corpus:
         sizes.append(source.vocab_size if source.vocab_size is not None else largest_id_seen(source) + 1)
     first = tokens.sources[0]  # all sources of a mixture have one tokenizer
     kind = first.tokenizer["kind"] if first.tokenizer is not None else "synthetic" if first.entropy else "unknown"
-    entropy = first.entropy if len(tokens.sources) == 1 else None  # the entropy of a mixture is no mean of its sources
+    entropy = first.entropy if len(tokens.sources) == 1 else None  # unknown for a mixture: not the mean of its sources
     sequence = math.lcm(*(source.conversation_tokens or 1 for source in tokens.sources))
     return Corpus(name, tuple(sources), str(kind), max(sizes), entropy, sequence)
 
@@ -179,9 +180,10 @@ def _val_samples(corpus: Corpus, block_size: int) -> int:
 
 
 def ensure_tokens(config: DataConfig, cache: Path, val_tokens: int = 0) -> Tokens:
-    """Open the tokens of the corpus. The first caller prepares a small corpus in ``cache`` if it is not there yet.
+    """Open the tokens of the corpus. The first caller prepares a small corpus in ``cache`` if the corpus is not there
+    yet.
 
-    Of a stream only ``val_tokens`` validation tokens are made.
+    Of a stream, only ``val_tokens`` validation tokens are prepared.
 
     Raises:
         ConfigError: the text is missing or changed during reading, the corpus must be prepared before training, or
@@ -223,7 +225,8 @@ def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
         shutil.copytree(tokens.tokenizer_folder, folder.tokenizer, dirs_exist_ok=True)
 
 
-# Tasks of lm-eval (``eval.tasks``, the extra ``eval``): whether it knows them, and the tasks with their documents.
+# Tasks of lm-eval (``eval.tasks``, the extra ``eval``): a check that lm-eval knows them, and the loaded tasks with
+# their documents.
 
 
 TEXTLESS = ("synthetic", "unknown", "char")
@@ -264,7 +267,7 @@ def load_tasks(tasks: Sequence[str]) -> Any:
     """Return lm-eval's tasks with their documents, which it may download.
 
     Raises:
-        ConfigError: a task cannot be loaded, or would run code that a model has written.
+        ConfigError: a task cannot be loaded, runs code that a model writes, or shows pictures to the model.
     """
     try:
         loaded = task_manager(tuple(tasks)).load(list(tasks))

@@ -131,7 +131,7 @@ class Samples:
         seed: seed of the order.
         vocab_size: all ids must be below this number; None checks nothing.
         document_end: id of the token that ends a document and predicts nothing: its target is ``NEXT_DOCUMENT``. None
-            if no token does so by its id.
+            if no id ends documents.
 
     Raises:
         ConfigError: the first file of a split is missing or truncated on this machine.
@@ -171,7 +171,7 @@ class Samples:
     def split_ids(self, ids_BT1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split ids (B, T + 1) into tokens and targets, both (B, T), on the same device.
 
-        A token of a conversation that is in no answer is no target: there is the negative of its kind in its place.
+        In conversations, only tokens of answers are targets. Other targets are replaced by the negative of their kind.
         """
         tokens_BT, targets_BT = ids_BT1[:, :-1].clone(), ids_BT1[:, 1:].clone()  # parts of one row would share memory
         if self._has_kinds:

@@ -256,7 +256,8 @@ class Stream:
         return [number, *self._places[number]]
 
     def restore(self, state: list[int]) -> None:
-        """Learn the place of a buffer from ``state``, so that reading can begin there. No text is read."""
+        """Take the place of a buffer from ``state``, a result of the method ``state``. Reading can then begin at this
+        place. No text is read."""
         number, *place = state
         self._places[number] = TextPlace(*place)
 

@@ -131,8 +131,8 @@ def prepare_folder(
 
 
 ROW_DTYPE = np.dtype([("split", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("ends", "<i8")])
-"""Record of a tokenized piece: its split, number of tokens, bytes of text, and 1 if a document ends with it; 2 if the
-document is a conversation that is cut there."""
+"""Record of a tokenized piece: its split, number of tokens and bytes of text. ``ends`` is 1 if a document ends with the
+piece, 2 if the document is a conversation that is cut there, else 0."""
 Rows = npt.NDArray[np.void]
 
 
@@ -208,7 +208,7 @@ def _load_once(folder: Path, about: bytes) -> Tokenizer:
 def _tokens(
     spec: PreprocessingSpec, shard: Shard, tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, npt.NDArray[Any], int, int]]:
-    """Yield the fields of the row of each piece, with its ids in place of their number."""
+    """Yield for each piece the fields of ``ROW_DTYPE``, with the token ids instead of their number."""
     if tokenizer is None:
         ids, known = walk(spec.config.synthetic, shard.number), spec.known_tokens()
         assert known is not None

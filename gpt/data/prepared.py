@@ -185,10 +185,10 @@ def glob_files(pattern: str) -> list[Path]:
 
 FORMAT = 2
 KIND_BIT = 28
-"""A token of a conversation has its kind in the bits from this one on, and its id below: 0 if it is in an answer."""
+"""Lowest bit of the kind of a conversation's token. The bits below are its id. Tokens of answers have kind 0."""
 NEW_DOCUMENT, CONTEXT = 1, 2
-"""Kinds of tokens that are no target: the first one of a conversation, and others outside of answers. The targets in
-their places are the negative kinds."""
+"""Kinds of tokens that are no targets: the first token of a conversation, and other tokens outside of answers. The
+target in the place of such a token is its negative kind, which the loss ignores."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "val")
@@ -253,7 +253,7 @@ class Tokens:
 
     @property
     def are_conversations(self) -> bool:
-        """True if the tokens have kinds. The sources of a mixture are alike, because their tokenizers are."""
+        """True if the tokens have kinds: those of all sources or of none, because all sources have one tokenizer."""
         return self.sources[0].conversation_tokens is not None
 
     @property
@@ -288,7 +288,7 @@ def find_document_end(config: DataConfig, tokens: Tokens | None) -> int | None:
     """Return the id of the token that ends a document; None without packing.
 
     ``tokens`` is None for a text that is tokenized at its first use; such a text has no token that ends a document.
-    Conversations need none: the kind of their first token is ``NEW_DOCUMENT``.
+    Conversations need no such token: the kind of their first token is ``NEW_DOCUMENT``.
 
     Raises:
         ConfigError: documents are packed, and no such token is known.

@@ -84,7 +84,7 @@ class Chain:
 
 @lru_cache(maxsize=4)
 def make_chain(vocab_size: int, successors: int = SUCCESSORS) -> Chain:
-    """Make the chain of a number of states and of successors of each."""
+    """Make a chain with ``vocab_size`` states, each of which has ``successors`` successors."""
     key = _uniform(0, vocab_size * vocab_size).reshape(vocab_size, vocab_size)
     # One successor of a state is the next state, so that every state is reachable from every other.
     key[np.arange(vocab_size), (np.arange(vocab_size) + 1) % vocab_size] = -1.0
@@ -243,8 +243,8 @@ def _split_files(
 
 @contextmanager
 def readable(where: object) -> Iterator[None]:
-    """Turn every failure to read ``where`` into a ConfigError: of a file, a library, the network or the user's
-    function."""
+    """Turn every failure to read ``where`` into a ConfigError, whether a file, a library, the network or the user's
+    function fails."""
     try:
         yield
     except ConfigError:
@@ -334,7 +334,7 @@ class Piece(NamedTuple):
 
     split: int
     data: bytes
-    """The text; of a conversation JSON, with the place of its row and its messages."""
+    """The text. For a conversation it is JSON, ``[place of the row, messages]``."""
     ends: bool
     """True if a document ends with the piece."""
 
@@ -446,7 +446,7 @@ def _read_jsonl(path: Path, part: TextPart, config: DataConfig) -> Iterator[str]
 
 
 def _text_of(row: Any, config: DataConfig, where: str) -> str:
-    """Return the text of a row; of a conversation the place of the row and the messages, as JSON."""
+    """Return the text of a row. For a conversation, return JSON: ``[where, messages]``."""
     text = row.get(config.text_key) if isinstance(row, dict) else None
     if not isinstance(text, str if config.conversation_tokens is None else list):
         raise missing_column_error(where, config, row if isinstance(row, dict) else ())

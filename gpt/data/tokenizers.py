@@ -157,7 +157,7 @@ class SentencePieceTokenizer:
 
 
 CHAT = "chat"
-"""Key beside those of a tokenizer.json, as ``read_with_chat`` adds it."""
+"""Key of the chat template and special tokens, which ``read_with_chat`` adds to the keys of a tokenizer.json."""
 
 
 class HfTokenizer:

@@ -274,7 +274,7 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float, figures: Seq
 
 
 LAYER_NORM = "grad_norm/"
-"""Prefix of a layer's name, in the column of its gradient norm."""
+"""Beginning of the name of a column with gradient norms; the name of the layer follows."""
 
 
 class StepsCsv:
@@ -361,8 +361,10 @@ together than one by one, because the code stays in the caches."""
 
 
 class MetricWriters:
-    """Writers of one rank's step records. Each record is completed, appended to the rank's file, and passed to the
-    views.
+    """Writers of one rank's step records.
+
+    Each record gets the utilization of the device, and is appended to the rank's file. On rank 0 it is also passed to
+    the views: copies in other formats, such as TensorBoard's.
 
     Args:
         folder: the run folder.

@@ -31,8 +31,8 @@ from gpt.model.layers import Documents, Linear, build_norm, build_rotation
 class LayerCache:
     """Keys and values of one layer, in memory that is allocated once.
 
-    The first call allocates the memory, in the shape, dtype and device of its keys. So a layer with a part of the
-    heads, or in bf16, caches exactly that.
+    The first call allocates the memory, in the shape, dtype and device of its keys. So a layer that has only a part of
+    the heads, or computes in bf16, caches only these heads, and in bf16.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -43,8 +43,8 @@ class LayerCache:
         self._v_BKSC: Tensor | None = None
 
     def extend(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values of new tokens, each (B, K, T, C). Return those of all tokens so far, each (B, K, S,
-        C)."""
+        """Add keys and values of new tokens, each (B, K, T, C). Return the keys and values of all tokens so far, each
+        (B, K, S, C)."""
         if self._k_BKSC is None or self._v_BKSC is None:
             self._k_BKSC, self._v_BKSC = (x.new_empty(*x.shape[:2], self.capacity, x.size(3)) for x in (k_BKTC, v_BKTC))
         start, end = self.length, self.length + k_BKTC.size(2)
@@ -103,8 +103,8 @@ def attend_block(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, f
         k_BKSC: keys; K divides H.
         v_BKSC: values.
         causal: True if each query attends to the keys up to its own position (then S = T); False for all keys.
-        fused: use torch's flash kernel, which exists for CPUs, and on GPUs for half precision. Without it, or without
-            a kernel, the formula is computed directly, with T x S in memory.
+        fused: use torch's flash kernel, which exists for CPUs, and on GPUs for half precision. If False, or without a
+            kernel for the queries, the formula is computed directly, with T x S numbers per head in memory.
     """
     k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
     if not (fused and has_kernel(q_BHTC)):
@@ -121,7 +121,7 @@ def attend_block(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, f
 
 
 class Attended(NamedTuple):
-    """Queries, and what they attended to in all blocks: the input of the backward pass of each block."""
+    """Queries (B, H, T, C) and the result of their attention to all blocks. Each block's backward pass needs both."""
 
     queries: Tensor
     result: Tensor
@@ -133,7 +133,9 @@ class Attended(NamedTuple):
 def attend_block_backward(
     grad_BHTC: Tensor, attended: Attended, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one block's addend to the gradient of the queries (B, H, T, C), and the gradients of its keys and values.
+    """Return one block's addend to the gradient of the queries, (B, H, T, C).
+
+    Also return the gradients of the block's keys and values, each (B, K, S, C).
 
     Args:
         grad_BHTC: gradient of the result of all blocks.
@@ -179,8 +181,8 @@ def merge_blocks(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_
 
 # Sinks: one more column of scores, whose logit is learned for each head, and which has no value (gpt-oss).
 #
-# The column only adds to the sum of exponentials. So it is merged like one more block of keys, whose result is 0; and
-# the backward pass of the other blocks needs nothing but the new sum.
+# The column only adds to the sum of exponentials. So the column is merged like one more block of keys, whose result is
+# 0. The backward pass of the other blocks needs only the new sum.
 
 
 class Sinks(nn.Module):
@@ -201,7 +203,7 @@ def merge_sinks(y_BHTC: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> tuple[Tenso
 
 
 def sink_gradient(grad_BHTC: Tensor, attended: Attended, sinks_H: Tensor) -> Tensor:
-    """Return the gradient of the sinks, (H,), from that of the result after ``merge_sinks``."""
+    """Return the gradient of the sinks, (H,). ``grad_BHTC`` and ``attended`` are of the result of ``merge_sinks``."""
     share_BHT = (sinks_H.unsqueeze(1) - attended.lse).exp()
     return -(share_BHT * (grad_BHTC * attended.result).sum(-1)).sum((0, 2)).type_as(sinks_H)
 
@@ -250,11 +252,11 @@ def sum_over_queries(x_BHSC: Tensor, x_BKSC: Tensor) -> Tensor:
 
 
 def pad_heads(x_BHTC: Tensor) -> Tensor:
-    """Pad heads with zeros to a width that the kernel supports."""
+    """Pad heads with zeros to a multiple of ``FLASH_MULTIPLE``, a width that the kernel supports."""
     return F.pad(x_BHTC, (0, -x_BHTC.size(-1) % FLASH_MULTIPLE))
 
 
-# Causal self-attention with as many key-value heads as queries (MHA) or fewer (GQA, arXiv 2305.13245; one is MQA).
+# Causal self-attention with as many key-value heads as query heads (MHA), fewer (GQA, arXiv 2305.13245), or one (MQA).
 #
 # B batch, T time, S time with the cached tokens (S = T without a cache), D width, H heads, K key-value heads, C head
 # width. The number of heads comes from the shapes of the tensors, not from the config. So a layer whose matrices are
@@ -288,7 +290,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, past: LayerCache | Documents | None = None) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D). With a cache, the T tokens follow the cached ones, and are added to the
-        cache. With documents, a token attends to its own."""
+        cache. With documents, a token attends only to its own document."""
         cache = past if isinstance(past, LayerCache) else None
         documents = past if isinstance(past, Documents) else None
         start = documents.positions if documents is not None else 0 if cache is None else cache.length
@@ -298,7 +300,10 @@ class Attention(nn.Module):
         return self.output(y_BHTC.transpose(1, 2).flatten(2))
 
     def inputs(self, x_BTD: Tensor, start: int | Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute queries (B, H, T, C), and keys and values (B, K, S, C) of all tokens; ``start`` as in ``Rope``."""
+        """Compute queries (B, H, T, C), and keys and values (B, K, S, C) of all tokens.
+
+        ``start`` is the position of the first new token, or a tensor of the positions of all new tokens.
+        """
         q_BTHC = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKC = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
@@ -337,7 +342,7 @@ class Attention(nn.Module):
         """Compute attention to all given keys, (B, H, T, C), see ``attend``."""
         dropout = self.dropout if self.training else 0.0
         sinks_H = None if self.sinks is None else self.sinks()
-        # With sinks, the kernels return their log-sum-exp without a mask, a cache or dropout only.
+        # Sinks need the log-sum-exp. The kernels return it only without a mask, a cache and dropout.
         plain = bias_B1TS is None and not dropout and q_BHTC.size(2) == k_BKSC.size(2)
         if self.backend is AttentionBackend.manual or (sinks_H is not None and not plain):
             return self.attend_manually(q_BHTC, k_BKSC, v_BKSC, dropout, bias_B1TS)
@@ -352,8 +357,8 @@ class Attention(nn.Module):
         self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, bias_B1TS: Tensor | None
     ) -> Tensor:
         """Compute softmax(Q K^T / sqrt(C) + bias) V, (B, H, T, C). Without a bias, a mask hides the future. This
-        reference needs T x S in memory. It bounds the scores by ``softcap``. Sinks are the scores of a further key,
-        which is not in V."""
+        reference needs T x S numbers per head in memory. The function ``softcap`` bounds the scores if the model has a
+        bound. Sinks are the scores of a further key, which has no value."""
         k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
         new, seen = q_BHTC.size(2), k_BHSC.size(2)
         scores_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(3))
@@ -371,11 +376,11 @@ class Attention(nn.Module):
 
 
 class LatentAttention(Attention):
-    """Attention whose keys and values are computed from a latent, which is all that a cache keeps (multi-head latent
-    attention, arXiv 2405.04434, section 2.1).
+    """Attention whose keys and values are computed from a latent (multi-head latent attention, arXiv 2405.04434,
+    section 2.1).
 
-    A head has a part that is not rotated, and a part that is. All heads share the rotated part of the keys. R width of
-    the latent, P width of the rotated part.
+    A head has a part that is not rotated, and a part that is. All heads share the rotated part of the keys. A cache
+    keeps only the latent and this shared part. R width of the latent, P width of the rotated part.
     """
 
     def add_inputs(self, config: ModelConfig) -> None:
@@ -397,7 +402,7 @@ class LatentAttention(Attention):
         latent_BT1R, shared_BT1P = self.latent(x_BTD).unsqueeze(2).split(self.widths, dim=-1)
         latent_BT1R = self.latent_norm(latent_BT1R).type_as(shared_BT1P)
         if self.rope is not None:
-            # DeepSeek pairs channel c with c + 1.
+            # DeepSeek rotates adjacent channels as a pair, ``Rope`` channels c and c + P/2.
             paired = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (turned_BTHP, shared_BT1P))
             turned_BTHP, shared_BT1P = (self.rope(x, start) for x in paired)
         latent_B1SR, shared_B1SP = latent_BT1R.transpose(1, 2), shared_BT1P.transpose(1, 2)
@@ -411,8 +416,8 @@ class LatentAttention(Attention):
 
 
 def outside_window(new: int, seen: int, window: int, device: torch.device) -> Tensor:
-    """Return True for each of ``seen`` keys that a query cannot attend to, (T, S): keys after it, and keys ``window``
-    or more tokens before it. The ``new`` queries are the last of the ``seen`` tokens."""
+    """Return a mask, (T, S), that is True for each key that a query cannot attend to: keys after the query, and keys
+    ``window`` or more tokens before it. The ``new`` queries are the last of the ``seen`` tokens."""
     distance_TS = torch.arange(seen - new, seen, device=device)[:, None] - torch.arange(seen, device=device)
     return (distance_TS < 0) | (distance_TS >= window)
 
@@ -457,8 +462,8 @@ def sdpa_attention(
 
 @cache
 def causal_bias(new: int, seen: int) -> CausalBias:
-    """Return the bias with which the last ``new`` of ``seen`` tokens attend to the past. It stores two lengths, no T x
-    S mask.
+    """Return the bias with which the last ``new`` of ``seen`` tokens attend to the past. The bias stores two lengths
+    instead of a T x S mask.
 
     The bias is cached, because torch cannot create one while selective activation checkpointing records an operation.
     """

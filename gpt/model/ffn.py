@@ -182,8 +182,8 @@ class MixtureOfExperts(nn.Module):
 
     @property
     def has_fixed_places(self) -> bool:
-        """True if every expert gets equally many rows, some of them empty. False if it gets exactly the tokens that
-        chose it."""
+        """True if all experts get equally many rows, some of them empty. False if each expert gets exactly the tokens
+        for which it was chosen."""
         return self.training and self.config.capacity_factor is not None
 
     def reset_buffers(self) -> None:

@@ -36,9 +36,9 @@ from launch.errors import ConfigError
 class Block(nn.Module):
     """Attention and feed-forward, each added to the residual stream, (B, T, D) -> (B, T, D).
 
-    ``pre`` normalizes the input of each (arXiv 2002.04745), ``both`` also the result of each (arXiv 2408.00118, section
-    2). ``post`` normalizes the sum (arXiv 1706.03762, section 5.4). In parallel both read the same hidden states (arXiv
-    2204.06745, section 2.1).
+    ``norm_position=pre`` normalizes the input of each (arXiv 2002.04745). ``both`` also normalizes the result of each
+    (arXiv 2408.00118, section 2). ``post`` normalizes each sum (arXiv 1706.03762, section 5.4). With
+    ``parallel_residual``, attention and feed-forward read the same hidden states (arXiv 2204.06745, section 2.1).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 def build_attention(config: ModelConfig) -> nn.Module:
-    """Build the built-in attention, or the user's, (B, T, D) and a cache or None -> (B, T, D)."""
+    """Build the built-in attention, or the user's: (B, T, D) and a cache, documents or None -> (B, T, D)."""
     if not isinstance(config.attention, str):
         return Attention(config) if config.kv_lora_rank is None else LatentAttention(config)
     return load_part("model.attention", config.attention)(config)
@@ -99,8 +99,8 @@ def initialize(model: GPT, seed: int) -> None:
     1 / sqrt(2 n_layer), since each block adds to it twice. Gains are 1, biases and sinks 0. Source: Language Models are
     Unsupervised Multitask Learners (Radford et al. 2019), section 2.3,
     https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, and
-    https://github.com/openai/gpt-2/blob/master/src/model.py. The position table is like the matrices, as in later GPTs;
-    that code uses half the deviation.
+    https://github.com/openai/gpt-2/blob/master/src/model.py. The position table has the deviation of the matrices, as
+    in later GPTs; the code of GPT-2 gives it half the deviation.
 
     Call this before a strategy wraps or shards the model, because wrappers change the names of parameters.
     """

@@ -58,7 +58,10 @@ class RmsNorm(nn.RMSNorm):
 
 
 class RmsNormOnCpu(torch.autograd.Function):
-    """x times a gain over its root mean square (arXiv 1910.07467, equation 4), in few passes over memory; fp32."""
+    """x times a gain, divided by the root mean square of x (arXiv 1910.07467, equation 4); fp32.
+
+    The computation needs few passes over memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
@@ -161,8 +164,11 @@ def onednn_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: A
 
 
 def rows_of(start: int | Tensor, tokens: int, positions_T: Tensor | None) -> slice | Tensor:
-    """Return the rows of a table of positions for ``tokens`` tokens: ``start`` if it has all positions, else those from
-    the first position ``start`` on; an index into ``positions_T``, if this rank has a part of each sequence."""
+    """Return the rows of a table of positions for ``tokens`` tokens.
+
+    If ``start`` is a tensor, it has the rows itself. If it is a number, the rows are the positions from ``start`` on,
+    or the entries of ``positions_T`` from ``start`` on if this rank has a part of each sequence.
+    """
     if isinstance(start, Tensor):
         return start
     rows = slice(start, start + tokens)
@@ -271,9 +277,9 @@ def build_rotation(config: ModelConfig) -> nn.Module | None:
 
 
 def set_positions(module: nn.Module, positions_T: Tensor) -> None:
-    """Set the positions of the input tokens of a model, or of a part of one: (T,) integers.
+    """Set the positions of the input tokens of a model, or of a part of a model: (T,) integers.
 
-    For a rank with a part of each sequence. ``start`` then is an index into these positions.
+    A rank with a part of each sequence needs this. ``start`` is then an index into these positions.
     """
     for part in module.modules():
         if isinstance(part, LearnedPosition | Rope):
@@ -349,9 +355,9 @@ YARN_TURNS = (32.0, 1.0)
 def yarn_rates(rates: Tensor, config: ModelConfig) -> Tensor:
     """Scale rotation rates as YaRN does, (C/2,) (arXiv 2309.00071, section 3.2).
 
-    Pairs before that with 32 turns in the original length keep their rate. Pairs after that with one turn are divided
-    by the factor. Pairs between are blended linearly in their number; both bounds are whole numbers, as in the paper's
-    code, https://github.com/jquesnelle/yarn.
+    Pairs before the pair with 32 turns in the original length keep their rate. The rates of pairs after the pair with
+    one turn are divided by the factor. Pairs between are blended linearly in their number; both bounds are whole
+    numbers, as in the paper's code, https://github.com/jquesnelle/yarn.
     """
     assert config.rope_original_block_size is not None
     width, length = config.rotary_width, config.rope_original_block_size
@@ -430,10 +436,12 @@ class CrossEntropy(torch.autograd.Function):
 class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of hidden states and an output matrix, without the logits of all tokens at once.
 
-    The forward pass computes the gradients of each chunk of tokens as well, while its logits are there. So the backward
-    pass only multiplies them by a number. (N, D) hidden states, (V, D) matrix, (N,) targets, ``loss_and_gradient`` of a
-    vocabulary, maybe compiled, and False in an evaluation, which needs no gradients: the forward pass of a Function
-    cannot see that by itself.
+    The forward pass also computes the gradients of each chunk of tokens, while the logits of the chunk are in memory.
+    So the backward pass only multiplies the gradients by a number.
+
+    The inputs are hidden states (N, D), the matrix (V, D), targets (N,), and ``loss_and_gradient`` of a vocabulary,
+    maybe compiled. The last input is False in an evaluation, which needs no gradients: the forward pass of a Function
+    cannot see this itself.
     """
 
     @staticmethod

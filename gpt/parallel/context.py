@@ -165,9 +165,9 @@ class SequenceShard:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def arrivals(self, transfer: Transfer, tokens: int) -> Iterator[tuple[Tensor, int, int]]:
-        """Yield the blocks of the other ranks in the order in which they arrive, and send each but the last one on.
+        """Yield the blocks of the other ranks in the order in which they arrive, and forward all except the last block.
 
-        ``transfer`` is that of this rank's own block, of ``tokens`` tokens. With each block comes the index of this
+        ``transfer`` sends this rank's own block, which has ``tokens`` tokens. With each block comes the index of this
         rank's first query that attends to it, and the number of keys of the block that such queries attend to.
 
         A rank's early chunk comes before the early chunks of higher ranks, and its late chunk after their late chunks.

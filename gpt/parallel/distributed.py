@@ -71,7 +71,7 @@ class Timeline:
         self._is_cuda = device.type == "cuda"
         self._waits: list[tuple[str, Moment, Moment]] = []
         self.works: list[tuple[str, Moment, Moment]] = []
-        """Pieces of work: the name of the time before the piece (as in ``schedule_waits``), begin and end."""
+        """Pieces of work: ``bubble`` if the piece begins with data of another rank, else ``pp``; its begin; its end."""
         self.schedules: list[tuple[str, Moment, Moment]] = []
         self.is_waiting = False
         """True inside of a wait, because a wait inside another wait is not recorded."""
@@ -257,10 +257,10 @@ def shard_mesh(mesh: DeviceMesh, within: str = "dp_shard") -> DeviceMesh:
 
 
 def mesh_without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
-    """Return the mesh, of one axis, of the ranks that differ from this rank along no axis of ``axes``.
+    """Return the one-axis mesh of the ranks that have the same place as this rank along each of ``axes``.
 
-    With ``axes`` of ``pp`` these are the ranks with the same layers. With ``pp``, ``ep`` and ``tp`` they have the same
-    part of the model, and other samples or tokens.
+    Without ``pp`` these are the ranks with the same layers. Without ``pp``, ``ep`` and ``tp`` these are the ranks with
+    the same part of the model, which compute other samples or tokens.
     """
     return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name not in axes])
 

@@ -101,7 +101,8 @@ def flaw_of(norm: Tensor) -> Tensor:
 
 INITIAL = 2.0**16
 GROWTH, BACKOFF = 2.0, 0.5
-"""Factors of the scale, powers of two: scaling and unscaling round nothing."""
+"""Factors of the loss scale: after ``GROWTH_INTERVAL`` steps without overflow, and after an overflow. They are powers
+of two, so scaling and unscaling cause no rounding."""
 GROWTH_INTERVAL = 2000
 """Steps in a row without overflow after which the scale grows. This number and the three numbers above are those of
 torch."""
@@ -140,8 +141,10 @@ class LossScale:
 
 
 def shared_squares(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, ...]:
-    """Return, for each pair of a shard and 1 / (number of its replicas), the sum of squares times this factor; each ()
-    float64."""
+    """Return the sum of squares of each shard, divided by the number of the shard's replicas; each () float64.
+
+    Each item of ``parts`` is a shard, and 1 / (number of its replicas).
+    """
     # float64 on the device: the squares of a whole model do not fit the digits of a float32.
     norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
     return times(norms.square(), [share for _, share in parts])
@@ -198,7 +201,7 @@ class Engine:
     loss_weight: float = 1.0
     """1, or 0 if another rank computes and reports the loss of the same tokens."""
     has_answers: bool = False
-    """True if only tokens of answers are targets, as ``gpt.train`` finds it in the token files."""
+    """True if only tokens of answers are targets. ``gpt.train`` sets this after it has opened the token files."""
     counted: Tensor | None = None
     """Number of targets in the global batch of the last step, () float64; None if every token has a target."""
     waits_as: str = WORLD

@@ -164,8 +164,8 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
 def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
     """Shard a rank's experts over the ranks that have the same experts (FSDP2).
 
-    FSDP2 all-gathers parameters when their module is called. Inside a block, torch 2.13 refuses that within recomputed
-    or compiled code. So the experts' module is called around the whole block.
+    FSDP2 all-gathers parameters when their module is called. torch 2.13 refuses such a call inside a block that is
+    recomputed or compiled. So a call of the block calls the experts' module, and this call runs the whole block.
     """
     last = [*model.blocks][-1:]
     for block in model.blocks:
@@ -317,8 +317,8 @@ class NDEngine(TorchEngine):
         """Return buckets for the gradients of ``module``, in the order in which the backward pass computes them.
 
         Replicas all-reduce their gradients without DistributedDataParallel, which requires all parameters on one
-        mesh. Experts are replicated over fewer ranks than the rest, those of ``data`` without ep. Parameters that
-        are replicated over tp go to ``_late``.
+        mesh. Experts are replicated over fewer ranks than other parameters: the ranks of ``data`` with the same place
+        along ep. Parameters that are replicated over tp go to ``_late``.
         """
         parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
         place = {parameter: index for index, parameter in enumerate(parameters)}

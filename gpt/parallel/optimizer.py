@@ -129,7 +129,8 @@ def share_out(chunks_of_ranks: Sequence[Sequence[Chunk]]) -> list[Part]:
 
 
 class Exchange:
-    """Orthogonalizes sharded matrices: each on its owner, which receives and returns the parts. Collective."""
+    """Orthogonalizes sharded matrices. The owner of a matrix, a rank, receives all parts of the matrix and sends them
+    back orthogonalized. Collective."""
 
     def __init__(self, parts: Sequence[Part], world: World) -> None:
         self._sent = sorted((p for p in parts if p.rank == world.rank), key=lambda p: p.owner)
@@ -265,7 +266,11 @@ class Muon(AdamW):
 @contextmanager
 def on_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Context in which parameters, gradients and state of a schedule-free optimizer are this rank's shards, as plain
-    tensors. Creates the state that is missing. The counts of the parameter groups are kept."""
+    tensors.
+
+    Creates the state of parameters that have none. What a step changes in the parameter groups, such as counts, is
+    kept.
+    """
     groups, states = optimizer.param_groups, optimizer.state
     shards: dict[Tensor, Tensor] = {}
     for p in (p for group in groups for p in group["params"]):

@@ -46,7 +46,8 @@ from gpt.parallel.modules import (
 
 
 class PlacedStyle(ParallelStyle):
-    """Style of a module whose output, and input if it has hidden states as input, has the placement ``hidden``."""
+    """Style of a module whose output has the placement ``hidden``; its input has it, too, if the input is hidden
+    states."""
 
     def __init__(self, hidden: Placement) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ MIXTURE_PLACEMENTS: dict[str, Placement] = {
 
 
 def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) -> None:
-    """Apply tensor parallelism over ``mesh`` to ``model``, or to a pipeline stage, which is equal on all ranks of
+    """Apply tensor parallelism over ``mesh`` to a model or a pipeline stage. ``model`` is equal on all ranks of
     ``mesh``.
 
     The model takes tokens as before, and returns this rank's columns of the logits. Some of these columns may be

@@ -328,8 +328,10 @@ def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
 
 
 def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
-    """Return True if fp32 products of a run are rounded to TF32: the typed value, otherwise on GPUs unless
-    deterministic.
+    """Return True if fp32 products of a run are rounded to TF32.
+
+    The value of ``tf32`` decides. If ``tf32`` is null, they are rounded on GPUs unless ``deterministic`` is set. False
+    for other precisions.
 
     Raises:
         ConfigError: TF32 is requested on CPUs.

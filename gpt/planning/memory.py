@@ -46,7 +46,7 @@ from gpt.topology.schedules import StageLayers, local_stages, rank_stages
 
 
 ALIGNMENT = 2
-"""ZeRO-1 and 2 pad a flat group to a multiple of this many elements per rank."""
+"""Number of elements per rank to a multiple of which ZeRO-1 and 2 pad a group of flattened parameters."""
 PERSISTENT = 100_000
 """Largest parameter, in elements, that stays gathered in ZeRO-3 (stage3_param_persistence_threshold)."""
 
@@ -200,7 +200,7 @@ def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
 
 
 def shared_bytes(config: TrainConfig, world_size: int) -> int:
-    """Return a rank's share of the weights and of the optimizer's state, in bytes."""
+    """Return the bytes of all weights and of the optimizer's state, divided by the number of ranks."""
     return math.ceil(checkpoint_bytes(config) / world_size)
 
 

@@ -286,11 +286,13 @@ class LayerBytes:
         """Share of the layers that compute attention by blocks of queries."""
         by_sinks = 0 if not model.attention_sinks else 1 if model.dropout else self.blockwise
         self.written_out = 1 if model.attention is AttentionBackend.manual else by_sinks
-        """Share of the layers that write the scores out. With sinks, layers with a window do, and all with dropout."""
+        """Share of the layers that write the scores to memory. With sinks these are layers with a window; with sinks
+        and dropout, all layers."""
         fused = 1 - self.written_out if self.written_out else 0
         self.span = attention_pairs(model) / model.n_layer / model.block_size - fused * model.block_size
         self.span += model.attention_sinks * self.written_out
-        """Number of keys whose scores a query has, with the sink; of layers that write them out, if there are some."""
+        """Number of keys, with the sink, whose scores a query has: the mean over all layers. If some layers write the
+        scores to memory, the other layers count as 0."""
         self.keys_read = 1 + self.blockwise * (1 - window / model.block_size)
         """Number of blocks of queries that read a key."""
         self.inner = -(-model.ffn_width // factors.tp)

@@ -141,7 +141,7 @@ def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:
 
 
 def unjoined_batches(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield the first rank that takes no part before a batch of transfers in its group.
+    """Yield a line on the first rank that issues no collective and no batch of transfers in a group with batches.
 
     NCCL makes the communicator of a group in the group's first collective or batch, for which NCCL waits for all ranks.
     Transfers outside of batches have communicators of their own.
@@ -185,16 +185,18 @@ class RankRehearsal:
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes at the peak of the step, by part."""
     largest: dict[str, int] = field(default_factory=dict)
-    """Line of code -> bytes at the peak of the activations and of the rest that it has made."""
+    """Line of code -> bytes that it has made of ``ACTIVATIONS`` and ``REST`` and that are in memory at the peak of the
+    step."""
     collectives: list[Collective] = field(default_factory=list)
-    """All collectives in order: those of the set-up, of the first step, and of the step."""
+    """All collectives in order: those of the set-up, of a first step, and of the second step, which is examined."""
     in_step: int = 0
-    """Index in ``collectives`` of the first collective of the step."""
+    """Index in ``collectives`` of the first collective of the second step."""
     groups: dict[str, RankGroup] = field(default_factory=dict)
     waits: dict[str, int] = field(default_factory=dict)
-    """Places where the host waits for the device in the step -> number of times."""
+    """Line of code where the host waits for the device in the step -> number of waits."""
     expected_waits: dict[str, int] = field(default_factory=dict)
-    """Waits that the method requires, such as those of experts without a capacity."""
+    """As ``waits``, but waits that cannot be avoided, such as those for the row counts of experts without a
+    capacity."""
     doubts: list[str] = field(default_factory=list)
     """Findings that stop no step but are seldom intended, such as a linear layer that is computed twice."""
     dtypes: dict[str, dict[str, int]] = field(default_factory=dict)

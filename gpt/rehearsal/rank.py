@@ -167,7 +167,8 @@ class Reducer:
 
 
 EXPECTED_WAITS: Counter[str] = Counter()
-"""Places where the host waits for the device in this process because the method requires it -> number of times."""
+"""Line of code where the host must wait for the device, because it needs a value from there -> number of waits in this
+process."""
 plan_dispatch = nd.plan_dispatch
 
 

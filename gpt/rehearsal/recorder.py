@@ -46,7 +46,7 @@ LIBRARIES = (
 """Beginnings of the paths of code that is neither ours nor the user's."""
 ROOT = Path(__file__).parents[2]
 HELPERS = (layers.linear.__code__, layers.Linear.forward.__code__, World.all_reduce.__code__)
-"""Functions in whose place their callers are named."""
+"""Functions that are left out when a line of code is named: the line of their caller is named instead."""
 
 
 @cache

@@ -285,7 +285,7 @@ def check_lora(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_schedule_free(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError for schedule-free AdamW under an engine with which its average was not compared."""
+    """Raise ConfigError for schedule-free AdamW under an engine whose averaged weights no test has compared."""
     sharing = [f"parallel.{name}=1" for name in ("tp", "pp", "cp", "ep") if getattr(dims, name) > 1]
     sharing += ["parallel.cpu_offload=false"] if config.parallel.cpu_offload else []
     if config.optim.optimizer == SCHEDULE_FREE and sharing:
@@ -308,8 +308,8 @@ def check_tasks_of_eval(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if DeepSpeed's pipeline does not support the ZeRO stage, offload, schedule or the model's
-    ends."""
+    """Raise ConfigError if DeepSpeed's pipeline does not support the ZeRO stage, the offload, the schedule, or the
+    input and output layers of the model."""
     parallel = config.parallel
     if parallel.zero_stage in (2, 3):
         # A preset with parameter offload implies ZeRO-3, so changing the ZeRO stage alone would not suffice.

@@ -127,7 +127,10 @@ def record(run: Run, event: str, **details: Any) -> None:
 
 
 def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Raise ConfigError if a copy fetched from elsewhere is of another run: same name of the folder, other settings."""
+    """Raise ConfigError if a checkpoint that was fetched from ``checkpoint.copy_to`` is of another run.
+
+    Another run is one with other settings, whose run folder has the same name.
+    """
     there, here = loaded.meta["config"], compose.plain_config(run.config)
     changed = [key for key in here if key in there and here[key] != there[key] and not is_within(key, RESUMABLE)]
     if changed:

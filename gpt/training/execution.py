@@ -303,7 +303,8 @@ def state() -> dict[str, str | bool | None]:
 
 
 FIRST = 2
-"""Number of first steps that are left out, because they compile, and fill the caches of memory and data."""
+"""Number of first steps that do not count for the timeout, because they compile, and fill the caches of memory and
+data."""
 MEASURED = 3
 FACTOR = 20
 LEAST_S = 100.0

@@ -32,7 +32,7 @@ from gpt.parallel.nd import reshard
 from gpt.training.loop import EvaluationShare
 
 SEED = 1234
-"""Seed of the choice of examples for a request: the default of lm-eval."""
+"""Seed with which lm-eval chooses the examples in a few-shot request; lm-eval's own default."""
 
 
 @contextmanager
@@ -46,9 +46,10 @@ def kept_random_states(device: torch.device) -> Iterator[None]:
 
 
 class Harness(TemplateLM):
-    """A model of lm-eval. Only rank 0 runs the harness; every rank computes its share of what rank 0 requests.
+    """A model of lm-eval. Only rank 0 loads the data sets and runs the harness. Every rank computes its share of what
+    rank 0 requests.
 
-    So data sets are loaded once, and all ranks of a sharded model run the same number of forward passes.
+    All ranks make the same number of forward passes, as a sharded model requires.
 
     Args:
         module: the model, which returns the logits of all tokens on each rank.
@@ -75,7 +76,7 @@ class Harness(TemplateLM):
 
     @torch.no_grad()
     def figures(self, share: EvaluationShare, on_pass: Callable[[], object]) -> dict[str, float]:
-        """Evaluate the tasks. Return ``task/metric`` -> figure on rank 0, nothing on other ranks. Collective.
+        """Evaluate the tasks. Return ``task/metric`` -> figure on rank 0, an empty dict on other ranks. Collective.
 
         No random state of the process changes, and the requests are the same each time.
 
@@ -86,7 +87,8 @@ class Harness(TemplateLM):
         self._share, self._on_pass = share, on_pass
         was_training = self._model.training
         self._model.eval()
-        # Requests have other lengths than sequences. Code compiled for these could replace that of training.
+        # Requests have other lengths than training sequences. Code that is compiled for their lengths could replace the
+        # compiled code of training.
         eager = torch.compiler.set_stance("force_eager") if self._config.compiles else nullcontext()
         found: dict[str, float] = {}
         with eager, autocast(self._config, self._device):
@@ -99,8 +101,8 @@ class Harness(TemplateLM):
         return found
 
     def _evaluate(self) -> dict[str, float]:
-        """Run the harness, on rank 0."""
-        with kept_random_states(self._device), redirect_stderr(io.StringIO()):  # with its progress bars
+        """Run the harness on rank 0. Return ``task/metric`` -> figure."""
+        with kept_random_states(self._device), redirect_stderr(io.StringIO()):  # lm-eval's progress bars
             random.seed(SEED)
             np.random.seed(SEED)
             for task in self._tasks["tasks"].values():
@@ -114,31 +116,35 @@ class Harness(TemplateLM):
         }
 
     def _request(self, generates: bool, rows: list[Any]) -> list[Any]:
-        """Return the answers of all ranks to ``rows``, on rank 0."""
+        """Send ``rows`` to all ranks, and return the answer to each row. Only rank 0 calls this method.
+
+        ``generates`` is True if answers are texts, False if they are log-probabilities.
+        """
         self._world.on_first(lambda: (generates, rows))
         return self._compute(generates, rows)
 
     def _compute(self, generates: bool, rows: list[Any]) -> list[Any]:
-        """Compute this rank's share of the answers; return those of all ranks."""
+        """Compute this rank's share of the answers. Return the answers of all ranks, in the order of ``rows``."""
         share = self._share
-        # Long sequences first: those of a pass have similar lengths, and a lack of memory shows at once.
+        # Long rows come first. So the rows of a pass have similar lengths, and a lack of memory shows at once.
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
         mine = order[share.part :: share.parts]
-        # A chunked loss is for models whose logits of a whole micro-batch do not fit.
+        # With a chunked loss, the logits of a whole micro-batch may not fit into memory.
         batch = 1 if generates or self._config.chunked_loss else share.batch
         answers: list[tuple[int, Any]] = []
         for first in range(0, math.ceil(len(rows) / share.parts), batch):
             chosen = mine[first : first + batch]
-            # A rank without requests repeats one, which does not count.
+            # A rank that has no row left computes one again, and drops its answer.
             found = (self._generate if generates else self._score)([rows[row] for row in chosen or order[:1]])
             answers += zip(chosen, found, strict=False)
         by_row = dict(answer for of_rank in self._world.gather(answers) for answer in of_rank)
         return [by_row[row] for row in range(len(rows))]
 
     def _score(self, rows: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return log-probability, and whether each token is the likeliest, of continuations in one pass.
+        """Return for each continuation its log-probability in nats, and True if each of its tokens is the likeliest.
 
-        Each row has the tokens of context and continuation, and the number of those of the continuation.
+        Each row has the tokens of context and continuation together, and the number of tokens of the continuation. All
+        rows are computed in one pass.
         """
         self._on_pass()
         texts = [torch.tensor(ids[-self._size - 1 :], device=self._device) for ids, _ in rows]
@@ -153,9 +159,9 @@ class Harness(TemplateLM):
         return found
 
     def _generate(self, rows: Sequence[Any]) -> list[str]:
-        """Return the continuation of the single row: its tokens, the settings of lm-eval, and a seed.
+        """Return the continuation of the only row, which has the context's tokens, lm-eval's settings and a seed.
 
-        All ranks generate tokens until each of them is done.
+        Each rank generates tokens until all ranks are done, because a sharded model needs all ranks in each pass.
         """
         ((ids, options, seed),) = rows
         limit, stops, end = options["max_gen_toks"], options["until"], self._tokenizer.eot
@@ -177,7 +183,8 @@ class Harness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token before a text: that which ends documents; a newline if the tokenizer has none."""
+        """Id of the token that lm-eval puts before a text: the token that ends documents; a newline if the tokenizer
+        has no such token."""
         return int(self._tokenizer.encode("\n")[-1]) if self._tokenizer.eot is None else self._tokenizer.eot
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -189,7 +196,7 @@ class Harness(TemplateLM):
         return self._request(False, [[context + tokens, len(tokens)] for _, context, tokens in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Return the log-probability of each whole text, in windows without overlap."""
+        """Return the log-probability in nats of each whole text, computed in windows without overlap."""
         cut = [
             get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id, self._size, context_len=1)
             for request in requests

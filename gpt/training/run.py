@@ -207,17 +207,19 @@ class Run:
     early_stop: EarlyStop
     """Decides whether the run ends early."""
     evaluate_tasks: Callable[..., dict[str, float]] = lambda share, on_pass: {}
-    """Evaluates ``eval.tasks``: ``Harness.figures``, or a function that returns nothing."""
+    """Evaluates ``eval.tasks``: ``Harness.figures``, or without tasks a function that returns an empty dict."""
     initialised_from: dict[str, Any] | None = None
     """Source of the first weights of this attempt; None if the weights are random, or are those of a checkpoint."""
     compiled: CompileCache | None = None
-    """Compiled code of this node, which this rank shares with other nodes; None if this rank shares none."""
+    """Code that torch.compile made on this node and that this rank shares with other nodes; None if this rank shares
+    none."""
     step: int = 0
     """Number of the last step that was done; 0 before the first step."""
     hosts: tuple[str, ...] = ()
     """Host of each rank; empty before the attempt is described."""
     restore_s: float | None = None
-    """Seconds that the last load of a checkpoint took; None without a load, and after a step record contains them."""
+    """Seconds that the last load of a checkpoint took. None before any load, and again after a step record has this
+    time."""
 
     @property
     def tokens_per_step(self) -> int:

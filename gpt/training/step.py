@@ -103,7 +103,7 @@ def collect_together() -> Iterator[Callable[[int], None]]:
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-"""Names of the settings in glibc's malloc.h."""
+"""Numbers of three parameters of ``mallopt``, from glibc's malloc.h."""
 NEVER = -1
 CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 

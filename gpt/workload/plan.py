@@ -141,7 +141,9 @@ def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest)
 
 
 def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | None:
-    """Return the measured rates of matrix products on the devices of a request, in the precision of a run.
+    """Return the measured rates of matrix products on the requested devices, in the precision of the run.
+
+    The rates are in the file ``cluster.matmul_rates``; None if no file is set.
 
     Raises:
         ConfigError: the file is invalid, is of another device, or lacks the precision.

@@ -273,7 +273,10 @@ def cpus_of_ranks(
 
 
 class RankAgent(LocalElasticAgent):
-    """Elastic's agent for the ranks of one node in one attempt. It polls ``watch`` and ``records`` while ranks run."""
+    """Elastic's agent for the ranks of one node in one attempt.
+
+    While ranks run, the agent polls the conditions in ``watch``, and lets ``records`` read the logs of the ranks.
+    """
 
     def __init__(self, attempt: Attempt, watch: Watch, records: RankRecords) -> None:
         config, command, rdzv = attempt.config, attempt.command, attempt.rdzv

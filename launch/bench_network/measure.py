@@ -110,9 +110,10 @@ def tier_group_sizes(most: int) -> list[int]:
 
 
 def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:
-    """Return the ranks of all groups of a tier: neighbors on a node, or equal local ranks on neighboring nodes.
+    """Return the ranks of each group of ``size`` ranks. All ranks are in one group each.
 
-    ``each`` is the number of ranks on a node.
+    In the tier ``intra_node`` a group has neighbors on one node. In other tiers it has the ranks with the same local
+    rank on neighboring nodes. ``each`` is the number of ranks on a node.
     """
     if tier == "intra_node":
         return [[n * each + at + i for i in range(size)] for n in range(nodes) for at in range(0, each, size)]
@@ -182,7 +183,8 @@ MOST_ROUNDS = 15
 LINK_PASSES = 3
 """Number of measurements of each link, seconds apart. A single measurement may be slow because of other work."""
 SLOW_LINK_S = 0.05
-"""Seconds of an exchange of SMALL bytes above which LARGE bytes, which would take too long, are not measured."""
+"""Longest time, in seconds, of an exchange of SMALL bytes after which LARGE bytes are also measured. On a slower link
+LARGE bytes would take too long."""
 LINK_TIMEOUT = timedelta(seconds=150)
 
 

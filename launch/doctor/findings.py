@@ -1,6 +1,7 @@
-"""Findings of the doctor: about the login node by facts that ``gather`` reads once, and about nodes and links.
+"""Findings of the doctor about the login node, the compute nodes and the links.
 
-The checks are pure functions, of the facts or of the ``results.json`` of the doctor's job.
+The checks are pure functions. Those of the login node use facts that ``gather`` reads once. Those of nodes and links
+use the ``results.json`` of the doctor's job.
 """
 
 from __future__ import annotations

@@ -71,7 +71,10 @@ class Placement:
         return self.change_slurm(lambda slurm: {"exclude": ",".join(filter(None, (slurm.get("exclude"), *hosts)))})
 
     def change_slurm(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Placement:
-        """Return this placement with the resources that ``change`` returns, in addition to those of each candidate."""
+        """Return this placement with changed Slurm resources.
+
+        ``change`` gets the resources of a candidate, and returns the resources to add to them or to replace.
+        """
         changed = (replace(one, slurm=one.slurm | change(one.slurm)) for one in self.candidates)
         return replace(self, candidates=tuple(changed))
 

@@ -196,7 +196,11 @@ def expected_text(plans: Sequence[Plan]) -> str:
 
 
 def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
-    """Write the worst case of one start of each unfinished point, the expected use, and the use so far, in lines."""
+    """Write lines on the node-hours, GPU-hours and cost of the points.
+
+    The lines are: the worst case, if each unfinished point is started once and runs until its time limit; the expected
+    use; the use so far; and the limit of all attempts.
+    """
     ahead = unfinished(plans)
     if not ahead:
         return "nothing is left to run"

@@ -212,7 +212,8 @@ STEP_TIME = DrawnFigure("Step time", "seconds", "step_time_s", lambda row: time_
 
 
 def scaling_panels(table: ScalingTable) -> list[Panel]:
-    """Return at most two panels, the first known of throughput, efficiency and step time. Empty for one run."""
+    """Return at most two panels: the first two of throughput, efficiency and step time that are known. Empty for one
+    run."""
     rows = [row for row in table.rows if row.ranks is not None and row.step_time_s is not None]
     if len(table.rows) < 2 or not rows:
         return []
@@ -293,7 +294,10 @@ LEAST_LABELLED = 0.09
 
 
 def loss_panels(table: ScalingTable) -> list[Panel]:
-    """Return a panel for each point with known losses: a waterfall from ideal to efficiency. Most ranks first."""
+    """Return a panel for each point with known losses of efficiency, the point with the most ranks first.
+
+    A panel is a waterfall chart from the ideal, 100 %, down to the efficiency.
+    """
     rows = sorted((row for row in table.rows if row.losses), key=lambda row: -(row.ranks or 0))
     # All axes end at the longest bar, so that a reader can compare bars of two points.
     most = max((100 * (1 + sum(-share for share in row.losses.values() if share < 0)) for row in rows), default=0.0)

@@ -83,7 +83,7 @@ class Failures:
     """Seconds of a start after a failure."""
 
     def interval_s(self, nodes: int) -> float:
-        """Return Young's interval between saves in seconds, if nodes fail independently."""
+        """Return the interval between saves, in seconds, that Young's formula gives if nodes fail independently."""
         return best_interval_s(self.save_s, 3600 * self.mtbf_node_h / nodes)
 
     def goodput(self, nodes: int) -> float:
@@ -126,7 +126,7 @@ class Goodput:
     hours_of: str = "node"
     """Unit of ``lost_h``: GPU; node if the run has no GPUs."""
     stretches: Sequence[Stretch] = ()
-    """The time of ``seconds`` in its order.
+    """The same time as in ``seconds``, as stretches in the order in which they happened.
 
     Steps come before the time between them, and a save before the evaluation of the same step.
     """

@@ -54,7 +54,7 @@ def with_unit(value: float | None, unit: str) -> str:
 
 
 def hours(value: float, unit: str) -> str:
-    """Write hours of GPUs or nodes with three digits and at most four decimals, and their unit."""
+    """Write hours of GPUs or nodes, and their unit, with three significant digits and at most four decimals."""
     return with_unit(value if value >= 1000 else float(f"{round(value, 4):.3g}"), unit)
 
 
@@ -72,7 +72,7 @@ STATE_TEXTS = {
 }
 
 NAMED = 3
-"""Largest number of slow ranks, throttled hosts or damaged files that a note names. It has the number of the rest."""
+"""Largest number of slow ranks, throttled hosts or damaged files that a note names. The note counts the others."""
 LEAST_THROTTLED = 0.01
 """Smallest share (0 to 1) of throttled samples with which a host counts as throttled."""
 

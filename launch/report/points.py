@@ -64,7 +64,7 @@ class _Gpu:
 
     last: GpuSample | None = None
     gauges: Mapping[str, float] = field(default_factory=dict)
-    """Gauges of the last sample."""
+    """Name of a gauge -> value in the last sample of this GPU."""
     energy_j: float = 0.0
     seconds: float = 0.0
     is_whole: bool = True

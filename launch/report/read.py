@@ -119,7 +119,7 @@ def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
 
 
 def _decode(text: bytes, names: tuple[str, ...]) -> Floats | None:
-    """Return the numbers of whole lines, [fields, lines]; None if a line is no plain record."""
+    """Return the numbers of whole lines, [fields, lines]. None if a line is damaged, or a field of it is no number."""
     try:
         rows = _decoder(names).decode_lines(text)
         # Counting newlines in an array is several times as fast as bytes.count.

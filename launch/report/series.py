@@ -155,7 +155,7 @@ def made_with(points: Sequence[Point]) -> dict[str, dict[str, list[str]]]:
 
 
 def identity(point: Point) -> frozenset[str]:
-    """Return the overrides of a point without those for its size."""
+    """Return the overrides of a point that distinguish points, without those of ``SIZE_KEYS``."""
     return frozenset(one for one in filter(tells_apart, point.overrides) if typed_key(one) not in SIZE_KEYS)
 
 
@@ -196,7 +196,10 @@ def label_points(points: Sequence[Point]) -> list[Point]:
 
 
 def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]:
-    """Return the points with labels and neighbours. In a comparison, each label begins with the point's source."""
+    """Return the points with their labels, and with the titles of the points that disturbed them (see ``disturbs``).
+
+    In a comparison, each label begins with the point's source.
+    """
     if selection.parts:
         sources: dict[str, list[Point]] = defaultdict(list)
         left = iter(points)
@@ -280,7 +283,8 @@ class Medians:
             places = (begins + np.arange(length)).ravel()[:steps] % steps
             drawn.append(np.median(times[places]))
         self.replicates = np.array(drawn)
-        """``REPLICATES`` medians in seconds, each of as many steps as the run has, drawn in blocks."""
+        """``REPLICATES`` medians in seconds. Each is the median of as many steps as the run has, which are drawn in
+        blocks."""
         # Student's quantile, corrected for the correlation that is lost at the ends of blocks.
         cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
         self.widening = student(max(1.0, steps / length - 1)) / math.sqrt(1 - cut) / NORMAL

@@ -210,7 +210,7 @@ LEAST_WINDOWS = 4
 LEAST_SHARE = 0.02
 """Smallest excess of a slow rank, as a share of the step time. The time of reading the clock varies as much."""
 BEYOND_SPREAD = 3.0
-"""A slow rank's excess is above this multiple of the interquartile range of the other ranks."""
+"""Smallest time of a slow rank beyond the median of the other ranks, as a multiple of their interquartile range."""
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,10 @@ def csv_text(table: ScalingTable) -> str:
 
 
 def parts_csv_text(table: ScalingTable) -> str:
-    """Return CSV with one part of a point on each line: time, interruptions, lost efficiency, cost or energy."""
+    """Return CSV with a line for each part of a point's time, interruptions, lost efficiency, cost and energy.
+
+    Columns: point, its label, the quantity, its part, the value and its unit.
+    """
     lines: list[Sequence[Any]] = [("point", "label", "of", "part", "value", "unit")]
     for row in table.rows:
         of_hours, one = f"{row.hours_of}-hours", table.unit.removesuffix("s")

@@ -254,7 +254,8 @@ def raise_open_files() -> int:
 
 
 def reachable_files(hard: int) -> int:
-    """Return the number of open files that a process can set as its soft limit, with a hard limit (-1: unlimited)."""
+    """Return the number of open files to which a process can raise its soft limit. ``hard`` is its hard limit, -1 for
+    none."""
     return MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
 
 

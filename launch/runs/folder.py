@@ -125,7 +125,7 @@ def open_to_append(path: Path) -> int:
 
 
 def end_of_torn_line(descriptor: int) -> bytes:
-    """Return the line break that a file lacks whose last line a crash has torn; else nothing."""
+    """Return a line break if the last line of a file has none, because a crash has torn the line; else no bytes."""
     size = os.fstat(descriptor).st_size
     return b"\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else b""
 

@@ -74,7 +74,7 @@ class MatmulRates:
     axes: tuple[tuple[int, ...], ...]
     """Sizes of m, n and k, each ascending."""
     flops_per_s: Mapping[tuple[int, ...], float]
-    """(m, n, k) -> rate in FLOP/s, for the whole grid."""
+    """(m, n, k) -> rate in FLOP/s, for each combination of the sizes in ``axes``."""
 
     @property
     def best(self) -> float:

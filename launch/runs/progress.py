@@ -1,7 +1,7 @@
 """Step records of programs that only print: read from their logs by a regular expression, and drawn as curves.
 
 Logs are read while programs write them. Programs without TensorBoard files get such files. Every call is bounded in
-time and bytes, because the agent that calls it also watches the ranks.
+time and bytes, because the calling agent also watches the ranks.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ GROUPS = (
 )
 """Names that groups of a pattern may have: fields of a step record.
 
-With ``epoch`` or ``epoch_from_1`` (counted from 0 or 1) and ``steps_per_epoch``, ``step`` is the step of its epoch.
+If a pattern has ``epoch`` (counted from 0) or ``epoch_from_1`` (counted from 1), and ``steps_per_epoch``, then ``step``
+counts the steps of this epoch only.
 """
 POLL_S = 1.0
-"""Shortest time between two polls, seconds; the monitor calls several times a second."""
+"""Shortest time between two polls, seconds. The agent's monitor calls ``poll`` several times a second."""
 LOOK_BYTES = 256 * 1024
-"""Largest number of bytes that a poll reads of a log, or of the step records."""
+"""Largest number of bytes that one poll reads from each log, or from the file of step records."""
 CLOSE_S = 10.0
 """Longest time at the end of an attempt for reading output that is still unread, seconds."""
 LINE_BYTES = 2_000
@@ -106,7 +107,10 @@ class Progress:
         self._polled = time.monotonic()
 
     def close(self) -> None:
-        """Read the unread lines for at most ``CLOSE_S`` seconds. Record an event if no line of the attempt matched."""
+        """Read the unread lines of the logs for at most ``CLOSE_S`` seconds.
+
+        Record an event if no line of the attempt matched the pattern, and no rank has recorded a step.
+        """
         deadline = time.monotonic() + CLOSE_S
         for log in self._logs:
             while self._read(log) and time.monotonic() < deadline:
@@ -115,7 +119,7 @@ class Progress:
             while self._curves.poll() and time.monotonic() < deadline:
                 pass
             self._curves.close()
-        # Only the node of rank 0 reports it: many programs print on that rank alone, and other nodes need not match.
+        # Only the node of rank 0 reports that nothing matched: many programs print on rank 0 alone.
         if self._is_slow or not self._logs or not self._has_first or any(log.matched for log in self._logs):
             return
         recent = (recent_records(self._folder.metrics(rank))[-1:] for rank in self._folder.metric_ranks())
@@ -161,7 +165,7 @@ class _RankLog:
         A carriage return also ends a line.
 
         Raises:
-            TimeoutError: the search of these lines takes too long.
+            TimeoutError: the search in these lines takes more than ``MATCH_S`` seconds.
         """
         before, self._polled_at = self._polled_at, time.time()
         lines = self._reader.read()
@@ -175,12 +179,16 @@ class _RankLog:
                 found += [fields] if fields is not None else []
         if found:
             self.matched = True
-            # The file's own time is more exact than rare polls. The limits are for file servers with a wrong clock.
+            # The time of the file's last change is more exact than the time of a poll. The limits guard against file
+            # servers with a wrong clock.
             self._append(found, min(max(self._reader.changed_at, before), self._polled_at))
         return True
 
     def _append(self, found: Sequence[dict[str, Any]], printed_at: float) -> None:
-        """Append a step record for each of ``found``, the fields of lines that were printed until ``printed_at``."""
+        """Append a step record for each of ``found``, which has the fields of one line each.
+
+        ``printed_at`` is the Unix time when the last of these lines was printed.
+        """
         last, newest = self._last, found[-1]["step"]
         step_time_s = None
         if last is not None and newest > last[0] and printed_at > last[1]:
@@ -189,7 +197,7 @@ class _RankLog:
         for fields in found:
             step, at = fields.pop("step"), printed_at
             if last is not None and step_time_s is not None and step > last[0]:
-                # As if the steps since the last poll were printed at equal intervals.
+                # This assumes that the steps since the last poll were printed at equal intervals.
                 at = min(at, last[1] + step_time_s * (step - last[0]))
                 if "step_time_s" not in fields:
                     fields["step_time_s"] = step_time_s
@@ -203,13 +211,14 @@ class _RankLog:
 
 
 def numbers(match: Mapping[str, str | Any]) -> dict[str, Any] | None:
-    """Return the fields of a step record in a match; None if the step is no number. Reads 1,024 and 1.5e-3.
+    """Return the fields of a step record from ``match``, group -> text; None if the step is no number.
 
-    A step within an epoch becomes a step of the whole run.
+    Reads numbers such as 1,024 and 1.5e-3. A step that counts from the start of its epoch becomes a step of the whole
+    run.
     """
     fields: dict[str, Any] = {}
     for name, text in match.items():
-        with suppress(AttributeError, ValueError, OverflowError):  # None: a group that took no part
+        with suppress(AttributeError, ValueError, OverflowError):  # the text is None if a group took no part
             value = float(text.replace(",", "").replace("_", ""))
             fields[name] = int(value) if name in COUNTS else value
     epochs = fields.pop("epoch", fields.pop("epoch_from_1", 1) - 1)
@@ -222,7 +231,7 @@ def numbers(match: Mapping[str, str | Any]) -> dict[str, Any] | None:
 
 
 class _Curves:
-    """Writer of TensorBoard's files of rank 0, from its step records of this attempt."""
+    """Writer of TensorBoard files from the step records of rank 0 in this attempt."""
 
     def __init__(self, folder: RunFolder, attempt: int) -> None:
         # The import takes a second, better before the ranks start than between two polls.
@@ -267,7 +276,7 @@ class NewLines:
     Args:
         path: path of the file, which may not exist yet.
         end: pattern that ends a line.
-        longest: number of bytes at the start of a line that are returned.
+        longest: largest number of bytes of a line that are returned; later bytes of the line are left out.
         skip: True to skip the present content of the file.
     """
 
@@ -281,7 +290,7 @@ class NewLines:
         """Time of the last write to the file, Unix time."""
 
     def read(self) -> list[bytes] | None:
-        """Return the complete lines in the next ``LOOK_BYTES``; None at the end of the file."""
+        """Return the lines that end in the next ``LOOK_BYTES`` bytes; None at the end of the file."""
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())

@@ -74,7 +74,8 @@ class StepRecord:
     """All-gathers and reduce-scatters of FSDP, with the copies into and out of their buffers."""
     comm_tp_s: float | None = None
     comm_pp_s: float | None = None
-    """Sends of a pipeline stage; a receive waits for another stage, which is ``bubble_s``."""
+    """Time of the sends of a pipeline stage. The time of its receives is in ``bubble_s``, because they wait for another
+    stage."""
     comm_cp_s: float | None = None
     comm_ep_s: float | None = None
     bubble_s: float | None = None

@@ -219,7 +219,8 @@ def check_partition_state(case: Case) -> Iterator[Finding]:
 
 
 def check_access(case: Case) -> Iterator[Finding]:
-    """Check account and QOS against the lists of the partition. sbatch itself refuses a Unix group."""
+    """Check account and QOS against the lists of the partition. Unix groups are not checked: sbatch itself refuses a
+    user who is in none of the partition's groups."""
     limits, partition, cluster = case.limits, case.partition, case.config.cluster
     for key, value, allowed in (
         ("account", cluster.account, partition.allow_accounts),

@@ -98,7 +98,7 @@ def state_between_places(events: Events, is_out: bool) -> tuple[str, str] | None
 
 
 def last_placed(events: Events) -> dict[str, Any]:
-    """Return the last event that names the place of a waiting point; empty if none, or if the point ran afterwards."""
+    """Return the last event that says where a point waits. Empty if there is none, or if the point ran afterwards."""
     last = last_of(events, *PLACED, "agent_started", "started")
     return last if last.get("event") in PLACED else {}
 

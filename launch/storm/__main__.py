@@ -67,7 +67,8 @@ FELT_S = 180.0
 TRIES = 3
 """Number of tries to inject a fault, whose target process may just have ended."""
 SAME = ("loss", "samples", "tokens", "images")
-"""Figures of a step that depend only on the state and the samples."""
+"""Figures that must be equal in two records of the same step. They depend only on the training state and the
+samples."""
 
 
 # The schedule of the faults, and the run with these faults.

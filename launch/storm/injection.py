@@ -340,7 +340,7 @@ def _in_sandbox(fault: PlannedFault, site: Site) -> str:
 
 
 SLURM, SANDBOX = "Slurm", "a sandbox (--sandbox DIR)"
-"""Texts for the needs of a kind of fault."""
+"""Texts for ``Kind.needs``: what a run needs so that a kind of fault can hit it."""
 REBOOTS = (2.0, 3.0, 8.0, 14.0)
 """Seconds without power.
 

@@ -90,7 +90,7 @@ class RankFacts:
 
     @property
     def own(self) -> Frame | None:
-        """Innermost frame of the user's program; without one, of any program. None without a stack."""
+        """Innermost frame that is in no library, else the innermost frame of all. None without a stack."""
         return next((frame for frame in self.frames if not LIBRARY.search(frame.file)), next(iter(self.frames), None))
 
     @property
@@ -114,7 +114,8 @@ class RankFacts:
 
     @property
     def activity(self) -> str:
-        """Cause, process state, innermost line and files of the stack: ``state ...``, ``at ...``, ``in ...``."""
+        """Lines of text: the cause, ``state`` and the process state, ``at`` and the innermost line of the stack, and
+        ``in`` and the file of each frame."""
         sources = [f"at {linecache.getline(frame.file, frame.line).strip()}" for frame in self.frames[:1]]
         return "\n".join([self.cause, f"state {self.state}", *sources, *(f"in {frame.file}" for frame in self.frames)])
 

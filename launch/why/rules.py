@@ -63,7 +63,10 @@ class Rule:
 
 
 def failed_with(pattern: str) -> Find:
-    """Fit if ``pattern`` is in the cause of a failure that is neither an echo nor a hang."""
+    """Return a function that finds a rank whose cause of failure contains ``pattern``.
+
+    Ranks that hung, or failed only because another rank did (an echo), are left out.
+    """
     wanted = re.compile(pattern, re.IGNORECASE)
 
     def find(facts: AttemptFacts) -> RankFacts | None:
@@ -74,7 +77,11 @@ def failed_with(pattern: str) -> Find:
 
 
 def has_event(*names: str, cause: str = "") -> Find:
-    """Fit if the attempt has such an event, with a cause that begins with the pattern ``cause``; blame its host."""
+    """Return a function that finds the last event with one of ``names`` and a cause that begins with the pattern
+    ``cause``.
+
+    The host of the event is blamed.
+    """
 
     def find(facts: AttemptFacts) -> RankFacts | None:
         for event in reversed(select_events(facts.events, *names)):
@@ -86,7 +93,10 @@ def has_event(*names: str, cause: str = "") -> Find:
 
 
 def elsewhere(pattern: str) -> Find:
-    """Fit if ``pattern`` is in the activity of the rank outside of collectives with the longest silence."""
+    """Return a function that fits if ``pattern`` is in the activity of one rank.
+
+    That is the rank with the longest silence of those that wait in no collective.
+    """
     wanted = re.compile(pattern, re.MULTILINE)
     return lambda facts: next((one for one in facts.others[:1] if wanted.search(one.activity)), None)
 

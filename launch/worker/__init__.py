@@ -453,7 +453,7 @@ class Run:
         """Detach a process that was forked from a rank, such as a worker of a data loader: it is not the rank.
 
         SIGTERM ends such a worker, and must not stop the run. SIGUSR2 is ignored: Slurm sends this warning to every
-        process, and the rank needs its data until it has saved.
+        process, and the rank needs the data of such a worker until the rank has saved.
         """
         defaults: tuple[Any, ...] = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)
         for number, default in zip(STOP_SIGNALS, defaults, strict=True):

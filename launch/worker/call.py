@@ -80,7 +80,7 @@ def pickled(value: Any, what: str) -> bytes:
 
 
 def digest(content: bytes) -> str:
-    """Return the name of a content, which is the same for equal bytes."""
+    """Return 20 hexadecimal digits of the SHA-256 of ``content``, as a short name for equal bytes."""
     return hashlib.sha256(content).hexdigest()[:20]
 
 
