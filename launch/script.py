@@ -210,7 +210,8 @@ class ScriptOptions:
     progress: Optional[str] = key(
         None,
         "Regular expression that finds step records in the output of a rank by named groups: step, and any of epoch,"
-        " steps_per_epoch, loss, lr, grad_norm, step_time_s, step_time_ms, tokens, samples, tokens_per_s.",
+        " epoch_from_1, steps_per_epoch, loss, lr, grad_norm, step_time_s, step_time_ms, tokens, samples,"
+        " tokens_per_s.",
     )
     work_per_step: Optional[float] = key(
         None, "Units of work of one step, of all ranks together; with weak_scaling of one rank.", above=0

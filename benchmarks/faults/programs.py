@@ -1,6 +1,6 @@
 """Training programs of other people, unmodified: launched over nodes, preempted in the middle, resumed, reported.
 
-    python -m benchmarks.faults.programs CHECKOUTS --python PYTHON            # all that have a checkout; as root
+    python -m benchmarks.faults.programs CHECKOUTS --python PYTHON            # all programs; as root
     python -m benchmarks.faults.programs CHECKOUTS --python PYTHON --only nanogpt,imagenet --write
 
 Each program of programs.yaml runs from a checkout of its own repository, on a Slurm sandbox of two nodes without GPUs.
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -31,8 +30,9 @@ import yaml
 
 from benchmarks.faults.storm import slurm_version
 from benchmarks.page import chosen, cores, keep, merged, stamp
+from launch.runs.events import last_event
 from launch.runs.folder import RunFolder
-from launch.runs.records import read_records
+from launch.runs.records import read_records, recent_records
 from slurm.sandbox.cluster import Cluster, preempt
 from slurm.sandbox.state import Settings
 from tests.support.commands import ROOT, wait_for
@@ -143,7 +143,8 @@ def last_loss(folder: RunFolder) -> float | None:
 
 def last_step(folder: RunFolder) -> int:
     """Return the last step that rank 0 has printed, 0 before the first."""
-    return max((record["step"] for record in read_records(folder.metrics(0))), default=0)
+    recent = recent_records(folder.metrics(0))
+    return recent[-1]["step"] if recent else 0
 
 
 class Trial:
@@ -202,8 +203,8 @@ class Trial:
 
     def _launch(self, kind: str, *words: str, preempted: RunFolder | None = None) -> None:
         """Launch the program and wait for its end; preempt the run in the folder ``preempted`` in the middle."""
-        filled = {"{data}": str(self._data), "{code}": str(self._code)}
-        given = [re.sub(r"{data}|{code}", lambda found: filled[found[0]], word) for word in self.about["words"]]
+        data, code = str(self._data), str(self._code)
+        given = [word.replace("{data}", data).replace("{code}", code) for word in self.about["words"]]
         line = [sys.executable, "-m", "gpt_launch", *words, *ON_SLURM, f"script.python={self._python}", *given]
         env = {**os.environ, **self._sandbox.env, "PYTHONPATH": str(ROOT)}
         path = self._scratch / f"{kind}.log"
@@ -216,8 +217,7 @@ class Trial:
                 at = self.about["preempt_at"]
                 wait_for(lambda: process.poll() is not None or last_step(preempted) >= at, f"step {at}", END_S)
                 assert process.poll() is None, f"the run ended before step {at}: {path.read_text()}"
-                submitted = [event for event in preempted.read_events() if event["event"] == "submitted"]
-                preempt(self._sandbox, str(submitted[-1]["job_id"]), seconds=1)
+                preempt(self._sandbox, str(last_event(preempted.read_events(), "submitted")["job_id"]), seconds=1)
             assert process.wait(END_S) == 0, path.read_text()
         finally:
             process.terminate()

@@ -38,7 +38,7 @@ PEFT_ONLY: dict[str, Any] = {
 }
 """Key of adapter_config.json -> the only supported value. A missing key or an empty value counts as this value."""
 MERGE = "merge_and_unload().save_pretrained(FOLDER) of the model in peft, and init_from=hf:FOLDER"
-"""What to do with an adapter that has settings which are not supported here."""
+"""Fix that is proposed for an adapter whose settings are not supported here."""
 INDEX = "model.safetensors.index.json"
 
 

@@ -126,7 +126,7 @@ class Goodput:
     hours_of: str = "node"
     """Unit of ``lost_h``: GPU; node if the run has no GPUs."""
     stretches: Sequence[Stretch] = ()
-    """The same time as in ``seconds``, as stretches in the order in which they happened.
+    """Stretches of time, in the order in which they happened. Together they are the time in ``seconds``.
 
     Steps come before the time between them, and a save before the evaluation of the same step.
     """

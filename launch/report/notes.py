@@ -72,7 +72,7 @@ STATE_TEXTS = {
 }
 
 NAMED = 3
-"""Largest number of slow ranks, throttled hosts or damaged files that a note names. The note counts the others."""
+"""Largest number of slow ranks, throttled hosts or damaged files that a note names. The note counts the rest."""
 LEAST_THROTTLED = 0.01
 """Smallest share (0 to 1) of throttled samples with which a host counts as throttled."""
 

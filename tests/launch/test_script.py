@@ -306,8 +306,8 @@ Path(sys.argv[1]).write_text(str(Path.cwd()))
 def test_a_program_works_in_a_folder_of_its_run(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(WORKING)
     words = "workload=script script.path=train.py script.args=[result.txt] name=own cluster=local nodes=1"
-    run("launch", *words.split(), "script.workdir=${run_dir}/work", "launch.report_files=[]", cwd=tmp_path)
-    [result] = (tmp_path / "outputs" / "own").glob("*/work/result.txt")
+    run("launch", *words.split(), "script.workdir=${run_dir}/files", "launch.report_files=[]", cwd=tmp_path)
+    [result] = (tmp_path / "outputs" / "own").glob("*/files/result.txt")
     assert Path(result.read_text()) == result.parent.resolve()
 
 
