@@ -14,8 +14,10 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations, zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -26,13 +28,313 @@ from gpt.config import CompileMode, Precision, Strategy, TrainConfig
 from gpt.planning import Machine, gpus
 from gpt.planning.auto import choose_parallelism, choose_precision
 from gpt.planning.cost import estimate
-from gpt.rehearsal import RankRehearsal, Rehearsal, kinds_of_ranks, rehearsal_lines
+from gpt.planning.memory import RankMemory, rank_memory
+from gpt.rehearsal import PARTS, Collective, RankGroup, RankRehearsal
 from gpt.rehearsal.rank import rehearse_rank
-from gpt.topology import settle_steps, split_batch
+from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
 from gpt.topology.check_dims import check_parallel_dims
 from gpt.training.run import parse_request
-from launch.errors import CommandParser, ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, counted, duration_text, refusing
 from launch.runs.folder import RunFolder
+
+# Comparison of the collectives that ranks issue, to find where a group would hang.
+
+
+SEND, RECEIVE = "send", "recv"
+
+Issued = Mapping[int, Sequence[Collective]]
+"""Rank -> its collectives, in order."""
+
+
+def find_hangs(issued: Issued, groups: Mapping[str, RankGroup]) -> list[str]:
+    """Return one sentence for each group, or pair of ranks, that would hang; empty if there is none.
+
+    Args:
+        issued: collectives of the ranks that were rehearsed.
+        groups: all groups that some rank has used, by name.
+    """
+    found: list[str] = []
+    for name, group in groups.items():
+        ranks = frozenset(group.ranks)
+        of_group = {rank: [one for one in own if one.group == name] for rank, own in issued.items() if rank in ranks}
+        found += unequal_collectives(group, of_group)
+        found += lost_transfers(group, of_group)
+        found += unjoined_batches(group, of_group)
+    return found or [*crossed_orders(issued, groups)]
+
+
+def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
+    """Yield one sentence on the first collective in which a group's ranks differ; nothing if all are equal."""
+    ranks = list(of_group)
+    own = [[one for one in calls if one.peer is None] for calls in of_group.values()]
+    for number, calls in enumerate(zip_longest(*own), start=1):
+        contents = [None if call is None else call.content for call in calls]
+        [(common, _)] = Counter(contents).most_common(1)
+        differs = [content != common for content in contents]
+        if not any(differs):
+            continue
+        odd, other = differs.index(True), differs.index(False)
+        yield (
+            f"group {group.label} of {len(group.ranks)} ranks, collective {number}: rank {ranks[odd]} issues "
+            f"{calls[odd] or 'none'}, and rank {ranks[other]} {calls[other] or 'none'}"
+        )
+        return
+
+
+def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[str]:
+    """Yield one sentence if ranks wait for each other in different groups, although the collectives of each group are
+    equal.
+
+    A rank waits in its oldest collective until the other rehearsed ranks of the group have reached this collective.
+    """
+    left = {rank: deque(one for one in own if one.peer is None) for rank, own in issued.items()}
+    waiting = [rank for rank in left if left[rank]]
+    while waiting:
+        for rank in waiting:
+            name = left[rank][0].group
+            members = [other for other in groups[name].ranks if other in left]
+            if all(left[other][0].group == name for other in members):
+                for other in members:
+                    left[other].popleft()
+                break
+        else:
+            first = min(waiting, key=lambda rank: len(groups[left[rank][0].group].ranks))
+            group = groups[left[first][0].group]
+            second = next(o for o in group.ranks if o in left and groups[left[o][0].group] is not group)
+            yield (
+                f"collectives in another order: rank {first} waits in group {group.label} with {left[first][0]}, and "
+                f"rank {second} in {groups[left[second][0].group].label} with {left[second][0]}"
+            )
+            return
+        waiting = [rank for rank in left if left[rank]]
+
+
+def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:
+    """Yield a message for each pair of ranks whose transfers do not match: the first transfer that only one of the two
+    ranks issues, or that has another size or type on the other rank."""
+    for source, target in permutations(of_group, 2):
+        sent = [one for one in of_group[source] if one.operation == SEND and one.peer == target]
+        received = [one for one in of_group[target] if one.operation == RECEIVE and one.peer == source]
+        for number, (give, take) in enumerate(zip_longest(sent, received), start=1):
+            if give is None or take is None or give.content[1:] != take.content[1:]:
+                yield (
+                    f"group {group.label}, transfer {number} from rank {source} to rank {target}: "
+                    f"{give or 'nothing sent'}, and {take or 'nothing received'}"
+                )
+                break
+
+
+def unjoined_batches(group: RankGroup, of_group: Issued) -> Iterator[str]:
+    """Yield a line on the first rank that issues no collective and no batch of transfers in a group with batches.
+
+    NCCL makes the communicator of a group in the group's first collective or batch, for which NCCL waits for all ranks.
+    Transfers outside of batches have communicators of their own.
+    """
+    first = next((one for calls in of_group.values() for one in calls if one.batched), None)
+    if first is None:
+        return
+    for rank, calls in of_group.items():
+        if not any(one.batched or one.peer is None for one in calls):
+            yield (
+                f"group {group.label} of {len(group.ranks)} ranks: the batch of transfers at {first.place} waits for "
+                f"rank {rank}, which issues no collective and no batch in this group"
+            )
+            return
+
+
+# Choice of the ranks to rehearse, and the faults that a rehearsal finds.
+
+
+AGREES = 0.05
+"""Largest difference between plan and rehearsal, relative to the rehearsal, that is not reported."""
+LINES = 3
+"""Number of lines of code that are named if plan and rehearsal differ."""
+UNSEEN = (
+    "not seen: workspaces of kernels, fragments of the allocator, buffers of NCCL, graphs of torch.compile; CPU kernels"
+    " of norms may save more than those of a GPU; ranks between the first and the last of an axis"
+)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Result of a rehearsal: what each rehearsed rank did, beside what the plan of the run estimates for the rank."""
+
+    config: TrainConfig
+    dims: ParallelDims
+    batch: Batch
+    ranks: Sequence[RankRehearsal]
+    gpu_bytes: int | None = None
+    """Memory of one GPU in bytes; None if unknown."""
+    step_s: float | None = None
+    """Seconds of a step by the cost model; None if unknown."""
+
+    def planned(self, rank: int) -> RankMemory:
+        """Return the plan's estimate for a rank."""
+        of_a_stage = self.dims.data_ranks * self.dims.cp * self.dims.tp
+        return rank_memory(self.config, self.dims, self.batch, rank // of_a_stage)
+
+    def difference(self, rank: RankRehearsal) -> float:
+        """Return (planned total memory of a rank) / (rehearsed peak) - 1."""
+        return self.planned(rank.rank).total / rank.peak - 1 if rank.peak else 0.0
+
+    def hangs(self) -> list[str]:
+        """Return one sentence for each place where ranks would wait forever."""
+        groups: dict[str, RankGroup] = {}
+        for rank in self.ranks:
+            groups |= rank.groups
+        return find_hangs({rank.rank: rank.collectives for rank in self.ranks}, groups)
+
+    def doubts(self) -> list[str]:
+        """Return the doubtful findings, each with the first rank that has it."""
+        first = {doubt: rank.rank for rank in reversed(self.ranks) for doubt in rank.doubts}
+        return [f"rank {rank}: {doubt}" for doubt, rank in first.items()]
+
+    def waits(self) -> dict[str, int]:
+        """Return a dict: place where the host waits for the device in a step -> largest number of waits on one rank."""
+        found: Counter[str] = Counter()
+        for rank in self.ranks:
+            found |= Counter(rank.waits)
+        return dict(found)
+
+    def refuse_faults(self) -> None:
+        """Raise ConfigError if the run would hang, wait for its devices, or not fit into their memory."""
+        hangs, waits = self.hangs(), [f"the host waits at {place}" for place in self.waits()]
+        largest = max(self.ranks, key=lambda rank: rank.peak)
+        found = [*(f"would hang here: {hang}" for hang in hangs), *waits]
+        fixes = ["the lines that are named, then the same command"] if found else []
+        if self.gpu_bytes is not None and largest.peak > self.gpu_bytes:
+            has = self.gpu_bytes / GIB
+            found.append(f"rank {largest.rank} needs {largest.peak / GIB:.1f} GiB, and a GPU has {has:.1f} GiB")
+            fixes.append(f"optim.max_micro_batch={max(1, self.batch.micro // 2)}, recompute=full or parallel=fsdp")
+        if found:
+            raise ConfigError(
+                "\n  ".join(found),
+                "equal collectives on the ranks of a group, no wait of the host in a step, and tensors that fit",
+                "; ".join(fixes),
+            )
+
+
+def kinds_of_ranks(dims: ParallelDims) -> dict[int, str]:
+    """Return the ranks to rehearse, with their places: each pipeline stage, first and last of each axis, the last one.
+
+    Ranks between the first and the last rank of an axis have the same shapes and code.
+    """
+    sizes = dims.sizes
+    ends = {name: size - 1 for name, size in sizes.items() if name != "pp" and size > 1}
+    places = [({"pp": stage}, f"pp {stage}" if dims.pp > 1 else "first") for stage in range(dims.pp)]
+    places += [({name: end}, f"{name} {end}") for name, end in ends.items()]
+    if dims.ep > 1:
+        axis = "dp_shard" if dims.is_sharded else "dp_replicate"
+        places.append(({axis: dims.ep - 1}, f"ep {dims.ep - 1}"))
+    places.append(({name: size - 1 for name, size in sizes.items()}, "last"))
+    found: dict[int, str] = {}
+    for place, kind in places:
+        rank = 0
+        for name, size in sizes.items():
+            rank = rank * size + place.get(name, 0)
+        found.setdefault(rank, kind)
+    return found
+
+
+# Text.
+
+
+def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
+    """Yield the lines of a rehearsal: memory, collectives, dtypes, waits, time, hangs, and what a rehearsal cannot
+    find."""
+    dims, batch, config = rehearsal.dims, rehearsal.batch, rehearsal.config
+    size = dims.data_ranks * dims.model_ranks
+    yield (
+        f"rehearsal of {counted(size, 'rank')} ({len(rehearsal.ranks)} of them taken), {dims}, {config.model.name} in "
+        f"{config.precision.name}, {batch.accumulation} x {batch.micro} sequences a rank; tensors without values"
+    )
+    yield from memory_lines(rehearsal)
+    first = rehearsal.ranks[0]
+    yield f"  collectives of a step of rank {first.rank}, in order by group; bytes that the rank gives or receives"
+    yield from collective_lines(first)
+    for part, found in first.dtypes.items():
+        yield f"  dtypes  {part}: {', '.join(f'{dtype} {size_text(size)}' for dtype, size in found.items())}"
+    yield from reduction_lines(first)
+    waits = [f"{place} ({times} times)" for place, times in rehearsal.waits().items()]
+    yield f"  waits of the host for the device: {', '.join(waits) or 'none'}"
+    for place, times in first.expected_waits.items():
+        yield f"    expected: {place}, {times} times a step"
+    step = "unknown, as the GPU is" if rehearsal.step_s is None else duration_text(rehearsal.step_s)
+    yield f"  step by the cost model: {step}"
+    yield f"  would hang: {'; '.join(rehearsal.hangs()) or 'nowhere'}"
+    yield f"  to check: {'; '.join(rehearsal.doubts()) or 'nothing'}"
+    yield f"  {UNSEEN}"
+
+
+def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
+    """Yield lines with the peak memory of each rank, split by ``PARTS``, and the planned total."""
+    for rank in rehearsal.ranks:
+        said, off = rehearsal.planned(rank.rank).total, rehearsal.difference(rank)
+        shown = ", ".join(f"{part} {size_text(rank.memory.get(part, 0))}" for part in PARTS)
+        planned = f"plan {size_text(said)}, {off:+.1%}"
+        yield f"  rank {rank.rank} ({rank.kind}): peak {size_text(rank.peak)} ({planned}): {shown}"
+    apart = [rank for rank in rehearsal.ranks if abs(rehearsal.difference(rank)) > AGREES]
+    if apart:
+        of_plan = vars(rehearsal.planned(apart[0].rank))
+        told = ", ".join(f"{part} {size_text(size)}" for part, size in of_plan.items() if size)
+        yield f"  differs by more than {AGREES:.0%}; the plan of rank {apart[0].rank} is {told}"
+        lines = Counter(apart[0].largest).most_common(LINES)
+        shown = ", ".join(f"{size_text(size)} at {place}" for place, size in lines)
+        yield f"    most activations and rest of rank {apart[0].rank}: {shown}"
+
+
+def collective_lines(rank: RankRehearsal) -> Iterator[str]:
+    """Yield one line for each group with the collectives of a step, in their order; repetitions are written as ``N
+    x``."""
+    by_group: dict[str, list[str]] = {}
+    for one in rank.collectives[rank.in_step :]:
+        peer = "" if one.peer is None else f" {'to' if one.operation == SEND else 'from'} {one.peer}"
+        by_group.setdefault(one.group, []).append(f"{one.operation}{peer} {one.dtype} {size_text(one.bytes)}")
+    for name, calls in by_group.items():
+        group = rank.groups[name]
+        shown = [f"{times} x {text}" if times > 1 else text for times, text in in_runs(calls)]
+        yield f"    {group.label} of {len(group.ranks)}: {', '.join(shown)}"
+
+
+def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
+    """Return ``items`` as pairs (times, text), in order: a run of up to ``longest`` items, and how often it is
+    repeated."""
+    found, at = list[tuple[int, str]](), 0
+    while at < len(items):
+        best = (1, 1)
+        for length in range(1, longest + 1):
+            run, times = items[at : at + length], 1
+            while items[at + times * length : at + (times + 1) * length] == run:
+                times += 1
+            if times > 1 and times * length > best[0] * best[1]:
+                best = times, length
+        times, length = best
+        run = items[at : at + length]
+        text = ", ".join(run)
+        found.append((times, f"({text})" if length > 1 else text))
+        at += times * length
+    return found
+
+
+def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
+    """Yield the bytes of each kind of collective of a step by dtype, to show an unintended fp32."""
+    sums: Counter[tuple[str, str, str]] = Counter()
+    for one in rank.collectives[rank.in_step :]:
+        sums[rank.groups[one.group].label, one.operation, one.dtype] += one.bytes
+    for (label, operation, dtype), size in sorted(sums.items()):
+        yield f"  dtypes  {operation} in {label}: {dtype} {size_text(size)}"
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes as text with a unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3f} GiB"
+
+
+# The command.
 
 
 def rehearse(config: TrainConfig, ranks: int, processes: int = 1) -> Rehearsal:

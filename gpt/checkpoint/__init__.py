@@ -255,11 +255,6 @@ def steps(folder: Path) -> list[int]:
     return [step_of(path) for path in list_committed(folder) if (path / NAME).is_file()]
 
 
-def is_empty(folder: Path) -> bool:
-    """Return True if the folder of the checkpoints does not exist or is empty."""
-    return not _entries(folder)
-
-
 def list_set_aside(folder: Path) -> list[Path]:
     """List the folders of damaged checkpoints, which were renamed to ``.corrupt`` in this or an earlier attempt."""
     return [path for path in _entries(folder) if SET_ASIDE.fullmatch(path.name)]

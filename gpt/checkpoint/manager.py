@@ -371,7 +371,7 @@ class CheckpointManager:
         """Return True if no load can find a checkpoint: the folder is empty, and memory and copies are not in use."""
         if self.memory is not None or self.connect is not None:
             return False
-        return run_on_first_rank(lambda: folders.is_empty(self.folder), self.group)
+        return run_on_first_rank(lambda: not any(self.folder.glob("*")), self.group)
 
     def load(self, state: Any) -> LoadedCheckpoint | None:
         """Fill ``state`` from the newest checkpoint that is whole, and describe it; None if the run never had a

@@ -296,7 +296,10 @@ def find_document_end(config: DataConfig, tokens: Tokens | None) -> int | None:
     is_known = config.document_end is not None or (tokens is not None and tokens.are_conversations)
     if config.pack is Pack.none or is_known:
         return config.document_end
-    ends = {end_of_source(source) for source in (tokens.sources if tokens is not None else ())}
+    ends = {
+        None if source.tokenizer is None or source.train.documents is None else source.tokenizer["eot"]
+        for source in (tokens.sources if tokens is not None else ())
+    }
     end = ends.pop() if len(ends) == 1 else None
     if end is None:
         raise ConfigError(
@@ -305,11 +308,6 @@ def find_document_end(config: DataConfig, tokens: Tokens | None) -> int | None:
             "data.document_end=ID, or data.pack=none",
         )
     return end
-
-
-def end_of_source(source: TokenSource) -> int | None:
-    """Return the id that ends each document of a source; None if the source has no documents, or no such id."""
-    return None if source.tokenizer is None or source.train.documents is None else source.tokenizer["eot"]
 
 
 def read_corpus_manifest(folder: Path) -> dict[str, Any] | None:

@@ -100,11 +100,6 @@ def chain_of(config: SyntheticConfig) -> Chain:
     return make_chain(config.vocab_size)
 
 
-def num_walks(tokens: int) -> int:
-    """Return the number of walks in a corpus of ``tokens`` tokens. The last walk is shorter."""
-    return -(-tokens // WALK_TOKENS)
-
-
 def walk(config: SyntheticConfig, number: int) -> npt.NDArray[np.uint32]:
     """Generate walk ``number`` of the corpus, counted from 0, (tokens,)."""
     tokens = min(WALK_TOKENS, config.tokens - number * WALK_TOKENS)
@@ -182,7 +177,8 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
     """Return the shards of a corpus, in the order of its tokens."""
     config = spec.config
     if spec.kind == "synthetic":
-        return _group(TextPart("", i, i + 1) for i in range(num_walks(config.synthetic.tokens)))
+        walks = -(-config.synthetic.tokens // WALK_TOKENS)  # the last walk is shorter
+        return _group(TextPart("", i, i + 1) for i in range(walks))
     if spec.kind == "custom":  # only the user's function knows where its documents are
         return _group([TextPart(str(config.source), 0, 0)])
     if spec.kind == "dataset":

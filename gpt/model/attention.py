@@ -332,7 +332,9 @@ class Attention(nn.Module):
         for first in range(0, new, self.window):
             last = min(first + self.window, new)
             keys = slice(max(0, seen - new + first - self.window), seen - new + last)
-            hidden_TS = outside_window(last - first, keys.stop - keys.start, self.window, q_BHTC.device)
+            key_S = torch.arange(keys.stop - keys.start, device=q_BHTC.device)
+            distance_TS = key_S[first - last :, None] - key_S
+            hidden_TS = (distance_TS < 0) | (distance_TS >= self.window)
             given = q_BHTC[:, :, first:last], k_BKSC[:, :, keys], v_BKSC[:, :, keys]
             bias = q_BHTC.new_zeros(()) if bias_B1TS is None else bias_B1TS[:, :, first:last, keys]
             parts.append(self.attend_whole(*given, bias.masked_fill(hidden_TS, -math.inf)))
@@ -413,13 +415,6 @@ class LatentAttention(Attention):
         k_BHSC = torch.cat((k_BHSC, shared_B1SP.expand(-1, k_BHSC.size(1), -1, -1)), dim=-1)
         q_BHTC = torch.cat((plain_BTHC, turned_BTHP), dim=-1).transpose(1, 2)
         return q_BHTC, k_BHSC, F.pad(v_BHSC, (0, self.padding))
-
-
-def outside_window(new: int, seen: int, window: int, device: torch.device) -> Tensor:
-    """Return a mask, (T, S), that is True for each key that a query cannot attend to: keys after the query, and keys
-    ``window`` or more tokens before it. The ``new`` queries are the last of the ``seen`` tokens."""
-    distance_TS = torch.arange(seen - new, seen, device=device)[:, None] - torch.arange(seen, device=device)
-    return (distance_TS < 0) | (distance_TS >= window)
 
 
 def softcap(x: Tensor, bound: float) -> Tensor:

@@ -44,9 +44,15 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
-        self.attention = build_attention(config)
+        if isinstance(config.attention, str):
+            self.attention = load_part("model.attention", config.attention)(config)
+        else:
+            self.attention = Attention(config) if config.kv_lora_rank is None else LatentAttention(config)
         self.ffn_norm = build_norm(config)
-        self.ffn = build_ffn(config)
+        if isinstance(config.ffn, str):
+            self.ffn = load_part("model.ffn", config.ffn)(config)
+        else:
+            self.ffn = MixtureOfExperts(config) if config.ffn is Ffn.moe else DenseFfn(config, config.ffn_width)
         twice = config.norm_position is NormPosition.both
         self.attended_norm = build_norm(config) if twice else nn.Identity()
         self.fed_norm = build_norm(config) if twice else nn.Identity()
@@ -63,20 +69,6 @@ class Block(nn.Module):
             return x_BTD + attended_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
         x_BTD = x_BTD + self.dropout(self.attended_norm(self.attention(self.attention_norm(x_BTD), past)))
         return x_BTD + self.dropout(self.fed_norm(self.ffn(self.ffn_norm(x_BTD))))
-
-
-def build_attention(config: ModelConfig) -> nn.Module:
-    """Build the built-in attention, or the user's: (B, T, D) and a cache, documents or None -> (B, T, D)."""
-    if not isinstance(config.attention, str):
-        return Attention(config) if config.kv_lora_rank is None else LatentAttention(config)
-    return load_part("model.attention", config.attention)(config)
-
-
-def build_ffn(config: ModelConfig) -> nn.Module:
-    """Build the feed-forward layer that ``config.ffn`` names, (B, T, D) -> (B, T, D)."""
-    if isinstance(config.ffn, str):
-        return load_part("model.ffn", config.ffn)(config)
-    return MixtureOfExperts(config) if config.ffn is Ffn.moe else DenseFfn(config, config.ffn_width)
 
 
 # Initial weights, as in GPT-2.

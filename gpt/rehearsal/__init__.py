@@ -1,26 +1,40 @@
-"""Rehearsal of a training step at the true number of ranks, on tensors that have shapes but no values.
+"""Rehearsal of a training step on tensors that have shapes but no values: what one rank did, and how it is recorded.
 
-This file has the findings, without torch: where a group would hang, which ranks to rehearse, the report.
+``Recorder`` sees every operation of torch in this process: collectives, places where the host waits for the device, and
+the memory of tensors. It works on real tensors and on fake ones. So the collectives of a rehearsal can be compared with
+those of a real run.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import sysconfig
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import permutations, zip_longest
-from typing import NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-from gpt.accounting import GIB
-from gpt.config import TrainConfig
-from gpt.planning.memory import RankMemory, rank_memory
-from gpt.topology import Batch, ParallelDims
-from launch.errors import ConfigError, counted, duration_text
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
-# Comparison of the collectives that ranks issue, to find where a group would hang.
+from gpt.model import layers
+from gpt.parallel.distributed import World
 
-
-SEND, RECEIVE = "send", "recv"
+# Findings about one rank.
 
 
 class Collective(NamedTuple):
@@ -58,121 +72,10 @@ class RankGroup:
     ranks: tuple[int, ...]
 
 
-Issued = Mapping[int, Sequence[Collective]]
-"""Rank -> its collectives, in order."""
-
-
-def find_hangs(issued: Issued, groups: Mapping[str, RankGroup]) -> list[str]:
-    """Return one sentence for each group, or pair of ranks, that would hang; empty if there is none.
-
-    Args:
-        issued: collectives of the ranks that were rehearsed.
-        groups: all groups that some rank has used, by name.
-    """
-    found: list[str] = []
-    for name, group in groups.items():
-        ranks = frozenset(group.ranks)
-        of_group = {rank: [one for one in own if one.group == name] for rank, own in issued.items() if rank in ranks}
-        found += unequal_collectives(group, of_group)
-        found += lost_transfers(group, of_group)
-        found += unjoined_batches(group, of_group)
-    return found or [*crossed_orders(issued, groups)]
-
-
-def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield one sentence on the first collective in which a group's ranks differ; nothing if all are equal."""
-    ranks = list(of_group)
-    own = [[one for one in calls if one.peer is None] for calls in of_group.values()]
-    for number, calls in enumerate(zip_longest(*own), start=1):
-        contents = [None if call is None else call.content for call in calls]
-        [(common, _)] = Counter(contents).most_common(1)
-        differs = [content != common for content in contents]
-        if not any(differs):
-            continue
-        odd, other = differs.index(True), differs.index(False)
-        yield (
-            f"group {group.label} of {len(group.ranks)} ranks, collective {number}: rank {ranks[odd]} issues "
-            f"{calls[odd] or 'none'}, and rank {ranks[other]} {calls[other] or 'none'}"
-        )
-        return
-
-
-def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[str]:
-    """Yield one sentence if ranks wait for each other in different groups, although the collectives of each group are
-    equal.
-
-    A rank waits in its oldest collective until the other rehearsed ranks of the group have reached this collective.
-    """
-    left = {rank: deque(one for one in own if one.peer is None) for rank, own in issued.items()}
-    waiting = [rank for rank in left if left[rank]]
-    while waiting:
-        for rank in waiting:
-            name = left[rank][0].group
-            members = [other for other in groups[name].ranks if other in left]
-            if all(left[other][0].group == name for other in members):
-                for other in members:
-                    left[other].popleft()
-                break
-        else:
-            first = min(waiting, key=lambda rank: len(groups[left[rank][0].group].ranks))
-            group = groups[left[first][0].group]
-            second = next(o for o in group.ranks if o in left and groups[left[o][0].group] is not group)
-            yield (
-                f"collectives in another order: rank {first} waits in group {group.label} with {left[first][0]}, and "
-                f"rank {second} in {groups[left[second][0].group].label} with {left[second][0]}"
-            )
-            return
-        waiting = [rank for rank in left if left[rank]]
-
-
-def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield a message for each pair of ranks whose transfers do not match: the first transfer that only one of the two
-    ranks issues, or that has another size or type on the other rank."""
-    for source, target in permutations(of_group, 2):
-        sent = [one for one in of_group[source] if one.operation == SEND and one.peer == target]
-        received = [one for one in of_group[target] if one.operation == RECEIVE and one.peer == source]
-        for number, (give, take) in enumerate(zip_longest(sent, received), start=1):
-            if give is None or take is None or give.content[1:] != take.content[1:]:
-                yield (
-                    f"group {group.label}, transfer {number} from rank {source} to rank {target}: "
-                    f"{give or 'nothing sent'}, and {take or 'nothing received'}"
-                )
-                break
-
-
-def unjoined_batches(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield a line on the first rank that issues no collective and no batch of transfers in a group with batches.
-
-    NCCL makes the communicator of a group in the group's first collective or batch, for which NCCL waits for all ranks.
-    Transfers outside of batches have communicators of their own.
-    """
-    first = next((one for calls in of_group.values() for one in calls if one.batched), None)
-    if first is None:
-        return
-    for rank, calls in of_group.items():
-        if not any(one.batched or one.peer is None for one in calls):
-            yield (
-                f"group {group.label} of {len(group.ranks)} ranks: the batch of transfers at {first.place} waits for "
-                f"rank {rank}, which issues no collective and no batch in this group"
-            )
-            return
-
-
-# Choice of the ranks to rehearse, and the faults that a rehearsal finds.
-
-
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, REST = "parameters", "gradients", "optimizer", "activations", "rest"
 PARTS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, REST)
 """Parts of a rank's memory. Activations are tensors that autograd saves, without parameters; ``REST`` is all other
 memory."""
-AGREES = 0.05
-"""Largest difference between plan and rehearsal, relative to the rehearsal, that is not reported."""
-LINES = 3
-"""Number of lines of code that are named if plan and rehearsal differ."""
-UNSEEN = (
-    "not seen: workspaces of kernels, fragments of the allocator, buffers of NCCL, graphs of torch.compile; CPU kernels"
-    " of norms may save more than those of a GPU; ranks between the first and the last of an axis"
-)
 
 
 @dataclass
@@ -208,180 +111,271 @@ class RankRehearsal:
         return sum(self.memory.values())
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """Result of a rehearsal: what each rehearsed rank did, beside what the plan of the run estimates for the rank."""
+# The line of our code, or of the user's, that called an operation.
 
-    config: TrainConfig
-    dims: ParallelDims
-    batch: Batch
-    ranks: Sequence[RankRehearsal]
-    gpu_bytes: int | None = None
-    """Memory of one GPU in bytes; None if unknown."""
-    step_s: float | None = None
-    """Seconds of a step by the cost model; None if unknown."""
 
-    def planned(self, rank: int) -> RankMemory:
-        """Return the plan's estimate for a rank."""
-        of_a_stage = self.dims.data_ranks * self.dims.cp * self.dims.tp
-        return rank_memory(self.config, self.dims, self.batch, rank // of_a_stage)
+LIBRARIES = (
+    *(str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")),
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parent),
+    "<",
+)
+"""Beginnings of the paths of code that is neither ours nor the user's."""
+ROOT = Path(__file__).parents[2]
+HELPERS = (layers.linear.__code__, layers.Linear.forward.__code__, World.all_reduce.__code__)
+"""Functions that are left out when a line of code is named: the line of their caller is named instead."""
 
-    def difference(self, rank: RankRehearsal) -> float:
-        """Return (planned total memory of a rank) / (rehearsed peak) - 1."""
-        return self.planned(rank.rank).total / rank.peak - 1 if rank.peak else 0.0
 
-    def hangs(self) -> list[str]:
-        """Return one sentence for each place where ranks would wait forever."""
-        groups: dict[str, RankGroup] = {}
-        for rank in self.ranks:
-            groups |= rank.groups
-        return find_hangs({rank.rank: rank.collectives for rank in self.ranks}, groups)
+@cache
+def place_of(path: str) -> str | None:
+    """Return the path of a source file in the form shown to people; None for code of a library."""
+    if path.startswith(LIBRARIES):
+        return None
+    return str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else path
 
-    def doubts(self) -> list[str]:
-        """Return the doubtful findings, each with the first rank that has it."""
-        first = {doubt: rank.rank for rank in reversed(self.ranks) for doubt in rank.doubts}
-        return [f"rank {rank}: {doubt}" for doubt, rank in first.items()]
 
-    def waits(self) -> dict[str, int]:
-        """Return a dict: place where the host waits for the device in a step -> largest number of waits on one rank."""
-        found: Counter[str] = Counter()
-        for rank in self.ranks:
-            found |= Counter(rank.waits)
+def calling_line() -> str:
+    """Return ``file:line`` of the innermost caller that is not in a library."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        place = place_of(frame.f_code.co_filename)
+        if place is not None and frame.f_code not in HELPERS:
+            return f"{place}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "torch"
+
+
+# Memory: the storages that exist at each moment, found by the results of all operations.
+
+
+@dataclass
+class MemoryBlock:
+    """Memory of one storage, in bytes, from ``born`` to ``died``. Both are numbers of operations."""
+
+    bytes: int
+    born: int
+    place: str
+    """File and line that made the storage."""
+    kind: str = REST
+    died: float = float("inf")
+    storage: weakref.ref[torch.UntypedStorage] | None = None
+    """Reference whose callback records the end of the storage."""
+
+
+class MemoryRecord:
+    """Memory of all storages that operations return, in bytes, without what an allocator rounds up or keeps."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        """Number of operations so far."""
+        self._blocks: list[MemoryBlock] = []
+        self._block_of: Any = WeakIdKeyDictionary()
+
+    def add(self, results: Any) -> None:
+        """Record the storages of the results of one operation."""
+        self.now += 1
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage not in self._block_of:
+                    self._open(storage, calling_line(), REST)
+
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """Record that the size of a storage has changed, as that of FSDP's gathered parameters after their use."""
+        before = self._block_of.get(storage)
+        if before is not None:
+            self.now += 1
+            before.died = self.now
+            self._open(storage, before.place, before.kind)
+
+    def name(self, tensors: Iterable[Tensor | None], kind: str) -> None:
+        """Set the kind of the memory of ``tensors`` to ``kind``, if it has no kind yet."""
+        for tensor in tensors:
+            if tensor is not None:
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                block = self._block_of.get(local.untyped_storage())
+                if block is not None and block.kind == REST:
+                    block.kind = kind
+
+    def peak(self, since: int) -> dict[tuple[str, str], int]:
+        """Return (kind, line) -> bytes at the moment of the highest total after operation ``since``."""
+        changes = []
+        for block in self._blocks:
+            if block.died > since:
+                changes += [(max(block.born, since), 0, block.bytes), (block.died, 1, -block.bytes)]
+        total, highest, moment = 0, 0, since
+        for when, _, change in sorted(changes):  # at the same moment births come first: operands live until the end
+            total += change
+            if total > highest:
+                highest, moment = total, int(when)
+        found: Counter[tuple[str, str]] = Counter()
+        for block in self._blocks:
+            if block.born <= moment <= block.died and block.died > since:
+                found[block.kind, block.place] += block.bytes
         return dict(found)
 
-    def refuse_faults(self) -> None:
-        """Raise ConfigError if the run would hang, wait for its devices, or not fit into their memory."""
-        hangs, waits = self.hangs(), [f"the host waits at {place}" for place in self.waits()]
-        largest = max(self.ranks, key=lambda rank: rank.peak)
-        found = [*(f"would hang here: {hang}" for hang in hangs), *waits]
-        fixes = ["the lines that are named, then the same command"] if found else []
-        if self.gpu_bytes is not None and largest.peak > self.gpu_bytes:
-            has = self.gpu_bytes / GIB
-            found.append(f"rank {largest.rank} needs {largest.peak / GIB:.1f} GiB, and a GPU has {has:.1f} GiB")
-            fixes.append(f"optim.max_micro_batch={max(1, self.batch.micro // 2)}, recompute=full or parallel=fsdp")
-        if found:
-            raise ConfigError(
-                "\n  ".join(found),
-                "equal collectives on the ranks of a group, no wait of the host in a step, and tensors that fit",
-                "; ".join(fixes),
-            )
+    def _open(self, storage: torch.UntypedStorage, place: str, kind: str) -> None:
+        block = MemoryBlock(storage.nbytes(), self.now, place, kind)
+
+        def end(_: object) -> None:
+            block.died = min(block.died, self.now)
+
+        block.storage = weakref.ref(storage, end)
+        self._blocks.append(block)
+        self._block_of[storage] = block
 
 
-def kinds_of_ranks(dims: ParallelDims) -> dict[int, str]:
-    """Return the ranks to rehearse, with their places: each pipeline stage, first and last of each axis, the last one.
+# Collectives, as operations of torch.distributed (c10d, functional, DTensor's).
 
-    Ranks between the first and the last rank of an axis have the same shapes and code.
+
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+"""Namespaces of operations that communicate."""
+
+
+Call = tuple[dist.ProcessGroup, list[Tensor], int | None]
+"""Group of a collective, tensors that this rank sends or receives into, and for a transfer its peer in the group."""
+
+
+def read_call(space: str, operation: str, args: Sequence[Any]) -> Call | None:
+    """Return group and tensors from the arguments of a collective; None for an operation without a group.
+
+    Collectives of c10d take the group, other collectives the name of the group.
+
+    If an operation takes results and inputs, the inputs come second.
     """
-    sizes = dims.sizes
-    ends = {name: size - 1 for name, size in sizes.items() if name != "pp" and size > 1}
-    places = [({"pp": stage}, f"pp {stage}" if dims.pp > 1 else "first") for stage in range(dims.pp)]
-    places += [({name: end}, f"{name} {end}") for name, end in ends.items()]
-    if dims.ep > 1:
-        axis = "dp_shard" if dims.is_sharded else "dp_replicate"
-        places.append(({axis: dims.ep - 1}, f"ep {dims.ep - 1}"))
-    places.append(({name: size - 1 for name, size in sizes.items()}, "last"))
-    found: dict[int, str] = {}
-    for place, kind in places:
-        rank = 0
-        for name, size in sizes.items():
-            rank = rank * size + place.get(name, 0)
-        found.setdefault(rank, kind)
-    return found
+    if space == "c10d":
+        place = next(i for i, arg in enumerate(args) if isinstance(arg, torch.ScriptObject))
+        group: Any = dist.ProcessGroup.unbox(args[place])
+        given = args[place - 1]
+    else:
+        names = [arg for arg in args if isinstance(arg, str)]
+        if not names:
+            return None
+        group = c10d._resolve_process_group(cast(Any, names[-1]))
+        given = args[0]
+    peer = int(args[2]) if operation in ("send", "recv_") else None
+    return group, [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)], peer
 
 
-# Text.
+HOST_READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
+"""Operations whose result the host needs. ``item``, ``tolist`` and ``bool`` of a tensor come here."""
+PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default")
+"""Matrix products."""
 
 
-def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    """Yield the lines of a rehearsal: memory, collectives, dtypes, waits, time, hangs, and what a rehearsal cannot
-    find."""
-    dims, batch, config = rehearsal.dims, rehearsal.batch, rehearsal.config
-    size = dims.data_ranks * dims.model_ranks
-    yield (
-        f"rehearsal of {counted(size, 'rank')} ({len(rehearsal.ranks)} of them taken), {dims}, {config.model.name} in "
-        f"{config.precision.name}, {batch.accumulation} x {batch.micro} sequences a rank; tensors without values"
-    )
-    yield from memory_lines(rehearsal)
-    first = rehearsal.ranks[0]
-    yield f"  collectives of a step of rank {first.rank}, in order by group; bytes that the rank gives or receives"
-    yield from collective_lines(first)
-    for part, found in first.dtypes.items():
-        yield f"  dtypes  {part}: {', '.join(f'{dtype} {size_text(size)}' for dtype, size in found.items())}"
-    yield from reduction_lines(first)
-    waits = [f"{place} ({times} times)" for place, times in rehearsal.waits().items()]
-    yield f"  waits of the host for the device: {', '.join(waits) or 'none'}"
-    for place, times in first.expected_waits.items():
-        yield f"    expected: {place}, {times} times a step"
-    step = "unknown, as the GPU is" if rehearsal.step_s is None else duration_text(rehearsal.step_s)
-    yield f"  step by the cost model: {step}"
-    yield f"  would hang: {'; '.join(rehearsal.hangs()) or 'nowhere'}"
-    yield f"  to check: {'; '.join(rehearsal.doubts()) or 'nothing'}"
-    yield f"  {UNSEEN}"
+def in_backward() -> bool:
+    """Return True inside of a backward pass, which also recomputes activations that were not kept."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
-def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    """Yield lines with the peak memory of each rank, split by ``PARTS``, and the planned total."""
-    for rank in rehearsal.ranks:
-        said, off = rehearsal.planned(rank.rank).total, rehearsal.difference(rank)
-        shown = ", ".join(f"{part} {size_text(rank.memory.get(part, 0))}" for part in PARTS)
-        planned = f"plan {size_text(said)}, {off:+.1%}"
-        yield f"  rank {rank.rank} ({rank.kind}): peak {size_text(rank.peak)} ({planned}): {shown}"
-    apart = [rank for rank in rehearsal.ranks if abs(rehearsal.difference(rank)) > AGREES]
-    if apart:
-        of_plan = vars(rehearsal.planned(apart[0].rank))
-        told = ", ".join(f"{part} {size_text(size)}" for part, size in of_plan.items() if size)
-        yield f"  differs by more than {AGREES:.0%}; the plan of rank {apart[0].rank} is {told}"
-        lines = Counter(apart[0].largest).most_common(LINES)
-        shown = ", ".join(f"{size_text(size)} at {place}" for place, size in lines)
-        yield f"    most activations and rest of rank {apart[0].rank}: {shown}"
+class Recorder(TorchDispatchMode):
+    """Records operations. Use it through ``recording``, which also records batches of transfers and resizes of
+    storages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[Collective] = []
+        self.groups: dict[str, RankGroup] = {}
+        """Groups that took part, by the name that ``Collective.group`` has."""
+        self.waits: Counter[str] = Counter()
+        """Places where the host waits for the device -> number of times."""
+        self.products: Counter[tuple[torch.dtype, str]] = Counter()
+        """Dtype and line of matrix products of a forward pass -> elements of their results."""
+        self.linear: Counter[int] = Counter()
+        """``id`` of a parameter -> linear layers of forward passes that use it."""
+        self.linear_at: dict[int, str] = {}
+        """``id`` of a parameter -> line of the last such layer."""
+        self.memory = MemoryRecord()
+        self.batch_at: str | None = None
+        """Line of the batch of point-to-point transfers that is being made; None outside of one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor calls operations on shards, which come here
+        name = str(func)
+        space, operation, *_ = name.split(".")
+        call = read_call(space, operation, args) if space in COLLECTIVES else None
+        if call is not None:
+            self._note(operation, *call)
+        if name in HOST_READS and isinstance(args[0], FakeTensor):  # not meshes, which are on the host
+            self.waits[calling_line()] += 1
+            if name == HOST_READS[0]:
+                return 1.0 if args[0].dtype.is_floating_point else 1  # in place of the unknown value
+        results = func(*args, **(kwargs or {}))
+        if name in PRODUCTS and not in_backward():
+            self.products[args[0].dtype, calling_line()] += results.numel()
+        self.memory.add(results)
+        return results
+
+    def _note(self, operation: str, group: dist.ProcessGroup, tensors: list[Tensor], peer: int | None) -> None:
+        self.collectives.append(
+            Collective(
+                operation=operation.strip("_"),
+                group=self._group_name(group),
+                dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+                bytes=sum(t.numel() * t.element_size() for t in tensors),
+                peer=None if peer is None else dist.get_global_rank(group, peer),
+                place=self.batch_at or calling_line(),
+                batched=self.batch_at is not None,
+            )
+        )
+
+    def _group_name(self, group: dist.ProcessGroup) -> str:
+        ranks = tuple(dist.get_process_group_ranks(group))
+        label = group.group_desc.removeprefix("mesh_")
+        label = "world" if label == "default_pg" else label
+        name = f"{label}#{zlib.crc32(repr(ranks).encode()):08x}"
+        self.groups[name] = RankGroup(label, ranks)
+        return name
 
 
-def collective_lines(rank: RankRehearsal) -> Iterator[str]:
-    """Yield one line for each group with the collectives of a step, in their order; repetitions are written as ``N
-    x``."""
-    by_group: dict[str, list[str]] = {}
-    for one in rank.collectives[rank.in_step :]:
-        peer = "" if one.peer is None else f" {'to' if one.operation == SEND else 'from'} {one.peer}"
-        by_group.setdefault(one.group, []).append(f"{one.operation}{peer} {one.dtype} {size_text(one.bytes)}")
-    for name, calls in by_group.items():
-        group = rank.groups[name]
-        shown = [f"{times} x {text}" if times > 1 else text for times, text in in_runs(calls)]
-        yield f"    {group.label} of {len(group.ranks)}: {', '.join(shown)}"
+class Calls(TorchFunctionMode):
+    """Records what operations on fake CPUs do not show: copies to the host, and the parameters of linear layers.
+
+    Blocking copies are ``cpu()``, ``numpy()``, ``to("cpu")``, and the text of a tensor, as in ``print(loss)``.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_copy = func in (Tensor.cpu, Tensor.numpy, Tensor.__repr__)
+        is_copy |= func is Tensor.to and "cpu" in (*args[1:2], kwargs.get("device")) and not kwargs.get("non_blocking")
+        if is_copy:
+            self._recorder.waits[calling_line()] += 1
+        if func is linear and not in_backward():
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            if isinstance(weight, nn.Parameter):  # another tensor may get the id of a former one
+                self._recorder.linear[id(weight)] += 1
+                self._recorder.linear_at[id(weight)] = calling_line()
+        return func(*args, **kwargs)
 
 
-def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
-    """Return ``items`` as pairs (times, text), in order: a run of up to ``longest`` items, and how often it is
-    repeated."""
-    found, at = list[tuple[int, str]](), 0
-    while at < len(items):
-        best = (1, 1)
-        for length in range(1, longest + 1):
-            run, times = items[at : at + length], 1
-            while items[at + times * length : at + (times + 1) * length] == run:
-                times += 1
-            if times > 1 and times * length > best[0] * best[1]:
-                best = times, length
-        times, length = best
-        run = items[at : at + length]
-        text = ", ".join(run)
-        found.append((times, f"({text})" if length > 1 else text))
-        at += times * length
-    return found
+@contextmanager
+def recording(recorder: Recorder, copies: bool = False) -> Iterator[None]:
+    """Record the operations, batches of point-to-point transfers and resizes of storages in a ``with`` block.
 
+    With ``copies``, blocking copies to the host count as waits, and linear layers are counted.
+    """
+    batch, resize = dist.batch_isend_irecv, torch.UntypedStorage.resize_
 
-def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
-    """Yield the bytes of each kind of collective of a step by dtype, to show an unintended fp32."""
-    sums: Counter[tuple[str, str, str]] = Counter()
-    for one in rank.collectives[rank.in_step :]:
-        sums[rank.groups[one.group].label, one.operation, one.dtype] += one.bytes
-    for (label, operation, dtype), size in sorted(sums.items()):
-        yield f"  dtypes  {operation} in {label}: {dtype} {size_text(size)}"
+    def recorded_batch(operations: list[dist.P2POp]) -> list[dist.Work]:
+        recorder.batch_at = calling_line()
+        try:
+            return batch(operations)
+        finally:
+            recorder.batch_at = None
 
+    def recorded_resize(storage: torch.UntypedStorage, size: int) -> Any:
+        resized = resize(storage, size)
+        recorder.memory.resize(storage)
+        return resized
 
-def size_text(size: float) -> str:
-    """Return a number of bytes as text with a unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3f} GiB"
+    dist.batch_isend_irecv, torch.UntypedStorage.resize_ = recorded_batch, recorded_resize  # type: ignore
+    try:
+        with recorder, Calls(recorder) if copies else nullcontext():
+            yield
+    finally:
+        dist.batch_isend_irecv, torch.UntypedStorage.resize_ = batch, resize  # type: ignore

@@ -37,8 +37,18 @@ from gpt.model.gpt import GPT
 from gpt.parallel import context, ddp, distributed, nd
 from gpt.parallel.engine import Engine, RunLayout
 from gpt.parallel.modules import local_tensor
-from gpt.rehearsal import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, REST, Collective, RankRehearsal
-from gpt.rehearsal.recorder import Recorder, calling_line, recording
+from gpt.rehearsal import (
+    ACTIVATIONS,
+    GRADIENTS,
+    OPTIMIZER,
+    PARAMETERS,
+    REST,
+    Collective,
+    RankRehearsal,
+    Recorder,
+    calling_line,
+    recording,
+)
 from gpt.topology import Batch, ParallelDims
 from gpt.training.run import Run
 from gpt.training.step import queue_step

@@ -312,11 +312,6 @@ class CheckpointSchedule:
             return self._is_time
         return self._every.steps > 0 and step % self._every.steps == 0
 
-    def is_due_in_memory(self, step: int) -> bool:
-        """Return True if a checkpoint in memory is due after ``step``; never while another save is in flight."""
-        is_free = self._manager.memory is not None and not self._manager.is_pending
-        return is_free and step % self._run.config.checkpoint.memory_interval == 0
-
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
         """Save a checkpoint of the step just done; return the seconds that training waited.
 

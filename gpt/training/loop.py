@@ -213,14 +213,15 @@ class Loop:
 
     def _pause_after(self, requests: Requests) -> Pause:
         """Return the work to do after the step just queued."""
-        config, step = self._run.config, self._run.step
+        config, step, saves = self._run.config, self._run.step, self._run.checkpoints
         last = step == config.optim.max_steps
+        can_remember = saves.memory is not None and not saves.is_pending
         return Pause(
             last,
             last or is_due(step, config.eval.interval),
             is_due(step, config.divergence.replica_check_interval),
             last or bool(requests) or self._schedule.is_due(step),
-            self._schedule.is_due_in_memory(step),
+            can_remember and is_due(step, config.checkpoint.memory_interval),
         )
 
     def _read(self, step: QueuedStep) -> tuple[StepRecord, BadSteps | None]:

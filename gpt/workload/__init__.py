@@ -228,6 +228,9 @@ class GptWorkload(Workload):
         refuse_what_does_not_fit(config, needed, request)
         step = estimated_step(config, dims, batch, request)
         step_s = None if step is None else step.step_s
+        kept, every = config.checkpoint.keep_last, config.checkpoint.every().steps
+        if kept is None:
+            kept = -(-config.optim.max_steps // every) if every else 1
         return WorkloadPlan(
             rows={
                 **plan_rows(config, dims, batch, needed, str(corpus)),
@@ -249,7 +252,7 @@ class GptWorkload(Workload):
             checkpoint_bytes=memory.checkpoint_bytes(config),
             step_s=None if on_cpus(config, request) else step_s,  # the estimate assumes one rate for all CPUs
             saves_more_often=f"checkpoint.interval={saves_more_often(config)}",
-            checkpoints_kept=most_checkpoints(config),
+            checkpoints_kept=kept + 1,  # with the one that is being written
             uses_cpus=on_cpus(config, request),
             fewer_nodes=possible_sizes(request, partial(refuse_size, config)),
         )
@@ -317,12 +320,6 @@ class GptWorkload(Workload):
             ConfigError: the run makes no copies, or they are unreachable.
         """
         return saved_copies(read_config(folder, TrainConfig).checkpoint.copy_to, folder.path)
-
-
-def most_checkpoints(config: TrainConfig) -> int:
-    """Return the number of checkpoints that the run has on the disk at most, with the one that is being written."""
-    kept, steps = config.checkpoint.keep_last, config.checkpoint.every().steps
-    return 1 + (kept if kept is not None else -(-config.optim.max_steps // steps) if steps else 1)
 
 
 def saves_more_often(config: TrainConfig) -> str:

@@ -20,9 +20,8 @@ from gpt.model import layers
 from gpt.model.gpt import GPT
 from gpt.parallel import modules, nd, optimizer, pipeline
 from gpt.parallel.engine import Engine
-from gpt.rehearsal import GRADIENTS, OPTIMIZER, PARAMETERS, Rehearsal, rehearsal_lines
-from gpt.rehearsal.recorder import Recorder, recording
-from gpt.rehearse import main, rehearse
+from gpt.rehearsal import GRADIENTS, OPTIMIZER, PARAMETERS, Recorder, recording
+from gpt.rehearse import Rehearsal, main, rehearsal_lines, rehearse
 from gpt.training.step import queue_step
 from launch.runs.process import Phase
 from tests.support import faulty_parts
