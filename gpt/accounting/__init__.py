@@ -28,19 +28,22 @@ GIGA, TERA = 1e9, 1e12
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Figures of one device from its vendor: a row of ``accelerators.csv``. None if the device does not support a
-    feature."""
+    """Figures of one kind of device, as its vendor states them: a row of ``accelerators.csv``."""
 
     name: str
     """Whole name, as ``torch.cuda.get_device_name()`` returns it."""
     peaks: dict[str, float]
-    """``bf16``, ``fp16``, ``fp32`` or ``tf32`` -> dense peak in TFLOP/s."""
+    """``bf16``, ``fp16``, ``fp32`` or ``tf32`` -> dense peak in TFLOP/s; without precisions that the device lacks."""
     memory_gb: float
+    """Memory in GB (10^9 bytes)."""
     link_gb: float
+    """Bandwidth to other devices of its node, in one direction, in GB/s."""
     network_gb: float | None
+    """Bandwidth of its share of a node's network, in one direction, in GB/s; None if unknown."""
     has_float8: bool
+    """True if the device multiplies 8-bit floating point numbers."""
     words: set[str]
-    """Words that short names use for the device."""
+    """Words that may stand in a short name of the device, in lower case."""
 
     @property
     def half(self) -> Precision:
@@ -53,34 +56,35 @@ class Accelerator:
         return "tf32" in self.peaks
 
     def peak(self, precision: Precision, tf32: bool = False) -> float | None:
-        """Return the dense peak in a precision, TFLOP/s; None if unknown. With ``tf32``, the peak of fp32 is that of
-        TF32, if the device supports it."""
+        """Return the dense peak in a precision, in TFLOP/s; None if the device lacks the precision. With ``tf32``, the
+        peak of TF32 is returned for fp32, if the device supports TF32."""
         return self.peaks.get("tf32" if tf32 and self.has_tf32 and precision is Precision.fp32 else precision.name)
 
 
 VENDOR_WORDS = ("nvidia", "tesla", "geforce", "rtx", "amd", "instinct", "oam")
-"""Words of a name that do not distinguish devices."""
+"""Words that are ignored when names of devices are compared."""
 VARIANTS = {"ti", "super", "d"}
-"""Words that distinguish devices: an RTX 4080 is no RTX 4080 SUPER."""
+"""Words that make another device of a name: an RTX 4080 is no RTX 4080 SUPER."""
 SXM = "sxm"
-"""Word for the SXM form of a module, as opposed to a PCIe card. The bare name of a chip with several forms means
+"""Word for the SXM form of a device, as opposed to a PCIe card. A short name without a form, such as H100, means
 SXM."""
 
 
 def words_of(name: str) -> list[str]:
-    """Return the words of a name in lower case, without words that do not distinguish devices; a memory size is one
-    word, as ``80gb``."""
+    """Return the words of a device's name in lower case, without ``VENDOR_WORDS``. A size of memory becomes one word,
+    such as ``80gb``."""
     spelled = re.sub(r"\b(\d{2,3})(?: ?(?:gib|gb|g))?\b", r"\1gb", re.sub(r"[\s_-]+", " ", name.lower()))
     return [word for word in re.sub(r"\brtx(?=\d)", "rtx ", spelled).split() if word not in VENDOR_WORDS]
 
 
 def plain_name(name: str) -> str:
-    """Return a device's name in lower case, without the words that only some drivers write."""
+    """Return a device's name in lower case, without ``nvidia``, ``tesla`` and ``oam``, which only some drivers
+    write."""
     return re.sub(r"^(nvidia|tesla) | oam$", "", name.strip().lower())
 
 
 def read_accelerators() -> dict[str, Accelerator]:
-    """Read ``accelerators.csv``. Return the devices by their plain names, in the order of the table."""
+    """Read ``accelerators.csv``. Return a dictionary from ``plain_name`` to device, in the order of the file."""
     lines = resources.files("gpt.accounting").joinpath("accelerators.csv").read_text().splitlines()
     found = {}
     for row in csv.DictReader((line for line in lines if not line.startswith("#")), skipinitialspace=True):
@@ -104,10 +108,11 @@ def find(device_name: str) -> Accelerator | None:
 
 
 def expand(short_name: str) -> list[str]:
-    """Return the devices that a short name such as ``H100``, ``A100-80GB`` or Slurm's ``nvidia_h100_80gb_hbm3`` means.
+    """Return the whole names of the devices that a short name can mean, such as ``H100``, ``A100-80GB`` or Slurm's
+    ``nvidia_h100_80gb_hbm3``.
 
-    The list has several devices if the name leaves the memory open, and is empty for an unknown name. The bare name of
-    a chip means the SXM form. Names from drivers are matched whole, by ``find``.
+    Several names if devices differ in memory and the short name does not state it; an empty list for an unknown name.
+    A name without a form, such as ``H100``, means the SXM form.
     """
     if known := find(short_name):
         return [known.name]
@@ -120,10 +125,10 @@ def expand(short_name: str) -> list[str]:
 
 
 def peak_flops(device_name: str, precision: Precision, tf32: bool = False) -> float | None:
-    """Return the dense peak of a device in FLOP/s; None if unknown.
+    """Return the dense peak of a device in FLOP/s; None if the device is unknown or lacks the precision.
 
-    ``device_name`` is the result of ``torch.cuda.get_device_name()``. For ``fp32`` the peak is that of true fp32
-    products; with ``tf32`` it is that of TF32, if the device supports it.
+    ``device_name`` is a result of ``torch.cuda.get_device_name()``. With ``tf32``, the peak of TF32 is returned for
+    fp32, if the device supports TF32.
     """
     known = find(device_name)
     tflops = None if known is None else known.peak(precision, tf32)
@@ -131,7 +136,7 @@ def peak_flops(device_name: str, precision: Precision, tf32: bool = False) -> fl
 
 
 def memory_bytes(device_name: str) -> int | None:
-    """Return the memory of a device in bytes; None if unknown."""
+    """Return the memory in bytes of the device with this whole name; None if the device is unknown."""
     known = find(device_name)
     return None if known is None else int(known.memory_gb * GIGA)
 
@@ -161,16 +166,19 @@ class Parameters:
     embedding: int
     """Token embedding, with the padding of the vocabulary."""
     position: int
+    """Table of positions."""
     attention: int
-    """Attention, with the norms of queries and keys."""
+    """Attention of all blocks, with the norms of queries and keys."""
     ffn: int
-    """Feed-forward layers. Of a mixture: the router, all experts, and the shared experts."""
+    """Feed-forward layers of all blocks. In a mixture of experts: the router, all experts, and the shared experts."""
     norm: int
+    """Norms of all blocks, and the last norm."""
     head: int
+    """Output matrix; 0 if it is tied to the token embedding."""
     idle: int = 0
-    """Part of ``ffn``: the experts that a token is not routed to."""
+    """Of ``ffn``, the parameters of the experts that do not compute a given token."""
     frozen: int = 0
-    """Part of all components: the parameters beside adapters, which are not trained."""
+    """Of all components, the parameters that are not trained with LoRA."""
 
     @property
     def total(self) -> int:
@@ -179,42 +187,46 @@ class Parameters:
 
     @property
     def trained(self) -> int:
-        """Number of the parameters that are trained: all, or with LoRA those of adapters."""
+        """Number of the parameters that are trained: with LoRA those of adapters, else all."""
         return self.total - self.frozen
 
     @property
     def active(self) -> int:
-        """Parameters that one token uses: all except the experts that it is not routed to."""
+        """Number of the parameters that compute one token: all, without the experts that are not chosen for it."""
         return self.total - self.idle
 
     @property
     def non_embedding(self) -> int:
-        """Parameters without token, position and output embeddings: N of the scaling laws (arXiv 2001.08361, section
-        2.1)."""
+        """Number of the parameters without token embedding, table of positions and output matrix: N of the scaling laws
+        (arXiv 2001.08361, section 2.1)."""
         return self.total - self.embedding - self.position - self.head
 
     @property
     def active_non_embedding(self) -> int:
-        """Parameters that one token uses, without the embeddings."""
+        """``non_embedding``, without the experts that are not chosen for a token."""
         return self.non_embedding - self.idle
 
     def as_dict(self) -> dict[str, int]:
-        """Return the components and their sums."""
+        """Return the counts of the components, and the sums that are properties here, by name."""
         sums = ("total", "trained", "active", "non_embedding", "active_non_embedding")
         return {**asdict(self), **{name: getattr(self, name) for name in sums}}
 
 
 class HiddenMatrices(NamedTuple):
-    """Elements of all matrices of the blocks (the optimizer Muon steps them), and FLOPs of one Newton-Schulz iteration
-    on all of them."""
+    """Size of the matrices of the blocks, which the optimizer Muon updates."""
 
     elements: int
+    """Number of elements of all these matrices."""
     flops: int
+    """FLOPs of one Newton-Schulz iteration on each of these matrices."""
 
 
 def count_hidden(model: ModelConfig) -> HiddenMatrices:
-    """Count the matrices of the blocks, and the FLOPs of an iteration. An iteration over *r* rows and *c* columns, *r*
-    at most *c*, has three matrix products: 2 r^2 c + 2 r^3 + 2 r^2 c FLOPs. Each expert has matrices of its own."""
+    """Count the elements of the matrices of all blocks, and the FLOPs of a Newton-Schulz iteration on each.
+
+    An iteration on a matrix of *r* x *c*, *r* at most *c*, has three products: 2 r^2 c + 2 r^3 + 2 r^2 c FLOPs. Each
+    expert has matrices of its own.
+    """
     found = [(math.prod(shape), *sorted(shape[-2:])) for shape in block_shapes(model).values() if len(shape) > 1]
     flops = sum(4 * elements * rows + 2 * elements * rows**2 // columns for elements, rows, columns in found)
     return HiddenMatrices(model.n_layer * sum(elements for elements, *_ in found), model.n_layer * flops)
@@ -238,7 +250,7 @@ def count(model: ModelConfig) -> Parameters:
 
 
 BLOCK_NORMS = ("attention_norm", "ffn_norm", "attended_norm", "fed_norm")
-"""Norms of a block; the last two with norm_position=both only."""
+"""Names of the norms of a block; the last two exist with norm_position=both only."""
 
 
 def size(shapes: Shapes, prefix: str = "") -> int:
@@ -289,17 +301,26 @@ def attention_matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def norms_per_block(model: ModelConfig) -> int:
-    """Return the number of norms of a block over D."""
+    """Return the number of norms of a block over the width of the model."""
     return 4 if model.norm_position is NormPosition.both else 2
 
 
 def part_shapes(model: ModelConfig, part: str, name: str) -> Shapes:
-    """Return name and shape of the parameters of a part of the user. The names in the model begin with ``name``."""
+    """Return name and shape of the parameters of a user's class.
+
+    Args:
+        model: config of the model.
+        part: key of ``part_counts``, such as ``norm``.
+        name: name of the module in the model, with which the names of its parameters begin.
+    """
     return {f"{name}.{local}": shape for local, shape in part_counts(model)[part].shapes.items()}
 
 
 def dense_shapes(model: ModelConfig, name: str, inner: int) -> Shapes:
-    """Return the shapes of a feed-forward layer: two matrices, or three if it is gated."""
+    """Return name and shape of the parameters of a feed-forward layer: two matrices, or three if it is gated.
+
+    ``name`` is the name of the layer in the block, ``inner`` its inner width.
+    """
     shapes: Shapes = {}
     for matrix in ("gate", "up") if model.gated else ("up",):
         shapes |= linear_shapes(model, f"{name}.{matrix}", inner, model.n_embd)
@@ -307,7 +328,7 @@ def dense_shapes(model: ModelConfig, name: str, inner: int) -> Shapes:
 
 
 def mixture_shapes(model: ModelConfig) -> Shapes:
-    """Return the shapes of the router, the stacked matrices of the experts, and the shared experts as one layer."""
+    """Return name and shape of the parameters of a mixture of experts: router, stacked experts, shared experts."""
     width, inner, experts = model.n_embd, model.ffn_width, model.n_expert
     shapes: Shapes = {"ffn.router.weight": (experts, width)}
     for matrix in ("gate", "up") if model.gated else ("up",):
@@ -331,7 +352,8 @@ def outer_shapes(model: ModelConfig) -> Shapes:
 
 
 def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> Shapes:
-    """Return the shapes of a matrix, of its bias if the model has biases, and of its adapter if it has one."""
+    """Return name and shape of the parameters of a linear layer: its matrix, its bias and its adapter, if it has
+    them."""
     shapes: Shapes = {f"{name}.weight": (outputs, inputs)}
     if model.bias:
         shapes[f"{name}.bias"] = (outputs,)
@@ -341,7 +363,8 @@ def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> S
 
 
 def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
-    """Return the shapes of a norm's gain, and of its shift if it has one."""
+    """Return name and shape of the parameters of the norm ``name`` over ``width`` numbers: gain, and shift if it has
+    one."""
     if isinstance(model.norm, str):
         return part_shapes(model, "norm" if width == model.n_embd else "head_norm", name)
     gain: Shapes = {f"{name}.weight": (width,)}
@@ -363,17 +386,18 @@ def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs by component."""
+    """FLOPs of matrix products, by component of the model."""
 
     projections: int
     """Query, key, value and output projections of attention."""
     attention: int
-    """Scores Q K^T and the weighted sum of V, over the pairs of ``attention_pairs``."""
+    """Scores Q K^T and the weighted sum of V, for the number of pairs that ``attention_pairs`` returns."""
     ffn: int
-    """Feed-forward layers. Of a mixture: the routed and the shared experts of each token."""
+    """Feed-forward layers. In a mixture of experts: the chosen and the shared experts of each token."""
     logits: int
     """Output matrix, with the padding of the vocabulary."""
     router: int = 0
+    """Routers of mixtures of experts."""
     adapters: int = 0
     """Products of the adapters (LoRA)."""
     custom: int = 0
@@ -418,7 +442,7 @@ def forward_flops(model: ModelConfig, sequences: int) -> Flops:
 
 
 def attention_pairs(model: ModelConfig) -> int:
-    """Return the number of pairs of query and key that all layers compute for one sequence without skipping a mask.
+    """Return the number of pairs of query and key in one sequence, over all layers, with pairs that a mask hides.
 
     Without a window these are T x T. With a window of W tokens they are W x W for the first block of queries, W x 2W
     for each further block, and fewer for a shorter last block. In both cases about half of the pairs are visible.
@@ -444,10 +468,10 @@ def custom_flops(model: ModelConfig) -> int:
 
 
 def expert_rows(model: ModelConfig) -> int:
-    """Return the rows that the experts of one layer compute in training for one sequence of ``block_size`` tokens.
+    """Return the number of rows that the experts of one layer compute in training for one sequence.
 
-    Each token counts once for each of its experts. With a capacity, all slots of all experts count, including empty
-    ones.
+    Each of the ``block_size`` tokens is one row for each of its experts. With a ``capacity_factor`` every expert
+    computes a fixed number of rows, some of them empty.
     """
     time, chosen = model.block_size, model.n_expert_per_token
     if model.capacity_factor is None:
@@ -469,11 +493,8 @@ def training_flops(model: ModelConfig, sequences: int) -> Flops:
 
 @lru_cache(maxsize=CACHED)
 def training_flops_per_token(model: ModelConfig) -> Flops:
-    """Return the FLOPs of training on one token, in sequences of ``block_size``.
-
-    The numbers are whole, since every term is linear in T. Only the slots of a capacity may be fractional; they are
-    rounded down.
-    """
+    """Return the FLOPs of training on one token: those of a sequence of ``block_size`` tokens, divided by its length
+    and rounded down."""
     return Flops(**{part: flops // model.block_size for part, flops in vars(training_flops(model, 1)).items()})
 
 
@@ -502,7 +523,8 @@ def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
 
 @dataclass(frozen=True)
 class Utilization:
-    """Rate of one rank, and its share of the peak; None if the peak is unknown."""
+    """Rate of computing of one rank, and its share of the peak of the device. Shares are None if the peak is
+    unknown."""
 
     tflops_per_s: float
     """Model TFLOP/s by the PaLM convention."""
@@ -522,8 +544,8 @@ def utilization(
     Args:
         flops_per_token: FLOPs of training, from ``training_flops_per_token``.
         tokens_per_s: rate of this rank, not of the whole run.
-        peak_flops_per_s: peak of this rank's device, from ``peak_flops``; None if unknown.
-        recomputed_per_token: FLOPs recomputed in the backward pass, from ``recomputed_flops_per_token``.
+        peak_flops_per_s: peak of this rank's device, a result of ``peak_flops``; None if unknown.
+        recomputed_per_token: FLOPs recomputed in the backward pass, a result of ``recomputed_flops_per_token``.
     """
     rate = flops_per_token.palm * tokens_per_s
     if peak_flops_per_s is None:

@@ -1,5 +1,4 @@
-"""Parts written by the user: classes that the config names. They are imported, checked and counted: as a class states
-its counts, or as its parameters imply.
+"""Parts written by the user, which the config names: their import, checks, and counts of parameters, FLOPs and memory.
 
     model.norm=mypkg.norms:MyNorm         a class of a module that Python finds: installed, or in the current folder
     model.norm=dyt                        an entry point of the group gpt.norm
@@ -36,15 +35,16 @@ KINDS_OF_PARALLELISM = {
     **dict.fromkeys(("norm", "ffn"), ("tp", "cp", "pp")),
     **dict.fromkeys(("position", "attention"), ("pp",)),
 }
-"""Values that a part may have in its attribute ``parallel``. Norms and feed-forward layers compute tokens one by one,
-so each rank of tp and cp computes its own. Attention and positions would need the tokens of other ranks."""
+"""Part of the model -> values that the attribute ``parallel`` of a user's class may contain. Norms and feed-forward
+layers compute each token alone, so each rank of tp and cp computes its own tokens. Attention and positions would need
+the tokens of other ranks."""
 
 
 @dataclass(frozen=True)
 class PartCounts:
-    """Shapes, FLOPs and bytes of one use of a part.
+    """Shapes, FLOPs and bytes of one module of a user's class.
 
-    Counts that grow with the tokens are for one sequence of ``block_size`` tokens.
+    FLOPs and bytes are those of one sequence of ``block_size`` tokens.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class StateBytes:
     per_element: float
     """Bytes for each element of a matrix."""
     per_tensor: int
-    """Bytes for each parameter, such as a count of steps."""
+    """Bytes for each parameter, of any size: a count of steps."""
 
 
 # Import of a part by its name, with a ConfigError if no class fits. Imports the user's module, and torch with it.
@@ -80,7 +80,8 @@ class StateBytes:
 
 
 def load_part(key: str, name: str) -> Any:
-    """Return the class of torch modules named ``name``, for the part ``key`` of a model.
+    """Import and return the user's class ``name``, a subclass of torch.nn.Module. ``key`` is the key of the config that
+    names the class, such as ``model.norm``.
 
     Raises:
         ConfigError: the class is missing, or is no torch module.
@@ -96,7 +97,8 @@ def load_part(key: str, name: str) -> Any:
 
 
 def load_object(key: str, name: str) -> Any:
-    """Return the object named by ``module:attribute``, or by an entry point of the group ``gpt.<last word of key>``.
+    """Import and return the object ``name``: ``module:attribute``, or an entry point of the group ``gpt.<last word of
+    key>``. ``key`` is the key of the config that names the object.
 
     Raises:
         ConfigError: the entry point, module or attribute is missing, or the import of the module fails.
@@ -125,7 +127,7 @@ def load_object(key: str, name: str) -> Any:
 
 
 def split_name(key: str, name: str) -> tuple[str, str]:
-    """Return module and attribute of a name. A name without a colon is looked up as an entry point.
+    """Return the module and the attribute that ``name`` means. A name without a colon is that of an entry point.
 
     Raises:
         ConfigError: the name has no colon, and no installed package has an entry point of this name.
@@ -146,7 +148,8 @@ def split_name(key: str, name: str) -> tuple[str, str]:
 
 
 def missing_module(key: str, name: str, module: str, missing: str) -> ConfigError:
-    """Return the error for a name whose module, or a module imported by it, is missing."""
+    """Return the error for ``key``=``name`` if the module ``missing`` does not exist: the module of the name, or one
+    that it imports."""
     return ConfigError(
         f"{key}={name}, and there is no module {missing}",
         "a module that Python can import here and on the nodes",
@@ -155,12 +158,12 @@ def missing_module(key: str, name: str, module: str, missing: str) -> ConfigErro
 
 
 def kind_text(found: Any) -> str:
-    """Describe an object for a message: ``the class NAME``, or ``a TYPE``."""
+    """Return text for messages: ``the class NAME`` for a class, ``a TYPE`` for any other object."""
     return f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
 
 
 def load_source(key: str, name: str) -> Any:
-    """Return the function of a data source, which takes the config of the data and returns an iterator of documents.
+    """Import and return the user's function ``name``, which takes a DataConfig and yields documents.
 
     Raises:
         ConfigError: the function is missing.
@@ -172,7 +175,8 @@ def load_source(key: str, name: str) -> Any:
 
 
 def source_digest(key: str, name: str) -> str:
-    """Return the SHA-256 of the file of a user's module, without running it. Changed code makes another corpus.
+    """Return the SHA-256, in hexadecimal digits, of the file of the module that ``name`` names. The module is not
+    imported.
 
     Raises:
         ConfigError: the module is missing, or has no file.
@@ -188,7 +192,9 @@ def source_digest(key: str, name: str) -> str:
 
 
 def build_custom_optimizer(config: OptimConfig, groups: Any) -> Any:
-    """Return the user's optimizer that ``config`` names, over parameter groups that have their weight decay.
+    """Build and return the user's optimizer that ``config`` names.
+
+    ``groups`` are torch's parameter groups, each with its ``weight_decay``.
 
     The constructor receives ``optim.options``, and lr, betas and eps of the config if it accepts them. A step that the
     run skips (see gpt.parallel.engine.skipping) does not reach the optimizer.
@@ -239,10 +245,10 @@ def build_custom_optimizer(config: OptimConfig, groups: Any) -> Any:
 
 @lru_cache(maxsize=CACHED)
 def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
-    """Return shapes, FLOPs and bytes of the user's own classes in a model, by the part that each replaces.
+    """Return shapes, FLOPs and bytes of the user's classes in a model, by part of the model.
 
-    The keys are ``norm``, ``head_norm``, ``position``, ``attention`` and ``ffn``, without built-in parts.
-    ``head_norm`` counts the norms of queries and keys together; its parameters are those of one norm.
+    The keys are those of ``norm``, ``head_norm``, ``position``, ``attention`` and ``ffn`` that are classes of the user.
+    ``head_norm`` has the FLOPs and bytes of the norms of queries and keys together, and the shapes of one norm.
 
     Raises:
         ConfigError: a part cannot be imported, takes other arguments, or fails.
@@ -314,8 +320,8 @@ def count_part(model: ModelConfig, key: str, shape: tuple[int, ...], *arguments:
 
 
 def check_state(part: str, module: Any) -> None:
-    """Raise ConfigError for parameters without dimensions, and for unsaved buffers if the class has no
-    ``reset_buffers``."""
+    """Raise ConfigError if a parameter has no dimension, or if a buffer is not saved and the class has no method
+    ``reset_buffers``. ``part`` is ``KEY=NAME`` of the class, for messages."""
     scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise ConfigError(
@@ -334,7 +340,7 @@ def check_state(part: str, module: Any) -> None:
 
 
 def stated_parallelism(key: str, name: str, kind: Any) -> tuple[str, ...]:
-    """Return the class attribute ``parallel``: the kinds of parallelism that a part supports.
+    """Return the attribute ``parallel`` of a user's class: the kinds of parallelism that the class supports.
 
     Raises:
         ConfigError: the attribute has a value that parts of its kind cannot have.
@@ -355,13 +361,13 @@ OWNERS = (
     ("position", r"(?:position|blocks\.\d+\.attention\.rope)\.(.+)"),
     ("ffn", r"blocks\.\d+\.ffn\.(.+)"),
 )
-"""Parts, and patterns of their tensors' names in the whole model. A tensor belongs to the first part of the user that
-matches, so norms and positions inside the user's attention belong to the attention."""
+"""Pairs of a part of the model, and a pattern of the names of its tensors. Of the parts that are classes of the user,
+the first that matches owns a tensor: norms and positions inside the user's attention belong to the attention."""
 
 
 def owner_of(name: str, model: ModelConfig) -> tuple[str, str] | None:
-    """Return the user's part that a tensor belongs to: field of the config, and name in the part; None if there is
-    none."""
+    """Return the user's class that has the tensor ``name`` of a model, as two texts: the field of the config, and the
+    name of the tensor inside the class. None if the tensor belongs to a built-in part."""
     custom = model.custom_parts
     for key, pattern in OWNERS if custom else ():
         if key in custom and (found := re.fullmatch(pattern, name)):
@@ -373,11 +379,10 @@ def owner_of(name: str, model: ModelConfig) -> tuple[str, str] | None:
 
 
 def optimizer_state(optim: OptimConfig) -> StateBytes:
-    """Return the bytes of an optimizer's state. For AdamW these are two moments and a count of steps; for a user's
-    optimizer they are measured after one step.
+    """Return the bytes of an optimizer's state. A user's optimizer is measured after one step.
 
-    For Muon these are the bytes for the parameters that AdamW steps. Schedule-free AdamW has one moment, the newest
-    weights, and no count.
+    AdamW has two moments of each element, and a count of steps of each parameter. The result for Muon is that of the
+    parameters that it leaves to AdamW. Schedule-free AdamW has one moment and the newest weights, and no count.
 
     Raises:
         ConfigError: the user's optimizer cannot be imported, refuses its arguments, or fails.

@@ -1,7 +1,7 @@
-"""Typed schema of a training run: every field, its unit and its range. Values are in ``configs/``.
+"""Typed schema of a training run: every key, its unit and its range. Values are in ``configs/``.
 
-This module has the whole run, the other modules its parts. The schema imports no torch, so that the login node can use
-it.
+This module has the config of a whole run. The other modules of this folder have the configs of its parts. None of them
+imports torch, so that the login node can use the schema.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ __all__ = [
 ]
 
 HF_PREFIX = "hf:"
-"""Begins an ``init_from`` that accepts a folder of transformers only."""
+"""Prefix of a value of ``init_from`` that must be a folder of transformers."""
 
 
 @dataclass
@@ -109,7 +109,7 @@ class EvalConfig:
     sequences: int = MISSING
     """Sequences of the validation split per evaluation. Every evaluation uses the same sequences."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks of lm-eval's harness to evaluate, too: their names, or YAML files (FOLDER/NAME.yaml). Needs the extra
+    """Further evaluation: tasks of lm-eval's harness, by name or as YAML files (FOLDER/NAME.yaml). Needs the extra
     ``eval``, and a tokenizer that encodes any text."""
 
     def validate(self) -> None:
@@ -125,21 +125,21 @@ class EvalConfig:
 
 @dataclass
 class LoggingConfig:
-    """Writers of the step records. Each rank's own file of records is always written, too."""
+    """Outputs of the step records, in addition to the file of records that each rank always writes."""
 
     tensorboard: bool = True
     """Write event files for TensorBoard (rank 0)."""
     wandb: bool = False
-    """Send rank 0's records to Weights & Biases; needs the extra ``wandb``, and obeys WANDB_MODE=offline. The project
-    is that of WANDB_PROJECT, or gpt."""
+    """Send rank 0's records to Weights & Biases; needs the extra ``wandb``, and obeys WANDB_MODE=offline. The
+    environment variable WANDB_PROJECT names the project, by default gpt."""
     gradients_interval: int = 10
-    """Steps between records of the gradients' mean, standard deviation and norm by layer; 0 records none."""
+    """Steps between records of the gradients: mean, standard deviation, and the norm of each layer. 0 records none."""
     breakdown_interval: int = 0
     """Steps between profiled steps. On every rank torch's profiler divides such a step into computing, communication,
     copies and idle time, for the step records. 0 profiles none. A profiled step is slower."""
     console: list[str] = field(default_factory=list)
-    """Further figures of the step records in the printed line of a step, such as tflops_per_s, grad_mean, grad_std,
-    memory_allocated_gib and memory_reserved_gib."""
+    """Names of further figures to print in the line of each step: fields of the step records, such as tflops_per_s,
+    grad_mean, grad_std, memory_allocated_gib and memory_reserved_gib."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, a figure is unknown, or a required extra is not
@@ -205,9 +205,9 @@ CompileMode = Enum(
         "max-autotune": "max-autotune",
     },
 )
-"""Compilation: ``auto`` is ``default`` on GPUs and ``none`` on CPUs. ``none`` compiles nothing. The rest are modes of
-``torch.compile``: ``default``, ``reduce-overhead`` (with CUDA graphs), ``max-autotune`` (also measures several kernels,
-which takes minutes)."""
+"""Use of ``torch.compile``: ``none`` compiles nothing, and ``auto`` is ``default`` on GPUs and ``none`` on CPUs. The
+other values are modes of ``torch.compile``: ``default``, ``reduce-overhead`` (with CUDA graphs), ``max-autotune`` (also
+measures several kernels, which takes minutes)."""
 
 
 class Recompute(Enum):
@@ -223,16 +223,17 @@ class Recompute(Enum):
 
 
 LOSS_CHUNK = 2**23
-"""Number of logits of which the loss has fp32 copies at a time: 32 MiB. This keeps a GPU busy and fits into its cache
-(an H100's L2 has 50 MB), so that passes over a chunk need not reach the GPU's memory."""
+"""Largest number of logits that the loss converts to fp32 at a time: a chunk of 32 MiB. A chunk keeps a GPU busy, and
+fits into its cache (an H100's L2 has 50 MB), so that repeated passes over it do not read the GPU's memory."""
 
 LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**21}
-"""Number of logits of a chunk of ``ChunkedLoss`` by type of device: 128 MiB in 16 bits, 8 MiB in fp32. With fewer, the
-gradient of the output matrix takes more time, because each chunk reads and writes it."""
+"""Type of device -> largest number of logits that ``ChunkedLoss`` computes at a time: 128 MiB in 16 bits on cuda, 8 MiB
+in fp32 on cpu. Smaller chunks take more time, because each chunk reads and writes the gradient of the output
+matrix."""
 
 
 PROFILE_FROM = 5
-"""First step of ``profile=true``, counted from 1: earlier ones compile and allocate."""
+"""First step that ``profile=true`` profiles, counted from 1: earlier steps compile and allocate memory."""
 
 
 @dataclass
@@ -242,19 +243,20 @@ class TrainConfig(RunConfig):
     name: str = "${model.name}"
     """Folder under output_dir for the points of one sweep."""
     init_from: Optional[str] = None
-    """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), an
-    adapter of peft (LoRA), or the folder of another run, whose newest checkpoint is loaded. hf:FOLDER accepts no folder
-    of a run. Both models must be the same. Without effect if the run already has a checkpoint."""
+    """Source of the first weights; null draws random weights. The source is a folder of the transformers library
+    (safetensors), an adapter of peft (LoRA), or the folder of another run, whose newest checkpoint is loaded. With
+    hf:FOLDER the folder must be one of transformers. The source must have the same model as this run. Without effect if
+    the run already has a checkpoint."""
     seed: int = 1337
     """Seed of the initial weights, of dropout and of the order of the data."""
     device: Device = Device.auto
     precision: Precision = Precision.auto
     tf32: Optional[bool] = None
-    """Round the factors of fp32 matrix products to TF32 on GPUs that have it (compute capability 8.0), for up to eight
-    times the speed; null means true for fp32 on GPUs unless ``deterministic`` is set."""
+    """Round the factors of fp32 matrix products to TF32, for up to eight times the speed, on GPUs that support TF32
+    (compute capability 8.0). null means true for fp32 on GPUs unless ``deterministic`` is set."""
     float8: Float8 = Float8.none
-    """Compute the linear layers of the blocks in 8-bit floating point, on GPUs that have it (compute capability 8.9),
-    by torchao (the extra ``float8``). It is faster with compilation and for wide models. It changes the loss a
+    """Compute the linear layers of the blocks in 8-bit floating point by torchao (the extra ``float8``), on GPUs that
+    support it (compute capability 8.9). This is faster with compilation and for wide models, and changes the loss a
     little."""
     float8_emulate: bool = False
     """Compute the values of float8 in 16 or 32 bits, on devices without float8. This is slower and serves to compare
@@ -265,10 +267,11 @@ class TrainConfig(RunConfig):
     compile_fullgraph: bool = False
     """End the run if torch.compile cannot compile a whole block, instead of running the rest of the block eagerly."""
     chunked_loss: bool = False
-    """Compute the loss from hidden states and output matrix, some tokens at a time. The logits of all tokens and their
-    gradient are never in memory, so a micro-batch can be larger. The loss is the same but for rounding."""
+    """Compute the logits and the loss of a few tokens at a time, instead of all tokens of a micro-batch. Less memory is
+    needed for logits, so a micro-batch can be larger. The loss differs by rounding only."""
     recompute: Recompute = Recompute.none
-    """Less memory for activations, for up to a third more computing. The loss does not change."""
+    """Recompute activations in the backward pass: less memory, and up to a third more computing. The loss does not
+    change."""
     deterministic: bool = False
     """Refuse operations whose result depends on scheduling (torch.use_deterministic_algorithms); costs time on GPUs."""
     profile: bool = False
@@ -285,7 +288,7 @@ class TrainConfig(RunConfig):
 
     @property
     def compiles(self) -> bool:
-        """True if something is compiled; False also while ``compile=auto`` is unresolved."""
+        """True if ``torch.compile`` is used; False also as long as ``compile`` is ``auto``."""
         return self.compile.name not in ("none", "auto")
 
     @property
@@ -294,7 +297,8 @@ class TrainConfig(RunConfig):
         return Path(self.data.cache_dir or Path(self.output_dir) / ".cache").expanduser().absolute()
 
     def validate(self) -> None:
-        """Raise ConfigError for the first setting that cannot work. Reads only the config."""
+        """Raise ConfigError for the first setting, or combination of settings, that cannot work. Reads only the
+        config."""
         super().validate()
         check_model(self.model)
         parts = (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.divergence, self.logging)
@@ -334,12 +338,12 @@ class TrainConfig(RunConfig):
 
 
 FLOAT8_MULTIPLE = 16
-"""Number that divides both sides of a matrix in 8 bits: matrix units read 16 bytes at a time (torch's
-``_scaled_mm``)."""
+"""Numbers of rows and columns of an 8-bit matrix must be multiples of this: matrix units read 16 bytes at a time
+(torch's ``_scaled_mm``)."""
 
 
 def check_float8(config: TrainConfig) -> None:
-    """Raise ConfigError for the first setting that does not work with ``float8``, on any device."""
+    """Raise ConfigError for the first setting that does not work with ``float8``. The device is not checked."""
     if config.float8 is Float8.none:
         if config.float8_emulate:
             raise ConfigError(
@@ -393,7 +397,7 @@ def check_float8(config: TrainConfig) -> None:
 
 
 def check_chunked_loss(config: TrainConfig) -> None:
-    """Raise ConfigError if the run has a chunked loss, and cannot compute it."""
+    """Raise ConfigError if ``chunked_loss`` is set and another setting makes it impossible."""
     found = prevents_chunked_loss(config)
     if config.chunked_loss and found is not None:
         raise ConfigError(
@@ -404,9 +408,10 @@ def check_chunked_loss(config: TrainConfig) -> None:
 
 
 def prevents_chunked_loss(config: TrainConfig) -> str | None:
-    """Return the setting with which a run cannot compute a chunked loss; None if it can.
+    """Return the first setting, as text, with which a run cannot compute a chunked loss; None if there is none.
 
-    The loss would need parts of other ranks, a loss scale, a cap, or DeepSpeed to call the model with targets.
+    A chunked loss needs the whole output matrix on each rank, and an engine that passes targets to the model. It
+    supports neither the loss scale of fp16 nor a bound of the logits.
     """
     parallel, cap = config.parallel, config.model.logit_softcap
     refused = {
@@ -420,7 +425,7 @@ def prevents_chunked_loss(config: TrainConfig) -> str | None:
 
 
 def check_packing(config: TrainConfig) -> None:
-    """Raise ConfigError if a part of the model or of the parallelism cannot keep packed documents apart."""
+    """Raise ConfigError if packed documents cannot be separated by the attention, the positions or the engine."""
     if config.data.pack is Pack.none:
         return
     own = next((key for key in ("attention", "position") if key in config.model.custom_parts), None)
@@ -440,12 +445,13 @@ def check_packing(config: TrainConfig) -> None:
 
 
 def float8_words(config: TrainConfig) -> str:
-    """Return the name of a run's 8-bit products, for plans and summaries. ``float8`` must be switched on."""
+    """Return the float8 setting as text for plans and summaries, such as ``float8 rowwise (emulated)``. ``float8`` must
+    not be ``none``."""
     return f"float8 {config.float8.name}{' (emulated)' if config.float8_emulate else ''}"
 
 
 def check_tf32(config: TrainConfig) -> None:
-    """Raise ConfigError if ``tf32`` is set with a ``precision`` of 16 bits."""
+    """Raise ConfigError if ``tf32`` is true and ``precision`` is bf16 or fp16."""
     if config.tf32 and config.precision.is_half:
         raise ConfigError(
             f"tf32=true with precision={config.precision.name}",
@@ -455,8 +461,8 @@ def check_tf32(config: TrainConfig) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Return True if a distribution is installed. A leftover folder of its name, such as wandb leaves, does not
-    count."""
+    """Return True if a Python package is installed with its metadata. A leftover folder of its name, such as wandb
+    leaves, does not count."""
     try:
         return bool(version(package))
     except PackageNotFoundError:
@@ -468,12 +474,12 @@ def is_installed(package: str) -> bool:
 
 WATCHING = ("logging", "profile")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
-"""Keys that are not in the name of a run's folder: its folders and its monitoring. They do not change any result of the
-run."""
+"""Keys that are left out of the name of a run's folder, because they do not change any result: folders and
+monitoring."""
 
 
 def compose_train(overrides: Sequence[str]) -> DictConfig:
-    """Compose ``configs/train.yaml`` with ``overrides``, checked against the schema.
+    """Compose ``configs/train.yaml`` with ``overrides``, check the result against the schema, and return it.
 
     Raises:
         ConfigError: an unknown key or option, or a value of the wrong type.
@@ -489,7 +495,7 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
 
 
 def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> None:
-    """Raise ConfigError if the command line has a number of steps for a run whose length is given in tokens."""
+    """Raise ConfigError if ``overrides`` set ``optim.max_steps``, and ``optim.max_tokens`` sets the length, too."""
     steps = typed_value(overrides, "optim.max_steps")
     if max_tokens is not None and steps is not None:
         raise ConfigError(
@@ -500,8 +506,8 @@ def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> No
 
 
 def make_paths_absolute(config: DictConfig) -> None:
-    """Resolve relative paths of the command line against the current folder, because ranks may run in another
-    folder."""
+    """Replace relative paths in ``config`` by absolute ones, in place. They are relative to the current folder, and
+    ranks may run in another folder."""
     data = config.data
     keys: list[tuple[Any, Any]] = [(config, key) for key in ("output_dir", "run_dir", "init_from")]
     keys += [(data, key) for key in ("path", "val_path", "tokenizer_path", "cache_dir")]
@@ -519,7 +525,7 @@ def make_paths_absolute(config: DictConfig) -> None:
 
 
 def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
-    """Set all keys of ``parallel`` to ``values``, and ``optim.max_micro_batch``, in a composed config."""
+    """Set the keys of ``parallel`` to ``values``, and ``optim.max_micro_batch`` to ``micro_batch``, in place."""
     config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
     config.optim.max_micro_batch = micro_batch
 
@@ -529,7 +535,6 @@ EXECUTION = (
     *("compile_fullgraph", "optim.target_val_loss", "optim.patience"),
 )
 LENGTH = (*(f"optim.{key}" for key in SCHEDULE), "optim.max_steps", "optim.max_tokens")
-"""Keys that set the number of steps, and the learning rate of the additional steps. A larger number of steps extends
-the run beyond its former end."""
+"""Keys that extend a finished run: they set the number of steps, and the learning rate of the additional steps."""
 RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", "divergence", *EXECUTION, *LENGTH)
-"""Keys that may change between the attempts of one run: they extend the run, or do not change the loss curve."""
+"""Keys that may change between the attempts of one run, because they extend the run or do not change its losses."""

@@ -18,9 +18,10 @@ from launch.errors import ConfigError
 
 BYTE_VOCAB = 256
 NEXT_DOCUMENT = -1
-"""Target of a token that ends a document. Any target below 0 is left out by the loss; only this one ends a document."""
+"""Number that replaces the target of a token that ends a document. The loss ignores every target below 0; only this
+number also marks the end of a document."""
 SUCCESSORS = 8
-"""Number of tokens of a Markov chain that can follow a token, with random probabilities."""
+"""Number of different tokens that can follow each token of a Markov chain, with random probabilities."""
 
 
 class Source(Enum):
@@ -93,7 +94,7 @@ class WeightedPath:
 
 @dataclass
 class SyntheticConfig:
-    """A Markov chain: the next token depends on the last token only. source=synthetic only."""
+    """Corpus of source=synthetic: a Markov chain, in which the next token depends on the last token only."""
 
     vocab_size: int = 64
     """Number of states, which are the tokens."""
@@ -107,15 +108,15 @@ class SyntheticConfig:
 
 @dataclass
 class DataConfig:
-    """Corpus, its tokens, and the beginning of its validation split."""
+    """Corpus of a run: its source, its tokenizer, and its validation split."""
 
     name: Optional[str] = None
-    """Short name of the corpus, that of its file in configs/data; null takes the source's."""
+    """Short name of the corpus: the name of its file in configs/data. null takes the name of the source."""
     source: Union[Source, str] = MISSING
     """Name of a built-in source. Or a function of your own, as ``package.module:function`` or as an entry point of the
     group ``gpt.source``: it receives this config and yields documents. See docs/components.md."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings for a source of your own, which reads them from ``config.options``."""
+    """Settings for a source of your own, which reads this dictionary as ``config.options``."""
     path: Optional[str] = None
     """The text file (text, shakespeare), a pattern of files (files: text, .jsonl, .jsonl.gz or .parquet), or the token
     files (tokens: a prepared folder, a .bin, a Megatron prefix, or a pattern of shards)."""
@@ -132,19 +133,20 @@ class DataConfig:
     """source=dataset only: commit, tag or branch of the dataset on the hub; null takes the newest, which may change.
     Not for a folder."""
     val_split: Optional[str] = None
-    """source=dataset only: the split to validate on; null keeps ``val_fraction`` of the documents of the split train,
-    on which a run trains."""
+    """source=dataset only: name of the split to validate on. null keeps ``val_fraction`` of the documents of the split
+    ``train`` for validation, and trains on the others."""
     text_key: str = "text"
     """Field (jsonl), column (parquet) or feature (dataset) with a document's text, or a conversation's messages."""
     conversation_tokens: Optional[int] = None
-    """Documents are conversations, and the loss is on the assistant's answers. Whole conversations fill sequences of
-    this many tokens; a longer one is cut. ``model.block_size`` must be a multiple. null: documents are texts."""
+    """Number of tokens of a sequence of conversations; null means that documents are texts. Sequences are filled with
+    whole conversations; a longer conversation is cut. Only tokens of the assistant's answers count in the loss.
+    ``model.block_size`` must be a multiple of this."""
     max_bytes: Optional[int] = None
     """Read at most this many bytes of text, rounded up to whole documents if the source has documents; null reads all.
     The files of ``val_path`` are always read whole."""
     val_fraction: float = 0.1
-    """Share kept for validation without ``val_path``: the end of a text, or the documents that a hash of their position
-    picks."""
+    """Share of the corpus kept for validation, if ``val_path`` is null: the end of a text, or documents chosen by a
+    hash of their position."""
     tokenizer: TokenizerKind = TokenizerKind.byte
     tokenizer_path: Optional[str] = None
     """An existing tokenizer: tokenizer.json (hf), .model (sentencepiece), ranks.json of a prepared corpus
@@ -156,23 +158,23 @@ class DataConfig:
     token_dtype: Optional[TokenDtype] = None
     """source=tokens only: width of tokens in files without a header; null means uint16, as nanoGPT writes them."""
     stream: bool = False
-    """Training makes the tokens itself while it reads the text, without ``gpt.prepare``. Not possible with the sources
-    synthetic and tokens. Every rank reads and tokenizes all of the text."""
+    """Tokenize the text during training, without ``gpt.prepare``. Every rank reads and tokenizes all of the text. Not
+    possible with the sources synthetic and tokens."""
     shuffle_buffer: int = 1024
     """stream=true only: number of consecutive sequences that are shuffled together, 1 to 1,000,000; 1 keeps the order.
-    Each rank keeps twice as many in memory."""
+    Each rank has up to twice as many sequences in memory."""
     pack: Pack = Pack.none
     """Treatment of documents that share a sequence. ``documents`` needs a token that ends a document."""
     document_end: Optional[int] = None
-    """pack=documents only: id of the token that ends a document; null takes the tokenizer's, which a corpus prepared
-    from documents has after each of them."""
+    """pack=documents only: id of the token that ends a document. null takes the end token of the tokenizer, which
+    ``gpt.prepare`` writes after each document."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     cache_dir: Optional[str] = None
     """Folder of the prepared corpora, shared by all nodes; null means <output_dir>/.cache."""
 
     @property
     def title(self) -> str:
-        """Name of the corpus, with the default resolved."""
+        """Name of the corpus: ``name``, or if that is None the name of the source."""
         return self.name or (self.source.rpartition(":")[2] if isinstance(self.source, str) else self.source.name)
 
     @property
@@ -189,7 +191,7 @@ class DataConfig:
             self.source = Source[self.source]
 
     def validate(self) -> None:
-        """Raise ConfigError if the corpus is not fully described."""
+        """Raise ConfigError if a key is missing, out of its range, or does not fit the source."""
         if isinstance(self.source, str):
             check_custom_name("data.source", self.source, Source.__members__)
         elif self.options:

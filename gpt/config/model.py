@@ -122,8 +122,8 @@ LORA_TARGETS = {
 }
 """Value of ``lora.targets`` -> module of a block."""
 CACHED = 2**16
-"""Number of results that a cached function of a model keeps. A search for layouts uses each of a few models thousands
-of times."""
+"""Size of the caches of functions that take a model config, in results. A search for layouts calls such functions
+thousands of times with the same few models."""
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
 # ruff: noqa: UP007, UP045
@@ -134,18 +134,18 @@ class LoraConfig:
     """Adapters of low rank beside frozen weights (LoRA, arXiv 2106.09685)."""
 
     rank: int = 0
-    """Rank of the two matrices beside each target. Only they are trained. 0 trains all weights, without adapters."""
+    """Rank of the two matrices of each adapter, which alone are trained. 0 adds no adapters, and trains all weights."""
     alpha: float = 16.0
     """Scale of the adapters: the product of the two matrices is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Share of the values set to zero in the input of an adapter."""
+    """Share of the input values of an adapter that dropout sets to zero."""
     targets: list[str] = field(default_factory=lambda: ["query", "value"])
-    """Linear layers of each block that have an adapter: query, key, value, output; gate, up, down."""
+    """Linear layers of each block that get an adapter, of query, key, value, output, gate, up and down."""
 
 
 @dataclass
 class ModelConfig:
-    """Architecture of the GPT. Hashed by its values, so that pure functions of a model can cache their results."""
+    """Architecture of the GPT. Its hash follows from its values, so that functions of a config can cache results."""
 
     name: str = MISSING
     """Short name, used for the run's folder."""
@@ -160,8 +160,8 @@ class ModelConfig:
     vocab_size: int = MISSING
     """Number of token ids; at least the tokenizer's."""
     vocab_multiple: int = 1
-    """The rows of the embedding and of the output matrix are padded to a multiple of this, for speed (128 on GPUs).
-    Logits and loss ignore the padding."""
+    """The numbers of rows of the embedding and of the output matrix are rounded up to a multiple of this, for speed
+    (128 on GPUs). Logits and loss ignore the additional rows."""
     n_kv_head: Optional[int] = None
     """Number of key and value heads (grouped-query attention, arXiv 2305.13245; 1 is multi-query, arXiv 1911.02150);
     null means n_head."""
@@ -195,11 +195,11 @@ class ModelConfig:
     """Number of tokens that a token attends to, itself included and the nearest first (arXiv 2004.05150, section 3.1);
     null means all. Attention then computes blocks of this many queries."""
     global_every: Optional[int] = None
-    """Every layer whose number, from 1, is a multiple of this attends to all tokens; window other than null only. null
-    means none (Mistral); 6 makes five local layers for each global one (Gemma 3)."""
+    """With a window: layers whose number, counted from 1, is a multiple of this have no window (global layers). null
+    means that all layers have the window (Mistral); 6 makes five layers with a window for each global one (Gemma 3)."""
     rope_base_local: Optional[float] = None
-    """Base of the rotary frequencies in the layers with a window. rope_scaling then does not change these frequencies.
-    null means the frequencies of the other layers."""
+    """Base of the rotary frequencies in the layers with a window, which rope_scaling then does not change. null means
+    that all layers have the same frequencies."""
     attention_softcap: Optional[float] = None
     """Bound *c* of attention's scores *s*, which become c tanh(s / c) (Gemma 2, arXiv 2408.00118, section 2);
     attention=manual only, since torch's fused kernels have no such operation. null means no bound."""
@@ -212,8 +212,8 @@ class ModelConfig:
     """Multiply the token embedding by the square root of n_embd (arXiv 1706.03762, section 3.4; Gemma)."""
     ffn: Union[Ffn, str] = Ffn.standard
     ffn_hidden: Optional[int] = None
-    """Inner width of the feed-forward layer, with ffn=moe of one expert; null means 4 n_embd (standard) or 8/3 n_embd
-    rounded up to 64 (gated)."""
+    """Inner width of the feed-forward layer, or of one expert. null means 4 n_embd (standard), or 8/3 n_embd rounded up
+    to a multiple of 64 (gated)."""
     activation: Optional[Activation] = None
     """Activation of the feed-forward layer. null means GELU for standard and geglu, SiLU for swiglu. swiglu accepts
     only SiLU; geglu also accepts gelu_tanh."""
@@ -222,14 +222,14 @@ class ModelConfig:
     n_expert_per_token: int = 2
     """ffn=moe: number of experts that compute each token."""
     n_shared_expert: int = 0
-    """ffn=moe: number of further experts, which compute every token (arXiv 2401.06066, section 3.2). They are computed
-    as one."""
+    """ffn=moe: number of additional experts, which compute every token (arXiv 2401.06066, section 3.2). They are
+    implemented as one wider layer."""
     expert_ffn: Ffn = Ffn.swiglu
     """ffn=moe: kind of one expert: standard, swiglu or geglu."""
     expert_matmul: ExpertMatmul = ExpertMatmul.grouped
     capacity_factor: Optional[float] = None
-    """ffn=moe: in training an expert computes at most this many times its even share of the tokens of each sequence,
-    the earlier tokens first. It drops the rest (arXiv 2101.03961, section 2.2). null drops none. Evaluation and
+    """ffn=moe: largest number of tokens of a sequence that an expert computes in training, as a multiple of an even
+    share. Later tokens of the sequence are dropped (arXiv 2101.03961, section 2.2). null drops none. Evaluation and
     generation drop none."""
     router_normalize: Optional[bool] = None
     """ffn=moe: scale a token's expert weights to a sum of 1 (arXiv 2401.04088, section 2.1). null means true for two or
@@ -255,7 +255,7 @@ class ModelConfig:
     """Share of values set to zero after the embedding, in attention's weights, and after attention and ffn (GPT-2)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of parts of your own, which read them from ``config.options``."""
+    """Settings for your own classes in the model, which read this dictionary as ``config.options``."""
 
     def __post_init__(self) -> None:
         # OmegaConf keeps a name as a string if a field also accepts strings.
@@ -270,21 +270,22 @@ class ModelConfig:
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """Modules of a block that have an adapter, such as ``attention.query``."""
+        """Names, inside a block, of the modules that have an adapter, such as ``attention.query``; empty without
+        LoRA."""
         return tuple(LORA_TARGETS[target] for target in self.lora.targets if self.lora.rank)
 
     def trains(self, name: str) -> bool:
-        """Return True if the parameter ``name`` is trained: every one, or with LoRA those of adapters."""
+        """Return True if the parameter ``name`` is trained: with LoRA only parameters of adapters, else all."""
         return not self.lora.rank or ".lora_" in name
 
     @property
     def custom_parts(self) -> dict[str, str]:
-        """Parts that are classes of the user: field of the config -> name."""
+        """Parts of the model that are classes of the user: field of the config -> name of the class."""
         return {key: value for key in PARTS if isinstance(value := getattr(self, key), str)}
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head, with the default resolved."""
+        """Width of one attention head: ``head_width``, or if that is None n_embd / n_head."""
         return self.n_embd // self.n_head if self.head_width is None else self.head_width
 
     @property
@@ -294,17 +295,18 @@ class ModelConfig:
 
     @property
     def value_width(self) -> int:
-        """Width of the values of one head: in latent attention that of the part which is not rotated."""
+        """Width of the values of one head: the whole head, in latent attention only its part that is not rotated."""
         return self.head_dim if self.rope_head_width is None else self.head_dim - self.rope_head_width
 
     @property
     def latent_widths(self) -> list[int]:
-        """Widths of the latents of latent attention: that of keys and values, and that of queries if there is one."""
+        """Widths of the latents of latent attention: of keys and values, then of queries if they have one. Empty
+        without latent attention."""
         return [width for width in (self.kv_lora_rank, self.q_lora_rank) if width is not None]
 
     @property
     def kv_heads(self) -> int:
-        """Number of key and value heads, with the default resolved."""
+        """Number of key and value heads: ``n_kv_head``, or if that is None n_head."""
         return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     def is_local(self, layer: int) -> bool:
@@ -312,8 +314,8 @@ class ModelConfig:
         return self.window is not None and (self.global_every is None or (layer + 1) % self.global_every > 0)
 
     def of_layer(self, layer: int) -> ModelConfig:
-        """Return the config of one layer, numbered from 0: a global layer has no window, and a local one the rotary
-        frequencies of local layers."""
+        """Return the config of the layer with this number, from 0: without a window for a global layer, and with
+        ``rope_base_local`` for a layer with a window."""
         if not self.is_local(layer):
             return self if self.window is None else replace(self, window=None)
         if self.rope_base_local is None:
@@ -322,7 +324,8 @@ class ModelConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Number of rows of the embedding and of the output matrix."""
+        """Number of rows of the embedding and of the output matrix: ``vocab_size``, rounded up to a multiple of
+        ``vocab_multiple``."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
@@ -339,26 +342,26 @@ class ModelConfig:
 
     @property
     def ffn_width(self) -> int:
-        """Inner width of the feed-forward layer, or of one expert, with the default resolved."""
+        """Inner width of the feed-forward layer or of one expert: ``ffn_hidden``, or if that is None the default."""
         if self.ffn_hidden is not None:
             return self.ffn_hidden
         return -(-8 * self.n_embd // (3 * 64)) * 64 if self.gated else 4 * self.n_embd
 
     @property
     def ffn_activation(self) -> Activation:
-        """Activation of the feed-forward layer, with the default resolved."""
+        """Activation of the feed-forward layer: ``activation``, or if that is None the default."""
         if self.activation is not None:
             return self.activation
         return Activation.silu if self.dense_ffn is Ffn.swiglu else Activation.gelu
 
     @property
     def normalizes_experts(self) -> bool:
-        """True if a token's expert weights are scaled to a sum of 1, with the default resolved."""
+        """True if the weights of a token's experts are scaled to a sum of 1: ``router_normalize``, or its default."""
         return self.n_expert_per_token > 1 if self.router_normalize is None else self.router_normalize
 
     @property
     def balance_weight(self) -> float:
-        """Weight of the balance loss, with the default resolved."""
+        """Weight of the balance loss: ``balance_coefficient``, or if that is None the default."""
         if self.balance_coefficient is not None:
             return self.balance_coefficient
         return 0.01 if self.expert_balance is ExpertBalance.loss else 0.0

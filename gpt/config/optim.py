@@ -42,8 +42,8 @@ class LrSchedule(Enum):
 
 
 class DecayShape(Enum):
-    """Curve of a decay whose share *p* is done: ``linear`` 1 - *p*, ``sqrt`` 1 - sqrt(*p*) (arXiv 2405.18392),
-    ``cosine`` half a cosine. The names are torchtitan's."""
+    """Curve of a decay: the share of the decrease that is left after a share *p* of its steps. ``linear`` is 1 - *p*,
+    ``sqrt`` is 1 - sqrt(*p*) (arXiv 2405.18392), ``cosine`` is half a cosine. The names are those of torchtitan."""
 
     linear = "linear"
     sqrt = "sqrt"
@@ -52,7 +52,7 @@ class DecayShape(Enum):
 
 @dataclass
 class OptimConfig:
-    """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then ``schedule``."""
+    """Batch, length of the run, optimizer, and learning rate: linear warm-up, then ``schedule``."""
 
     optimizer: str = ADAMW
     """adamw; muon for the matrices of the blocks, with adamw for the rest; or adamw_schedule_free (docs/training.md).
@@ -63,18 +63,17 @@ class OptimConfig:
     receives lr, betas and eps from this config if it accepts them."""
 
     max_steps: int = MISSING
-    """Number of optimizer steps; without effect if ``max_tokens`` is given. A larger number than before extends a
-    run beyond its end, on the schedule of the new length."""
+    """Number of optimizer steps; without effect if ``max_tokens`` is given. A larger number extends a finished run; its
+    additional steps have the learning rates of a run of the new length."""
     max_tokens: Optional[float] = None
-    """Tokens to train on, instead of a number of steps. The run makes as many steps as these tokens
-    need."""
+    """Number of tokens to train on, instead of a number of steps. The run makes as many steps as these tokens need."""
     global_batch: int = MISSING
     """Sequences per optimizer step over all ranks; per rank with weak_scaling=true."""
     max_micro_batch: int = MISSING
-    """Largest number of sequences of a micro-batch, per rank. Gradients accumulate over as many micro-batches as the
-    batch needs."""
+    """Largest number of sequences of a micro-batch, per rank. Each rank accumulates the gradients of as many
+    micro-batches as the global batch needs."""
     weak_scaling: bool = False
-    """Let the batch grow with the number of ranks. This changes the loss curve."""
+    """Multiply ``global_batch`` by the number of data-parallel ranks. The losses then depend on the number of ranks."""
     lr: float = MISSING
     """Peak learning rate."""
     min_lr: float = MISSING
@@ -85,11 +84,12 @@ class OptimConfig:
     """Learning rate after the warm-up: cosine or linear down to min_lr; constant at lr; or wsd, which is constant until
     decay_from. A run may continue with another schedule that gives the same rates to the steps already made."""
     decay_from: Optional[float] = None
-    """wsd only: step after which the rate decays, until the last step. Below 1 a share of all steps; null is 0.9."""
+    """wsd only: step after which the learning rate decays, until the last step. A value below 1 is a share of all
+    steps. null means 0.9."""
     decay_shape: DecayShape = DecayShape.linear
     """wsd only: curve of the decay."""
     weight_decay: float = 0.1
-    """Applied to matrices, not to biases and norms."""
+    """Weight decay of matrices; biases and norms have none."""
     beta1: float = 0.9
     """Decay of the mean of the gradients."""
     beta2: float = 0.95
@@ -99,9 +99,10 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     target_val_loss: Optional[float] = None
-    """Validation loss, in nats per token, at which the run is over: it saves, and ends as finished."""
+    """Validation loss, in nats per token, at which the run saves and ends before its last step; null never does."""
     patience: Optional[int] = None
-    """Evaluations in a row without a lower validation loss after which the run is over (early stopping)."""
+    """Number of evaluations in a row without a lower validation loss, after which the run saves and ends (early
+    stopping); null never does."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
@@ -170,12 +171,12 @@ MUON_OPTIONS: dict[str, Any] = {
     **{"momentum": 0.95, "nesterov": True, "ns_coefficients": [3.4445, -4.7750, 2.0315], "ns_steps": 5},
     "adjust_lr_fn": "match_rms_adamw",
 }
-"""Arguments of torch.optim.Muon, with its defaults except for the last. With ``match_rms_adamw`` (arXiv 2502.16982,
-section 2.2) a matrix moves as far as with AdamW, so that one learning rate fits the parameters of both."""
+"""Arguments of torch.optim.Muon -> their values here: torch's defaults, except for the last. With ``match_rms_adamw``
+(arXiv 2502.16982, section 2.2) a matrix moves as far as with AdamW, so that one learning rate suits both."""
 
 
 def check_muon_options(options: dict[str, Any]) -> None:
-    """Raise ConfigError unless torch.optim.Muon takes these arguments."""
+    """Raise ConfigError unless ``options`` are arguments of torch.optim.Muon with values of the right type."""
     for key, value in options.items():
         usual = MUON_OPTIONS.get(key)
         suits = value in ("original", usual) if isinstance(value, str) else type(value) is type(usual)
@@ -190,24 +191,26 @@ def check_muon_options(options: dict[str, Any]) -> None:
 
 
 def muon_options(config: OptimConfig) -> dict[str, Any]:
-    """Return the arguments of torch.optim.Muon that ``optim.options`` may set, with their defaults."""
+    """Return the arguments of torch.optim.Muon: the defaults, replaced by those in ``optim.options``."""
     return MUON_OPTIONS | config.options
 
 
 SCHEDULE = ("schedule", "decay_from", "decay_shape")
-"""Keys that may change during a run, if the steps already made keep their learning rates."""
+"""Keys of the learning rate that may change during a run, if all steps already done keep their learning rates."""
 DECAY_FROM = 0.9
-"""Share of a run after which wsd decays by default: MiniCPM's decays take a tenth of the steps (arXiv 2404.06395)."""
+"""Default of ``decay_from``, as a share of all steps: MiniCPM decays in the last tenth (arXiv 2404.06395)."""
 CURVES: dict[DecayShape, Callable[[float], float]] = {
     DecayShape.linear: lambda done: 1 - done,
     DecayShape.sqrt: lambda done: 1 - math.sqrt(done),
     DecayShape.cosine: lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
-"""Shape -> function of the share ``done`` of the decay's steps; returns the share of the decay that is left, 1 to 0."""
+"""Shape of a decay -> function from the share of its steps that are done, 0 to 1, to the share of the decrease that is
+left, 1 to 0."""
 
 
 def decay_start(config: OptimConfig) -> int:
-    """Return the last step before the learning rate goes down; for ``constant`` the last step of the warm-up."""
+    """Return the last step before the learning rate decreases: with ``wsd`` the end of the stable phase, with other
+    schedules the last step of the warm-up."""
     if config.schedule is not LrSchedule.wsd:
         return config.warmup_steps
     since = DECAY_FROM if config.decay_from is None else config.decay_from
@@ -229,10 +232,10 @@ def check_decay(config: OptimConfig) -> None:
 
 
 def lr_at(config: OptimConfig, step: int) -> float:
-    """Learning rate of step ``step`` (counted from 1): linear warm-up, then ``config.schedule``.
+    """Return the learning rate of a step, counted from 1: linear warm-up, then ``config.schedule``.
 
-    The rate depends only on the step and on the config, so a resumed run needs no schedule state. An extended run uses
-    the schedule of its new length, from its next step on.
+    The rate depends only on the step and on the config, so a checkpoint needs no state of the schedule. An extended run
+    uses the schedule of its new length, from its next step on.
     """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
@@ -245,7 +248,7 @@ def lr_at(config: OptimConfig, step: int) -> float:
 
 
 def describe_schedule(config: OptimConfig) -> str:
-    """Describe the learning rate of a run, such as ``cosine: 10 steps of warm-up to 0.002, down to 0.0002 at 60``."""
+    """Return the schedule as text, such as ``cosine: 10 steps of warm-up to 0.002, down to 0.0002 at step 60``."""
     text = f"{config.schedule.name}: {config.warmup_steps} steps of warm-up to {config.lr:g}"
     if config.schedule is LrSchedule.constant:
         return text
@@ -256,7 +259,8 @@ def describe_schedule(config: OptimConfig) -> str:
 
 
 def describe_extended_schedule(config: OptimConfig, before: OptimConfig) -> str:
-    """Describe the learning rate of a finished run with the config ``before`` that is extended to ``config``."""
+    """Return text on the learning rates before and after the former end of a run that is extended: ``before`` is its
+    former config, ``config`` the new one."""
     end = before.max_steps
     return (
         f"learning rate {lr_at(before, end):.3g} at step {end}, {lr_at(config, end + 1):.3g} at step {end + 1}: from "
@@ -270,17 +274,17 @@ def describe_extended_schedule(config: OptimConfig, before: OptimConfig) -> str:
 
 @dataclass
 class DivergenceConfig:
-    """Limits for skipped steps and spikes of the loss, and the interval of the comparison of replicas."""
+    """Detection of divergence: skipped steps, spikes of the loss, and replicas with different parameters."""
 
     max_skipped_steps: int = 10
-    """Number of skipped steps in a row, with a non-finite loss or gradient, after which the run rolls back. It loads
-    the last good checkpoint and skips the batches of these steps."""
+    """Number of consecutive steps with a non-finite loss or gradient, after which the run rolls back: it loads the last
+    good checkpoint, and continues without the batches of these steps."""
     spike_sigmas: Optional[float] = None
-    """Roll back if the loss of a step exceeds the mean of the 100 steps before by this many standard deviations, and
-    skip its batch. null never does."""
+    """Roll back, and skip the batch, if the loss of a step exceeds the mean of the 100 previous steps by this many
+    standard deviations. null never does."""
     replica_check_interval: int = 0
-    """Steps between bit-by-bit comparisons of the replicas of the parameters. Replicas are also compared before each
-    save. 0 compares none."""
+    """Steps between comparisons, bit by bit, of the parameters on ranks that have the same shards. If this is above 0,
+    they are also compared before each save. 0 never compares."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
@@ -307,17 +311,18 @@ INSTALLS = {
     "abfs": "adlfs",
     "sftp": "paramiko",
 }
-"""Beginning of the URLs of a store -> package with which fsspec reaches the store."""
+"""Scheme of a URL, such as ``s3`` -> package that fsspec needs for this scheme."""
 MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Distance of the periodic checkpoints. At most one of ``steps`` and ``minutes`` is set; neither means ``auto``."""
+    """Interval of periodic checkpoints, in steps or in minutes. Both fields are None for ``auto``."""
 
     steps: int | None = None
-    """Steps between checkpoints; 0 makes no periodic checkpoints."""
+    """Steps between checkpoints; 0 makes no periodic checkpoints. None if the interval is not in steps."""
     minutes: float | None = None
+    """Minutes between checkpoints; None if the interval is not in minutes."""
 
     def __str__(self) -> str:
         if self.steps is not None:
@@ -330,37 +335,40 @@ class CheckpointConfig:
     """Schedule of the checkpoints, and their deletion."""
 
     interval: Union[int, str] = MISSING
-    """Steps between checkpoints; 0 saves only at the end and at an interruption. ``30min`` sets minutes. ``auto`` picks
-    the interval that loses least time, from the duration of saves and the rate of failures (Young 1974)."""
+    """Steps between checkpoints; 0 saves only at the end and when the run is stopped. A text such as ``30min`` sets
+    minutes. ``auto`` chooses the interval that loses the least time, from the duration of saves and the rate of
+    failures (Young 1974)."""
     keep_last: Optional[int] = MISSING
     """Number of the newest checkpoints to keep; null keeps all."""
     keep_best: int = 0
-    """Number of additional checkpoints to keep: those with the lowest validation loss, of the evaluated steps."""
+    """Number of additional checkpoints to keep: those with the lowest validation losses. Only checkpoints of evaluated
+    steps count."""
     asynchronous: bool = True
-    """Write checkpoints from a copy in host memory, in a process next to each rank, while training continues. false
-    makes training wait for each checkpoint."""
+    """Copy the state to host memory, and write it to disk in a second process of each rank while training continues.
+    false makes training wait for each checkpoint."""
     give_up_after_min: float = 60.0
     """Minutes for which a run continues while its checkpoints cannot be written, as on a full disk. 0 stops at the
     first failure."""
     scrub: bool = False
-    """Read each checkpoint again after it was written, in the background, and set it aside if it is damaged. Older
-    checkpoints are deleted only after a whole one was read."""
+    """Read each checkpoint again in the background after it was written, and rename it if it is damaged. Older
+    checkpoints are deleted only after a newer one was found undamaged."""
     memory_interval: int = 0
-    """Steps between checkpoints in memory, such as 10, while no save to disk is in flight. The newest state of each
-    node is then in its memory and in that of the next node. After the death of ranks, or with a spare node, the run
-    resumes without the disk. Needs the launcher. 0 keeps none in memory."""
+    """Steps between checkpoints in the memory of the nodes, such as 10; none is made while a save to disk is in flight.
+    Each node keeps the state of its ranks, and of the ranks of a neighboring node. So after the death of ranks or of a
+    node, the run can resume without the disk. Needs the launcher. 0 makes none."""
 
     copy_to: Optional[str] = None
-    """URL that fsspec reaches, such as ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``. Each checkpoint is copied to it
-    while training continues. A start fetches a copy if no checkpoint on the disk is whole."""
+    """URL for copies of the checkpoints, such as ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``, which fsspec can write.
+    Each checkpoint is copied there while training continues. A run that finds no undamaged checkpoint on its disk at
+    its start fetches a copy. null makes no copies."""
 
     @property
     def in_memory(self) -> bool:
-        """True if the newest state is also kept in the memory of the nodes."""
+        """True if checkpoints are also kept in the memory of the nodes."""
         return self.memory_interval > 0
 
     def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range, or ``copy_to`` is no URL."""
+        """Raise ConfigError if a value is out of its range, ``copy_to`` is no URL, or keys contradict each other."""
         self.every()
         self._validate_copies()
         check_numbers("checkpoint.", self, ("keep_last",), ("keep_best", "memory_interval", "give_up_after_min"))

@@ -25,7 +25,7 @@ class Strategy(Enum):
     fsdp = "fsdp"
     deepspeed = "deepspeed"
     auto = "auto"
-    """Choice by the planner (gpt/planning), which sets another strategy before a run folder is made."""
+    """The planner (gpt/planning) chooses one of the other strategies, before the run folder is made."""
 
 
 Schedule = Enum("Schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
@@ -56,19 +56,20 @@ class ReduceDtype(Enum):
 
 @dataclass
 class ParallelConfig:
-    """Parallelism of a run. Its keys do not change the loss curve, except ``reduce_dtype``."""
+    """Parallelism of a run. No key but ``reduce_dtype`` changes the losses of the run."""
 
     strategy: Strategy = MISSING
     dp_shard: Optional[int] = None
-    """fsdp only: number of ranks that shard one replica of the model; null is all ranks. A smaller number makes several
-    replicas, whose gradients are averaged (HSDP). All-gathers stay inside a node if this is its number of GPUs."""
+    """fsdp only: number of ranks that shard one replica of the model; null means all ranks. A smaller number makes
+    several replicas, whose gradients are averaged (HSDP). With the number of GPUs of a node, all-gathers stay inside
+    the node."""
     reshard_after_forward: bool = True
     """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather). The
     last block, norm and output matrix are kept, since the backward pass begins with them."""
     fsdp_min_num_params: Optional[int] = None
-    """fsdp only, without ep: fewest parameters of a unit, which is all-gathered and reduce-scattered at once.
-    Consecutive blocks join one unit until it has that many parameters. null makes each block a unit. Larger units are
-    fewer and larger collectives, and more memory: about two units are gathered at a time."""
+    """fsdp only, without ep: least number of parameters that one collective gathers or reduces (a unit). Consecutive
+    blocks are joined to a unit until it has that many parameters. null makes each block a unit. Larger units mean fewer
+    and larger collectives, and need more memory, because about two units are gathered at a time."""
     reduce_each_micro_batch: bool = False
     """fsdp only, without pp: reduce-scatter gradients after each micro-batch, not only after the last one of a step. A
     rank then keeps only its shard of the gradients, not all of them in fp32. This saves up to 4 bytes a parameter, and
@@ -91,30 +92,30 @@ class ParallelConfig:
     """Pipeline parallelism: number of ranks that the layers are split over. ``batch.accumulation`` micro-batches pass
     through the pipeline."""
     schedule: Schedule = Schedule["1f1b"]
-    """With ``pp``: order in which the stages work."""
+    """pp > 1 only: order in which the stages compute the micro-batches."""
     stages_per_rank: Optional[int] = None
-    """With ``pp``: stages of each rank. null follows the schedule: 1, or 2 if it is interleaved (which may have more)
-    or V-shaped (which has 2)."""
+    """pp > 1 only: number of pipeline stages on each rank. The schedule decides: interleaved allows 2 or more, zbv and
+    dualpipev have 2, the others 1. null takes the smallest of these numbers."""
     cp: int = 1
     """Context parallelism: ranks that share each sequence. 2 x cp divides model.block_size."""
     cp_method: CpMethod = CpMethod.allgather
-    """With cp above 1: method by which the cp ranks attend to the tokens of all these ranks."""
+    """cp > 1 only: method by which a rank attends to the tokens of the other cp ranks."""
     ep: int = 1
-    """Expert parallelism (arXiv 2006.16668): number of ranks that compute different samples and shard the experts among
-    themselves. The rest of the model is parallelized as without ep. Divides model.n_expert, and the number of ranks
-    with different samples (with fsdp, of those that shard one replica)."""
+    """Expert parallelism (arXiv 2006.16668): number of ranks, with different samples, over which the experts are
+    sharded. The rest of the model is parallelized as without ep. ep divides model.n_expert, and the number of ranks
+    with different samples (with fsdp, the number of ranks that shard one replica)."""
     zero_stage: Optional[int] = None
     """deepspeed only: state that is sharded over the data ranks (arXiv 1910.02054): 0 none, 1 the optimizer's moments
     and master weights, 2 the gradients too, 3 the parameters too."""
     deepspeed_config: Optional[str] = None
     """deepspeed only: JSON file with additional settings of DeepSpeed (bucket sizes, overlap, ...). A setting that
-    contradicts this configuration is refused."""
+    contradicts another key of the run is refused."""
     timeout_s: int = 600
-    """Seconds after which an incomplete collective fails the run, until the first steps are made. The first steps load,
+    """Seconds after which an incomplete collective fails the run, during the set-up and the first steps, which load,
     compile and connect."""
     step_timeout_s: Optional[int] = None
-    """Seconds after which an incomplete collective of training fails the run, after the first steps. null: 20 times the
-    slowest of the first steps, at least 100 and at most timeout_s. Messages between saves and evaluations keep
+    """Seconds after which an incomplete collective fails the run, in the steps after the first ones. null means 20
+    times the slowest of the first steps, at least 100 and at most timeout_s. Messages of saves and evaluations keep
     timeout_s."""
 
     @property
@@ -124,11 +125,11 @@ class ParallelConfig:
 
     @property
     def offloads_parameters(self) -> bool:
-        """True if DeepSpeed also keeps the parameters in host memory until they are needed."""
+        """True if DeepSpeed also keeps the parameters in host memory, and copies them to the device for each use."""
         return self.offloads_optimizer and self.zero_stage == 3
 
     def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range, or is a key of another strategy."""
+        """Raise ConfigError if a number is out of its range, or a key does not belong to the strategy."""
         for key, (strategies, expected, fix) in STRATEGIES_OF_KEY.items():
             value = getattr(self, key)
             if value not in (None, False, ReduceDtype.fp32) and self.strategy not in strategies:
@@ -185,7 +186,7 @@ class ParallelConfig:
 
 
 FSDP = (Strategy.fsdp, Strategy.auto)
-"""Strategies for the keys of FSDP; parallel=auto may choose FSDP."""
+"""Strategies with which the keys of FSDP may be set; auto may choose fsdp."""
 STRATEGIES_OF_KEY = {
     "cpu_offload": (
         (*FSDP, Strategy.deepspeed),
@@ -220,4 +221,5 @@ STRATEGIES_OF_KEY = {
         )
     },
 }
-"""Key of few strategies -> these strategies, and the rest of the error with another strategy."""
+"""Key of ``parallel`` -> the strategies that use the key, and ``expected`` and ``fix`` of the ConfigError with another
+strategy."""

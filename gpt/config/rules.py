@@ -28,7 +28,7 @@ from launch.errors import ConfigError, closest, require_positive, require_range
 
 
 def nearest_divisor(number: int, wish: int) -> int:
-    """Return the divisor of ``number`` that is nearest to ``wish``, for error messages."""
+    """Return the divisor of ``number`` that is nearest to ``wish``."""
     return min(divisors(number), key=lambda d: (abs(d - wish), d))
 
 
@@ -65,9 +65,14 @@ INF = float("inf")
 
 
 def check_custom_name(key: str, name: str, ours: Iterable[str]) -> None:
-    """Raise ConfigError unless ``name`` can be the name of a part written by the user. Imports no module.
+    """Raise ConfigError unless ``name`` has the form of a name of a user's class or function. No module is imported.
 
     The name is either ``package.module:attribute``, or an entry point of the group ``gpt.<last word of key>``.
+
+    Args:
+        key: key of the config, for messages, such as ``model.norm``.
+        name: value of the key.
+        ours: names of the built-in choices, for messages.
     """
     installed = entry_points(group=f"gpt.{key.rpartition('.')[2]}").names
     module, colon, attribute = name.partition(":")
@@ -93,7 +98,8 @@ def is_importable(package: str) -> bool:
 
 
 GROUPED_MULTIPLE = 8
-"""Multiple of the rows of torch's grouped product: it reads 16 bytes at a time, which are 8 numbers in bf16."""
+"""Lengths of the rows in torch's grouped matrix product must be multiples of this: it reads 16 bytes at a time, which
+are 8 numbers in bf16."""
 
 
 def check_model(model: ModelConfig) -> None:
@@ -117,8 +123,8 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_custom_parts(model: ModelConfig) -> None:
-    """Raise ConfigError unless every part is built in or can be the name of a class of the user. Imports no
-    module."""
+    """Raise ConfigError unless every part is built in or can be the name of a class of the user. The module of the
+    class is not imported."""
     for key, name in model.custom_parts.items():
         check_custom_name(f"model.{key}", name, PARTS[key].__members__)
     if model.options and not model.custom_parts:
@@ -130,7 +136,8 @@ def check_custom_parts(model: ModelConfig) -> None:
 
 
 def check_heads(model: ModelConfig) -> None:
-    """Raise ConfigError unless heads have a width, and key-value heads divide the heads."""
+    """Raise ConfigError unless ``n_head`` divides ``n_embd`` (or ``head_width`` is set), and the number of key-value
+    heads divides ``n_head``."""
     if model.head_width is None and model.n_embd % model.n_head:
         heads = nearest_divisor(model.n_embd, model.n_head)
         raise ConfigError(
@@ -148,7 +155,7 @@ def check_heads(model: ModelConfig) -> None:
 
 
 def check_latent(model: ModelConfig) -> None:
-    """Raise ConfigError for keys of latent attention without it, and for parts that it does not have."""
+    """Raise ConfigError if keys of latent attention contradict each other, or other keys do not work with it."""
     check_numbers("model.", model, ("kv_lora_rank", "q_lora_rank", "rope_head_width"))
     latent = model.kv_lora_rank is not None
     wrong = {
@@ -169,8 +176,7 @@ def check_latent(model: ModelConfig) -> None:
 
 
 def check_rope(model: ModelConfig) -> None:
-    """Raise ConfigError unless a head has an even number of channels for rotary embeddings, and their scaling has all
-    keys."""
+    """Raise ConfigError if the head width is odd with rotary embeddings, or keys of their scaling are missing."""
     if model.position is Position.rope and model.rotary_width % 2:
         raise ConfigError(
             f"model.position=rope with heads {model.rotary_width} wide",
@@ -208,7 +214,7 @@ def check_rope(model: ModelConfig) -> None:
 
 
 def check_window(model: ModelConfig) -> None:
-    """Raise ConfigError for keys of local layers in a model without a window, and for a part that has no window."""
+    """Raise ConfigError if keys of layers with a window are set without a window, or without rotary positions."""
     check_numbers("model.", model, ("window", "rope_base_local"), global_every=(2, INF))
     if model.window is None:
         for key in ("global_every", "rope_base_local"):
@@ -227,7 +233,7 @@ def check_window(model: ModelConfig) -> None:
 
 
 def check_attention(model: ModelConfig) -> None:
-    """Raise ConfigError for a window, sinks or a bound of the scores that the attention cannot compute."""
+    """Raise ConfigError if the chosen attention does not support the window, the sinks or the bound of the scores."""
     own = next((key for key in ("window", "attention_sinks") if getattr(model, key)), None)
     if own is not None and isinstance(model.attention, str):
         raise ConfigError(
@@ -255,7 +261,7 @@ def check_block(model: ModelConfig) -> None:
 
 
 def check_activation(model: ModelConfig) -> None:
-    """Raise ConfigError unless a gated layer has the activation that its name implies."""
+    """Raise ConfigError unless the activation is the one that ``swiglu`` or ``geglu`` implies."""
     # The names of these layers imply their activations (arXiv 2002.05202). With another activation, the layer would
     # have the name of a different known layer.
     fitting = {
@@ -272,7 +278,7 @@ def check_activation(model: ModelConfig) -> None:
 
 
 def check_adapters(model: ModelConfig) -> None:
-    """Raise ConfigError for adapters (LoRA) of layers that the model does not have."""
+    """Raise ConfigError if ``lora.targets`` names a layer that the model does not have, or names one twice."""
     lora = model.lora
     check_numbers("model.lora.", lora, ("alpha",), ("rank",), dropout=(0.0, 0.99))
     possible = [
@@ -292,8 +298,7 @@ def check_adapters(model: ModelConfig) -> None:
 
 
 def check_experts(model: ModelConfig) -> None:
-    """Raise ConfigError unless there are enough experts for each token, and the matrices of such experts can be
-    stacked."""
+    """Raise ConfigError for the first key of a mixture of experts that cannot work."""
     if model.n_expert < 1:
         raise ConfigError(
             f"model.ffn=moe with model.n_expert={model.n_expert}", "a number of experts", "model.n_expert=8"

@@ -1,5 +1,4 @@
-"""Parallel dimensions of a run, the split of its batch, and the units in which weights are sharded. Imports no
-torch."""
+"""Parallel dimensions of a run, the split of its batch, and the groups of blocks that FSDP shards. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,12 +22,14 @@ from launch.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Degree of each kind of parallelism: the sizes of the mesh axes. Their product without ``ep`` is the world size.
+    """Degree of each kind of parallelism. The product of all degrees without ``ep`` is the number of ranks.
 
-    ``pp`` is the outermost axis and ``tp`` the innermost, so that ranks with the most communication are neighbors.
+    The degrees are the sizes of the axes of the device mesh. ``pp`` is the outermost axis and ``tp`` the innermost, so
+    that ranks with the most communication have neighboring numbers.
     """
 
     strategy: str
+    """``ddp``, ``zero1``, ``fsdp``, ``hsdp``, or for DeepSpeed ``ds_zero0`` to ``ds_zero3``."""
     dp_replicate: int
     """Number of model replicas."""
     dp_shard: int
@@ -51,12 +52,12 @@ class ParallelDims:
 
     @property
     def data_ranks(self) -> int:
-        """Number of data-parallel ranks: each of these groups of ranks has other samples."""
+        """Number of groups of ranks that compute different samples (data parallelism)."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def model_ranks(self) -> int:
-        """Number of model-parallel ranks: ranks that compute the same samples."""
+        """Number of ranks that compute the same samples together: the product of pp, cp and tp."""
         return self.pp * self.cp * self.tp
 
     @property
@@ -65,7 +66,7 @@ class ParallelDims:
         return self.strategy in ("fsdp", "hsdp")
 
     def data_rank(self, rank: int) -> int:
-        """Return the data-parallel rank of a rank: the index of its part of the global batch."""
+        """Return the index of the part of the global batch that the rank ``rank`` computes, from 0."""
         return rank // (self.cp * self.tp) % self.data_ranks
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,7 +80,12 @@ class ParallelDims:
 
 
 def parallel_dims(parallel: ParallelConfig, world_size: int, ranks_per_node: int = 1) -> ParallelDims:
-    """Return the degrees of ``parallel`` on ``world_size`` ranks. The error proposes nodes of ``ranks_per_node`` ranks.
+    """Return the parallel dimensions of a run of ``world_size`` ranks with the config ``parallel``.
+
+    Args:
+        parallel: config of the parallelism; its strategy is not ``auto``.
+        world_size: number of ranks.
+        ranks_per_node: number of ranks of a node, for the number of nodes that an error proposes.
 
     Raises:
         ConfigError: the degrees do not divide the number of ranks.
@@ -136,12 +142,14 @@ def parallel_dims(parallel: ParallelConfig, world_size: int, ranks_per_node: int
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of a step: ``global_batch == per_rank * ranks`` and ``per_rank == micro * accumulation``."""
+    """Split of a step's sequences: ``global_batch`` is ``ranks x per_rank``, ``per_rank`` is ``accumulation x micro``."""
 
     global_batch: int
+    """Number of sequences of a step, over all ranks."""
     ranks: int
     """Number of data-parallel ranks."""
     per_rank: int
+    """Number of sequences of a step on one data-parallel rank."""
     micro: int
     """Number of sequences of a micro-batch."""
     accumulation: int
@@ -171,7 +179,7 @@ def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
 
 
 def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
-    """Return the config with the number of steps that ``optim.max_tokens`` needs, if it is set."""
+    """Return the config with ``optim.max_steps`` computed from ``optim.max_tokens``; unchanged if that is None."""
     optim = config.optim
     if optim.max_tokens is None:
         return config
@@ -183,10 +191,12 @@ def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
 
 
 def refuse_other_rates(config: TrainConfig, batch: Batch, folder: RunFolder) -> None:
-    """Raise ConfigError if a changed schedule gives another learning rate to a step that the run in ``folder`` has made
-    and keeps.
+    """Raise ConfigError if the schedule of ``config`` gives another learning rate to a step that the run has done.
 
-    ``config`` is a result of ``settle_steps``.
+    Args:
+        config: config of the run, a result of ``settle_steps``.
+        batch: split of the global batch.
+        folder: folder of the run, which may not exist yet. Steps after ``config.resume_from`` do not count.
     """
     now = config.optim
     if not folder.config.exists():
@@ -211,22 +221,21 @@ def refuse_other_rates(config: TrainConfig, batch: Batch, folder: RunFolder) -> 
 
 
 def expert_fsdp_ranks(dims: ParallelDims) -> int:
-    """Return the number of ranks of one replica with the same experts. FSDP shards these experts over them."""
+    """Return the number of ranks, in one replica of the model, over which FSDP shards the same experts."""
     return dims.dp_shard // dims.ep * dims.cp
 
 
 def shard_dimension(model: ModelConfig, dims: ParallelDims) -> int:
-    """Return the dimension of (experts, outputs, inputs) along which FSDP shards a rank's experts.
+    """Return 0 or 1: the dimension along which FSDP shards the stacked matrices (experts, outputs, inputs) of a rank.
 
-    It is the first dimension if the number of a rank's experts is a multiple of FSDP's ranks: each rank then has whole
-    experts, contiguous in memory. Otherwise it is the second dimension.
+    0 if FSDP's ranks divide the number of experts: each rank then has whole experts, contiguous in memory. Otherwise 1.
     """
     return 0 if model.n_expert // dims.ep % expert_fsdp_ranks(dims) == 0 else 1
 
 
 def can_shard(model: ModelConfig, dims: ParallelDims) -> bool:
-    """True if the FSDP ranks divide the sharded dimension of the experts evenly; torch requires this for every
-    dimension except the first."""
+    """Return True if FSDP's ranks evenly divide the dimension along which they shard the experts. torch requires this
+    for every dimension except the first."""
     if not dims.is_sharded or shard_dimension(model, dims) == 0:
         return True
     return model.n_embd % expert_fsdp_ranks(dims) == 0 and model.ffn_width % (expert_fsdp_ranks(dims) * dims.tp) == 0
@@ -271,14 +280,14 @@ def nearest_ep(model: ModelConfig, dims: ParallelDims) -> int:
 
 
 def fsdp_units(config: TrainConfig, layers: int) -> list[int]:
-    """Return the number of blocks of each unit, in the order of the forward pass.
+    """Return the numbers of blocks that FSDP gathers together (units), in the order of the forward pass.
 
-    A unit is one block, or as many neighbors as needed for ``parallel.fsdp_min_num_params`` parameters. Remaining
-    blocks at the end join the last unit, so every unit has enough parameters.
+    A unit is one block, or as many consecutive blocks as needed for ``parallel.fsdp_min_num_params`` parameters. Blocks
+    that remain at the end join the last unit.
 
     Args:
         config: config of the run.
-        layers: number of blocks of the model, or of a pipeline stage. A stage with too few parameters is one unit.
+        layers: number of blocks of the model, or of a pipeline stage; the sum of the result.
     """
     least = config.parallel.fsdp_min_num_params
     if least is None:
@@ -296,8 +305,8 @@ def fsdp_units(config: TrainConfig, layers: int) -> list[int]:
 
 
 BUCKET_BYTES = 32 * 2**20
-"""Largest size of a bucket of several gradients, in bytes. Larger buckets hide more latency, but less of the last
-bucket."""
+"""Largest size, in bytes, of a bucket of several gradients, which one collective reduces. With larger buckets there are
+fewer collectives, but the last one, which nothing overlaps, takes longer."""
 
 BUCKETS_IN_FLIGHT = 2
-"""Number of buckets in flight: one is reduced while the backward pass fills the next."""
+"""Largest number of buckets whose collectives run at the same time."""

@@ -36,9 +36,12 @@ from launch.errors import ConfigError
 
 
 def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: int = 1) -> ParallelDims:
-    """Return the parallel dimensions of a run on ``world_size`` ranks, checked against all of its config.
+    """Return the parallel dimensions of a run of ``world_size`` ranks, after checks against model, batch and options.
 
-    An error proposes nodes of ``ranks_per_node`` ranks.
+    Args:
+        config: config of the run; its strategy is not ``auto``.
+        world_size: number of ranks.
+        ranks_per_node: number of ranks of a node, for the number of nodes that an error proposes.
 
     Raises:
         ConfigError: the degrees do not divide the ranks, or do not suit the model.
@@ -57,9 +60,9 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
 
 
 def refuse_without_deepspeed(config: TrainConfig) -> None:
-    """Raise ConfigError if the run needs DeepSpeed and this Python lacks it. Does not import DeepSpeed.
+    """Raise ConfigError if the run needs DeepSpeed and it is not installed here. DeepSpeed is not imported.
 
-    Call this where the run trains, not on a login node, because only the nodes may have DeepSpeed.
+    Not for a login node, because DeepSpeed may be installed on the nodes alone.
     """
     if config.parallel.strategy is Strategy.deepspeed and not is_importable("deepspeed"):
         raise ConfigError(
@@ -70,9 +73,9 @@ def refuse_without_deepspeed(config: TrainConfig) -> None:
 
 
 def check_parallel_parts(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if the user's optimizer, or a user's class in the model, is unusable.
+    """Raise ConfigError if a class of the user is unusable: the optimizer, or a part of the model.
 
-    Also raises ConfigError if tp, cp or pp is above 1, and a user's class in the model does not declare its support.
+    Also if tp, cp or pp is above 1, and the class of a part does not declare that it supports this.
     """
     model = config.model
     optimizer_state(config.optim)
@@ -108,10 +111,10 @@ def refuse_dimensions(dims: ParallelDims, names: Sequence[str], found: str, expe
 
     Args:
         dims: the parallel dimensions.
-        names: dimensions that are not possible.
-        found: override that excludes these dimensions.
-        expected: what is possible.
-        instead: overrides with which these dimensions are possible.
+        names: dimensions that must be 1, such as ``tp``.
+        found: override that does not work with these dimensions.
+        expected: text on what works instead.
+        instead: overrides with which these dimensions work.
     """
     others = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in names if getattr(dims, name) > 1)
     if others:
@@ -152,7 +155,7 @@ def check_context(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_selective(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError for selective recomputation of compiled blocks under ``cp`` or ``ep``."""
+    """Raise ConfigError if blocks are compiled and recomputed selectively, and ``cp`` or ``ep`` is above 1."""
     name = next((name for name in ("cp", "ep") if getattr(dims, name) > 1), None)
     if name and config.compiles and config.recompute is Recompute.selective:
         raise ConfigError(
@@ -211,13 +214,13 @@ def check_matrices(model: ModelConfig, tp: int) -> None:
 
 
 def grouped_matmul_fits(model: ModelConfig, tp: int) -> bool:
-    """True if torch's grouped matmul accepts the shard of an expert's width."""
+    """Return True if torch's grouped product accepts the width of an expert's shard on ``tp`` ranks, or is not used."""
     grouped = model.ffn is Ffn.moe and model.expert_matmul is ExpertMatmul.grouped
     return not grouped or model.ffn_width % (GROUPED_MULTIPLE * tp) == 0
 
 
 def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError for unequal sequence shards, and for dropout on replicated activations.
+    """Raise ConfigError if sequences cannot be divided evenly over the ranks, or dropout meets replicated activations.
 
     Each rank draws its own dropout noise, so ranks with the same activations would drop different elements.
     """
@@ -266,7 +269,7 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_lora(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError for an engine, a precision or an optimizer that does not know frozen weights with adapters."""
+    """Raise ConfigError if LoRA is used with an engine, a precision or an optimizer that does not support it."""
     parallel, rank = config.parallel, config.model.lora.rank
     sharing = [name for name in ("tp", "pp", "ep") if getattr(dims, name) > 1]
     refused = {f"parallel.{name}={getattr(dims, name)}": f"parallel.{name}=1" for name in sharing}
@@ -285,7 +288,7 @@ def check_lora(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_schedule_free(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError for schedule-free AdamW under an engine whose averaged weights no test has compared."""
+    """Raise ConfigError if schedule-free AdamW is used with anything but data parallelism on the devices."""
     sharing = [f"parallel.{name}=1" for name in ("tp", "pp", "cp", "ep") if getattr(dims, name) > 1]
     sharing += ["parallel.cpu_offload=false"] if config.parallel.cpu_offload else []
     if config.optim.optimizer == SCHEDULE_FREE and sharing:
@@ -297,7 +300,8 @@ def check_schedule_free(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_tasks_of_eval(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if no rank has the logits of whole sequences, which tasks of lm-eval need."""
+    """Raise ConfigError if ``eval.tasks`` is set with tp, pp or cp: the tasks need a rank with logits of whole
+    sequences."""
     sharing = " ".join(f"parallel.{name}=1" for name in ("tp", "pp", "cp") if getattr(dims, name) > 1)
     if config.eval.tasks and sharing:
         raise ConfigError(
@@ -351,11 +355,11 @@ def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 AUTO = "auto"
-"""Placeholder in config files of other trainers for a value that the trainer sets."""
+"""Value in DeepSpeed config files of other trainers that means: the trainer sets this value."""
 
 
 def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Return the config with which DeepSpeed starts: the generated config, with the further settings of the user's file
+    """Return the config of DeepSpeed: generated from that of the run, with additional settings from the user's file
     ``parallel.deepspeed_config``.
 
     Raises:
@@ -369,9 +373,10 @@ def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
 
 
 def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Return DeepSpeed's config, generated from that of the run.
+    """Return the config of DeepSpeed that follows from the config of the run.
 
-    It has no optimizer and no learning-rate schedule: DeepSpeed receives torch's AdamW, whose rate is set at each step.
+    It has no optimizer and no learning-rate schedule: DeepSpeed receives torch's AdamW, and the engine sets its
+    learning rate in each step.
     """
     parallel = config.parallel
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
@@ -406,21 +411,22 @@ def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
 
 
 def casts_weights(config: TrainConfig) -> bool:
-    """True if DeepSpeed keeps bf16 weights over fp32 master weights.
+    """Return True if DeepSpeed keeps bf16 weights in addition to fp32 master weights.
 
-    ZeRO-0 is excluded, because it would run Adam twice in the first step. In ZeRO-0, weights are fp32 and autocast
-    casts them, as with DDP.
+    False for ZeRO-0, which would run Adam twice in the first step. There weights are fp32 and autocast casts them, as
+    with DDP.
     """
     return config.precision.is_half and bool(config.parallel.zero_stage)
 
 
 def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return those of ``settings`` that determine the sharding and the content of DeepSpeed's checkpoints."""
+    """Return the DeepSpeed settings that determine the sharding and the content of its checkpoints, out of
+    ``settings``."""
     return {key: settings.get(key) for key in ("zero_optimization", "bf16", "data_types")}
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Read the user's config file.
+    """Read the user's DeepSpeed config file, and return it as a dictionary.
 
     Raises:
         ConfigError: the file cannot be read, or is no JSON object.
@@ -443,7 +449,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def run_values(config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Return the values that the run's config determines: dotted key of DeepSpeed -> value."""
+    """Return the DeepSpeed settings that the config of the run determines, dotted key -> value."""
     optim, parallel, precision = config.optim, config.parallel, config.precision
     found: dict[str, Any] = {
         "train_batch_size": batch.global_batch,
@@ -482,13 +488,13 @@ OWNED_SECTIONS = (
     *("scheduler", "checkpoint", "elasticity", "autotuning", "curriculum_learning", "data_efficiency"),
     *("compression_training", "activation_checkpointing", "compile", "tensor_parallel", "pipeline"),
 )
-"""Sections of DeepSpeed's config that would replace work of this program."""
+"""Sections of DeepSpeed's config that are refused, because this program does their work."""
 
 
 def merged_settings(
     ours: dict[str, Any], theirs: dict[str, Any], known: dict[str, Any], path: str, prefix: str = ""
 ) -> dict[str, Any]:
-    """Return the settings of the run, with the settings of the user's file that the run does not determine.
+    """Return the settings ``ours``, with those settings of ``theirs`` that the run does not determine.
 
     Args:
         ours: settings of the run.
@@ -522,8 +528,8 @@ def merged_settings(
 
 
 def same_value(theirs: Any, ours: Any) -> bool:
-    """Return True if two values mean the same. 1 equals 1.0, true differs from 1, and Adam means AdamW, its default in
-    DeepSpeed."""
+    """Return True if two DeepSpeed settings mean the same. 1 equals 1.0, true differs from 1, upper and lower case do
+    not differ, and Adam means AdamW."""
     if isinstance(theirs, bool) or isinstance(ours, bool):
         return theirs is ours
     if isinstance(theirs, str) and isinstance(ours, str):
@@ -532,4 +538,4 @@ def same_value(theirs: Any, ours: Any) -> bool:
 
 
 BUCKET = 500_000_000
-"""Number of gradient elements that DeepSpeed reduces at once: its default (reduce_bucket_size)."""
+"""Largest number of gradient elements that DeepSpeed reduces at once: its default of ``reduce_bucket_size``."""

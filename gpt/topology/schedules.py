@@ -19,7 +19,7 @@ from launch.errors import ConfigError
 
 
 def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if ``pp`` ranks or the schedule cannot run this number of layers or micro-batches."""
+    """Raise ConfigError if the pipeline cannot run the layers, the micro-batches or other settings of the run."""
     if dims.pp == 1:
         return
     if config.parallel.cpu_offload and config.model.tie_embeddings and not config.parallel.offloads_optimizer:
@@ -35,7 +35,7 @@ def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_layers(config: TrainConfig) -> None:
-    """Raise ConfigError for more stages than layers."""
+    """Raise ConfigError if the pipeline has more stages than the model has blocks."""
     ranks, held, layers = config.parallel.pp, local_stages(config.parallel), config.model.n_layer
     if ranks * held <= layers:
         return
@@ -65,7 +65,7 @@ def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def suggest_batch(config: TrainConfig, batch: Batch) -> str:
-    """Return overrides of the batch that the schedule accepts: smaller micro-batches, or else a larger batch."""
+    """Return overrides with which the schedule accepts the batch: smaller micro-batches, or else a larger batch."""
     sizes = [size for size in range(batch.micro, 0, -1) if batch.per_rank % size == 0]
     for size in sizes:
         if accepts_micro_batches(config.parallel, batch.per_rank // size):
@@ -117,6 +117,7 @@ class StageLayers:
     """The layers of one pipeline stage."""
 
     blocks: range
+    """Numbers of its blocks, from 0; may be empty."""
     first: bool
     """True for the stage with the token embedding."""
     last: bool
@@ -203,23 +204,23 @@ def partition(costs: tuple[int, ...], parts: int) -> list[range]:
 
 
 def min_micro_batches(parallel: ParallelConfig) -> int:
-    """Return the fewest micro-batches with which torch's schedule runs. DeepSpeed's 1F1B runs with any number."""
+    """Return the smallest number of micro-batches of a step that the schedule accepts."""
     if parallel.schedule is Schedule["1f1b"]:
         return 1 if parallel.strategy is Strategy.deepspeed else parallel.pp
     return 2 * parallel.pp if parallel.schedule is Schedule.dualpipev else 1
 
 
 def accepts_micro_batches(parallel: ParallelConfig, micro_batches: int) -> bool:
-    """True if the schedule runs with this number of micro-batches.
+    """Return True if the schedule accepts this number of micro-batches of a step.
 
-    Interleaved 1F1B runs in rounds of equally many micro-batches, at least one for each rank.
+    Interleaved 1F1B needs a number that it can divide into equal rounds of at least one micro-batch for each rank.
     """
     rounds = max(1, micro_batches // parallel.pp) if parallel.schedule is Schedule.interleaved else 1
     return micro_batches >= min_micro_batches(parallel) and micro_batches % rounds == 0
 
 
 def bubble_fraction(schedule: Schedule, pp: int, micro_batches: int, stages_per_rank: int = 1) -> float:
-    """Return the bubble for stages of equal cost: the share of a step in which a rank is idle, from 0 to 1.
+    """Return the share of a step in which a rank of a pipeline is idle, 0 to 1, for stages of equal cost.
 
     GPipe and 1F1B: (p - 1) / (m + p - 1) for p ranks and m micro-batches (arXiv 1811.06965, section 2.3; 2104.04473,
     section 2.2.1). With v stages per rank, there are v times as many time slots, each shorter by v (section 2.2.2). The
