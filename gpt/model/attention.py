@@ -29,22 +29,21 @@ from gpt.model.layers import Documents, Linear, build_norm, build_rotation
 
 
 class LayerCache:
-    """Keys and values of one layer, in memory that is allocated once.
+    """Cached keys and values of one layer, for at most ``capacity`` tokens.
 
-    The first call allocates the memory, in the shape, dtype and device of its keys. So a layer that has only a part of
-    the heads, or computes in bf16, caches only these heads, and in bf16.
+    The first call of ``extend`` allocates the memory for all tokens, with the shape, dtype and device of its arguments.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        """Number of tokens seen so far."""
+        """Number of cached tokens."""
         self._k_BKSC: Tensor | None = None
         self._v_BKSC: Tensor | None = None
 
     def extend(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values of new tokens, each (B, K, T, C). Return the keys and values of all tokens so far, each
-        (B, K, S, C)."""
+        """Append keys and values of T new tokens, each (B, K, T, C). Return the keys and values of all S tokens so far,
+        each (B, K, S, C)."""
         if self._k_BKSC is None or self._v_BKSC is None:
             self._k_BKSC, self._v_BKSC = (x.new_empty(*x.shape[:2], self.capacity, x.size(3)) for x in (k_BKTC, v_BKTC))
         start, end = self.length, self.length + k_BKTC.size(2)
@@ -70,11 +69,11 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Number of tokens seen so far, which is the position of the next one."""
+        """Number of cached tokens, which is the position of the next token."""
         return self._layers[0].length if self._layers else 0
 
     def layer(self, index: int) -> LayerCache:
-        """Return the cache of one layer. The first use creates it."""
+        """Return the cache of the layer ``index``, from 0; create it at the first call."""
         while len(self._layers) <= index:
             self._layers.append(LayerCache(self.capacity))
         return self._layers[index]
@@ -92,19 +91,20 @@ class Cache:
 
 aten = torch.ops.aten
 FLASH_MULTIPLE = 8
-"""Multiple to which heads are padded for CUDA's flash kernel. The padding is zero and does not change the result."""
+"""Widths of heads are padded with zeros to a multiple of this for CUDA's flash kernel."""
 
 
 def attend_block(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, fused: bool) -> tuple[Tensor, Tensor]:
-    """Attend to one block of keys. Return the result (B, H, T, C) and the log-sum-exp (B, H, T).
+    """Compute attention to one block of keys. Return the result (B, H, T, C) and the log-sum-exp of the scores
+    (B, H, T).
 
     Args:
         q_BHTC: queries.
         k_BKSC: keys; K divides H.
         v_BKSC: values.
         causal: True if each query attends to the keys up to its own position (then S = T); False for all keys.
-        fused: use torch's flash kernel, which exists for CPUs, and on GPUs for half precision. If False, or without a
-            kernel for the queries, the formula is computed directly, with T x S numbers per head in memory.
+        fused: True to use torch's flash kernel, which exists for CPUs, and on GPUs for half precision. If False, or if
+            there is no kernel, the formula is computed directly, with T x S numbers per head in memory.
     """
     k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
     if not (fused and has_kernel(q_BHTC)):
@@ -121,9 +121,11 @@ def attend_block(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, f
 
 
 class Attended(NamedTuple):
-    """Queries (B, H, T, C) and the result of their attention to all blocks. Each block's backward pass needs both."""
+    """Queries, and the result of their attention to all blocks of keys, as the backward pass of each block needs
+    them."""
 
     queries: Tensor
+    """Queries, (B, H, T, C)."""
     result: Tensor
     """Result of attention to all blocks, (B, H, T, C)."""
     lse: Tensor
@@ -133,9 +135,8 @@ class Attended(NamedTuple):
 def attend_block_backward(
     grad_BHTC: Tensor, attended: Attended, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one block's addend to the gradient of the queries, (B, H, T, C).
-
-    Also return the gradients of the block's keys and values, each (B, K, S, C).
+    """Compute the backward pass of attention to one block of keys. Return three gradients: the part of the gradient of
+    the queries (B, H, T, C) that comes from this block, and those of its keys and values, each (B, K, S, C).
 
     Args:
         grad_BHTC: gradient of the result of all blocks.
@@ -172,8 +173,8 @@ def attend_block_backward(
 
 
 def merge_blocks(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_BHT: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge the results of two sets of keys into the result of both sets: (B, H, T, C) and its log-sum-exp (B, H,
-    T)."""
+    """Merge two results of attention to different keys. Return the result of attention to all these keys (B, H, T, C),
+    and its log-sum-exp (B, H, T)."""
     both_BHT = torch.logaddexp(lse_BHT, other_lse_BHT)
     mine_BHT1, its_BHT1 = ((lse - both_BHT).exp().unsqueeze(-1) for lse in (lse_BHT, other_lse_BHT))
     return mine_BHT1 * y_BHTC + its_BHT1 * other_BHTC, both_BHT
@@ -186,7 +187,7 @@ def merge_blocks(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_
 
 
 class Sinks(nn.Module):
-    """Logit of the sink of each head, (H,)."""
+    """One trained logit for each head, (H,): its sink, which takes part in the softmax over the keys."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -197,13 +198,17 @@ class Sinks(nn.Module):
 
 
 def merge_sinks(y_BHTC: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge sinks into the result of all blocks of keys: (B, H, T, C) and its log-sum-exp (B, H, T)."""
+    """Add sinks to the result of attention to all keys. Return the new result (B, H, T, C) and its log-sum-exp
+    (B, H, T)."""
     both_BHT = torch.logaddexp(lse_BHT, sinks_H.type_as(lse_BHT).unsqueeze(1))
     return y_BHTC * (lse_BHT - both_BHT).exp().unsqueeze(-1).type_as(y_BHTC), both_BHT
 
 
 def sink_gradient(grad_BHTC: Tensor, attended: Attended, sinks_H: Tensor) -> Tensor:
-    """Return the gradient of the sinks, (H,). ``grad_BHTC`` and ``attended`` are of the result of ``merge_sinks``."""
+    """Return the gradient of the sinks, (H,).
+
+    ``attended`` has the result of ``merge_sinks``, and ``grad_BHTC`` is the gradient of that result.
+    """
     share_BHT = (sinks_H.unsqueeze(1) - attended.lse).exp()
     return -(share_BHT * (grad_BHTC * attended.result).sum(-1)).sum((0, 2)).type_as(sinks_H)
 
@@ -226,12 +231,13 @@ class SinkAttention(torch.autograd.Function):
 
 
 def has_kernel(q_BHTC: Tensor) -> bool:
-    """Return True if torch's flash kernel takes these queries, and returns the log-sum-exp for the backward pass."""
+    """Return True if torch has a flash kernel for the device and dtype of these queries."""
     return not q_BHTC.is_cuda or q_BHTC.dtype in (torch.bfloat16, torch.float16)
 
 
 def scores(q_BHTC: Tensor, k_BHSC: Tensor, causal: bool) -> Tensor:
-    """Compute the scaled scores, (B, H, T, S) in fp32 or wider. Scores of future keys are minus infinity."""
+    """Compute the scaled scores Q K^T / sqrt(C), (B, H, T, S), in fp32 or wider. With ``causal``, scores of keys after
+    the query are minus infinity."""
     found_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(-1))
     found_BHTS = found_BHTS.to(torch.promote_types(found_BHTS.dtype, torch.float32))
     if causal:
@@ -241,18 +247,19 @@ def scores(q_BHTC: Tensor, k_BHSC: Tensor, causal: bool) -> Tensor:
 
 
 def repeat_for_queries(x_BKSC: Tensor, q_BHTC: Tensor) -> Tensor:
-    """Repeat keys or values for each head of the queries, (B, H, S, C)."""
+    """Repeat the K heads of keys or values for the H heads of the queries, (B, K, S, C) -> (B, H, S, C)."""
     sharers = q_BHTC.size(1) // x_BKSC.size(1)
     return x_BKSC if sharers == 1 else x_BKSC.repeat_interleave(sharers, dim=1)
 
 
 def sum_over_queries(x_BHSC: Tensor, x_BKSC: Tensor) -> Tensor:
-    """Sum gradients over the query heads that share a key-value head. The result has the shape of ``x_BKSC``."""
+    """Sum gradients over the query heads that share a key-value head, (B, H, S, C) -> (B, K, S, C). ``x_BKSC`` gives
+    the shape only."""
     return x_BHSC.unflatten(1, (x_BKSC.size(1), -1)).sum(2)
 
 
 def pad_heads(x_BHTC: Tensor) -> Tensor:
-    """Pad heads with zeros to a multiple of ``FLASH_MULTIPLE``, a width that the kernel supports."""
+    """Pad the width of heads with zeros to a multiple of ``FLASH_MULTIPLE``."""
     return F.pad(x_BHTC, (0, -x_BHTC.size(-1) % FLASH_MULTIPLE))
 
 
@@ -289,8 +296,11 @@ class Attention(nn.Module):
         self.value = Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, past: LayerCache | Documents | None = None) -> Tensor:
-        """Attend, (B, T, D) -> (B, T, D). With a cache, the T tokens follow the cached ones, and are added to the
-        cache. With documents, a token attends only to its own document."""
+        """Compute attention, (B, T, D) -> (B, T, D).
+
+        If ``past`` is a cache, the T tokens follow the cached tokens, and are added to the cache. If it has documents,
+        a token attends to its own document only.
+        """
         cache = past if isinstance(past, LayerCache) else None
         documents = past if isinstance(past, Documents) else None
         start = documents.positions if documents is not None else 0 if cache is None else cache.length
@@ -300,9 +310,10 @@ class Attention(nn.Module):
         return self.output(y_BHTC.transpose(1, 2).flatten(2))
 
     def inputs(self, x_BTD: Tensor, start: int | Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute queries (B, H, T, C), and keys and values (B, K, S, C) of all tokens.
+        """Return queries (B, H, T, C) of the T new tokens, and keys and values (B, K, S, C) of the cached and new
+        tokens.
 
-        ``start`` is the position of the first new token, or a tensor of the positions of all new tokens.
+        ``start`` is the position of the first new token, or a tensor with the positions of all new tokens.
         """
         q_BTHC = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
@@ -318,10 +329,12 @@ class Attention(nn.Module):
         return q_BHTC, k_BKSC, v_BKSC
 
     def attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
-        """Compute attention by the backend of the config, (B, H, T, C). The T queries are the last T of the S tokens.
+        """Compute attention by the backend of the config, (B, H, T, C). The queries are those of the last T of S
+        tokens.
 
-        ``bias_B1TS`` is added to the scores instead of the causal mask. With a window, each block of queries attends to
-        its own keys and those of the block before, and a mask hides keys outside of the window.
+        ``bias_B1TS`` is added to the scores instead of a causal mask; None means a causal mask. With a window, each
+        block of queries attends to its own keys and those of the previous block, and a mask hides keys outside of the
+        window.
 
         Context parallelism replaces this method, because other ranks have some of the keys.
         """
@@ -341,7 +354,7 @@ class Attention(nn.Module):
         return torch.cat(parts, dim=2)
 
     def attend_whole(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_B1TS: Tensor | None) -> Tensor:
-        """Compute attention to all given keys, (B, H, T, C), see ``attend``."""
+        """Compute attention to all given keys, without a window, (B, H, T, C). Arguments as in ``attend``."""
         dropout = self.dropout if self.training else 0.0
         sinks_H = None if self.sinks is None else self.sinks()
         # Sinks need the log-sum-exp. The kernels return it only without a mask, a cache and dropout.
@@ -358,9 +371,11 @@ class Attention(nn.Module):
     def attend_manually(
         self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, bias_B1TS: Tensor | None
     ) -> Tensor:
-        """Compute softmax(Q K^T / sqrt(C) + bias) V, (B, H, T, C). Without a bias, a mask hides the future. This
-        reference needs T x S numbers per head in memory. The function ``softcap`` bounds the scores if the model has a
-        bound. Sinks are the scores of a further key, which has no value."""
+        """Compute softmax(Q K^T / sqrt(C) + bias) V, (B, H, T, C), directly: the reference for fused kernels.
+
+        Without a bias, a causal mask is used. The scores, T x S numbers per head, are in memory. ``softcap`` bounds the
+        scores if the model has a bound. Sinks are the scores of one more key, which has no value.
+        """
         k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
         new, seen = q_BHTC.size(2), k_BHSC.size(2)
         scores_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(3))
@@ -418,7 +433,8 @@ class LatentAttention(Attention):
 
 
 def softcap(x: Tensor, bound: float) -> Tensor:
-    """Bound numbers smoothly to between -``bound`` and ``bound`` (Gemma 2, arXiv 2408.00118, section 2)."""
+    """Return ``bound`` tanh(x / ``bound``), which lies between -``bound`` and ``bound`` (Gemma 2, arXiv 2408.00118,
+    section 2)."""
     return torch.tanh(x / bound) * bound
 
 
@@ -430,9 +446,10 @@ for Ampere and reaches 35 % of an H100's peak; 75 % is possible (arXiv 2407.0860
 
 
 def prefer_fast_kernels(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which torch's choice of a fused attention kernel begins with the fastest one of ``device``.
+    """Return a context in which torch tries cuDNN's attention kernel first on GPUs from Hopper on. On other devices the
+    context does nothing.
 
-    A process enters it once, because entering costs the host as much as an operation.
+    A process enters the context once, because entering costs the host as much as an operation.
     """
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < HOPPER:
         return nullcontext()
@@ -442,8 +459,11 @@ def prefer_fast_kernels(device: torch.device) -> AbstractContextManager[object]:
 def sdpa_attention(
     q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, bias_B1TS: Tensor | None = None
 ) -> Tensor:
-    """Compute attention by torch's fused kernels, (B, H, T, C): flash attention (arXiv 2307.08691) if the device and
-    dtype support it. On GPUs flash attention takes no bias, and torch chooses another kernel."""
+    """Compute attention by torch's ``scaled_dot_product_attention``, (B, H, T, C).
+
+    torch chooses flash attention (arXiv 2307.08691) if device and dtype support it, and with a bias on GPUs another
+    fused kernel. A bias of None means a causal mask.
+    """
     new, seen = q_BHTC.size(2), k_BKSC.size(2)
     # torch's is_causal aligns the first query with the first key. With cached keys, the last query belongs to the last
     # key, and a single query sees all keys. This bias needs no T x S mask if the kernel supports it.
@@ -457,9 +477,9 @@ def sdpa_attention(
 
 @cache
 def causal_bias(new: int, seen: int) -> CausalBias:
-    """Return the bias with which the last ``new`` of ``seen`` tokens attend to the past. The bias stores two lengths
-    instead of a T x S mask.
+    """Return the causal bias of attention for queries of the last ``new`` of ``seen`` tokens. It stores the two numbers
+    instead of a mask (new, seen).
 
-    The bias is cached, because torch cannot create one while selective activation checkpointing records an operation.
+    The result is cached, because torch cannot create one while selective activation checkpointing records an operation.
     """
     return causal_lower_right(new, seen)

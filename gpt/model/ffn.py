@@ -56,7 +56,7 @@ untraced_grouped_mm = torch.compiler.disable(F.grouped_mm)
 
 
 class Experts(nn.Module):
-    """The feed-forward layers of ``n_expert`` experts, without biases. Matrices are (outputs, inputs), as in Linear."""
+    """Experts: ``n_expert`` feed-forward layers without biases. Their matrices are stacked, (E, outputs, inputs)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,17 +70,14 @@ class Experts(nn.Module):
         self.product = grouped_product if config.expert_matmul is ExpertMatmul.grouped else looped_product
 
     def forward(self, x_RD: Tensor, ends_E: Tensor, even: bool) -> Tensor:
-        """Apply each expert to its rows, (R, D) -> (R, D). Expert e computes rows ``ends_E[e - 1]`` to ``ends_E[e]``.
-
-        ``even`` is True if all experts have equally many rows.
-        """
+        """Apply each expert to its rows, (R, D) -> (R, D). The rows of expert e are those from ``ends_E[e - 1]`` up to,
+        but not including, ``ends_E[e]``. ``even`` is True if all experts have equally many rows."""
         return self.apply_to(x_RD, ends_E, even, self.gate, self.up, self.down)
 
     def apply_to(
         self, x_RD: Tensor, ends_E: Tensor, even: bool, gate_EFD: Tensor | None, up_EFD: Tensor, down_EDF: Tensor
     ) -> Tensor:
-        """Apply the experts with the given matrices, (R, D) -> (R, D): those of all experts, or of this rank's
-        experts."""
+        """Apply experts with the given matrices to their rows, (R, D) -> (R, D). Other arguments as in ``forward``."""
         # torch.autocast does not cover grouped products. Casting here keeps the rows once for both matrices.
         x_RD = autocast_rows(x_RD)
         product = even_product if even and self.product is grouped_product else self.product
@@ -93,12 +90,12 @@ class Experts(nn.Module):
 
 
 def autocast_rows(x_RD: Tensor) -> Tensor:
-    """Cast the rows to the precision of torch.autocast if it is on."""
+    """Return the rows in the dtype of torch.autocast, if autocast is on; else unchanged."""
     return x_RD.to(torch.get_autocast_dtype(x_RD.device.type)) if autocasts(x_RD.device) else x_RD
 
 
 def autocasts(device: torch.device) -> bool:
-    """Return True if torch.autocast is on for a device. Torch raises for the meta device, which has no autocast."""
+    """Return True if torch.autocast is on for a device; False for the meta device, for which torch would raise."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
@@ -140,10 +137,9 @@ class BatchedProduct(torch.autograd.Function):
 
 
 def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply each expert's rows by the transpose of its matrix, (R, I) -> (R, O), one expert after another: the
-    reference.
+    """Multiply each expert's rows by the transpose of its matrix, (R, I) -> (R, O), one expert after another.
 
-    Waits for the device, since the host needs the end of each expert's rows.
+    The reference for the other products. It waits for the device, since the host needs the end of each expert's rows.
     """
     ends = ends_E.tolist()
     parts = [F.linear(x_RI[start:end], weight_OI) for start, end, weight_OI in zip([0, *ends], ends, weight_EOI)]
@@ -161,7 +157,8 @@ def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 class MixtureOfExperts(nn.Module):
-    """Mixture of a router, its experts, and the shared experts that compute every token (arXiv 2401.06066)."""
+    """Mixture of experts: a router, the experts that it chooses for each token, and shared experts, which compute every
+    token (arXiv 2401.06066). (B, T, D) -> (B, T, D)."""
 
     balance_bias: Tensor | None
     counts: Tensor
@@ -182,12 +179,12 @@ class MixtureOfExperts(nn.Module):
 
     @property
     def has_fixed_places(self) -> bool:
-        """True if all experts get equally many rows, some of them empty. False if each expert gets exactly the tokens
-        for which it was chosen."""
+        """True if every expert computes the same fixed number of rows, some of them empty: in training with a
+        ``capacity_factor``. False if an expert computes all tokens for which it was chosen, and no other rows."""
         return self.training and self.config.capacity_factor is not None
 
     def reset_buffers(self) -> None:
-        """Reset the counts of tokens; needed once after ``to_empty``."""
+        """Set the counts of tokens of each expert to 0; needed once after ``to_empty``."""
         self.counts.zero_()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -211,22 +208,24 @@ class MixtureOfExperts(nn.Module):
         return AuxiliaryLoss.apply(y_BTD, loss, taken_BTE.sum((0, 1)), self.counts)
 
     def route(self, x_BTD: Tensor) -> Tensor:
-        """Compute the router's logits, (B, T, E), in fp32 or wider, because rounding changes choices (arXiv 2101.03961,
-        2.4)."""
+        """Compute the router's logits, (B, T, D) -> (B, T, E), in fp32 or wider, because rounding would change which
+        experts are chosen (arXiv 2101.03961, section 2.4)."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         with torch.autocast(x_BTD.device.type, enabled=False) if autocasts(x_BTD.device) else nullcontext():
             return F.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
 
     @torch.no_grad()
     def choose(self, scores_BTE: Tensor) -> Tensor:
-        """Choose the K experts of each token, best first, (B, T, K). Only this choice uses the bias (arXiv
-        2408.15664)."""
+        """Return the indices of the K experts of each token, highest score first, (B, T, K). ``balance_bias`` is added
+        to the scores for this choice only (arXiv 2408.15664)."""
         biased_BTE = scores_BTE if self.balance_bias is None else scores_BTE + self.balance_bias
         return biased_BTE.topk(self.config.n_expert_per_token, dim=-1).indices
 
     def dispatch_dropless(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
-        """Apply the K experts of each token, (B, T, K, D). Rows are sorted by expert, and then restored to their
-        order."""
+        """Return the result of each of the K experts of each token, (B, T, K, D). No token is dropped.
+
+        ``taken_BTE`` is 1 where an expert is chosen for a token, else 0.
+        """
         order_R = chosen_BTK.flatten().argsort(stable=True)
         ends_E = taken_BTE.sum((0, 1)).cumsum(0).to(torch.int32)
         # Tokens are replicated before the sort, so that a token's gradients are always summed in one order.
@@ -234,9 +233,10 @@ class MixtureOfExperts(nn.Module):
         return y_RD.index_select(0, invert_order(order_R)).unflatten(0, chosen_BTK.shape)
 
     def dispatch_with_capacity(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
-        """Apply the K experts of each token, (B, T, K, D), each expert to a fixed number of places in each sequence.
+        """Return the result of each of the K experts of each token, (B, T, K, D), with a ``capacity_factor``.
 
-        The result is zero for a token without a place.
+        Each expert computes a fixed number of tokens of each sequence, the earliest first. The result of an expert is 0
+        for a token that it does not compute. ``taken_BTE`` as in ``dispatch_dropless``.
         """
         sequences, time, experts = taken_BTE.shape
         assert self.config.capacity_factor is not None
@@ -253,20 +253,23 @@ class MixtureOfExperts(nn.Module):
         return y_RD.index_select(0, place_N).unflatten(0, chosen_BTK.shape)
 
     def give_to_experts(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Apply the experts to rows sorted by expert, (R, D) -> (R, D). The rows of expert e end at ``ends_E[e]``.
+        """Apply the experts to rows that are sorted by expert, (R, D) -> (R, D). The rows of expert e end before
+        ``ends_E[e]``.
 
         Expert parallelism replaces this method, because other ranks have some of the experts.
         """
         return self.experts(x_RD, ends_E, self.has_fixed_places)
 
     def auxiliary_loss(self, logits_BTE: Tensor, scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
-        """Compute balance loss and z-loss, summed over the sequences and scaled, ().
+        """Compute the sum of balance loss and z-loss, (): each weighted, summed over the sequences, and scaled.
 
-        Balance: the sum over experts of (share of the choices x E) x (mean score). It is 1 if all experts are equal
-        (arXiv 2412.19437, equations 17 to 20). z: the mean square of log-sum-exp (arXiv 2202.08906, equation 5).
+        The balance loss of a sequence is the sum over experts of (share of the choices x E) x (mean score). It is 1 if
+        all experts are chosen equally often (arXiv 2412.19437, equations 17 to 20). The z-loss is the mean square of
+        log-sum-exp of the logits (arXiv 2202.08906, equation 5).
 
-        For a part of each sequence, the loss is the part's mean, with the choices of the whole sequence. The balance
-        loss is linear in the scores, so its mean over the parts is exact, and so are the gradients.
+        If a rank has a part of each sequence, the scores are those of the part, and the shares of the choices are those
+        of the whole sequence. The balance loss is linear in the scores, so its mean over the parts is exact, and so are
+        the gradients.
         """
         config = self.config
         frequency_BE = taken_BTE.float().mean(1) * (config.n_expert / config.n_expert_per_token)
@@ -280,7 +283,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def replicate_tokens(x_BTD: Tensor, chosen_BTK: Tensor) -> Tensor:
-    """Replicate each token for each of its experts, (B T K, D)."""
+    """Repeat each token for each of its K experts, (B, T, D) -> (B T K, D)."""
     return x_BTD.unsqueeze(2).expand(*chosen_BTK.shape, -1).flatten(0, 2)
 
 
@@ -290,48 +293,54 @@ def invert_order(order_R: Tensor) -> Tensor:
 
 
 def find_mixtures(module: nn.Module) -> list[MixtureOfExperts]:
-    """Return the mixtures of a model or of a part of one, in order. Wrappers are searched, too."""
+    """Return all mixtures of experts inside a module, in order; also inside of wrappers."""
     return [m for m in module.modules() if isinstance(m, MixtureOfExperts)]
 
 
 def set_auxiliary_scale(module: nn.Module, per_sequence: float, loss_scale: Tensor | None = None) -> None:
-    """Set the factor of the losses of routing, per sequence and layer.
+    """Set the factors of the balance loss and the z-loss in all mixtures of a module.
 
-    ``per_sequence`` is (ranks over which gradients are averaged) / (sequences of a step). The losses are then means
-    over the sequences of the step.
-    Without this call the losses are means over each micro-batch. ``loss_scale``, (), is a further factor that is
-    read in each forward pass.
+    Without this call the losses are means over the sequences of each micro-batch.
+
+    Args:
+        module: the model, or a wrapper of it.
+        per_sequence: (number of ranks over which gradients are averaged) / (sequences of a step). The losses are then
+            means over the sequences of the step.
+        loss_scale: another factor, (), which is read in each forward pass; None for 1.
     """
     for mixture in find_mixtures(module):
         mixture.auxiliary_scale, mixture.loss_scale = per_sequence, loss_scale
 
 
 def set_sequence_mean(module: nn.Module, mean_over_parts: Callable[[Tensor], Tensor]) -> None:
-    """Set the function that averages a tensor over the ranks with equal parts of the same sequences."""
+    """Set, in all mixtures of a module, the function that averages a tensor over the ranks that share the same
+    sequences."""
     for mixture in find_mixtures(module):
         mixture.mean_over_parts = mean_over_parts
 
 
 def expert_counts(module: nn.Module) -> Tensor | None:
-    """Return the number of tokens of each expert since the last reset, (layers, E); None without experts.
+    """Return the number of tokens for which each expert was chosen since the last reset, (layers, E); None without
+    experts.
 
-    Only tokens of this rank's backward passes count. The caller sums over the ranks with other tokens.
+    Only tokens of backward passes on this rank count. The caller sums over the ranks with other tokens.
     """
     found = find_mixtures(module)
     return torch.stack([mixture.counts for mixture in found]) if found else None
 
 
 def reset_counts(module: nn.Module) -> None:
-    """Reset the counts of tokens to zero."""
+    """Set the counts of tokens of each expert to 0, in all mixtures of a module."""
     for mixture in find_mixtures(module):
         mixture.counts.zero_()
 
 
 @torch.no_grad()
 def move_balance_bias(module: nn.Module, counts_LE: Tensor) -> None:
-    """Raise the bias of experts with fewer tokens than the mean, and lower the bias of experts with more.
+    """Increase the balance bias of experts with fewer tokens than the mean of their layer, and decrease the bias of
+    those with more (arXiv 2408.15664, algorithm 1).
 
-    As in arXiv 2408.15664, algorithm 1. Each layer uses its row of the counts of the whole step, (L, E).
+    ``counts_LE`` has the number of tokens of each expert in the whole step, for each of L layers.
     """
     for mixture, counts_E in zip(find_mixtures(module), counts_LE, strict=True):
         if mixture.balance_bias is not None:
@@ -339,11 +348,11 @@ def move_balance_bias(module: nn.Module, counts_LE: Tensor) -> None:
 
 
 class AuxiliaryLoss(torch.autograd.Function):
-    """Identity of ``y`` that adds the gradient of ``loss``, a scalar, in the backward pass.
+    """Function that returns ``y`` unchanged, and adds ``loss``, (), to the loss that is differentiated.
 
-    The objective becomes that of the output plus ``loss``. So a model can have internal losses and return only its
-    logits (as MoEAuxLossAutoScaler of Megatron-LM, https://github.com/NVIDIA/Megatron-LM). The backward pass also adds
-    ``counts`` to ``total``. It runs once, even if the forward pass is recomputed, and never in an evaluation.
+    The backward pass gives ``loss`` a gradient of 1. So a model can have internal losses and return only its logits (as
+    MoEAuxLossAutoScaler of Megatron-LM, https://github.com/NVIDIA/Megatron-LM). The backward pass also adds ``counts``
+    to ``total``: it runs once, even if the forward pass is recomputed, and never in an evaluation.
     """
 
     @staticmethod

@@ -34,7 +34,7 @@ from launch.errors import ConfigError
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the residual stream, (B, T, D) -> (B, T, D).
+    """Transformer block: attention and feed-forward layer, each added to the residual stream, (B, T, D) -> (B, T, D).
 
     ``norm_position=pre`` normalizes the input of each (arXiv 2002.04745). ``both`` also normalizes the result of each
     (arXiv 2408.00118, section 2). ``post`` normalizes each sum (arXiv 1706.03762, section 5.4). With
@@ -79,16 +79,17 @@ class Block(nn.Module):
 
 
 Weights = Callable[[str, torch.Size], Tensor]
-"""Function from name and shape to the values of a whole parameter, or of a saved buffer; fp32 on the CPU."""
+"""Function that takes the name and shape of a parameter, or of a saved buffer, and returns its values, whole, as fp32
+on the CPU."""
 RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight", "ffn.experts.down", "ffn.shared.down.weight")
-"""Ends of the names of the matrices that write into the residual stream."""
+"""Ends of the names of the matrices whose results are added to the residual stream."""
 
 
 def initialize(model: GPT, seed: int) -> None:
-    """Fill every parameter and buffer of ``model`` with its initial value, in place, on any device.
+    """Set every parameter and buffer of ``model`` to its initial value, in place, on any device.
 
-    Matrices are normal with standard deviation ``INIT_STD``. Matrices that write into the residual stream are scaled by
-    1 / sqrt(2 n_layer), since each block adds to it twice. Gains are 1, biases and sinks 0. Source: Language Models are
+    Matrices are drawn from a normal distribution with standard deviation ``INIT_STD``; those of ``RESIDUAL_OUTPUTS``
+    are scaled by 1 / sqrt(2 n_layer). Gains are 1, biases and sinks 0. Source: Language Models are
     Unsupervised Multitask Learners (Radford et al. 2019), section 2.3,
     https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, and
     https://github.com/openai/gpt-2/blob/master/src/model.py. The position table has the deviation of the matrices, as
@@ -104,16 +105,16 @@ def initialize(model: GPT, seed: int) -> None:
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Weights:
-    """Return the function that draws the tensors of a model by their names."""
+    """Return the function that returns the initial value of a tensor by its name and shape."""
     return partial(initial_value, config=config, seed=seed)
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """Draw one whole parameter, or the value of a buffer, fp32 on the CPU.
+    """Return the initial value of the parameter or buffer ``name``, whole, fp32 on the CPU.
 
     Each expert is drawn by itself, so its values do not depend on the number of experts. Padding rows of the vocabulary
-    are 0, and the other rows are the same as without padding. A user's own class may provide other values. An adapter
-    begins as zero: only its first matrix is random.
+    are 0, and the other rows are the same as without padding. A user's class may provide its own values. Of an adapter
+    only the first matrix is random and the second is 0, so that it does not change the result at first.
     """
     own = part_value(name, shape, config, seed)
     if own is not None:
@@ -139,9 +140,9 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
 
 def part_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor | None:
-    """Return the initial value that a user's class in the model gives for its tensor ``name``.
+    """Return the initial value of the tensor ``name`` that a user's class defines.
 
-    None if the tensor belongs to no user's class, or the class leaves it to the default.
+    None if the tensor belongs to a built-in part, or if the class defines none.
     """
     owner = owner_of(name, config)
     if owner is None:
@@ -191,7 +192,7 @@ class TiedHead(nn.Module):
     def forward(
         self, x_BTD: Tensor, weight_VD: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Compute logits, (B, T, D) -> (B, T, V), or their summed loss, ()."""
+        """Compute logits, (B, T, D) -> (B, T, V); or if ``loss`` is given, ``loss(x_BTD, weight_VD)``, ()."""
         return linear(x_BTD, weight_VD) if loss is None else loss(x_BTD, weight_VD)
 
 
@@ -199,12 +200,12 @@ class Head(Linear):
     """Output layer with a matrix of its own."""
 
     def forward(self, x_BTD: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Compute logits, (B, T, D) -> (B, T, V), or their summed loss, ()."""
+        """Compute logits, (B, T, D) -> (B, T, V); or if ``loss`` is given, ``loss(x_BTD, weight)``, ()."""
         return super().forward(x_BTD) if loss is None else loss(x_BTD, self.weight)
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer (GPT-2; Radford et al. 2019, section 2.3) with exchangeable parts."""
+    """Decoder-only transformer (GPT-2; Radford et al. 2019, section 2.3), whose parts the config chooses."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -217,9 +218,9 @@ class GPT(nn.Module):
         self.norm = nn.Identity() if config.norm_position is NormPosition.post else build_norm(config)
         self.head = TiedHead() if config.tie_embeddings else Head(config.n_embd, config.padded_vocab, bias=False)
         self.pads_logits = False
-        """True if logits have the columns of padding, too, for a loss that ignores these."""
+        """True if the logits include the padding columns of the vocabulary, for a loss that ignores these."""
         self.chunk_loss = loss_and_gradient
-        """Loss of a chunk of logits and its gradient; a compiled one if the model is compiled."""
+        """Function that returns the loss of a chunk of logits and its gradient; compiled if the model is compiled."""
         if config.adapted:
             for block in self.blocks:
                 for name in config.adapted:
@@ -230,12 +231,14 @@ class GPT(nn.Module):
     def forward(
         self, tokens_BT: Tensor, past: Cache | Documents | None = None, targets_BT: Tensor | None = None
     ) -> Tensor:
-        """Compute the logits of the token after each position, (B, T) integers -> (B, T, V).
+        """Compute the logits of the next token at each position, (B, T) integers -> (B, T, V).
 
-        With targets, (B, T), compute the summed loss instead, (), without the logits of all tokens at once.
-
-        With a cache (gpt/model/attention.py), the T tokens follow the cached ones, and are added to the cache. All
-        tokens together are at most ``block_size``. With documents, a token attends to its own document.
+        Args:
+            tokens_BT: the tokens.
+            past: a cache, whose tokens come before ``tokens_BT``, and to which these are added; or the packed documents
+                of the batch, in which a token attends to its own document only. All tokens together are at most
+                ``block_size``.
+            targets_BT: next tokens; the summed loss, (), is then returned instead, computed in chunks.
         """
         cache = past if isinstance(past, Cache) else None
         start = past.positions if isinstance(past, Documents) else 0 if cache is None else cache.length
@@ -259,7 +262,8 @@ class GPT(nn.Module):
         return self.dropout(x_BTD)
 
     def logits(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Compute the logits from the hidden states after the last block, (B, T, D) -> (B, T, V), or their loss, ()."""
+        """Compute the logits from the hidden states after the last block, (B, T, D) -> (B, T, V); or with targets the
+        summed loss, ()."""
         x_BTD = self.norm(x_BTD)
         tied = [self.token_embedding.weight] if self.config.tie_embeddings else []
         # Call the module, so that hooks and sharding from outside apply.
@@ -272,7 +276,8 @@ class GPT(nn.Module):
         return logits_BTV if self.config.logit_softcap is None else softcap(logits_BTV, self.config.logit_softcap)
 
     def reset_buffers(self) -> None:
-        """Compute the tables that no checkpoint contains. Needed once after ``to_empty``."""
+        """Compute the buffers that checkpoints do not contain, such as tables of positions. Needed once after
+        ``to_empty``."""
         for module in self.modules():
             reset = getattr(module, "reset_buffers", None)
             if reset is not None and module is not self:
@@ -280,7 +285,8 @@ class GPT(nn.Module):
 
     @property
     def has_cache(self) -> bool:
-        """True unless the attention sets ``uses_cache = False``, because it keeps no keys and values."""
+        """True if generation can cache keys and values: unless the attention is a user's class with ``uses_cache =
+        False``."""
         return all(getattr(block.attention, "uses_cache", True) for block in self.blocks)
 
 
@@ -291,16 +297,16 @@ class GPT(nn.Module):
 
 
 class Stage(GPT):
-    """Stage that shares its parts with a whole GPT.
+    """Pipeline stage: consecutive blocks of a GPT, whose modules it shares.
 
     The first stage takes tokens, (B, T) integers; later stages take hidden states, (B, T, D). The last stage returns
-    logits, (B, T, V); earlier stages return hidden states. A tied output matrix is the embedding, so the last stage
-    also has it: as the same parameter if both stages are in one process. A stage has no modules of other stages.
-    ``blocks`` contains only its blocks, under their numbers in the whole model.
+    logits, (B, T, V); earlier stages return hidden states. If the output matrix is tied, the last stage also has the
+    embedding. The attribute ``blocks`` has the blocks of the stage by their numbers in the whole model, so that
+    parameters keep their names.
 
     Args:
-        whole: the model whose parts are used.
-        blocks: the numbers of the blocks.
+        whole: the model whose modules are used.
+        blocks: the numbers of the blocks, from 0.
         first: True for the stage with the embedding.
         last: True for the stage with the last norm and the output matrix.
     """
@@ -319,7 +325,8 @@ class Stage(GPT):
             self.norm, self.head = whole.norm, whole.head
 
     def forward(self, x: Tensor, past: Cache | Documents | None = None, targets_BT: Tensor | None = None) -> Tensor:
-        """Compute hidden states or logits from tokens or hidden states."""
+        """Compute hidden states (B, T, D), in the last stage logits (B, T, V), from hidden states, in the first stage
+        from tokens (B, T)."""
         assert not isinstance(past, Cache) and targets_BT is None, "a stage neither generates nor computes a loss"
         if self.first:
             x = self.embed(x, 0 if past is None else past.positions)
@@ -336,12 +343,12 @@ class Sampling:
     """Settings of the random choice of a token from the logits."""
 
     temperature: float = 1.0
-    """Divisor of the logits. Below 1, likely tokens become likelier; 0 always picks the likeliest."""
+    """Divisor of the logits. Below 1, likely tokens become more likely; 0 always chooses the most likely token."""
     top_k: int | None = None
-    """Number of the likeliest tokens to draw from; None for all."""
+    """Number of the most likely tokens to draw from; None draws from all tokens."""
     top_p: float | None = None
-    """Cumulative probability of the smallest set of likeliest tokens to draw from (nucleus, arXiv 1904.09751); None for
-    all."""
+    """Draw from the smallest set of most likely tokens that together have at least this probability (nucleus sampling,
+    arXiv 1904.09751); None draws from all tokens."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
@@ -354,7 +361,8 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Compute the probabilities to draw from, (B, V): apply temperature, then ``top_k``, then ``top_p``."""
+    """Return the probability of each token, (B, V): of the logits divided by the temperature, restricted to ``top_k``,
+    then to ``top_p``."""
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
     logits_BV = logits_BV / sampling.temperature
@@ -372,7 +380,7 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def make_generators(seed: int, count: int) -> list[torch.Generator]:
-    """Return a random generator for each sequence, so that no sequence depends on other sequences of the batch."""
+    """Return ``count`` random generators, one for each sequence, so that no sequence depends on the others."""
     return [torch.Generator("cpu").manual_seed((seed * 1000 + i) % 2**63) for i in range(count)]
 
 
@@ -385,7 +393,7 @@ def generate_tokens(
     generators: Sequence[torch.Generator],
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Yield the next token of each sequence, (B,) on the CPU, without end.
+    """Yield the next token of each sequence, (B,) on the CPU, in an endless loop.
 
     The model gets at most ``block_size`` tokens, the last ones of a longer text. When this window is full, only its
     last half is kept. So the cache is refilled once per ``block_size / 2`` tokens, not for every token.
@@ -396,7 +404,7 @@ def generate_tokens(
         vocab_size: number of ids that may be drawn. An embedding may have more rows than the tokenizer has ids.
         sampling: settings of the random choice.
         generators: a generator for each sequence.
-        use_cache: keep keys and values, instead of recomputing every token at each step.
+        use_cache: True to cache keys and values; False to recompute every token at each step.
     """
     size = model.config.block_size
     tokens_BT, start, read = prompt_BT, max(0, prompt_BT.size(1) - size), 0

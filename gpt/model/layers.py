@@ -33,10 +33,10 @@ from gpt.config import (
 
 
 def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
-    """Build the normalization layer that ``config.norm`` names, (..., width) -> (..., width), by default over D.
+    """Build the normalization layer that ``config.norm`` names, (..., width) -> (..., width).
 
     ``layernorm`` has a gain and a shift (arXiv 1607.06450), ``layernorm_nobias`` and ``rmsnorm`` (arXiv 1910.07467) a
-    gain only; a class of the user is constructed with the config and the width.
+    gain only. A class of the user is constructed with the config and the width. A ``width`` of None means n_embd.
     """
     width = config.n_embd if width is None else width
     if isinstance(config.norm, str):
@@ -47,7 +47,7 @@ def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
 
 
 class RmsNorm(nn.RMSNorm):
-    """RMSNorm of torch. On CPUs one function replaces torch's composition of a dozen operations."""
+    """torch's RMSNorm. On CPUs in fp32 it computes with ``RmsNormOnCpu`` instead of a dozen operations of torch."""
 
     def forward(self, x: Tensor) -> Tensor:
         # Compilers fuse these operations; DTensors and other kinds of tensors support only torch's own operations.
@@ -58,10 +58,8 @@ class RmsNorm(nn.RMSNorm):
 
 
 class RmsNormOnCpu(torch.autograd.Function):
-    """x times a gain, divided by the root mean square of x (arXiv 1910.07467, equation 4); fp32.
-
-    The computation needs few passes over memory.
-    """
+    """RMSNorm in few passes over memory: x times a gain (D,), divided by the root mean square of x over D, in fp32
+    (arXiv 1910.07467, equation 4)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
@@ -85,14 +83,14 @@ class RmsNormOnCpu(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """Linear layer. On CPUs in fp32 it computes with oneDNN, see ``LinearOnCpu``."""
+    """torch's linear layer. On CPUs in fp32 it computes with oneDNN (``LinearOnCpu``)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Compute ``x`` times the transpose of a matrix, plus a bias, (..., I) -> (..., O)."""
+    """Compute a linear layer: ``x`` times the transpose of its matrix, plus its bias if any, (..., I) -> (..., O)."""
     plain = type(x) in (Tensor, nn.Parameter) and type(weight_OI) is nn.Parameter  # not a DTensor
     fp32 = x.dtype == weight_OI.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if plain and fp32 and x.device.type == "cpu":
@@ -101,10 +99,11 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 
 class LinearOnCpu(torch.autograd.Function):
-    """Linear layer in fp32: oneDNN computes its result and the gradient of its input, torch that of its matrix.
+    """Linear layer in fp32 on a CPU. oneDNN computes the result and the gradient of the input; torch computes the
+    gradient of the matrix.
 
-    torch computes all three with MKL. On a CPU of AMD, oneDNN needs 8 to 14 % less time for the first two, and more
-    time for the third. CPUs of Intel were not measured.
+    Without this class, torch computes all three with MKL. On a CPU of AMD, oneDNN needs 8 to 14 % less time for the
+    first two, and more time for the third. CPUs of Intel were not measured.
     """
 
     @staticmethod
@@ -125,9 +124,10 @@ class LinearOnCpu(torch.autograd.Function):
 
 
 class LoraLinear(Linear):
-    """Frozen linear layer with an adapter: W x + alpha / rank B A dropout(x) (LoRA, arXiv 2106.09685, section 4.1).
+    """Linear layer with an adapter: W x + alpha / rank B A dropout(x) (LoRA, arXiv 2106.09685, section 4.1).
 
-    The adapter lies beside the weights, (rank, I) and (O, rank). So the other parameters keep their names.
+    The adapter has two matrices, ``lora_a`` (rank, I) and ``lora_b`` (O, rank). The layer keeps the names of its weight
+    and bias.
     """
 
     def __init__(self, whole: nn.Linear, lora: LoraConfig) -> None:
@@ -147,27 +147,30 @@ torch.library.define("gpt::onednn_linear", "(Tensor x, Tensor weight, Tensor? bi
 
 @torch.library.impl("gpt::onednn_linear", "cpu")
 def onednn_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Compute a linear layer with oneDNN, (..., I) -> (..., O)."""
+    """Compute a linear layer on a CPU with oneDNN, (..., I) -> (..., O)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
 
 
 @torch.library.register_fake("gpt::onednn_linear")
 def onednn_shape(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Return an empty tensor with the shape of the product."""
+    """Return an uninitialized tensor with the shape of the result of ``onednn_linear``, for the compiler."""
     return x.new_empty(*x.shape[:-1], len(weight_OI))
 
 
 @register_flop_formula(torch.ops.gpt.onednn_linear)
 def onednn_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of the product, two for each multiplication with an addition."""
+    """Return the FLOPs of ``onednn_linear``: two for each multiplication with an addition."""
     return 2 * x_shape.numel() * weight_shape[0]
 
 
 def rows_of(start: int | Tensor, tokens: int, positions_T: Tensor | None) -> slice | Tensor:
-    """Return the rows of a table of positions for ``tokens`` tokens.
+    """Return the positions of ``tokens`` tokens, as an index into the rows of a table of positions.
 
-    If ``start`` is a tensor, it has the rows itself. If it is a number, the rows are the positions from ``start`` on,
-    or the entries of ``positions_T`` from ``start`` on if this rank has a part of each sequence.
+    Args:
+        start: positions of all tokens, (B, T), which are returned; or the index of the first token.
+        tokens: number of tokens of each sequence, T.
+        positions_T: positions of the tokens of this rank, if it has a part of each sequence. ``start`` is then an index
+            into these positions. None if the index of a token is its position.
     """
     if isinstance(start, Tensor):
         return start
@@ -176,7 +179,7 @@ def rows_of(start: int | Tensor, tokens: int, positions_T: Tensor | None) -> sli
 
 
 class LearnedPosition(nn.Module):
-    """Table with one trained vector for each position, added to that of the token (GPT-2)."""
+    """Table of positions, (block_size, D): the row of its position is added to the embedding of each token (GPT-2)."""
 
     def __init__(self, block_size: int, n_embd: int) -> None:
         super().__init__()
@@ -209,9 +212,10 @@ class Rope(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Fill the tables in place, on their device.
+        """Compute the tables of cosines and sines, and copy them to their device in place.
 
-        They are computed on the CPU in float64: the same bits for every device, and exact phases at large positions.
+        They are computed on the CPU in float64, so that they have the same bits on every device, and exact angles at
+        large positions.
         """
         positions = torch.arange(self.config.block_size, dtype=torch.float64, device="cpu")
         angles = torch.outer(positions, rotation_rates(self.config))
@@ -229,9 +233,9 @@ class Rope(nn.Module):
 
 
 class Rotation(torch.autograd.Function):
-    """Rotation of each pair of channels. The backward pass turns the gradient back by the same angles.
+    """``rotate`` with a backward pass of its own, which rotates the gradient by the opposite angles.
 
-    Torch's own derivative has twice the operations, and each uncompiled operation is a pass over memory.
+    torch's own backward pass has twice as many operations, and without compilation each is a pass over memory.
     """
 
     @staticmethod
@@ -248,16 +252,19 @@ class Rotation(torch.autograd.Function):
 
 
 def rotate(x_BTHC: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
-    """Turn channels c and c + C/2 by the angle of pair c, (B, T, H, C); P = C/2 pairs."""
+    """Rotate each pair of channels c and c + C/2 by the angle of the token's position and of the pair, (B, T, H, C).
+
+    ``cos_T1P`` and ``sin_T1P`` have the cosines and sines of the angles of P = C/2 pairs.
+    """
     first, second = x_BTHC.chunk(2, dim=-1)
     cos_T1C, sin_T1C = torch.cat((cos_T1P, cos_T1P), -1), torch.cat((-sin_T1P, sin_T1P), -1)
     return torch.addcmul(torch.cat((second, first), -1) * sin_T1C, x_BTHC, cos_T1C)
 
 
 def build_position(config: ModelConfig) -> nn.Module | None:
-    """Build the module that adds positions to the embedding; None if nothing is added.
+    """Build the module that adds positions to the token embedding; None if the config has no such module.
 
-    The module maps (B, T, D) and the first position to (B, T, D).
+    The module takes (B, T, D) and the position of the first token, and returns (B, T, D).
     """
     if isinstance(config.position, str):
         made = load_part("model.position", config.position)(config)
@@ -266,9 +273,9 @@ def build_position(config: ModelConfig) -> nn.Module | None:
 
 
 def build_rotation(config: ModelConfig) -> nn.Module | None:
-    """Build the module that rotates queries and keys; None if nothing is rotated.
+    """Build the module that applies positions to queries and keys; None if the config has no such module.
 
-    The module maps (B, T, H, C) and the first position to (B, T, H, C).
+    The module takes (B, T, H, C) and the position of the first token, and returns (B, T, H, C).
     """
     if isinstance(config.position, str):
         made = load_part("model.position", config.position)(config)
@@ -277,9 +284,10 @@ def build_rotation(config: ModelConfig) -> nn.Module | None:
 
 
 def set_positions(module: nn.Module, positions_T: Tensor) -> None:
-    """Set the positions of the input tokens of a model, or of a part of a model: (T,) integers.
+    """Set the positions, (T,) integers, of the tokens that ``module`` receives, in all its modules for positions.
 
-    A rank with a part of each sequence needs this. ``start`` is then an index into these positions.
+    Needed if a rank has only some tokens of each sequence. The argument ``start`` of these modules is then an index
+    into ``positions_T``.
     """
     for part in module.modules():
         if isinstance(part, LearnedPosition | Rope):
@@ -287,19 +295,20 @@ def set_positions(module: nn.Module, positions_T: Tensor) -> None:
 
 
 class Documents(NamedTuple):
-    """Documents in the sequences of a batch, as attention and positions take them."""
+    """Positions and attention bias for packed documents, of a batch of sequences."""
 
     positions: Tensor
     """Position of each token in its document, (B, T) integers."""
     bias: Tensor
-    """Addend to the scores of attention, (B, 1, T, T): 0 for a token of the same document that is not later, else minus
-    infinity. It has the dtype of queries and keys, because torch would convert another one in each layer."""
+    """Tensor that is added to the scores of attention, (B, 1, T, T): 0 if the key is in the same document as the query
+    and not after it, else minus infinity. It has the dtype of queries and keys, so that no layer has to convert it."""
 
 
 def find_documents(config: TrainConfig, targets_BT: Tensor) -> Documents | None:
-    """Return the documents of a batch, each of which ends at a target ``NEXT_DOCUMENT``; None without packing.
+    """Return positions and attention bias for the packed documents of a batch; None if documents are not packed.
 
-    A document that begins in an earlier sequence begins anew with the first token. Memory: B x T x T numbers.
+    A document ends at a target ``NEXT_DOCUMENT``. A new document begins at each sequence's first token. The bias has
+    B x T x T numbers.
     """
     if config.data.pack is Pack.none:
         return None
@@ -313,9 +322,10 @@ def find_documents(config: TrainConfig, targets_BT: Tensor) -> Documents | None:
 
 
 def rotation_rates(config: ModelConfig) -> Tensor:
-    """Compute the angle per position of each pair of channels, (C/2,) in float64 on the CPU, fastest first.
+    """Return the angle per position of each pair of channels, in radians, (C/2,) float64 on the CPU, largest first.
 
-    Pair i of a head turns by base^(-2i/C); ``rope_scaling`` reduces these rates, see ``gpt.config.RopeScaling``.
+    Pair i of a head rotates by base^(-2i/C) for each position. ``rope_scaling`` reduces these rates, see
+    ``gpt.config.RopeScaling``.
     """
     width, base, factor = config.rotary_width, config.rope_base, config.rope_factor
     if config.rope_scaling is RopeScaling.ntk:
@@ -331,15 +341,15 @@ def rotation_rates(config: ModelConfig) -> Tensor:
 INIT_STD = 0.02
 """Standard deviation of the initial matrices (GPT-2)."""
 LLAMA3_TURNS = (1.0, 4.0)
-"""Numbers of turns within the original length of all models of Llama 3.1 to 3.3: below the first one a frequency is
-divided by the factor, and above the second one it stays unchanged."""
+"""Limits of ``llama3_rates`` in all models of Llama 3.1 to 3.3, as numbers of turns within the original length: rates
+below the first are divided by the factor, and rates above the second stay unchanged."""
 
 
 def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
-    """Scale rotation rates as Llama 3.1 does, (C/2,).
+    """Scale rotation rates as Llama 3.1 does, (C/2,) -> (C/2,).
 
-    Rates with fewer than ``low`` turns in the original length are divided by the factor. Rates with more than ``high``
-    turns stay unchanged. Rates between are blended linearly in the number of turns.
+    A rate makes a number of turns within the original length. Below the first number of ``LLAMA3_TURNS`` the rate is
+    divided by the factor, above the second it stays unchanged, between it is blended linearly in the number of turns.
     """
     assert config.rope_original_block_size is not None
     low, high = LLAMA3_TURNS
@@ -349,15 +359,16 @@ def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
 
 
 YARN_TURNS = (32.0, 1.0)
-"""Numbers of turns within the original length that bound the blend of YaRN (arXiv 2309.00071, section 3.2)."""
+"""Limits of ``yarn_rates``, as numbers of turns within the original length: rates above the first stay unchanged, and
+rates below the second are divided by the factor (arXiv 2309.00071, section 3.2)."""
 
 
 def yarn_rates(rates: Tensor, config: ModelConfig) -> Tensor:
-    """Scale rotation rates as YaRN does, (C/2,) (arXiv 2309.00071, section 3.2).
+    """Scale rotation rates as YaRN does, (C/2,) -> (C/2,) (arXiv 2309.00071, section 3.2).
 
-    Pairs before the pair with 32 turns in the original length keep their rate. The rates of pairs after the pair with
-    one turn are divided by the factor. Pairs between are blended linearly in their number; both bounds are whole
-    numbers, as in the paper's code, https://github.com/jquesnelle/yarn.
+    Pairs of channels before the pair with 32 turns in the original length keep their rates. The rates of pairs after
+    the pair with one turn are divided by the factor. Pairs between are blended linearly in their index; both limits are
+    rounded to whole indices, as in the paper's code, https://github.com/jquesnelle/yarn.
     """
     assert config.rope_original_block_size is not None
     width, length = config.rotary_width, config.rope_original_block_size
@@ -371,36 +382,37 @@ def yarn_rates(rates: Tensor, config: ModelConfig) -> Tensor:
 
 
 COMPUTE_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-"""Dtype of matrix products, and of the values between them."""
+"""Precision -> dtype of the results of matrix products."""
 
 CACHED_LOGITS = 2**17
-"""Number of fp32 logits of a chunk for each CPU thread: 0.5 MB, which fits into the 1 to 2 MB of an L2 cache."""
+"""Number of logits of a chunk, for each CPU thread: 0.5 MB in fp32, which fits into the 1 to 2 MB of an L2 cache."""
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """Return the context of the forward pass: matrix products in 16 bits over fp32 weights for a 16-bit
-    ``config.precision``.
+    """Return the context for a forward pass: with a 16-bit ``config.precision``, torch casts fp32 weights and inputs of
+    matrix products to 16 bits; otherwise the context does nothing.
 
-    Under fsdp the gathered weights already have 16 bits. autocast then only affects the loss and the norms.
+    Under fsdp the gathered weights already have 16 bits. The context then only affects the loss and the norms.
     """
     half = config.precision.is_half
     return torch.autocast(device.type, COMPUTE_DTYPES[config.precision] if half else None, enabled=half)
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int | None = None) -> Tensor:
-    """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32.
+    """Compute the cross-entropy in nats, summed over the tokens, () in fp32.
 
-    Targets below 0 do not count. The columns from ``vocab_size`` on are padding; None means that there are none. A
-    slice of the logits would be as good, but its backward pass would copy the gradient.
+    Targets below 0 do not count. Columns from ``vocab_size`` on are padding and are ignored; None means no padding.
+    Slicing the logits before the call has the same result, but copies the gradient in the backward pass.
     """
     return CrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), vocab_size)
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy that keeps only the logits, and has one chunk of them in fp32 at a time.
+    """Summed cross-entropy, () in fp32, which saves only the logits for the backward pass, and converts one chunk of
+    them to fp32 at a time.
 
-    torch's composition keeps the log-softmax of all logits in fp32, and makes two gradients of that size. Recomputing
-    the softmax per chunk costs exponentials, but saves time on memory traffic.
+    torch's own function saves the log-softmax of all logits in fp32, and makes two gradients of that size. Computing
+    the softmax of each chunk again costs exponentials, but saves time on memory traffic.
     """
 
     @staticmethod
@@ -434,14 +446,14 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden states and an output matrix, without the logits of all tokens at once.
+    """Summed cross-entropy, () in fp32, of hidden states and an output matrix, one chunk of tokens at a time.
 
-    The forward pass also computes the gradients of each chunk of tokens, while the logits of the chunk are in memory.
-    So the backward pass only multiplies the gradients by a number.
+    The forward pass also computes the gradients of each chunk, while the logits of the chunk are in memory. So the
+    backward pass only multiplies the gradients by a number.
 
-    The inputs are hidden states (N, D), the matrix (V, D), targets (N,), and ``loss_and_gradient`` of a vocabulary,
-    maybe compiled. The last input is False in an evaluation, which needs no gradients: the forward pass of a Function
-    cannot see this itself.
+    The inputs are hidden states (N, D), the matrix (V, D), targets (N,), ``loss_and_gradient`` with a bound vocabulary
+    size, maybe compiled, and a bool. The bool is False in an evaluation, which needs no gradients: the forward pass of
+    a Function cannot find out.
     """
 
     @staticmethod
@@ -489,15 +501,18 @@ def chunked_loss(
     vocab_size: int,
     evaluate: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Compute the summed loss of hidden states and the output matrix in nats, (), see ``ChunkedLoss``."""
+    """Compute the summed cross-entropy in nats, (), from hidden states and the output matrix by ``ChunkedLoss``.
+
+    ``evaluate`` is ``loss_and_gradient``, maybe compiled.
+    """
     rows = x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten()
     return ChunkedLoss.apply(*rows, partial(evaluate, vocab_size=vocab_size), torch.is_grad_enabled())
 
 
 def loss_and_gradient(logits_RV: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Compute the summed cross-entropy, () in fp32, and its gradient for the logits, (R, V) in their dtype.
+    """Return the summed cross-entropy in nats, () in fp32, and its gradient by the logits, (R, V) in their dtype.
 
-    Targets below 0 do not count. The columns from ``vocab_size`` on are padding, with a gradient of 0.
+    Targets below 0 do not count. Columns from ``vocab_size`` on are padding, with a gradient of 0.
     """
     counts_R1, column_R1 = (targets_R >= 0).unsqueeze(-1), targets_R.clamp(min=0).unsqueeze(-1)
     log_RV = logits_RV[:, :vocab_size].log_softmax(-1, dtype=torch.float32)
@@ -507,8 +522,8 @@ def loss_and_gradient(logits_RV: Tensor, targets_R: Tensor, vocab_size: int) -> 
 
 
 def exponentials(logits_NV: Tensor, columns_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the parts of a softmax, each (N,) in fp32: the largest logit of each row; the sum of exp(logit - largest);
-    and for one column of each row, logit - largest."""
+    """Return three tensors for a softmax, each (N,) in fp32: the largest logit of each row; the sum of
+    exp(logit - largest) of the row; and logit - largest of the column that ``columns_N`` has for the row."""
     found = []
     for logits_RV, columns_R in zip(in_chunks(logits_NV), in_chunks(columns_N, logits_NV), strict=True):
         peak_R1 = logits_RV.amax(-1, keepdim=True).float()
@@ -520,7 +535,7 @@ def exponentials(logits_NV: Tensor, columns_N: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def write_softmax(out_NV: Tensor, logits_NV: Tensor, peak_N: Tensor, rest_N: Tensor) -> None:
-    """Write exp(logits - peak - rest), computed in fp32, into ``out_NV``."""
+    """Write exp(logits - peak - rest) into ``out_NV``, computed in fp32. Each row has a ``peak`` and a ``rest``."""
     rows = in_chunks(peak_N.unsqueeze(-1), logits_NV), in_chunks(rest_N.unsqueeze(-1), logits_NV)
     for out_RV, logits_RV, peak_R1, rest_R1 in zip(in_chunks(out_NV), in_chunks(logits_NV), *rows, strict=True):
         if out_RV.dtype == peak_R1.dtype:
@@ -530,16 +545,17 @@ def write_softmax(out_NV: Tensor, logits_NV: Tensor, peak_N: Tensor, rest_N: Ten
 
 
 def in_chunks(x: Tensor, logits_NV: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Split the rows of ``x`` into chunks for at most ``chunk_elements`` logits each, but of at least one row.
+    """Split ``x`` by rows into chunks: as many rows as have at most ``chunk_elements`` logits, but at least one.
 
-    ``x`` has a row for each row of ``logits_NV``; None means that ``x`` is the logits.
+    ``x`` has a row for each row of ``logits_NV``. None means that ``x`` itself has the logits.
     """
     logits_NV = x if logits_NV is None else logits_NV
     return x.split(max(1, chunk_elements(logits_NV.device) // max(1, logits_NV.size(1))))
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Return the number of logits in fp32 at a time. On a CPU this number fits into the caches of its cores."""
+    """Return the largest number of logits that are converted to fp32 at a time on a device. On a CPU they fit into the
+    caches of its cores."""
     return LOSS_CHUNK if device.type != "cpu" else min(LOSS_CHUNK, CACHED_LOGITS * torch.get_num_threads())
 
 
@@ -551,7 +567,16 @@ def summed_loss(
     device: torch.device,
     criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Tensor:
-    """Compute the loss of one forward pass in nats, summed over the tokens, by ``criterion(logits, targets)``, ()."""
+    """Run a forward pass of ``module``, and return its loss in nats, summed over the tokens, ().
+
+    Args:
+        module: the model, or a wrapper of it.
+        config: config of the run.
+        tokens_BT: tokens, on any device.
+        targets_BT: next tokens, on any device; those below 0 do not count.
+        device: device of the model.
+        criterion: returns the summed loss of logits and targets. Unused with a chunked loss, which the model computes.
+    """
     targets_BT = targets_BT.to(device, non_blocking=True)
     documents = find_documents(config, targets_BT)
     targets = {"targets_BT": targets_BT} if config.chunked_loss else {}

@@ -142,7 +142,7 @@ def parallel_dims(parallel: ParallelConfig, world_size: int, ranks_per_node: int
 
 @dataclass(frozen=True)
 class Batch:
-    """Split of a step's sequences: ``global_batch`` is ``ranks x per_rank``, ``per_rank`` is ``accumulation x micro``."""
+    """Split of the sequences of a step: ``global_batch`` = ranks x per_rank, ``per_rank`` = accumulation x micro."""
 
     global_batch: int
     """Number of sequences of a step, over all ranks."""
