@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,26 @@ def digits(_code: Path, data: Path) -> None:
             sizes = np.array(values.shape, dtype=">u4").tobytes()
             header = bytes((0, 0, 8, values.ndim))
             (folder / f"{split}-{kind}-ubyte").write_bytes(header + sizes + values.tobytes())
+
+
+def sounds(_code: Path, data: Path) -> None:
+    """Write half a second of a tone per file, noises to add to them, and manifests, for SpeechBrain's template."""
+    draw = np.random.default_rng(0)
+    (data / "noise").mkdir()
+    (data / "noise" / "data.zip").touch()  # with this file, the template downloads no noises
+    for split, count in (("train", 96), ("valid", 8), ("test", 8), ("noise", 4)):
+        manifest = {}
+        for number in range(count):
+            tone = np.sin(draw.uniform(0.1, 1.0) * np.arange(8_000))
+            values = draw.standard_normal(8_000) / 4 if split == "noise" else tone
+            path = data / ("noise" if split == "noise" else "") / f"{split}{number}.wav"
+            with wave.open(str(path), "wb") as file:
+                file.setnchannels(1)
+                file.setsampwidth(2)
+                file.setframerate(16_000)
+                file.writeframes((8_000 * values).astype("<i2").tobytes())
+            manifest[f"{split}{number}"] = {"wav": str(path), "length": 0.5}
+        (data / f"{split}.json").write_text(json.dumps(manifest))
 
 
 def torchtune_files(_code: Path, data: Path) -> None:

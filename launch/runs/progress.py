@@ -37,7 +37,7 @@ GROUPS = (
 """Names that groups of a pattern may have: fields of a step record.
 
 If a pattern has ``epoch`` (counted from 0) or ``epoch_from_1`` (counted from 1), and ``steps_per_epoch``, then ``step``
-counts the steps of this epoch only.
+counts the steps of this epoch only. A line that has an epoch and no step gives the epoch of the lines after it.
 """
 POLL_S = 1.0
 """Shortest time between two polls, seconds. The agent's monitor calls ``poll`` several times a second."""
@@ -155,6 +155,8 @@ class _RankLog:
         self._attempt = attempt
         self._unit = contract.unit
         self._work = contract.work_per_step if rank == 0 else None
+        self._epoch: dict[str, str] = {}
+        """Epoch of the last line that matched without a step, as group -> text."""
         self._last: tuple[int, float] | None = None
         """Step of the last match, and the Unix time when its line was printed; None before the first match."""
         self._polled_at = time.time()
@@ -175,8 +177,13 @@ class _RankLog:
         with time_limit(MATCH_S):
             for line in lines:
                 match = self._pattern.search(ESCAPES.sub("", line.decode(errors="replace")))
-                fields = numbers(match.groupdict()) if match else None
-                found += [fields] if fields is not None else []
+                if match is None:
+                    continue
+                fields = numbers({**self._epoch, **{name: text for name, text in match.groupdict().items() if text}})
+                if fields is None:
+                    self._epoch = {name: text for name, text in match.groupdict().items() if text and name in COUNTS}
+                else:
+                    found.append(fields)
         if found:
             self.matched = True
             # The time of the file's last change is more exact than the time of a poll. The limits guard against file

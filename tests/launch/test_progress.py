@@ -75,6 +75,15 @@ def test_steps_of_an_epoch_are_steps_of_the_run(folder: RunFolder) -> None:
     assert known(folder, "step", "epoch", "steps_per_epoch") == [(step, None, None) for step in (2, 1000, 1001, 2007)]
 
 
+def test_an_epoch_in_a_line_of_its_own_is_that_of_the_lines_after_it(folder: RunFolder) -> None:
+    watched = watch(folder, r"epoch (?P<epoch_from_1>\d+)|(?P<step>\d+)/(?P<steps_per_epoch>\d+)( loss=(?P<loss>\S+))?")
+    say(folder, "epoch 1\n1/24 loss=3\n24/24 loss=2\nepoch 2\n")
+    watched.poll()
+    say(folder, "1/24\n24/24 loss=1\n")
+    watched.poll()
+    assert known(folder, "step", "loss") == [(1, 3), (24, 2), (25, None), (48, 1)]
+
+
 PRINTED = {
     "nanogpt": ("iter 6: loss 2.6927, time 8.07ms, mfu 0.01%", {"step": 6, "loss": 2.6927, "step_time_s": 0.00807}),
     "llama2c": (
@@ -100,6 +109,10 @@ PRINTED = {
     "ignite": (
         "Epoch 2 - loss: 0.8123 - lr: 0.0050:  47%|████▋     | 30/64 [00:03<00:03,  9.71it/s]",
         {"step": 94, "loss": 0.8123, "lr": 0.005},
+    ),
+    "speechbrain": (
+        " 88%|████████▊ | 21/24 [00:00<00:00, 27.04it/s, train_loss=0.0842]",
+        {"step": 21, "loss": 0.0842},
     ),
     "litgpt": (
         "Epoch 1 | iter 128 step 64 | loss train: 5.917, val: n/a | iter time: 84.21 ms (step) remaining time: 0:00:12",
