@@ -70,11 +70,11 @@ if TYPE_CHECKING:
 
 
 def run_agent(run_dir: str, spare: Node | None = None) -> None:
-    """Start and watch this node's ranks until the run of ``run_dir`` ends, over as many attempts as its limits allow.
+    """Start and watch this node's ranks until the run ends, over as many attempts as the limits of the run allow.
 
     Args:
         run_dir: the run folder.
-        spare: identity of this node if it is that of a spare job; None for a node of the run's job.
+        spare: identity of this node in the run, if this node belongs to a spare job; None for a node of the run's job.
 
     Raises:
         RunFailedError: the run failed and does not start again.
@@ -131,10 +131,14 @@ def run_agent(run_dir: str, spare: Node | None = None) -> None:
 
 
 def run_spare(run_dir: str, identity: str) -> None:
-    """Join the agents of a run from a spare job, as the node that ``identity`` describes in JSON.
+    """Join the agents of a run from a spare job, a Slurm job of one node that the run has requested.
 
-    A stop of this job is the loss of a node for the run. So a signal ends this process, and submitit's handlers, which
-    would requeue the job, do not run.
+    The run only sees the loss of a node if this job stops. So a signal ends this process, and submitit's handlers,
+    which would requeue the job, do not run.
+
+    Args:
+        run_dir: the run folder.
+        identity: JSON of the ``Node`` that this process becomes.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -143,12 +147,13 @@ def run_spare(run_dir: str, identity: str) -> None:
 
 
 def work_in_group(context: AgentContext) -> RendezvousEndpoint | None:
-    """Start the ranks until the run ends, too few nodes are left, or the head node is lost.
+    """Start this node's ranks, attempt after attempt, until the run ends, too few nodes are left, or the head node is
+    lost.
 
-    At the end, the head node tells the other nodes that the run is over, and its failure if there is one.
+    At the end, the head node sends the other nodes the message that the run is over, with the failure if there is one.
 
     Returns:
-        The store of the next term if the head node is lost, else None.
+        The connection to the store of the next head node if the head node is lost; None if the run has ended.
 
     Raises:
         RunFailedError: the run failed and does not start again.
@@ -184,7 +189,7 @@ def work_in_group(context: AgentContext) -> RendezvousEndpoint | None:
 
 
 def start_repeatedly(context: AgentContext) -> None:
-    """Start this node's ranks for one attempt after another, until the head node decides to stop or to requeue.
+    """Start this node's ranks for one attempt after another, until the head node decides to stop or to requeue the run.
 
     A spare node waits until a round, which is one start of the ranks, includes the node.
     """
@@ -219,8 +224,14 @@ def start_repeatedly(context: AgentContext) -> None:
 def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: StopRequest) -> Cause:
     """Return the cause of an attempt's end that every node can see: finished, cancelled, requested or crashed.
 
-    The cause follows from the events of the ranks and from ``problem``: the failure of this node's ranks, or None. A
-    requested stop gives ``cancelled``, unless the training is complete.
+    The cause follows from the events of the ranks and from ``problem``. A requested stop gives ``cancelled``, unless
+    the training is complete.
+
+    Args:
+        folder: the run folder.
+        attempt: number of the attempt.
+        problem: failure of this node's ranks as text; None if all of them left without a failure.
+        stop: the request to stop that this agent has received.
     """
     events = [e for e in folder.read_events() if e.get("attempt") == attempt]
     names = {e["event"] for e in events}
@@ -239,16 +250,16 @@ def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: Sto
 POLL_S = 0.5
 LONGEST_LINE = 1 << 20
 COMMAND_TIMEOUT_S = 60.0
-"""Seconds after which the command of ``launch.on_event`` is killed."""
+"""Seconds after which the user's command (``launch.on_event``) is killed."""
 OWN_NAME = (
     *("started", "requeued", "requeue_failed", "node_lost", "node_sick", "budget_reached"),
     *("save_failed", "rolled_back", FEWER_NODES),
 )
-"""Events that run the command under their own names. The other names come from the decision after an attempt."""
+"""Events for which the user's command runs under the name of the event. Its other names are those of ``decided``."""
 
 
 def event_name(event: Mapping[str, Any]) -> str | None:
-    """Return the name under which the command receives an event; None if the event does not run the command."""
+    """Return the name under which the user's command receives an event; None if the command does not run."""
     kind = event["event"]
     # Only the first failed try of a copy runs the command.
     if kind in OWN_NAME or (kind == "copy_failed" and event["failures"] == 1):
@@ -263,7 +274,13 @@ def event_name(event: Mapping[str, Any]) -> str | None:
 
 
 def event_variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> dict[str, str]:
-    """Return the environment variables that describe an event to the command. A value that is not known is empty."""
+    """Return the environment variables that describe an event to the user's command: name -> value, "" if not known.
+
+    Args:
+        folder: the run folder.
+        name: name of the event, from ``event_name``.
+        event: one event of the event log.
+    """
     known = {
         "LAUNCH_EVENT": name,
         **{f"LAUNCH_EVENT_{key.upper()}": event.get(key) for key in ("time", "cause", "reason", "step", "host")},
@@ -276,10 +293,11 @@ def event_variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> d
 
 @contextmanager
 def on_event(context: RunContext) -> Iterator[None]:
-    """Run the user's command for each event with an ``event_name`` that is recorded in a ``with`` block.
+    """Run the user's command for each event that is recorded during a ``with`` block and has an ``event_name``.
 
     Only the head node runs the command, in a thread, until another node has replaced it. The end of the block waits at
-    most about ``COMMAND_TIMEOUT_S`` seconds for the commands of the last events. Does nothing without a command.
+    most about ``COMMAND_TIMEOUT_S`` seconds for the commands of the last events. Does nothing if no command is
+    configured.
     """
     command, folder, node = context.config.launch.on_event_command, context.folder, context.node
     if not node.is_head or not command:
@@ -308,9 +326,13 @@ def on_event(context: RunContext) -> Iterator[None]:
 
 
 def run_command(folder: RunFolder, command: Sequence[str], name: str, event: Mapping[str, Any]) -> None:
-    """Run the command for an event with ``event_name`` ``name``.
+    """Run the user's command for one event, and record ``on_event_failed`` if the command fails or takes too long.
 
-    If the command fails, or does not end in ``COMMAND_TIMEOUT_S`` seconds, record the event ``on_event_failed``.
+    Args:
+        folder: the run folder.
+        command: program and arguments.
+        name: name of the event, from ``event_name``.
+        event: the event.
     """
     env = {key: value for key, value in os.environ.items() if key != STORE_PREFIX}
     log = folder.path / ".launch" / "on_event.log"

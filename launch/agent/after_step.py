@@ -4,8 +4,8 @@
     python -m launch.agent.after_step STATUS FOLDER --submitit    FOLDER: submitit's, with the job's pickle
 
 Slurm ends a step with its agents if a node reboots before Slurm has declared it DOWN ("io error and missing step").
-srun itself can also be killed; the agents then continue. This module distinguishes both cases from an end that
-the agents have decided. It does not import torch.
+srun itself can also be killed; the agents then continue. This module distinguishes both cases from an end that the
+agents have decided. The module does not import torch.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ POLL_S = 1.0
 def requeue_unless_ended(context: RunContext, status: int) -> int:
     """Requeue the job if its agents were killed before the run ended. Returns the exit status of the batch script.
 
+    ``status`` is the exit status of srun.
+
     Raises:
         RunFailedError: the run ends here, and the event log has the reason.
     """
@@ -68,7 +70,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
 
 
 def wait_for_agents(context: RunContext) -> None:
-    """Wait until the agent of the head node has ended. Slurm's step can continue after srun was killed."""
+    """Wait until the agent of the head node has ended, because Slurm's step can continue after srun was killed."""
     is_recorded = False
     while True:
         events = events_of(context.folder, context.node)

@@ -39,7 +39,10 @@ def derive(token: str, purpose: str) -> str:
 
 
 def open_tcp_store(address: str, timeout: timedelta) -> dist.TCPStore:
-    """Open a store on a free port of ``address`` alone. By default, torch listens on every address of the machine."""
+    """Return a new store of torch that listens on a free port of ``address`` only. Torch's default is all addresses.
+
+    ``timeout`` is the longest wait of each operation of the store.
+    """
     server = socket.create_server((address, 0), backlog=BACKLOG)
     port = server.getsockname()[1]
     return dist.TCPStore(
@@ -48,12 +51,12 @@ def open_tcp_store(address: str, timeout: timedelta) -> dist.TCPStore:
 
 
 class SignedStore:
-    """Messages of agents in a store, each under a key with one writer.
+    """Store of signed messages between agents. Each key has one writer.
 
     Args:
         store: torch's store that contains the messages.
         token: secret of the job.
-        name: name of this use of the store. A message that was signed for another name or key is ignored.
+        name: purpose of these messages. A message that was signed for another purpose or key is ignored.
     """
 
     def __init__(self, store: dist.Store, token: str, name: str) -> None:
@@ -94,7 +97,7 @@ class SignedStore:
 
 @dataclass(frozen=True)
 class RendezvousEndpoint:
-    """Store of the agents in one term, as this node reaches it."""
+    """Connection of this node to the store of the agents, during one term of a head node."""
 
     store: dist.TCPStore
     address: str
@@ -105,8 +108,8 @@ class RendezvousEndpoint:
 def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> RendezvousEndpoint:
     """Open the store on the first node. On other nodes, connect to the store that the file of the newest term names.
 
-    The head node takes a free port and writes it into the file, so no port is fixed in advance. The file also contains
-    the job's token, so only the user of the job can read it.
+    The head node takes a free port and writes its number into the file, so no port is fixed in advance. The file also
+    contains the job's token, so only the user of the job can read the file.
 
     Args:
         folder: folder of the run.
@@ -132,7 +135,7 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
 
 
 def connect(term: Term, answer_s: float) -> RendezvousEndpoint:
-    """Connect to the store of a term. Raises dist.DistError if nothing answers in ``answer_s`` seconds."""
+    """Connect to the store of ``term``. Raises dist.DistError if the store does not answer in ``answer_s`` seconds."""
     timeout = timedelta(seconds=answer_s)
     store = dist.TCPStore(term.address, term.port, is_master=False, wait_for_workers=False, timeout=timeout)
     return RendezvousEndpoint(store, address_towards(term.address), term)
@@ -141,11 +144,11 @@ def connect(term: Term, answer_s: float) -> RendezvousEndpoint:
 FIRST_S, EACH_S = 0.2, 0.1
 """Node i claims the next term ``FIRST_S + i * EACH_S`` seconds after the loss of the head node."""
 ALONE_S = 2.0
-"""Further seconds for the only node that is left besides the head node: this node may be cut off itself."""
+"""Additional wait in seconds if no other node is left, because this node may be the one that is cut off."""
 
 
 def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s: float) -> RendezvousEndpoint:
-    """After the loss of the head node, claim the next term, or connect to the node that was faster.
+    """After the loss of the head node, claim the next term, or connect to the node that has claimed the term first.
 
     Args:
         folder: folder of the run.
@@ -155,7 +158,7 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
         answer_s: longest wait in seconds for an answer of a store.
 
     Raises:
-        RunFailedError: this node itself counts as lost.
+        RunFailedError: this node itself counts as lost, or no node continues the run.
     """
     address, began = node.own_address(), time.monotonic()
     is_alone = node.count - sum(index < node.count for index, _ in gone.lost) == 2
@@ -186,8 +189,10 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
 
 
 class RequestState(msgspec.Struct, frozen=True):
-    """State of one kind of request on one node. The kinds are: stop, save. A rank polls: it asks its agent between two
-    steps whether there is a request."""
+    """State of one kind of request (stop or save) on one node, which the agent of the node reports to the head node.
+
+    Between two steps, each rank polls: the rank looks into its heartbeat file for a request.
+    """
 
     wants: int = 0
     """Largest request of a rank or of the agent: a signal number, or the number of requested saves; 0 if none."""
@@ -196,19 +201,19 @@ class RequestState(msgspec.Struct, frozen=True):
     most: int = 0
     """Largest number of polls that a rank of the node has made."""
     least: int = 0
-    """Smallest number of polls that a rank of the node has made; 0 until each of its ranks has polled.
+    """Smallest number of polls that a rank of the node has made; 0 until each rank of the node has polled.
 
-    A save after the first begins only if this number has reached ``Ticket.at`` of the previous save on every node.
-    Then every rank has obeyed the previous save.
+    The head node begins a further save only if this number has reached ``Ticket.at`` of the previous save on every
+    node. Then every rank has obeyed the previous save.
     """
 
 
 class Ticket(msgspec.Struct, frozen=True):
-    """Decision of the head node on one kind of request: all ranks obey at the same poll."""
+    """Decision of the head node on one request (stop or save): all ranks obey the request at the same poll."""
 
     number: int = 0
     at: int = 0
-    """Number of the poll at which all ranks obey; smaller than the ticket's ``number`` until the agents have agreed."""
+    """Number of the poll at which all ranks obey. Smaller than ``number`` until the agents have agreed on the poll."""
     cause: int = 0
     """Value of ``RequestState.wants`` for which the head node made the ticket."""
 
@@ -226,11 +231,11 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     faults: tuple[Fault, ...] = ()
     """Results of the node's health check before the round ``ready``."""
     failed: int = -1
-    """Newest round in which ranks of the node have failed; -1 if none."""
+    """Newest round in which ranks of this node have failed; -1 if none."""
     left: int = -1
     """Newest round in which all ranks of this node have left without a failure; -1 if none."""
     all_left: int = -1
-    """On the head node, newest round in which the ranks of all members have left without a failure; -1 if none."""
+    """Newest round in which the ranks of all members have left without a failure; -1 if none, and on other nodes."""
     bye: bool = False
     """True if the agent is leaving."""
     agreement: int = -1
@@ -258,18 +263,20 @@ DECODER = msgspec.json.Decoder(Message)
 INTERVAL_S = 0.1
 LONGEST_INTERVAL_S = 0.5
 EXCHANGES_PER_S = 800
-"""Number of exchanges per second of 80 to 400 agents together with the head node. Other numbers of agents have
-``INTERVAL_S`` or ``LONGEST_INTERVAL_S``."""
+"""Exchanges per second of all agents together, for 80 to 400 agents.
+
+Fewer agents exchange every ``INTERVAL_S`` seconds, and more agents every ``LONGEST_INTERVAL_S`` seconds.
+"""
 QUICK_S = 0.02
 """Seconds between two exchanges while ranks wait for an agreement."""
 QUICK_EXCHANGES_PER_S = 4000
-"""Number of exchanges per second of all agents together while ranks wait for an agreement, from 80 agents on."""
+"""Exchanges per second of all agents together while ranks wait for an agreement, for 80 or more agents."""
 POLL_S = 0.1
 """Seconds between two reads of the messages of the other agents."""
 
 
 def exchange_interval_s(count: int) -> float:
-    """Return the seconds between two exchanges of each of ``count`` agents: longer for many, to spare the head node."""
+    """Return the seconds between two exchanges of one agent. Many agents (``count``) exchange less often each."""
     return min(LONGEST_INTERVAL_S, max(INTERVAL_S, count / EXCHANGES_PER_S))
 
 
@@ -279,7 +286,14 @@ def heartbeat_key(index: int) -> str:
 
 
 class Heartbeat:
-    """Thread that exchanges heartbeats: it sends this agent's message and keeps the newest messages of other agents."""
+    """Thread that sends this agent's message several times a second, and keeps the newest messages of other agents.
+
+    Args:
+        index: index of this node in the job.
+        count: number of agents.
+        store: store of the messages.
+        head: index of the head node.
+    """
 
     def __init__(self, index: int, count: int, store: SignedStore, head: int = 0) -> None:
         self._index = index
@@ -309,7 +323,7 @@ class Heartbeat:
         self._thread.start()
 
     def publish(self, **fields: Any) -> None:
-        """Set fields of this agent's message from now on, and exchange messages at once."""
+        """Set fields of this agent's ``Message`` from now on, and exchange messages at once."""
         self._own = replace(self._own, **fields)
         self._wake.set()
 
@@ -318,9 +332,9 @@ class Heartbeat:
         return self._own if index == self._index else self.received.get(index, NO_MESSAGE)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait at most ``timeout_s`` seconds until all published fields are sent.
+        """Wait at most ``timeout_s`` seconds until all published fields are sent. Returns whether all fields were sent.
 
-        Returns False if some were not sent, for example because the store is gone.
+        False means for example that the store is gone.
         """
         with self._sent:
             goal = self._rounds + 2  # The exchange that runs now may have begun before the last ``publish``.
@@ -375,14 +389,16 @@ class Heartbeat:
 
 
 BARRIER_S = 0.05
-"""Seconds between setting ``hold`` in a heartbeat file and reading the rank's polls.
+"""Seconds between setting ``hold`` in a rank's heartbeat file and reading how often the rank has polled.
 
 By then the rank sees ``hold``, since a write is visible to other processors after microseconds.
 """
 
 
 class Agreement:
-    """One agent's part in the agreements of one round. ``launch.runs.process`` describes the protocol.
+    """One agent's part in the agreement on the step at which all ranks stop or save, for one round.
+
+    ``launch.runs.process`` describes the protocol.
 
     Args:
         number: number of the round; messages about another round are ignored.
@@ -443,9 +459,9 @@ class Agreement:
         return max([own, *(file.wants(request) for file in self._ranks)])
 
     def _decide(self, request: Request, reports: Sequence[RequestState]) -> Ticket:
-        """Return the ticket for ``request`` after the next step of its agreement, from the newest report of each node.
+        """Return the ticket for ``request`` after the next step of its agreement. Only the head node calls this method.
 
-        Only the head node calls this method.
+        ``reports`` has the newest report of each node.
         """
         ticket, all_there = self._tickets[request], len(reports) == len(self._members)
         if ticket.number > ticket.at:

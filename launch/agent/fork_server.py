@@ -55,7 +55,7 @@ class Start:
 
 
 class ForkedProcess:
-    """A forked rank, a child of this process. Has the part of ``subprocess.Popen`` that torch elastic uses."""
+    """A forked rank, a child of this process, with the methods of ``subprocess.Popen`` that torch elastic calls."""
 
     def __init__(self, args: Sequence[str], pid: int) -> None:
         self.args = args
@@ -90,11 +90,11 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """Fork server of this agent for the length of a ``with`` block. Create it before this process has other threads.
+    """Fork server of this agent for the duration of a ``with`` block. Create it before this process has other threads.
 
     Args:
         preload: modules that the server imports.
-        code: state of the imported code; the caller compares this state with the files.
+        code: state of the imported code, kept for the caller, who compares it with the files.
     """
 
     def __init__(self, preload: Sequence[str], code: object = None) -> None:
@@ -259,7 +259,7 @@ def run_rank(start: Start, agent: int, requests: Connection) -> NoReturn:
     Args:
         start: program and environment.
         agent: process id of the agent, which must be the parent of this process.
-        requests: connection that receives the rank's process id, or the reason why the rank cannot start.
+        requests: connection through which this process sends its id, or the reason why the rank cannot start.
     """
     status = 1
     try:
@@ -343,7 +343,10 @@ def run_main(module: str) -> int:
 
 
 def exit_status(program: Callable[..., object], *args: object) -> int:
-    """Call the program that Python would run as ``__main__``. Returns the exit status, negative for a signal."""
+    """Call ``program`` with ``args``, as Python runs a main program. Returns the exit status, negative for a signal.
+
+    An exception is printed as Python prints it.
+    """
     try:
         program(*args)
     except SystemExit as end:
@@ -383,10 +386,10 @@ def end_with(status: int) -> NoReturn:
 
 
 def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-    """Change the command line of this process in ps and /proc, and its environment in /proc if ``env`` is given.
+    """Change the command line of this process in ps and /proc, and the environment in /proc if ``env`` is not None.
 
-    Linux shows the memory that had both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
-    This memory is overwritten, and text that does not fit is cut off.
+    Linux shows the memory that contained both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
+    This function overwrites that memory, and cuts off text that does not fit.
     """
     with suppress(OSError, ValueError, IndexError):
         fields = [int(field) for field in Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[45:49]]

@@ -41,7 +41,8 @@ GAUGES: Mapping[str, tuple[str, float, Sequence[str]]] = {
 }
 """Gauge of ``launch.runs.environment`` -> function of NVML, divisor, and names of the function's constants.
 
-Drivers from 535 on have these functions, and newer drivers keep the names.
+The divisor gives the unit in the gauge's name. Drivers from 535 on have these functions, and newer drivers keep the
+names.
 """
 
 
@@ -54,7 +55,7 @@ class GpuReading:
     """State of one GPU. None means that the GPU does not report the value."""
 
     bus: str
-    """Address on the PCI bus as Linux writes it, such as 0000:3b:00.0."""
+    """Address on the PCI bus in the notation of Linux, such as 0000:3b:00.0."""
     uncorrected: int | None = None
     """Number of uncorrected memory errors since the driver was loaded."""
     throttled: int = 0
@@ -66,7 +67,9 @@ class GpuReading:
     used: int = 0
     """Memory in use, bytes, of all processes together; 0 if the GPU does not report it."""
     users: tuple[int, ...] = ()
-    """Ids of the processes that compute on the GPU; in a container those of the host, or none."""
+    """Ids of the processes that compute on the GPU. In a container, the ids are those of the host, or the tuple is
+    empty.
+    """
     is_persistent: bool = True
     """False if the driver unloads its state whenever no process uses the GPU."""
 
@@ -139,7 +142,7 @@ class Nvml:
             raise GpuError(f"the NVIDIA driver does not answer: {error}") from error
 
     def _bus(self, handle: Any) -> str:
-        """Return the PCI address of a GPU as Linux writes it, such as ``0000:3b:00.0``.
+        """Return the PCI address of a GPU in the notation of Linux, such as ``0000:3b:00.0``.
 
         NVML writes the domain with eight digits, Linux with four.
         """
@@ -236,7 +239,8 @@ def keeping_memory(readings: Sequence[GpuReading], first: Sequence[GpuReading]) 
 SYS = Path("/sys/class")
 MIB, GIB = 2**20, 2**30
 SLACK = GIB
-"""Bytes by which the memory in use on a GPU may grow between two starts, because of other programs of the user."""
+"""Bytes by which the memory in use on a GPU may grow between two starts without a fault. Other programs may use them.
+"""
 MEMORY_WAIT_S, MEMORY_POLL_S = 50.0, 0.2
 """Longest wait until GPUs have freed the memory of ended ranks, and the time between two readings, in seconds."""
 LONGEST = 200
@@ -258,7 +262,7 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class HealthCheck:
-    """The health checks of one node. One object exists for the life of the agent.
+    """The health checks of one node, with the state of the node at the first check, for the life of the agent.
 
     Args:
         run_dir: folder of the run, whose filesystem needs free space.
@@ -271,7 +275,7 @@ class HealthCheck:
         self._gpus = gpus
         self._nvml: Nvml | None = None
         self.first: list[GpuReading] | None = None
-        """State of this job's GPUs at the first examination; None without a driver."""
+        """State of this job's GPUs at the first check; None before the first check, or without an NVIDIA driver."""
         self._first_up: set[str] | None = None
         own = [path for path in (Path(tempfile.gettempdir()), Path("/dev/shm")) if path.is_dir()]
         self._checks: Mapping[str, Callable[[], Iterator[str]]] = {
@@ -282,7 +286,10 @@ class HealthCheck:
         }
 
     def examine(self) -> list[Fault]:
-        """Return the faults of this node, within twice ``CHECK_TIMEOUT_S`` seconds; empty if checks are off."""
+        """Return the faults of this node; empty if there are none, or if checks are off.
+
+        Takes at most twice ``CHECK_TIMEOUT_S`` seconds.
+        """
         if self._limits.health_check is False:
             return []
         found: list[Fault] = []
@@ -343,7 +350,7 @@ class HealthCheck:
 
 
 def full_disks(folders: Iterable[Path]) -> Iterator[str]:
-    """Yield each reason why files cannot be written into the folders.
+    """Yield a sentence for each folder into which files cannot be written.
 
     Raises:
         OSError: a folder does not exist, or its filesystem does not answer.
@@ -360,7 +367,7 @@ def full_disks(folders: Iterable[Path]) -> Iterator[str]:
 
 
 def links_up(root: Path = SYS) -> set[str]:
-    """Return the physical network interfaces and InfiniBand ports of this machine that are up, by name.
+    """Return the names of the physical network interfaces and InfiniBand ports of this machine that are up.
 
     Interfaces without a device, such as bridges and container interfaces, are left out, because they come and go.
     """
@@ -376,9 +383,9 @@ def links_up(root: Path = SYS) -> set[str]:
 
 
 def fault_of_program(words: Sequence[str], timeout_s: float) -> str:
-    """Run the site's check program for at most ``timeout_s`` seconds.
+    """Run the site's check program ``words`` for at most ``timeout_s`` seconds. Returns the fault as a sentence.
 
-    Returns the fault as a sentence; empty if the program exits with 0.
+    The sentence is empty if the program exits with status 0.
     """
     name = words[0]
     try:
@@ -406,20 +413,21 @@ def fault_of_program(words: Sequence[str], timeout_s: float) -> str:
 
 
 WRITE_S = 30.0
-"""Seconds for which samples stay in memory. A killed agent loses them; rare writes spare a shared filesystem."""
+"""Seconds between two writes of the samples. A killed agent loses unwritten samples; rare writes spare the filesystem.
+"""
 LAST_SAMPLE_S = 10.0
 """Longest wait in seconds for the last sample at the end of an attempt."""
 GPU_SAMPLE_S = 5.0
 """Seconds between two samples of power, energy, clocks and temperature."""
 Sample: TypeAlias = tuple[float, Mapping[str, Mapping[str, float]]]
-"""Unix time in seconds, and the gauges: address of a GPU -> gauge -> value."""
+"""Unix time in seconds, and the values at that time: PCI address of a GPU -> gauge -> value."""
 
 
 def gpus_of_run(there: Sequence[str], visible: Sequence[Gpu], ranks: int, is_slurm: bool) -> list[str]:
-    """Return the addresses of the GPUs to sample; empty if other jobs may use some of these GPUs.
+    """Return the PCI addresses of the GPUs to sample; empty if other jobs may use some of these GPUs.
 
     Args:
-        there: addresses of the GPUs that this process may open.
+        there: PCI addresses of the GPUs that this process may open.
         visible: GPUs that the ranks may use.
         ranks: number of ranks on this node. Outside of Slurm the run has only as many GPUs as ranks.
         is_slurm: True if Slurm has given all visible GPUs to the job.
@@ -443,11 +451,11 @@ def sampling(
 ) -> Iterator[None]:
     """Sample GPUs in a thread during a ``with`` block: at its start, every ``GPU_SAMPLE_S`` seconds, and at its end.
 
-    The thread is left behind if the driver does not answer.
+    If the driver hangs, the thread continues after the block.
 
     Args:
         nvml: connection that reads the gauges.
-        choose: function that selects the GPUs to sample from the addresses of those that can be opened.
+        choose: function that receives the PCI addresses of the GPUs that can be opened, and returns those to sample.
         write: function that writes samples.
     """
     over = threading.Event()
@@ -486,7 +494,7 @@ def sampling(
 
 @contextmanager
 def gpu_telemetry(context: RunContext, attempt: int) -> Iterator[None]:
-    """Sample the GPUs of this node in a ``with`` block, every GPU_SAMPLE_S seconds. Does nothing without a GPU.
+    """Sample the GPUs of this node during a ``with`` block, every ``GPU_SAMPLE_S`` seconds. Does nothing without a GPU.
 
     Open the block after the environment of the ranks is set, because that environment names their GPUs.
     """

@@ -40,7 +40,7 @@ from launch.slurm import client as scheduler
 
 
 OF_THIS_PROCESS = (TOKEN, OWNER, "CUDA_VISIBLE_DEVICES")
-"""Variables of the process that starts a step. They mean nothing on the nodes of the step."""
+"""Environment variables of the process that starts a step which the step must not inherit."""
 
 
 def run_step(run_dir: str, job: str, shares: bool) -> None:
@@ -79,9 +79,10 @@ def run_step(run_dir: str, job: str, shares: bool) -> None:
 
 
 def take_part(run_dirs: Sequence[str]) -> str:
-    """Return the run folder of this task. If several points share the job, take this task's part of the node.
+    """Return the run folder of this task. If several points share the job, limit this process to its part of the node.
 
-    The process binds itself to its part of the job's CPUs, and its environment describes a job with this part alone.
+    ``run_dirs`` has one folder for each point. The process binds itself to its part of the job's CPUs, and sets
+    environment variables that describe a job with this part alone.
     """
     if len(run_dirs) == 1:
         return run_dirs[0]
@@ -107,7 +108,7 @@ LINE = re.compile(r"(\w[\w.:-]*)(?:\s+slots\s*=\s*([1-9]\d*))?")
 
 
 def read_hostfile(config: Config) -> dict[str, int]:
-    """Return host -> slots of a run's hostfile, in its order. A host has at most as many ranks as slots; 0: no limit.
+    """Return the hosts of a run's hostfile, in order: host -> slots, the largest number of ranks; 0 for no limit.
 
     Raises:
         ConfigError: the file cannot be read, has a line of another form, or names a host twice.
@@ -154,29 +155,30 @@ def hosts_of(config: Config) -> list[str]:
 BY_SSH = (*SSH, "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 """ssh that ends if the other host does not answer for a minute."""
 STAY = 'trap "" TERM USR2; exec "$@"'
-"""Shell script that becomes an ssh that ignores SIGTERM and SIGUSR2.
+"""Shell script that replaces its shell by the command ``"$@"`` (ssh), which then ignores SIGTERM and SIGUSR2.
 
 Slurm sends these signals to all processes of a batch script, and the connections must stay open while agents save.
 """
 RECEIVE = 'read -r line && eval "$(printf %s "$line" | base64 -d)"'
-"""Shell script that reads a line with more script: it sets directory, environment, logs, and command, ``"$@"``.
+"""Shell script that reads one line from standard input, which contains more script in base64, and executes it.
 
-The line comes by standard input, since every user of a host can read command lines, and the environment may have
-secrets.
+The received script sets directory, environment, logs, and the command ``"$@"``. It is not an argument, since every user
+of a host can read command lines, and the environment may have secrets.
 """
 BECOME = ' && exec "$@" </dev/null'
-"""The rest of the script ``RECEIVE`` for a command that ends by itself."""
+"""Text after ``RECEIVE`` for a command that ends by itself: the shell becomes this command."""
 KEEP = (
     ' && exec 3<&0 && { { trap "" TERM USR2; while read -r number <&3; do kill -"$number" $$; done; kill -s KILL $$; }'
     ' >/dev/null 2>&1 & } && exec "$@" </dev/null 3<&-'
 )
-"""The rest of the script ``RECEIVE`` for an agent, with the helper. ``$$`` is the process that becomes the agent."""
+"""Text after ``RECEIVE`` for an agent: a helper sends it signals, and the shell becomes the agent (process ``$$``)."""
 
 
 def start_on(
     host: str, words: Sequence[str], env: Mapping[str, str], script: str, logs: Sequence[Path] = ()
 ) -> subprocess.Popen[str]:
-    """Start a command on a host, in this working directory: by ssh, or directly if the host is this machine.
+    """Start a command on a host, in this working directory. Returns the process: ssh, or the command if ``host`` is
+    this one.
 
     Args:
         host: name of the host.
@@ -214,7 +216,10 @@ def write_line(process: subprocess.Popen[str], line: str) -> None:
 
 ASK = """import os, sys, gpt_launch
 sys.exit(f"Python {sys.version}" if sys.version != sys.argv[2] else 0 if os.path.exists(sys.argv[1]) else 3)"""
-"""Program that compares Python with that of this host, and looks for a file."""
+"""Python program that exits with 0 if its Python has version ``argv[2]`` and the file ``argv[1]`` exists, else with 3.
+
+With another version, the exit message is that version.
+"""
 
 
 def check_hosts(hosts: Sequence[str], folder: Path) -> None:
@@ -245,7 +250,7 @@ def check_hosts(hosts: Sequence[str], folder: Path) -> None:
 
 POLL_S = 0.1
 LEAVE_S = 10.0
-"""Longest wait in seconds for each other agent to leave after that of the first node. Then the agent is killed."""
+"""Longest wait in seconds for the other agents to leave, after the agent of the first node has left."""
 
 
 @refusing

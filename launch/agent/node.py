@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 
 TICK_S = 0.5
 PAUSED_S = 5.0
-"""Seconds between two ticks above which the process was stopped, and did not only wait for a processor."""
+"""Seconds between two ticks above which this process counts as stopped, not only as waiting for a processor."""
 
 
 class RunningClock:
-    """Clock that counts, in a thread, the seconds for which this process runs, without time while it is stopped."""
+    """Clock that counts, in a thread, the seconds for which this process runs. It stops while the process is stopped.
+    """
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -47,7 +48,7 @@ class RunningClock:
         threading.Thread(target=self._count, name="clock", daemon=True).start()
 
     def now(self) -> float:
-        """Return the seconds since the clock was made, at most ``TICK_S`` too few."""
+        """Return the seconds since the clock was created. The result may be up to ``TICK_S`` seconds too small."""
         return self._seconds
 
     def close(self) -> None:
@@ -83,7 +84,7 @@ def start_time(pid: int) -> str | None:
 
 
 def describe_wait(pid: int) -> str:
-    """Return the state of a process and the kernel function in which it waits: ``S pipe_read``, ``R 0``."""
+    """Return the state of a process and the kernel function in which it waits, such as ``S pipe_read`` or ``R 0``."""
     try:
         return f"{process_state(pid)} {Path(f'/proc/{pid}/wchan').read_text()}"
     except OSError:
@@ -103,9 +104,9 @@ def count_oom_kills() -> int:
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the third (the state) on; None if the process is gone.
+    """Return the fields of /proc/PID/stat from the third field (the state) on; None if the process is gone.
 
-    The second field, a name, may contain any character.
+    The second field, the program's name in parentheses, may contain any character.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -170,9 +171,9 @@ class StopRequest:
 VISIBLE_GPUS = "LAUNCH_VISIBLE_GPUS"
 """Environment variable with the GPUs of all agents of a local point, as CUDA_VISIBLE_DEVICES names them."""
 TOKEN = "LAUNCH_TOKEN"
-"""Environment variable of the agents of a local run: a random name of this start, as process ids are used again."""
+"""Environment variable of the agents of a local run: a random name of this start. A process id could be used again."""
 SHARES_JOB = "LAUNCH_SHARES_JOB"
-"""Environment variable of an agent whose Slurm job has other points, too (``cluster.points_per_job``)."""
+"""Environment variable that is set if several points share the agent's Slurm job (``cluster.points_per_job``)."""
 HOSTS = "LAUNCH_HOSTS"
 """Environment variable of the agents on hosts of a hostfile: the names of these hosts, separated by commas."""
 LOOPBACK = "127.0.0.1"
@@ -180,7 +181,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Node:
-    """Identity of one agent and its node: ``index`` among the ``count`` agents of its job, from 0."""
+    """Identity of one node and its agent in a job."""
 
     index: int
     count: int
@@ -190,7 +191,7 @@ class Node:
     slurm_job: str = ""
     """Slurm's id of this job; empty outside of Slurm.
 
-    ``A_a`` for an element of an array, since Slurm reads the plain number as the whole array.
+    ``A_a`` for element a of job array A, since Slurm reads the plain number as the whole array.
     """
     restarts: int = 0
     """Number of times that Slurm has requeued this job."""
@@ -201,7 +202,7 @@ class Node:
     head: int = 0
     """Index of the head node, which decides for all nodes: the first node, until it is lost (``Term``)."""
     late: int = 0
-    """Number of nodes that may join from jobs of their own (``spare_jobs``). Their indices begin at ``count``."""
+    """Number of nodes that may join from spare jobs (``spare_jobs``). The indices of these nodes begin at ``count``."""
 
     @property
     def is_head(self) -> bool:
@@ -214,7 +215,8 @@ class Node:
         return self.host_of(self.index)
 
     def host_of(self, index: int) -> str:
-        """Return the host name of node ``index`` of the job."""
+        """Return the host name of node ``index`` of the job. The name of another node of a spare job is not known here.
+        """
         if self.index >= self.count and index == self.index:  # The name by which Slurm knows this node.
             return os.environ.get("SLURMD_NODENAME", socket.gethostname())
         if index >= self.count:
@@ -262,11 +264,11 @@ def address_towards(peer: str) -> str:
 
 ROOM_POLL_S = 2.0
 WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
-"""Errors of filesystems that have no hard links, such as some object stores. A folder is created in place of a link."""
+"""Errors of filesystems without hard links, such as some object stores. There, a new folder replaces the link."""
 
 
 class Term(msgspec.Struct, frozen=True):
-    """One term: the head node, and the place of the agents' store there."""
+    """One term: the time for which one node is the head node, with the address of the agents' store on that node."""
 
     head: int
     address: str
@@ -275,11 +277,11 @@ class Term(msgspec.Struct, frozen=True):
     """Secret of this start of the job, with which its agents sign their messages. The same in all terms."""
     number: int = 0
     lost: tuple[tuple[int, str], ...] = ()
-    """Index of each node that is lost, and the reason. These nodes take no further part in this job."""
+    """Index and reason of each lost node. These nodes take no further part in this job."""
 
 
 def newest_term(folder: RunFolder, job: str) -> Term | None:
-    """Return the newest term of the start of the job that is named ``job``; None before the first term."""
+    """Return the newest term of the start of the job that is named ``job``; None if there is no term yet."""
     place = folder.path / ".launch"
     # An NFS client reads the list of a folder anew, but may look up a single name in its cache.
     numbers = numbers_in(place, f"{job}.", ".json")
@@ -287,7 +289,7 @@ def newest_term(folder: RunFolder, job: str) -> Term | None:
 
 
 def claim_term(folder: RunFolder, job: str, term: Term) -> bool:
-    """Write the file of a term. Returns False if another node has already written that file.
+    """Write the file of ``term`` into the run folder. Returns False if another node has already written that term.
 
     Waits while the filesystem is full.
     """
@@ -319,7 +321,7 @@ def is_replaced(folder: RunFolder, node: Node) -> bool:
 
 
 def presence_file(folder: RunFolder, job: str, head: int, index: int) -> Path:
-    """Return the file by which node ``index`` shows that it still runs, but has lost head node ``head``."""
+    """Return the path of the file with which node ``index`` shows that it runs, but has lost head node ``head``."""
     return folder.path / ".launch" / f"{job}.without-{head}.{index}"
 
 
@@ -331,14 +333,14 @@ def _file(folder: RunFolder, job: str, number: int) -> Path:
 
 
 class RendezvousRound(msgspec.Struct, frozen=True):
-    """One start of the ranks: the members and the port of the store. Every agent has the same values."""
+    """One start of the ranks: the nodes that take part, and the address of the ranks' store. Equal on all agents."""
 
     number: int
     attempt: int
     members: tuple[int, ...]
-    """Indices of the nodes that take part. Ranks are numbered in the order of these nodes.
+    """Indices of the nodes that take part, the head node first. Ranks are numbered in this order.
 
-    Nodes at one switch are neighbors. The head node is the first.
+    Nodes at one switch are neighbors.
     """
     address: str
     port: int
@@ -347,7 +349,7 @@ class RendezvousRound(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class NodeProblem:
-    """A lost or sick node, which takes no part in a start of the ranks."""
+    """A lost or sick node, which does not take part in a start of the ranks, and the reason."""
 
     index: int
     host: str
@@ -365,11 +367,11 @@ class TooFewNodesError(RuntimeError):
 
 
 class HeadNodeLostError(RuntimeError):
-    """Raised if the head node, which decides, does not answer. The message says why it counts as lost."""
+    """Raised if the head node does not answer. The message is the reason for which the head node counts as lost."""
 
 
 def problems_text(state: str, nodes: Iterable[NodeProblem]) -> str:
-    """Describe ``lost`` or ``sick`` nodes for people."""
+    """Return one text for people that names each node, its ``state`` (``lost`` or ``sick``) and the reason."""
     return "; ".join(f"node {one.host} is {state}: {one.why}" for one in nodes)
 
 
@@ -378,7 +380,7 @@ def problems_text(state: str, nodes: Iterable[NodeProblem]) -> str:
 
 @dataclass(frozen=True)
 class RunContext:
-    """The run of an agent: its folder and config, and the node of that agent."""
+    """A run as its agent sees it: run folder, identity of the agent's node, and config."""
 
     folder: RunFolder
     node: Node
@@ -397,21 +399,24 @@ class RunContext:
         self.folder.record_event(event, **details)
 
     def record_problems(self, event: str, attempt: int | None, nodes: Iterable[NodeProblem]) -> None:
-        """Append ``node_lost`` or ``node_sick`` for each node."""
+        """Append an event for each node. ``event`` is its name: ``node_lost`` or ``node_sick``.
+
+        ``attempt`` is the number of the attempt; None if no attempt runs.
+        """
         for one in nodes:
             self.record(event, attempt=attempt, node=one.index, host=one.host, cause=one.why)
 
 
 @dataclass(frozen=True)
 class AgentContext(RunContext):
-    """Everything that the parts of a running agent share."""
+    """The run, and the objects that the parts of a running agent share."""
 
     group: AgentGroup
     """The agents of the job."""
     stop: StopRequest
-    """The request to stop that this agent has received."""
+    """The requests to stop that this agent has received."""
     meter: Meter
-    """Meter that compares the use of the allocation with the budget."""
+    """Meter of the allocation's use, which compares it with the budget."""
     server: ForkServer | None
     """Server that forks the ranks; None if ranks are executed."""
     store: MemoryStore
@@ -420,9 +425,9 @@ class AgentContext(RunContext):
 
 @dataclass(frozen=True)
 class Attempt(AgentContext):
-    """One start of this node's ranks: the nodes that take part, and the program.
+    """One attempt on this node: one start of its ranks, with the nodes that take part and the program.
 
-    ``config`` describes only the nodes that take part.
+    The inherited ``config`` describes only the nodes that take part.
     """
 
     rdzv: RendezvousRound
@@ -438,7 +443,7 @@ class Attempt(AgentContext):
 
     @property
     def number(self) -> int:
-        """Number of the attempt, from 1."""
+        """Return the number of the attempt, from 1."""
         return self.rdzv.attempt
 
     @property
@@ -453,5 +458,5 @@ class Attempt(AgentContext):
         return range(self.place * each, (self.place + 1) * each)
 
     def log(self, rank: int) -> Path:
-        """Path of the log of a rank."""
+        """Return the path of the log of a rank."""
         return self.folder.log(self.number, rank)

@@ -84,9 +84,9 @@ KILLED = 128
 
 
 def wait_for_controller(context: RunContext, ask: Callable[[], Answer]) -> Answer:
-    """Call ``ask`` until Slurm's controller answers, and return the answer.
+    """Call ``ask`` until Slurm's controller answers, and return the result of ``ask``.
 
-    The event log gets one event when the controller stops answering.
+    The event ``controller_away`` is recorded once if the controller does not answer.
 
     Raises:
         SlurmError: the controller refuses, or gave no answer for ``CONTROLLER_WAIT_S`` seconds.
@@ -105,8 +105,10 @@ def wait_for_controller(context: RunContext, ask: Callable[[], Answer]) -> Answe
 
 
 def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
-    """Return the reason of a stop: preemption, time limit or cancel. Slurm sends the same signals for all
-    three, so the cause comes from the events of the run and from the state of the job.
+    """Return the cause of a requested stop: preempted, timed_out, node_failed or cancelled.
+
+    Slurm sends the same signals for all causes, so the cause comes from the events of the run and from the state of the
+    job. ``attempt`` is None if no ranks had started.
 
     Raises:
         RunFailedError: the controller does not know the job, or did not answer for hours.
@@ -212,7 +214,7 @@ CHAIN_COMMAND = (sys.executable, "-m", "gpt_launch", "launch.slurm.failover")
 
 
 def run_or_record(context: RunContext, command: Sequence[str], event: str, **details: Any) -> None:
-    """Run a command. If it fails, record ``event`` with the last line that the command has printed."""
+    """Run ``command``. If the command fails, record ``event`` with ``details`` and the last line of its errors."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -323,7 +325,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
 
 
 def stop_details(stop: StopRequest) -> dict[str, str | None]:
-    """Return the fields of the event ``stopped`` that name the request to stop."""
+    """Return the fields ``signal`` and ``file`` of the event ``stopped``, which name the request to stop."""
     return {"signal": stop.name or None, "file": STOP_FILE if stop.name == STOP_FILE else None}
 
 
@@ -373,9 +375,16 @@ def apply_decision(
 
 
 def end_attempt(context: RunContext, job: str, attempt: int | None, cause: Cause, **details: Any) -> Decision:
-    """Record the end of an attempt of ``job``, and decide what follows.
+    """Record the event ``attempt_ended`` for an attempt of ``job``, and return the decision on what follows.
 
-    The record has the last step of the attempt; None if the attempt made no step.
+    The event has the last step of the attempt; None if the attempt made no step.
+
+    Args:
+        context: run and node.
+        job: name of the start of the job in which the attempt ran.
+        attempt: number of the attempt; None if no ranks had started.
+        cause: cause of the end.
+        details: further fields of the event.
     """
     last = (recent_records(context.folder.metrics(0)) or [{}])[-1]
     step = last["step"] if attempt is not None and last.get("attempt") == attempt else None
@@ -384,7 +393,7 @@ def end_attempt(context: RunContext, job: str, attempt: int | None, cause: Cause
 
 
 def record_decision(context: RunContext, attempt: int | None, cause: Cause, decision: Decision) -> None:
-    """Record the action that follows an attempt, and the reason."""
+    """Record the event ``decided``: the action that follows an attempt, and the reason."""
     context.record("decided", attempt=attempt, action=decision.action, cause=cause, reason=decision.reason)
 
 
@@ -400,7 +409,7 @@ def refuse_decided(context: RunContext, attempt: int | None) -> None:
 
 
 def handle_early_stop(context: RunContext, why: str) -> None:
-    """Record a stop that came before any ranks ran, and requeue the job after a preemption or at its time limit.
+    """Record a stop before any ranks ran, and requeue the job after a preemption or at its time limit.
 
     ``why`` is the reason for the event log. Does nothing except on the head node.
     """
@@ -488,7 +497,7 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
 
 
 def events_of(folder: RunFolder, node: Node) -> list[dict[str, Any]]:
-    """Return the events since the agents of this start of the job began; empty if the agents did not begin."""
+    """Return the events since the agents of this start of the job began; empty if no agent has begun."""
     events = events_since_submission(folder.read_events())
     this_start = node.job.rpartition("-")[0] + "-"  # The agents of a batch script without a step have no such event.
     began = [e for e in select_events(events, "agent_started") if e["job"].startswith(this_start)]
@@ -516,7 +525,10 @@ def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | No
 
 
 def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[int | None, Cause]:
-    """Return the number of the attempt that has no recorded end (None if no ranks had started), and the end's cause."""
+    """Return the number of the attempt without a recorded end, and the cause of that end.
+
+    The number is None if no ranks had started.
+    """
     attempt = ([None, *open_attempts(events)])[-1]
     if attempt is not None and select_events(events, "finished", attempt=attempt):
         return attempt, Cause.finished
@@ -528,14 +540,18 @@ def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[in
 
 
 def was_signalled(events: Sequence[dict[str, Any]], attempt: int | None) -> bool:
-    """Return whether an agent had received a request to stop in an attempt, other than for a node that joins."""
+    """Return whether an agent had received a request to stop during an attempt.
+
+    The request ``JOINED``, after which the ranks start again with one more node, does not count.
+    """
     return any(e["signal"] != JOINED for e in select_events(events, "signalled", attempt=attempt))
 
 
 def take_over(context: AgentContext) -> bool:
-    """On the next head node: record the loss of the previous one, and make the decision that it has not made.
+    """Record the loss of the previous head node, and make the decision that it has not made. Runs on the next head
+    node.
 
-    Returns whether the ranks start again inside of the allocation.
+    Returns True if the ranks start again in this allocation.
 
     Raises:
         RunFailedError: the run ends unfinished.

@@ -147,10 +147,10 @@ def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes:
 
 
 def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float) -> bool:
-    """Return whether an attempt's end no longer counts towards its limit.
+    """Return whether the end of an attempt no longer counts towards the limit of its cause.
 
-    It does not count if the run has saved a newer checkpoint since, and ``forgive_after_s`` seconds have passed. Both
-    conditions are needed. With the checkpoint alone, a run could fail forever right after each save. With the time
+    The end does not count if the run has saved a newer checkpoint since, and ``forgive_after_s`` seconds have passed.
+    Both conditions are needed. With the checkpoint alone, a run could fail forever right after each save. With the time
     alone, waiting in the queue would be enough.
     """
     place = events.index(end)
@@ -160,10 +160,10 @@ def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float) -> 
 
 
 def attempt_ends(events: Events) -> list[dict[str, Any]]:
-    """Return the first ``attempt_ended`` of each attempt, oldest first.
+    """Return the first event ``attempt_ended`` of each attempt, oldest first.
 
-    A node that had lost its connection can record a second end of an attempt, after the node that took over. A start
-    of the job without an attempt also has one end.
+    A node that had lost its connection can record a second end of an attempt, after the node that took over. A start of
+    the job without an attempt also has one end.
     """
     ends: dict[object, dict[str, Any]] = {}
     for number, event in enumerate(events):
@@ -181,10 +181,10 @@ def open_attempts(events: Events) -> list[int]:
 
 
 def attempts_without_progress(events: Events) -> int:
-    """Count the last attempts in a row that ended without a checkpoint beyond the step from which they started.
+    """Return how many of the last attempts, one after another, ended without a newer checkpoint than they started from.
 
     Returns 0 if the run has never reported a checkpoint, since its progress is then unknown. Attempts that were
-    interrupted from outside before their first step are skipped.
+    interrupted from outside before their first step are not counted.
     """
     starts = select_events(events, "started")
     if not select_events(events, "saved") and not any("from_step" in start for start in starts):
@@ -204,9 +204,9 @@ def attempts_without_progress(events: Events) -> int:
 
 
 def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: float) -> Cause:
-    """Return the cause of a signal: preemption, time limit, cancel, or a failed batch script (``node_failed``).
+    """Return the cause of a stop signal: preempted, timed_out, cancelled, or node_failed for a failed batch script.
 
-    Slurm sends the same signals for all causes. While the job runs, the signal announces the end. Once the job
+    Slurm sends the same signals for all causes. While the job runs, the signal announces the end. When the job
     completes, Slurm 22.05 shows the cause: a requeue raises the count of restarts, a time limit uses up the time, a
     failed batch script leaves a reason. Every other end counts as a cancel, so that a cancelled job does not start
     again.
@@ -257,7 +257,7 @@ class AlreadyDecidedError(RunFailedError):
 
 
 def refuse_replaced(context: RunContext) -> None:
-    """Raise AlreadyDecidedError on a head node that another node or another start of the job has replaced meanwhile.
+    """Raise AlreadyDecidedError if another node, or another start of the job, has replaced this head node.
 
     Otherwise two agents would work on the run and restart it again and again.
     """
@@ -270,7 +270,7 @@ def refuse_replaced(context: RunContext) -> None:
 
 
 def is_inside_job(folder: RunFolder) -> bool:
-    """Return whether the run is a step of the user's own job, such as one of salloc, which began before the run."""
+    """Return whether the run is a step of a Slurm job that the user started before, for example with salloc."""
     return last_event(folder.read_events(), "submitted").get("cluster") == ClusterKind.allocation.name
 
 
@@ -281,18 +281,18 @@ NO_HOSTS: Mapping[str, str] = MappingProxyType({})
 UNRELIABLE = 2
 """Number of failures after which a host is avoided. A single failure may be chance, or the fault of the run."""
 DRIFT = "replicas_differ"
-"""Name of the event that is recorded when data-parallel replicas of the parameters differ."""
+"""Name of the event that is recorded when the parameters differ between data-parallel replicas."""
 OF_A_HOST = (Cause.crashed, Cause.hung, Cause.node_failed)
-"""Causes for which a host may be responsible.
+"""Causes of an attempt's end for which a host may be responsible.
 
-A diverged loss, too little memory and a refusal come from the program, and would come on every host.
+A diverged loss, too little memory and a refusal come from the program, and would occur on every host.
 """
 
 
 def unreliable_hosts(events: Events) -> dict[str, str]:
     """Return the hosts that failed in several attempts since the command was typed: host -> its failures as text.
 
-    A host whose parameters differ from those of most replicas counts after one failure, which cannot be chance.
+    A host whose parameters differ from those of most replicas is included after one failure, which cannot be chance.
     """
     events = events_since_submission(events)
     certain = {host for event in select_events(events, DRIFT, certain=True) for host in event["hosts"]}
@@ -349,7 +349,10 @@ LEAVE_S = 5.0
 
 
 class Meter:
-    """Measures how much of its budget the allocation uses, during a ``with`` block. Only the head node measures."""
+    """Measures how much of its budget the allocation uses, during a ``with`` block. Only the head node measures.
+
+    Also records when the allocation begins and ends.
+    """
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
@@ -408,8 +411,8 @@ class Meter:
         return why
 
     def _close_killed_allocation(self) -> None:
-        """Record when an earlier allocation of the run ended, if it was killed and could not record this itself. The
-        last heartbeat gives the time."""
+        """Record the end of an earlier allocation of the run that was killed. The time is that of its last heartbeat.
+        """
         events = self._folder.read_events()
         ended = {end["job"] for end in select_events(events, "agent_ended")}
         lost = [start for start in select_events(events, "agent_started") if start["job"] not in ended]

@@ -58,10 +58,10 @@ line.
 
 @contextmanager
 def fork_server(context: RunContext) -> Iterator[ForkServer | None]:
-    """Run the fork server of this node during a ``with`` block; yields None if ranks are to be executed.
+    """Run the fork server of this node during a ``with`` block. Yields None if ranks are executed instead of forked.
 
-    Enter the block before this process has other threads. The server imports libraries while the agents meet,
-    also on a spare node.
+    Enter the block before this process has other threads. The server imports libraries while the agents meet, also on a
+    spare node.
     """
     folder, config = context.folder, context.config
     workload = workload_of(config)
@@ -86,13 +86,13 @@ def code_of_ranks(folder: RunFolder, tree: CodeTree) -> CodeTree:
 
 
 def state_of(tree: CodeTree) -> dict[str, tuple[int, int]]:
-    """Return for each file of the code: its name -> modification time in nanoseconds, size in bytes."""
+    """Return the state of each file of the code: name -> (modification time in nanoseconds, size in bytes)."""
     stats = {name: path.stat() for name, path in tree.files(tree.root)}
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
 def prepare_environment(node: Node, config: Config, address: str) -> None:
-    """Set the variables of this process that ranks inherit in every attempt. ``address`` is that of this node."""
+    """Set the environment variables that ranks inherit in every attempt. ``address`` is the address of this node."""
     set_default_threads(config.ranks_on_node)
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a crash in compiled code leaves its stack in the log
@@ -114,7 +114,7 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
 
 
 def set_run_variables(attempt: Attempt) -> None:
-    """Set the variables of this process that ranks inherit in one attempt, with those of the workload."""
+    """Set the environment variables that ranks inherit in one attempt, including those of the workload."""
     folder, group, command, number = attempt.folder, attempt.group, attempt.command, attempt.number
     set_defaults(typed=command.env)
     set_dump_file(folder.path, folder.attempt(number), typed=command.env)
@@ -135,7 +135,7 @@ def set_run_variables(attempt: Attempt) -> None:
 
 
 def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
-    """Return the variables with which a rank continues its run of an earlier attempt in an experiment tracker.
+    """Return the environment variables with which a rank continues its experiment of an earlier attempt in a tracker.
 
     Weights & Biases, Neptune and Comet read their variables themselves. Comet takes keys of 32 to 50 letters and
     digits, and ``comet_ml.start`` creates the experiment of a key or continues it
@@ -148,23 +148,26 @@ def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
 
 
 class MemoryStore:
-    """Process with checkpoints in the memory of this node, from the first ``environment`` to ``close``."""
+    """Process that keeps checkpoints in the memory of this node, from the first ``environment`` call to ``close``."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._place = ""
 
     def close(self) -> None:
-        """End the store. Its checkpoints are lost."""
+        """End the process. Its checkpoints are lost."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
 
     def environment(self, address: str, secret: str) -> Mapping[str, str]:
-        """Return the variables with which ranks find the store. Starts a store on ``address`` if none runs.
+        """Return the environment variables with which ranks find the store. Starts a store if none runs.
 
-        If a store cannot be started, standard error says so, and the ranks run without a store. ``secret`` is the
-        secret that ranks and stores of the job share.
+        If a store cannot be started, standard error says so, and the ranks run without a store.
+
+        Args:
+            address: network address on which the store listens.
+            secret: secret that ranks and stores of the job share.
         """
         if self._process is None or self._process.poll() is not None:
             self.close()
@@ -186,8 +189,8 @@ class MemoryStore:
 def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
     """Start this node's ranks and watch them until all have ended.
 
-    The function also records the end of ranks that could not record it. Such ranks were killed, hung, died before
-    their code ran, or belong to a workload without records.
+    The function also records the end of each rank that could not record its end itself. Such ranks were killed, hung,
+    died before their code ran, or belong to a workload without records.
 
     Args:
         context: context of the agent; its ``config.nodes`` counts only the nodes of this start.
@@ -236,10 +239,10 @@ LAST_MESSAGES_S = 3.0
 
 
 class FixedRendezvous(StaticTCPRendezvous):
-    """Rendezvous for torch elastic with members and an address on which the agents have agreed.
+    """Rendezvous for torch elastic with members and an address on which the agents have already agreed.
 
-    The ranks use the store of the head node, so that no further port is opened, which another process could take. The
-    object serves one round, and the store belongs to the head node's agent group.
+    The ranks use the store of the head node, so no further port is opened, which another process could take. The object
+    serves one round, and the store belongs to the head node's agent group.
     """
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -255,7 +258,7 @@ DEVICES = Path("/sys/bus/pci/devices")
 def cpus_of_ranks(
     ranks: int, gpus: Sequence[Gpu], allowed: Collection[int], devices: Path = DEVICES
 ) -> list[frozenset[int]] | None:
-    """Return for each rank of a node, by local rank, the CPUs on the NUMA node of its GPU; None to bind no rank.
+    """Return, by local rank, the CPUs on the NUMA node of each rank's GPU; None if no rank should be bound to CPUs.
 
     Only the CPUs in ``allowed`` count. Returns None if the NUMA node of a GPU is not known, or if all CPUs are near.
     Returns None also if some GPUs have fewer near CPUs than ranks, because a job on a shared node may have CPUs of
@@ -370,11 +373,11 @@ class RankAgent(LocalElasticAgent):
         return super()._monitor_workers(worker_group)
 
     def _wait_for_others(self, codes: Sequence[int | None]) -> bool:
-        """Return whether the other ranks still have time to record their failures after one rank has failed.
+        """Return whether other ranks still get time to record their failures, after one rank has failed.
 
-        The other ranks get ``LAST_MESSAGES_S`` seconds, or the grace period if the first rank requested a requeue. Then
-        they are killed. Elastic would end the other ranks immediately. The error of a lost peer often comes first and
-        would hide the original failure. ``codes`` are the exit statuses of the ranks; None while a rank runs.
+        They get ``LAST_MESSAGES_S`` seconds, or the grace period if the first rank requested a requeue. Then they are
+        killed. Elastic would end the other ranks immediately. The error of a lost peer often comes first and would hide
+        the original failure. ``codes`` has the exit status of each rank of this node; None while the rank runs.
         """
         if None not in codes or not any(codes):
             return False

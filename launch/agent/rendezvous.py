@@ -46,14 +46,17 @@ ECHO_S = 8.0
 """Seconds of silence after which a node counts as the cause of a broken connection that no rank has explained."""
 FLUSH_S = 5.0
 JOIN_S = 1.5
-"""Seconds that a head node of a later term waits for nodes that have not yet noticed the loss of its predecessor."""
+"""Seconds for which the next head node waits for nodes that have not yet noticed the loss of the previous head node."""
 MINORITY_S = 2.0
-"""Seconds that a head node waits if it has lost most nodes at once, so that one of these nodes can take over."""
+"""Seconds for which a head node waits after it has lost most nodes at once, so that one of them can take over."""
 TERM_POLL_S = 1.0
 
 
 class AgentGroup:
-    """Membership of this node's agent in the group of all agents of the job, for one term, until ``close``."""
+    """Membership of this node's agent in the group of all agents of the job, for one term, until ``close``.
+
+    ``endpoint`` is the connection to the agents' store in this term.
+    """
 
     def __init__(self, context: RunContext, endpoint: RendezvousEndpoint) -> None:
         node, config = context.node, context.config
@@ -67,7 +70,7 @@ class AgentGroup:
         self.address = endpoint.address
         """Address at which the other nodes reach this node."""
         self._late = range(node.count, node.count + node.late)
-        """Indices of the nodes that spare jobs may add."""
+        """Indices of the nodes that may join from spare jobs."""
         self._term = endpoint.term
         self._saw_term = 0.0
         self._log_size = -1
@@ -81,8 +84,9 @@ class AgentGroup:
         lost = endpoint.term.lost if node.is_head else ()
         self._head_before = lost[-1][0] if lost else None
         self.lost = {index: NodeProblem(index, node.host_of(index), why) for index, why in lost}
-        """Index -> lost node, in the order of the losses. Lost nodes take no further part in this job. Empty except on
-        the head node.
+        """Lost nodes by index, in the order of the losses; empty except on the head node.
+
+        Lost nodes take no further part in this job.
         """
         self._stores: list[dist.TCPStore] = []  # Stores stay open for ranks that are still leaving the previous round.
 
@@ -116,11 +120,15 @@ class AgentGroup:
         return None if head is None else head.round
 
     def report_failed(self, number: int) -> None:
-        """Have the other agents end their ranks of round ``number`` at once, before a collective times out."""
+        """Publish that ranks of this node failed in round ``number``.
+
+        The other agents then end their ranks at once, before a collective times out.
+        """
         self.heartbeat.publish(failed=number)
 
     def has_failed(self, number: int) -> bool:
-        """Return whether ranks of another node failed in round ``number``. The head node tells all other nodes."""
+        """Return whether ranks of another node failed in round ``number``. The head node publishes this for all nodes.
+        """
         heartbeat = self.heartbeat
         if heartbeat.store.foreign and not self._has_recorded_foreign:
             self._has_recorded_foreign = True
@@ -145,7 +153,7 @@ class AgentGroup:
     def await_end(self, rdzv: RendezvousRound) -> bool:
         """Wait until the head node has recorded the end of a round whose ranks have left without a failure.
 
-        Returns whether the run is over; otherwise its ranks start again.
+        Returns True if the run is over, False if its ranks start again.
 
         Raises:
             HeadNodeLostError: the head node is lost.
@@ -154,7 +162,7 @@ class AgentGroup:
         return self._await_head(lambda head: head.again >= rdzv.number) is None
 
     def next_endpoint(self, why: str) -> RendezvousEndpoint:
-        """Return the store of the next term, after the loss of the head node for the reason ``why``.
+        """Return the connection to the store of the next term, after the loss of the head node. ``why`` is the reason.
 
         Raises:
             RunFailedError: the job is not one of Slurm and cannot continue, or this node itself counts as lost.
@@ -179,7 +187,7 @@ class AgentGroup:
     # On the head node.
 
     def end(self, failure: str | None = None) -> None:
-        """Tell the other agents that there are no further rounds, and the reason ``failure`` if the run failed."""
+        """Publish that there are no further rounds. ``failure`` is the reason if the run has failed, else None."""
         self.heartbeat.publish(over=True, failure=failure)
 
     def find_silent(self, rdzv: RendezvousRound) -> list[NodeProblem]:
@@ -197,9 +205,10 @@ class AgentGroup:
         return self._lose({i: self._silence_text(i) for i in rdzv.members[1:] if self._silence(i) > limit})
 
     def find_reason(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """After a broken connection, wait up to ``ECHO_S`` seconds for two heartbeats of every other member.
+        """After a connection between ranks broke, mark members without two further heartbeats as lost, and return these
+        members.
 
-        Members that send fewer heartbeats are marked as lost and returned.
+        Waits for the heartbeats at most ``ECHO_S`` seconds.
         """
         heartbeat = self.heartbeat
         waiting = {index: heartbeat.of(index).beat for index in rdzv.members[1:] if index not in self.lost}
@@ -213,22 +222,22 @@ class AgentGroup:
 
     @property
     def next_size(self) -> int | None:
-        """Return the size of the next round in nodes if all remaining nodes are healthy; None if too few are left."""
+        """Return the number of nodes of the next round if all remaining nodes are healthy; None if too few are left."""
         return self._largest_size(len(self._remaining()))
 
     def can_grow(self, rdzv: RendezvousRound) -> bool:
-        """Return whether nodes of spare jobs are ready, with which the next round would have more nodes."""
+        """Return whether enough nodes of spare jobs are ready for a next round with more nodes than ``rdzv``."""
         waiting = {i: self.heartbeat.of(i) for i in self._late if i not in self.lost and i not in rdzv.members}
         alive = [m for i, m in waiting.items() if self._silence(i) <= self._limits.node_timeout_s and not m.faults]
         members = len(rdzv.members)
         return (self._largest_size(members + sum(m.ready > rdzv.number for m in alive)) or 0) > members
 
     def awaited_jobs(self) -> list[int]:
-        """Return the indices of the nodes of spare jobs that have neither joined nor been lost."""
+        """Return the indices of the nodes of spare jobs that have not joined and are not lost."""
         return [i for i in self._late if i not in self.lost and self.heartbeat.silence(i) is None]
 
     def _remaining(self) -> list[int]:
-        """Return the indices of the nodes that are not lost; those of spare jobs only if they have joined."""
+        """Return the indices of the nodes that are not lost. Nodes of spare jobs count only if they have joined."""
         without = self.lost.keys() | set(self.awaited_jobs())
         return [i for i in range(self._late.stop) if i not in without]
 
@@ -319,9 +328,9 @@ class AgentGroup:
         return self.heartbeat.of(index).host or self._node.host_of(index)
 
     def _lose(self, why: Mapping[int, str]) -> list[NodeProblem]:
-        """Mark nodes as lost, and begin a new term, in which they take no part. Returns these nodes.
+        """Mark nodes as lost, and begin a new term without these nodes. Returns the lost nodes.
 
-        ``why`` is index -> reason.
+        ``why`` maps the index of each lost node to the reason.
 
         Raises:
             AlreadyDecidedError: another node has begun the new term.
@@ -345,7 +354,8 @@ class AgentGroup:
     # On the other nodes.
 
     def _await_head(self, has_come: Callable[[Message], bool]) -> Message | None:
-        """Return the head node's next message for which ``has_come`` returns True; None if the run is over.
+        """Wait for a message of the head node for which ``has_come`` returns True, and return it; None if the run is
+        over.
 
         Raises:
             HeadNodeLostError: the head node is lost.
@@ -366,10 +376,10 @@ class AgentGroup:
             time.sleep(POLL_S)
 
     def head_is_lost(self) -> bool:
-        """Return whether the store of the head node is gone.
+        """Return whether this node has lost the head node; False on the head node itself.
 
-        Also True if the head node was silent for more than ``resilience.node_timeout_s``. Then this node creates its
-        ``presence_file``, which tells the next head node that this node lives.
+        The head node is lost if its store is gone, or if it was silent for more than ``resilience.node_timeout_s``.
+        This node then creates its ``presence_file``, which shows the next head node that this node runs.
         """
         if self._node.is_head:
             return False
@@ -381,7 +391,7 @@ class AgentGroup:
 
 
 def distance(switches: Sequence[str], head: Sequence[str]) -> list[tuple[bool, str]]:
-    """Return a key that sorts nodes by the switches above them: first those that share most with the head node.
+    """Return a sort key: nodes that share the most switches with the head node come first.
 
     Args:
         switches: switches above a node, the topmost first.

@@ -1,6 +1,4 @@
-"""Watch of this node's running ranks: requests to stop, hung ranks, lost nodes, and records that ranks do
-not write themselves.
-"""
+"""Watch of this node's running ranks: requests to stop, hung ranks, lost nodes, and records that ranks do not write."""
 
 from __future__ import annotations
 
@@ -48,25 +46,25 @@ PAUSED_S = 5.0
 STACK_SIGNAL = signal.SIGQUIT
 """Signal at which ranks write the stacks of all their threads into their log (faulthandler)."""
 STACK_BEGUN = b"(most recent call first)"
-"""End of the first line of each thread's stack."""
+"""End of the first line of each thread's stack in a log."""
 STACK_WAIT_S = 3.0
-"""Longest wait in seconds for the first line of the stacks, and for the rest of a line."""
+"""Longest wait in seconds for the first line of the stacks, and for the end of an incomplete line."""
 STACK_QUIET_S = 1.0
 """Seconds without a further line after which the stacks count as complete."""
 NEARLY = 0.8
-"""Share of its limit after which a silent rank is reported as hung, if ranks of another node have failed."""
+"""Share of its limit after which a silent rank is reported as hung if ranks of another node have failed."""
 
 
 @dataclass(frozen=True)
 class StuckRank:
-    """A rank that makes no progress."""
+    """A rank that makes no progress, with the reason ``why`` it counts as stuck."""
 
     rank: int
     pid: int
     step: int | None
     """Number of steps done; None if the rank has written no heartbeat.
 
-    Such a rank must not get ``STACK_SIGNAL``: without a handler, the signal ends the process with a core file.
+    A rank without a heartbeat must not get ``STACK_SIGNAL``: the signal would end the process with a core file.
     """
     why: str
     since: float
@@ -103,7 +101,7 @@ class Watchdog:
         """Rank -> size of its log, and time of the log's last growth."""
 
     def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
-        """Return the ranks that were silent for more than ``share`` of a limit, longest silence first.
+        """Return the ranks of ``ranks`` that were silent for more than ``share`` of a limit, longest silence first.
 
         After a pause of this process itself, every limit begins anew (``scontrol suspend`` stops all processes alike).
 
@@ -127,9 +125,9 @@ class Watchdog:
         return sorted(found, key=lambda stuck: stuck.since)
 
     def _silences(self, rank: int, last: RankHeartbeat | None, now: float) -> Iterator[tuple[float, float, str]]:
-        """Yield the silences of a rank: seconds, longest allowed seconds, and a description.
+        """Yield (seconds, longest allowed seconds, description) for each kind of silence of a rank.
 
-        ``last`` is the rank's heartbeat, None if it has written none; ``now`` is the time in monotonic seconds.
+        ``last`` is the rank's heartbeat, None if the rank has written none. ``now`` is in monotonic seconds.
         """
         limits, started = self._limits, self._started
         if last is not None:
@@ -151,7 +149,7 @@ class Watchdog:
 
 
 def stack_of(pid: int, log: Path) -> str:
-    """Return the stacks that process ``pid`` writes into its log at STACK_SIGNAL; empty if it does not answer.
+    """Return the stacks that process ``pid`` writes into its log on STACK_SIGNAL; empty if the process does not answer.
 
     A stopped process cannot answer, so this function also sends SIGCONT. The caller must end the process afterwards.
     """
@@ -188,7 +186,7 @@ STOP_FILE_S = 1.0  # Each poll queries a shared filesystem.
 
 
 class Watch:
-    """Conditions that an agent polls several times a second, in addition to the exit of its ranks."""
+    """Conditions that an agent checks several times a second while its ranks run, in addition to their exit."""
 
     def __init__(self, attempt: Attempt) -> None:
         config, contract, rdzv = attempt.config, attempt.contract, attempt.rdzv
@@ -205,10 +203,10 @@ class Watch:
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._has_signalled = False
         self.kill_reason: str | None = None
-        """Reason for which this agent ended its ranks; None if it did not."""
+        """Reason for which this agent ended its ranks; None if the agent did not end them."""
 
     def poll(self, agent: RankAgent) -> None:
-        """Stop the ranks on request. End ranks that outlast the grace period, hang, or have lost their peers."""
+        """Stop the ranks on request. Kill the ranks if they outlast the grace period, hang, or have lost a node."""
         stop, group, number = self._attempt.stop, self._attempt.group, self._attempt.rdzv.number
         stop.interruptible = False
         owner = os.environ.get(OWNER)
@@ -317,7 +315,7 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 
 
 WHAT = re.compile(r"^ *what\(\)(:.*)", re.MULTILINE)
-"""Pattern of the message of an uncaught exception in C++."""
+"""Pattern of the message that C++ prints for an uncaught exception."""
 PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 
 
@@ -443,7 +441,7 @@ class RankRecords:
 
 
 def log_end(log: Path) -> str:
-    """Return the last lines of a log; after a crash in compiled code, the lines around the crash. Empty without a log.
+    """Return the last 30 lines of a log; after a crash in compiled code, the text around the crash; "" without a log.
 
     The prefix ``[rank0]: `` of torch's tracebacks is left out.
     """
@@ -454,7 +452,10 @@ def log_end(log: Path) -> str:
 
 
 def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
-    """Return cause and traceback of a rank's failure, from the error file of torch's @record or the rank's log."""
+    """Return the cause and the traceback of a rank's failure.
+
+    Both come from the error file of torch's @record if it exists, else from the end of the rank's log.
+    """
     end = log_end(log)
     message = failure.error_file_data.get("message") if failure.error_file_data else None
     if isinstance(message, dict) and message.get("message"):
