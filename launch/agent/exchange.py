@@ -308,8 +308,9 @@ class Heartbeat:
         The heartbeat thread adds the fields of the agreement to every message.
         """
         self.received: dict[int, Message] = {}
-        """Index of a node -> its newest message. On the head node, of all other nodes; on the other nodes, only of the
-        head node.
+        """Index of a node -> its newest message.
+
+        On the head node, of all other nodes; on the other nodes, only of the head node.
         """
         self._when: dict[int, float] = {}
         self._clock = RunningClock()
@@ -415,8 +416,8 @@ class Agreement:
         self._ranks = ranks
         self._stop_signal = 0
         self._held = dict.fromkeys(Request, (0, 0.0))
-        """By kind of request: number of the ticket for which this node's ranks wait, and the time when they
-        began to wait.
+        """By kind of request: number of the ticket for which this node's ranks wait, and the time when they began to
+        wait.
         """
         self._tickets = dict.fromkeys(Request, Ticket())
         self.is_under_way = False

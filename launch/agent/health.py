@@ -239,7 +239,9 @@ def keeping_memory(readings: Sequence[GpuReading], first: Sequence[GpuReading]) 
 SYS = Path("/sys/class")
 MIB, GIB = 2**20, 2**30
 SLACK = GIB
-"""Bytes by which the memory in use on a GPU may grow between two starts without a fault. Other programs may use them.
+"""Bytes by which the memory in use on a GPU may grow between two starts without a fault.
+
+Other programs may use them.
 """
 MEMORY_WAIT_S, MEMORY_POLL_S = 50.0, 0.2
 """Longest wait until GPUs have freed the memory of ended ranks, and the time between two readings, in seconds."""
@@ -413,7 +415,9 @@ def fault_of_program(words: Sequence[str], timeout_s: float) -> str:
 
 
 WRITE_S = 30.0
-"""Seconds between two writes of the samples. A killed agent loses unwritten samples; rare writes spare the filesystem.
+"""Seconds between two writes of the samples.
+
+A killed agent loses unwritten samples; rare writes spare the filesystem.
 """
 LAST_SAMPLE_S = 10.0
 """Longest wait in seconds for the last sample at the end of an attempt."""

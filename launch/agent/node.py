@@ -39,7 +39,9 @@ PAUSED_S = 5.0
 
 
 class RunningClock:
-    """Clock that counts, in a thread, the seconds for which this process runs. It stops while the process is stopped.
+    """Clock that counts, in a thread, the seconds for which this process runs.
+
+    A stop of the process stops the clock.
     """
 
     def __init__(self) -> None:
@@ -215,8 +217,7 @@ class Node:
         return self.host_of(self.index)
 
     def host_of(self, index: int) -> str:
-        """Return the host name of node ``index`` of the job. The name of another node of a spare job is not known here.
-        """
+        """Return the host name of node ``index`` of the job; a description for another node of a spare job."""
         if self.index >= self.count and index == self.index:  # The name by which Slurm knows this node.
             return os.environ.get("SLURMD_NODENAME", socket.gethostname())
         if index >= self.count:

@@ -411,8 +411,7 @@ class Meter:
         return why
 
     def _close_killed_allocation(self) -> None:
-        """Record the end of an earlier allocation of the run that was killed. The time is that of its last heartbeat.
-        """
+        """Record the end of an earlier allocation of the run that was killed, at the time of its last heartbeat."""
         events = self._folder.read_events()
         ended = {end["job"] for end in select_events(events, "agent_ended")}
         lost = [start for start in select_events(events, "agent_started") if start["job"] not in ended]

@@ -127,7 +127,9 @@ class AgentGroup:
         self.heartbeat.publish(failed=number)
 
     def has_failed(self, number: int) -> bool:
-        """Return whether ranks of another node failed in round ``number``. The head node publishes this for all nodes.
+        """Return whether ranks of another node failed in round ``number``.
+
+        The head node publishes this to all nodes.
         """
         heartbeat = self.heartbeat
         if heartbeat.store.foreign and not self._has_recorded_foreign:

@@ -183,8 +183,10 @@ MOST_ROUNDS = 15
 LINK_PASSES = 3
 """Number of measurements of each link, seconds apart. A single measurement may be slow because of other work."""
 SLOW_LINK_S = 0.05
-"""Longest time, in seconds, of an exchange of SMALL bytes after which LARGE bytes are also measured. On a slower link
-LARGE bytes would take too long."""
+"""Longest time, in seconds, of an exchange of SMALL bytes after which LARGE bytes are also measured.
+
+On a slower link LARGE bytes would take too long.
+"""
 LINK_TIMEOUT = timedelta(seconds=150)
 
 
@@ -218,9 +220,7 @@ class LinkBench(Bench):
                 work.wait()
 
         def agreed_s(size: int) -> float:
-            """Return the seconds of one exchange: the larger of both ranks' times, so that both make the same
-            decision.
-            """
+            """Return the seconds of one exchange: the larger of both ranks' times, so that both decide alike."""
             block[0] = self.own_seconds(lambda: swap(size))
             swap(4)
             return max(block[0].item(), space[0].item(), 1e-9)

@@ -469,7 +469,8 @@ def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int
 
 def as_offer(goal: Goal, config: Config, set_up: SetUp) -> Offer:
     """Return an offer: a set-up on the nodes of ``config``, with the time and the cost of the whole training of
-    ``goal``."""
+    ``goal``.
+    """
     gpus = config.nodes * config.ranks_on_node
     hours = goal.training.work / set_up.work_per_step * set_up.step_s / 3600
     price, spent = config.cluster.price_per_gpu_hour, gpus * hours

@@ -56,7 +56,7 @@ ALL_FILES = frozenset(ReportFile)
 
 
 def write(table: ScalingTable, reload_s: float | None = None, files: Collection[ReportFile] = ALL_FILES) -> list[Path]:
-    """Write the files of a report, in place of those of an earlier report.
+    """Write the files of a report. They replace the files of an earlier report.
 
     The files of a sweep's report are ``scaling.*``, in the folder of its points until the next sweep, and permanently
     in the folder of its record. The report of one run is ``summary.*``, that of all runs of a folder ``all_runs.*``.
@@ -114,7 +114,10 @@ def show_and_write(table: ScalingTable, console: Console, files: Collection[Repo
 
 
 MAX_FALLS = 6
-"""Largest number of waterfall panels, one for each of the largest points. The table of losses has all points."""
+"""Largest number of waterfall panels of lost efficiency on the page. The points with the most ranks have one.
+
+The table of losses has all points.
+"""
 MAX_RUNS = 8
 """Largest number of runs whose ranks and step times are drawn, because each drawing takes some 50 ms and 20 kB."""
 
@@ -148,7 +151,7 @@ def page(table: ScalingTable, reload_s: float | None = None) -> str:
 
 
 def shown_runs(details: Sequence[RunDetail]) -> list[RunDetail]:
-    """Choose at most ``MAX_RUNS`` runs to draw: first the runs with the slowest ranks, then those with most ranks."""
+    """Return at most ``MAX_RUNS`` runs to draw: first those with the slowest ranks, then those with the most ranks."""
 
     def worth(found: RunDetail) -> tuple[float, int]:
         slow = [row.share for row in found.slowest if row.time.is_slow]
@@ -161,14 +164,14 @@ def shown_runs(details: Sequence[RunDetail]) -> list[RunDetail]:
 
 
 MAX_SERIES = 3
-"""Largest number of series whose largest point gets a tile."""
+"""Largest number of series for which the page has a tile with the efficiency of the largest point."""
 GOOD, POOR = 0.9, 0.7
 """A tile is green if its efficiency or goodput is at least ``GOOD``, and red if it is below ``POOR``."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure at the top of the page, with its name and a sentence. ``kind`` is ``good``, ``bad`` or empty."""
+    """A figure at the top of the page: its name, its value and a sentence. ``kind`` is ``good``, ``bad`` or empty."""
 
     name: str
     value: str
@@ -182,7 +185,7 @@ def tiles(table: ScalingTable) -> list[Tile]:
 
 
 def _largest(table: ScalingTable) -> list[Row]:
-    """Return one row for each series: its largest point with an efficiency, or with a speedup if none has one."""
+    """Return one row for each series: its largest point with an efficiency; without any, its largest with a speedup."""
     found: dict[tuple[str | None, str], Row] = {}
     for row in table.rows:
         before = found.get((row.scaling, row.series))
@@ -255,15 +258,14 @@ SUFFIX = ".scaling"  # marks the event files that a report owns
 
 
 def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
-    """Write the TensorBoard run of a report, named Scaling for several points and Summary for one point. An earlier
-    TensorBoard run of the report is replaced.
+    """Write the TensorBoard run of a report: ``Scaling`` for several points, ``Summary`` for one. Returns its folder.
 
-    The new files are complete before the old files are removed, and TensorBoard drops the values of the old files when
-    it reads a new file. So a reader always sees a whole report, even after a crash. Restart a TensorBoard that has
-    ``--load_fast=false``, because it waits forever at a removed file.
+    An earlier TensorBoard run of the report is replaced. The new files are complete before the old files are removed,
+    and TensorBoard drops the values of the old files when it reads a new file. So a reader always sees a whole report,
+    even after a crash. Restart a TensorBoard that has ``--load_fast=false``, because it waits forever at a removed
+    file.
 
-    Returns:
-        The folder of the TensorBoard run.
+    ``png`` is the picture of the report.
     """
     from launch.runs.event_files import EventWriter  # loads TensorBoard
 
@@ -289,7 +291,7 @@ def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
 def _write_curves(table: ScalingTable, whole: EventWriter, root: Path) -> None:
     """Write charts over the number of ranks. Each series has its own curves.
 
-    TensorBoard's step is the number of ranks. Without throughputs, their chart is absent.
+    TensorBoard's step is the number of ranks. Without known throughputs, there is no chart of them.
 
     Args:
         table: report of several points.

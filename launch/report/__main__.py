@@ -26,7 +26,7 @@ UNENDED = (PointState.RUNNING, PointState.NO_RECORDS, PointState.NOT_STARTED)
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the report. Returns the exit status: 0, or 2 if there is nothing to report or points are not comparable."""
+    """Print and write the report. Returns the exit status: 0, or 2 if there is no run or points are not comparable."""
     parser = CommandParser(
         prog="python -m launch.report",
         description="The scaling report of a sweep, or the summary of a run. Of a folder with several sweeps it shows "
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _files(text: str) -> frozenset[ReportFile]:
-    """Return the kinds of files to write, from the option's text."""
+    """Return the kinds of files that the text of the option ``--files`` names."""
     kinds = text.split(",")
     if unknown := sorted(set(kinds) - {file.value for file in ReportFile}):
         raise argparse.ArgumentTypeError(f"{', '.join(unknown)!r}, and not kinds of files, such as --files md,csv")
@@ -110,7 +110,7 @@ def _files(text: str) -> frozenset[ReportFile]:
 
 
 def _seconds(text: str) -> float:
-    """Return the interval in seconds, which must be positive, from the option's text."""
+    """Return the seconds that the text of the option ``--watch`` states; they must be above 0."""
     try:
         value = float(text)
     except ValueError:

@@ -72,7 +72,7 @@ IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing with its title. ``draw`` draws into the axes that it receives; ``inches`` is the drawing's height."""
+    """One drawing with its title. ``draw`` draws into the given axes; ``inches`` is the height of the drawing."""
 
     title: str
     draw: Callable[[Axes], None]
@@ -86,7 +86,7 @@ WIDE = 5.4
 
 
 def draw_report(table: ScalingTable) -> dict[str, bytes]:
-    """Draw the picture of a report. Returns format -> file content, for ``png`` and ``svg``.
+    """Draw the picture of a report. Returns file format -> content of the file, for ``png`` and ``svg``.
 
     Equal tables give equal bytes.
     """
@@ -100,7 +100,7 @@ def draw_report(table: ScalingTable) -> dict[str, bytes]:
 def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str, bytes]:
     """Draw panels in rows of two, a heading above them, and the text ``conditions`` below them.
 
-    Returns format -> file content, for ``png`` and ``svg``.
+    Returns file format -> content of the file, for ``png`` and ``svg``.
     """
     panels = panels or [Panel("", _draw_nothing)]
     rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
@@ -120,7 +120,10 @@ def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str,
 
 @rc_context(STYLE)
 def inline_svg(panel: Panel, salt: str) -> str:
-    """Return one panel as an SVG element with CSS variables as colors. ``salt`` must differ for each panel."""
+    """Return one panel as an SVG element for the page, with CSS variables as colors.
+
+    ``salt`` makes the identifiers inside the element, and must differ for each panel.
+    """
     whole = Figure(figsize=(WIDE, panel.inches), layout="constrained", facecolor="none")
     panel.draw(whole.subplots())
     text = _file(whole, "svg", UNTIMED, salt).decode()
@@ -134,7 +137,7 @@ UNTIMED = ("Date", "Creator", "Format", "Type")
 
 
 def _file(whole: Figure, kind: str, left_out: Sequence[str], salt: str = "") -> bytes:
-    """Return the content of a file of a drawing in the format ``kind``, without the metadata ``left_out``.
+    """Return the content of a drawing's file in the format ``kind``, without the metadata that ``left_out`` names.
 
     ``salt`` makes the identifiers inside an SVG file.
     """
@@ -150,7 +153,7 @@ def _draw_nothing(axes: Axes) -> None:
 
 
 def scale_values(axes: Axes, name: str, log: bool = False) -> None:
-    """Set up the y axis with the label ``name``. It begins at 0; with ``log`` it spans at least a factor of 4."""
+    """Set up the y axis with the label ``name``. The axis begins at 0; with ``log`` it spans at least a factor of 4."""
     axes.set_ylabel(name)
     axes.grid(True, axis="y")
     if not log:
@@ -180,7 +183,7 @@ LONGEST_LABEL = 26
 
 
 def _short(label: str) -> str:
-    """Return the label; of a label with more than ``LONGEST_LABEL`` characters, the middle is removed."""
+    """Return the label. A label longer than ``LONGEST_LABEL`` characters loses its middle."""
     half = LONGEST_LABEL // 2
     return label if len(label) <= LONGEST_LABEL else f"{label[:half]}…{label[-half:]}"
 
@@ -190,14 +193,14 @@ def _short(label: str) -> str:
 
 
 MAX_LABELS = 6
-"""Largest number of points in a drawing with their figures as text; more texts would overlap."""
+"""Largest number of points in a drawing whose values are written as text; more texts would overlap."""
 MAX_INSIDE = 4
-"""Largest number of lines of a legend inside the axes. A longer legend is below them."""
+"""Largest number of lines of a legend inside the axes. A longer legend is below the axes."""
 
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A field of ``Row`` to draw over the number of ranks, with its interval if ``*_low`` and ``*_high`` are known."""
+    """A field of ``Row`` to draw over the number of ranks, with the fields ``*_low`` and ``*_high`` as its interval."""
 
     title: str
     axis: str
@@ -212,8 +215,10 @@ STEP_TIME = DrawnFigure("Step time", "seconds", "step_time_s", lambda row: time_
 
 
 def scaling_panels(table: ScalingTable) -> list[Panel]:
-    """Return at most two panels: the first two of throughput, efficiency and step time that are known. Empty for one
-    run."""
+    """Return at most two panels over the number of ranks: the first two of throughput, efficiency and step time.
+
+    A figure that no point has is passed over. Empty if the report has one run.
+    """
     rows = [row for row in table.rows if row.ranks is not None and row.step_time_s is not None]
     if len(table.rows) < 2 or not rows:
         return []
@@ -290,7 +295,7 @@ PART_COLORS = {
 MAX_BARS = 16
 """Largest number of runs with a bar of their time. The table and scaling.csv have all runs."""
 LEAST_LABELLED = 0.09
-"""Smallest share (0 to 1) of a bar that has enough space for its percentage as text."""
+"""Smallest share (0 to 1) of a bar in which the percentage is written as text."""
 
 
 def loss_panels(table: ScalingTable) -> list[Panel]:
@@ -314,8 +319,7 @@ def loss_panels(table: ScalingTable) -> list[Panel]:
 
 
 def _draw_losses(axes: Axes, row: Row, most: float) -> None:
-    """Draw a bar for each cause of lost efficiency. The bars lead from the ideal, 100 %, down to the efficiency of the
-    point.
+    """Draw a bar for each cause of lost efficiency, from the ideal, 100 %, down to the efficiency of the point.
 
     ``most`` is the end of the axis in percent.
     """
@@ -395,7 +399,7 @@ SLOW_AND_FAST = LinearSegmentedColormap.from_list(
 def run_panels(found: RunDetail) -> list[Panel]:
     """Return two panels of one run: the heat map of its ranks, and the distribution of its step times.
 
-    Without the heat map if fewer than two ranks are compared.
+    The heat map is absent if fewer than two ranks are compared.
     """
     panels = [Panel("Step times after warm-up", partial(_draw_distribution, found=found))]
     if (times := found.rank_times) is not None:

@@ -68,22 +68,22 @@ DEFINITION = (
     "after it, restore, compile and steps done again, without saves, evaluations and the wait for nodes"
 )
 CLOCK_S = 1e-5
-"""Seconds below which a part of the time is a rounding error: Unix times have a resolution of 0.24 us."""
+"""Seconds below which a part of the time counts as a rounding error: Unix times have a resolution of 0.24 us."""
 
 
 @dataclass(frozen=True)
 class Failures:
-    """Cost of failures for a run of many nodes, by the formulas of ``launch.runs.events``."""
+    """Rate and cost of failures, from which ``launch.runs.events`` computes the goodput of a run on many nodes."""
 
     mtbf_node_h: float
     """Mean time between failures of one node in hours."""
     save_s: float
     """Seconds for which each save stops the steps."""
     restart_s: float
-    """Seconds of a start after a failure."""
+    """Seconds from a failure to the next step."""
 
     def interval_s(self, nodes: int) -> float:
-        """Return the interval between saves, in seconds, that Young's formula gives if nodes fail independently."""
+        """Return the best interval between saves, in seconds, by Young's formula. Nodes fail independently."""
         return best_interval_s(self.save_s, 3600 * self.mtbf_node_h / nodes)
 
     def goodput(self, nodes: int) -> float:
@@ -94,39 +94,36 @@ class Failures:
 
 @dataclass
 class Stretch:
-    """A stretch of the wall time of a run that belongs to one part."""
+    """A section of a run's wall time that belongs to one part of ``PARTS``."""
 
     part: str
-    """Part of ``PARTS``."""
+    """Key of ``PARTS``."""
     seconds: float
     cause: str | None = None
-    """Cause of the interruption to which the time is lost, a key of ``CAUSES``; None if it is not lost."""
+    """Cause of the interruption that cost this time, a key of ``CAUSES``; None if the time is not lost."""
     since: float | None = None
-    """Unix time of the begin; None for the end of the stretch before it."""
+    """Unix time at which the section begins; None if it begins where the section before it ends."""
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """Wall time of a run, divided into ``PARTS``, and the use and cost of its allocations.
-
-    A figure that is not known is None.
-    """
+    """Wall time of a run, divided into ``PARTS``, and the use and cost of its allocations. None means not known."""
 
     seconds: Mapping[str, float]
-    """Part of ``PARTS`` -> seconds of wall time. Parts of at most ``CLOCK_S`` seconds are absent."""
+    """Key of ``PARTS`` -> seconds of wall time. Parts of at most ``CLOCK_S`` seconds are absent."""
     gpu_hours: float | None
     cost: float | None
     """Cost in the currency of cluster.price_per_gpu_hour; None if unknown."""
     lost_s: Mapping[str, float] = field(default_factory=dict)
-    """Cause of interruptions -> seconds of allocated time that they cost."""
+    """Cause of interruptions -> seconds of allocated time that these interruptions cost."""
     lost_h: Mapping[str, float] = field(default_factory=dict)
-    """Cause of interruptions -> GPU-hours or node-hours (``hours_of``) that they cost."""
+    """Cause of interruptions -> hours that these interruptions cost, in the unit ``hours_of``."""
     interruptions: Mapping[str, int] = field(default_factory=dict)
     """Cause -> number of interruptions."""
     hours_of: str = "node"
-    """Unit of ``lost_h``: GPU; node if the run has no GPUs."""
+    """Unit of ``lost_h``: ``GPU`` for GPU-hours; ``node`` for node-hours if the run has no GPUs."""
     stretches: Sequence[Stretch] = ()
-    """Stretches of time, in the order in which they happened. Together they are the time in ``seconds``.
+    """Sections of the time in ``seconds``, in the order in which they happened.
 
     Steps come before the time between them, and a save before the evaluation of the same step.
     """
@@ -198,7 +195,7 @@ class RunInterruption:
 
 @dataclass
 class _Record:
-    """One step record of the first rank. Times are in seconds; ``begun`` and ``ended`` of the step are Unix times."""
+    """One step record of the first rank. ``begun`` and ``ended`` are the Unix times of the step, in seconds."""
 
     attempt: int
     step: int
@@ -212,24 +209,27 @@ class _Record:
     """Seconds of loading a checkpoint before the step."""
     evaluated: bool
     lost_to: RunInterruption | None = None
-    """Interruption to which the step was lost; None if the step counts."""
+    """Interruption because of which the step was lost; None if the step counts."""
 
 
 UNKNOWN = RunInterruption(0.0, "unknown")
 
 
 class _Division:
-    """Totals of a run by part and by interruption. ``add`` divides one allocation after another."""
+    """Totals of a run's time by part and by interruption. ``add`` divides one allocation after another."""
 
     def __init__(self, run: RunFolder, events: Events) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        """Part of ``PARTS`` -> seconds."""
+        """Key of ``PARTS`` -> seconds."""
         self.stretches: list[Stretch] = []
-        """The same seconds in their order; the last one is the wait for an allocation when ``add`` begins."""
+        """The same seconds as sections of time, in order.
+
+        The last one is the wait for an allocation when ``add`` begins.
+        """
         self.lost_s = defaultdict[str, float](float)
         self.lost_h = defaultdict[str, float](float)
         self.causes: dict[float, str] = {}
-        """``since`` of each interruption that cost time, Unix seconds -> cause of the interruption."""
+        """Interruptions that cost time: ``since`` in Unix seconds -> cause."""
         self._size = 0
         self._has_stepped = False
         self._rollbacks: list[RunInterruption] = []
@@ -289,7 +289,10 @@ class _Division:
         self._records = sorted([*records, *aside], key=_end)
 
     def _records_in(self, path: Path) -> list[_Record]:
-        """Return the last record of each step in one file. A step repeated after a roll-back has several records."""
+        """Return the last record of each step in one file.
+
+        A step that was repeated after a roll-back counts separately.
+        """
         names = ("time", "step_time_s", "compile_s", "val_compile_s", "restore_s")
         columns = read_columns(path, (*names, "val_loss"), every=True)
         evaluated = ~np.isnan(columns.values["val_loss"])
@@ -333,7 +336,7 @@ class _Division:
                 record.lost_to = end if end.cause == "continued" else RunInterruption(end.since, "continued")
 
     def _spend(self, part: str, seconds: float, lost_to: RunInterruption | None = None) -> float:
-        """Add seconds to a part of ``PARTS`` and, if they are lost to an interruption, to the losses of its cause.
+        """Add seconds to a part of ``PARTS``, and to the losses of the cause of ``lost_to`` if it is given.
 
         Returns the seconds.
         """
@@ -416,7 +419,8 @@ class _Division:
         self._spend("compile", compiled, lost_to)
 
     def _divide_starts(self, at: float, until: float, is_last: bool = False) -> None:
-        """Divide a time in which ranks start into ``start`` and ``restarts``. The first start of a run is not lost.
+        """Divide a time in which ranks start into ``start`` and ``restarts``. The first start of a run is not lost
+        time.
 
         ``is_last`` is True if the run ends at ``until``.
         """
@@ -426,7 +430,8 @@ class _Division:
             self._spend("start" if lost_to is None else "restarts", end - since, lost_to)
 
     def _slices(self, at: float, until: float) -> Iterator[tuple[float, float, RunInterruption | None]]:
-        """Yield begin, end and interruption of each section of the time from ``at`` to ``until``, which has no steps.
+        """Yield (begin, end, interruption) of each section of the time from ``at`` to ``until``, in which no steps are
+        made.
 
         Times are Unix seconds. The interruption is None before the first interruption of the run.
         """
@@ -446,7 +451,7 @@ _since, _end = attrgetter("since"), attrgetter("ended")
 def _cause(event: Mapping[str, Any]) -> str:
     """Return the key of ``CAUSES`` for the cause in an event; ``unknown`` if the event has no such cause.
 
-    The cause ``finished`` gives ``continued``: a finished run loses time only if a later command continues it.
+    The cause ``finished`` gives ``continued``: a finished run loses time only if a later command continues the run.
     """
     cause = event.get("cause")
     return "continued" if cause == "finished" else cause if isinstance(cause, str) and cause in CAUSES else "unknown"

@@ -29,32 +29,35 @@ UNAVAILABLE = "unavailable"
 
 
 def figure(value: float | None, form: str = "{:,.0f}") -> str:
-    """Write a figure, by default a whole number with commas between the thousands; ``UNAVAILABLE`` for None."""
+    """Return a figure as text, by default a whole number with commas between thousands; ``UNAVAILABLE`` for None."""
     return UNAVAILABLE if value is None else form.format(value)
 
 
 def rate(value: float | None) -> str:
-    """Write a throughput with at least three digits: 9.87, 98.7, 987, 98,765. ``UNAVAILABLE`` for None."""
+    """Return a throughput as text with at least three digits: 9.87, 98.7, 987, 98,765. ``UNAVAILABLE`` for None."""
     return figure(value, "{:,.0f}" if value is not None and value >= 100 else "{:.3g}")
 
 
 def time_text(value: float | None) -> str:
-    """Write a duration that is given in seconds: 350 ms, 12.3 s, 4 min 05 s. ``UNAVAILABLE`` for None."""
+    """Return a duration in seconds as text: 350 ms, 12.3 s, 4 min 05 s. ``UNAVAILABLE`` for None."""
     return UNAVAILABLE if value is None else duration_text(value)
 
 
 def percent(value: float | None) -> str:
-    """Write a share (0 to 1) in percent with one decimal; ``UNAVAILABLE`` for None."""
+    """Return a share (0 to 1) as text in percent with one decimal; ``UNAVAILABLE`` for None."""
     return UNAVAILABLE if value is None else f"{value * 100:.1f} %"
 
 
 def with_unit(value: float | None, unit: str) -> str:
-    """Write a figure with its unit: a whole number from 1,000 on, else four digits. ``UNAVAILABLE`` for None."""
+    """Return a figure with its unit as text: a whole number from 1,000 on, else four digits.
+
+    ``UNAVAILABLE`` for None.
+    """
     return figure(value, f"{{:,.0f}} {unit}" if value is not None and abs(value) >= 1000 else f"{{:.4g}} {unit}")
 
 
 def hours(value: float, unit: str) -> str:
-    """Write hours of GPUs or nodes, and their unit, with three significant digits and at most four decimals."""
+    """Return hours of GPUs or nodes with their unit as text: three significant digits, at most four decimals."""
     return with_unit(value if value >= 1000 else float(f"{round(value, 4):.3g}"), unit)
 
 
@@ -74,7 +77,7 @@ STATE_TEXTS = {
 NAMED = 3
 """Largest number of slow ranks, throttled hosts or damaged files that a note names. The note counts the rest."""
 LEAST_THROTTLED = 0.01
-"""Smallest share (0 to 1) of throttled samples with which a host counts as throttled."""
+"""Share (0 to 1) of throttled samples from which on a host counts as throttled."""
 
 
 def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequence[Row]) -> Iterator[str]:
@@ -98,7 +101,7 @@ def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequenc
 
 
 def _named(texts: Sequence[str]) -> str:
-    """Return one text with the first ``NAMED`` texts and the number of the other texts."""
+    """Return the first ``NAMED`` texts, and the number of the other texts, as one text."""
     return "; ".join([*texts[:NAMED], *([f"and {len(texts) - NAMED} more"] if len(texts) > NAMED else [])])
 
 
@@ -178,9 +181,7 @@ def _comparison(series: Series) -> Iterator[str]:
 
 
 def _records(points: Sequence[Point]) -> Iterator[str]:
-    """Report steps on fewer nodes than requested, ranks without records, programs without records, and ranks that
-    shared cores or a GPU.
-    """
+    """Report ranks and programs without step records, steps on fewer nodes, and ranks that shared cores or a GPU."""
     partly = []
     for point in points:
         if fewer := point.fewer_nodes:
@@ -235,7 +236,7 @@ def _inexact(points: Sequence[Point], rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _times(point: Point) -> Iterator[str]:
-    """Report step times that are means over lines of a log, slow ranks, and the parts of profiled steps."""
+    """Report slow ranks, the parts of profiled steps, and step times that are means over several lines of a log."""
     figures = point.figures
     if figures is None:
         return
@@ -289,7 +290,7 @@ def _gpus(point: Point) -> Iterator[str]:
 
 
 def _interruptions(row: Row) -> Iterator[str]:
-    """Write the cost of the interruptions of a point by cause."""
+    """Report the cost of the interruptions of a point by cause."""
     if not row.interruptions:
         return
     causes = ", ".join(f"{CAUSES[cause]} {hours(lost, f'{row.hours_of}-h')}" for cause, lost in row.causes_h.items())

@@ -28,7 +28,7 @@ THROTTLING = sum(THROTTLE_REASONS)
 
 @dataclass(frozen=True, kw_only=True)
 class GpuFigures:
-    """Figures of several GPUs over all attempts. A figure that is not known is None."""
+    """Figures of several GPUs over all attempts of a run. A figure that is not known is None."""
 
     gpus: int
     energy_j: float | None
@@ -43,24 +43,24 @@ class GpuFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class HostGpus(GpuFigures):
-    """The GPUs of one host."""
+    """Figures of the GPUs of one host."""
 
     host: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuUse(GpuFigures):
-    """All GPUs of a run, from the start of the ranks to their end. Their energy is None if hosts lack samples."""
+    """Figures of all GPUs of a run, while ranks ran. The energy is None if a host lacks samples."""
 
     hosts: tuple[HostGpus, ...]
     """Hosts by name; numbers in names are sorted as numbers."""
     unsampled: tuple[str, ...] = ()
-    """Hosts on which, in some attempt, fewer GPUs were sampled than the ranks used."""
+    """Hosts on which fewer GPUs were sampled than the ranks used, in at least one attempt."""
 
 
 @dataclass
 class _Gpu:
-    """Totals of one GPU over the samples that were read so far, such as its energy in joules, and its last sample."""
+    """Totals of one GPU over the samples that were read so far, and its last sample."""
 
     last: GpuSample | None = None
     gauges: Mapping[str, float] = field(default_factory=dict)
@@ -160,14 +160,14 @@ class PointState(StrEnum):
 
 
 ENDS = {"finished": PointState.FINISHED, "rank_failed": PointState.FAILED, "stopped": PointState.STOPPED}
-"""Event -> state of a point whose run ended with this event."""
+"""Event that ends a run -> state of its point."""
 REASONS = {"cancelled": PointState.CANCELLED, "budget_reached": PointState.BUDGET_EXCEEDED}
-"""Event that requests a stop -> state of the stopped point, as in ``launch.status``."""
+"""Event that requests a stop -> state of a point that was stopped by this request, as in ``launch.status``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Point(StepReading):
-    """Point of a curve: the records of one run folder.
+    """Point of a scaling curve: what a report reads from one run folder.
 
     ``environment`` is the environment of the last attempt with steps on all nodes; ``steps`` are the steps of all
     attempts with an equal environment.
@@ -190,7 +190,7 @@ class Point(StepReading):
     gpu_use: GpuUse | None = None
     """Energy, power and throttling of the GPUs; None if no GPU was sampled."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
-    """Number of nodes, fewer than requested -> number of steps on them after a loss of nodes.
+    """Number of nodes -> number of steps on so few nodes, if a loss of nodes left fewer than requested.
 
     These steps are in ``steps`` only if the run has no others.
     """
@@ -199,7 +199,7 @@ class Point(StepReading):
     shared_job: str | None = None
     """Id of the job that other points of the sweep shared; None if the point had a job of its own."""
     source: str = ""
-    """Label of the folder that the point is from in a comparison; empty in a report of one folder."""
+    """In a comparison of folders, label of the folder of this point; empty in a report of one folder."""
     neighbours: tuple[str, ...] = ()
     """Titles of the points that shared cores, a GPU or a job with this point while it made steps."""
 
@@ -225,7 +225,10 @@ class Point(StepReading):
 
     @property
     def ranks(self) -> int | None:
-        """Number of ranks that the run recorded, or else that its overrides request; None if unknown."""
+        """Number of ranks that the run recorded; if it recorded none, the number that its overrides request.
+
+        None if unknown.
+        """
         if self.environment is not None:
             return self.environment.world_size
         nodes, per_node = self._typed("nodes"), self._typed("ranks_per_node")
@@ -233,7 +236,10 @@ class Point(StepReading):
 
     @property
     def nodes(self) -> int | None:
-        """Number of nodes that the run recorded, or else that its overrides request; None if unknown."""
+        """Number of nodes that the run recorded; if it recorded none, the number that its overrides request.
+
+        None if unknown.
+        """
         return self._typed("nodes") if self.environment is None else self.environment.nodes
 
     def _typed(self, key: str) -> int | None:
@@ -252,17 +258,17 @@ class Point(StepReading):
 
     @property
     def is_coarse(self) -> bool:
-        """True if step times are means between readings of a log, and there are fewer than ``MIN_STEPS`` readings.
+        """True if step times are means between readings of a log, and there are too few readings for an efficiency.
 
-        So few readings do not allow an efficiency.
+        ``MIN_STEPS`` readings are enough.
         """
         return self.figures is not None and self.figures.intervals < MIN_STEPS
 
     @property
     def has_efficiency(self) -> bool:
-        """True if an efficiency of this point, or of a point that is compared with it, can be reported.
+        """True if the efficiency of this point, or of a point that is compared with this point, can be reported.
 
-        Its steps must be measured, not too coarsely, and its ranks must not have shared cores or a GPU.
+        The steps of the point must be timed finely enough, and its ranks must not have shared cores or a GPU.
         """
         return self.figures is not None and not self.crowded and not self.is_coarse
 
@@ -273,7 +279,7 @@ class Point(StepReading):
 
 
 def read_point(path: Path) -> Point:
-    """Read one run folder. An empty or missing folder gives a point without records."""
+    """Return the point that a run folder describes. An empty or missing folder gives a point without records."""
     run = RunFolder(path)
     setups = {number: read_environment(run, number) for number in run.attempts()}
     known = {number: setup for number, setup in setups.items() if setup is not None}
@@ -327,7 +333,7 @@ def _attempt_times(events: Events) -> dict[int, tuple[float, float | None]]:
 
 
 def _end(event_log: Events, last: int) -> PointState | None:
-    """Return the state of a point by the end of attempt ``last``; None if no event records an end.
+    """Return the state of a point by the end of attempt number ``last``; None if no event records an end.
 
     An event without attempt counts for every attempt.
     """

@@ -40,7 +40,7 @@ Flags = npt.NDArray[np.bool_]
 BLOCK = 1 << 16
 """Number of bytes to decode together. A block of this size stays in the cache of a core."""
 MOST_ATTEMPTS = 1 << 24
-"""Upper bound of attempt numbers in ``RecordColumns.keys``."""
+"""Number above all attempt numbers, for ``RecordColumns.keys``."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,19 @@ class RecordColumns:
     steps: Integers
     attempts: Integers
     values: Mapping[str, Floats]
-    """Field -> its numbers, NaN in records without a number. Do not change the arrays, because fields may share one."""
+    """Field -> its numbers, [records], NaN where a record has no number.
+
+    Read only: several fields may share one array.
+    """
     unread: int = 0
-    """Number of lines that are no records. A last line without newline is not counted: a rank may still be writing."""
+    """Number of damaged lines. A last line without a newline does not count: the rank may still write it."""
 
     def __len__(self) -> int:
         return len(self.steps)
 
     @property
     def keys(self) -> Integers:
-        """One number for each record, [records], which sorts records by step, then by attempt."""
+        """One number for each record, [records]. The numbers sort records by step, then by attempt."""
         return self.steps * MOST_ATTEMPTS + self.attempts
 
 
@@ -67,7 +70,7 @@ def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> R
     """Return the numbers of ``fields`` in the records of one rank; no records if there is no file.
 
     As in ``records.read_records``, damaged lines are skipped, and a repeated step has the record of its latest attempt.
-    ``unread`` is the number of damaged lines. With ``every``, repeated records are returned too, in file order.
+    With ``every``, repeated records are returned too, in file order.
     """
     names = tuple(dict.fromkeys(("step", "attempt", *fields)))
     tables: list[Floats] = [np.empty((len(names), 0))]
@@ -94,7 +97,7 @@ def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> R
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Yield blocks of whole lines of about ``BLOCK`` bytes. The last line may lack its newline."""
+    """Yield blocks of whole lines of about ``BLOCK`` bytes each. The last line of the file may lack its newline."""
     try:
         file = path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
@@ -109,7 +112,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 @lru_cache
 def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
-    """Return the decoder of the fields ``names`` of a record; the first two fields are integers."""
+    """Return a decoder that reads the fields ``names`` of a record; the first two fields are integers."""
     # The attributes have generated names: a field of a script's records may have a name that Python does not allow.
     attributes = [f"field_{index}" for index in range(len(names))]
     kinds = [(name, int) if at < 2 else (name, float | None, math.nan) for at, name in enumerate(attributes)]
@@ -119,7 +122,7 @@ def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
 
 
 def _decode(text: bytes, names: tuple[str, ...]) -> Floats | None:
-    """Return the numbers of whole lines, [fields, lines]. None if a line is damaged, or a field of it is no number."""
+    """Return the numbers in whole lines, [fields, lines]; None if a line is damaged or a field is not a number."""
     try:
         rows = _decoder(names).decode_lines(text)
         # Counting newlines in an array is several times as fast as bytes.count.
@@ -137,7 +140,10 @@ def _decode(text: bytes, names: tuple[str, ...]) -> Floats | None:
 
 
 def _decode_lines(text: bytes, names: tuple[str, ...]) -> tuple[Floats, int]:
-    """Return the records' numbers, [fields, records], and the number of other whole lines. Uses Python's JSON."""
+    """Return the numbers of the records, [fields, records], and the number of damaged lines.
+
+    Slower than ``_decode``.
+    """
     table, unread = list[list[float]](), 0
     for line in io.BytesIO(text):
         try:
@@ -171,9 +177,9 @@ Result = TypeVar("Result")
 MOST_PROCESSES = 8
 """Largest number of reading processes. More processes would wait for the single process that uses their results."""
 TOGETHER = 4
-"""Number of files whose records a process sends together. One by one took a tenth more processor time."""
+"""Number of files whose records a process sends together. Sending each file alone took a tenth more processor time."""
 MUCH = 128 << 20
-"""Number of bytes above which reading processes, one per core, are worth their start."""
+"""Number of bytes above which several reading processes take less time than one, in spite of their start."""
 
 
 def read_ahead(read: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterator[Result]:
@@ -235,10 +241,10 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     weak_scaling: bool | None = None
     stated_unit: str | None = msgspec.field(default=None, name="unit")
     work_per_step: float | None = None
-    """Units of work of all ranks together in a step, if the user stated the work; else None."""
+    """Units of work of all ranks together in a step, as the user stated them; None if the user did not."""
     command_words: list[Any] | None = msgspec.field(default=None, name="command")
     mesh: dict[str, Any] | None = msgspec.field(default=None, name="topology")
-    """Parallelism strategy, and the number of ranks along each dimension; None if not recorded."""
+    """Parallelism strategy (``strategy``), and the number of ranks along each dimension; None if not recorded."""
     global_batch: int | None = None
     micro_batch: int | None = None
     accumulation: int | None = None
@@ -256,7 +262,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def command(self) -> str | None:
-        """Command of a script, as a user types it; None if not recorded, and for a Python function."""
+        """Command line of a script as a user types it; None if not recorded, and for a Python function."""
         return (
             None
             if self.command_words is None or self.workload == "function"
@@ -265,7 +271,10 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def topology(self) -> str | None:
-        """Strategy and each dimension above 1: ``deepspeed_zero0 dp_replicate=2 pp=2``. None if not recorded."""
+        """Strategy and each parallel dimension above 1, such as ``deepspeed_zero0 dp_replicate=2 pp=2``.
+
+        None if not recorded.
+        """
         if self.mesh is None:
             return None
         strategy = str(self.mesh["strategy"])
@@ -274,7 +283,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def per_rank_batch(self) -> int | None:
-        """Sequences of one rank in a step; None if not recorded."""
+        """Sequences that one rank processes in a step; None if not recorded."""
         known = self.micro_batch is not None and self.accumulation is not None
         return self.micro_batch * self.accumulation if known else None  # type: ignore[operator]
 
@@ -290,7 +299,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def code(self) -> str | None:
-        """First 12 digits of the commit, and the digest of the changes since it; None if not recorded."""
+        """First 12 digits of the commit, and a digest of uncommitted changes; None if not recorded."""
         changes = (self.git or {}).get("diff_sha256")
         if self.commit is None:
             return None
@@ -308,7 +317,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def device_names(self) -> str:
-        """Names of all kinds of devices, joined by ``and``."""
+        """Names of the kinds of devices, joined by ``and``."""
         return " and ".join(sorted({place.device_name for place in self.ranks}))
 
     def setup(self) -> tuple[Any, ...]:
@@ -323,7 +332,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         return (self.topology, batch, work, self.precision, self.model, self.parameters, kinds, machines)
 
     def crowding(self) -> list[str]:
-        """Return one phrase, with the hosts, for each way in which ranks shared cores or a GPU; empty if none did."""
+        """Return one phrase, with the hosts, for each way in which ranks shared cores or a GPU; empty without any."""
         machines: dict[str, list[RankPlace]] = defaultdict(list)
         for place in self.ranks:
             machines[place.machine].append(place)

@@ -33,9 +33,9 @@ class Selection:
     runs: tuple[Path, ...]
     sweep: Sweep | None = None
     is_current: bool = True
-    """False for a sweep before the newest sweep, and for all runs of a folder that has sweeps."""
+    """True for the newest sweep of the folder, and for runs of a folder without sweeps."""
     parts: tuple[Selection, ...] = ()
-    """Selections to compare, in the order of the command; empty in a report of one selection."""
+    """In a comparison, the selections to compare, in the order of the command; else empty."""
     out: Path | None = None
     """Folder for the files of the report; None for the usual folders."""
 
@@ -50,7 +50,10 @@ class Selection:
 
     @property
     def folders(self) -> list[Path]:
-        """Folders into which the report is written. The current sweep has two: that of its points, and its record."""
+        """Folders into which the report is written.
+
+        The newest sweep has two: the folder of its points, and its record.
+        """
         if self.out is not None:
             return [self.out]
         if self.parts:
@@ -64,7 +67,7 @@ class Selection:
 
     @property
     def dashboard(self) -> Path | None:
-        """Folder for the TensorBoard run (Scaling or Summary) of this report; None if the report writes none."""
+        """Folder that gets the TensorBoard run (Scaling or Summary) of this report; None if the report writes none."""
         if self.out is not None or self.parts:
             return None
         if len(self.runs) == 1:
@@ -104,17 +107,17 @@ class Selection:
 def select(
     folder: Path, number: int | None = None, *, every: bool = False, command: str = f"{REPORT} {{}}"
 ) -> Selection:
-    """Choose the runs of a report of ``folder``: ``select(Path("outputs/quick_test"))``.
+    """Return the runs of a report of ``folder``: ``select(Path("outputs/quick_test"))``.
 
     A folder of one run selects this run. The record of a sweep, such as ``sweeps/0001``, selects its points. A folder
-    with runs selects the newest sweep, the sweep with ``number``, or with ``every`` all runs. Without a sweep, all runs
-    count.
+    with runs selects the newest sweep, the sweep with ``number``, or with ``every`` all runs. If the folder has no
+    sweep, it selects all runs.
 
     Args:
         folder: folder of runs, or of one run; or the label of a run.
         number: number of an earlier sweep; None for the newest.
         every: True for all runs of the folder.
-        command: command that error messages propose, with ``{}`` for the folder.
+        command: command that error messages propose, with ``{}`` in place of the folder.
 
     Raises:
         ConfigError: there is no such run, or no such sweep.
@@ -154,7 +157,7 @@ def _sweep_numbered(folder: Path, number: int, command: str) -> Sweep:
 
 
 def _proposal(folder: Path, command: str) -> str:
-    """Return a command for an error message: on the newest folder with runs near ``folder``, or one to make runs."""
+    """Return the command that an error message proposes: on the newest folder with runs, or to make runs."""
     near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if not fitting:
@@ -164,10 +167,10 @@ def _proposal(folder: Path, command: str) -> str:
 
 
 def writing_to(selection: Selection, out: Path) -> Selection:
-    """Return the selection with its report in another folder, which is created.
+    """Return the selection with ``out`` as the folder of its report. Creates the folder.
 
     Raises:
-        ConfigError: the path is no folder, a folder of runs (whose own report would be lost), or not writable.
+        ConfigError: the path is not a folder, is a folder of runs (whose own report would be lost), or is not writable.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}, which is a file", "a folder", f"--out {quote(str(out.parent / 'comparison'))}")
@@ -207,10 +210,11 @@ def compare_selections(parts: Sequence[Selection]) -> Selection:
 
 
 def source_labels(parts: Sequence[Selection]) -> list[str]:
-    """Return a label for the folder of each part: its name, or its whole path if another folder has this name.
+    """Return a label for each part of a comparison: the name of its folder, or the whole path if two folders share a
+    name.
 
-    Single runs of one folder share a label, as points of a sweep do. If two parts have the same folder, the
-    number of the sweep, or ``all runs``, distinguishes them.
+    Single runs of one folder share a label, as points of a sweep do. If two parts have the same folder, the number of
+    the sweep, or ``all runs``, distinguishes the parts.
     """
     keys = []
     for part in parts:

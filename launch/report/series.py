@@ -18,7 +18,7 @@ from launch.runs.find import labels_inside, point_labels, tells_apart
 from launch.runs.overrides import typed_key
 
 SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
-"""Keys of overrides that may differ between the points of a series."""
+"""Keys whose values may differ between the points of a series."""
 
 
 def _model(environment: Environment) -> str | None:
@@ -31,7 +31,7 @@ def _model(environment: Environment) -> str | None:
 
 
 def batch_text(environment: Environment) -> str | None:
-    """Return the batch in sequences, or the work of a step in the unit of the program; None if not stated."""
+    """Return the batch size, or the work of a step in the unit of the program, as text; None if not recorded."""
     work, batch = environment.work_per_step, environment.global_batch
     if environment.weak_scaling:
         if environment.per_rank_batch is not None:
@@ -44,7 +44,7 @@ def batch_text(environment: Environment) -> str | None:
 
 
 def work_text(work: float, unit: str | None) -> str:
-    """Write an amount of work for people: 1,024 samples."""
+    """Return an amount of work as text for people, such as 1,024 samples."""
     number = f"{work:,.0f}" if work == round(work) or work >= 1000 else f"{work:.3g}"
     return f"{number} {unit or 'units of work'}"
 
@@ -59,18 +59,18 @@ CONDITIONS: Mapping[str, Callable[[Environment], str | None]] = {
     "batch": batch_text,
     "unit": lambda e: e.unit,
 }
-"""Property -> function of an environment that returns its value as text, or None if not recorded.
+"""Property -> function that returns the value of the property in an environment as text, None if not recorded.
 
-These properties must be equal for all measured points of a series.
+All measured points of a series must have equal values of these properties.
 """
 MADE_WITH: Mapping[str, Callable[[Point], str | None]] = {
     "cluster": lambda p: p.cluster and f"cluster={p.cluster}",
     "software": lambda p: f"torch {p.environment.torch}" if p.environment and p.environment.torch else None,
     "code": lambda p: f"commit {p.environment.code}" if p.environment and p.environment.code else None,
 }
-"""Property -> function of a point that returns its value as text, or None if not recorded.
+"""Property -> function that returns the value of the property at a point as text, None if not recorded.
 
-These properties may change between two commands. Points that differ in one belong to different series.
+These properties may change between two commands. Points with different values belong to different series.
 """
 
 
@@ -108,7 +108,7 @@ class Series:
 
     @property
     def of(self) -> str:
-        """Text `` of LABEL`` for sentences; empty if there is only one series."""
+        """Phrase `` of LABEL`` to append to a noun in a sentence; empty if there is only one series."""
         return f" of {self.label}" if self.label else ""
 
 
@@ -144,7 +144,10 @@ def split(points: Sequence[Point]) -> list[Series]:
 
 
 def made_with(points: Sequence[Point]) -> dict[str, dict[str, list[str]]]:
-    """Return property of ``MADE_WITH`` -> value -> titles of the points with figures and with this value."""
+    """Return property of ``MADE_WITH`` -> value -> titles of the points with this value.
+
+    Points without figures are left out.
+    """
     found: dict[str, dict[str, list[str]]] = {}
     for name, value_of in MADE_WITH.items():
         found[name] = {}
@@ -155,7 +158,7 @@ def made_with(points: Sequence[Point]) -> dict[str, dict[str, list[str]]]:
 
 
 def identity(point: Point) -> frozenset[str]:
-    """Return the overrides of a point that distinguish points, without those of ``SIZE_KEYS``."""
+    """Return the overrides of a point that distinguish it from other points, without those of ``SIZE_KEYS``."""
     return frozenset(one for one in filter(tells_apart, point.overrides) if typed_key(one) not in SIZE_KEYS)
 
 
@@ -184,7 +187,7 @@ def _require_comparable(series: Series) -> None:
 
 
 def label_points(points: Sequence[Point]) -> list[Point]:
-    """Return the points with labels that distinguish them.
+    """Return the points with labels that distinguish them from each other.
 
     The label of a single point distinguishes it from the other runs in its parent folder.
     """
@@ -247,9 +250,9 @@ def efficiency_intervals(series: Series) -> dict[str, tuple[float, float]]:
 
 
 def fit_not_negative(rows: Floats) -> Floats:
-    """Return the weights of the columns of ``rows``, none negative, for which each row adds up to 1 with least squares.
+    """Return weights of the columns of ``rows``, none negative, with which each row sums to 1 as well as possible.
 
-    Of equal fits, the fit with fewer weights above 0 is returned.
+    The fit is by least squares. Of equally good fits, the one with fewer weights above 0 is returned.
     """
     least, best = math.inf, np.zeros(rows.shape[1])
     for count in range(1, min(rows.shape) + 1):
@@ -266,7 +269,7 @@ def fit_not_negative(rows: Floats) -> Floats:
 
 
 class Medians:
-    """Median step time of one run in seconds: measured as ``value``, resampled as ``replicates``.
+    """Median step time of one run in seconds, and the medians of resampled steps.
 
     Args:
         times: step times after warm-up in seconds, [steps].
@@ -283,8 +286,10 @@ class Medians:
             places = (begins + np.arange(length)).ravel()[:steps] % steps
             drawn.append(np.median(times[places]))
         self.replicates = np.array(drawn)
-        """``REPLICATES`` medians in seconds. Each is the median of as many steps as the run has, which are drawn in
-        blocks."""
+        """Medians of ``REPLICATES`` samples of the steps in seconds.
+
+        A sample has as many steps as the run, drawn in blocks.
+        """
         # Student's quantile, corrected for the correlation that is lost at the ends of blocks.
         cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
         self.widening = student(max(1.0, steps / length - 1)) / math.sqrt(1 - cut) / NORMAL
@@ -292,7 +297,7 @@ class Medians:
 
 
 def correlation(times: Floats) -> float:
-    """Return the rank correlation (0 to 0.97) of each step time with the previous one.
+    """Return the rank correlation (0 to 0.97) between the times of successive steps.
 
     Ranks are used so that a single long step does not dominate.
     """
@@ -306,14 +311,14 @@ def correlation(times: Floats) -> float:
 
 
 def block_length(times: Floats) -> int:
-    """Return the number of steps in a bootstrap block with which the spread of a mean is estimated best."""
+    """Return the number of steps in a block of the bootstrap, for the best estimate of the spread of a mean."""
     steps, rho = len(times), correlation(times)
     best = (math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3) * steps ** (1 / 3)
     return max(1, min(math.ceil(best), steps // 3))
 
 
 def student(freedom: float) -> float:
-    """Return the quantile of Student's distribution that leaves 2.5 % above it, for ``freedom`` degrees of freedom.
+    """Return the 97.5 % quantile of Student's t distribution with ``freedom`` degrees of freedom.
 
     The series is from Abramowitz and Stegun, 26.7.5.
     """
@@ -325,10 +330,11 @@ def student(freedom: float) -> float:
 
 
 def ratio(efficiency: float, point: Medians, base: Medians) -> tuple[float, float]:
-    """Return the 95 % interval of an efficiency, by the resampled step times of the point and its baseline.
+    """Return the ends of the 95 % interval of an efficiency, from the resampled step times of the point and its
+    baseline.
 
-    Its distances from the efficiency are multiplied by the larger widening of the two runs. The lower end is at least
-    0.
+    The distances of the ends from the efficiency are multiplied by the larger ``widening`` of the two runs. The lower
+    end is at least 0.
     """
     drawn = efficiency * (point.value / point.replicates) * (base.replicates / base.value)
     low, high = np.quantile(drawn, (0.025, 0.975)).tolist()

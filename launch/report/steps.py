@@ -34,11 +34,11 @@ These steps also set up memory pools, caches, connections and DDP's second bucke
 NOISY = 0.1
 """Interquartile range, as a share of the median, above which an efficiency is marked as inexact.
 
-The range does not shrink with the number of steps, as a standard error would. A disturbance lasts for many steps, which
-are therefore no independent samples.
+The range does not shrink with the number of steps, as a standard error would. A disturbance lasts for many steps, so
+these steps are not independent samples.
 """
 MIN_STEPS = 5
-"""Smallest number of steps, or of intervals in which a log was read, for quartiles and an efficiency."""
+"""Smallest number of steps for quartiles and an efficiency; also of readings of a log that give step times."""
 WAITS = ("comm_s", "bubble_s")
 """Fields of a step record with the time that a rank waited for other ranks."""
 RECORDED = {
@@ -66,25 +66,25 @@ LOSSES = {
 PROFILED = {"compute": "computing", "exposed": "exposed communication", "copies": "copies", "idle": "idle"}
 """Part of a profiled step -> its name for people. The parts add up to the step. A CPU has no copies."""
 BREAKDOWN = {part: f"breakdown_{part}_s" for part in (*PROFILED, "comm")}
-"""Part of a profiled step, or all communication -> field of the step records with its time."""
+"""Key of ``PROFILED``, or ``comm`` for all communication -> field of the step records with its time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """Optimizer steps over all ranks in order, each once, as arrays of shape [steps]. An unknown number is NaN."""
+    """Optimizer steps over all ranks, each step once and in order, as arrays of shape [steps]. NaN means unknown."""
 
     step: Integers
     attempt: Integers
     time_s: Floats
     """Step time of the slowest rank in seconds."""
     work: Floats
-    """Work of all ranks in a step, in the unit of the point."""
+    """Work of all ranks in a step, in the unit of the run."""
     mfu_palm: Floats
-    """Mean MFU of the ranks that recorded it."""
+    """Mean model FLOPs utilization (MFU, 0 to 1) of the ranks that recorded it."""
     recorded_by: Integers
     """Number of ranks that recorded the step."""
     resolution_s: Floats
-    """Seconds between two readings of a log, over which ``time_s`` is a mean; 0 if the step itself was timed."""
+    """Seconds between two readings of a log, if ``time_s`` is a mean over this time; 0 if the step itself was timed."""
     phases: Mapping[str, Floats]
     """Phase of ``LOSSES`` -> seconds of ``time_s`` on the rank with the longest own time.
 
@@ -102,7 +102,7 @@ class Steps:
         return Steps(**kept, phases={phase: values[chosen] for phase, values in self.phases.items()})
 
     def shares(self) -> dict[str, float]:
-        """Return the share of each phase in the time of all steps; empty if a step has no phases.
+        """Return the share (0 to 1) of each phase in the time of all steps; empty if a step has no phases.
 
         The shares add up to 1. A phase that some steps lack is added to ``computation`` in all steps.
         """
@@ -119,7 +119,7 @@ NO_STEPS = Steps(*(np.empty(0, np.int64),) * 2, *(np.empty(0),) * 3, np.empty(0,
 
 
 def past_warmup(steps: Integers, attempts: Integers) -> Flags:
-    """Return a mask, [steps], of the steps after the first ``WARMUP_STEPS`` of their attempt."""
+    """Return a mask, [steps]: True for each step after the first ``WARMUP_STEPS`` of its attempt."""
     _, first, of = np.unique(attempts, return_index=True, return_inverse=True)
     later: Flags = steps >= steps[first][of] + WARMUP_STEPS
     return later
@@ -127,20 +127,20 @@ def past_warmup(steps: Integers, attempts: Integers) -> Flags:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Figures of one point over ``steps`` optimizer steps: median step time and its quartiles, in seconds."""
+    """Figures of one run over ``steps`` optimizer steps.
+
+    ``low_s`` and ``high_s`` are quartiles of the step time, seconds.
+    """
 
     steps: int
     step_time_s: float
     low_s: float
     high_s: float
     throughput: float | None
-    """Work per second in the unit of the point; None if the work of a step is not known."""
+    """Work per second in the unit of the run; None if the work of a step is not known."""
     mfu_palm: float | None
     resolution_s: float = 0.0
-    """Median length, in seconds, of the intervals over which step times are means.
-
-    0 if most steps were timed one by one.
-    """
+    """Median length, in seconds, of the intervals over which step times are means; 0 if steps were timed one by one."""
     intervals: float = math.inf
     """Number of intervals over which step times are means; infinite if steps were timed one by one."""
 
@@ -178,8 +178,7 @@ def measure_steps(steps: Steps) -> StepFigures | None:
 
 
 def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: float, alone: bool) -> dict[str, float]:
-    """Divide the loss ``1 - efficiency`` of a point among the phases: phase -> share, negative if the phase got
-    shorter.
+    """Return how much of the loss ``1 - efficiency`` each phase causes: phase -> share, negative for a gain.
 
     The ideal step takes ``efficiency`` of the real step's time, divided as at the smallest point. The loss of a phase
     is its time beyond its part of the ideal step. Empty if the two points have no known phase in common.
@@ -206,11 +205,11 @@ def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: floa
 WINDOWS = 60
 """Number of windows of the run over which the times of each rank are averaged."""
 LEAST_WINDOWS = 4
-"""Smallest number of windows that can show a persistent difference."""
+"""Smallest number of windows in which a rank can be found slow throughout the run."""
 LEAST_SHARE = 0.02
-"""Smallest excess of a slow rank, as a share of the step time. The time of reading the clock varies as much."""
+"""Smallest excess of a slow rank, as a share of the step time. Smaller excesses may come from reading the clock."""
 BEYOND_SPREAD = 3.0
-"""Smallest time of a slow rank beyond the median of the other ranks, as a multiple of their interquartile range."""
+"""Smallest excess of a slow rank over the median of the other ranks, as a multiple of their interquartile range."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ class RankTime:
 
     rank: int
     own_s: float
-    """Step time without the rank's waits for other ranks (``WAITS``), as far as these are recorded."""
+    """Step time without the rank's recorded waits for other ranks (``WAITS``)."""
     excess_s: float
     """``own_s`` minus the median of the other ranks."""
     is_slow: bool = False
@@ -234,16 +233,16 @@ class RankTimes:
     windows: tuple[tuple[int, int], ...]
     """First and last step of each window of the run."""
     excess_s: tuple[tuple[float, ...], ...]
-    """Mean own time of a rank minus the median of all ranks in the window, seconds, [ranks, windows]."""
+    """Own time of a rank minus the median of all ranks, mean over a window, seconds, [ranks, windows]."""
     is_net: bool = False
     """True if waiting in collectives was recorded and is subtracted."""
 
 
 def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Flags]:
-    """Return each rank's excess over the median of the other ranks in seconds, and a mask of the slow ranks.
+    """Return each rank's excess over the median of the other ranks in seconds, [ranks], and a mask of the slow ranks.
 
-    The excess of a slow rank is a noticeable share of the step and exceeds the spread of the other ranks. It is also
-    at least half as large in three quarters of the windows.
+    The excess of a slow rank is a noticeable share of the step and exceeds the spread of the other ranks. It is also at
+    least half as large in three quarters of the windows.
 
     Args:
         times: means of shape [ranks, windows], seconds.
@@ -275,24 +274,28 @@ def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Fla
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepReading:
-    """Everything that a report needs from the step records of a run."""
+    """Results of reading the step records of a run."""
 
     steps: Steps = NO_STEPS
-    """Steps of attempts with the same environment as the last attempt on all nodes."""
+    """Steps of all attempts whose environment equals that of ``attempt``."""
     rank_times: RankTimes | None = None
-    """Times of each rank against the other ranks; None if fewer than two recorded the same steps."""
+    """Times of each rank relative to the other ranks; None if fewer than two ranks recorded the same steps."""
     unit: str | None = None
     """Unit of the work: tokens, samples or images; None if unknown."""
     last_step: int | None = None
     loss: float | None = None
     """Training loss of the last step, for the GPT library in nats per token; None if unknown."""
     attempt: int = 0
-    """Attempt whose environment the steps have."""
+    """Number of the attempt whose environment the steps have: the last attempt with steps on all nodes.
+
+    0 if there is none.
+    """
     attempt_steps: Mapping[int, int] = field(default_factory=dict)
     """Attempt -> number of its steps that no later attempt repeated."""
     profiled: Mapping[str, float] = field(default_factory=dict)
-    """Part of ``PROFILED``, or ``comm`` -> its mean seconds over the profiled steps of the first rank."""
+    """Key of ``PROFILED``, or ``comm`` -> mean seconds over the profiled steps of the first rank."""
     profiled_steps: int = 0
+    """Number of profiled steps of the first rank."""
     span: tuple[float, float] | None = None
     """Unix times of the first and the last record of the last attempt with steps."""
     unread: Mapping[int, int] = field(default_factory=dict)
@@ -321,7 +324,7 @@ def read_run_steps(
 
 
 def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[tuple[int, RecordColumns]]:
-    """Yield each rank and its records, in order. After the first rank with records, files are read ahead."""
+    """Yield each rank and its records, in order. After the first rank with records, processes read files ahead."""
     is_gpt = bool(setups) and all(setup.workload == "gpt" for setup in setups.values())
     stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
     units = ("tokens",) if is_gpt else tuple(dict.fromkeys((*stated, *UNITS)))
@@ -356,11 +359,11 @@ def step_times(columns: RecordColumns) -> Floats:
 
 
 TIMES, WORK, MFU, READ = range(4)
-"""Rows of the figures in a reduction, before those of ``RECORDED``: step time, own work, MFU, resolution of a log."""
+"""Indices of the first figures of a reduction: step time, own work, MFU, resolution of a log. ``RECORDED`` follows."""
 
 
 class _Reduction:
-    """Figures of each step over all added ranks. Steps and unit are those of the first rank with records.
+    """Figures of each step over all added ranks. The steps are those of the first rank with records.
 
     The critical rank of a step has the longest own time: its step time without its waits in collectives.
     """
@@ -388,9 +391,9 @@ class _Reduction:
         self._sums, self._counts, self._most = np.zeros(shape), np.zeros(shape), np.full(shape, np.nan)
         """Sum, number and maximum of each known figure over the ranks, [figures, steps of the first rank]."""
         self._computing = np.zeros(len(first))
-        """Sum over the ranks of the own time that no phase of ``RECORDED`` takes, seconds."""
+        """Sum over the ranks of the own time outside of the phases of ``RECORDED``, seconds, [steps]."""
         self._own = np.full(len(first), -np.inf)
-        """Longest own time of any rank in each step, seconds."""
+        """Longest own time of any rank in each step, seconds, [steps]."""
         self._critical = np.full((len(RECORDED) + 1, len(first)), np.nan)
         """Seconds of each phase of ``RECORDED``, then of computing, on the critical rank, [phases, steps]."""
         # Means of each rank over windows of the run, which begin after the warm-up.
@@ -459,7 +462,7 @@ class _Reduction:
         }
 
     def _rank_times(self) -> RankTimes | None:
-        """Compare the ranks. None if fewer than two recorded the same steps, or steps are too few for windows."""
+        """Return the comparison of the ranks; None if fewer than two recorded the same steps, or steps are too few."""
         if len(self._means) < 2 or len(self._windows) < LEAST_WINDOWS:
             return None
         own = np.array(list(self._means.values()))
@@ -509,7 +512,7 @@ class _Reduction:
         )
 
     def _phases(self, whole: Integers, ranks: Integers) -> dict[str, Floats]:
-        """Return phase -> seconds of each step. ``computation`` is NaN if only some of the ranks recorded a phase."""
+        """Return phase -> seconds, [steps]. ``computation`` is NaN in a step if only some ranks recorded a phase."""
         time_s, counts, critical = self._most[TIMES, whole], self._counts[READ + 1 :, whole], self._critical[:, whole]
         found = dict(zip(RECORDED, np.where(counts > 0, critical[:-1], np.nan), strict=True))
         # The critical rank waits for the other ranks outside of its own time.

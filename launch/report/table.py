@@ -25,14 +25,17 @@ from launch.report.steps import RankTime, RankTimes, StepFigures, lost
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Row of the scaling table: the results of one run. A value is None if it is unknown or too uncertain to report."""
+    """Row of the scaling table: the results of one run.
+
+    None means that a value is unknown or too uncertain to report.
+    """
 
     point: str
     nodes: int | None
     ranks: int | None
     topology: str | None
     throughput: float | None = None
-    """Work per second in ``unit``. The columns of the CSV file are named for the unit: tokens_per_s, samples_per_s."""
+    """Work per second in ``unit``. In the CSV file, the column is named for the unit, such as tokens_per_s."""
     throughput_per_rank: float | None = None
     step_time_s: float | None = None
     """Median step time of the slowest rank in seconds, over the steps after warm-up."""
@@ -44,21 +47,21 @@ class Row:
     If the work of a step is not known, the speedup is the ratio of step times.
     """
     efficiency: float | None = None
-    """Speedup divided by the ratio of the number of ranks to the number of ranks of the smallest point.
+    """Speedup divided by the ratio of the number of ranks to the number of ranks of the smallest point, 1 is ideal.
 
-    None if ranks of either point shared cores or a GPU, or if times are too coarse.
+    None if ranks of either point shared cores or a GPU, or if step times are too coarse.
     """
     efficiency_low: float | None = None
-    """Lower end of the 95 % interval of the efficiency, by a block bootstrap over the steps of both points
-    (``series``).
-    """
+    """Lower end of the 95 % interval of the efficiency, by a block bootstrap over the steps of both points."""
     efficiency_high: float | None = None
+    """Upper end of the 95 % interval."""
     noisy: bool | None = None
     """True if step times of this or the smallest point vary too much, or are too coarse, for an exact efficiency.
 
     None if ``efficiency`` is None.
     """
     mfu_palm: float | None = None
+    """Model FLOPs utilization by the formula of the PaLM paper, 0 to 1."""
     oversubscribed: bool | None
     state: str
     series: str
@@ -87,11 +90,13 @@ class Row:
     label: str = ""
     """Name that distinguishes the point in this table: the overrides that not all points share."""
     goodput: float | None = None
-    """Share of the allocated time, 0 to 1, in steps that were not lost, also on fewer nodes; None if unknown."""
+    """Share of the allocated time, 0 to 1, in steps that were not lost, including steps on fewer nodes; None if
+    unknown.
+    """
     gpu_hours: float | None = None
     """GPU-hours of all allocations, each from its start to its end."""
     cost: float | None = None
-    """Cost in the currency of cluster.price_per_gpu_hour."""
+    """Cost of all allocations in the currency of cluster.price_per_gpu_hour."""
     cost_per_billion: float | None = None
     """Cost of a billion units of work, such as tokens; None unless all steps of the run are known."""
     energy_kwh: float | None = None
@@ -103,21 +108,21 @@ class Row:
     throttled: float | None = None
     """Share (0 to 1) of the samples of all GPUs in which clocks were lowered for a reason in ``THROTTLE_REASONS``."""
     parts_s: Mapping[str, float] = field(default_factory=dict)
-    """Part of ``goodput.PARTS`` -> seconds; they add up to the time from the submission to the end."""
+    """Key of ``goodput.PARTS`` -> seconds. The values add up to the time from the submission to the end."""
     hours_of: str | None = None
-    """Unit of the hours of interruptions: GPU; node if the run has no GPUs."""
+    """Unit of ``causes_h``: ``GPU``; ``node`` if the run has no GPUs."""
     interruptions: int | None = None
     """Number of interruptions that cost time, including roll-backs."""
     causes_h: Mapping[str, float] = field(default_factory=dict)
-    """Cause of ``goodput.CAUSES`` -> hours that its interruptions cost, in the unit ``hours_of``."""
+    """Key of ``goodput.CAUSES`` -> GPU-hours or node-hours that interruptions of this cause cost."""
     losses: Mapping[str, float] = field(default_factory=dict)
-    """Phase of ``steps.LOSSES`` -> efficiency that is lost in it, as a share.
+    """Key of ``steps.LOSSES`` -> efficiency that is lost in this phase, as a share.
 
     A value is negative if the phase takes less of the step than at the smallest point. The values add up to 1 -
     efficiency.
     """
     source: str = ""
-    """Label of the folder that the point is from in a comparison; empty in a report of one folder."""
+    """In a comparison of folders, label of the folder of this point; empty in a report of one folder."""
     unread_lines: int = 0
     """Number of unreadable lines in the step records of all ranks."""
 
@@ -136,12 +141,12 @@ class RankRow:
     time: RankTime
     host: str | None
     share: float
-    """Excess over the median of the other ranks, as a share of the median step time."""
+    """Excess of the rank's own time over the median of the other ranks, as a share of the median step time."""
 
 
 @dataclass(frozen=True)
 class RunDetail:
-    """Step times and ranks of one measured run."""
+    """Step times and ranks of one measured run, for the page."""
 
     label: str
     step_time_s: float
@@ -149,17 +154,19 @@ class RunDetail:
     """Step times in seconds after warm-up, in the order of the steps."""
     slowest: tuple[RankRow, ...]
     rank_times: RankTimes | None
+    """Times of each rank relative to the other ranks; None if ranks cannot be compared."""
 
 
 @dataclass(frozen=True)
 class ScalingTable:
-    """A report: rows by series and size, properties that rows share, and notes in plain language."""
+    """A report: rows by series and size, properties that rows share, and notes."""
 
     selection: Selection
     rows: tuple[Row, ...]
     batches: dict[str, str]
-    """Kind of scaling -> batch that its points share, as text for people."""
+    """Kind of scaling (``strong``, ``weak``) -> batch of its points, as text for people."""
     conditions: str
+    """Model, precision, hardware and software of the points, as text for people."""
     notes: tuple[str, ...]
     is_gpt: bool = True
     """True if the GPT library made every point with a known workload."""
@@ -177,18 +184,18 @@ class ScalingTable:
 
     @property
     def title(self) -> str:
-        """Title of the report: Comparison, Summary or Scaling, and the name of the runs."""
+        """Title of the report: Comparison, Summary or Scaling, then the name of the runs."""
         kind = "Comparison" if self.selection.parts else "Summary" if len(self.rows) == 1 else "Scaling"
         return f"{kind} of {self.name}"
 
     @property
     def unit(self) -> str:
-        """Unit of the throughput: tokens, samples or images; "work" if points differ, or no unit is known."""
+        """Unit of the throughput: tokens, samples or images; ``work`` if points differ or no unit is known."""
         units = {row.unit for row in self.rows if row.throughput is not None}
         return (units.pop() if len(units) == 1 else None) or ("tokens" if self.is_gpt else "work")
 
     def sections(self) -> list[tuple[str, list[Row]]]:
-        """Return heading and rows for each kind of scaling, in the order of the rows."""
+        """Return (heading, rows) for each kind of scaling, in the order of the rows."""
         sizes = Counter((row.scaling, row.series) for row in self.rows)
         found = []
         for kind in dict.fromkeys(row.scaling for row in self.rows):
@@ -200,7 +207,7 @@ class ScalingTable:
 
 
 def build(folder: Path) -> ScalingTable:
-    """Compute the report of the runs that ``select`` chooses for ``folder``.
+    """Return the report of the runs that ``select`` chooses for ``folder``.
 
     Raises:
         ConfigError: there is no point, or points that belong together are not comparable.
@@ -209,7 +216,7 @@ def build(folder: Path) -> ScalingTable:
 
 
 def tabulate_selection(selection: Selection) -> ScalingTable:
-    """Compute the report of the selected runs.
+    """Return the report of the selected runs.
 
     Raises:
         ConfigError: points that belong together are not comparable.
@@ -218,7 +225,7 @@ def tabulate_selection(selection: Selection) -> ScalingTable:
 
 
 def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
-    """Compute the scaling table of points.
+    """Return the report of points that were read.
 
     Raises:
         ConfigError: points that belong together are not comparable.
@@ -247,7 +254,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
 
 
 def _row(series: Series, point: Point, interval: tuple[float | None, float | None]) -> Row:
-    """Return the row of a point, with the 95 % interval of its efficiency."""
+    """Return the row of a point. ``interval`` is the 95 % interval of its efficiency."""
     return Row(
         point=point.name,
         label=point.title,
@@ -278,7 +285,7 @@ AS_RECORDED = ("nodes", "ranks", "loss", "last_step", "unit", "run_time_s", "att
 
 
 def _time_and_energy(point: Point) -> dict[str, Any]:
-    """Return the fields of a row that describe allocations, interruptions and GPUs."""
+    """Return the fields of a row about allocations, interruptions and GPUs."""
     fields: dict[str, Any] = {}
     use, time = point.gpu_use, point.goodput
     # The work must be that of the whole run: with half of the steps, a unit of work would seem twice as expensive.

@@ -1,4 +1,4 @@
-"""The tables of a report as texts, the same for terminal, Markdown and page, and its figures as CSV and JSON."""
+"""The tables of a report as text for terminal, Markdown and page, and its figures as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from launch.runs.find import print_table
 
 
 TextColumns = Mapping[str, Callable[[Any], str]]
-"""Title of a column -> text of an item in the column. A title may have two lines."""
+"""Title of a column -> function that returns the text of an item in this column. A title may have two lines."""
 LEFT = frozenset({"point", "host", "topology", "state", "against", "reasons"})
-"""Titles of columns of names, which are aligned left. Columns of numbers are aligned right."""
+"""Titles of columns that are aligned left because they have names. Columns of numbers are aligned right."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Cells:
 
     @staticmethod
     def of(heading: str, columns: TextColumns, items: Sequence[Any], among: Sequence[Any] = ()) -> Cells:
-        """Make a table with a row for each item.
+        """Return a table with a row for each item.
 
         A column is left out if its value is unknown for every item of ``items``; if ``among`` is given, for every item
         of ``among``. The notes of the report explain why.
@@ -64,7 +64,7 @@ class Cells:
 
 
 def _of(name: str, write: Callable[[Any], str] = figure) -> Callable[[Any], str]:
-    """Return a function that turns an item into the text of its field ``name``, by ``write``."""
+    """Return a function that returns the field ``name`` of an item as text. ``write`` makes the text of a value."""
     return lambda item: write(getattr(item, name))
 
 
@@ -73,15 +73,15 @@ def _of(name: str, write: Callable[[Any], str] = figure) -> Callable[[Any], str]
 
 NOT_CLAIMED = "not claimed"
 FROM_RECORDS = ("compile", "restore")
-"""Parts of the time that are known only if the step records contain them."""
+"""Keys of ``PARTS`` that are known only if the step records contain them."""
 MAX_HOSTS = 16
 """Largest number of hosts in the table of one run, most throttled first. The JSON file has all hosts."""
 
 
 def efficiency(row: Row) -> str:
-    """Write the efficiency in percent; an inexact one with ~ and no decimals.
+    """Return the efficiency as text in percent; an inexact efficiency has ~ and no decimals.
 
-    With a speedup but no efficiency, the text is ``NOT_CLAIMED``; without both, ``UNAVAILABLE``.
+    The text is ``NOT_CLAIMED`` if only a speedup is known, ``UNAVAILABLE`` if neither is known.
     """
     if row.noisy and row.efficiency is not None:
         return f"~{100 * row.efficiency:.0f} %"
@@ -210,7 +210,7 @@ def _amount(value: float | None) -> str:
 
 
 def slowest_table(found: RunDetail) -> Cells:
-    """Make the table of the slowest ranks of a run."""
+    """Return the table of the slowest ranks of a run."""
     columns: TextColumns = {
         "rank": lambda row: str(row.time.rank),
         "host": lambda row: row.host or UNAVAILABLE,
@@ -225,7 +225,7 @@ def slowest_table(found: RunDetail) -> Cells:
 
 
 DROPPED_FIRST = ("topology", "per rank", "spread", "nodes", "speedup", "loss")
-"""Ends of the titles of columns that a narrow terminal does not show, in this order."""
+"""Ends of the titles of columns that a narrow terminal leaves out, in this order."""
 
 
 def show(table: ScalingTable, console: Console) -> None:
@@ -263,11 +263,11 @@ CSV_COLUMNS = (
     *("steps_measured", "run_time_s", "attempts", "label", "efficiency_low", "efficiency_high", "noisy", "goodput"),
     *("gpu_hours", "cost", "energy_kwh", "unread_lines"),
 )
-"""Fields of a row in the CSV file, in this order. The JSON file has all fields."""
+"""Fields of a row in the CSV file, in order. The JSON file has all fields."""
 
 
 def csv_text(table: ScalingTable) -> str:
-    """Return the rows as CSV with all digits. A figure that is not known or not stated is an empty cell.
+    """Return the rows as CSV with all digits. A figure that is not known or not claimed is an empty cell.
 
     The throughput column has the name of its unit, such as tokens_per_s, or work_per_s if units differ.
     """
@@ -307,7 +307,7 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
 def json_text(table: ScalingTable) -> str:
     """Return the whole report as JSON with all digits: rows, notes, step times and ranks of each measured point.
 
-    ``gpus`` are in the order of the rows. A figure is null if it is not known or not stated, or not finite.
+    ``gpus`` are in the order of the rows. A figure is null if it is not known, not claimed, or not finite.
     """
     names = ("title", "conditions", "unit", "notes", "rows", "gpus", "details")
     content = {"headings": [heading for heading, _ in table.sections()]} | {

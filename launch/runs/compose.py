@@ -276,8 +276,11 @@ class RunConfig:
 
 
 UNUSABLE = re.compile(r"[%\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Characters that a run's path and name cannot have. Slurm and submitit replace ``%j`` by the number of a job, and read
-a backslash as an escape; a line break would end a line of the batch script."""
+"""Characters that a run's path and name cannot have.
+
+Slurm and submitit replace ``%j`` by the number of a job, and read a backslash as an escape; a line break would end a
+line of the batch script.
+"""
 
 
 def refuse_name(name: str) -> None:

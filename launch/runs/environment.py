@@ -254,8 +254,10 @@ def raise_open_files() -> int:
 
 
 def reachable_files(hard: int) -> int:
-    """Return the number of open files to which a process can raise its soft limit. ``hard`` is its hard limit, -1 for
-    none."""
+    """Return the number of open files to which a process can raise its soft limit.
+
+    ``hard`` is its hard limit, -1 for none.
+    """
     return MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
 
 
@@ -412,8 +414,11 @@ GAUGES = {
     "temperature_c": 0,
     "throttle_reasons": 0,
 }
-"""Gauge -> decimals that are written. Energy is a counter in joules since the driver was loaded, and only its small
-differences are used. Throttle reasons are the bits of NVML's clocks event reasons."""
+"""Gauge -> decimals that are written.
+
+Energy is a counter in joules since the driver was loaded, and only its small differences are used. Throttle reasons are
+the bits of NVML's clocks event reasons.
+"""
 THROTTLE_REASONS = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -421,8 +426,10 @@ THROTTLE_REASONS = {
     0x40: "too hot",
     0x80: "power brake",
 }
-"""Bit -> reason why clocks are lower than requested (nvml.h, nvmlClocksEventReasons). Idle clocks (0x01) and clocks set
-by an administrator (0x02, 0x10, 0x100) are not reasons."""
+"""Bit -> reason why clocks are lower than requested (nvml.h, nvmlClocksEventReasons).
+
+Idle clocks (0x01) and clocks set by an administrator (0x02, 0x10, 0x100) are not reasons.
+"""
 
 
 @dataclass(frozen=True)

@@ -380,8 +380,10 @@ ELSEWHERE = {
     "target_val_nats_per_byte": "optim.target_val_loss=LOSS",
     **dict.fromkeys(("offload_optimizer", "offload_parameters"), "parallel.cpu_offload=true"),
 }
-"""Name of a setting elsewhere -> key of this project; a whole override if the values have another meaning. ``{}`` is
-the typed value."""
+"""Name of a setting elsewhere -> key of this project; a whole override if the values have another meaning.
+
+``{}`` is the typed value.
+"""
 MOST_NAMES = 6
 """Names of keys that a refusal lists."""
 

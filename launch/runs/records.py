@@ -36,8 +36,10 @@ class StepRecord:
     """Steps are counted from 1: record s describes the update that made the weights of step s."""
     attempt: int
     loss: float | None
-    """Mean cross-entropy over the global batch, nats per token; equal on all ranks. None if the loss is not finite and
-    the step was skipped."""
+    """Mean cross-entropy over the global batch, nats per token; equal on all ranks.
+
+    None if the loss is not finite and the step was skipped.
+    """
     lr: float
     grad_norm: float | None
     """Global gradient norm before clipping; None if the gradients are not finite and the step was skipped."""
@@ -50,32 +52,43 @@ class StepRecord:
     loss_variance: float | None = None
     """Variance of the loss over the last 100 steps of the attempt; absent in the first 99 steps."""
     grad_mean: float | None = None
-    """Mean over all elements of the gradient before clipping. This field and the next two exist only in steps at
-    logging.gradients_interval."""
+    """Mean over all elements of the gradient before clipping.
+
+    This field and the next two exist only in steps at logging.gradients_interval.
+    """
     grad_std: float | None = None
     layer_grad_norms: dict[str, float] | None = None
     """Gradient norm by layer: ``blocks.0`` and so on, and the parameters outside the blocks."""
     loss_scale: float | None = None
     """Factor of the loss in the backward pass of this step; in fp16 only."""
     skipped_steps: int | None = None
-    """Number of steps so far that were skipped for a non-finite loss or gradient. Without a loss scale, None until
-    the first skipped step."""
+    """Number of steps so far that were skipped for a non-finite loss or gradient.
+
+    Without a loss scale, None until the first skipped step.
+    """
     data_wait_s: float | None = None
     """Time in which the step waited for its samples."""
     forward_backward_s: float | None = None
-    """Time of the forward and backward passes, without ``comm_s`` if ``comm_s`` is known. A GPU measures the times of
-    phases and communication by its own clock."""
+    """Time of the forward and backward passes, without ``comm_s`` if ``comm_s`` is known.
+
+    A GPU measures the times of phases and communication by its own clock.
+    """
     comm_s: float | None = None
     """Exposed communication: time in which the rank waited for other ranks and computed nothing."""
     comm_dp_s: float | None = None
-    """Part of ``comm_s`` in the reduction of gradients over replicas. The next fields are for other groups of ranks.
-    The field of a group that the run does not have is absent. Waits for all ranks are in no group."""
+    """Part of ``comm_s`` in the reduction of gradients over replicas.
+
+    The next fields are for other groups of ranks. The field of a group that the run does not have is absent. Waits for
+    all ranks are in no group.
+    """
     comm_fsdp_s: float | None = None
     """All-gathers and reduce-scatters of FSDP, with the copies into and out of their buffers."""
     comm_tp_s: float | None = None
     comm_pp_s: float | None = None
-    """Time of the sends of a pipeline stage. The time of its receives is in ``bubble_s``, because they wait for another
-    stage."""
+    """Time of the sends of a pipeline stage.
+
+    The time of its receives is in ``bubble_s``, because they wait for another stage.
+    """
     comm_cp_s: float | None = None
     comm_ep_s: float | None = None
     bubble_s: float | None = None
@@ -85,8 +98,10 @@ class StepRecord:
     expert_imbalance: float | None = None
     """Load of the busiest expert of all layers over an even share, minus 1; with experts only."""
     breakdown_compute_s: float | None = None
-    """Time of this step in which the device computed. This field and the next four exist only in steps at
-    logging.breakdown_interval."""
+    """Time of this step in which the device computed.
+
+    This field and the next four exist only in steps at logging.breakdown_interval.
+    """
     breakdown_comm_s: float | None = None
     """Time in which the rank communicated, hidden by computing or not."""
     breakdown_exposed_s: float | None = None
@@ -158,7 +173,10 @@ OF_THE_RUN = frozenset(
     }
 )
 """Fields that only rank 0 writes: figures of the whole run, figures derived from ``step_time_s``, and memory apart from
-its peak. On all of a thousand ranks they would double the size of the records."""
+its peak.
+
+On all of a thousand ranks they would double the size of the records.
+"""
 
 
 UNITS = ("tokens", "samples", "images")

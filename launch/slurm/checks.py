@@ -219,8 +219,10 @@ def check_partition_state(case: Case) -> Iterator[Finding]:
 
 
 def check_access(case: Case) -> Iterator[Finding]:
-    """Check account and QOS against the lists of the partition. Unix groups are not checked: sbatch itself refuses a
-    user who is in none of the partition's groups."""
+    """Check account and QOS against the lists of the partition.
+
+    Unix groups are not checked: sbatch itself refuses a user who is in none of the partition's groups.
+    """
     limits, partition, cluster = case.limits, case.partition, case.config.cluster
     for key, value, allowed in (
         ("account", cluster.account, partition.allow_accounts),
@@ -466,8 +468,10 @@ def possible_places(facts: SlurmFacts, request: Request) -> tuple[Placement, lis
 
 
 def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, errors: Sequence[Finding]) -> None:
-    """Raise ConfigError if a job could start at no candidate of ``places``. ``errors`` are the errors that the checks
-    found for the first candidate."""
+    """Raise ConfigError if a job could start at no candidate of ``places``.
+
+    ``errors`` are the errors that the checks found for the first candidate.
+    """
     if places.possible:
         return
     points = f"the job for {', '.join(request.points)}"

@@ -204,8 +204,9 @@ SETUP_FAILED = (
     """printf "launch: status %s of the line of cluster.setup: %s\\n" "$status" "$(sed -n "${LINENO}p" "$0")" >&2; """
     """exit "$status"; }' ERR"""
 )
-"""Shell line after which the first failed line of a batch script ends the job. A failure in a file that such a line
-sources does not count, if the file itself succeeds.
+"""Shell line after which the first failed line of a batch script ends the job.
+
+A failure in a file that such a line sources does not count, if the file itself succeeds.
 """
 
 

@@ -223,9 +223,7 @@ def find_run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
 
 
 def find_run_status(folder: RunFolder) -> RunStatus:
-    """Return the status of a run since its last submission, or since the submission that its launcher is about
-    to make.
-    """
+    """Return the status of a run since its last submission, also since one that its launcher is about to make."""
     events, damage = folder.read_events(), ""
     plan: dict[str, Any] = {}
     try:
@@ -370,9 +368,7 @@ def printed_logs(point: RunStatus) -> list[Path]:
 
 
 def state_without_job(point: RunStatus) -> tuple[str, str]:
-    """Return state and detail of a point that waits on this machine, or of a run without the launcher
-    (``gpt.train``).
-    """
+    """Return state and detail of a point that waits on this machine, or of a run that no launcher started."""
     if LocalQueueEntry(point.folder).events_before() is not None:
         return ("cancelled", "") if point.is_cancelled else ("pending", "after the points before it")
     if has_ended(point) or point.is_cancelled:

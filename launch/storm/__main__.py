@@ -59,16 +59,19 @@ UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "n
 A drill has more faults than limits allow.
 """
 LEAVING = ("signalled", "agent_stopped", "attempt_ended", "requeued", "agent_ended")
-"""Events of a run that stops. A checkpoint that was saved before such an event does not show that the next start
-works.
+"""Events of a run that stops.
+
+A checkpoint that was saved before such an event does not show that the next start works.
 """
 FELT_S = 180.0
 """Seconds within which a fault ends its attempt, if at all. By default, a silent rank or node is given up earlier."""
 TRIES = 3
 """Number of tries to inject a fault, whose target process may just have ended."""
 SAME = ("loss", "samples", "tokens", "images")
-"""Figures that must be equal in two records of the same step. They depend only on the training state and the
-samples."""
+"""Figures that must be equal in two records of the same step.
+
+They depend only on the training state and the samples.
+"""
 
 
 # The schedule of the faults, and the run with these faults.

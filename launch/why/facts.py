@@ -115,7 +115,8 @@ class RankFacts:
     @property
     def activity(self) -> str:
         """Lines of text: the cause, ``state`` and the process state, ``at`` and the innermost line of the stack, and
-        ``in`` and the file of each frame."""
+        ``in`` and the file of each frame.
+        """
         sources = [f"at {linecache.getline(frame.file, frame.line).strip()}" for frame in self.frames[:1]]
         return "\n".join([self.cause, f"state {self.state}", *sources, *(f"in {frame.file}" for frame in self.frames)])
 
@@ -188,8 +189,10 @@ class AttemptFacts:
 
     @cached_property
     def others(self) -> list[RankFacts]:
-        """Ranks with stacks outside of collectives, longest silence first. If there are none: waiting ranks whose last
-        recorded collective is an earlier one of their group than that of another rank (flight recorder).
+        """Ranks with stacks outside of collectives, longest silence first.
+
+        If there are none: waiting ranks whose last recorded collective is an earlier one of their group than that of
+        another rank (flight recorder).
         """
         busy = [rank for rank in self.ranks if rank.frames and not rank.collective and not rank.echo]
         seqs = [(rank.dump["group"], rank.dump["seq"], rank) for rank in self.waiting if rank.dump]
