@@ -1,4 +1,4 @@
-"""Config of a run: composition by Hydra, files in the run folder, and choice of the run folder."""
+"""Config of a run: composition by Hydra, its files in the run folder, and the choice of the run folder."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def register_schema(name: str, schema: type) -> None:
 def compose_typed(
     primary: str, schema: type, overrides: Sequence[str], config_dir: Path | None = None, *, with_hydra: bool = False
 ) -> DictConfig:
-    """Compose a file of configs/ with overrides that ``check_overrides`` returned.
+    """Return the config that a file of configs/ gives with overrides that ``check_overrides`` returned.
 
-    Hydra composes the chosen files, and the result is cached. The other overrides set values in a copy of this
-    result. The points of a sweep mostly differ in values, and setting values is 10 times faster than composing.
+    Hydra composes the chosen files, and the result is cached. The other overrides set values in a copy of this result.
+    The points of a sweep mostly differ in values, and setting values is 10 times faster than composing.
 
     Args:
         primary: name of the file; its schema is registered.
@@ -144,7 +144,10 @@ def refuse_file_of_config(error: BaseException) -> ConfigError:
 
 
 def make_absolute(nodes: Iterable[tuple[Any, Any]]) -> None:
-    """Make paths in a config absolute, in place; null stays. Each path is given as a node, and a key or place in it."""
+    """Make paths in a config absolute, in place; null stays null.
+
+    ``nodes`` has, for each path, the container in the config and the key or index of the path in this container.
+    """
     for node, name in nodes:
         if not OmegaConf.is_missing(node, name) and node[name] is not None:
             node[name] = str(Path(node[name]).expanduser().absolute())
@@ -169,7 +172,7 @@ def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
 
 
 def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
-    """Return the config that a run folder was made with.
+    """Return the config with which the run of a folder was made.
 
     Raises:
         ConfigError: the folder has no run, or its config is damaged.
@@ -178,7 +181,7 @@ def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
 
 
 def read_document(folder: RunFolder) -> DictConfig:
-    """Return the content of ``.hydra/config.yaml``, without a check against a schema.
+    """Return the content of ``.hydra/config.yaml``, which is not checked against a schema.
 
     Raises:
         ConfigError: the folder has no run, or its config is damaged.
@@ -195,7 +198,9 @@ def read_document(folder: RunFolder) -> DictConfig:
 
 
 def stored_as(folder: RunFolder, document: DictConfig, schema: type[Schema]) -> Schema:
-    """Return the config of a run folder as ``schema``. Keys that only an earlier version had are left out.
+    """Return ``document``, the config of a run folder, as an instance of ``schema``.
+
+    Keys that only an earlier version had are left out.
 
     Raises:
         ConfigError: a value is missing or wrong. The error names the file, not a key to type.
@@ -217,7 +222,7 @@ def stored_as(folder: RunFolder, document: DictConfig, schema: type[Schema]) -> 
 
 
 def write_config(folder: RunFolder, config: DictConfig, overrides: Sequence[str]) -> None:
-    """Write Hydra's own files: ``.hydra/config.yaml`` with every value resolved, and ``.hydra/overrides.yaml``.
+    """Write the files ``.hydra/config.yaml``, with every value resolved, and ``.hydra/overrides.yaml`` of a run.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -239,12 +244,12 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def plain(value: Any) -> str:
-    """Return a value as text for an override: ``null`` for None, the name of an Enum."""
+    """Return a value as it is typed in an override: ``null`` for None, the name of an Enum."""
     return "null" if value is None else str(getattr(value, "name", value))
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """Return a config as a flat dictionary: dotted key -> value that JSON can hold."""
+    """Return a config as one dictionary: dotted key -> value that JSON can hold."""
     flat = flatten(dataclasses.asdict(config))
     return {key: plain(value) if hasattr(value, "name") else value for key, value in flat.items()}
 
@@ -254,7 +259,7 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 @dataclass
 class RunConfig:
-    """Config of every run, of any program and any way to start it."""
+    """Config of every run, whatever its program and however it is started."""
 
     name: str = key("run", "Folder under output_dir for the points of one sweep.")
     output_dir: str = key("outputs", "Folder for all runs.")
@@ -300,9 +305,9 @@ def choose_folder(
 ) -> RunFolder:
     """Return the folder of a run: ``run_dir``, or ``<output_dir>/<name>/<point>``.
 
-    ``fresh`` chooses a new folder: ``<point>~2``, ``<point>~3``, ... Otherwise the newest existing folder is chosen,
-    so the same command continues where the last one stopped. If no such run exists, ``resume_from`` chooses a run
-    that differs only in its number of steps.
+    ``fresh`` chooses a new folder: ``<point>~2``, ``<point>~3``, ... Otherwise the newest existing folder is chosen, so
+    the same command continues where the last command stopped. If no such run exists, ``resume_from`` chooses a run that
+    differs only in its number of steps.
 
     Args:
         config: keys of the run.
@@ -321,7 +326,8 @@ def choose_folder(
 
 
 def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude: Sequence[str]) -> RunFolder | None:
-    """Return the run next to ``folder`` whose overrides differ only in the keys ``exclude``; None if there is none.
+    """Return the run in the same parent folder whose overrides differ only in the keys ``exclude``; None if there is
+    none.
 
     Raises:
         ConfigError: there are several such runs.
@@ -347,7 +353,8 @@ def number_of(path: Path) -> int:
 
 
 def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str]) -> RunFolder:
-    """Return the newest folder of a run, which may not exist yet; with ``fresh`` the next new folder, ``<point>~2``.
+    """Return the newest folder of a run, which may not exist yet. With ``fresh``, return the next new folder:
+    ``<point>~2``.
 
     Keys in ``not_in_point`` do not distinguish runs.
 

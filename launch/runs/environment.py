@@ -31,10 +31,11 @@ DRIVER = Path("/proc/driver/nvidia")
 
 
 def describe_rank(rank: int, local_rank: int, node: int) -> dict[str, Any]:
-    """Return the host, CPUs and device of a rank, for ``environment.json``. For programs that do not write this entry.
+    """Return the host, CPUs and device of a rank, for ``environment.json``.
 
-    Call it on the node of the rank. The device is the visible GPU with index ``local_rank``; the CPU if no GPU is
-    visible. ``device_uuid`` is absent if the GPU is not certain.
+    The agent calls this function, on the node of the rank, for programs that do not write the entry. The device is the
+    visible GPU with index ``local_rank``, or the CPU if no GPU is visible. ``device_uuid`` is absent if the GPU is not
+    certain.
     """
     entry = describe_place(rank, local_rank, node)
     gpus = visible_gpus()
@@ -49,7 +50,7 @@ def describe_rank(rank: int, local_rank: int, node: int) -> dict[str, Any]:
 
 
 def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
-    """Return host, node and CPUs of a rank. ``machine`` is the boot ID, equal for all hostnames of one machine."""
+    """Return host, node and CPUs of a rank. ``machine`` is the boot ID, which all host names of one machine share."""
     return {
         "rank": rank,
         "local_rank": local_rank,
@@ -61,7 +62,10 @@ def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
 
 
 def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
-    """Return the number of CPUs that a rank may use, and their list in the format of Linux: ``0-3,8``."""
+    """Return the number of CPUs that a rank may use (``cores``), and their numbers in the format of Linux:
+
+    ``0-3,8``.
+    """
     numbers = sorted(cpus)
     return {"cores": len(numbers), "cpus": ranges(numbers).replace(" ", "")}
 
@@ -75,7 +79,7 @@ def cpu_name() -> str:
 
 
 def driver_version() -> str | None:
-    """Return the version of the NVIDIA driver of this machine. None if no driver is loaded."""
+    """Return the version of the NVIDIA driver of this machine; None if no driver is loaded."""
     try:
         found = re.search(r"Kernel Module\b.*?\s(\d+\.[\d.]+)\s", (DRIVER / "version").read_text())
     except OSError:
@@ -85,17 +89,17 @@ def driver_version() -> str | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU. ``index`` is the number by which CUDA knows the GPU; ``uuid`` and ``bus`` are None if uncertain."""
+    """A GPU of this machine. ``index`` is CUDA's number of the GPU; ``uuid`` and ``bus`` are None if not certain."""
 
     index: str
     name: str
     uuid: str | None
     bus: str | None = None
-    """Address on the PCI bus, in the format of Linux."""
+    """Address on the PCI bus in the notation of Linux, such as 0000:3b:00.0."""
 
 
 def missing_for_compiling() -> list[str]:
-    """Return what this node lacks to build Triton's kernels: a C compiler, the headers of Python, or both."""
+    """Return what is missing on this node to build Triton's kernels: a C compiler, the headers of Python, or both."""
     programs = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
     header = Path(sysconfig.get_path("include")) / "Python.h"
     found = [] if any(map(shutil.which, programs)) else ["no C compiler"]
@@ -107,7 +111,8 @@ DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
 
 
 def driver_problem(driver: str | None, cuda: str | None) -> str:
-    """Return why a driver is too old for the CUDA of torch; empty if it is not, or if either is not known.
+    """Return why a driver is too old for the CUDA version of torch; "" if the driver is new enough, or if either is
+    None.
 
     Args:
         driver: version of the driver, such as ``550.54.15``.
@@ -122,7 +127,13 @@ def driver_problem(driver: str | None, cuda: str | None) -> str:
 def visible_gpus(
     folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os.environ, devices: Path = Path("/dev")
 ) -> list[Gpu]:
-    """Return the GPUs that this process may use (CUDA_VISIBLE_DEVICES), in CUDA's order."""
+    """Return the GPUs that this process may use, in CUDA's order. CUDA_VISIBLE_DEVICES limits them.
+
+    Args:
+        folder: folder in which the NVIDIA driver describes each GPU.
+        environ: environment variables.
+        devices: folder of device files.
+    """
     there = [_read_gpu(str(index), path) for index, path in enumerate(sorted(folder.glob("*/information")))]
     if not there:  # gVisor has device files alone, and WSL2 (/dev/dxg) does not say how many GPUs there are
         count = sum(path.name[6:].isdigit() for path in devices.glob("nvidia*")) or (devices / "dxg").exists()
@@ -141,7 +152,10 @@ def visible_gpus(
 
 
 def _read_gpu(index: str, path: Path) -> Gpu:
-    """Read a GPU from its file in /proc. ``index`` counts in the order of the PCI bus."""
+    """Return the GPU that a file of the driver in /proc describes.
+
+    ``index`` is its number in the order of the PCI bus.
+    """
     fields = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", path.read_text(), re.MULTILINE))
     uuid = fields.get("GPU UUID", "")
     # The driver writes question marks until the GPU is first used.
@@ -150,7 +164,8 @@ def _read_gpu(index: str, path: Path) -> Gpu:
 
 
 def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
-    """Return the GPU of entry ``index`` of CUDA_VISIBLE_DEVICES. ``name`` is a number or the beginning of a UUID.
+    """Return the GPU that entry ``index`` of CUDA_VISIBLE_DEVICES names. ``name`` is a number or the beginning of a
+    UUID.
 
     ``there`` are the GPUs that the driver lists; ``as_listed`` is True if CUDA numbers them in this order.
     """
@@ -176,14 +191,15 @@ DEFAULTS = (
     # Matrix products that are queued before a collective do not delay its kernel.
     (("TORCH_NCCL_HIGH_PRIORITY",), "1"),
 )
-"""Variables that are set before torch is imported, also in the process from which ranks are forked.
+"""Environment variables that are set before torch is imported, also in the process from which ranks are forked.
 
-Each is a name with its aliases, and the value that is used unless the user has set one of these names."""
+Each entry is a name with its aliases, and the value that is used unless the user has set one of these names.
+"""
 
 DUMP_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 """Variable for the path prefix of the files of NCCL's flight recorder, and its alias."""
 DUMP_PREFIX = "nccl_trace_rank_"
-"""Beginning of the names of the flight recorder's files in the folder of an attempt. torch appends the rank."""
+"""Beginning of the names of the flight recorder's files in an attempt's folder. torch appends the rank."""
 
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Variable for the cache folder of torch's compiler."""
@@ -193,12 +209,13 @@ RECORDED = (
     *DUMP_VARIABLES,
     *("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", COMPILE_CACHE, "TRITON_CACHE_DIR"),
 )
+"""Environment variables that ``environment.json`` records."""
 MOST_FILES = 1 << 20
 """Highest limit of open files that is set. Some programs close all possible descriptors, which takes long for 10^9."""
 
 
 def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()) -> None:
-    """Set the variables that are the same for all attempts, unless the user has set them.
+    """Set the environment variables of ``DEFAULTS``, unless the user has set them.
 
     Args:
         environment: variables of the ranks, changed in place.
@@ -235,13 +252,14 @@ def dumped_ranks(attempt: Path) -> list[int]:
 
 
 def describe_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str | int]:
-    """Return the variables of this process for communication and memory, and its limit of open files."""
+    """Return the environment variables for communication and memory, and the limit of open files (``open_files``)."""
     known: dict[str, str | int] = {name: environment[name] for name in RECORDED if name in environment}
     return known | {"open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
 
 
 def raise_open_files() -> int:
-    """Raise the soft limit of open files of this process and its children to the hard limit; return the new limit.
+    """Raise the soft limit of open files of this process to its hard limit; return the new limit. Children inherit the
+    limit.
 
     Each connection, data file and log of a rank is an open file, and the usual soft limit is 1,024.
     """
@@ -256,7 +274,7 @@ def raise_open_files() -> int:
 def reachable_files(hard: int) -> int:
     """Return the number of open files to which a process can raise its soft limit.
 
-    ``hard`` is its hard limit, -1 for none.
+    ``hard`` is its hard limit; -1: none.
     """
     return MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
 
@@ -278,7 +296,10 @@ NAMED = 5
 
 
 def source_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the source files of this project, tracked by git or not: names relative to ``root`` in order, and paths."""
+    """Yield (name relative to ``root``, path) for each source file of this project, in order.
+
+    Git need not track the file.
+    """
     paths = [path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in SUFFIXES]
     for path in sorted(paths):
         if path.is_file():
@@ -288,11 +309,12 @@ def source_files(root: Path) -> Iterator[tuple[str, Path]]:
 def describe_code(
     root: Path = ROOT, files_of: Callable[[Path], Iterable[tuple[str, Path]]] = source_files
 ) -> dict[str, Any]:
-    """Return folder (``root``), digest of all files (``sha256``) and digest of each file (``files``) of the code.
+    """Return the folder (``root``), a digest of all files (``sha256``) and the digest of each file (``files``) of the
+    code.
 
     Args:
         root: folder of the code, or of a copy.
-        files_of: function that yields names relative to a root, and paths; by default ``source_files``.
+        files_of: function that yields (name relative to a root, path); by default ``source_files``.
     """
     files = {name: digest(path.read_bytes()) for name, path in files_of(root)}
     whole = digest("".join(f"{name} {files[name]}\n" for name in files).encode())
@@ -318,7 +340,8 @@ def install_command(extra: str, root: Path = ROOT) -> str:
 
 
 def code_state(root: Path = ROOT) -> dict[str, str]:
-    """Return the commit of the checkout that contains ``root``, and a hash of its uncommitted changes.
+    """Return ``commit`` and ``diff_sha256``, a hash of the uncommitted changes, of the git checkout that contains
+    ``root``.
 
     Empty outside a git checkout. A copy of the code has the state of its original.
     """
@@ -335,7 +358,7 @@ def code_state(root: Path = ROOT) -> dict[str, str]:
 
 
 def git(folder: Path, *args: str) -> bytes | None:
-    """Run git in ``folder`` and return its standard output. None if git fails, as outside a checkout."""
+    """Run git in ``folder`` and return its standard output; None if git fails, for example outside a checkout."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, timeout=GIT_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -355,7 +378,8 @@ def library_versions() -> dict[str, str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the differences between two ``environment.json`` as texts: changed code files, and changed libraries.
+    """Return the differences between two ``environment.json`` as texts for people: changed code files, changed
+    libraries.
 
     Empty if nothing changed. CUDA and NCCL are compared only if both records have their versions, which only nodes
     know. The driver is not compared, because a requeued job may get other nodes.
@@ -380,9 +404,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = None) -> tuple[int, str] | None:
-    """Return the number of the last recorded attempt, and the changes of code and libraries from then to ``now``.
+    """Return the number of the last recorded attempt, and a text on the changes of code and libraries since then.
 
-    None if nothing changed, or no attempt is recorded. With ``attempt``, only earlier attempts count.
+    None if nothing changed, or no attempt is recorded. With ``attempt``, only earlier attempts are considered. ``now``
+    is the present environment.
     """
     for number in reversed(folder.attempts()):
         before = read_json(folder.environment(number))
@@ -393,7 +418,10 @@ def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = 
 
 
 def refuse_change(folder: RunFolder, since: int, what: str) -> None:
-    """Always raise ConfigError: ``require_same_code=true`` forbids the changes ``what`` since attempt ``since``."""
+    """Always raise ConfigError: ``require_same_code=true`` forbids the changes since attempt ``since``.
+
+    ``what`` is the text on the changes.
+    """
     commit = (read_json(folder.environment(since)).get("git") or {}).get("commit")
     back = f"git checkout {commit[:12]}, " if commit else ""
     raise ConfigError(
@@ -414,7 +442,7 @@ GAUGES = {
     "temperature_c": 0,
     "throttle_reasons": 0,
 }
-"""Gauge -> decimals that are written.
+"""Gauge -> number of decimals that are written.
 
 Energy is a counter in joules since the driver was loaded, and only its small differences are used. Throttle reasons are
 the bits of NVML's clocks event reasons.
@@ -426,9 +454,9 @@ THROTTLE_REASONS = {
     0x40: "too hot",
     0x80: "power brake",
 }
-"""Bit -> reason why clocks are lower than requested (nvml.h, nvmlClocksEventReasons).
+"""Bit of NVML's clocks event reasons -> reason for which clocks are lower than requested (nvml.h).
 
-Idle clocks (0x01) and clocks set by an administrator (0x02, 0x10, 0x100) are not reasons.
+Idle clocks (0x01) and clocks set by an administrator (0x02, 0x10, 0x100) are no faults and are left out.
 """
 
 
@@ -441,10 +469,10 @@ class GpuSample:
     attempt: int
     host: str
     gauges: Mapping[str, Mapping[str, float]]
-    """Address of a GPU on the PCI bus -> gauge -> value; unknown values are absent."""
+    """PCI address of a GPU -> gauge -> value; unknown values are absent."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the sample as the JSON object of one line of ``telemetry/node_*.jsonl``."""
+        """Return the sample as the JSON object of one line in ``telemetry/node_*.jsonl``."""
         line: dict[str, Any] = {"time": round(self.time, 3), "attempt": self.attempt, "host": self.host}
         line["bus"] = list(self.gauges)
         for name, decimals in GAUGES.items():
@@ -465,7 +493,7 @@ def telemetry_nodes(folder: RunFolder) -> list[int]:
 
 
 def read_samples(folder: RunFolder, node: int) -> Iterator[GpuSample]:
-    """Yield the samples of a node in their order; lines that are not samples are skipped."""
+    """Yield the samples of a node in order. Lines that are not samples are skipped."""
     for line in read_json_lines(folder.telemetry(node)):
         with suppress(KeyError, TypeError, ValueError, IndexError):
             gauges = {

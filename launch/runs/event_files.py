@@ -37,13 +37,13 @@ GROUPS = {
 }
 """Group of TensorBoard -> fields of a step record whose curves it shows."""
 PREFIXES = {"gradients": "grad_", "eval": "val_", "breakdown": "breakdown_", "memory": "memory_"}
-"""Group -> beginning of its fields that the tags leave out."""
+"""Group of TensorBoard -> beginning of the names of its fields that tags leave out."""
 TAGS = {
     name: f"{group}/{name.removeprefix(PREFIXES.get(group, ''))}"
     for group, names in GROUPS.items()
     for name in names.split()
 }
-"""Field of a step record -> tag."""
+"""Field of a step record -> tag of its curve in TensorBoard."""
 
 STRAGGLERS_TAG = "stragglers"
 """Tag of the texts that name slow ranks."""
@@ -55,7 +55,10 @@ FLUSH_S = 10
 
 
 class Curve(NamedTuple):
-    """Tags of a curve in a chart of the Custom Scalars tab, and of the band around the curve if it has one."""
+    """Tag of a curve in a chart of TensorBoard's Custom Scalars tab, and the tags of the band around the curve.
+
+    ``lower`` and ``upper`` are None for a curve without a band.
+    """
 
     value: str
     lower: str | None = None
@@ -63,11 +66,11 @@ class Curve(NamedTuple):
 
 
 OF_THE_STEP = frozenset({"step", "attempt", "time", *UNITS, "work"})
-"""Fields of a step record that are not curves: its number, its time and its amount of work."""
+"""Fields of a step record that are not curves: number, time and amount of work of the step."""
 
 
 def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the curves of a step record: tag -> value.
+    """Return the values of a step record for TensorBoard: tag of the curve -> value.
 
     The program's own numbers, such as ``accuracy``, are in the group ``train``, and its rates in ``speed``.
     """
@@ -126,13 +129,13 @@ class EventWriter:
         self._add([_string_value(tag, markdown.encode(), metadata)], step)
 
     def image(self, tag: str, png: bytes, step: int = 0) -> None:
-        """Add a picture, given as the bytes of a PNG file."""
+        """Add a picture. ``png`` is the content of a PNG file."""
         width, height = struct.unpack(">II", png[16:24])  # in the first chunk (PNG specification, 11.2.1)
         image = summary_pb2.Summary.Image(height=height, width=width, encoded_image_string=png)
         self._add([summary_pb2.Summary.Value(tag=tag, image=image)], step)
 
     def layout(self, categories: Mapping[str, Mapping[str, Curve]]) -> None:
-        """Arrange the Custom Scalars tab: category -> title of a chart -> curve.
+        """Set the charts of the Custom Scalars tab. ``categories`` is category -> title of a chart -> curve.
 
         All charts are margin charts: TensorBoard smooths line charts by default, which falsifies curves of a few
         points. A chart has one curve: with two, TensorBoard prints an error for every run without them.

@@ -47,12 +47,12 @@ def last_index(events: Events, *names: str, **fields: Any) -> int:
 
 
 def events_since_submission(events: Events) -> list[dict[str, Any]]:
-    """Return the events since a user last typed the command of the run. Limits of restarts apply to these events."""
+    """Return the events since a user last typed the command of the run. Limits of restarts count only these events."""
     return list(events[last_command(events) :])
 
 
 def last_command(events: Events) -> int:
-    """Return the index of the last submission that a user typed; 0 without one.
+    """Return the index of the last submission that a user typed; 0 if there is none.
 
     A move to another partition is no such submission. A second entry of the same job is not counted either, because its
     agent and its launcher may both write one.
@@ -69,11 +69,11 @@ def last_command(events: Events) -> int:
 
 
 CHANGED = ("resumed_from", "extended")
-"""Names of the events for a command that takes a run back to a checkpoint, or extends the run."""
+"""Names of the events of a command that takes a run back to an earlier checkpoint, or gives the run more steps."""
 
 
 def planned_steps(events: Events) -> int | None:
-    """Return the number of steps that the newest attempt planned for the whole run. None if it is not recorded."""
+    """Return the number of steps that the newest attempt planned for the whole run; None if it is not recorded."""
     told = [event["max_steps"] for event in select_events(events, "started") if event.get("max_steps")]
     return int(told[-1]) if told else None
 
@@ -117,13 +117,13 @@ def fewer_nodes(events: Events) -> dict[int, dict[str, Any]]:
 
 
 def damaged_text(events: Events) -> str | None:
-    """Describe the damaged checkpoints that were set aside since the last submission. None if there are none."""
+    """Return a text on damaged checkpoints that were set aside since the last submission; None if there are none."""
     found = [event["cause"] for event in select_events(events_since_submission(events), "checkpoint_set_aside")]
     return f"damaged and set aside: {'; '.join(found)}" if found else None
 
 
 def unread_text(folder: RunFolder) -> str | None:
-    """Describe how many lines of the event log cannot be read. None if all lines can be read."""
+    """Return a text on the number of lines of the event log that cannot be read; None if all lines can be read."""
     unread = folder.unread_events()
     if not unread:
         return None
@@ -144,12 +144,12 @@ def straggling_ranks(events: Events) -> list[dict[str, Any]]:
 
 
 def uncopied_text(events: Events) -> str | None:
-    """Describe since when checkpoints cannot be copied, and why. None if the last copy succeeded."""
+    """Return a text on since when checkpoints cannot be copied, and why; None if the last copy succeeded."""
     return _failing_text(events, "no checkpoint could be copied", failure="copy_failed", success="copied")
 
 
 def unsaved_text(events: Events) -> str | None:
-    """Describe since when checkpoints cannot be written, and why. None if the last save succeeded."""
+    """Return a text on since when checkpoints cannot be written, and why; None if the last save succeeded."""
     return _failing_text(events, "no checkpoint could be written", failure="save_failed", success="saved")
 
 
@@ -162,7 +162,7 @@ def _failing_text(events: Events, what: str, *, failure: str, success: str) -> s
 
 
 def skipped_text(events: Events) -> str | None:
-    """Describe the skipped steps and the rollbacks of the newest attempt. None if there are none."""
+    """Return a text on the skipped steps and the rollbacks of the newest attempt; None if there are none."""
     began = last_index(events, "started") + 1
     told = []
     for name, what, where in (("step_skipped", "steps skipped", "step"), ("rolled_back", "gone back", "to step")):
@@ -185,9 +185,11 @@ ECHO = re.compile(
 
 
 def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseException, step: int | None) -> None:
-    """Record the failure of this rank in the event log. Omit a traceback that another rank of this node has recorded.
+    """Record the failure of this rank in the event log.
 
-    Thousands of ranks can fail together with the same traceback, and every agent reads the whole log.
+    The traceback is left out if another rank of this node has recorded the same one. Thousands of ranks can fail
+    together with the same traceback, and every agent reads the whole log. ``step`` is the last step of the rank; None
+    if unknown.
     """
     cause = f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
@@ -196,19 +198,19 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
 
 
 def failure_kind(cause: str, trace: str) -> str:
-    """Return a text that is equal for failures of which one traceback is enough.
+    """Return a key for the kind of a failure: of failures with equal keys, one traceback is enough.
 
-    Such failures have the same source lines, and are all echoes or have the same type of exception. The messages of
-    the exceptions are left out, since they may name the rank.
+    Such failures have the same source lines, and are all echoes or have the same type of exception. The messages of the
+    exceptions are left out, since they may name the rank.
     """
     places = re.findall(r'File "[^"]*", line \d+', trace)
     return "\n".join(["echo" if ECHO.search(cause) else cause.partition(":")[0], *places])
 
 
 def same_failure(rank: int, kind: str) -> int | None:
-    """Return the rank of this node that failed first with ``kind`` in this attempt. None if ``rank`` is the first.
+    """Return the rank of this node that was first to fail with ``kind`` in this attempt; None if ``rank`` is the first.
 
-    Uses a marker file in the agent's folder for the attempt; without an agent every rank counts as the first.
+    Uses a marker file in the agent's folder for the attempt. Without an agent, every rank counts as the first.
     """
     if HEARTBEAT_DIR not in os.environ:
         return None
@@ -227,10 +229,18 @@ def same_failure(rank: int, kind: str) -> int | None:
 def enter_failure(
     folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None = None, **more: Any
 ) -> None:
-    """Record the failure of a rank of this host in the event log.
+    """Record the event ``rank_failed`` for a rank of this host in the event log.
 
-    ``more`` of a hung rank is ``hung=True`` and ``since``, the Unix time of its last progress. ``same_as`` is the rank
-    of this host that has recorded the same traceback, which is then left out; None if there is no such rank.
+    Args:
+        folder: the run folder.
+        attempt: number of the attempt.
+        rank: number of the rank.
+        cause: cause of the failure, one line.
+        trace: traceback, or the end of the rank's log.
+        step: last step of the rank; None if unknown.
+        more: further fields: for a hung rank ``hung=True`` and ``since``, the Unix time of its last progress;
+            ``same_as``,
+            the rank of this host that has recorded the same traceback, which is then left out; None if there is none.
     """
     more = {name: value for name, value in more.items() if value is not None}
     if cause.startswith(f"{ConfigError.__name__}: found:"):
@@ -252,7 +262,7 @@ def enter_failure(
 
 
 def first_failure(events: Events, attempt: int) -> dict[str, Any] | None:
-    """Return the first failure of an attempt; an echo only if there is no other failure. None without a failure.
+    """Return the event of the first failure in an attempt, an echo only if there is no other; None without a failure.
 
     Of several hung ranks, the rank with the earliest last progress failed first: the other ranks waited for this rank.
     """
@@ -281,17 +291,17 @@ def failure_text(failure: dict[str, Any]) -> str:
 
 
 def best_interval_s(save_s: float, between_failures_s: float) -> float:
-    """Return the computing time between two saves, seconds, that loses least time: ``sqrt(2 C M)`` (Young 1974).
+    """Return the seconds of computing between two saves that lose the least time: ``sqrt(2 C M)`` (Young 1974).
 
     Args:
-        save_s: seconds for which a save stops the steps.
-        between_failures_s: mean time between failures, seconds.
+        save_s: seconds for which a save stops the steps (C).
+        between_failures_s: mean time between failures, seconds (M).
     """
     return math.sqrt(2 * save_s * between_failures_s)
 
 
 def expected_goodput(save_s: float, interval_s: float, restart_s: float, between_failures_s: float) -> float:
-    """Return the share of the time that is spent on steps that are kept, 0 to 1.
+    """Return the share (0 to 1) of the time that is spent on steps that are kept.
 
     Each interval costs a save. Each failure costs a restart and half an interval, with at most one failure in an
     interval (Daly 2006).
@@ -320,9 +330,9 @@ class SavedCheckpoint:
     size: int
     """Number of bytes that ``find_damage`` reads."""
     find_damage: Callable[[Callable[[int], None]], tuple[str, ...] | None]
-    """Function that reads the checkpoint and returns a line for each damage; None if the checkpoint was deleted.
+    """Function that reads the checkpoint and returns one line for each damage; None if the checkpoint was deleted.
 
-    The function calls its argument with the number of bytes of each read.
+    While it reads, the function calls its argument with the number of bytes of each read.
     """
 
 
@@ -340,15 +350,18 @@ class Continuation:
     back_to: int | None = None
     """Step of the earlier checkpoint from which the run continues; None for its newest checkpoint."""
     last: int | None = None
-    """Last step of the run before it continues from an earlier checkpoint; None if it continues from its newest.
+    """Last step that the run had made before it goes back to ``back_to``; None if the run does not go back.
 
     The records of the steps after ``back_to`` are moved aside.
     """
     extends: int | None = None
-    """Number of steps at which the run was finished, if the command extends the run; otherwise None."""
+    """Number of steps at which the run had finished, if the command gives the run more steps; otherwise None."""
 
     def text(self, max_steps: int | None) -> str:
-        """Describe the continuation; empty if the run continues where it stopped."""
+        """Return a text on the continuation for people; "" if the run continues where it stopped.
+
+        ``max_steps`` is the requested number of steps of the whole run; None if not known.
+        """
         parts = []
         if self.back_to is not None:
             kept = f"; steps {self.back_to + 1} to {self.last} are kept in aside/" if self.last else ""
@@ -380,7 +393,7 @@ def plan_continuation(
 
     Args:
         folder: folder of the run; may be missing if ``resume_from`` is None.
-        resume_from: step of a checkpoint, ``last``, or None.
+        resume_from: step of a checkpoint, ``last`` for the newest, or None to continue where the run stopped.
         max_steps: requested steps of the whole run; None if they are not known.
         saved: checkpoints of the run; read only if needed.
 
@@ -427,7 +440,7 @@ def find_step(folder: RunFolder, resume_from: Any, saved: Sequence[SavedCheckpoi
 
 
 def last_step(folder: RunFolder, saved: Iterable[SavedCheckpoint]) -> int:
-    """Return the last step of a run by its step records and checkpoints; 0 without any."""
+    """Return the last step of a run, from its step records and checkpoints; 0 if there are none."""
     recorded = [record["step"] for record in recent_records(folder.metrics(0))]
     return max([*recorded, *(one.step for one in saved if one.step is not None)], default=0)
 
@@ -435,9 +448,10 @@ def last_step(folder: RunFolder, saved: Iterable[SavedCheckpoint]) -> int:
 def apply_continuation(
     folder: RunFolder, goes_on: Continuation, max_steps: int | None, saved: Iterable[SavedCheckpoint]
 ) -> None:
-    """Record how a run continues, and move the later records and checkpoints aside. Deletes nothing.
+    """Record how a run continues, and move later records and checkpoints into the folder ``aside``. Deletes nothing.
 
-    Call it only while no process works on the run. If the process is killed, the same command completes the work.
+    Call this function only while no process works on the run. If the process is killed, the same command completes the
+    work.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -478,7 +492,7 @@ def aside_records(folder: RunFolder, rank: int) -> list[Path]:
 def refuse_alive(folder: RunFolder) -> None:
     """Raise ConfigError if ranks of the newest attempt run on this machine.
 
-    This finds ranks that no launcher started, which are in no queue. Ranks on other machines are not found.
+    Such ranks may have no launcher and be in no queue (``gpt.train``). Ranks on other machines are not found.
     """
     import psutil  # a rank imports this module, and its Python may have the standard library alone
 

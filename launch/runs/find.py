@@ -1,4 +1,4 @@
-"""Search of run folders below paths, labels of runs, the record of sweeps, and tables. All commands use these."""
+"""Search of run folders, labels of runs, the record of sweeps, and tables, for all commands."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ MEASURING_KEYS = tuple(
         *("stop_signal", "resumes", "resume_args"),
     )
 )
-"""Keys for how a script is watched or measured. They do not change the program, and no label has them."""
+"""Keys that set how a script is watched or measured. They do not change the program, and no label contains them."""
 
 
 def tells_apart(override: str) -> bool:
-    """Return whether an override distinguishes runs, rather than how they are submitted or watched."""
+    """Return whether an override can distinguish runs. Overrides on how runs are submitted or watched cannot."""
     # The file with the call of a function has another name for each point; call.args has the arguments.
     return not is_within(typed_key(override), (*NOT_IN_POINT, *MEASURING_KEYS, "call.file"))
 
@@ -77,7 +77,7 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def alone(path: Path, overrides: Sequence[str]) -> str:
-    """Return the label of a single run: the name of its folder, or of the parent folder if this name says little."""
+    """Return the label of a single run: the name of its folder, or of the parent folder if that says more."""
     number = generation(path.name)
     of_folder = path.name.removesuffix(number)
     # A cut name is too long for a line of a terminal, and ends in a hash without a meaning for people.
@@ -87,13 +87,13 @@ def alone(path: Path, overrides: Sequence[str]) -> str:
 
 
 def generation(name: str) -> str:
-    """Return the suffix of a folder's name that ``fresh=true`` adds: ``~2``, or empty."""
+    """Return the suffix that ``fresh=true`` adds to the name of a folder, such as ``~2``; "" if there is none."""
     found = re.search(r"~\d+$", name)
     return found.group() if found else ""
 
 
 def sweep_overrides(points: Sequence[Sequence[str]]) -> list[str]:
-    """Return each key of the points with all its values, as overrides: ``nodes=1,2,4``, ``optim.max_steps=60``."""
+    """Return one override for each key of the points, with all its values: ``nodes=1,2,4``, ``optim.max_steps=60``."""
     values: dict[str, dict[str, None]] = {}
     for override in (override for point in points for override in point if tells_apart(override)):
         key, _, value = override.partition("=")
@@ -105,30 +105,32 @@ def sweep_overrides(points: Sequence[Sequence[str]]) -> list[str]:
 
 
 CURRENT = "sweep.json"
+"""Name of the file with the newest sweep of a folder, and of the file in the record of each sweep."""
 ARCHIVE = "sweeps"
+"""Name of the folder with the records of all sweeps of a folder."""
 
 
 class Sweep(msgspec.Struct, frozen=True):
-    """A sweep: the points of one command, as ``sweep.json`` has it."""
+    """A sweep: the points of one command. The file ``sweep.json`` contains these fields."""
 
     points: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
-    """Names of the folders of the points, in the order of the command."""
+    """Names of the points' folders, in the order of the command."""
     number: int | None = msgspec.field(default=None, name="sweep")
     """Number of the sweep in its folder; None if ``sweep.json`` was written by hand."""
     typed: tuple[str, ...] = ()
-    """Typed overrides of all points together: ``nodes=1,2,4``."""
+    """Overrides of all points together, such as ``nodes=1,2,4``."""
     time: float = 0.0
-    """Time when the sweep was typed last, Unix seconds."""
+    """Time when a user last typed the sweep, Unix seconds."""
 
     def folder(self, group: Path) -> Path | None:
-        """Return the folder of the sweep's record and report, below ``group``, the folder of its points.
+        """Return the folder of the sweep's record and report; None if the sweep has no record.
 
-        None if the sweep has no record.
+        ``group`` is the folder of its points.
         """
         return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
 
     def summary(self, beside: Sequence[Sweep]) -> str:
-        """Return a short description: the swept keys, and overrides that not all of the sweeps ``beside`` share."""
+        """Return a short description: swept keys, and overrides in which the sweep differs from those in ``beside``."""
         common = set.intersection(*(set(one.typed) for one in (self, *beside)))
         told = [override for override in self.typed if "," in override or override not in common]
         number = "" if self.number is None else f" {self.number}"
@@ -149,7 +151,7 @@ def read_sweeps(group: Path) -> list[Sweep]:
 
 
 def current_sweep(group: Path) -> Sweep | None:
-    """Return the last typed sweep of a folder. None if the folder has no sweep.
+    """Return the sweep of a folder that was typed last; None if the folder has no sweep.
 
     Raises:
         ConfigError: the record of the sweep is damaged.
@@ -167,6 +169,11 @@ def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sw
     """Record a sweep that was typed now as the current sweep of the folder ``group``, and return the sweep.
 
     A sweep of the same points, in any order, keeps its number.
+
+    Args:
+        group: folder of the points.
+        points: names of the points' folders.
+        typed: overrides of all points together.
     """
     numbers = [sweep.number for sweep in read_sweeps(group) if sorted(sweep.points) == sorted(points)]
     number = numbers[0] if numbers else int(make_numbered(group / ARCHIVE).name)
@@ -212,7 +219,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def suggestion(path: Path) -> str:
-    """Return what to type in place of a path without runs: a path with a similar name, or a command."""
+    """Return what to type in place of a path without runs: a similar path, or a command."""
     if not path.is_absolute() and path.parts[:1] != OUTPUTS.parts and runs_inside(OUTPUTS.absolute() / path):
         return f"{OUTPUTS / path}, which is there"
     above = path.parent.absolute()
@@ -225,7 +232,9 @@ def suggestion(path: Path) -> str:
 
 
 def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
-    """Return ``folder`` if it is a run folder, else the run folders up to ``depth`` levels below, in natural order."""
+    """Return the run folders up to ``depth`` levels below ``folder``, in natural order; only ``folder`` if it is one
+    itself.
+    """
     if is_run(folder):
         return [folder]
     inner = [each for each in folder.iterdir() if not each.name.startswith(".")] if depth and folder.is_dir() else []
@@ -234,7 +243,7 @@ def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
 
 
 def typed_for(run: Path) -> Sequence[str]:
-    """Return the typed overrides of a run; if the file is damaged, its folder as ``run_dir``."""
+    """Return the overrides that were typed for a run; if their file is damaged, its folder as ``run_dir``."""
     try:
         return read_overrides(RunFolder(run))
     except ConfigError:
@@ -248,7 +257,7 @@ def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
-    """Return a label for each planned run, given as folder and overrides.
+    """Return a label for each planned run. ``points`` has the folder and the overrides of each run.
 
     The labels of several runs differ from each other. The label of a single run differs from the labels of existing
     runs in its folder.
@@ -259,14 +268,14 @@ def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def labels_inside(groups: Iterable[Path]) -> dict[Path, str]:
-    """Return folder -> label for all runs in the folders ``groups``. Labels differ within a folder."""
+    """Return folder -> label for all runs in the folders ``groups``. The labels in one folder differ."""
     return {run: label for group in groups for run, label in labels_of(runs_inside(group, depth=1)).items()}
 
 
 def runs_labelled(path: Path) -> list[Path]:
-    """Return a list with the run whose label is the end of ``path``; empty if there is none.
+    """Return a list with the one run that ``path`` names as FOLDER/LABEL; empty if there is none.
 
-    A run has one label among the runs of its folder, and one for each of its sweeps. Both are found.
+    A run has one label among all runs of its folder, and one label in each of its sweeps. Each of them is accepted.
 
     Raises:
         ConfigError: several runs have this label.
@@ -305,9 +314,9 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def plain_console(**options: Any) -> Console:
-    """Return a console that prints texts unchanged: brackets are no markup, numbers get no color, lines do not wrap.
+    """Return a console that prints texts unchanged: no markup in brackets, no colored numbers, no wrapped lines.
 
-    ``options`` are arguments of ``Console``, and may change this.
+    ``options`` are further arguments of ``Console``.
     """
     from rich.console import Console
 
@@ -323,14 +332,15 @@ def print_table(
     optional: Sequence[str] = (),
     styles: Sequence[str] = (),
 ) -> list[str]:
-    """Print a table without its empty columns. Lines fit a terminal; in a file they may have any length.
+    """Print a table without its empty columns. On a terminal, lines fit its width; in a file, lines may have any
+    length.
 
     Args:
         console: console that prints.
         titles: titles of the columns, of one or two lines.
         rows: cells of each row.
         left: titles of columns that are aligned left, and whose cells a terminal may wrap. A wrapped number is
-            unreadable, so the other columns are aligned right and stay whole.
+            unreadable, so the other columns are aligned right and are not wrapped.
         optional: ends of titles of columns that a narrow terminal does not show, first to be hidden first.
         styles: style of each row.
 

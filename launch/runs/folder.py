@@ -29,7 +29,10 @@ from ..errors import ConfigError
 
 
 class ReportFile(Enum):
-    """Format of a report. ``tensorboard`` is a run in TensorBoard: Scaling for a sweep, Summary for a single run."""
+    """Format of a report's file.
+
+    ``tensorboard`` is a run in TensorBoard: Scaling for a sweep, Summary for a single run.
+    """
 
     md = "md"
     csv = "csv"
@@ -48,7 +51,7 @@ def deny_others_writing() -> None:
     """Set the umask so that only the owner can write to files of this process and of its children.
 
     The permissions to read stay as the user set them. Call this function at the start of a command, because the umask
-    is process-wide.
+    applies to the whole process.
     """
     os.umask(os.umask(0o077) | 0o022)
 
@@ -62,13 +65,16 @@ def make_folder(path: Path) -> None:
 
 
 def numbers_in(folder: Path, prefix: str = "", suffix: str = "") -> list[int]:
-    """Return the numbers between ``prefix`` and ``suffix`` in the names of a folder's entries, ascending."""
+    """Return the numbers in the names of a folder's entries, between ``prefix`` and ``suffix``, in ascending order."""
     names = (path.name.removeprefix(prefix).removesuffix(suffix) for path in folder.glob(f"{prefix}*{suffix}"))
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def make_numbered(folder: Path) -> Path:
-    """Make and return the next numbered folder in ``folder``: 0001, 0002, ... No two calls get the same number."""
+    """Make the next numbered folder in ``folder`` (0001, 0002, ...) and return its path.
+
+    No two calls get the same number.
+    """
     number = max(numbers_in(folder), default=0)
     while True:
         number += 1
@@ -84,7 +90,8 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Append each of ``values`` as one line, all in one write. Several processes and hosts may append to one file.
 
     O_APPEND is not atomic on NFS, so the file is locked around the write. A filesystem without locks, such as Lustre
-    mounted without ``flock``, has O_APPEND alone. A line torn by a crash is ended first, so that no new line is lost.
+    mounted without ``flock``, has O_APPEND alone. If a crash left an incomplete last line, a line break is written
+    first, so that no new line is lost.
     """
     data = b"".join(json.dumps(value).encode() + b"\n" for value in values)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +105,7 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_whole(descriptor: int, data: bytes) -> None:
-    """Append all of ``data`` to a file with no other writer, or nothing if a full disk takes only a part.
+    """Append all of ``data`` to a file that has no other writer. Append nothing if a full disk takes only a part.
 
     A part that stayed in the file would be written a second time later, and its lines would count twice.
 
@@ -117,7 +124,7 @@ def append_whole(descriptor: int, data: bytes) -> None:
 
 
 def open_to_append(path: Path) -> int:
-    """Open a file of lines for its only writer and return the descriptor. Ends a line that a crash has torn."""
+    """Open a file of lines for its only writer and return the descriptor. Ends an incomplete last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     os.write(descriptor, end_of_torn_line(descriptor))
@@ -125,13 +132,16 @@ def open_to_append(path: Path) -> int:
 
 
 def end_of_torn_line(descriptor: int) -> bytes:
-    """Return a line break if the last line of a file has none, because a crash has torn the line; else no bytes."""
+    """Return a line break if the last line of a file has none, because a crash cut the line off; otherwise no bytes."""
     size = os.fstat(descriptor).st_size
     return b"\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else b""
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in the lines of a JSONL file, without torn lines. Yields nothing if the file does not exist."""
+    """Yield the objects in the lines of a JSONL file.
+
+    Damaged lines are skipped. Yields nothing if the file does not exist.
+    """
     try:
         lines = path.read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):
@@ -140,7 +150,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_json_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the objects in the lines of a JSONL file; other lines are skipped."""
+    """Yield the JSON objects in ``lines``. Lines without a JSON object are skipped."""
     for line in lines:
         try:
             value = json.loads(line)
@@ -169,12 +179,15 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def write_json(path: Path, value: Any, mode: int = 0o666) -> None:
-    """Write ``value`` atomically as indented JSON. ``mode``: permissions of the file, minus the umask."""
+    """Write ``value`` atomically as indented JSON. ``mode`` has the permissions of the file, minus the umask."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode(), mode)
 
 
 def is_own(file: IO[bytes]) -> bool:
-    """Return whether this user owns an open file, and no other user may write into it. For pickles, which are code."""
+    """Return whether this user owns an open file, and no other user may write into the file.
+
+    The check protects readers of pickles, which are code.
+    """
     found = os.fstat(file.fileno())
     return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
@@ -192,9 +205,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Error numbers of a filesystem that is full, over its quota, or failing. Other data would fail in the same way."""
+"""Error numbers of a filesystem that is full, over its quota, or failing."""
 KEPT = 10_000
-"""Maximum number of lines kept for a file; the oldest lines are dropped first."""
+"""Largest number of lines that are kept for one file; the oldest lines are dropped first."""
 
 _kept: dict[Path, deque[Mapping[str, Any]]] = {}
 _lock = threading.Lock()
@@ -202,7 +215,7 @@ _keeps = False
 
 
 def keep_unwritten() -> None:
-    """From now on, keep lines of ``append_lines`` in memory while the filesystem is full. For agents and ranks."""
+    """Make ``append_lines`` keep lines in memory while the filesystem is full. For agents and ranks."""
     global _keeps
     if not _keeps:
         _keeps = True
@@ -210,7 +223,7 @@ def keep_unwritten() -> None:
 
 
 def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    """Append ``values`` as JSON lines, after the lines for the same file that are kept in memory.
+    """Append ``values`` as JSON lines. Lines for the same file that are kept in memory come first.
 
     Raises:
         OSError: the lines cannot be written. If ``keep_unwritten`` was called, only for reasons not in ``NO_ROOM``.
@@ -232,10 +245,10 @@ def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
-    """Write a JSON file; return True if written, False if the filesystem is full.
+    """Write a JSON file. Returns True if the file was written, False if the filesystem is full.
 
     Raises:
-        OSError: the reason is not in ``NO_ROOM``.
+        OSError: the file cannot be written for a reason that is not in ``NO_ROOM``.
     """
     try:
         write_json(path, value, mode)
@@ -247,7 +260,7 @@ def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
 
 
 def unwritten(path: Path) -> list[dict[str, Any]]:
-    """Return the lines for a file that this process keeps in memory, oldest first, as parsed from JSON."""
+    """Return the lines for a file that this process keeps in memory, oldest first, as objects."""
     with _lock:
         return [json.loads(json.dumps(value)) for value in _kept.get(path, ())]
 
@@ -275,7 +288,7 @@ def say(text: str) -> None:
 
 
 def is_full(folder: Path) -> bool:
-    """Return whether the filesystem of a folder is full; False if this cannot be read. Ignores quotas."""
+    """Return whether the filesystem of a folder is full; False if this cannot be read. Quotas are not considered."""
     try:
         found = os.statvfs(folder)
     except OSError:
@@ -284,14 +297,14 @@ def is_full(folder: Path) -> bool:
 
 
 FULL_BYTES = 64 * 1024
-"""Number of free bytes below which a filesystem counts as full. The blocks of a small file need as much."""
+"""Number of free bytes below which a filesystem counts as full: the blocks of a small file."""
 
 
 # The run folder.
 
 
 class RunFolder:
-    """Paths of the files of a run, below ``<output_dir>/<name>/<point>``. The constructor creates nothing."""
+    """Paths of the files of a run in its folder, ``<output_dir>/<name>/<point>``. The constructor creates nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -316,10 +329,10 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer"
         """Tokenizer of the run, if the data names one."""
         self.aside = self.path / "aside"
-        """Numbered folders with later records and checkpoints, one for each return to an earlier checkpoint."""
+        """Folder for later records and checkpoints, in a numbered folder for each return to an earlier checkpoint."""
 
     def attempt(self, number: int) -> Path:
-        """Return the folder of an attempt, one start of the ranks, counted from 1."""
+        """Return the folder of an attempt. An attempt is one start of the ranks, counted from 1."""
         return self.path / "attempts" / f"{number:04d}"
 
     def environment(self, attempt: int) -> Path:
@@ -331,15 +344,15 @@ class RunFolder:
         return self.attempt(attempt) / "ds_config.json"
 
     def log(self, attempt: int, rank: int) -> Path:
-        """Return the file with everything that a rank printed in an attempt."""
+        """Return the path of the file with everything that a rank printed in an attempt."""
         return self.attempt(attempt) / "logs" / f"rank_{rank:05d}.log"
 
     def metrics(self, rank: int) -> Path:
-        """Return the file of the step records of a rank, over all attempts."""
+        """Return the path of the file with the step records of a rank, over all attempts."""
         return self.path / "metrics" / f"rank_{rank:05d}.jsonl"
 
     def telemetry(self, node: int) -> Path:
-        """Return the file of the GPU samples of a node, over all attempts."""
+        """Return the path of the file with the GPU samples of a node, over all attempts."""
         return self.path / "telemetry" / f"node_{node:05d}.jsonl"
 
     def attempts(self) -> list[int]:
@@ -347,37 +360,43 @@ class RunFolder:
         return numbers_in(self.path / "attempts")
 
     def create_attempt(self) -> int:
-        """Make the folder of the next attempt and return its number. Two processes never get the same number."""
+        """Make the folder of the next attempt and return the number of the attempt.
+
+        No two processes get the same number.
+        """
         made = make_numbered(self.path / "attempts")
         (made / "logs").mkdir()
         return int(made.name)
 
     def metric_ranks(self) -> list[int]:
-        """Return the ranks that have step records, in order."""
+        """Return the numbers of the ranks that have step records, ascending."""
         return numbers_in(self.path / "metrics", "rank_", ".jsonl")
 
     def record_event(self, event: str, **details: Any) -> None:
-        """Append one event to the event log, with the time (Unix seconds).
+        """Append one event to the event log. The time (Unix seconds) is added.
 
         If the filesystem is full, an agent or a rank keeps the event in memory (``keep_unwritten``).
         """
         append_lines(self.events, [{"time": time.time(), "event": event, **details}])
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Return all events, oldest first, then events that this process could not write yet. Skips damaged lines."""
+        """Return all events, oldest first, then those that this process could not write yet.
+
+        Damaged lines are skipped.
+        """
         return [event for event in (*read_json_lines(self.events), *unwritten(self.events)) if is_event(event)]
 
     def tracker_id(self, rank: int = 0) -> str:
-        """Return the id of a rank's run in an experiment tracker, 32 letters and digits.
+        """Return the id of a rank in an experiment tracker, 32 letters and digits.
 
-        The id is the same in every attempt. A run in the same folder, after this run was deleted, has another id.
+        The id is the same in every attempt. A new run in the same folder, after this run was deleted, has another id.
         """
         first = next(iter(self.read_events()), {})
         digest = hashlib.sha256(f"{self.path} {first.get('time')}".encode()).hexdigest()
         return f"{digest[:24]}{rank:08d}"
 
     def unread_events(self) -> int:
-        """Count the lines of the event log that are neither events nor blank.
+        """Return the number of lines of the event log that are neither events nor blank.
 
         A last line without an end is not counted, because a process may still be writing the line.
         """
@@ -390,7 +409,7 @@ class RunFolder:
 
 
 def is_event(value: dict[str, Any]) -> bool:
-    """Return whether a line of the event log is an event: it has a name and a time."""
+    """Return whether the object in a line of the event log is an event: it has a name and a time."""
     return isinstance(value.get("event"), str) and isinstance(value.get("time"), int | float)
 
 
@@ -409,11 +428,11 @@ FIXES = {
     "sweep.json": "rm {path}; sweeps/ beside it has every sweep, and without it a report takes all runs",
     "events.jsonl": "the file from a backup; without it, squeue --me and scancel JOB for a job that still runs",
 }
-"""Name of a file -> text of what to type if the file is damaged."""
+"""Name of a file -> what a user can type if the file is damaged."""
 
 
 def damaged(path: Path, why: str) -> ConfigError:
-    """Return a ConfigError for a damaged file. ``why`` describes the damage."""
+    """Return the ConfigError for a damaged file. ``why`` describes the damage."""
     fix = FIXES.get(path.name, "the file from a backup").format(path=quote(str(path)))
     return ConfigError(f"{path}, which is damaged: {why}", "the file as it was written with the run", fix)
 
@@ -456,7 +475,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def unreadable(path: Path, error: BaseException) -> ConfigError:
-    """Return a ConfigError for a file that raised ``error`` when it was read."""
+    """Return the ConfigError for a file that raised ``error`` when it was read."""
     if isinstance(error, OSError):
         return damaged(path, str(error.strerror))
     if not path.read_bytes().strip():
@@ -466,7 +485,7 @@ def unreadable(path: Path, error: BaseException) -> ConfigError:
 
 @contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Raise ConfigError in place of an OSError of the ``with`` block, which writes the files of a run."""
+    """Turn an OSError of the ``with`` block, which writes into the run folder ``folder``, into ConfigError."""
     try:
         yield
     except OSError as error:

@@ -25,18 +25,18 @@ from launch.runs.records import recent_records
 
 
 FORMAT = 1
-"""Number of the format of both kinds of files."""
+"""Number of the file format, for matmul rates and for links."""
 Measured = TypeVar("Measured")
 Size = TypeVar("Size", int, float)
 
 
 def _read_measured(path: Path, key: str, parse: Callable[[Any], Measured], command: str) -> Measured:
-    """Return the content of a file of measurements. Reads the file again only if it changes.
+    """Return the content of a file of measurements. The file is read again only after it has changed.
 
     Args:
         path: path of the file.
         key: key or option that names the file, for error messages.
-        parse: function from the JSON document to the result; raises ValueError, KeyError, TypeError or
+        parse: function that returns the result for the JSON document. It raises ValueError, KeyError, TypeError or
             AttributeError for wrong content.
         command: command that writes such a file with ``--output``, for error messages.
 
@@ -69,7 +69,7 @@ def _read(path: Path, _changed: int, parse: Callable[[Any], Any]) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class MatmulRates:
-    """Rates of one device in one precision on a grid of sizes, FLOP/s."""
+    """Rates of one device in one precision, in FLOP/s, on a grid of sizes of matrix products."""
 
     axes: tuple[tuple[int, ...], ...]
     """Sizes of m, n and k, each ascending."""
@@ -82,7 +82,7 @@ class MatmulRates:
         return max(self.flops_per_s.values())
 
     def rate(self, m: float, n: float, k: float) -> float:
-        """Return the rate of a product of size m, n, k in FLOP/s, interpolated in the logarithms of sizes and rates.
+        """Return the rate of a product (m, k) x (k, n) in FLOP/s, interpolated in the logarithms of sizes and rates.
 
         Outside the grid, return the rate at the nearest edge.
         """
@@ -95,12 +95,12 @@ class MatmulRates:
         return math.exp(total)
 
     def times(self, factor: float) -> MatmulRates:
-        """Return the rates multiplied by ``factor``."""
+        """Return a copy with all rates multiplied by ``factor``."""
         return replace(self, flops_per_s={shape: factor * rate for shape, rate in self.flops_per_s.items()})
 
 
 def between(axis: Sequence[Size], size: float) -> list[tuple[Size, float]]:
-    """Return the two sizes of an axis around ``size``, each with its weight by the distance of logarithms.
+    """Return the two sizes of ``axis`` nearest to ``size``, each with its weight for an interpolation in logarithms.
 
     Outside the axis, return only the nearest size, with weight 1.
     """
@@ -114,12 +114,12 @@ def between(axis: Sequence[Size], size: float) -> list[tuple[Size, float]]:
 
 @dataclass(frozen=True)
 class MatmulFile:
-    """Content of a file of measured rates."""
+    """Content of a file of measured rates of matrix products."""
 
     device: str
-    """Name from ``torch.cuda.get_device_name()``, or CPU."""
+    """Name from ``torch.cuda.get_device_name()``, or ``CPU``."""
     precisions: Mapping[str, MatmulRates]
-    """fp32, tf32, bf16 or fp16 -> rates."""
+    """Precision (fp32, tf32, bf16 or fp16) -> rates."""
 
 
 def rates_document(device: str, samples: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def rates_document(device: str, samples: Sequence[Mapping[str, Any]], measured: 
 
 
 def read_matmul_rates(path: Path) -> MatmulFile:
-    """Read a file of measured rates of matrix products, FLOP/s: the file that ``cluster.matmul_rates`` names.
+    """Return the content of a file of measured rates, such as the file that ``cluster.matmul_rates`` names.
 
     Raises:
         ConfigError: the file does not exist, or is not a file of matmul rates.
@@ -163,16 +163,17 @@ def _parse_rates(document: Any) -> MatmulFile:
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 TIERS = ("intra_node", "inter_node")
-"""Kinds of links: in a node, and between nodes (ranks of equal local rank, while all ranks send)."""
+"""Kinds of links: inside a node, and between ranks with equal local ranks on different nodes."""
 FASTEST = 1e13
-"""Bandwidth for a link whose measured time does not grow with the size, bytes/s: more than any real link has."""
+"""Bandwidth in bytes/s for a link whose measured time does not grow with the size; more than any real link has."""
 
 
 def terms(collective: str, ranks: int) -> tuple[float, float]:
-    """Return the number of consecutive messages of a collective, and the share of its bytes that pass a rank's link.
+    """Return the number of consecutive messages of a collective, and its bytes on a rank's link as a share of the
+    tensor.
 
-    The bytes are those of the whole tensor: the result of an all-gather, the input of a reduce-scatter, the input of
-    each rank of an all-to-all.
+    The tensor is the result of an all-gather, the input of a reduce-scatter, and the input of each rank of an
+    all-to-all.
     """
     if collective == "send":
         return 1.0, 1.0
@@ -184,7 +185,7 @@ def terms(collective: str, ranks: int) -> tuple[float, float]:
 
 
 Curve = tuple[tuple[float, float], ...]
-"""Pairs of message size in bytes, ascending, and measured time over fitted time."""
+"""Pairs of message size in bytes, ascending, and the ratio of measured time to fitted time."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,8 @@ class LinkFit:
     """Latency and bandwidth of a rank's link in a collective, fitted to measured times.
 
     ``error`` is the root mean square of ``predicted time / measured time - 1``. ``curve`` corrects the fitted line by
-    message size: a line alone misses bursts that a switch buffers, and libraries that change the algorithm for long
-    messages. It is empty without a correction.
+    message size, because a line misses bursts that a switch buffers, and libraries that change the algorithm for long
+    messages. The curve is empty without a correction.
     """
 
     latency_s: float
@@ -218,7 +219,7 @@ class LinkFit:
 
 @dataclass(frozen=True)
 class Network:
-    """Measured links in and between nodes."""
+    """Measured links inside nodes and between nodes."""
 
     ranks_per_node: int
     """Number of ranks on each node, which all send at the same time."""
@@ -251,7 +252,7 @@ def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str,
 
 
 def read_network(path: Path, key: str = "cluster.network") -> Network:
-    """Read a file of measured links.
+    """Return the measured links in a file.
 
     Args:
         path: path of the file.
@@ -304,19 +305,19 @@ def _fit(tier: str, name: str, document: Mapping[str, Any], samples: Sequence[Ma
 FIRST_S, SAMPLE_S = 1.0, 10.0
 """Seconds until the first sample, and between samples."""
 WASTED = 0.5
-"""Share of a request: if a run used less than this, a smaller request is proposed."""
+"""Share of a request below which the use of a run leads to the proposal of a smaller request."""
 ROOM = 1.25
-"""Factor from the use of a run to the request that is proposed."""
+"""Factor from the measured use of a run to the proposed request."""
 GIB = 2**30
 
 
 def usage_file(folder: RunFolder, attempt: int, node: int) -> Path:
-    """Return the file with the use of a node in an attempt."""
+    """Return the path of the file with the resources that a node used in an attempt."""
     return folder.attempt(attempt) / "usage" / f"node_{node:05d}.json"
 
 
 class UsageMeter:
-    """Peak memory and mean number of busy CPUs of the ranks on a node, with all processes that they have started."""
+    """Meter of the peak memory and the mean number of busy CPUs of a node's ranks and all their child processes."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + FIRST_S
@@ -326,7 +327,10 @@ class UsageMeter:
         """Process id -> CPU seconds, also of processes that have ended."""
 
     def poll(self, ranks: Collection[int]) -> None:
-        """Sample the ranks with these process ids, at most every ``SAMPLE_S`` seconds."""
+        """Sample memory and CPU time of the ranks.
+
+        ``ranks`` has their process ids. Does nothing within ``SAMPLE_S`` seconds.
+        """
         if time.monotonic() < self._next or not ranks:
             return
         self._next = time.monotonic() + SAMPLE_S
@@ -344,7 +348,10 @@ class UsageMeter:
         self._memory = max(self._memory, own + shared)
 
     def write(self, path: Path) -> None:
-        """Write the use, and the resources that Slurm gave, unless there was no sample. Ignores errors of the disk."""
+        """Write the use, and the resources that Slurm gave, unless there was no sample.
+
+        Errors of the disk are ignored.
+        """
         if not self._memory:
             return
         given = os.environ.get("SLURM_MEM_PER_NODE", "")
@@ -360,7 +367,7 @@ class UsageMeter:
 
 
 def usage_text(folder: RunFolder) -> str:
-    """Describe the share of its request that a finished Slurm job used on its busiest node; empty for all other runs.
+    """Return a text on how much of its request a finished Slurm job used on its busiest node; "" for other runs.
 
     If less than half of a request was used, the text ends with a smaller request to type.
     """
@@ -387,9 +394,9 @@ def usage_text(folder: RunFolder) -> str:
 
 
 def gpu_memory_gib(folder: RunFolder, attempt: int) -> tuple[float, float | None]:
-    """Return the peak use and the size of the memory of the fullest GPU of an attempt in GiB; 0 and None if unknown.
+    """Return the peak memory use and the memory size of the fullest GPU of an attempt in GiB; (0, None) if unknown.
 
-    They are known if ranks record the memory of their GPU, as those of the GPT library do.
+    Both are known if ranks record the memory of their GPU, as those of the GPT library do.
     """
     ranks = read_json(folder.environment(attempt)).get("ranks") or ()
     peaks = [(0.0, None)]

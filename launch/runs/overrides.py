@@ -1,6 +1,6 @@
 """Overrides: ``KEY=VALUE`` as typed, the check of each against a schema, and the name that they give a run.
 
-The check comes before Hydra composes a file, because Hydra's own errors do not name the key, nor the override to type
+The check comes before Hydra composes a file, because Hydra's own errors name neither the key nor the override to type
 next.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def typed_key(override: str) -> str:
-    """Return the key of an override: ``nodes`` for ``++nodes=2``."""
+    """Return the key of an override, such as ``nodes`` for ``++nodes=2``."""
     return override.split("=", 1)[0].lstrip("+~")
 
 
@@ -48,16 +48,16 @@ def without_key(overrides: Iterable[str], key: str) -> list[str]:
 
 
 def is_within(key: str, groups: Iterable[str]) -> bool:
-    """Return whether ``groups`` has ``key`` or a group that contains ``key``: ``cluster`` for ``cluster.network``."""
+    """Return whether ``groups`` contains ``key`` or a group of ``key``, such as ``cluster`` for ``cluster.network``."""
     return f"{key}.".startswith(tuple(f"{group}." for group in groups))
 
 
 PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
-"""Pattern of values in which neither Hydra's grammar of overrides nor a shell finds syntax."""
+"""Pattern of values that need no quotes, neither in Hydra's grammar of overrides nor in a shell."""
 
 
 def quoted(value: str) -> str:
-    """Return a value for Hydra's grammar of overrides, in quotes if it needs them."""
+    """Return a value as Hydra's grammar of overrides accepts it, in quotes if it needs them."""
     if PLAIN.fullmatch(value):
         return value
     bare = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
@@ -70,7 +70,7 @@ def in_shell(key: str, value: str) -> str:
 
 
 def read_overrides(folder: RunFolder) -> tuple[str, ...]:
-    """Read the overrides of the run of a folder; empty if the folder has no file of overrides.
+    """Return the overrides of the run of a folder; empty if the folder has no file of overrides.
 
     Raises:
         ConfigError: the file is damaged.
@@ -87,26 +87,26 @@ def read_overrides(folder: RunFolder) -> tuple[str, ...]:
 
 
 PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "resume_from", "require_same_code")
-"""Keys for the place of a run's files. They do not change the results of the run."""
+"""Keys that choose the place of a run's files. They do not change the results of the run."""
 LAUNCHER_KEYS = (
     *("workload", "nodes", "ranks_per_node", "spare_nodes", "spare_jobs", "dry_run", "copy_code"),
     *("launch", "cluster", "resilience", "budget", "objective", "objective_of"),
 )
 """Keys that exist only in configs of the launcher."""
 NOT_IN_POINT = (*PLACE_KEYS, *(key for key in LAUNCHER_KEYS if key not in ("nodes", "ranks_per_node")), "hydra")
-"""Keys that are not part of the name of a run's folder: where and how the run is submitted."""
+"""Keys that are not part of the name of a run's folder, because they only set where and how the run is submitted."""
 RANK_VALUES = ("nodes", "ranks_per_node", "world_size", "run_dir", "checkpoint_dir", "attempt", "name", "newest")
-"""Names that ``${...}`` in the arguments of a program can have. Their values are known when a rank starts."""
+"""Names that ``${...}`` in the arguments of a program can have. The values are known only when a rank starts."""
 NOTHING_TYPED = "default"
-"""Name of a run without overrides."""
+"""Name of the folder of a run without overrides."""
 NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves room for suffixes
 
 
 def point_keys(overrides: Iterable[str], exclude: Collection[str]) -> frozenset[str]:
-    """Return the overrides that name a point. Two points with the same overrides here are the same run.
+    """Return the overrides that identify a point. Two points with the same result are the same run.
 
     Args:
-        overrides: as typed.
+        overrides: overrides as typed.
         exclude: keys, or groups of keys, that do not distinguish runs.
     """
     # A plus before a key is for Hydra, and does not change the run.
@@ -132,18 +132,21 @@ def point_name(overrides: Iterable[str], exclude: Collection[str]) -> str:
 
 
 SWEEPS = ("CHOICE_SWEEP", "SIMPLE_CHOICE_SWEEP", "RANGE_SWEEP")
-"""Names of Hydra's kinds of sweeps whose values are listed; a search (``interval``) chooses values later."""
+"""Names of Hydra's kinds of sweeps that list their values.
+
+In a search (``interval``), a sweeper chooses values later.
+"""
 
 
 @cache
 def config_groups() -> frozenset[str]:
-    """Return the names of the folders in configs/, such as ``model``. A run chooses one file of each by its name."""
+    """Return the names of the folders in configs/, such as ``model``. A config has at most one file of each folder."""
     return frozenset(folder.name for folder in files("configs").iterdir() if folder.is_dir())
 
 
 @cache
 def structured(schema: type) -> DictConfig:
-    """Return the schema as a config of OmegaConf. Cached, because this takes as long as a composition."""
+    """Return a schema, a dataclass, as a config of OmegaConf. Cached, because this takes as long as a composition."""
     made: DictConfig = OmegaConf.structured(schema)
     return made
 
@@ -166,7 +169,7 @@ def searched_folders() -> list[Path]:
 
 
 def check_overrides(overrides: Iterable[str], schema: type, folders: Sequence[Path] = ()) -> list[str]:
-    """Return typed overrides as Hydra takes them, after a check of each key and value.
+    """Return overrides in Hydra's grammar, after a check of each key and value.
 
     Users type ``experiment=X``, and keys of their choice such as ``script.options.lr``, without the plus signs that
     Hydra needs. The result has the plus signs.
@@ -214,7 +217,7 @@ def _checked(typed: str, schema: type, folders: tuple[Path, ...]) -> str:
 
 
 def _incomplete(typed: str, schema: type) -> ConfigError:
-    """Return the refusal of an argument without a key or a value."""
+    """Return the ConfigError for an argument without a key or a value."""
     keys = schema_keys(schema)
     likely = [typed] if is_within(typed, free_keys(schema)) else closest(typed, keys)
     fix = f"{likely[0]}=VALUE" if likely else f"the same without {typed}"
@@ -242,7 +245,7 @@ def _check_option(typed: str, group: str, folders: Sequence[Path]) -> None:
 
 
 def unknown_option(group: str, choice: str, options: Collection[str]) -> ConfigError:
-    """Return the refusal of an option that a group of config files does not have."""
+    """Return the ConfigError for ``choice``, an option that a group of config files does not have."""
     likely = [option for option in sorted(options) if option.startswith(choice)] or closest(choice, options)
     likely = likely or sorted(options)
     fix = f"{group}={likely[0]}"
@@ -253,7 +256,10 @@ def unknown_option(group: str, choice: str, options: Collection[str]) -> ConfigE
 
 @cache
 def parse_override(typed: str, schema: type) -> Override:
-    """Parse an override by Hydra's grammar. Raises ConfigError if the grammar does not accept ``typed``."""
+    """Return an override that Hydra's grammar has parsed.
+
+    Raises ConfigError if the grammar does not accept ``typed``.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -289,7 +295,7 @@ def set_value(config: DictConfig, override: Override, schema: type, typed: str =
 
 
 def refuse_value(error: BaseException, schema: type, typed: str = "") -> ConfigError:
-    """Return the refusal of a value that OmegaConf rejects.
+    """Return the ConfigError for a value that OmegaConf rejects.
 
     Args:
         error: error of OmegaConf.
@@ -304,7 +310,7 @@ def refuse_value(error: BaseException, schema: type, typed: str = "") -> ConfigE
 
 
 def fitting_value(typed: str, schema: type) -> tuple[str, str]:
-    """Return the values that the key of an override takes, in words, and an override with such a value."""
+    """Return a description of the values that the key of an override accepts, and an override with such a value."""
     key, _, value = typed.partition("=")
     path = key.partition("[")[0]
     kind, value = key_types(schema).get(path), value.lstrip("=")
@@ -380,12 +386,12 @@ ELSEWHERE = {
     "target_val_nats_per_byte": "optim.target_val_loss=LOSS",
     **dict.fromkeys(("offload_optimizer", "offload_parameters"), "parallel.cpu_offload=true"),
 }
-"""Name of a setting elsewhere -> key of this project; a whole override if the values have another meaning.
+"""Name of a setting in other programs -> key of this project; a whole override if the values have another meaning.
 
 ``{}`` is the typed value.
 """
 MOST_NAMES = 6
-"""Names of keys that a refusal lists."""
+"""Largest number of similar keys that an error message lists."""
 
 
 def likely_override(name: str, value: str, schema: type) -> str | None:
@@ -417,7 +423,7 @@ def likely_override(name: str, value: str, schema: type) -> str | None:
 
 
 def unknown_key(key: str, value: str, schema: type) -> ConfigError:
-    """Return the refusal of a key that does not exist, with the keys that were probably meant."""
+    """Return the ConfigError for a key that does not exist. It lists the keys that the user probably meant."""
     keys, typed = schema_keys(schema), f"{key}={value}"
     if "nodes" not in keys and key.split(".")[0] in (*LAUNCHER_KEYS, "script"):
         words = ["workload=script", typed] if key.startswith("script") else [typed]
@@ -430,8 +436,9 @@ def unknown_key(key: str, value: str, schema: type) -> ConfigError:
 
 
 def unknown_flag(flag: str, argv: Sequence[str], schema: type, flags: Sequence[str], command: str) -> ConfigError:
-    """Return the refusal of a flag, with the override that a user probably meant: ``optim.max_steps=3`` for
-    ``--max-steps 3``.
+    """Return the ConfigError for a flag that does not exist, such as ``--max-steps 3``.
+
+    It proposes the override that the user probably meant: ``optim.max_steps=3``.
 
     Args:
         flag: flag as typed, with its value if they are joined by ``=``.

@@ -25,9 +25,9 @@ from typing import TypeVar
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Pause the garbage collector in a ``with`` block that imports large libraries.
+    """Pause the garbage collector during a ``with`` block that imports large libraries.
 
-    After the block, the collector never visits the objects that exist by then.
+    After the block, the collector never visits the objects that exist at its end.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -43,16 +43,16 @@ Item = TypeVar("Item")
 
 
 def share(items: Sequence[Item], part: int, parts: int) -> Sequence[Item]:
-    """Return part ``part``, from 0, of ``items`` in ``parts`` consecutive parts, whose sizes differ by one at most."""
+    """Return part ``part``, from 0, of ``items``, which are divided into ``parts`` consecutive, nearly equal parts."""
     return items[len(items) * part // parts : len(items) * (part + 1) // parts]
 
 
 MOST_COMPILERS = 8
-"""Largest number of processes in which a rank compiles. More are not needed: models have few different kernels."""
+"""Largest number of processes in which a rank compiles. Models have few different kernels."""
 
 
 def set_default_threads(ranks: int) -> None:
-    """Set OMP_NUM_THREADS to 1 for ranks, as torchrun does, and limit the processes in which each compiles.
+    """Set environment variables so that each rank uses one OpenMP thread, as with torchrun, and few compiler processes.
 
     By default, torch's compiler would start one process for each CPU of the node in each rank, at most 32. Variables
     that the user has set do not change. Call this function before the libraries are loaded, since they read the
@@ -67,7 +67,7 @@ def set_default_threads(ranks: int) -> None:
 
 
 def hash_seed(seed: int) -> str:
-    """Return the value of PYTHONHASHSEED for a run's seed: the seed modulo 2**32, which is what Python accepts."""
+    """Return the value of PYTHONHASHSEED for a run's seed: the seed modulo 2**32, the range of Python."""
     return str(seed % 2**32)
 
 
@@ -75,7 +75,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process (SIGKILL) when its parent, process ``parent``, ends (Linux prctl).
+    """Make the kernel kill this process (SIGKILL) when its parent, process ``parent``, ends (Linux prctl).
 
     Otherwise a rank whose agent was killed would continue unwatched, and write into the folder of a run that other
     processes continue.
@@ -86,7 +86,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def become_helper(parent: int) -> None:
-    """End this process together with ``parent``, and ignore signals to a whole job or terminal, such as SIGTERM."""
+    """Make this process end together with process ``parent``, and ignore signals to a whole job or terminal."""
     for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     die_with_parent(parent)
@@ -112,9 +112,9 @@ def become_helper(parent: int) -> None:
 ENVIRONMENT = "LAUNCH_HEARTBEAT_DIR"
 BEAT_S = 1.0
 WAIT_S = 0.005
-"""Polling interval of a rank that waits for an agreement, seconds."""
+"""Polling interval in seconds of a rank that waits for the agents to agree on a step."""
 FROM_FILE = 1000
-"""Cause of a stop that was requested by a file; smaller numbers are signals."""
+"""Cause of a stop that a file requested. Smaller numbers are signals."""
 
 BEAT, MOVED = 0, 1  # floats, seconds of the monotonic clock, which all processes of a machine share
 PID, STEP, PHASE, CAUSE = 2, 3, 4, 5
@@ -125,7 +125,7 @@ HEARTBEAT = struct.Struct("=ddqqq")
 
 
 class Phase(IntEnum):
-    """Activity of a rank. ``starting``, ``saving`` and ``leaving`` may take long without progress in between."""
+    """Activity of a rank. ``starting``, ``saving`` and ``leaving`` may take long without progress."""
 
     starting = 0
     training = 1
@@ -135,7 +135,7 @@ class Phase(IntEnum):
 
 
 class Request(IntEnum):
-    """Kind of request that all ranks obey at the same step. A stop is final; saves can be repeated."""
+    """Kind of request that all ranks obey at the same step. A stop is final; a save can be repeated."""
 
     stop = 0
     save = 1
@@ -148,7 +148,7 @@ class RankHeartbeat:
     ran_at: float
     """Time of the last heartbeat."""
     moved_at: float
-    """Time of the last progress; 0 if the loop never reported progress, so that its silence means nothing."""
+    """Time of the last progress; 0 if the rank never reported progress."""
     pid: int
     step: int
     """Number of steps done."""
@@ -156,7 +156,9 @@ class RankHeartbeat:
 
 
 class HeartbeatFile:
-    """The mapped file of a rank. The rank and its agent may open it in any order: neither clears the content.
+    """File of 128 bytes that a rank and its agent map into memory, through which they exchange heartbeats and requests.
+
+    Both may open the file in any order: neither clears the content.
 
     Raises:
         OSError: the file cannot be created.
@@ -199,10 +201,11 @@ class HeartbeatFile:
         self._requests[request][WANTS] = value
 
     def ask(self, request: Request, limit_s: float) -> bool:
-        """Count a poll of ``request``, and return whether the rank has to obey the request now.
+        """Count a poll of ``request``, and return whether the rank must obey the request now.
 
-        True from the agreed poll on for a stop, and only at the agreed poll for a save. While the agents still agree,
-        wait at most ``limit_s`` seconds; then return True for a stop, which is certain, and False for a save.
+        A stop returns True from the agreed poll on, a save only at the agreed poll. While the agents still agree on the
+        poll, this method waits at most ``limit_s`` seconds. After that it returns True for a stop, which is certain,
+        and False for a save.
         """
         words = self._requests[request]
         calls = words[CALLS] + 1
@@ -224,7 +227,7 @@ class HeartbeatFile:
 
     @property
     def cause(self) -> int:
-        """Number of the signal that caused the agreed stop; FROM_FILE for a file, 0 if the cause is not known."""
+        """Number of the signal that caused the agreed stop; ``FROM_FILE`` for a file, 0 if the cause is not known."""
         return self._words[CAUSE]
 
     # The agent's side.
@@ -243,7 +246,7 @@ class HeartbeatFile:
         return self._requests[request][WANTS]
 
     def set_hold(self, request: Request, ticket: int) -> None:
-        """Make the rank wait at its next poll for ``request``, until ``set_at`` sets ``ticket`` or more."""
+        """Make the rank wait at its next poll for ``request``, until ``set_at`` has set at least ``ticket``."""
         self._requests[request][HOLD] = ticket
 
     def set_at(self, request: Request, call: int, cause: int = 0) -> None:
@@ -254,7 +257,7 @@ class HeartbeatFile:
 
 
 def read_heartbeat(path: Path) -> RankHeartbeat | None:
-    """Return the last heartbeat in the file ``path``. None before the first heartbeat."""
+    """Return the last heartbeat in the file ``path``; None before the first heartbeat."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

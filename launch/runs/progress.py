@@ -1,4 +1,4 @@
-"""Step records of programs that only print: read from their logs by a regular expression, and drawn as curves.
+"""Step records of programs that only print: read from logs by a regular expression, and drawn in TensorBoard.
 
 Logs are read while programs write them. Programs without TensorBoard files get such files. Every call is bounded in
 time and bytes, because the calling agent also watches the ranks.
@@ -34,13 +34,13 @@ GROUPS = (
     *("loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
     *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),
 )
-"""Names that groups of a pattern may have: fields of a step record.
+"""Names that groups of the pattern ``script.progress`` may have: fields of a step record.
 
 If a pattern has ``epoch`` (counted from 0) or ``epoch_from_1`` (counted from 1), and ``steps_per_epoch``, then ``step``
 counts the steps of this epoch only. A line that has an epoch and no step gives the epoch of the lines after it.
 """
 POLL_S = 1.0
-"""Shortest time between two polls, seconds. The agent's monitor calls ``poll`` several times a second."""
+"""Shortest time between two polls, seconds. The agent calls ``poll`` several times a second."""
 LOOK_BYTES = 256 * 1024
 """Largest number of bytes that one poll reads from each log, or from the file of step records."""
 CLOSE_S = 10.0
@@ -48,7 +48,7 @@ CLOSE_S = 10.0
 LINE_BYTES = 2_000
 """Number of bytes at the start of a line that are searched; later bytes are ignored."""
 MATCH_S = 0.5
-"""Longest search in the lines of one poll, seconds. A pattern such as (a+)+$ may need years for a line."""
+"""Longest search in the lines of one poll, seconds. A pattern such as (a+)+$ may need years for one line."""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """Escape sequences of terminals for colors and movements of the cursor."""
 
@@ -75,7 +75,7 @@ def check_pattern(pattern: str) -> None:
 
 
 class Progress:
-    """Reader of the logs of this node's ranks in an attempt. The agent's monitor calls it, from one thread.
+    """Reader of the logs of this node's ranks in one attempt. The agent calls its methods from one thread.
 
     Args:
         folder: folder of the run.
@@ -97,7 +97,10 @@ class Progress:
         self._is_slow = False
 
     def poll(self) -> None:
-        """Read new lines of the logs and append their step records. Does nothing within a second of the last poll."""
+        """Append the step records in new lines of the logs.
+
+        Does nothing within ``POLL_S`` seconds after the last poll.
+        """
         if time.monotonic() - self._polled < POLL_S:
             return
         for log in self._logs:
@@ -107,9 +110,9 @@ class Progress:
         self._polled = time.monotonic()
 
     def close(self) -> None:
-        """Read the unread lines of the logs for at most ``CLOSE_S`` seconds.
+        """Append the step records in unread lines of the logs, for at most ``CLOSE_S`` seconds.
 
-        Record an event if no line of the attempt matched the pattern, and no rank has recorded a step.
+        Records an event if no line of the attempt matched the pattern, and no rank has recorded a step.
         """
         deadline = time.monotonic() + CLOSE_S
         for log in self._logs:
@@ -128,7 +131,7 @@ class Progress:
             self._record("progress_not_matched", cause)
 
     def _read(self, log: _RankLog) -> bool:
-        """Read a part of a log and append its step records; return whether the log has grown."""
+        """Append the step records in the next part of a log. Returns whether the log has grown."""
         if self._is_slow:
             return False
         try:
@@ -192,7 +195,7 @@ class _RankLog:
         return True
 
     def _append(self, found: Sequence[dict[str, Any]], printed_at: float) -> None:
-        """Append a step record for each of ``found``, which has the fields of one line each.
+        """Append a step record for each dictionary in ``found``, which has the fields of one line.
 
         ``printed_at`` is the Unix time when the last of these lines was printed.
         """
@@ -218,10 +221,10 @@ class _RankLog:
 
 
 def numbers(match: Mapping[str, str | Any]) -> dict[str, Any] | None:
-    """Return the fields of a step record from ``match``, group -> text; None if the step is no number.
+    """Return the fields of a step record from ``match``, group -> text; None if the step is not a number.
 
-    Reads numbers such as 1,024 and 1.5e-3. A step that counts from the start of its epoch becomes a step of the whole
-    run.
+    Numbers such as 1,024 and 1.5e-3 are read. A step that counts from the start of its epoch becomes a step of the
+    whole run.
     """
     fields: dict[str, Any] = {}
     for name, text in match.items():
@@ -251,7 +254,7 @@ class _Curves:
         self._writer: EventWriter | None = None
 
     def poll(self) -> bool:
-        """Write a part of the new records to TensorBoard; return whether the file of records has grown."""
+        """Write the next part of the new records to TensorBoard. Returns whether the file of records has grown."""
         lines = self._reader.read()
         for record in parse_json_lines(lines or ()):
             if is_record(record) and record["attempt"] == self._attempt:
@@ -278,7 +281,7 @@ class _Curves:
 
 
 class NewLines:
-    """Reader of the lines of a growing file. A line is returned when its end is written.
+    """Reader of the lines of a growing file. A line is returned as soon as its end is written.
 
     Args:
         path: path of the file, which may not exist yet.
@@ -320,7 +323,7 @@ class NewLines:
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the ``with`` block after ``seconds``. Has no effect outside the main thread.
 
-    Python's ``re`` looks for signals while it searches, and nothing else ends a search.
+    Python's ``re`` checks for signals while it searches, and only a signal can end a search.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield

@@ -1,4 +1,4 @@
-"""Step records: one line per step and rank in ``metrics/rank_*.jsonl``, and the objective that a sweeper minimises."""
+"""Step records, one line for each step and rank in ``metrics/rank_*.jsonl``, and the objective for a sweeper."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StepRecord:
     """
 
     step: int
-    """Steps are counted from 1: record s describes the update that made the weights of step s."""
+    """Number of the step, from 1: record s describes the update that made the weights of step s."""
     attempt: int
     loss: float | None
     """Mean cross-entropy over the global batch, nats per token; equal on all ranks.
@@ -41,6 +41,7 @@ class StepRecord:
     None if the loss is not finite and the step was skipped.
     """
     lr: float
+    """Learning rate of the step."""
     grad_norm: float | None
     """Global gradient norm before clipping; None if the gradients are not finite and the step was skipped."""
     tokens: int
@@ -57,6 +58,7 @@ class StepRecord:
     This field and the next two exist only in steps at logging.gradients_interval.
     """
     grad_std: float | None = None
+    """Standard deviation over all elements of the gradient."""
     layer_grad_norms: dict[str, float] | None = None
     """Gradient norm by layer: ``blocks.0`` and so on, and the parameters outside the blocks."""
     loss_scale: float | None = None
@@ -84,39 +86,43 @@ class StepRecord:
     comm_fsdp_s: float | None = None
     """All-gathers and reduce-scatters of FSDP, with the copies into and out of their buffers."""
     comm_tp_s: float | None = None
+    """Communication of tensor parallelism."""
     comm_pp_s: float | None = None
     """Time of the sends of a pipeline stage.
 
     The time of its receives is in ``bubble_s``, because they wait for another stage.
     """
     comm_cp_s: float | None = None
+    """Communication of context parallelism."""
     comm_ep_s: float | None = None
+    """Communication of expert parallelism."""
     bubble_s: float | None = None
     """Time in which all stages of this rank waited for other stages of the pipeline."""
     optimizer_s: float | None = None
     """Time of clipping and of the optimizer."""
     expert_imbalance: float | None = None
-    """Load of the busiest expert of all layers over an even share, minus 1; with experts only."""
+    """Load of the busiest expert of all layers divided by an even share, minus 1; only with experts."""
     breakdown_compute_s: float | None = None
     """Time of this step in which the device computed.
 
     This field and the next four exist only in steps at logging.breakdown_interval.
     """
     breakdown_comm_s: float | None = None
-    """Time in which the rank communicated, hidden by computing or not."""
+    """Time in which the rank communicated, also while the device computed."""
     breakdown_exposed_s: float | None = None
-    """Part of the communication while nothing was computed or copied."""
+    """Time in which the rank communicated while the device computed and copied nothing."""
     breakdown_copies_s: float | None = None
-    """Time of copies of a GPU while nothing was computed."""
+    """Time in which a GPU copied data while it computed nothing."""
     breakdown_idle_s: float | None = None
     """Time in which the device was idle. Compute, exposed communication, copies and idle add up to the step time."""
     own_min_s: float | None = None
     """Shortest own time of all ranks in a recent step: step time without waits for other ranks."""
     own_max_s: float | None = None
+    """Longest own time of all ranks in the same step."""
     slowest_rank: int | None = None
     """Rank that took ``own_max_s``."""
     straggler: str | None = None
-    """Text about ranks that became slow or are no longer slow. It is in the event log, not in files of records."""
+    """Text about ranks that became slow or are no longer slow. Files of records do not contain it."""
     compile_s: float | None = None
     """Time in which torch compiled for this step, a part of its step time; absent if torch compiled nothing."""
     val_compile_s: float | None = None
@@ -136,27 +142,29 @@ class StepRecord:
     tflops_per_s: float | None = None
     """Model TFLOP/s of this rank by the PaLM convention."""
     mfu_palm: float | None = None
-    """Share of the device's peak in the precision of the run, by the PaLM convention."""
+    """Model FLOPs utilization by the PaLM convention, as a share of the device's peak in the precision of the run."""
     mfu_bf16: float | None = None
-    """Share of the peak in bf16, whatever the precision, so that runs in two precisions compare."""
+    """The same as a share of the peak in bf16, whatever the precision, so that runs in two precisions compare."""
     mfu_causal: float | None = None
+    """Model FLOPs utilization that counts half of the attention, because the mask is causal."""
     hfu: float | None = None
+    """Hardware FLOPs utilization: recomputed operations count, too."""
     memory_allocated_gib: float | None = None
-    """Memory of tensors on the GPU when the step was queued."""
+    """Memory of tensors on the GPU in GiB, when the step was queued."""
     memory_peak_gib: float | None = None
-    """Peak memory of this attempt: tensors on the GPU, or RAM of the process."""
+    """Peak memory of this attempt in GiB: tensors on the GPU, or RAM of the process."""
     memory_reserved_gib: float | None = None
-    """Memory that torch's allocator has reserved on the GPU."""
+    """Memory in GiB that torch's allocator has reserved on the GPU."""
     time: float = field(default_factory=time.time)
-    """Unix time, seconds."""
+    """Time of the record, Unix seconds."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return field -> value for the fields that are written to files of records, without those that are None."""
+        """Return the fields that are written to files of records: field -> value, without fields that are None."""
         # dataclasses.asdict makes deep copies, which takes ten times as long, in every step and for every view.
         return {name: value for name, value in vars(self).items() if value is not None and name != TOLD_ONCE}
 
     def own(self) -> dict[str, Any]:
-        """Return the fields that are not None and differ between ranks: the record of a rank above 0.
+        """Return the fields that differ between ranks and are not None: the record of a rank above 0.
 
         The record is half as long as that of rank 0.
         """
@@ -164,7 +172,7 @@ class StepRecord:
 
 
 TOLD_ONCE = "straggler"
-"""Name of the text field, which is for the terminal. Files of records contain numbers only."""
+"""Name of the text field, which is printed and not written: files of records contain numbers only."""
 OF_THE_RUN = frozenset(
     {
         *("loss", "loss_variance", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
@@ -172,8 +180,7 @@ OF_THE_RUN = frozenset(
         *("memory_allocated_gib", "memory_reserved_gib", "own_min_s", "own_max_s", "slowest_rank"),
     }
 )
-"""Fields that only rank 0 writes: figures of the whole run, figures derived from ``step_time_s``, and memory apart from
-its peak.
+"""Fields that only rank 0 writes: figures of the whole run, figures derived from ``step_time_s``, and some memory.
 
 On all of a thousand ranks they would double the size of the records.
 """
@@ -184,22 +191,25 @@ UNITS = ("tokens", "samples", "images")
 FIRST_S = 0.25
 """Wait before the first write of records, seconds. Each later wait is twice as long as the wait before."""
 FOLLOWED_S = 5.0
-"""Longest wait on rank 0, seconds; the launcher shows its records. A killed rank loses the records of this time."""
+"""Longest wait before a write on rank 0, seconds; the launcher shows its records.
+
+A killed rank loses unwritten records.
+"""
 LONGEST_S = 8.0
-"""Longest wait on other ranks, seconds; thousands of them may share a filesystem."""
+"""Longest wait before a write on other ranks, seconds; thousands of ranks may share a filesystem."""
 KEPT_LINES = 10_000
 """Largest number of records that are kept while they cannot be written; older records are dropped."""
 
 
 class RecordWriter:
-    """Writer of the records of a rank in a thread of its own, so that a slow filesystem delays no step.
+    """Writer of the records of a rank, in a thread, so that a slow filesystem delays no step.
 
     The file is opened once. It is not locked, because the rank is its only writer and some filesystems have no locks.
 
     Args:
         path: file of the rank.
-        longest_s: longest time for which records are collected before they are written together. A killed process
-            loses them. The first records are written sooner, because people watch the start of a run.
+        longest_s: longest time in seconds for which records are collected before they are written together. A killed
+            process loses them. The first records are written sooner, because people watch the start of a run.
     """
 
     def __init__(self, path: Path, longest_s: float = FOLLOWED_S) -> None:
@@ -252,7 +262,7 @@ class RecordWriter:
 
 
 def throughput(record: Mapping[str, Any]) -> tuple[float, str] | None:
-    """Return units per second of the whole run, and the unit, of a step record. None if the record has neither."""
+    """Return (units per second of the whole run, unit) of a step record; None if the record has no throughput."""
     known = (unit for unit in UNITS if record.get(f"{unit}_per_s") is not None)
     unit = next(known, None)
     return None if unit is None else (float(record[f"{unit}_per_s"]), unit)
@@ -261,7 +271,7 @@ def throughput(record: Mapping[str, Any]) -> tuple[float, str] | None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of a rank in the order of steps.
 
-    A step that was lost in a crash and made again has two lines; the line of the later attempt counts.
+    A step that was lost in a crash and made again has two lines. Only the line of the later attempt is returned.
     """
     latest: dict[int, dict[str, Any]] = {}
     for record in read_json_lines(path):
@@ -273,7 +283,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def is_record(value: Mapping[str, Any]) -> bool:
-    """Return whether a line is a step record: it has a step and an attempt."""
+    """Return whether the object in a line is a step record: it has a step and an attempt."""
     return all(isinstance(value.get(name), int) for name in ("step", "attempt"))
 
 
@@ -294,7 +304,7 @@ def recent_records(path: Path) -> list[dict[str, Any]]:
 
 
 class ObjectiveOf(Enum):
-    """Choice of the objective among the values of all steps: the smallest, the largest or the last."""
+    """Which of the values of all steps is the objective: the smallest, the largest or the last."""
 
     minimum = "minimum"
     maximum = "maximum"
@@ -302,12 +312,12 @@ class ObjectiveOf(Enum):
 
 
 def objective_value(folder: RunFolder, name: str, of: ObjectiveOf) -> float | None:
-    """Return the objective of a run by the step records of the first rank that has the figure.
+    """Return the objective of a run, from the step records of the first rank that has the figure.
 
     Args:
         folder: folder of the run.
         name: figure of the records, such as val_loss.
-        of: the value to choose.
+        of: which value is returned.
 
     Returns:
         The value; None if no record has a finite value.
@@ -347,7 +357,7 @@ def refuse_unknown_figure(name: str | None, figures: Sequence[str] | None, typed
 
 
 def refuse_absent(folder: RunFolder, name: str) -> ConfigError:
-    """Return the refusal of an objective that the records of a finished run do not have."""
+    """Return the ConfigError for an objective that the records of a finished run do not have."""
     records = [record for rank in folder.metric_ranks() for record in read_records(folder.metrics(rank))]
     there = {name for record in records for name, value in record.items() if is_number(value)} - {"step", "attempt"}
     return ConfigError(
