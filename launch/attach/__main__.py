@@ -28,10 +28,10 @@ import gpt_launch.own_names  # noqa: F401
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, ranges, refusing
 from launch.logs import find_run
-from launch.runs.events import select_events
+from launch.runs.events import last_event, select_events
 from launch.runs.folder import RunFolder
 from launch.slurm.client import SlurmError, job_fields
-from launch.slurm.status import RunStatus, last_of, poll
+from launch.slurm.status import RunStatus, poll
 from launch.storm.injection import rank_processes
 
 Stacks = dict[int, str]
@@ -55,7 +55,7 @@ def job_of_nodes(point: RunStatus) -> str | None:
     kind, number = str(started[-1]["job"]).split("-")[:2]  # slurm-123-0-0 or local-4567-...
     if kind == "slurm":
         return number
-    host = last_of(point.events(), "submitted").get("host", socket.gethostname())
+    host = last_event(point.events(), "submitted").get("host", socket.gethostname())
     if host != socket.gethostname():
         fix = f"ssh {host}, and python -m launch.attach {path} there"
         raise ConfigError(f"{point.name} runs on {host}", "a run on this machine, or a job of Slurm", fix)

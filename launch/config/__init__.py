@@ -22,6 +22,8 @@ from launch.runs.records import ObjectiveOf
 def split_command(name: str, command: Any) -> list[str]:
     """Return program and arguments of a command that was typed as a string or as a list; empty for None.
 
+    ``name`` is the key of the command, for error messages.
+
     Raises:
         ConfigError: a quote is not closed, or the command is empty.
     """
@@ -66,9 +68,9 @@ class RestartLimits:
 
 
 DEEP = "deep"
-"""Value of ``dry_run`` with which the workload also rehearses a step."""
+"""Value of ``dry_run`` with which the workload also runs a step without GPUs."""
 CHAIN = "chain"
-"""Value of ``resilience.requeue`` for clusters that do not requeue jobs, where a next job continues the run."""
+"""Value of ``resilience.requeue`` for clusters that do not requeue jobs: a next job continues the run."""
 
 
 @dataclass
@@ -84,13 +86,12 @@ class ResilienceConfig:
         " otherwise its last line is the reason. It has 60 s.",
     )
     max_without_progress: ClassVar[int] = 3
-    """Largest number of attempts in a row that save no new checkpoint; then the run stops. An attempt that was
-    preempted or lost a node before its first step does not count.
+    """Largest number of attempts in a row that save no new checkpoint; then the run stops.
+
+    An attempt that was preempted or lost a node before its first step does not count.
     """
     forgive_after_s: ClassVar[float] = 3600.0
-    """Seconds after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint
-    since.
-    """
+    """Seconds after which a failure no longer counts for max_restarts, if a newer checkpoint was saved since."""
     min_nodes: Optional[int] = key(
         None,
         "Smallest number of nodes with which the run continues, in the same job and with the same global batch, if"
@@ -298,7 +299,7 @@ class Config(RunConfig):
 
     @property
     def budget_poll_s(self) -> float:
-        """Seconds between two checks of the budget."""
+        """Seconds between two comparisons of the use with the budget."""
         return 6 * self.launch.poll_s
 
     @property

@@ -224,10 +224,10 @@ class ClusterConfig(PlacementConfig):
                 )
 
     def validate_placement(self) -> None:
-        """Raise ConfigError if ``additional_parameters`` chooses a Slurm cluster, or ``placement`` cannot work.
+        """Raise ConfigError if ``placement`` cannot work, or ``additional_parameters`` chooses another Slurm cluster.
 
-        A placement cannot work if two candidates are equal. It cannot work either if ``give_up_after_min`` leaves no
-        time for a second candidate.
+        A placement cannot work if two candidates are equal, or if ``give_up_after_min`` leaves no time for a second
+        candidate.
         """
         for name in ("clusters", "M"):
             if name in self.additional_parameters:

@@ -1,4 +1,4 @@
-"""Typed configs from arguments: for one run, and for each point of a sweep."""
+"""Typed configs from overrides: for one run, and for each point of a sweep."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 CONFIGS = Path(configs.__file__).parent
 SCRIPT = "script"
-"""Option of the group ``workload`` for a user's own program, and name of the group of its keys."""
+"""Option of the group ``workload`` for a user's own program, and name of the group with the keys of such a program."""
 CUSTOM = "custom"
-"""Option of the group ``workload`` for a class that was typed as ``workload._target_``."""
+"""Option of the group ``workload`` for a class that ``workload._target_`` names."""
 
 
 def require_folder(flag: str, path: str) -> Path:
-    """Return the folder of the user's own config files, given with ``flag``.
+    """Return the folder of the user's own config files. ``flag`` is the option that named it, for the error message.
 
     Raises:
         ConfigError: the folder does not exist.
@@ -74,7 +74,7 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
 
 
 def refuse_other_workload(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError if keys of a script are typed without ``workload=script``, or the GPT's with another workload.
+    """Raise ConfigError if a typed key belongs to another workload than the one that is launched.
 
     Presets (``experiment``) of this project are for the default workload.
     """
@@ -106,7 +106,7 @@ def typed_form(override: str) -> str:
 
 
 def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
-    """Return the dotted path of the workload that arguments name, or of the default workload.
+    """Return the dotted path of the workload's class that the overrides name, or that of the default workload.
 
     Args:
         overrides: overrides as typed.
@@ -136,7 +136,7 @@ def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
 
 @cache
 def _target_in_file(path: Path) -> str:
-    """Return ``workload._target_`` of a config file. Raises ConfigError if the file does not have it."""
+    """Return ``workload._target_`` of a config file. Raises ConfigError if the file does not contain it."""
     try:
         with path.open() as file:
             return str(yaml.safe_load(file)["workload"]["_target_"])
@@ -156,7 +156,10 @@ def default_workload() -> str:
 
 @cache
 def schema_of(target: str) -> type[Config]:
-    """Return the dataclass of a whole config: the keys of the launcher and of a workload, both at the root."""
+    """Return the dataclass of a whole config: the keys of the launcher and of a workload, both at the root.
+
+    ``target`` is the dotted path of the workload's class.
+    """
     schema = load_workload(target).schema
     # The first base decides on a default. So a workload's own default for a launcher key is set again.
     inherited = {entry.name: entry.default for entry in dataclasses.fields(RunConfig)}
@@ -169,12 +172,12 @@ def schema_of(target: str) -> type[Config]:
 
 
 def workload_of(config: Config | DictConfig) -> Workload:
-    """Return the workload of a config."""
+    """Return the workload that a config names."""
     return load_workload(config.workload._target_)
 
 
 def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:
-    """Register the config schema of these arguments with Hydra, and return the schema."""
+    """Register the config schema for these overrides with Hydra, and return the schema."""
     schema = schema_of(target_of(overrides, config_dir))
     compose.register_schema("launch_schema", schema)
     return schema
@@ -183,7 +186,7 @@ def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[C
 def compose_launch(
     overrides: Sequence[str], config_dir: Path | None = None, *, with_hydra: bool = False, primary: str = "config"
 ) -> DictConfig:
-    """Compose the config of one run. Inside a Hydra run, that run's search path is used.
+    """Return the composed config of one run. Inside a Hydra run, that run's search path is used.
 
         config = typed_config(compose_launch(["nodes=2", "model=gpt2_124m"]))
 
@@ -202,7 +205,7 @@ def compose_launch(
 
 
 def typed_config(document: DictConfig) -> Config:
-    """Return the typed config of a composed document. Its paths become absolute.
+    """Return a composed config as a ``Config`` object. Its paths become absolute.
 
     Raises:
         ConfigError: an unknown key, or a value that is missing or of the wrong type.
@@ -224,7 +227,7 @@ def read_point(folder: RunFolder) -> Config:
 
 
 def workload_of_run(folder: RunFolder) -> Workload:
-    """Return the workload of a run folder, even if ``gpt.train`` made it without the launcher.
+    """Return the workload of a run folder, which ``gpt.train`` may have made without the launcher.
 
     Raises:
         ConfigError: the folder has no run, or its config is damaged.
@@ -242,12 +245,12 @@ def _target_in(folder: RunFolder, loaded: DictConfig) -> str:
 
 
 def default_grace_period_s() -> float:
-    """Return resilience.grace_period_s of the default configuration, for a run whose config is unreadable."""
+    """Return the default of resilience.grace_period_s in seconds, for a run whose config is unreadable."""
     return float(yaml.safe_load((CONFIGS / "resilience" / "default.yaml").read_text())["grace_period_s"])
 
 
 def not_in_point(workload: Workload) -> tuple[str, ...]:
-    """Return the keys that do not enter the name of a run folder."""
+    """Return the keys that are not part of the name of a run folder."""
     return (*NOT_IN_POINT, *workload.not_in_point)
 
 

@@ -56,7 +56,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report, or only JSON on standard output. Returns the exit status."""
+    """Print the report; with --json, print only JSON on standard output. Returns the exit status."""
     given = arguments(argv)
     console = Console(soft_wrap=True, stderr=given.json)
     deny_others_writing()
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Run all checks, and with --on-cluster the job. Returns the findings, and the job's results or None.
+    """Run all checks, and with --on-cluster the job. Returns the findings, and the results of the job or None.
 
     ``given`` has the arguments of the command line.
     """
@@ -118,7 +118,7 @@ def examine(
 ) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
     """Run the checks that need no job.
 
-    Returns the findings about the machine, the findings about the requests, the requests, and the facts.
+    Returns the findings about the machine, the findings about the requests, the requests, and the facts of ``gather``.
     """
     configs = configs_of(points, config_dir)
     seen = findings.gather(configs)
@@ -147,7 +147,8 @@ def examine(
 def run_on_cluster(
     seen: Facts, requests: Sequence[Request], wait_min: float, console: Console
 ) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Measure the nodes of the largest request. Returns findings and results; the results are None if sbatch refuses.
+    """Measure the nodes of the largest request with a job. Returns findings and results; results are None if sbatch
+    refuses.
 
     Args:
         seen: facts about the login node and Slurm.

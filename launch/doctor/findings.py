@@ -1,7 +1,7 @@
-"""Findings of the doctor about the login node, the compute nodes and the links.
+"""Findings of the doctor about the login node, the compute nodes and the links between them.
 
-The checks are pure functions. Those of the login node use facts that ``gather`` reads once. Those of nodes and links
-use the ``results.json`` of the doctor's job.
+The checks are pure functions. Checks of the login node use the ``Facts`` that ``gather`` reads once. Checks of nodes
+and links use the ``results.json`` of the doctor's job.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ SHARED = {
     "fuse.moosefs",
 }
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
-"""Types of filesystems in memory, which each machine has for itself."""
+"""Types of filesystems in memory, which machines do not share."""
 MEASURE = "python -m launch.doctor --on-cluster ..."
 SHARED_PATH = "output_dir=PATH on a filesystem that all nodes mount"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A path that may not exist yet, and its filesystem."""
+    """A folder that may not exist yet, and its filesystem."""
 
     path: str
     exists: str
-    """The path itself, or the deepest existing folder above it."""
+    """The folder itself, or the deepest existing folder above it."""
     filesystem: str
     """Type of the filesystem by the kernel: nfs4, lustre, ext4, tmpfs, ..."""
     free_bytes: int = 0
     problem: str = ""
-    """Error when a file is written; empty if a file was written and removed."""
+    """Error when a test file was written; empty if there was none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts(SlurmFacts):
-    """Facts for all checks: about Slurm, the login node, and the Python that the job will run."""
+    """What the checks know about Slurm, the login node, and the Python that the job will run."""
 
     kind: ClusterKind
-    """Local or slurm, never auto."""
+    """``local`` or ``slurm``, never ``auto``."""
     client: bool
     """True if Slurm's commands are installed here."""
     output: Folder
-    """The run's output_dir."""
+    """The folder output_dir of the run."""
     programs: tuple[Folder, ...]
     """Folders of the job's Python and of the launcher's code, without folders of the system."""
     container_problem: str = ""
@@ -71,14 +71,14 @@ class Facts(SlurmFacts):
     threads: str | None
     """OMP_NUM_THREADS of this shell, which the job inherits; None if it is not set."""
     open_files: int
-    """Open files that the hard limit of this shell allows."""
+    """Number of open files that the hard limit of this shell allows."""
     locked_bytes: int
     """Soft limit of locked memory of this shell in bytes; -1 means unlimited."""
     executable: str
 
 
 def gather(configs: Sequence[Config]) -> Facts:
-    """Read all facts about the points of a command."""
+    """Return what the checks need to know about this machine, Slurm and the points of a command."""
     config = configs[0]
     kind = config.cluster.kind
     slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm()
@@ -99,9 +99,10 @@ def gather(configs: Sequence[Config]) -> Facts:
 
 
 def filesystem_of(path: Path) -> str:
-    """Return the kernel's name of a path's filesystem, such as nfs4 or fuse.juicefs; ``unknown`` without a mount.
+    """Return the kernel's name of a path's filesystem, such as nfs4 or fuse.juicefs; ``unknown`` if no mount contains
+    it.
 
-    The name distinguishes FUSE filesystems, which share one number of statfs. The deepest mount counts; of several
+    The name distinguishes FUSE filesystems, which share one number of statfs. The deepest mount is used; of several
     mounts at the same path, the last.
     """
     path.exists()  # Lets an automounter mount the filesystem first.
@@ -111,7 +112,7 @@ def filesystem_of(path: Path) -> str:
 
 
 def look_at_folder(path: Path) -> Folder:
-    """Return filesystem and free space of a folder, and the error if a test file cannot be written."""
+    """Return filesystem and free space of a folder, and the error if a test file cannot be written into it."""
     there = next(folder for folder in (path, *path.parents) if folder.is_dir())
     space, problem = os.statvfs(there), ""
     try:
@@ -125,7 +126,7 @@ def look_at_folder(path: Path) -> Folder:
 
 
 def container_problem(cluster: ClusterConfig) -> str:
-    """Return the problem with a run's container that this machine can see; empty if there is none."""
+    """Return the problem with a run's container that this machine can see; "" if there is none."""
     image = cluster.container
     if image is None:
         return ""
@@ -173,7 +174,7 @@ def check_slurm(facts: Facts) -> Iterator[Finding]:
 
 
 def check_python(facts: Facts) -> Iterator[Finding]:
-    """Check that the job's Python has torch, without importing torch. pip checks the versions of all libraries."""
+    """Check that the job's Python has torch. torch is not imported, and versions of other libraries are not checked."""
     if facts.torch:
         yield fine("python", f"{facts.executable}, torch {facts.torch}")
     else:
@@ -195,7 +196,7 @@ def check_programs(facts: Facts) -> Iterator[Finding]:
 
 
 def sharing(folder: Folder) -> str:
-    """Return text on whether all nodes see a folder, by the type of its filesystem.
+    """Return a text on whether all nodes see a folder, by the type of its filesystem.
 
     The path is not enough: /tmp may be shared, and /home local to each node. With ``--on-cluster``, a job measures
     whether the nodes share the folder.
@@ -208,7 +209,7 @@ def sharing(folder: Folder) -> str:
 
 
 def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Check the container's image and runtime. The nodes may have a runtime that this machine lacks."""
+    """Check the container's image and runtime. The nodes may have a runtime that this machine does not have."""
     image, runtime = config.cluster.container, config.cluster.container_runtime
     if facts.container_problem:
         why = "agents and ranks are started in the container, and would fail where the nodes see the same"
@@ -219,7 +220,7 @@ def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def check_output_folder(facts: Facts) -> Iterator[Finding]:
-    """Check that all nodes can see output_dir, which also has submitit's pickles and the logs."""
+    """Check that all nodes can see output_dir, which also contains submitit's pickles and the logs."""
     path, kind = facts.output.path, facts.output.filesystem
     if facts.kind is ClusterKind.local:
         yield fine("shared folder", f"{path} on {kind}, used on this machine only")
@@ -289,7 +290,10 @@ def check_limits(facts: Facts, config: Config) -> Iterator[Finding]:
 Results = dict[str, Any]
 
 SLOW = 0.5
-"""Share of the usual bandwidth below which a link or node is reported. An oversubscribed tree gives about half."""
+"""Share of the usual bandwidth below which a link or node is reported.
+
+An oversubscribed network tree gives about half.
+"""
 BROKEN = 0.1
 """Share of the usual bandwidth below which the finding is an error."""
 SLOW_GPU = 0.8
@@ -298,18 +302,18 @@ WAITS = "every collective of a run waits for it"
 
 
 def check_results(results: Results) -> list[Finding]:
-    """Return all findings of the job."""
+    """Return all findings from the results of the job."""
     checks = [check_node_records, check_folder, check_ports, check_clocks, check_cpus, check_gpus, check_bandwidth]
     return [one for check in [check_job, *(checks if results["nodes"] else [])] for one in check(results)]
 
 
 def host(results: Results, index: int) -> str:
-    """Return the host name of the node with this index; ``node INDEX`` if it has left no record."""
+    """Return the host name of the node with this index; ``node INDEX`` if the node has left no record."""
     return next((str(node["host"]) for node in results["nodes"] if node["index"] == index), f"node {index}")
 
 
 def hosts(nodes: Iterable[dict[str, Any]]) -> str:
-    """Return the names of nodes, joined by commas."""
+    """Return the host names in the records of nodes, joined by commas."""
     return ", ".join(str(node["host"]) for node in nodes)
 
 
@@ -338,7 +342,7 @@ def check_job(results: Results) -> Iterator[Finding]:
 
 
 def check_node_records(results: Results) -> Iterator[Finding]:
-    """Check errors of the nodes, faults that the agents of a run would find, and different software."""
+    """Report errors of nodes, faults that the agents of a run would find, and nodes with different software."""
     nodes = results["nodes"]
     for node in nodes:
         if node.get("error"):
@@ -394,7 +398,9 @@ def check_ports(results: Results) -> Iterator[Finding]:
 
 
 def check_clocks(results: Results) -> Iterator[Finding]:
-    """Check that no clock is more than SKEW_S seconds off that of the first node, beyond the error of measurement."""
+    """Check that the clock of each node differs from that of the first node by at most SKEW_S seconds, beyond the
+    error.
+    """
     measured = [node for node in results["nodes"] if "clock_offset_s" in node]
     for node in measured:
         offset, name = node["clock_offset_s"], node["host"]
@@ -407,7 +413,7 @@ def check_clocks(results: Results) -> Iterator[Finding]:
 
 
 def check_cpus(results: Results) -> Iterator[Finding]:
-    """Check that agents may use the requested CPUs."""
+    """Check that agents may use the requested number of CPUs."""
     asked = results["asked"]["cpus_per_task"]
     if few := [node for node in results["nodes"] if asked and node["cpus"] < asked]:
         least = min(node["cpus"] for node in few)
@@ -437,7 +443,7 @@ def check_gpus(results: Results) -> Iterator[Finding]:
 
 
 def check_bandwidth(results: Results) -> Iterator[Finding]:
-    """Find nodes whose links are all slow, and single slow links between sound nodes."""
+    """Report nodes whose links are all slow, and single slow links between nodes with other good links."""
     pairs: dict[tuple[int, int], float] = {}
     """Pair of nodes -> the smallest bandwidth among the links of their ranks, in Gbit/s."""
     for rank in results["ranks"]:

@@ -58,14 +58,14 @@ JOB_MIN = 5
 """Time limit of the job in minutes."""
 POLL_S = 1.0
 LATE_S = 5.0
-"""Seconds for which the login node waits for new files of the nodes, which NFS may show late."""
+"""Seconds for which the login node waits for files of the nodes. NFS may show them late."""
 ARRIVAL_S = 60
 """Seconds in which all nodes of the job must meet."""
 RANKS_S = 180
 """Seconds after which ranks that still measure are killed."""
 CONNECT_S = 5.0
 ON_CPUS = "on_cpus"
-"""File that exists if ranks compute on CPUs, although the nodes may have GPUs."""
+"""Name of a file in the job's folder that means: ranks compute on CPUs, although the nodes may have GPUs."""
 CLOCK = struct.Struct("!d")
 Record = dict[str, Any]
 
@@ -74,7 +74,8 @@ Record = dict[str, Any]
 
 
 def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable[[str], None]) -> Record:
-    """Submit the job for the nodes of ``request`` and wait until the job ends. Writes and returns the results.
+    """Submit a job for the nodes of ``request`` and wait until it ends. Writes ``results.json`` and returns its
+    content.
 
     Args:
         request: request with a plan.
@@ -130,7 +131,7 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
 
 
 def records(root: Path, kind: str) -> list[Record]:
-    """Return the records of one kind, ``nodes`` or ``ranks``, in the order of their numbers."""
+    """Return the records of one kind, ``nodes`` or ``ranks``, in the order of the numbers of nodes or ranks."""
     return [json.loads(file.read_text()) for file in sorted((root / kind).glob("*.json"))]
 
 
@@ -160,7 +161,7 @@ def wait_for_job(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> 
 
 
 def measure_node(root: str) -> None:
-    """Measure this node for the job with the folder ``root``. Errors are recorded, not raised."""
+    """Measure this node for the job whose folder is ``root``. Errors are recorded, not raised."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)  # submitit would ignore the first signal, and requeue at the second.
     folder, node = RunFolder(root), Node.from_env()
@@ -185,7 +186,7 @@ def measure_node(root: str) -> None:
 
 
 SMALL_SHM = 2**30
-"""Bytes of /dev/shm below which workers of data loaders run out of it."""
+"""Bytes of /dev/shm that worker processes of data loaders need at least."""
 
 
 def lacking_parts(
@@ -194,7 +195,8 @@ def lacking_parts(
     shm: Path = Path("/dev/shm"),
     switches: Path = Path("/dev"),
 ) -> list[list[str]]:
-    """Return what this node lacks for training on GPUs: for each part, the finding, its effect, and the remedy.
+    """Return (finding, effect, remedy) for each part of this node that training on GPUs needs and that is missing or
+    wrong.
 
     Args:
         gpus: state of the GPUs before ranks run.
@@ -250,10 +252,10 @@ def torch_cuda() -> str | None:
 
 
 def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -> None:
-    """Check this node together with the other nodes of the job: wait for their agents, look for their files in the run
-    folder, connect to their ports, and run the ranks of this node.
+    """Check this node together with the other nodes of the job, and add the results to ``record``.
 
-    Adds the results to ``record``.
+    The node waits for the other agents, looks for their files in the run folder, connects to their ports, and runs its
+    ranks.
     """
     with lasting_imports():
         from launch.agent import exchange, ranks
@@ -286,7 +288,7 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
 
 
 def share_value(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: Iterable[int]) -> dict[int, str]:
-    """Publish the value of node ``own``, this node, under ``name``, and wait for the values of ``nodes``.
+    """Publish a value of this node, number ``own``, under ``name``, and wait for the values of ``nodes``.
 
     Returns node -> value, without nodes whose value is late. Waits about ARRIVAL_S seconds at most.
     """
@@ -303,7 +305,7 @@ def share_value(endpoint: RendezvousEndpoint, name: str, own: int, value: str, n
 def unseen(folder: Path, wanted: set[int], timeout_s: float = 15.0) -> list[int]:
     """Return the nodes of ``wanted`` whose file in ``folder`` this node does not see within ``timeout_s`` seconds.
 
-    The function waits because NFS may show a file late.
+    This function waits because NFS may show a file late.
     """
     deadline = time.monotonic() + timeout_s
     while (left := wanted - {int(file.name) for file in folder.iterdir()}) and time.monotonic() < deadline:
@@ -321,10 +323,10 @@ def serve_clock(listener: socket.socket) -> None:
 
 
 def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
-    """Connect to the clock at ``host:port`` and compare it with this node's clock.
+    """Connect to another node's clock at ``host:port`` and compare it with the clock of this node.
 
-    Returns a connection error, empty if the port answers; and a pair, None after an error: the seconds by which this
-    node's clock is ahead, and the largest error of this figure in seconds, half the round trip (Cristian 1989).
+    Returns a connection error, "" if there is none, and a pair, None after an error: the seconds by which this node's
+    clock is ahead, and the largest error of this figure in seconds, half the round trip (Cristian 1989).
     """
     host, _, port = address.rpartition(":")
     start = time.time()
@@ -340,7 +342,10 @@ def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
 
 
 def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
-    """Run this node's ranks with torchrun's variables, at most RANKS_S s. Returns the errors; empty if none."""
+    """Run this node's ranks with torchrun's environment variables, for at most RANKS_S seconds.
+
+    Returns the errors as text.
+    """
     each, problems, started = config.ranks_on_node, [], []
     shared = {"WORLD_SIZE": str(each * node.count), "LOCAL_WORLD_SIZE": str(each)}
     shared |= {"MASTER_ADDR": endpoint.store.host, "MASTER_PORT": str(endpoint.store.port)}

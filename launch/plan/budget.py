@@ -1,8 +1,8 @@
 """Budget of a run: hours used so far, their worst case, and the time to stop. Pure functions of event logs.
 
 An allocation counts from the start of its job to the end, even while no ranks run. The event log has ``agent_started``
-and ``agent_ended`` for each allocation; a killed allocation lasted until its last heartbeat. The caps count all points
-of one command together, over all attempts.
+and ``agent_ended`` for each allocation; a killed allocation lasted until its last heartbeat. The caps apply to all
+points of one command together, over all attempts.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:  # reports use this module, and do not load Hydra
     from launch.config import BudgetConfig, Config
 
 SILENT_S = 300.0
-"""An allocation counts as ended after this many seconds without a heartbeat, or ten heartbeat intervals if longer."""
+"""Seconds without a heartbeat after which an allocation counts as ended; at least ten heartbeat intervals."""
 UNITS = {"gpu_hours": "GPU-hours", "cost": "in cost"}
 
 
 @dataclass(frozen=True)
 class Use:
-    """Hours of nodes, hours of GPUs, and cost; GPU-hours or cost are None if the GPUs or their price are not known."""
+    """Hours of nodes, hours of GPUs, and cost. GPU-hours or cost are None if the GPUs or their price are not known."""
 
     node_hours: float = 0.0
     gpu_hours: float | None = 0.0
@@ -38,7 +38,7 @@ class Use:
         return Use(self.node_hours + other.node_hours, gpu_hours, cost)
 
     def scaled(self, share: float) -> Use:
-        """Return this use times ``share``."""
+        """Return this use multiplied by ``share``."""
         gpu_hours, cost = (None if value is None else share * value for value in (self.gpu_hours, self.cost))
         return Use(share * self.node_hours, gpu_hours, cost)
 
@@ -48,14 +48,17 @@ def _add(a: float | None, b: float | None) -> float | None:
 
 
 def use_of(hours: float, nodes: int, gpus: int | None, price: float | None) -> Use:
-    """Return the use of ``hours`` hours on ``nodes`` nodes with ``gpus`` GPUs in total, at ``price`` per GPU-hour."""
+    """Return the use of an allocation: ``nodes`` nodes for ``hours`` hours, with ``gpus`` GPUs in total.
+
+    ``price`` is that of a GPU-hour. Without ``gpus``, GPU-hours and cost are None; without ``price``, the cost is None.
+    """
     gpu_hours = hours * gpus if gpus else None
     return Use(hours * nodes, gpu_hours, None if gpu_hours is None or price is None else gpu_hours * price)
 
 
 @dataclass(frozen=True)
 class EventLog:
-    """Events of one run, and the time of its agent's last heartbeat in Unix seconds, None if there was none."""
+    """Events of one run, and the time of its agent's last heartbeat in Unix seconds; None if there was no heartbeat."""
 
     events: Sequence[dict[str, Any]]
     alive: float | None = None
@@ -63,7 +66,7 @@ class EventLog:
 
 @dataclass(frozen=True)
 class Rates:
-    """Number of GPUs and price for allocations whose event log lacks them."""
+    """Number of GPUs on a node and price of a GPU-hour, for allocations whose event log does not have them."""
 
     gpus_per_node: int | None = None
     price_per_gpu_hour: float | None = None
@@ -72,9 +75,10 @@ class Rates:
 
 
 def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
-    """Return the sum of the use of all allocations of these runs until ``now``, Unix seconds, maybe in the future.
+    """Return the sum of the use of all allocations of these runs until ``now``, Unix seconds, which may be in the
+    future.
 
-    ``rates`` has the GPUs and the price for event logs that lack them.
+    ``rates`` has the GPUs and the price for event logs that do not have them.
 
     A lost node counts until its allocation ends. Slurm bills a dead node at least until ``SlurmdTimeout``, and a node
     that has lost only its agent until the end. So the sum is never below the bill, to which caps apply.
@@ -92,9 +96,9 @@ def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
 
 
 def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[dict[str, Any], float]]:
-    """Return each ``agent_started`` of a run with the Unix time at which its allocation ended.
+    """Return (event ``agent_started``, Unix time of the end) for each allocation of a run.
 
-    The time is ``now`` while the allocation runs. ``poll_s`` is the interval of heartbeats in seconds.
+    The end is ``now`` while the allocation runs. ``poll_s`` is the interval of heartbeats in seconds.
     """
     found: list[tuple[dict[str, Any], float]] = []
     started: dict[str, Any] | None = None
@@ -118,7 +122,7 @@ def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[di
 def spare_allocations(
     event_log: EventLog, found: Sequence[tuple[dict[str, Any], float]]
 ) -> list[tuple[dict[str, Any], float]]:
-    """Return the start of each node of a spare job, as an ``agent_started``, with the Unix time at which it left.
+    """Return (event, Unix time of the end) for each node of a spare job. The event is like an ``agent_started``.
 
     A node whose end was not recorded left with the job that it had joined. ``found`` is what ``allocations`` returned
     for the run's own jobs.
@@ -136,7 +140,7 @@ def spare_allocations(
 
 
 def caps(budget: BudgetConfig) -> dict[str, float]:
-    """Return the caps that are set: name of the key -> cap."""
+    """Return the caps that are set: name of the key under ``budget`` -> cap."""
     return {key: cap for key, cap in vars(budget).items() if cap is not None}
 
 
@@ -161,7 +165,7 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
 
 
 def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
-    """Return a text on the cap that ``expected`` reaches, and what to type to continue; None if no cap is reached.
+    """Return a text on the cap that a stop now would reach, and what to type to continue; None if no cap is reached.
 
     ``so_far`` is the use until now; ``expected`` is the use until the run has saved and left, if it stops now.
     """
@@ -177,7 +181,7 @@ def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
 
 
 def use_text(use: Use) -> str:
-    """Write the use as far as known, without zeros: ``12 node-hours, 96 GPU-hours, cost 240``."""
+    """Return the known parts of a use as text, without zeros: ``12 node-hours, 96 GPU-hours, cost 240``."""
     known = {"node": use.node_hours, "GPU": use.gpu_hours}
     hours = {what: amount(value) for what, value in known.items() if value}
     parts = [f"{value} {what}-hour{'' if value == '1' else 's'}" for what, value in hours.items()]
@@ -185,14 +189,14 @@ def use_text(use: Use) -> str:
 
 
 def amount(value: float) -> str:
-    """Write hours or cost with four significant digits."""
+    """Return hours or cost as text with four significant digits."""
     if 0 < value < 0.001:
         return "less than 0.001"
     return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
 
 
 def heartbeat_file(folder: RunFolder) -> Path:
-    """Return the file whose modification time is the last heartbeat of the head node's agent."""
+    """Return the path of the file whose modification time is the last heartbeat of the head node's agent."""
     return folder.path / ".launch" / "alive"
 
 
@@ -205,12 +209,12 @@ def last_heartbeat(folder: RunFolder) -> float | None:
 
 
 def read_event_logs(folders: Sequence[RunFolder]) -> list[EventLog]:
-    """Read the event logs from which a budget is computed."""
+    """Return the event logs of runs, with their last heartbeats."""
     return [EventLog(folder.read_events(), last_heartbeat(folder)) for folder in folders]
 
 
 def rates_of(config: Config) -> Rates:
-    """Return the GPUs and price of this command, for event logs that lack them."""
+    """Return the GPUs and the price of this command, for event logs that do not have them."""
     return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget_poll_s)
 
 

@@ -27,12 +27,12 @@ from launch.workload import CodeTree
 
 
 OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
-"""Events that a point's event log may gain while its job is pending."""
+"""Events that the event log of a point may get while its job is pending."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One place where a point may run, and the resources to request there."""
+    """One place where a point may run (a partition, for example), and the resources to request there."""
 
     name: str
     """Name of the candidate as the user typed it; empty if cluster.placement lists none."""
@@ -42,12 +42,12 @@ class Candidate:
     """GPUs of the whole allocation, spares included; None if not known."""
     price_per_gpu_hour: float | None = None
     never: str = ""
-    """Reason for which the point can never run there; empty if it can."""
+    """Reason why the point can never run there; empty if it can."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Candidates of a point in order. A pending point moves on after ``retry_interval_min`` minutes.
+    """Candidates of a point in order. A pending point moves to the next one after ``retry_interval_min`` minutes.
 
     The point is given up after ``give_up_after_min`` minutes in all; None means never.
     """
@@ -73,21 +73,21 @@ class Placement:
     def change_slurm(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Placement:
         """Return this placement with changed Slurm resources.
 
-        ``change`` gets the resources of a candidate, and returns the resources to add to them or to replace.
+        ``change`` receives the resources of a candidate, and returns those that are added or replaced.
         """
         changed = (replace(one, slurm=one.slurm | change(one.slurm)) for one in self.candidates)
         return replace(self, candidates=tuple(changed))
 
     def rule_out(self, index: int, why: str) -> Placement:
-        """Return this placement with one candidate marked as impossible."""
+        """Return this placement with candidate ``index`` marked as impossible. ``why`` is the reason."""
         changed = [replace(one, never=why) if i == index else one for i, one in enumerate(self.candidates)]
         return replace(self, candidates=tuple(changed))
 
 
 def decide(placement: Placement, at: int, here_s: float, all_s: float) -> tuple[bool, int | None]:
-    """Return True and the index of the next candidate if a pending point leaves candidate ``at``.
+    """Return whether a pending point leaves candidate ``at``, and the index of the next candidate.
 
-    Returns False and None if the point stays, and True and None if the point is given up.
+    (True, None) means that the point is given up, (False, None) that it stays.
 
     Args:
         placement: placement of the plan.
@@ -108,7 +108,7 @@ def next_candidate(placement: Placement, at: int) -> int | None:
 
 
 def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> float:
-    """Return the time when a point became pending, over all candidates, in Unix seconds.
+    """Return the Unix time when a point became pending, at whichever candidate.
 
     Args:
         events: event log since the command was typed.
@@ -121,7 +121,7 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
 
 
 def placement_lines(placement: Placement) -> list[str]:
-    """List the candidates for people, one on each line; empty for a single one without ``give_up_after_min``."""
+    """Return lines of text on the candidates and their times, for people; empty for one candidate without limit."""
     lines = []
     for number, candidate in enumerate(placement.candidates, start=1):
         head = "  placement  " if number == 1 else " " * 13
@@ -142,7 +142,7 @@ def placement_lines(placement: Placement) -> list[str]:
 
 
 def configs(config: Config) -> list[tuple[str, Config]]:
-    """Return name and config of each candidate of ``cluster.placement``.
+    """Return (name, config) of each candidate of ``cluster.placement``.
 
     Without a list, the only candidate has an empty name and the config itself.
     """
@@ -257,7 +257,7 @@ LAUNCH_AGENTS = (
     """trap 'kill -s USR2 $launch_pid' USR2; while wait $launch_pid; kill -s 0 $launch_pid 2>/dev/null; do :; done; """
     """wait $launch_pid; }"""
 )
-"""Line of batch scripts without srun: a shell function that runs a command, and passes Slurm's signals on to it.
+"""Line of batch scripts without srun: a shell function that runs a command, and sends Slurm's signals to this command.
 
 Slurm sends TERM and USR2, and ``launch.cancel`` sends URG, which a shell without such a trap ignores. A signal ends
 ``wait``, which is then repeated. Its last call returns the exit status of the command.
@@ -279,7 +279,8 @@ SLURM_PATHS = ("/etc/slurm", "/run/munge")
 
 
 def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tuple[list[str], list[str] | None]:
-    """Return srun's options, and the command that starts the agent's Python; None for the Python that submits.
+    """Return srun's options for the container, and the command that starts the agent's Python; None: the Python that
+    submits.
 
     The working directory and the folder above the run have the same paths inside the image as outside.
     """
@@ -300,7 +301,7 @@ def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tup
 
 
 def agent_words(cluster: ClusterConfig, workdir: Path, run_dir: Path, python: str = "python") -> list[str]:
-    """Return the words after ``srun`` that start the agents of a run.
+    """Return the arguments of ``srun`` that start the agents of a run.
 
     ``python`` is the Python of the agents, unless they run in a container.
     """
@@ -313,7 +314,7 @@ def agent_words(cluster: ClusterConfig, workdir: Path, run_dir: Path, python: st
 
 
 RUNS_FROM = "LAUNCH_CODE"
-"""Environment variable of a job with the path of its code copy. Without the copy, the job must not run other code."""
+"""Environment variable of a job with the path of its copy of the code. The job must not run other code."""
 
 
 @cache
@@ -326,10 +327,10 @@ def code_of(tree: CodeTree) -> dict[str, Any]:
 
 
 def copy_path(run_dir: Path, tree: CodeTree) -> Path:
-    """Return the path of the code copy of a run, which need not exist.
+    """Return the path of the copy of the code for a run. The copy need not exist yet.
 
     Raises:
-        ConfigError: the path has the character that separates folders in PYTHONPATH.
+        ConfigError: the path contains the character that separates folders in PYTHONPATH.
     """
     if os.pathsep in str(run_dir.parent):
         raise ConfigError(
@@ -341,7 +342,7 @@ def copy_path(run_dir: Path, tree: CodeTree) -> Path:
 
 
 def copy_code(target: Path, tree: CodeTree) -> None:
-    """Copy the files of a tree to ``target``, unless the copy exists.
+    """Copy the files of a code tree to ``target``, unless the copy exists.
 
     Raises:
         ConfigError: a file changed meanwhile, or the copy cannot be written.
@@ -377,7 +378,7 @@ def _variables(copy: Path) -> dict[str, str]:
 
 @contextmanager
 def running_from(copy: Path | None) -> Iterator[None]:
-    """Make processes that start in a ``with`` block run the code in ``copy``; None changes nothing."""
+    """Make processes that start during a ``with`` block run the code in ``copy``; None changes nothing."""
     changed, before = {} if copy is None else _variables(copy), dict(os.environ)
     os.environ.update(changed)
     if changed and before.get("PYTHONPATH"):

@@ -62,15 +62,15 @@ class Plan:
     workload: str
     """Name of the workload."""
     promised: WorkloadPlan
-    """Plan of the workload. Its facts are at the root of ``plan.json``."""
+    """What the workload plans, such as steps and memory. Its facts are at the root of ``plan.json``."""
     spare_jobs: int = 0
-    """Number of jobs of one node that may replace lost nodes."""
+    """Largest number of jobs of one node that may replace lost nodes."""
     command_run_dirs: tuple[str, ...] = ()
     """Run folders of all points of the command. These points share its budget."""
     job_points: tuple[str, ...] = ()
     """Names of the run folders that share the job, in the order of its tasks; empty if the point has its own job."""
     code: str | None = None
-    """Copy of the code from which the job runs; None if it runs from the checkout."""
+    """Path of the copy of the code from which the job runs; None if the job runs from the checkout."""
     warnings: tuple[str, ...] = ()
     """Warnings of the workload, and of the launcher from earlier attempts."""
     label: str = ""
@@ -78,12 +78,12 @@ class Plan:
     finished: bool = False
     """True if the run is finished, so that it is not submitted."""
     goes_on: Continuation = field(default_factory=Continuation)
-    """Way in which the run continues. By default, it continues from its last checkpoint."""
+    """How the run continues; by default from its newest checkpoint."""
 
     expected_s: float | None = None
     """Expected time of the next start in seconds; None if unknown."""
     expected_by: str = ""
-    """Source of the expected time, for people."""
+    """Source of the expected time, as text for people."""
 
     @property
     def title(self) -> str:
@@ -107,7 +107,7 @@ class Plan:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Facts of the workload, for programs."""
+        """Figures of the workload's plan, for programs that read ``plan.json``."""
         return self.promised.facts
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,7 +117,10 @@ class Plan:
 
     @classmethod
     def from_dict(cls, known: Mapping[str, Any]) -> Plan:
-        """Return the plan of a ``plan.json``. Raises msgspec.ValidationError if a field is missing or wrong."""
+        """Return the plan in the content of a ``plan.json``.
+
+        Raises msgspec.ValidationError if a field is missing or wrong.
+        """
         own = {entry.name for entry in fields(cls)}
         facts = {key: value for key, value in known.items() if key not in {*own, "max_steps"}}
         return msgspec.convert({**known, "promised": {**known.get("promised", {}), "facts": facts}}, cls)
@@ -146,12 +149,12 @@ def make_plan(
     sweep_sizes: Sequence[int] = (),
     gpu_type: str | None = None,
 ) -> Plan:
-    """Plan one point. Writes nothing.
+    """Return the plan of one point. Writes nothing.
 
     Args:
         config: config of the point.
         overrides: overrides as typed for the point.
-        kind: local or slurm.
+        kind: ``local``, ``slurm``, ``allocation`` or ``hosts``.
         sweep_sizes: numbers of ranks of all points of the command.
         gpu_type: type of the GPUs where the point may run, as Slurm names it; None if not known.
 
@@ -232,7 +235,7 @@ def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> Non
 
 
 def write_settled(plan: Plan, folder: RunFolder, composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Write the config of a point with the values that the plan chose into ``folder``."""
+    """Write the config of a point into ``folder``, with the values that the plan has chosen."""
     for key, value in plan.promised.settled.items():
         OmegaConf.update(composed, key, value, merge=True)
     compose.write_config(folder, composed, without_key(overrides, "resume_from"))
@@ -242,13 +245,13 @@ def write_settled(plan: Plan, folder: RunFolder, composed: DictConfig, overrides
 
 
 JOBS = ".submitit"
-"""Name of the folder, next to the runs, with submitit's pickles and the agents' logs."""
+"""Name of the folder, in the parent folder of the runs, with submitit's pickles and the agents' logs."""
 SLURM_JOBS = "slurm"
-"""Name of the folder in JOBS for Slurm's jobs, whose numbers may equal process ids of local jobs."""
+"""Name of the folder in JOBS for Slurm's jobs, whose ids may equal process ids of local jobs."""
 
 
 def refuse_slurm_only(config: Config) -> None:
-    """Raise ConfigError if the config has spares or a container, and the agents run on this machine."""
+    """Raise ConfigError if the config has spares or a container, which need Slurm. For agents on this machine."""
     for key, number in {"spare_nodes": config.spare_nodes, "spare_jobs": config.spare_jobs}.items():
         if number:
             raise ConfigError(
@@ -339,7 +342,7 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, **more: Any) -
 
     Args:
         plan: plan of the run.
-        job_id: number of the Slurm job, or of the process.
+        job_id: id of the Slurm job, or of the process.
         candidate: index of the candidate that accepted the job.
         more: ``moved=True`` if the run was pending at another candidate before, ``by`` the command that found the job,
             ``pid_started`` the start time of a local process, which a later process with the same id does not have.
@@ -380,7 +383,7 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
 
 
 def record_next_job(folder: RunFolder, job_id: str | None, after: str, candidate: int = 0) -> None:
-    """Record ``job_id`` as the job that continues a run after the job ``after``; None if that next job was cancelled.
+    """Record ``job_id`` as the job that continues a run after the job ``after``; None records that it was cancelled.
 
     ``candidate`` is the index of the candidate that accepted the next job.
     """

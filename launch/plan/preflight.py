@@ -29,11 +29,12 @@ from launch.workload import CodeTree
 
 
 MARGIN = 1.5
-"""A warning proposes this multiple of the measured time of a step and a save, since the next save may be slower."""
+"""Factor from the measured time of a step and a save to the proposed grace period, since the next save may be slower.
+"""
 
 
 def add_warnings(plan: Plan, config: Config, slurm: SlurmFacts | None = None) -> Plan:
-    """Return the plan with its warnings from earlier attempts.
+    """Return the plan with additional warnings from earlier attempts.
 
     Args:
         plan: plan of the point.
@@ -48,7 +49,7 @@ def add_warnings(plan: Plan, config: Config, slurm: SlurmFacts | None = None) ->
 
 
 def _problems(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[Problem]:
-    """Yield a problem for changed code, a checkpoint that was not written, and times to stop that are too short."""
+    """Yield problems: changed code, a checkpoint that was not written, and times to stop that are too short."""
     folder = RunFolder(plan.run_dir)
     changed = changed_since(folder, _current(workload_of(config).code(config))) if folder.attempts() else None
     if changed is not None:
@@ -96,9 +97,9 @@ def _current(tree: CodeTree) -> dict[str, Any]:
 
 
 def measure_stop(folder: RunFolder) -> tuple[float, float] | None:
-    """Return the longest of the last saves and the longest of the last steps of a run, in seconds.
+    """Return (longest of the last saves, longest of the last steps) of a run in seconds; None if no save was measured.
 
-    Together they are the time that a run needs to stop. None if no save was measured.
+    Together they are the time that a run needs to stop.
     """
     # A background save blocks the run for less than its duration, but the run waits for its last save.
     saved = [e for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
@@ -113,7 +114,7 @@ def measure_stop(folder: RunFolder) -> tuple[float, float] | None:
 
 
 MIN_STEPS = 5
-"""Smallest number of steps for an estimate. With fewer steps, start-up and warm-up dominate."""
+"""Smallest number of steps for an estimate of the step time. With fewer steps, start-up and warm-up dominate."""
 
 
 def add_expected(plan: Plan) -> Plan:
@@ -145,7 +146,7 @@ def add_expected(plan: Plan) -> Plan:
 
 
 def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]:
-    """Return the plans with the run folders that share their budget.
+    """Return the plans with the run folders of all points, which share one budget.
 
     Raises:
         ConfigError: the caps differ between points, or the worst case exceeds a cap.
@@ -172,7 +173,10 @@ def _used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Use]:
 
 
 def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
-    """Write the sum of the uses: node-hours, or hours of this machine if all points are local; GPU-hours and cost."""
+    """Return the sum of the uses as text: node-hours, GPU-hours and cost.
+
+    If all points run on this machine, its hours replace the node-hours.
+    """
     total = sum(uses, Use())
     if any(plan.cluster != "local" for plan in plans):
         return use_text(total)
@@ -182,7 +186,7 @@ def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
 
 
 def expected_text(plans: Sequence[Plan]) -> str:
-    """Write the expected use of all points whose time is known, and the longest time; empty if no time is known."""
+    """Return a text on the expected use of all points, and the longest time; "" if no time is known."""
     known = [plan for plan in plans if plan.expected_s is not None]
     if not known:
         return ""
@@ -196,7 +200,7 @@ def expected_text(plans: Sequence[Plan]) -> str:
 
 
 def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
-    """Write lines on the node-hours, GPU-hours and cost of the points.
+    """Return lines of text on the node-hours, GPU-hours and cost of the points.
 
     The lines are: the worst case, if each unfinished point is started once and runs until its time limit; the expected
     use; the use so far; and the limit of all attempts.

@@ -1,11 +1,11 @@
-"""``launch.on=ssh:LOGIN``: a command of the launcher that is typed here, and runs on a login node of a cluster.
+"""``launch.on=ssh:LOGIN``: run a command of the launcher, typed on this machine, on a login node of a cluster.
 
     gpt-launch launch.on=ssh:login.site -m nodes=1,2,4 workload=script script.path=train.py launch.detach=true
     gpt-launch status launch.on=ssh:login.site outputs/train
     gpt-launch report launch.on=ssh:login.site outputs/train
 
-The code of this folder is copied to a folder of the login node, where the command runs. The files of reports come back.
-``ssh`` is the user's own, with its configuration and keys. It never asks for a password here.
+The code of this folder is copied to a folder of the login node, where the command runs. Files of reports are copied
+back. ``ssh`` is the user's own, with its configuration and keys. It never asks for a password here.
 """
 
 from __future__ import annotations
@@ -29,25 +29,28 @@ VARIABLE = "LAUNCH_ON"
 """Environment variable with the value of ``launch.on`` for every command."""
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20")
 REPORTS = ("scaling.*", "scaling_parts.csv", "summary.*", "all_runs.*", "comparison.*")
-"""Names of the files that come back: those of launch.report."""
+"""Patterns of the files that are copied back: those that launch.report writes."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A login node, as ssh names it, and its folder to which the code of the local folder is copied."""
+    """A login node: its name for ssh, and the folder on it to which the code of the local folder is copied."""
 
     host: str
     folder: PurePosixPath
-    """Path relative to the home folder there, or absolute."""
+    """Path on the login node, absolute or relative to the home folder."""
 
     def shell(self, text: str, *, options: Sequence[str] = ()) -> list[str]:
-        """Return the words that run ``text`` in a login shell, in the folder, whose ``.venv`` comes first in PATH."""
+        """Return the command that runs ``text`` on the login node, in the folder, whose ``.venv`` comes first in PATH.
+
+        ``options`` are further options of ssh.
+        """
         line = f'cd {shlex.quote(str(self.folder))} && PATH="$PWD/.venv/bin:$PATH" && {text}'
         return [*SSH, *options, self.host, f"bash -lc {shlex.quote(line)}"]
 
 
 def remote_of(words: Sequence[str]) -> tuple[Remote, list[str]] | None:
-    """Return the login node that a command line or LAUNCH_ON names, and the other words; None without such a name.
+    """Return the login node that a command line or LAUNCH_ON names, and the other arguments; None if neither names one.
 
     Raises:
         ConfigError: the value has another form than ``ssh:LOGIN`` or ``ssh:LOGIN:FOLDER``.
@@ -67,13 +70,13 @@ def remote_of(words: Sequence[str]) -> tuple[Remote, list[str]] | None:
 
 
 def project() -> Path:
-    """Return the folder whose code is copied: the checkout around the working directory, or that directory."""
+    """Return the folder whose code is copied: the git checkout around the working directory, or that directory."""
     found = git(Path.cwd(), "rev-parse", "--show-toplevel")
     return Path(found.decode().strip()) if found else Path.cwd()
 
 
 def require_launcher(remote: Remote) -> None:
-    """Make the folder on the login node. Raises ConfigError if ssh fails, or if the launcher is not installed there."""
+    """Make the folder on the login node. Raises ConfigError if ssh fails, or if the login node has no launcher."""
     folder = shlex.quote(str(remote.folder))
     made = subprocess.run([*SSH, remote.host, f"mkdir -p {folder}"], capture_output=True, text=True, check=False)
     if made.returncode:
@@ -120,11 +123,11 @@ def fetch_reports(remote: Remote, output_dir: str) -> None:
 
 @refusing
 def run_remotely(words: Sequence[str], command: str | None = None) -> int:
-    """Run a command on the login node that its words name. Returns its exit status.
+    """Run a command on the login node that its arguments name. Returns the exit status of the command.
 
     Args:
         words: arguments of the command, with ``launch.on``.
-        command: name of the command, such as ``status``; None for a submission, which copies the code before.
+        command: name of the command, such as ``status``; None for a submission, before which the code is copied.
     """
     found = remote_of(words)
     assert found is not None

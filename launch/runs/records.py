@@ -146,7 +146,7 @@ class StepRecord:
     mfu_bf16: float | None = None
     """The same as a share of the peak in bf16, whatever the precision, so that runs in two precisions compare."""
     mfu_causal: float | None = None
-    """Model FLOPs utilization that counts half of the attention, because the mask is causal."""
+    """Model FLOPs utilization with causal attention counted by half."""
     hfu: float | None = None
     """Hardware FLOPs utilization: recomputed operations count, too."""
     memory_allocated_gib: float | None = None

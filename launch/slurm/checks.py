@@ -26,7 +26,7 @@ from launch.slurm.submit import shapes
 
 
 class Level(Enum):
-    """Severity of a finding: an ``error`` breaks the run, a ``warning`` may cost time or work, ``ok`` is in order."""
+    """Severity of a finding: an ``error`` breaks the run, a ``warning`` may cost time or work, ``ok`` is no problem."""
 
     ok = "ok"
     warning = "warning"
@@ -35,7 +35,7 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding(Problem):
-    """Result of one check. ``expected`` and ``fix`` are empty if all is well.
+    """Result of one check. ``expected`` (the consequence) and ``fix`` are empty if the check found no problem.
 
     Attributes:
         level: severity.
@@ -52,27 +52,27 @@ class Finding(Problem):
 
     @property
     def why(self) -> str:
-        """Consequence of the finding; empty if all is well."""
+        """Consequence of the finding; empty if the check found no problem."""
         return self.expected
 
 
 def fine(check: str, found: str) -> Finding:
-    """Return a finding without complaint."""
+    """Return a finding of level ``ok``."""
     return Finding(found, "", "", Level.ok, check)
 
 
 def warn(check: str, found: str, why: str, fix: str) -> Finding:
-    """Return a finding about a state that may cost time or work."""
+    """Return a finding of level ``warning``: a state that may cost time or work."""
     return Finding(found, why, fix, Level.warning, check)
 
 
 def fail(check: str, found: str, why: str, fix: str) -> Finding:
-    """Return a finding about a state that breaks the run."""
+    """Return a finding of level ``error``: a state that breaks the run."""
     return Finding(found, why, fix, Level.error, check)
 
 
 def doubt(finding: Finding, unless: str) -> Finding:
-    """Return the finding. If it is a certain error, add the condition ``unless`` under which it does not occur."""
+    """Return the finding. A certain error gets the condition ``unless``, under which it does not occur."""
     return replace(finding, unless=unless) if finding.level is Level.error and not finding.unless else finding
 
 
@@ -82,7 +82,7 @@ def has_errors(findings: Iterable[Finding]) -> bool:
 
 
 PENDS = "Slurm would leave the job pending for good, or refuse it"
-"""Consequence of a request that Slurm cannot meet. With EnforcePartLimits=NO, Slurm still accepts the request."""
+"""Consequence of a request that Slurm cannot meet. With EnforcePartLimits=NO, sbatch still accepts the request."""
 REFUSES = "sbatch refuses the job"
 MB_IN_GB = 1024
 """Number of Slurm's MB (MiB) in one GB of cluster.mem_gb (GiB)."""
@@ -92,25 +92,25 @@ OPTIONS = {
     "mem_per_gpu", "gpus", "gpus_per_node", "gpus_per_task", "gres", "constraint", "account", "qos", "exclude", "array",
     "overcommit", "use_min_nodes", "reservation",
 }  # fmt: skip
-"""Options of sbatch in cluster.additional_parameters that change the facts that the checks compare."""
+"""Options of sbatch in cluster.additional_parameters that change the values which the checks compare."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Request to Slurm for points with equal resources: a job, or an array of ``len(points)`` elements."""
+    """Request to Slurm for points with equal resources: one job, or one array of ``len(points)`` elements."""
 
     config: Config
     plan: Plan
     points: tuple[str, ...]
     batch_text: str
     excluded: frozenset[str] = frozenset()
-    """Names of the nodes in cluster.exclude."""
+    """Names of the nodes that cluster.exclude lists."""
 
 
 def excluded(config: Config, facts: SlurmFacts) -> frozenset[str]:
-    """Return the node names in cluster.exclude, a host list such as ``n[1-3],n7``. Raises SlurmError if Slurm fails.
+    """Return the names of the nodes that cluster.exclude lists, such as ``n[1-3],n7``; empty if no controller answers.
 
-    Empty if no controller answers.
+    Raises SlurmError if Slurm fails.
     """
     known = config.cluster.exclude and facts.limits is not None
     return frozenset(scheduler.host_names(config.cluster.exclude or "") if known else ())
@@ -118,7 +118,7 @@ def excluded(config: Config, facts: SlurmFacts) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """One request at one partition of a cluster."""
+    """One request at one partition: what a check examines."""
 
     limits: Limits
     partition: Partition
@@ -131,7 +131,7 @@ class Case:
 
     @cached_property
     def nodes(self) -> list[NodeLimits]:
-        """Nodes of the partition that are not excluded and have the requested features, also unusable ones."""
+        """Nodes of the partition that are not excluded and have the requested features. Some may be down."""
         nodes = self.limits.nodes_of(self.partition)
         return [n for n in nodes if n.name not in self.request.excluded and features(self.config) <= n.features]
 
@@ -154,24 +154,27 @@ def typed_options(cluster: ClusterConfig) -> set[str]:
 
 
 def partitions_of(limits: Limits, config: Config) -> list[Partition]:
-    """Return the partitions that the job could use: the named ones, else the default. Slurm chooses one of several."""
+    """Return the partitions that the job could use: those that the config names, else the default partition."""
     names = partition_names(config)
     return [p for p in limits.partitions if (p.name in names if names else p.is_default)]
 
 
 def partition_names(config: Config) -> list[str]:
-    """Return the names in cluster.partition."""
+    """Return the names in cluster.partition. Slurm chooses one of them."""
     return [name.strip() for name in (config.cluster.partition or "").split(",") if name.strip()]
 
 
 def features(config: Config) -> frozenset[str]:
-    """Return the features that every node must have. Only plain names joined by & count here; Slurm checks the rest."""
+    """Return the features that every node must have.
+
+    Empty if cluster.constraint is more than plain names joined by &.
+    """
     text = config.cluster.constraint or ""
     return frozenset(text.split("&")) if re.fullmatch(r"[\w.-]+(&[\w.-]+)*", text) else frozenset()
 
 
 def why_unsure(limits: Limits, config: Config) -> str:
-    """Return why the config does not show what a job requests or where the job runs; empty if it shows both."""
+    """Return why the config alone does not show what a job requests or where it runs; "" if it shows both."""
     others = sorted(typed_options(config.cluster) & OPTIONS)
     if others:
         return f"cluster.additional_parameters ({', '.join(others)}) makes it fit"
@@ -182,24 +185,24 @@ def why_unsure(limits: Limits, config: Config) -> str:
 
 
 def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether a job gets whole nodes, with all their CPUs and no other job."""
+    """Return whether a job gets whole nodes, with all their CPUs and without other jobs."""
     return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
 
 
 def request_fewer_nodes(config: Config, most: int) -> str:
-    """Return the overrides for at most ``most`` nodes: fewer spares if that is enough, else fewer nodes."""
+    """Return the overrides that request at most ``most`` nodes: fewer spares if that is enough, else fewer nodes."""
     if config.spare_nodes and config.nodes <= most:
         return f"spare_nodes={most - config.nodes}"
     return f"nodes={max(1, most - config.spare_nodes)}" if most > config.spare_nodes else f"nodes={most} spare_nodes=0"
 
 
 def gres_text(part: Gres) -> str:
-    """Write a generic resource as sbatch accepts it."""
+    """Return a generic resource as sbatch accepts it, such as ``gpu:a100:4``."""
     return ":".join(text for text in (part.name, part.type, str(part.count)) if text)
 
 
 def kinds_text(nodes: Sequence[NodeLimits]) -> str:
-    """Write the generic resources of nodes, each kind once."""
+    """Return the generic resources of nodes as one text, each kind once."""
     return ", ".join(sorted({gres_text(part) for node in nodes for part in node.gres})) or "no generic resources"
 
 
@@ -219,7 +222,7 @@ def check_partition_state(case: Case) -> Iterator[Finding]:
 
 
 def check_access(case: Case) -> Iterator[Finding]:
-    """Check account and QOS against the lists of the partition.
+    """Check that the partition accepts the account and the QOS.
 
     Unix groups are not checked: sbatch itself refuses a user who is in none of the partition's groups.
     """
@@ -244,7 +247,7 @@ def check_access(case: Case) -> Iterator[Finding]:
 
 
 def check_time(case: Case) -> Iterator[Finding]:
-    """Check the time limit."""
+    """Check the time limit of the job against that of the partition."""
     asked, most = case.config.cluster.timeout_min, case.partition.max_time_min
     if most is not None and asked > most:
         found = f"cluster.timeout_min={asked}, and MaxTime of {case.partition.name} is {most:g} min"
@@ -354,7 +357,7 @@ def check_preemption(case: Case) -> Iterator[Finding]:
 
 
 def check_partition(case: Case) -> Iterator[Finding]:
-    """Yield the findings of all checks at a partition, and a finding without complaint if there is no error."""
+    """Yield the findings of all checks at one partition; if there is no error, also a finding of level ``ok``."""
     complaints = [*check_node_count(case), *check_resources(case)]
     hidden = case.partition.total_nodes - len(case.limits.nodes_of(case.partition))
     if hidden > 0:
@@ -371,7 +374,7 @@ def check_partition(case: Case) -> Iterator[Finding]:
 
 
 def check_request(limits: Limits, request: Request) -> list[Finding]:
-    """Check one job or array, and return all findings."""
+    """Return the findings of all checks of one job or array."""
     cases = [Case(limits, partition, request) for partition in partitions_of(limits, request.config)]
     found = [
         *check_partition_names(limits, request.config),
@@ -382,7 +385,7 @@ def check_request(limits: Limits, request: Request) -> list[Finding]:
 
 
 def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of alternative partitions or candidates, given as ``each``.
+    """Yield the findings of alternatives, which are partitions or candidates. ``each`` has the findings of each one.
 
     If one of the alternatives has no error, all errors become warnings.
     """
@@ -393,7 +396,7 @@ def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
 
 
 def check_partition_names(limits: Limits, config: Config) -> Iterator[Finding]:
-    """Check that the named partitions exist, or that there is a default."""
+    """Check that the named partitions exist; without names, that there is a default partition."""
     there, names = [partition.name for partition in limits.partitions], partition_names(config)
     listed = ", ".join(there) or "none"
     for name in (name for name in names if name not in there):
@@ -411,7 +414,10 @@ def check_partition_names(limits: Limits, config: Config) -> Iterator[Finding]:
 def requests_of(
     plans: Sequence[Plan], configs: dict[str, Config], facts: SlurmFacts
 ) -> list[tuple[list[Plan], Request]]:
-    """Return each group of plans with equal resources, and its request. ``configs`` is run folder -> config."""
+    """Return (plans with equal resources, their request) for each group of plans.
+
+    ``configs`` is run folder -> config.
+    """
     found = []
     for group in shapes(plans):
         config, points = configs[group[0].run_dir], tuple(plan.title for plan in group)
@@ -420,9 +426,9 @@ def requests_of(
 
 
 def check_candidates(facts: SlurmFacts, request: Request) -> list[tuple[str, list[Finding]]]:
-    """Return the name of each candidate of a request, and the findings of all checks there.
+    """Return (name of a candidate, findings of all checks there) for each candidate of a request.
 
-    Without an answer of a controller, only the config of the candidate is checked.
+    If no controller answers, only the config of the candidate is checked.
     """
     found = []
     for name, config in placement.configs(request.config):
@@ -436,9 +442,9 @@ def check_candidates(facts: SlurmFacts, request: Request) -> list[tuple[str, lis
 
 
 def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Finding]:
-    """Return the findings of all checks of all requests at every candidate, each finding once.
+    """Return the findings of all checks for all requests at every candidate, each finding once.
 
-    A candidate that cannot run a point is skipped.
+    A candidate that cannot run a point is skipped, so its errors become warnings if another candidate can.
     """
     found: list[Finding] = []
     for request in requests:
@@ -493,7 +499,7 @@ def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, er
 
 
 def room_in(limits: Limits, partition: Partition) -> str:
-    """Describe the largest job that a partition takes: nodes, time, and the resources of the best node."""
+    """Return a text on the largest job that a partition accepts: nodes, time, and the resources of the best node."""
     nodes = limits.nodes_of(partition)
     if not nodes:
         return f"partition {partition.name} has no nodes"
@@ -511,7 +517,7 @@ def check_before_submitting(
     """Compare the requests of a command with Slurm's limits, and print the candidates that are ruled out.
 
     Returns:
-        The plans without the candidates where they could never run.
+        The plans. Their placements lack the candidates where they could never run.
 
     Raises:
         ConfigError: a point could start nowhere.

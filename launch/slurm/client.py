@@ -23,10 +23,10 @@ JOB_NAME = re.compile(r"(?<=\s)JobName=(.*?)(?=\s+UserId=)")
 
 
 def parse_fields(line: str) -> dict[str, str]:
-    """Return the fields of one line of ``scontrol show --oneliner``: key -> value.
+    """Return the fields in one line of ``scontrol show --oneliner``: key -> value.
 
     A value (OS, Reason, Command) ends where the next key begins. Names, comments and paths of users may look like keys.
-    Therefore the job's name, which comes early, is removed first. The first of several equal keys counts, because
+    Therefore the job's name, which comes early, is removed first. The first of several equal keys is used, because
     comments and paths come last.
     """
     name = JOB_NAME.search(line)
@@ -63,14 +63,19 @@ class SlurmError(RuntimeError):
 
 
 class SlurmBusyError(SlurmError):
-    """Raised if a controller did not answer. The same command may work later."""
+    """Raised if a controller did not answer. The same command may succeed later."""
 
 
 def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> str:
-    """Run a Slurm command and return its output.
+    """Run a Slurm command and return its standard output.
+
+    Args:
+        command: program and arguments.
+        timeout_s: longest wait for one try in seconds.
+        retries: number of tries.
 
     Raises:
-        SlurmBusyError: the controller did not answer in time, ``retries`` times.
+        SlurmBusyError: the controller did not answer in time in any try.
         SlurmError: the command is not installed, or fails for another reason.
     """
     if shutil.which(command[0]) is None:
@@ -100,7 +105,10 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
 
 
 def missing_configuration() -> str:
-    """Return a complaint if SLURM_CONF names no existing file; else empty. Slurm would search for ten seconds."""
+    """Return an error text if SLURM_CONF names a file that does not exist; else "".
+
+    Without this check, Slurm's commands would search for the file for ten seconds.
+    """
     named = os.environ.get("SLURM_CONF")
     if not named or Path(named).is_file():
         return ""
@@ -108,7 +116,7 @@ def missing_configuration() -> str:
 
 
 def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Run a command that neither Ctrl-C nor a SIGTERM can interrupt, and return its exit status and output.
+    """Run a command that neither Ctrl-C nor a SIGTERM can interrupt. Returns its exit status and output.
 
     Slurm sends SIGTERM to all processes of a job that is requeued or preempted, including the command that requeues it.
     """
@@ -150,12 +158,17 @@ def controller_problem() -> str | None:
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 """Slurm's states of jobs that will start, or start again."""
 WORKING = ("RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+"""Slurm's states of jobs that have nodes."""
 PHASES = {"UNKNOWN": "unknown", **dict.fromkeys(WAITING, "pending"), **dict.fromkeys(WORKING, "running")}
+"""Slurm's state of a job -> phase of ``JobState``. A job in another state is over."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """State of a job by squeue. ``state`` is Slurm's name of the state, GONE for a forgotten job, or UNKNOWN."""
+    """State of a job as squeue reports it.
+
+    ``state`` is Slurm's name of the state, GONE (forgotten by Slurm) or UNKNOWN.
+    """
 
     state: str
     reason: str = ""
@@ -163,7 +176,7 @@ class JobState:
     nodes: str = ""
     """Names of the job's nodes, abbreviated by Slurm; empty if it has none."""
     start: str = ""
-    """Time of the job's start, or its expected start, as Slurm prints it; empty if Slurm does not know."""
+    """Start time of the job as Slurm prints it, an expected time for a pending job; empty if Slurm does not know."""
     partition: str = ""
     submitted: float | None = None
     """Time when the job was submitted or requeued, Unix seconds; None if not known."""
@@ -178,7 +191,8 @@ class JobState:
 
     @property
     def detail(self) -> str:
-        """Return reason and expected start of a pending job; for other jobs, Slurm's state and a failed dependency.
+        """Return the reason and the expected start of a pending job; for other jobs, Slurm's state and a failed
+        dependency.
 
         Empty for the states RUNNING, COMPLETED and GONE.
         """
@@ -190,12 +204,12 @@ class JobState:
 
     @property
     def since(self) -> float | None:
-        """Return when the job began to wait, Unix seconds; None if the job is in another state than PENDING."""
+        """Return when the job began to wait, Unix seconds; None if its state is not PENDING."""
         return self.submitted if self.state == "PENDING" else None  # A job whose nodes boot, for example, cannot move.
 
 
 def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobState]:
-    """Return the states of jobs by id, with one squeue for all jobs. Works without accounting.
+    """Return job id -> state, with one squeue for all jobs. Works without accounting.
 
     The id of an array element is ``123_4``, or the number in SLURM_JOB_ID of its script. A job is absent if the
     controller has forgotten it (MinJobAge after its end). Raises SlurmError if squeue fails.
@@ -233,7 +247,7 @@ def max_array_size() -> int:
 
 
 def output_file(job_id: str) -> Path | None:
-    """Return the path of the output of a job's batch script; None if Slurm has forgotten the job or names no file."""
+    """Return the path of the output of a job's batch script; None if Slurm has forgotten the job or the path."""
     try:
         found = job_fields(job_id).get("StdOut")
     except SlurmError as error:
@@ -244,7 +258,7 @@ def output_file(job_id: str) -> Path | None:
 
 
 def scancel(job_id: str, *options: str, retries: int = RETRIES) -> None:
-    """Cancel one job, or one element of an array; with the option ``--signal=NAME``, send it a signal instead.
+    """Cancel one job, or one element of an array. With the option ``--signal=NAME``, send a signal instead.
 
     Raises SlurmError if scancel fails, but not if the job is over or forgotten.
     """
@@ -274,10 +288,10 @@ class JobDetails:
     """Number of requeues of the job, the latest included."""
     start_time: float | None
     end_time: float | None
-    """Time at which a running job reaches its time limit, or at which a job ended, Unix seconds."""
+    """Time at which a running job reaches its time limit, or at which an ended job ended, Unix seconds."""
     time_limit_s: float | None
     reason: str = ""
-    """Slurm's reason for the wait or the end; the text ``None`` for a cancelled job."""
+    """Slurm's reason why the job waits or has ended; the text ``None`` for a cancelled job."""
 
     @property
     def is_running(self) -> bool:
@@ -307,7 +321,7 @@ def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
 
 
 def accounted_state(job_id: str) -> str:
-    """Return the state of a job in Slurm's accounting, such as NODE_FAIL; empty without an entry or accounting."""
+    """Return the state of a job in Slurm's accounting, such as NODE_FAIL; "" if accounting does not have the job."""
     try:
         return run("sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", job_id).strip()
     except SlurmError:
@@ -323,7 +337,7 @@ def unix_time(text: str) -> float | None:
 
 
 def seconds(text: str) -> float | None:
-    """Return the seconds of a duration that Slurm prints, ``1-02:03:04``; None for other words, such as UNLIMITED."""
+    """Return the seconds of a duration as Slurm prints it, ``1-02:03:04``; None for words such as UNLIMITED."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     if found is None:
         return None
@@ -337,7 +351,7 @@ def requeue(job_id: str) -> None:
 
 
 def usable_nodes(job_id: str) -> set[str]:
-    """Return the names of nodes in a job's partitions that are not down, drained or failing.
+    """Return the names of the nodes in a job's partitions that are not down, drained or failing.
 
     Raises SlurmError if Slurm does not answer, or has forgotten the job.
     """
@@ -365,12 +379,12 @@ def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
 
 
 def held_job() -> str | None:
-    """Return the id of the Slurm job that this process runs in; None outside of a job, and in the rank of a run."""
+    """Return the id of the Slurm job in which this process runs; None outside of a job, and in a rank."""
     return None if "LAUNCH_AGENT_PID" in os.environ else os.environ.get("SLURM_JOB_ID")
 
 
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""Step ids from here on are of batch scripts and of the shells of salloc, which hold no resources (slurm.h)."""
+"""Smallest id of the steps of batch scripts and of shells of salloc, which hold no resources (slurm.h)."""
 
 
 def is_in_step() -> bool:

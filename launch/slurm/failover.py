@@ -31,12 +31,12 @@ from launch.agent.policy import hosts_to_avoid
 from launch.errors import duration_text
 from launch.plan.placement import decide, waiting_since
 from launch.plan.plan import Plan, record_next_job, record_submitted
-from launch.runs.events import events_since_submission, select_events
+from launch.runs.events import events_since_submission, last_event
 from launch.runs.folder import RunFolder, deny_others_writing, read_plan
 from launch.slurm.client import SlurmBusyError, SlurmError, job_details
 from launch.slurm.jobs import ACTIVE, SlurmJob, ask_queue, slurm_folder
 from launch.slurm.limits import OWN_WISH
-from launch.slurm.status import RunStatus, find_run_status, last_of, last_placed
+from launch.slurm.status import RunStatus, find_run_status, last_placed
 from launch.slurm.submit import depend, submit_calls, submit_somewhere
 
 LEAVE_S = 30.0
@@ -65,7 +65,7 @@ def fail_over(points: Sequence[RunStatus], console: Console) -> SlurmError | Non
 
 
 def move_if_due(point: RunStatus, plan: Plan, console: Console) -> None:
-    """Move a pending point whose wait is over, and continue a move that another process has begun.
+    """Move a pending point that has waited long enough, or continue a move that another process has begun.
 
     A move is recorded before it begins, so that another process can continue the move after a crash. ``plan`` is the
     plan that ``promised`` returns. Raises SlurmError if Slurm does not answer.
@@ -79,7 +79,7 @@ def move_if_due(point: RunStatus, plan: Plan, console: Console) -> None:
         return
     if status.since is None or status.reason in OWN_WISH:
         return
-    at = last_of(events, "submitted")["candidate"]
+    at = last_event(events, "submitted")["candidate"]
     since = waiting_since(events, status.since)
     leaves, to = decide(plan.placement, at, now - status.since, now - since)
     if not leaves:
@@ -105,7 +105,7 @@ def move_if_due(point: RunStatus, plan: Plan, console: Console) -> None:
 def submit_moved(point: RunStatus, plan: Plan, to: int, since: float, console: Console) -> None:
     """Submit a point that has left the queue at candidate ``to``, or at the next candidate that sbatch accepts.
 
-    Gives the point up if sbatch refuses it everywhere. ``since`` is the time when the point began to wait.
+    Gives the point up if sbatch refuses it everywhere. ``since`` is the Unix time when the point began to wait.
 
     Raises:
         SlurmBusyError: the controller did not answer.
@@ -131,7 +131,7 @@ def submit_moved(point: RunStatus, plan: Plan, to: int, since: float, console: C
 
 
 def has_left(job: SlurmJob) -> bool:
-    """Cancel a pending job, and return whether the job has left the queue within LEAVE_S seconds.
+    """Cancel a pending job. Returns whether the job has left the queue within LEAVE_S seconds.
 
     False if the job has started meanwhile. Raises SlurmError if Slurm does not answer.
     """
@@ -147,7 +147,7 @@ def has_left(job: SlurmJob) -> bool:
 
 
 def promised(point: RunStatus) -> Plan | None:
-    """Return the plan of a point without candidates that sbatch has refused, and without hosts that failed in the run.
+    """Return the plan of a point, without candidates that sbatch has refused and without hosts that failed in the run.
 
     None if no plan with a possible candidate exists. Raises ConfigError if the plan is damaged.
     """
@@ -168,20 +168,20 @@ def promised(point: RunStatus) -> Plan | None:
 
 
 def record_stay(point: RunStatus) -> None:
-    """Record that a point started during its move, and so keeps its place. Does nothing if no move was recorded."""
+    """Record that a point started during its move and stays where it is. Does nothing if no move was recorded."""
     if last_placed(point.events()).get("event") in ("moved", "gave_up"):
         point.folder.record_event("stayed", cause="it has started meanwhile, or Slurm did not take it out of the queue")
 
 
 def is_current(point: RunStatus) -> bool:
     """Return whether no other process has moved or cancelled the point since the last poll."""
-    submitted = last_of(point.events(), "submitted")
+    submitted = last_event(point.events(), "submitted")
     return not point.is_cancelled and point.job is not None and str(submitted["job_id"]) == point.job.job_id
 
 
 @contextmanager
 def claim(folder: RunFolder) -> Iterator[bool]:
-    """Lock the run folder for a move. Yields True if this process has the lock, False if another process has it."""
+    """Lock the run folder for a move during a ``with`` block. Yields False if another process has the lock."""
     path = folder.path / ".launch" / "moving"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -212,9 +212,9 @@ def no_interrupt() -> Iterator[None]:
 
 
 def start_in_background(folders: Sequence[Path], log: Path) -> subprocess.Popen[bytes]:
-    """Start ``launch.move`` for runs without a launcher, in a process that survives the end of the terminal.
+    """Start ``launch.move`` for runs without a launcher, as a process that survives the end of the terminal.
 
-    Its output is appended to ``log``.
+    The output of the process is appended to ``log``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -233,7 +233,7 @@ def start_in_background(folders: Sequence[Path], log: Path) -> subprocess.Popen[
 
 
 def plan_of(folder: RunFolder) -> Plan:
-    """Return the plan of a run for another job. Raises SlurmError if no candidate is left for the job."""
+    """Return the plan for a further job of a run. Raises SlurmError if no candidate is left for the job."""
     plan = promised(find_run_status(folder))
     if plan is None:
         raise SlurmError(f"{folder.plan} names no place for another job")
@@ -247,7 +247,7 @@ def submit_next_job(folder: RunFolder, after: str) -> None:
         SlurmError: Slurm does not accept the job, or the controller does not answer.
     """
     plan = plan_of(folder)
-    at = select_events(folder.read_events(), "submitted")[-1]["candidate"]
+    at = last_event(folder.read_events(), "submitted")["candidate"]
     done = submit_somewhere([depend(plan, f"afterany:{after}")], at)
     record_next_job(folder, done.jobs[0].job_id, after, done.candidate)
 
@@ -266,7 +266,7 @@ def submit_spare_job(folder: RunFolder, job_id: str, node: Node) -> None:
         SlurmError: sbatch refuses, or the controller does not answer.
     """
     plan, events = plan_of(folder), events_since_submission(folder.read_events())
-    at = select_events(events, "submitted")[-1]["candidate"]
+    at = last_event(events, "submitted")["candidate"]
     avoid = plan.placement.exclude_hosts(sorted({*node.hosts, *hosts_to_avoid(events)}))
     resources = avoid.candidates[at].slurm
     end = job_details(job_id).end_time
@@ -285,7 +285,7 @@ def submit_spare_job(folder: RunFolder, job_id: str, node: Node) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Submit a further job of a run. Ends with a message of Slurm, and exit status 1, if Slurm does not accept it."""
+    """Submit a further job of a run. If Slurm does not accept the job, print Slurm's message and exit with status 1."""
     parser = argparse.ArgumentParser(description="Submit a further job of a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     parser.add_argument("job", metavar="JOB", help="the present job of the run")

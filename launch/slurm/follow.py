@@ -1,4 +1,4 @@
-"""Watch of points until they end: progress on the terminal, start of local points, and stop by Ctrl-C or ``cancel``."""
+"""Watch of points until they end: progress on the terminal, start of local points, stop by Ctrl-C or ``cancel``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and
 
 
 def speed_text(record: dict[str, object]) -> str:
-    """Write the throughput of a step record with its unit; empty if no throughput was recorded."""
+    """Return the throughput in a step record as text with its unit; "" if no throughput was recorded."""
     speed = throughput(record)
     return "" if speed is None else f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s"
 
@@ -51,7 +51,9 @@ def quiet_text(seconds: float) -> str:
 
 
 def state_text(point: RunStatus) -> str:
-    """Write the state of a point with its reason, and the number of nodes if the run has fewer."""
+    """Return the state of a point as text, with the reason, and the number of nodes if the run has fewer than
+    requested.
+    """
     fewer = point.fewer_nodes() if point.state == "running" else None
     on = "" if fewer is None else f"{fewer['nodes']} of {fewer['asked']} nodes"
     details = ", ".join(part for part in (point.detail, on) if part)
@@ -59,7 +61,7 @@ def state_text(point: RunStatus) -> str:
 
 
 def plain_line(point: RunStatus) -> str:
-    """Write one point as a line of text: name, state, step, throughput, loss and ETA, as far as they are known."""
+    """Return one line of text for a point: name, state, step, throughput, loss and remaining time, as far as known."""
     step, total = point.latest.get("step"), point.max_steps
     known = []
     if step is not None or total is not None:
@@ -76,10 +78,7 @@ def plain_line(point: RunStatus) -> str:
 
 
 def news(point: RunStatus) -> Iterator[str]:
-    """Yield news about a running point: restarts, failed saves, damage, changed code, or a job that cannot start.
-
-    Each text is yielded once.
-    """
+    """Yield texts on a running point: restarts, failed saves, damage, changed code, or a job that cannot start."""
     events = point.events()
     for event in events:
         attempt = event.get("attempt")
@@ -95,7 +94,9 @@ def news(point: RunStatus) -> Iterator[str]:
 
 
 class Display:
-    """Progress of points: a line for each new state, for news, and for new steps every PLAIN_LINE_S seconds."""
+    """Progress of points on the terminal: a line for each new state, for news, and for steps every PLAIN_LINE_S
+    seconds.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -104,7 +105,7 @@ class Display:
         self._has_problem = False
 
     def show(self, point: RunStatus) -> None:
-        """Print the state of a point if something is new, and each of its news once."""
+        """Print the state of a point if something has changed, and each of its news once."""
         for text in news(point):
             if (id(point), text) not in self._printed:
                 self._printed.add((id(point), text))
@@ -137,7 +138,7 @@ def watch_points(
     stops_at_failure: bool = False,
     parallel: int = 1,
 ) -> None:
-    """Follow the points until they end, and start local points in their order.
+    """Follow the points until they end, and start local points in order.
 
     Args:
         points: status of submitted points, or of points that wait on this machine.
@@ -164,7 +165,7 @@ def watch_points(
 
 @contextmanager
 def explain_sigterm(console: Console) -> Iterator[None]:
-    """Print a line about the future of the runs if SIGTERM ends this process during a ``with`` block."""
+    """Print what happens to the runs if SIGTERM ends this process during a ``with`` block."""
 
     def leave(number: int, frame: object) -> None:
         ends = "runs on this machine save a checkpoint if they can, and end"
@@ -179,7 +180,7 @@ def explain_sigterm(console: Console) -> Iterator[None]:
 
 
 def start_local_points(points: Sequence[RunStatus], parallel: int) -> None:
-    """Start local points in their order while fewer than ``parallel`` run. More points would slow each other down."""
+    """Start local points in order, as long as fewer than ``parallel`` run at the same time."""
     local = [p for p in points if p.plan is not None and p.plan.cluster != "slurm" and not p.is_over]
     free = [part for part in range(parallel) if part not in {p.part for p in local if p.job is not None}]
     for point in (point for point in local if point.job is None):
@@ -203,13 +204,14 @@ def start_local_points(points: Sequence[RunStatus], parallel: int) -> None:
 
 
 class Stop:
-    """Cancel of one run: request a save, and end the job if the run is not over in time."""
+    """The cancel of one run: a request to save, then the end of the job if the run does not end in time."""
 
     def __init__(self, point: RunStatus, *, now: bool = False) -> None:
         self.point = point
         self.error: SlurmError | None = None
-        """Error because of which the run cannot be ended; None if there is none."""
+        """Error because of which the run cannot be ended; None if there is no such error."""
         self.kill_at = time.monotonic() + (0.0 if now else grace_period_s(point) + AGENT_S)
+        """Time of the monotonic clock at which the job is ended."""
         self.unmarked = ""
         """Reason for which the cancel could not be recorded in the event log; empty if it was recorded."""
         self._now = now
@@ -234,7 +236,7 @@ class Stop:
                 self.unmarked = f"{self.point.name}: ended without a save, as its event log cannot say why: {error}"
 
     def push(self) -> None:
-        """Do the next step of the cancel: request the save once, and end the job after its grace period.
+        """Do the next step of the cancel: request a save once, and end the job after its grace period.
 
         Raises SlurmError if Slurm does not answer.
         """
@@ -264,9 +266,8 @@ class Stop:
 
 
 def grace_period_s(point: RunStatus) -> float:
-    """Return the grace period in seconds that agents give their ranks to save.
-
-    Returns the default if the config is damaged or gone.
+    """Return the seconds that the agents of a run give their ranks to save; the default if the config is damaged or
+    missing.
     """
     try:
         return read_config(point.folder, Config).resilience.grace_period_s
@@ -311,7 +312,7 @@ def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = Fa
 
 
 def others_in_job(point: RunStatus) -> list[Path]:
-    """Return the run folders that share the job of a point, and neither have ended nor are cancelled."""
+    """Return the folders of other runs that use the job of a point, and neither have ended nor are cancelled."""
     found, job = [], point.job
     for name in job.points if isinstance(job, SlurmJob) else ():
         path = point.folder.path.with_name(name)
@@ -322,7 +323,7 @@ def others_in_job(point: RunStatus) -> list[Path]:
 
 
 def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
-    """Stop the points in order at the first Ctrl-C. A second Ctrl-C ends the runs at once."""
+    """Stop the points, after a first Ctrl-C. A second Ctrl-C ends the runs at once."""
     text = leaving_text([point for point in points if not point.is_over])
     console.print(f"stopping: {text}; Ctrl-C again ends them now")
     try:
@@ -334,13 +335,13 @@ def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
 
 
 def leaving_text(points: Sequence[RunStatus]) -> str:
-    """Describe what running programs do before they leave."""
+    """Return a text on how long running programs take to leave, and what they save before."""
     longest = max((grace_period_s(point) for point in points), default=0.0) + AGENT_S
     return f"the runs leave within {longest:g} s, and those that can resume save a checkpoint before"
 
 
 def outcome_text(stop: Stop) -> str:
-    """Describe how a stopped run ended."""
+    """Return a text on how a stopped run ended, with its last checkpoint."""
     point = stop.point
     if stop.error is not None:
         return f"{point.name}: could not be ended: {stop.error}"

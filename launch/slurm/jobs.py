@@ -40,17 +40,17 @@ class SlurmJob:
 
     job_id: str
     points: tuple[str, ...] = ()
-    """Names of the run folders of the points that share the job, by number of their task; empty if one point has it."""
+    """Names of the run folders of the points that share the job, by number of their task; empty for one point."""
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
-        """Return the state of the job from ``queue`` (job id -> state); GONE if the queue lacks the job.
+        """Return the state of the job in ``queue`` (job id -> state); GONE if the queue does not have the job.
 
         Slurm forgets jobs soon after they end.
         """
         return queue.get(self.job_id, JobState("GONE"))
 
     def stop(self, phase: str) -> None:
-        """Cancel the job if ``phase`` is ``pending``; otherwise have its agents save and leave, by SIGTERM."""
+        """Cancel the job if ``phase`` is ``pending``; otherwise request its agents to save and leave, by SIGTERM."""
         if phase == "pending":
             self.take_out()
         else:
@@ -60,7 +60,7 @@ class SlurmJob:
             scheduler.scancel(self.job_id, "--signal=TERM", retries=1)
 
     def take_out(self) -> None:
-        """Cancel the job, unless it has started."""
+        """Cancel the job if it is still pending."""
         scheduler.scancel(self.job_id, "--state=PENDING")
 
     def kill(self) -> None:
@@ -70,7 +70,7 @@ class SlurmJob:
 
 @dataclass
 class LocalJob:
-    """The agents of a point on one machine, under a controller process of submitit."""
+    """The agents of a point that runs without a job of its own, under a controller process of submitit."""
 
     job_id: str
     """Process id of the controller."""
@@ -79,7 +79,7 @@ class LocalJob:
     started: str | None = None
     """Start time of the controller, since the kernel reuses process ids; None if the controller ended at once."""
     process: subprocess.Popen[bytes] | None = None
-    """Process of the controller in the launcher that started it; None in other processes."""
+    """The controller process, in the launcher that started it; None in other processes."""
     _is_asked: bool = False
 
     @property
@@ -95,7 +95,7 @@ class LocalJob:
         return processes.start_time(pid) == self.started and not processes.is_gone(pid)
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
-        """Return the state RUNNING or GONE; UNKNOWN if the controller is on another machine. Ignores ``queue``."""
+        """Return the state RUNNING or GONE; UNKNOWN if the controller is on another machine. ``queue`` is not used."""
         if self.host != os.uname().nodename:
             return JobState("UNKNOWN", f"local run on {self.host}; ask there")
         return JobState("RUNNING" if self.is_alive else "GONE")
@@ -108,7 +108,10 @@ class LocalJob:
                 os.kill(int(self.job_id), signal.SIGTERM)
 
     def kill(self) -> None:
-        """Send SIGTERM twice, or once if ``stop`` has sent it before. At the second, agents end their ranks at once."""
+        """Send SIGTERM twice, or once if ``stop`` has sent it before.
+
+        After the second, agents end their ranks at once.
+        """
         if not self._is_asked:
             self.stop("running")
             time.sleep(SECOND_SIGNAL_S)
@@ -128,7 +131,7 @@ def job_of(event: Mapping[str, Any]) -> Job:
 
 
 def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
-    """Return job id -> state of the Slurm jobs among ``jobs``, with one squeue. Raises SlurmError if squeue fails."""
+    """Return job id -> state for the Slurm jobs among ``jobs``, with one squeue. Raises SlurmError if squeue fails."""
     return scheduler.job_states((job.job_id for job in jobs if isinstance(job, SlurmJob)), retries)
 
 
@@ -139,7 +142,7 @@ class LocalQueueEntry:
         self._note = folder.path / ".launch" / "waiting"
 
     def enter(self, events_before: int) -> None:
-        """Record that this process will start the point.
+        """Write the file: this process will start the point.
 
         ``events_before`` is the number of events before the point was submitted.
         """
@@ -148,13 +151,13 @@ class LocalQueueEntry:
         self._note.write_text(f"{os.uname().nodename} {pid} {processes.start_time(pid)} {events_before}")
 
     def leave(self) -> None:
-        """Remove the entry of this point from the local queue, because the point starts now or will never start."""
+        """Remove the file, because the point starts now or will never start."""
         self._note.unlink(missing_ok=True)
 
     def events_before(self) -> int | None:
         """Return the number of events before the point was submitted.
 
-        Returns None if the point does not wait, or if its launcher is gone.
+        None if the point does not wait, or if its launcher has ended.
         """
         try:
             host, pid, start, events_before = self._note.read_text().split()
@@ -168,12 +171,12 @@ class LocalQueueEntry:
 
 
 def submitit_folder(run_dir: str | Path) -> Path:
-    """Return the folder of submitit's pickles and the agents' logs of local jobs, with the folders of Slurm jobs."""
+    """Return the folder with submitit's pickles and the agents' logs of local jobs. It contains ``slurm_folder``."""
     return Path(run_dir).parent / JOBS
 
 
 def slurm_folder(run_dir: str | Path) -> Path:
-    """Return the folder of submitit's pickles and the agents' logs of Slurm jobs.
+    """Return the folder with submitit's pickles and the agents' logs of Slurm jobs.
 
     All jobs of a sweep share one folder. submitit would make a folder for each job only after sbatch has answered. By
     then the job may have started, and Slurm silently fails a job whose log it cannot open.
@@ -204,9 +207,9 @@ SETUP_FAILED = (
     """printf "launch: status %s of the line of cluster.setup: %s\\n" "$status" "$(sed -n "${LINENO}p" "$0")" >&2; """
     """exit "$status"; }' ERR"""
 )
-"""Shell line after which the first failed line of a batch script ends the job.
+"""Lines of shell that make the first failed line of a batch script end the job.
 
-A failure in a file that such a line sources does not count, if the file itself succeeds.
+A failure in a file that such a line sources does not end the job if the file itself succeeds.
 """
 
 
@@ -241,11 +244,11 @@ def sbatch_text(plans: Sequence[Plan]) -> str:
 
 
 SUBMITTED = "_submitted.pkl"
-"""End of the file name of submitit's pickle of a job. The job's id comes before it."""
+"""End of the file name of submitit's pickle of a job. The beginning is the job's id."""
 
 
 def refuse_running(plan: Plan, own: str | None = None) -> None:
-    """Raise ConfigError if a job with another id than ``own`` works on the run folder, or is pending for it.
+    """Raise ConfigError if another job than ``own`` works on the run folder, or is pending for it. ``own`` is a job id.
 
     A run that resumes from an earlier step is also refused while ranks that were started by hand work on it.
 
@@ -271,7 +274,7 @@ def refuse_running(plan: Plan, own: str | None = None) -> None:
 
 
 def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
-    """Return the newest active Slurm job of a run that no event names; None if there is none.
+    """Return the newest active Slurm job of a run that the event log does not name; None if there is none.
 
     Raises SlurmError if Slurm does not answer.
     """
@@ -289,7 +292,7 @@ def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
 
 @cache  # A pickle never changes, and every point of a sweep reads the pickles of all points.
 def run_dirs_of(pickle: Path) -> Sequence[str]:
-    """Return the run folders of a job from its pickle; none if the pickle is incomplete, or has no run.
+    """Return the run folders of a job from its pickle; empty if the pickle is incomplete or has no run.
 
     A pickle that other users could have written is not opened, because it could run their code.
     """

@@ -37,7 +37,10 @@ class Gres:
 
 
 def gres(text: str) -> tuple[Gres, ...]:
-    """Read ``gpu:a100:4(S:0-1),gpu:v100:2`` or ``gpu:2`` of a node or of a request; a missing count means 1."""
+    """Return the generic resources in a text such as ``gpu:a100:4(S:0-1),gpu:v100:2`` or ``gpu:2``.
+
+    A missing count means 1.
+    """
     if text in NOTHING:
         return ()
     found = []
@@ -50,37 +53,38 @@ def gres(text: str) -> tuple[Gres, ...]:
 
 
 def whole_number(text: str) -> int | None:
-    """Read a whole number; None for UNLIMITED and for other words."""
+    """Return the whole number in ``text``; None for UNLIMITED and for other words."""
     return int(text) if text.isdigit() and text not in UNLIMITED else None
 
 
 def names(text: str) -> tuple[str, ...] | None:
-    """Read a list of names; None for ALL and for an empty list."""
+    """Return the names in a list separated by commas; None for ALL and for an empty list."""
     return None if text in (*NOTHING, "ALL") else tuple(text.split(","))
 
 
 def minutes_of(text: str) -> float | None:
-    """Read ``[days-]hours:minutes:seconds`` as minutes; None if unlimited."""
+    """Return the minutes of ``[days-]hours:minutes:seconds``; None if unlimited."""
     seconds = scheduler.seconds(text)
     return None if seconds is None else seconds / 60
 
 
 def count_of(text: str) -> int:
-    """Read a whole number; 0 for UNLIMITED and for other words."""
+    """Return the whole number in ``text``; 0 for UNLIMITED and for other words."""
     return whole_number(text) or 0
 
 
 def node_states(text: str) -> frozenset[str]:
     """Return the states of a node from Slurm's text, such as ``IDLE+DRAIN``.
 
-    A ``*`` after a state means that the node does not answer, and adds ``NOT_RESPONDING``. Other marks (powered off,
-    rebooting) are ignored.
+    A ``*`` after a state means that the node does not answer, and gives the state ``NOT_RESPONDING``. Other marks
+    (powered off, rebooting) are ignored.
     """
     return frozenset(item.strip("~#!%$@^-") for item in text.replace("*", "+NOT_RESPONDING").split("+"))
 
 
 def from_slurm(key: str, parse: Callable[[str], Any] = str) -> Any:
-    """Declare a field that ``read_record`` parses from Slurm's field ``key``.
+    """Return a dataclass field that ``read_record`` fills from Slurm's field ``key``. ``parse`` turns its text into a
+    value.
 
     ``key`` may name several fields, separated by spaces. Of these, the first that Slurm prints is parsed.
     """
@@ -100,7 +104,7 @@ def read_record(kind: type[Record], line: str) -> Record:
 
 @dataclass(frozen=True)
 class Partition:
-    """One partition. None means no limit; memory is in MB as Slurm counts it (MiB)."""
+    """Limits of one partition. None means no limit; memory is in MB as Slurm counts it (MiB)."""
 
     name: str = from_slurm("PartitionName")
     is_default: bool = from_slurm("Default", lambda text: text == "YES")
@@ -109,6 +113,7 @@ class Partition:
     min_nodes: int = from_slurm("MinNodes", count_of)
     max_nodes: int | None = from_slurm("MaxNodes", whole_number)
     grace_s: int = from_slurm("GraceTime", count_of)
+    """Seconds between the signal of a preemption and the end of the job."""
     preempt_mode: str = from_slurm("PreemptMode", lambda text: text or "OFF")
     priority_tier: int = from_slurm("PriorityTier", count_of)
     allow_accounts: tuple[str, ...] | None = from_slurm("AllowAccounts", names)
@@ -128,7 +133,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class NodeLimits:
-    """Resources of one node, and whether the node accepts jobs."""
+    """Resources and state of one node."""
 
     name: str = from_slurm("NodeName")
     partitions: tuple[str, ...] = from_slurm("Partitions", lambda text: names(text) or ())
@@ -141,11 +146,11 @@ class NodeLimits:
 
     @property
     def is_usable(self) -> bool:
-        """Return whether jobs can start here, now or when the node is free."""
+        """Return whether jobs can start on this node, now or after its present jobs."""
         return not self.states & UNUSABLE
 
     def count(self, name: str, kind: str = "") -> int:
-        """Return the number of generic resources of this name, and of this type if given."""
+        """Return the number of generic resources with this name and this type; any type if ``kind`` is empty."""
         return sum(g.count for g in self.gres if g.name == name and kind in ("", g.type))
 
 
@@ -154,12 +159,12 @@ class Limits:
     """Limits of a whole cluster: its partitions, nodes and configuration."""
 
     config: dict[str, str]
-    """Configuration by scontrol: name -> value; names without a value are absent."""
+    """Configuration as scontrol reports it: name -> value; names without a value are absent."""
     partitions: tuple[Partition, ...]
     nodes: tuple[NodeLimits, ...]
 
     def number(self, key: str) -> int | None:
-        """Return a number of slurm.conf without its unit; None if it is unlimited or absent."""
+        """Return a number of slurm.conf without its unit; None if the number is unlimited or absent."""
         return whole_number(self.config.get(key, "").split(" ")[0])
 
     def nodes_of(self, partition: Partition) -> list[NodeLimits]:
@@ -168,19 +173,19 @@ class Limits:
 
     @property
     def has_accounting(self) -> bool:
-        """Return whether the cluster has a slurmdbd, and with it accounts, associations and QOSes."""
+        """Return whether the cluster has a slurmdbd, and thus accounts, associations and QOSes."""
         return self.config.get("AccountingStorageType", "").endswith("/slurmdbd")
 
 
 class NoControllerError(scheduler.SlurmError):
-    """Raised if no controller answers, so that nothing can be submitted."""
+    """Raised if no controller answers, so that no job can be submitted."""
 
 
 def read_limits() -> Limits:
-    """Read the limits of the cluster. Raises SlurmError if no controller answers.
+    """Return the limits of the cluster. Raises SlurmError if no controller answers.
 
-    Each command runs once, for TIMEOUT_S seconds at most, because a submission waits for the answers. It also works
-    without them.
+    Each command is tried once, for TIMEOUT_S seconds at most, because a submission waits for the answers. The
+    submission continues without them.
     """
 
     def ask(*words: str) -> str:
@@ -205,7 +210,7 @@ def parse_limits(config_text: str, partition_text: str, node_text: str) -> Limit
 
 
 def how_preempted(limits: Limits, partition: Partition) -> str:
-    """Return the preempt mode of this partition in Slurm's words; OFF if nothing can preempt its jobs."""
+    """Return Slurm's name of a partition's preempt mode; OFF if no other job can preempt its jobs."""
     kind = limits.config.get("PreemptType", "preempt/none")
     above = {p.name for p in limits.partitions if p.priority_tier > partition.priority_tier}
     is_below = any(above & {*node.partitions} for node in limits.nodes_of(partition))
@@ -216,20 +221,20 @@ def how_preempted(limits: Limits, partition: Partition) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmFacts:
-    """Facts that the checks of a request use: Slurm's limits, and the torch of the job."""
+    """What the checks of a request know about the cluster: Slurm's limits, and the torch of the job."""
 
     limits: Limits | None
     """Limits of the cluster; None if no controller answers."""
     slurm_problem: str = ""
-    """Reason for which the limits are not known; empty if they are."""
+    """Reason why the limits are not known; empty if they are known."""
     is_away: bool = False
     """True if the cluster's controller does not answer, so that nothing can be submitted."""
     torch: str = ""
-    """Version and build of torch in the job; empty if torch is not installed."""
+    """Version and build of torch that the job uses; empty if torch is not installed."""
 
 
 def ask_slurm() -> SlurmFacts:
-    """Return the limits of the cluster, or the reason for which they are not known."""
+    """Return the limits of the cluster, or the reason why they are not known."""
     try:
         return SlurmFacts(limits=read_limits(), torch=torch_version())
     except scheduler.SlurmError as error:
@@ -250,10 +255,10 @@ def torch_version() -> str:
 
 
 OWN_WISH = ("JobHeldUser", "Dependency", "BeginTime", "JobArrayTaskLimit")
-"""Reasons that the user chose, such as a dependency. A move to another place would only evade them."""
+"""Reasons that the user chose, such as a dependency. The launcher does not move such a job to another place."""
 
 FITS = "python -m launch.cancel {run}; python -m launch.doctor, with the same arguments, says what fits"
-"""Text to type for a job that has to request something else."""
+"""Text to type for a job whose request the cluster can never meet."""
 LASTING = (
     (
         r"Partition(NodeLimit|TimeLimit|Config)|BadConstraints|MaxMemPerLimit|(Assoc|QOS)Max\w*(PerJob|PerNode)|QOSMin\w+",
@@ -282,11 +287,11 @@ LASTING = (
         "sinfo -R names nodes with their reasons; ask the site, or python -m launch.cancel {run}",
     ),
 )
-"""Regular expression for the beginning of a reason, its meaning, and the text to type."""
+"""Regular expression for the beginning of Slurm's reason, its meaning, and the text to type."""
 
 
 def advice(reason: str, job: str = "JOB", run: str = "RUN") -> Problem | None:
-    """Return why a pending job never starts by itself, and what to type; None if waiting is enough.
+    """Return why a pending job never starts by itself, and what to type; None if the job only has to wait.
 
     Args:
         reason: reason as squeue prints it.

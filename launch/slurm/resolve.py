@@ -44,7 +44,7 @@ from launch.slurm.submit import share_jobs, side_by_side, start_after
 GPU_OPTIONS = {"gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket", "gres", "G"}
 """Options of sbatch that request GPUs, or exclude GPUs."""
 CPUS_PER_RANK = 4
-"""CPUs for each rank: one for computation, one each for data, communication and records."""
+"""Number of CPUs for each rank: one for computation, one each for data, communication and records."""
 EXCLUSIVE = (
     "cluster.exclusive=true: points of a sweep over nodes or ranks would measure each other on shared nodes "
     "(cluster.exclusive=false shares them; a site may charge whole nodes)"
@@ -53,12 +53,12 @@ EXCLUSIVE = (
 
 @dataclass
 class OpenPoint:
-    """One point of a command while the launcher chooses the values that its overrides leave open."""
+    """One point of a command, while the launcher chooses the values that its overrides leave open."""
 
     document: DictConfig
-    """Composed config, for the run folder."""
+    """Composed config, which is later written into the run folder."""
     kind: ClusterKind
-    """Local, slurm, allocation or hosts, never auto."""
+    """``local``, ``slurm``, ``allocation`` or ``hosts``; never ``auto``."""
     overrides: Sequence[str] = ()
     config: Config = field(init=False)
     """The same config as a Config object."""
@@ -72,7 +72,10 @@ class OpenPoint:
             self.document.cluster[key] = getattr(self.config.cluster, key)
 
     def fit_nodes(self) -> str:
-        """Fit the point into the job that this process runs in, or to its hosts. Returns a description of the nodes."""
+        """Fit the point to the job in which this process runs, or to its hosts.
+
+        Returns a text on these nodes for people.
+        """
         described = (fit_hosts if self.kind is ClusterKind.hosts else fit_job)(self.config)
         self.document.ranks_per_node = self.config.ranks_per_node
         self.store("gpus_per_node", "timeout_min", "placement")
@@ -83,15 +86,12 @@ class OpenPoint:
 def plan_sweep(
     documents: Sequence[DictConfig], typed: Sequence[Sequence[str]], console: Console
 ) -> tuple[list[Plan], list[Config]]:
-    """Plan the points of a command, and print the choices that were made for them.
+    """Return the plan and the config of each point of a command, and print the values that were chosen for them.
 
     Args:
         documents: composed config of each point, which gets the chosen values.
         typed: overrides of each point.
         console: console that prints.
-
-    Returns:
-        Plan of each point, and its config as a ``Config`` object.
 
     Raises:
         ConfigError: a point cannot work, Slurm would never start it, or two points would share a folder.
@@ -112,9 +112,9 @@ def plan_sweep(
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
-    """Return the kind of cluster of each point: local, slurm, allocation or hosts.
+    """Return the kind of cluster of each point: ``local``, ``slurm``, ``allocation`` or ``hosts``.
 
-    ``auto`` is decided once and printed.
+    The choice for ``auto`` is made once and printed.
 
     Raises:
         ConfigError: ``auto`` on a machine of a cluster whose controller does not answer.
@@ -146,7 +146,7 @@ def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[Clu
 
 
 def fit_job(config: Config) -> str:
-    """Change the config of a point so that the point fits the job that this process runs in.
+    """Change the config of a point so that the point fits the Slurm job in which this process runs.
 
     The point gets the GPUs of the job's nodes, and the time that the job has left. It is not requeued.
 
@@ -206,7 +206,7 @@ def fit_hosts(config: Config) -> str:
 
 
 def refuse_without_srun(config: Config) -> None:
-    """Raise ConfigError if srun does not start the agents, by the config of a run inside the user's own job."""
+    """Raise ConfigError if a run inside the user's own job has another way than srun to start its agents."""
     if not config.cluster.by_srun:
         raise ConfigError(
             "cluster.start or cluster.hostfile in a batch script of your own, or cluster.start in a job that you hold",
@@ -247,7 +247,7 @@ def choose_resources(points: Sequence[OpenPoint], console: Console) -> SlurmFact
 
 
 def choose_exclusive(points: Sequence[OpenPoint]) -> list[str]:
-    """Request exclusive nodes for points on Slurm with several numbers of ranks. Returns the lines to print."""
+    """Request exclusive nodes for points on Slurm if their numbers of ranks differ. Returns the lines to print."""
     if len({point.config.world_size for point in points}) < 2:
         return []
     lines = []
@@ -261,7 +261,7 @@ def choose_exclusive(points: Sequence[OpenPoint]) -> list[str]:
 
 
 def choose_local_ranks(points: Sequence[OpenPoint], gpus: int) -> list[str]:
-    """Use one rank for each of this machine's ``gpus`` in points that set no number of ranks. Returns the lines to
+    """Set one rank for each of this machine's ``gpus`` in points that set no number of ranks. Returns the lines to
     print.
 
     Points with several local nodes share the GPUs. If a command has such a point, nothing is chosen, so that all points
@@ -279,7 +279,7 @@ def choose_local_ranks(points: Sequence[OpenPoint], gpus: int) -> list[str]:
 
 
 def choose_on_slurm(config: Config, slurm: SlurmFacts) -> list[Finding]:
-    """Set the values of ``CHOICES`` that a config on Slurm leaves open. Returns findings to report.
+    """Choose the keys of ``CHOICES`` that a config on Slurm leaves open, and set them. Returns the findings to report.
 
     Raises:
         ConfigError: the config requests more ranks on a node than its GPUs.
@@ -294,7 +294,10 @@ def choose_on_slurm(config: Config, slurm: SlurmFacts) -> list[Finding]:
 
 
 def partitions_there(config: Config, slurm: SlurmFacts) -> list[tuple[Partition, Config]]:
-    """Return the partitions that a point may use, with the point's config there; empty if no controller answers."""
+    """Return (partition, config of the point there) for each partition that a point may use.
+
+    Empty if no controller answers.
+    """
     if slurm.limits is None:
         return []
     every = placement.configs(config)
@@ -302,7 +305,7 @@ def partitions_there(config: Config, slurm: SlurmFacts) -> list[tuple[Partition,
 
 
 def nodes_there(config: Config, slurm: SlurmFacts) -> dict[str, list[NodeLimits]]:
-    """Return partition -> nodes that a point may use; empty if an option or a site plugin may choose others."""
+    """Return partition -> nodes that a point may use. Empty if an option or a site plugin may choose other nodes."""
     found: dict[str, list[NodeLimits]] = {}
     for partition, there in partitions_there(config, slurm):
         assert slurm.limits is not None
@@ -321,9 +324,10 @@ def gpu_type(config: Config, slurm: SlurmFacts) -> str | None:
 
 
 def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
-    """Return the number of GPUs to request on each node, and a finding to report.
+    """Return the number of GPUs to request on each node, and a finding to report. Each is None if there is nothing to
+    set.
 
-    The number is ``ranks_per_node``, or else the smallest number of GPUs of a node. None if no number is to be set.
+    The number is ``ranks_per_node``, or else the smallest number of GPUs of a node.
 
     Raises:
         ConfigError: the config requests more ranks on a node than its GPUs.
@@ -357,8 +361,8 @@ def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
     """Return the number of CPUs to request on each node for its ranks, and a finding to report.
 
-    Every node with the requested GPUs has this many CPUs, in every partition that the point may use. None if Slurm
-    gives more than one CPU by itself, or if no such node is usable.
+    Every node with the requested GPUs has this many CPUs, in every partition that the point may use. Both are None if
+    Slurm gives more than one CPU by itself, or if no such node is usable.
     """
     there, known = partitions_there(config, slurm), slurm.limits
     if known is None or not all(is_given_one_cpu(known, partition, place.cluster) for partition, place in there):
@@ -385,7 +389,7 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 
 
 def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether Slurm would give only one CPU to a node's agent and its ranks, which are one task of Slurm.
+    """Return whether Slurm would give only one CPU to each node's agent and its ranks, which are one task of Slurm.
 
     Slurm does so if it allocates single CPUs or cores instead of nodes, and neither request nor default sets a number.
     """
@@ -397,14 +401,14 @@ def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfi
 
 
 CHOICES = {"gpus_per_node": choose_gpus, "cpus_per_task": choose_cpus}
-"""Keys of ``cluster`` -> function that chooses the value.
+"""Key of ``cluster`` -> function that chooses its value.
 
 GPUs come first, because they set the number of ranks on a node, which decides the CPUs.
 """
 
 
 def says_gpus(config: Config) -> bool:
-    """Return whether the config sets a number of GPUs (also zero), itself or at a candidate."""
+    """Return whether the config sets a number of GPUs, including 0, for all candidates or for one of them."""
     return any(
         there.cluster.gpus_per_node is not None
         or any(part.name == "gpu" for part in gres(there.cluster.gres or ""))
@@ -417,7 +421,7 @@ def says_gpus(config: Config) -> bool:
 
 
 def plan_points(points: Sequence[OpenPoint], slurm: SlurmFacts | None = None) -> list[Plan]:
-    """Plan all points of a command. ``slurm`` has Slurm's facts; None if no point needs them.
+    """Return the plans of all points of a command. ``slurm`` has Slurm's limits; None if no point needs them.
 
     Raises:
         ConfigError: a point cannot work.

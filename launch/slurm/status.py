@@ -14,7 +14,16 @@ from gpt_launch import as_typed
 from launch.agent.policy import WANTED, Action
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, next_job, record_found
-from launch.runs.events import Events, failure_text, fewer_nodes, first_failure, last_command, select_events
+from launch.runs.events import (
+    Events,
+    failure_text,
+    fewer_nodes,
+    first_failure,
+    last_command,
+    last_event,
+    last_index,
+    select_events,
+)
 from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder, is_full, read_plan
 from launch.runs.records import recent_records
@@ -26,10 +35,11 @@ from launch.why.rules import Verdict, find_verdict
 
 NOT_ASKED = JobState("UNKNOWN")
 OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placement_timeout")
+"""States of a run that has ended and does not start again by itself."""
 NO_MORE_STEPS = ("attempt_ended", "started", "finished", "stopped")
 """Events after which no further step of the attempt is expected."""
 QUIET_S, QUIET_STEPS = 15.0, 10
-"""A status reports a run without a new step for QUIET_S seconds, or for the time of QUIET_STEPS steps if longer.
+"""Smallest silence that a status reports: QUIET_S seconds, or the time of QUIET_STEPS steps if that is longer.
 
 The agents need longer to be sure that a node is lost (``resilience.node_timeout_s``).
 """
@@ -39,7 +49,7 @@ The agents need longer to be sure that a node is lost (``resilience.node_timeout
 DECISIVE = ("submitted", "moved", "requeued", "agent_started", "started", "agent_ended")
 """Events of which the last one shows whether an agent works on the run, or will do so."""
 PLACED = ("submitted", "moved", "gave_up", "stayed")
-"""Events that name the place where a point waits; the last one counts."""
+"""Events on where a point waits in the queue. The last of them is valid."""
 
 
 def outcome(events: Events) -> str:
@@ -62,30 +72,30 @@ def outcome(events: Events) -> str:
 
 
 def agent_has_left(events: Events) -> bool:
-    """Return whether the agent has recorded that the run ends, and has left."""
-    last = last_of(events, *DECISIVE)
+    """Return whether the agent has recorded that the run ends, and has ended itself."""
+    last = last_event(events, *DECISIVE)
     if last.get("event") != "agent_ended" or last.get("cause") == "killed":
         return False
-    decision = last_of(events_since_start(events), "decided", "requeue_failed")
+    decision = last_event(events_since_start(events), "decided", "requeue_failed")
     return decision.get("event") == "requeue_failed" or decision.get("action") == Action.stop
 
 
 def has_left_job(events: Events) -> bool:
-    """Return whether a point has ended, or was cancelled before it began, in a job that other points share."""
-    waits = last_of(events, *DECISIVE).get("event") not in ("agent_started", "started")
+    """Return whether a point no longer uses the job that it shares: it has ended, or was cancelled before it began."""
+    waits = last_event(events, *DECISIVE).get("event") not in ("agent_started", "started")
     return agent_has_left(events) or (waits and bool(select_events(events, "cancelled")))
 
 
 def why_not_restarted(events: Events) -> str | None:
-    """Return the recorded reason for which a failed or interrupted run does not start again; None if there is none."""
-    last = last_of(events, "decided", "requeue_failed", "started")
+    """Return the recorded reason why a failed or interrupted run does not start again; None if there is none."""
+    last = last_event(events, "decided", "requeue_failed", "started")
     if last.get("event") == "requeue_failed":
         return str(last["cause"])
     return str(last["reason"]) if last.get("action") == Action.stop and last["cause"] not in WANTED else None
 
 
 def state_between_places(events: Events, is_out: bool) -> tuple[str, str] | None:
-    """Return state and detail of a point that is moving to another candidate, or was given up; else None.
+    """Return state and detail of a point that moves to another candidate, or was given up; None for other points.
 
     ``is_out`` is True if the last job of the point has left the queue.
     """
@@ -98,19 +108,14 @@ def state_between_places(events: Events, is_out: bool) -> tuple[str, str] | None
 
 
 def last_placed(events: Events) -> dict[str, Any]:
-    """Return the last event that says where a point waits. Empty if there is none, or if the point ran afterwards."""
-    last = last_of(events, *PLACED, "agent_started", "started")
+    """Return the last event on where a point waits; empty if there is none, or if the point ran afterwards."""
+    last = last_event(events, *PLACED, "agent_started", "started")
     return last if last.get("event") in PLACED else {}
-
-
-def last_of(events: Events, *names: str) -> dict[str, Any]:
-    """Return the last event with one of these names; empty if there is none."""
-    return next((event for event in reversed(events) if event["event"] in names), {})
 
 
 def events_since_start(events: Events) -> Events:
     """Return the events from the last ``started`` on; all events if there is none."""
-    return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
+    return events[max(0, last_index(events, "started")) :]
 
 
 # State of a run as last seen.
@@ -118,7 +123,7 @@ def events_since_start(events: Events) -> Events:
 
 @dataclass
 class RunStatus:
-    """State of one run, as last polled.
+    """State of one run at the last poll.
 
     "This submission" is the run's last submission, or the one that its launcher is about to make.
     """
@@ -127,7 +132,9 @@ class RunStatus:
     job: Job | None = None
     """Job of the run; None before the submission."""
     nodes: int | None = None
+    """Requested number of nodes; None if unknown."""
     max_steps: int | None = None
+    """Requested number of steps of the whole run; None if unknown."""
     plan: Plan | None = None
     """Plan of a point that this process submits; None for other runs."""
     attempts_before: int = 0
@@ -137,20 +144,24 @@ class RunStatus:
     found: Job | None = None
     """Pending job of the run that the event log does not name; None if there is none."""
     state: str = "pending"
-    """State of the run: pending, running, one of OVER, ``not started``, or ``unknown``."""
+    """State of the run: ``pending``, ``running``, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
-    """Reason for which the run waits, or Slurm's state at its end."""
+    """Reason why the run waits, or Slurm's state at its end."""
     damage: str = ""
-    """Description of a damaged file in the run folder; empty if there is none. The status works without this file."""
+    """Description of a damaged file in the run folder; empty if there is none.
+
+    The status is found without this file.
+    """
     job_status: JobState = NOT_ASKED
     """Last known state of the job."""
     latest: dict[str, Any] = field(default_factory=dict)
     """Newest step record of rank 0 since this submission; empty if there is none."""
     eta_s: float | None = None
+    """Expected seconds until the last step; None if unknown."""
     quiet_s: float | None = None
-    """Seconds since the newest step of a running attempt if that is much longer than a step; else None."""
+    """Seconds since the newest step of a running attempt, if that is much longer than a step takes; else None."""
     part: int = 0
-    """Number of the share of this machine that a local point runs on, see ``launch.parallel``."""
+    """Number, from 0, of the share of this machine on which a local point runs (``launch.parallel``)."""
     label: str = ""
     """Name of the point among the points of its sweep; empty to use the name of its folder."""
 
@@ -179,16 +190,15 @@ class RunStatus:
 
     @property
     def advice(self) -> str:
-        """Return why the run waits and what to type, if waiting would not start the run; otherwise empty."""
+        """Return why the run waits and what to type, if waiting alone would never start the run; otherwise ""."""
         if self.state != "pending" or not isinstance(self.job, SlurmJob):
             return ""
         problem = advice(self.job_status.reason, self.job.job_id, quote(str(self.folder.path)))
         return "" if problem is None else problem.warning().removeprefix("warning: ")
 
     def fewer_nodes(self) -> dict[str, Any] | None:
-        """Return ``nodes``, ``asked`` and ``cause`` if the newest attempt runs on fewer nodes than requested.
-
-        Returns None otherwise.
+        """Return ``nodes``, ``asked`` and ``cause`` if the newest attempt runs on fewer nodes than requested; else
+        None.
         """
         event = fewer_nodes(self.events()).get(max(self.attempts(), default=0))
         return event and {key: event[key] for key in ("nodes", "asked", "cause")}
@@ -200,7 +210,7 @@ class RunStatus:
 
 
 def new_run_status(plan: Plan) -> RunStatus:
-    """Return the status of a run that is about to be submitted."""
+    """Return the status of a run that this process is about to submit."""
     folder = RunFolder(plan.run_dir)
     return RunStatus(
         folder,
@@ -251,7 +261,7 @@ def find_run_status(folder: RunFolder) -> RunStatus:
 
 
 def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool = False) -> SlurmError | None:
-    """Update the points, with one squeue for all of them.
+    """Update the status of points, with one squeue for all of them.
 
     Args:
         points: status objects, which are changed.
@@ -277,7 +287,7 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
 
 
 def adopt_job(point: RunStatus) -> None:
-    """Set the job of a point to the newest job in its event log. Any process may have submitted or moved it."""
+    """Set the job of a point to the newest job in its event log: any process may have submitted or moved the point."""
     events = point.events()
     submitted = select_events(events, "submitted")
     if not submitted:
@@ -292,7 +302,7 @@ def adopt_job(point: RunStatus) -> None:
 
 
 def following_job(events: Events, job: Job) -> SlurmJob | None:
-    """Return the job that continues a run when ``job`` has ended (``resilience.requeue=chain``); None without one."""
+    """Return the job that continues a run after ``job`` (``resilience.requeue=chain``); None if there is none."""
     job_id = next_job(events, job.job_id)
     return None if job_id is None else SlurmJob(job_id)
 
@@ -302,7 +312,7 @@ def adopt_found(points: Sequence[RunStatus], *, by: str | None = None) -> None:
 
     Args:
         points: status objects after a poll.
-        by: command that records the job in the event log and acts on it; None only shows the job.
+        by: name of the command that records the job in the event log; None to show the job without recording it.
 
     Raises:
         SlurmError: such jobs may exist, but Slurm does not answer.
@@ -323,7 +333,7 @@ def adopt_found(points: Sequence[RunStatus], *, by: str | None = None) -> None:
 
 
 def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
-    """Set state and detail of a point from the queue and the event log."""
+    """Set state and detail of a point from the queue (job id -> state) and the event log."""
     if point.job is None:
         point.state, point.detail = state_without_job(point)
     else:
@@ -332,7 +342,7 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
             status = JobState("GONE")  # The job continues for its other points.
         point.job_status = status
         point.state, point.detail = status.phase, status.detail
-        if point.state == "running" and last_of(point.events(), *DECISIVE).get("cluster") == "allocation":
+        if point.state == "running" and last_event(point.events(), *DECISIVE).get("cluster") == "allocation":
             point.state, point.detail = "pending", "until no other run uses the nodes of its job"
         if status.phase == "over":
             is_out = status.state in ("CANCELLED", "GONE")
@@ -346,11 +356,11 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
             if point.state == "failed" and status.state != "CANCELLED" and (silent := silence(point)):
                 point.detail = ", ".join(part for part in (point.detail, silent) if part)
     if point.state == "budget_exceeded":
-        point.detail = last_of(point.events(), "budget_reached")["cause"]
+        point.detail = last_event(point.events(), "budget_reached")["cause"]
 
 
 def silence(point: RunStatus) -> str:
-    """Explain a Slurm job whose agents left neither an event nor output; empty for all other jobs."""
+    """Return an explanation for a Slurm job whose agents left neither an event nor output; "" for other jobs."""
     path, started = point.folder.path, select_events(point.events(), "agent_started")
     if started or not isinstance(point.job, SlurmJob) or printed_logs(point):
         return ""
@@ -362,7 +372,7 @@ def silence(point: RunStatus) -> str:
 
 
 def printed_logs(point: RunStatus) -> list[Path]:
-    """Return the non-empty logs of the agent of the run's first node: standard error, then standard output."""
+    """Return the paths of the non-empty logs of the agent on the first node: standard error, then standard output."""
     logs = [] if point.job is None else agent_logs(point.folder.path, point.job, 0)[::-1]
     return [log for log in logs if log.is_file() and log.stat().st_size]
 
@@ -377,13 +387,13 @@ def state_without_job(point: RunStatus) -> tuple[str, str]:
 
 
 def has_ended(point: RunStatus) -> bool:
-    """Return whether the event log has an end of the newest attempt, or a failure in it."""
+    """Return whether the event log has an end or a failure of the newest attempt."""
     ends = ("finished", "stopped", "cancelled", "budget_reached")
     return bool(select_events(events_since_start(point.events()), *ends) or point.failure())
 
 
 def update_from_event_log(points: Sequence[RunStatus]) -> None:
-    """Set the states of Slurm's points from their event logs, without a query to Slurm."""
+    """Set the states of points on Slurm from their event logs, without a query to Slurm."""
     for point in points:
         events = point.events()
         if isinstance(point.job, SlurmJob) and not agent_has_left(events):
@@ -394,7 +404,10 @@ def update_from_event_log(points: Sequence[RunStatus]) -> None:
 
 
 def update_steps(point: RunStatus) -> None:
-    """Read the newest steps of a point; for a running point also the ETA, or the seconds since a late step."""
+    """Read the newest steps of a point.
+
+    For a running point, also set ``eta_s``, or ``quiet_s`` if the next step is late.
+    """
     point.eta_s = point.quiet_s = None
     new = [r for r in recent_records(point.folder.metrics(0)) if r["attempt"] > point.attempts_before]
     if not new:
@@ -418,14 +431,14 @@ def update_steps(point: RunStatus) -> None:
 
 
 def verdict_of(point: RunStatus) -> Verdict | None:
-    """Return the verdict on the newest attempt of a point; None if the point did not fail."""
+    """Return the verdict on the cause of a point's newest failure; None if the point did not fail."""
     if point.state != "failed" and (point.is_over or point.failure() is None):
         return None
     return find_verdict(point.folder, [job_event(point.job_status.state)] if point.job_status.phase == "over" else ())
 
 
 def explain_end(point: RunStatus) -> str:
-    """Explain why a point did not finish. Names the log with more details, and the verdict in the last lines."""
+    """Return a text on why a point did not finish. It names the log with more details, and ends with the verdict."""
     verdict = verdict_of(point)
     return _explain_end(point) + (as_typed(f"\n{verdict}") if verdict else "")
 
@@ -438,7 +451,7 @@ def _explain_end(point: RunStatus) -> str:
         head = f"the filesystem of {point.folder.path} {lacks}\n{head}"
     why = why_not_restarted(point.events())
     last = f"\nnot started again: {why}" if why is not None else ""
-    refused = last_of(events_since_start(point.events()), "start_refused")
+    refused = last_event(events_since_start(point.events()), "start_refused")
     if refused:  # The log of a start after the attempt that failed.
         return f"{head}:\n{refused['cause']}{last}"
     failure = point.failure() if failed else None

@@ -51,7 +51,7 @@ from launch.slurm.status import RunStatus, find_run_statuses, poll
 
 
 def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """Group plans that one job array can have: those that request the same resources at every candidate.
+    """Return the plans in groups that one job array can have: plans that request the same resources at every candidate.
 
     Plans that share a job are a group of their own. The groups are in order of first appearance. No array is larger
     than Slurm's MaxArraySize.
@@ -72,11 +72,12 @@ def chunks(plans: Sequence[Plan], most: int) -> list[list[Plan]]:
 
 
 SIDE_BY_SIDE = ["--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"]
-"""Options of srun for agents that share a job. The end of an agent ends no other; each binds itself to its CPUs."""
+"""Options of srun for agents that share a job: the end of one agent ends no other; each binds itself to its CPUs."""
 
 
 def share_jobs(plans: Sequence[Plan], most: int) -> list[Plan]:
-    """Return the plans, changed so that up to ``most`` with equal resources share a job (``cluster.points_per_job``).
+    """Return the plans, changed so that up to ``most`` plans with equal resources share a job
+    (``cluster.points_per_job``).
 
     The job requests the sum of its points' resources. Plans of finished runs and of local runs do not change.
     """
@@ -89,7 +90,10 @@ def share_jobs(plans: Sequence[Plan], most: int) -> list[Plan]:
 
 
 def share_job(plan: Plan, names: tuple[str, ...]) -> Plan:
-    """Return a plan whose job has the points with these names of run folders, each with the resources of the plan."""
+    """Return a plan whose job runs several points, each with the resources of ``plan``.
+
+    ``names`` are the names of the points' run folders.
+    """
 
     def multiply(slurm: dict[str, Any]) -> dict[str, Any]:
         more = {"ntasks_per_node": len(names), "srun_args": [*SIDE_BY_SIDE, *slurm.get("srun_args", [])]}
@@ -108,7 +112,7 @@ def depend(plan: Plan, dependency: str, **options: str) -> Plan:
 
     Args:
         plan: plan of a point.
-        dependency: as sbatch --dependency takes it, such as ``afterany:12:13``.
+        dependency: text for sbatch --dependency, such as ``afterany:12:13``.
         options: further options of sbatch, if the user did not set them.
     """
 
@@ -121,7 +125,7 @@ def depend(plan: Plan, dependency: str, **options: str) -> Plan:
 
 
 def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
-    """Return plans with equal resources, changed so that they run one after another, after the jobs ``before``."""
+    """Return plans with equal resources, changed so that they run one after another, and after the jobs ``before``."""
     jobs = dict.fromkeys(job.job_id.split("_")[0] for job in before)  # An array as a whole.
     after = [depend(plan, f"afterany:{':'.join(jobs)}") if jobs else plan for plan in plans]
     one_by_one = {"array_parallelism": 1}
@@ -132,7 +136,7 @@ def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
 
 
 def dependency_on(typed: str) -> str:
-    """Return the dependency on the jobs of other runs; empty if these runs are over.
+    """Return the text for sbatch --dependency on the jobs of other runs; "" if these runs are over.
 
     Args:
         typed: value of ``launch.after``: a run folder or a folder of runs, and before it ``afterok:`` or ``afterany:``.
@@ -170,14 +174,14 @@ def dependency_on(typed: str) -> str:
 
 
 def may_move(point: RunStatus) -> bool:
-    """Return whether a point may get another job: at another candidate of its placement, or the next job of a chain."""
+    """Return whether a point may get another job: at another candidate of its placement, or the next of a chain."""
     if read_point(point.folder).resilience.requeue == CHAIN:
         return True
     return point.state == "pending" and len(read_plan(point.folder).get("placement", {}).get("candidates", ())) > 1
 
 
 def start_after(plan: Plan, typed: str | None) -> Plan:
-    """Return the plan of a point that waits for the runs of ``launch.after``.
+    """Return a plan that waits for the runs of ``launch.after``. ``typed`` is the value of this key; None: no wait.
 
     Raises:
         ConfigError: these runs cannot be waited for, or the point runs on this machine and these runs are not over.
@@ -197,6 +201,7 @@ def start_after(plan: Plan, typed: str | None) -> Plan:
 
 
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
+"""Beginnings of the names of environment variables that a job must not inherit."""
 INHERITED_NAMES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
     RUNS_FROM,
@@ -207,7 +212,7 @@ KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 @contextmanager
 def clean_environment() -> Iterator[None]:
-    """Hide variables of an enclosing job or launcher during a ``with`` block.
+    """Hide environment variables of an enclosing job or launcher during a ``with`` block.
 
     Otherwise the new job would inherit its names and CPU binding. An inherited SLURM_CPU_BIND alone made runs three
     times slower.
@@ -226,7 +231,7 @@ def clean_environment() -> Iterator[None]:
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
     """Submit plans with equal resources as a job array, or as the one job that they share; one plan as a plain job.
 
-    Returns the jobs in order of the plans.
+    Returns the jobs, in the order of the plans.
 
     Raises:
         SlurmBusyError: the controller did not answer.
@@ -247,9 +252,9 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
 def submit_calls(
     folder: Path, resources: Mapping[str, Any], function: Callable[..., object], arguments: Sequence[Sequence[str]]
 ) -> list[SlurmJob]:
-    """Submit calls of a function, to run in every task: a job array, or one plain job.
+    """Submit calls of a function as a job array, or one call as a plain job. Every task of a job makes the call.
 
-    Returns the jobs in order of ``arguments``.
+    Returns the jobs, in the order of ``arguments``.
 
     Args:
         folder: folder for submitit's files; made before sbatch runs, since a job may start at once.
@@ -274,12 +279,12 @@ def submit_calls(
 
 @dataclass(frozen=True)
 class Submission:
-    """Jobs of plans with equal resources, and the index of the candidate where sbatch accepted them."""
+    """Submitted jobs of plans with equal resources, and the index of the candidate where sbatch accepted them."""
 
     candidate: int
     jobs: list[SlurmJob]
     refused: dict[int, str]
-    """Index of each candidate where sbatch has refused the jobs before -> reason."""
+    """Index of each candidate where sbatch refused the jobs -> reason."""
 
 
 def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
@@ -308,7 +313,7 @@ def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
 
 
 def refusal_text(error: SlurmError) -> str:
-    """Extract sbatch's complaints from submitit's error."""
+    """Return sbatch's own error messages from an error of submitit."""
     found = re.findall(r"sbatch: (?:error: |(?=unrecognized option))(.+)", str(error))
     return "; ".join(dict.fromkeys(line.strip() for line in found)) or str(error)
 
@@ -324,7 +329,7 @@ def remove_unused(run_dirs: Sequence[str]) -> None:
 
 
 UNREACHED = ("unable to contact slurm controller (connect failure)", "connection refused")
-"""Parts of sbatch's errors that mean: no controller was reached."""
+"""Parts of sbatch's errors that show that no controller was reached."""
 
 
 def may_have_taken(error: SlurmError) -> bool:
@@ -334,7 +339,7 @@ def may_have_taken(error: SlurmError) -> bool:
 
 
 def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
-    """Return the refusal of a job that sbatch did not accept, with the words of sbatch."""
+    """Return the ConfigError for a job that sbatch did not accept, with the error of sbatch."""
     said = refusal_text(error)
     if isinstance(error, SlurmBusyError) or missing_configuration():
         return ConfigError(
@@ -360,7 +365,7 @@ def side_by_side(typed: Any, plans: Sequence[Plan]) -> int:
         plans: plans of the command.
 
     Raises:
-        ConfigError: the value is no number, or larger than the number of this machine's GPUs (without GPUs, CPUs).
+        ConfigError: the value is not a number, or larger than the number of this machine's GPUs (without GPUs, CPUs).
     """
     here = [plan.world_size for plan in plans if plan.cluster == "local"]
     room, unit = (len(visible_gpus()), "GPU") if visible_gpus() else (len(os.sched_getaffinity(0)), "CPU")
@@ -374,7 +379,7 @@ def side_by_side(typed: Any, plans: Sequence[Plan]) -> int:
 
 @contextmanager
 def on_cpus(cpus: Sequence[int]) -> Iterator[None]:
-    """Bind processes that start in a ``with`` block to these CPUs."""
+    """Bind the processes that start during a ``with`` block to these CPUs."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:
@@ -386,7 +391,7 @@ def on_cpus(cpus: Sequence[int]) -> Iterator[None]:
 def start_local(plan: Plan, part: int = 0, parts: int = 1) -> LocalJob:
     """Start the agents of a point on this machine, on the hosts of its hostfile, or on the nodes of this Slurm job.
 
-    The agents ignore Ctrl-C, which the launcher handles.
+    Returns the handle of their controller process. The agents ignore Ctrl-C, which the launcher handles.
 
     Args:
         plan: plan of the point.
