@@ -1,4 +1,4 @@
-"""``python -m launch.attach RUN``: a shell next to a rank of a run, or the Python stacks of its ranks.
+"""``python -m launch.attach RUN``: a shell on the node of a rank, or the Python stacks of the ranks.
 
     python -m launch.attach outputs/scaling/nodes=2 --rank 3                  a shell on the node of rank 3, in its job
     python -m launch.attach outputs/scaling/nodes=2 --rank 3 -- nvidia-smi    a command in place of the shell
@@ -35,14 +35,14 @@ from launch.slurm.status import RunStatus, poll
 from launch.storm.injection import rank_processes
 
 Stacks = dict[int, str]
-"""Rank -> its stacks as text, or the reason why there are none."""
+"""Rank -> its stacks as text, or the reason why there are no stacks."""
 
 PIECE = 150
-"""Characters of a stack in one line of output, because srun mixes lines of several nodes above 1,024 bytes."""
+"""Number of characters of a stack in one line of output. srun mixes longer lines (1,024 bytes) of several nodes."""
 
 
 def job_of_nodes(point: RunStatus) -> str | None:
-    """Return the Slurm job whose nodes the ranks of a run are on; None if they are on this machine.
+    """Return the id of the Slurm job on whose nodes the ranks of a run are; None if the ranks are on this machine.
 
     Raises:
         ConfigError: the run does not run, or its ranks are on another machine without Slurm.
@@ -65,7 +65,11 @@ def job_of_nodes(point: RunStatus) -> str | None:
 def on_nodes(job: str | None, run: Path, words: Sequence[str], *options: str) -> list[str]:
     """Return the command that runs this module, with the Python of the agents, on the nodes of a job.
 
-    Without a job, the command runs on this machine. ``words`` are arguments of this module, ``options`` of srun.
+    Args:
+        job: id of the job; None for this machine.
+        run: the run folder.
+        words: arguments of this module.
+        options: options of srun.
     """
     cluster = read_point(RunFolder(run)).cluster  # This module runs outside of the run's container.
     python = sys.executable if cluster.container else cluster.python or sys.executable
@@ -85,7 +89,7 @@ def answers(job: str | None, run: Path, *words: str) -> list[str]:
 
 
 def stacks_of(point: RunStatus) -> Stacks:
-    """Return the stacks of all ranks of a running run. Raises ConfigError if it does not run, or if srun fails."""
+    """Return the stacks of all ranks of a run. Raises ConfigError if the run does not run, or if srun fails."""
     stacks: Stacks = {}
     for line in answers(job_of_nodes(point), point.folder.path, "--stacks"):
         rank, piece = json.loads(line)
@@ -97,7 +101,7 @@ def stacks_of(point: RunStatus) -> Stacks:
 
 
 def stacks_here(run: Path) -> Stacks:
-    """Return the stacks of the ranks on this host. A rank without a handler of SIGQUIT is not signalled."""
+    """Return the stacks of the ranks on this host. A rank that does not handle SIGQUIT gets no signal."""
     from launch.agent.watch import STACK_SIGNAL, stack_of  # with torch, which a login node may lack
 
     folder = RunFolder(run)
@@ -120,14 +124,14 @@ def stacks_here(run: Path) -> Stacks:
 
 
 def enter(process: psutil.Process, command: list[str]) -> NoReturn:
-    """Replace this process by a command with the environment and the working directory of a rank."""
+    """Replace this process by ``command``, with the environment and the working directory of the rank ``process``."""
     os.chdir(process.cwd())
     environment = {**process.environ(), "TERM": os.environ.get("TERM", "dumb"), "LAUNCH_RANK_PID": str(process.pid)}
     os.execvpe(command[0], command, environment)
 
 
 def act_here(args: argparse.Namespace) -> None:
-    """Act on this host as the command line says: print stacks or the node of a rank, or run a command next to it."""
+    """Do on this host what the command line says: print stacks or the node of a rank, or run a command."""
     process = rank_processes(args.path).get(args.rank)
     if args.stacks:
         for rank, text in stacks_here(args.path).items():
@@ -143,7 +147,7 @@ def act_here(args: argparse.Namespace) -> None:
 
 
 def grouped(stacks: Stacks) -> str:
-    """Write each different stack once, after the ranks that have it. The smallest group comes first."""
+    """Return each different stack once, with the ranks that have it, as text. The smallest group comes first."""
     groups: dict[str, list[int]] = {}
     for rank, text in sorted(stacks.items()):
         groups.setdefault(re.sub(r"0x[0-9a-f]+ ?", "", text), []).append(rank)

@@ -1,4 +1,4 @@
-"""``python -m launch.bench_network``: latency and bandwidth of each collective within a node and between nodes.
+"""``python -m launch.bench_network``: latency and bandwidth of each collective, inside a node and between nodes.
 
     python -m launch.bench_network nodes=2                     local ranks, with gloo or NCCL
     python -m launch.bench_network nodes=4 cluster=slurm       on Slurm, with the resources of a run
@@ -6,7 +6,7 @@
     python -m launch parallel=auto cluster.network=network.json
 
 The command takes the arguments of ``python -m launch``. It starts a short run whose ranks measure
-(``launch.bench_network.measure``), fits latency and bandwidth, and writes them into a file. The command itself does not
+(``launch.bench_network.measure``), fits latency and bandwidth, and writes both into a file. The command itself does not
 import torch.
 """
 
@@ -37,7 +37,7 @@ from launch.runs.folder import RunFolder, deny_others_writing, read_json, write_
 from launch.runs.measured import COLLECTIVES, FASTEST, TIERS, LinkFit, Network, network_document, terms
 
 SCALE = np.array([1e-6, 1e-9])
-"""Units of the fit: latency in microseconds and nanoseconds per byte, so that both unknowns are near one."""
+"""Units of the two fitted values: microseconds, and nanoseconds per byte, so that both values are near one."""
 TIER_NAMES = {"intra_node": "within a node", "inter_node": "between nodes"}
 
 
@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_measurement(overrides: Sequence[str], config_dir: Path | None, options: Mapping[str, object]) -> dict[str, Any]:
     """Run the ranks until they end, and return the measurements; empty after a dry run.
 
+    ``options`` are options of ``launch.bench_network.measure``.
+
     Raises:
         ConfigError: the run cannot be planned, or has one rank.
         SweepFailedError: the run failed.
@@ -116,7 +118,7 @@ def run_measurement(overrides: Sequence[str], config_dir: Path | None, options: 
 
 @dataclass(frozen=True)
 class Sample:
-    """Time in seconds of one collective, with its number of bytes and the number of ranks in its group."""
+    """Measured seconds of one collective, with its number of bytes and the number of ranks in its group."""
 
     tier: str
     collective: str
@@ -126,7 +128,7 @@ class Sample:
 
 
 def fit_network(samples: Sequence[Sample], ranks_per_node: int) -> Network:
-    """Return the fit of each measured collective in each tier (within a node, between nodes).
+    """Return the fit of each measured collective, inside a node and between nodes.
 
     ``ranks_per_node`` is the number of ranks on each measured node, which the result only records.
     """
@@ -138,9 +140,10 @@ def fit_network(samples: Sequence[Sample], ranks_per_node: int) -> Network:
 
 
 def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
-    """Fit latency (s) and time per byte (s), neither negative, by least squares of relative errors.
+    """Return latency (s) and bandwidth (bytes/s) of a collective, fitted by least squares of relative errors.
 
-    With relative errors, a small message of microseconds counts as much as a large one.
+    Neither latency nor time per byte is negative. With relative errors, a small message of microseconds counts as much
+    as a large one.
     """
     known = [(*terms(collective, sample.ranks), sample) for sample in samples]
     rows = np.array([[count / one.seconds, share * one.bytes / one.seconds] for count, share, one in known]) * SCALE
@@ -151,7 +154,7 @@ def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
 
 
 def show_network(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:
-    """Print one line for each collective of each tier: fitted latency and bandwidth, and the error of the fit."""
+    """Print one line for each collective inside a node and between nodes: latency, bandwidth, and error of the fit."""
     size = f"{counted(measured['nodes'], 'node')} x {counted(measured['ranks_per_node'], 'rank')}"
     print(f"{size}, {measured['device']}, {measured['backend']}, torch {measured['software']['torch']}")
     rows = []

@@ -32,16 +32,16 @@ with lasting_imports():
 MIB = 2**20
 SMALLEST, FACTOR = 4096, 8
 LARGEST_MIB = {"cpu": 16, "cuda": 256}
-"""Device type -> default size in MiB of the largest message, which is enough to saturate the links."""
+"""Device type -> default size in MiB of the largest message, which saturates the links."""
 SLOW_S = 0.5
-"""Seconds of a collective above which larger sizes are not measured."""
+"""Seconds of a collective above which no larger size is measured."""
 PASSES = 5
 """Number of timings of each size. Their median is the sample."""
 TIMEOUT = timedelta(minutes=3)
 
 
 class Bench:
-    """One rank of a measurement, with its device. Needs a default process group that uses gloo.
+    """One rank of a measurement, with its device. Needs a default process group of gloo.
 
     ``budget_s`` is the time in seconds for all timings of one size.
     """
@@ -64,7 +64,7 @@ class Bench:
         return float(both.item())
 
     def groups(self) -> Iterator[tuple[str, int, dist.ProcessGroup]]:
-        """Yield tier, group size in ranks, and the process group of this size that contains this rank.
+        """Yield (tier, group size in ranks, process group) for each process group of this rank that is measured.
 
         The tiers are ``intra_node`` (ranks of one node) and ``inter_node`` (one rank of each of several nodes).
         """
@@ -76,7 +76,7 @@ class Bench:
                 yield tier, size, group
 
     def own_seconds(self, work: Callable[[], object], count: int = 1) -> float:
-        """Return the mean seconds of one run of ``work`` over ``count`` runs on this rank, with its GPU kernels."""
+        """Return the mean seconds that ``work`` takes on this rank, over ``count`` calls. GPU kernels are included."""
         self._finish()
         start = time.perf_counter()
         for _ in range(count):
@@ -85,14 +85,14 @@ class Bench:
         return (time.perf_counter() - start) / count
 
     def seconds(self, work: Callable[[], object], count: int) -> float:
-        """Return the mean seconds of one run of ``work`` over ``count`` runs, on the slowest rank."""
+        """Return the mean seconds that ``work`` takes on the slowest rank, over ``count`` calls."""
         dist.barrier()
         return self.largest(self.own_seconds(work, count))
 
     def typical_seconds(self, work: Callable[[], object]) -> float:
-        """Return the median seconds of one run of ``work`` over PASSES timings, on the slowest rank.
+        """Return the median seconds that ``work`` takes on the slowest rank, over PASSES timings.
 
-        A first run, which connects the ranks, does not count.
+        A first call, which connects the ranks, is not timed.
         """
         work()
         once = self.seconds(work, 1)
@@ -105,14 +105,14 @@ class Bench:
 
 
 def tier_group_sizes(most: int) -> list[int]:
-    """Return the group sizes of a tier with ``most`` ranks: ``most``, and also 2 if ``most`` is even."""
+    """Return the group sizes for a tier with ``most`` ranks: ``most``, and also 2 if ``most`` is even."""
     return [size for size in sorted({2, most}) if size > 1 and most % size == 0]
 
 
 def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:
-    """Return the ranks of each group of ``size`` ranks. All ranks are in one group each.
+    """Return the ranks of each group of ``size`` ranks. Each rank is in one group.
 
-    In the tier ``intra_node`` a group has neighbors on one node. In other tiers it has the ranks with the same local
+    In the tier ``intra_node`` a group has neighbors on one node. In the other tier it has the ranks with the same local
     rank on neighboring nodes. ``each`` is the number of ranks on a node.
     """
     if tier == "intra_node":
@@ -121,7 +121,7 @@ def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:
 
 
 def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) -> Callable[[], object]:
-    """Return a function that runs a collective of ``size`` bytes once. A send runs in both directions."""
+    """Return a function that runs a collective of ``size`` bytes once. A send runs once in each direction."""
     ranks = dist.get_world_size(group)
     part = max(1, size // 4 // ranks)
     whole, shard = (torch.zeros(count, device=bench.device) for count in (part * ranks, part))
@@ -151,7 +151,7 @@ def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) 
 
 
 def time_collectives(bench: Bench, largest: int, tell: Callable[[], None]) -> list[dict[str, Any]]:
-    """Time every collective in every tier, up to ``largest`` bytes. Calls ``tell`` after each sample.
+    """Time every collective inside a node and between nodes, up to ``largest`` bytes. Calls ``tell`` after each sample.
 
     Returns the same samples on every rank: tier, collective, ranks, bytes and seconds.
     """
@@ -179,9 +179,12 @@ def time_collectives(bench: Bench, largest: int, tell: Callable[[], None]) -> li
 LARGE = 16 * MIB
 SMALL = MIB
 MOST_ROUNDS = 15
-"""Largest number of other nodes with which a node is measured. With up to 16 nodes, these are all other nodes."""
+"""Largest number of other nodes to which the links of a node are measured.
+
+With up to 16 nodes, all links are measured.
+"""
 LINK_PASSES = 3
-"""Number of measurements of each link, seconds apart. A single measurement may be slow because of other work."""
+"""Number of measurements of each link, seconds apart. Other work on the machine may make a single one slow."""
 SLOW_LINK_S = 0.05
 """Longest time, in seconds, of an exchange of SMALL bytes after which LARGE bytes are also measured.
 
@@ -191,7 +194,7 @@ LINK_TIMEOUT = timedelta(seconds=150)
 
 
 class LinkBench(Bench):
-    """One rank of the measurement, with its device and a process group of all ranks for that device."""
+    """One rank of the doctor's measurement, with its device and a process group of all ranks for that device."""
 
     def __init__(self) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -209,7 +212,7 @@ class LinkBench(Bench):
         return 2 * size**3 / min(times) / 1e12
 
     def exchange_with(self, peer: int) -> float:
-        """Return the bandwidth of one direction to ``peer`` in Gbit/s."""
+        """Return the bandwidth to rank ``peer`` in one direction in Gbit/s, while both ranks send."""
         block = torch.ones(LARGE // 4, device=self.device)
         space = torch.empty_like(block)
 
@@ -232,9 +235,9 @@ class LinkBench(Bench):
         return 8 * size / took / 1e9
 
     def exchanges(self) -> list[dict[str, float]]:
-        """Measure LINK_PASSES times the link of this rank to the rank of the same local number on each other node.
+        """Measure the links of this rank to the ranks with the same local rank on other nodes, LINK_PASSES times each.
 
-        Returns one record for each measured node: its index and the largest bandwidth. Other work of the machine can
+        Returns one record for each measured node: its index and the largest bandwidth. Other work on the machine can
         only make a measurement slower.
         """
         ones = torch.ones(1, device=self.device)
@@ -252,7 +255,7 @@ class LinkBench(Bench):
 
 
 def partner(node: int, turn: int, count: int) -> int | None:
-    """Return the node that is measured together with ``node`` in this turn; None if ``node`` pauses.
+    """Return the node that exchanges with ``node`` in this turn; None if ``node`` pauses.
 
     ``count`` is the number of nodes. In ``count`` turns, or one less if ``count`` is even, each node meets each other
     node once.
@@ -291,7 +294,7 @@ def measure_rank(path: Path) -> None:
 def main() -> None:
     """Measure links if the arguments have a RECORD, else collectives.
 
-    Of the collectives, rank 0 writes the samples with the software and hardware of the measurement.
+    For collectives, rank 0 writes the samples, with the software and hardware of the measurement.
     """
     parser = argparse.ArgumentParser(description="One rank of python -m launch.bench_network, or of the doctor's job.")
     parser.add_argument("record", type=Path, nargs="?")

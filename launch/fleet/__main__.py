@@ -1,11 +1,11 @@
-"""``python -m launch.fleet FOLDERS``: where the time of all runs went, what interrupts them, and hosts that fail more.
+"""``python -m launch.fleet FOLDERS``: use of time by all runs, causes of interruptions, and hosts that fail often.
 
     python -m launch.fleet outputs
     python -m launch.fleet outputs /scratch/team/outputs --by cluster.partition
     python -m launch.fleet outputs --json
     python -m launch.fleet outputs --openmetrics /var/lib/prometheus/node-exporter/runs.prom
 
-The figures come from the event logs and step records of the run folders. Nothing is written but the file of
+The figures come from the event logs and step records of the run folders. The command writes only the file of
 ``--openmetrics``. That option also queries Slurm for the states of unfinished jobs.
 """
 
@@ -38,11 +38,11 @@ from launch.runs.records import UNITS
 from launch.slurm.status import RunStatus, find_run_statuses, poll, update_from_event_log
 
 OF_MACHINES = ("crashed", "hung", "out_of_memory", "node_failed", "node_sick")
-"""Causes of interruptions for which a time between failures is meaningful; other causes are decisions of people."""
+"""Causes of interruptions for which a time between failures is meaningful. Other causes are decisions of people."""
 CONFIDENCE = 0.9
 """Probability with which an interval contains the true rate."""
 SUSPECT = 0.05
-"""A host is suspect if chance gives any host of the fleet so many failures with less than this probability."""
+"""Probability that chance gives any host of the fleet so many failures, below which a host is suspect."""
 
 
 @dataclass
@@ -53,17 +53,17 @@ class Fleet:
     node_hours: float = 0.0
     gpu_hours: float = 0.0
     seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
-    """Part of ``launch.report.goodput.PARTS`` -> node-seconds; for the part ``waiting``, seconds."""
+    """Key of ``launch.report.goodput.PARTS`` -> node-seconds; for the key ``waiting``, seconds."""
     interruptions: defaultdict[str, int] = field(default_factory=partial(defaultdict, int))
-    """Cause of ``launch.report.goodput.CAUSES`` -> number of interruptions."""
+    """Key of ``launch.report.goodput.CAUSES`` -> number of interruptions."""
     lost_node_hours: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
-    """Cause -> node-hours that its interruptions cost."""
+    """Key of ``CAUSES`` -> node-hours that interruptions of this cause cost."""
     host_hours: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
-    """Host -> hours in which ranks ran there."""
+    """Host -> hours in which ranks ran on this host."""
     host_failures: defaultdict[str, int] = field(default_factory=partial(defaultdict, int))
-    """Host -> number of attempts that failed because of it."""
+    """Host -> number of attempts that failed because of this host."""
     unknown: int = 0
-    """Number of runs whose event logs do not describe all their allocations. They are in no other figure."""
+    """Number of runs whose event logs do not describe all their allocations. Such runs are in no other figure."""
 
     @property
     def allocated_s(self) -> float:
@@ -76,7 +76,7 @@ class Fleet:
         return (self.seconds["steps"] + self.seconds["fewer"]) / (self.allocated_s or 1.0)
 
     def suspects(self) -> dict[str, float]:
-        """Return the hosts that fail more often than the rest of the fleet: host -> probability of chance.
+        """Return host -> probability of chance, for the hosts that fail more often than the rest of the fleet.
 
         If all hosts fail at one rate, the failures of a host are binomial, by its share of the hours. The probability
         is that of so many failures or more, times the number of hosts (Bonferroni).
@@ -92,7 +92,7 @@ class Fleet:
 
 
 def add_run(fleets: Sequence[Fleet], folder: RunFolder, now: float) -> None:
-    """Add a run to the sums of each fleet. ``now`` is the Unix time until which a running allocation counts."""
+    """Add a run to the sums of each fleet. ``now`` is the Unix time at which a running allocation is taken to end."""
     events = folder.read_events()
     measured = measure_goodput(folder, events)
     if measured is None:
@@ -121,7 +121,8 @@ def add_run(fleets: Sequence[Fleet], folder: RunFolder, now: float) -> None:
 
 
 def seconds_of_hosts(folder: RunFolder, events: Events, now: float) -> dict[str, float]:
-    """Return the seconds in which ranks of a run were on each host, over all attempts until ``now``, Unix seconds."""
+    """Return host -> seconds in which ranks of a run were on this host, over all attempts until ``now``, Unix seconds.
+    """
     begun = {e["attempt"]: e["time"] for e in reversed(events) if e["event"] == "started"}
     ends = ("attempt_ended", "finished", "stopped")
     ended = {e["attempt"]: e["time"] for e in events if e["event"] in ends and e.get("attempt") is not None}
@@ -135,7 +136,8 @@ def seconds_of_hosts(folder: RunFolder, events: Events, now: float) -> dict[str,
 
 
 def rate_interval(count: int, exposure: float) -> tuple[float, float]:
-    """Return the exact interval of a Poisson rate for ``count`` events in ``exposure`` (Garwood 1936)."""
+    """Return the ends of the exact interval of a Poisson rate, after ``count`` events in ``exposure`` (Garwood 1936).
+    """
     tail = (1 - CONFIDENCE) / 2
 
     def mean_where(most: int, probability: float) -> float:
@@ -152,7 +154,7 @@ def rate_interval(count: int, exposure: float) -> tuple[float, float]:
 
 
 def fleet_figures(fleet: Fleet) -> dict[str, Any]:
-    """Return the figures for ``--json``."""
+    """Return the sums of a fleet for ``--json``, with the suspect hosts."""
     suspects = fleet.suspects()
     hosts = {
         host: {"hours": fleet.host_hours[host], "failures": count, "chance": suspects.get(host)}
@@ -211,7 +213,7 @@ def show_fleet(fleet: Fleet) -> None:
 
 
 def group_of(folder: RunFolder, key: str) -> str:
-    """Return the value of a config key of a run as text. Raise ConfigError if the run has no such key."""
+    """Return the value of a config key of a run as text. Raises ConfigError if the run does not have this key."""
     document = read_document(folder)
     value = OmegaConf.select(document, key, default=...)
     if value is ...:
@@ -220,7 +222,10 @@ def group_of(folder: RunFolder, key: str) -> str:
 
 
 def show_groups(groups: Mapping[str, Fleet], key: str) -> None:
-    """Print the use of each group of runs, the largest first."""
+    """Print the use of each group of runs, the largest first.
+
+    ``groups`` is value of the config key ``key`` -> fleet.
+    """
     rows = [
         [name, str(one.runs), f"{one.node_hours:.4g}", f"{one.gpu_hours:.4g}", f"{one.goodput:.1%}"]
         for name, one in sorted(groups.items(), key=lambda item: -item[1].node_hours)
@@ -243,15 +248,15 @@ FAMILIES = {
     "node_seconds": ("counter", "seconds", "Node-seconds of all allocations."),
     "heartbeat_timestamp_seconds": ("gauge", "seconds", "Unix time of the last heartbeat of the head node's agent."),
 }
-"""Family without its prefix -> type, unit and help. A unit is the end of the family's name."""
+"""OpenMetrics family without its prefix -> type, unit and help. The name of a family ends with its unit."""
 PREFIX = "launch_run_"
 
 Sample = tuple[str, dict[str, str], float]
-"""Family of ``FAMILIES``, labels without the label ``run``, and value."""
+"""Family of ``FAMILIES``, labels without the label ``run``, and value of one metric."""
 
 
 def samples(point: RunStatus, now: float) -> Iterator[Sample]:
-    """Yield the known metrics of a run. ``now`` is the Unix time until which a running allocation counts."""
+    """Yield the known metrics of a run. ``now`` is the Unix time at which a running allocation is taken to end."""
     job = {} if point.job is None else {"job_id": point.job.job_id}
     yield "state", {"state": point.state, **job}, 1
     figures = {"step": "step", "loss": "loss", **{f"{unit}_per_second": f"{unit}_per_s" for unit in UNITS}}
@@ -288,12 +293,15 @@ def openmetrics_text(points: Sequence[RunStatus], now: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a number as OpenMetrics writes it; NaN and infinities have names of their own."""
+    """Return a number as OpenMetrics writes it, with its own names for NaN and infinities."""
     return repr(value) if math.isfinite(value) else {math.inf: "+Inf", -math.inf: "-Inf"}.get(value, "NaN")
 
 
 def write_openmetrics(folders: Sequence[Path], file: Path) -> int:
-    """Write the metrics of all runs below the folders. Returns the exit status: 1 if Slurm did not answer, else 0."""
+    """Write the metrics of all runs below the folders to ``file``.
+
+    Returns the exit status: 1 if Slurm did not answer.
+    """
     points = find_run_statuses(find_runs(folders))
     if problem := poll(points, trust_log=True):
         update_from_event_log(points)

@@ -54,14 +54,14 @@ EXAMPLE = '--fit "7e9 params, 1e12 tokens, 30 days" --gpu h100'
 NODES = sorted(2**a * 3**b for a in range(13) for b in (0, 1) if 2**a * 3**b <= 4096)
 """Numbers of nodes that ``--fit`` tries by default: powers of two, and three times powers of two."""
 CLUSTER = ("cluster=slurm", "cluster.gpus_per_node=8")
-"""Default overrides of ``--fit``: Slurm nodes of 8 GPUs, as DGX and HGX systems have."""
+"""Default overrides of ``--fit``: Slurm nodes with 8 GPUs each, as in DGX and HGX systems."""
 DROPPED_FIRST = ("memory a rank", "ranks", "interval", "goodput", "stragglers")
-"""Columns that a narrow terminal does not show, in this order. The files have all columns."""
+"""Columns that a narrow terminal leaves out, in this order. The files have all columns."""
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Project a sweep. Returns the exit status: 0, or 2 if the sweep cannot be projected."""
+    """Project a sweep, or find set-ups for a goal. Returns the exit status: 0, or 2 if this is not possible."""
     parser = CommandParser(
         prog="python -m launch.project",
         description="What a measured sweep would be at sizes that were not run: step time, throughput, efficiency, "
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_node_counts(text: str) -> list[int]:
-    """Return numbers of nodes, ascending, each once, from ``8,16,32`` or with an ellipsis ``8,16,...,4096``.
+    """Return the numbers of nodes in a text such as ``8,16,32`` or ``8,16,...,4096``, ascending, each once.
 
     An ellipsis continues with the ratio of the two numbers before it. After a single number it doubles.
 
@@ -136,14 +136,16 @@ def parse_node_counts(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class ProjectedRow:
-    """One measured or projected size: a line of ``projection.csv``. Times are in seconds; None if not known."""
+    """One measured or projected size: a row of ``projection.csv``. Times are in seconds; None means not known."""
 
     nodes: int
     ranks: int
     is_measured: bool
     step_s: float | None = None
     low_s: float | None = None
+    """Lower end of the interval of ``step_s``; the first quartile for a measured size."""
     high_s: float | None = None
+    """Upper end of the interval of ``step_s``; the third quartile for a measured size."""
     throughput: float | None = None
     """Work per second in the unit of the sweep."""
     efficiency: float | None = None
@@ -157,21 +159,21 @@ class ProjectedRow:
     cost_per_giga: float | None = None
     """Cost of 10^9 units of work in the currency of ``cluster.price_per_gpu_hour``, goodput included."""
     stragglers_s: float | None = None
-    """Seconds by which the slowest rank exceeds the mean rank in a step: measured, or expected."""
+    """Seconds by which the slowest rank exceeds the mean rank in a step, measured or expected."""
     parts: dict[str, float] = field(default_factory=dict)
     """Cause -> seconds of a step, by the model; empty for a measured size."""
     refused: str = ""
-    """Reason why a run of this size cannot work; empty if it can."""
+    """Reason why a run of this size cannot work; empty if it can work."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Measured and projected sizes of one sweep: the content of ``projection.json``."""
+    """All measured and projected sizes of one sweep: the content of ``projection.json``."""
 
     rows: tuple[ProjectedRow, ...]
     held_out: HeldOut
     interval: float
-    """Half width of every interval, as natural logarithm of a factor on the step time.
+    """Half width of every interval, as the natural logarithm of a factor on the step time.
 
     It is the error of the held-out point, or the spread of that point's step times if that is larger.
     """
@@ -183,7 +185,7 @@ class Projection:
 
 
 def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None) -> Projection:
-    """Predict the largest measured point from the other points, then extrapolate all points to ``sizes``.
+    """Predict the largest measured point from the other points, then extrapolate from all points to ``sizes``.
 
     Args:
         sweep: two points or more.
@@ -238,9 +240,9 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None)
 
 
 def with_derived(row: ProjectedRow, sweep: SweepPoints, failures: Failures | None) -> ProjectedRow:
-    """Return the row with the figures that follow from its step time: efficiency, goodput, GPU-hours, cost.
+    """Return the row with the figures that follow from its step time: efficiency, goodput, GPU-hours and cost.
 
-    ``failures`` is the cost of failures; None for a row without goodput.
+    ``failures`` has the rate and cost of failures; None for a row without goodput.
     """
     assert row.step_s is not None
     first, gpus, price = sweep.measured[0], sweep.config.cluster.gpus_per_node, sweep.config.cluster.price_per_gpu_hour
@@ -292,7 +294,7 @@ def projection_heading(found: Projection) -> str:
 
 
 def sentences(found: Projection) -> list[str]:
-    """Return the sentences below the table of a projection, first on held-out point, model and interval."""
+    """Return the sentences below the table of a projection: held-out point, model, interval, refused sizes, notes."""
     held, fitted_to = found.held_out, ", ".join(map(str, found.held_out.fitted_to))
     said = [
         f"held out: {held.point.nodes} nodes, predicted from nodes={fitted_to}: {held.predicted_s:.4g} s a step, "
@@ -306,7 +308,7 @@ def sentences(found: Projection) -> list[str]:
 
 
 def contents(found: Projection) -> dict[str, bytes]:
-    """Return file extension -> content, for the files of a projection."""
+    """Return file extension -> content of the file, for each file of a projection."""
     document, file = asdict(found), io.StringIO()
     del document["label"]
     names = [name for name in document["rows"][0] if name != "parts"]
@@ -321,7 +323,7 @@ def contents(found: Projection) -> dict[str, bytes]:
 
 
 def draw_projection(found: Projection) -> bytes:
-    """Draw throughput, or step time if the work is unknown, over the number of nodes. Returns a PNG.
+    """Return a PNG file: throughput, or step time if the work is unknown, over the number of nodes.
 
     Measured points are filled. Projected points are hollow, with a dashed line and their interval.
     """
@@ -357,7 +359,7 @@ def draw_projection(found: Projection) -> bytes:
 
 @dataclass(frozen=True)
 class Goal:
-    """A model, its training data, and the days for the training."""
+    """Goal of ``--fit``: a model, its training data, and the days for the training."""
 
     training: TrainingGoal
     days: float
@@ -365,13 +367,15 @@ class Goal:
 
 @dataclass(frozen=True)
 class Offer:
-    """A set-up on a number of nodes, with time and cost of the whole training."""
+    """A set-up on a number of nodes, with the time and the cost of the whole training."""
 
     nodes: int
     gpus: int
     set_up: SetUp
     days: float
+    """Days of the whole training."""
     gpu_hours: float
+    """GPU-hours of the whole training."""
     cost: float | None
     """Cost in the currency of ``cluster.price_per_gpu_hour``; None without a price."""
 
@@ -393,7 +397,7 @@ def parse_goal(text: str) -> Goal:
 
 
 def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) -> tuple[Config, list[str]]:
-    """Compose the config of the nodes and the model of ``--fit``. Returns the config and its overrides.
+    """Return the config of the nodes and the model for ``--fit``, and its overrides.
 
     Args:
         typed: overrides as typed.
@@ -422,7 +426,7 @@ def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) ->
 
 
 def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int]) -> list[Offer]:
-    """Return up to eight set-ups that reach a goal, cheapest first. Prints a line about each size on standard error.
+    """Return up to eight set-ups that reach a goal, cheapest first. Prints a line for each size on standard error.
 
     Few nodes are most efficient, so sizes are tried upwards until four of them reach the goal. Each size takes a
     second, and more with many ranks.
@@ -468,9 +472,7 @@ def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int
 
 
 def as_offer(goal: Goal, config: Config, set_up: SetUp) -> Offer:
-    """Return an offer: a set-up on the nodes of ``config``, with the time and the cost of the whole training of
-    ``goal``.
-    """
+    """Return the offer of a set-up on the nodes of ``config``, with time and cost of the whole training."""
     gpus = config.nodes * config.ranks_on_node
     hours = goal.training.work / set_up.work_per_step * set_up.step_s / 3600
     price, spent = config.cluster.price_per_gpu_hour, gpus * hours

@@ -31,12 +31,12 @@ from launch.runs.folder import RunFolder
 from launch.workload import PlanRequest, StepTime
 
 UNLIMITED_GB = 1e6
-"""Memory in GB of a CPU node whose memory is unknown. The value has no effect on the time of a step."""
+"""Memory in GB that is assumed for a CPU node with unknown memory. The value has no effect on the time of a step."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return the zero of a falling function of a positive number, by bisection of the logarithm.
+    """Return the positive number at which a falling function is zero, by bisection of its logarithm.
 
     If the function does not cross zero between ``low`` and ``high``, return the nearer end.
     """
@@ -51,7 +51,7 @@ def root(function: Callable[[float], float], low: float, high: float) -> float:
 
 
 def minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return the argument at which a function of a positive number is smallest.
+    """Return the positive number at which a function is smallest.
 
     The method is golden sections of the logarithm (Kiefer, 1953). The function must have one minimum between ``low``
     and ``high``.
@@ -78,21 +78,22 @@ def normal_maximum(draws: int) -> float:
 
 
 MOST_STEPS = 2000
-"""Largest number of a run's last steps that are read. More steps add no information and need memory for all ranks."""
+"""Largest number of a run's last steps whose records are read. More steps add no information and need memory."""
 
 
 @dataclass(frozen=True)
 class RankSpread:
-    """Spread of the own times of a point's ranks. An own time is the time of a step without waits."""
+    """Spread of the own times of a run's ranks. An own time is the time of a step without waits for other ranks."""
 
     ranks: int
     own_s: float
-    """Mean own time of a step over ranks and steps, seconds."""
+    """Mean own time over ranks and steps, seconds."""
     excess: float
-    """Excess of the slowest rank of a step over the mean rank, as a share of ``own_s``; the mean over the steps."""
+    """Own time of the slowest rank minus the mean of the ranks, as a share of ``own_s``; the mean over the steps."""
 
     def share(self, ranks: int) -> float:
-        """Return the expected excess of the slowest of ``ranks`` ranks over their mean, as a share of that mean.
+        """Return the expected excess of the slowest of ``ranks`` ranks over the mean rank, as a share of the mean own
+        time.
 
         The measured excess grows as the expected maximum of so many independent normal draws.
         """
@@ -114,10 +115,10 @@ def spread_of(own: Floats, has_stages: bool = False) -> RankSpread:
 
 
 def read_spread(point: Point) -> RankSpread | None:
-    """Return how much the ranks of a point differ in own time: the time of a step without waits for other ranks.
+    """Return the spread of the own times of a point's ranks; None if it cannot be measured.
 
-    None if a rank lacks a step, its time or its communication time. None also with fewer than two ranks or steps, or
-    if a rank has no records.
+    It cannot be measured if a rank lacks a step, its time or its communication time, if a rank has no records, or with
+    fewer than two ranks or steps.
     """
     run, used = RunFolder(point.path), point.steps.after_warmup()
     expected = 0 if point.environment is None else point.environment.world_size
@@ -145,7 +146,7 @@ def read_spread(point: Point) -> RankSpread | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """Median time of a step on a number of nodes, with quartiles, in seconds."""
+    """Median time of a step on a number of nodes, with its quartiles ``low_s`` and ``high_s``, in seconds."""
 
     nodes: int
     ranks: int
@@ -156,13 +157,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepParts:
-    """Modelled time of a step in seconds."""
+    """Time of a step by a model, in seconds."""
 
     step_s: float
     own_s: float
-    """Part of the step in seconds in which a rank computes and does not wait."""
+    """Seconds of the step in which a rank computes and does not wait."""
     by_cause: dict[str, float]
-    """Cause -> seconds; the causes add up to ``step_s``."""
+    """Cause -> seconds. The causes add up to ``step_s``."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,10 @@ class Model:
     text: str
     """Sentence about the fit, for people."""
     at: Callable[[int], StepParts]
-    """Function from the number of nodes to the time of a step. Raises ConfigError if a run of this size cannot work."""
+    """Function that returns the time of a step on a number of nodes. Raises ConfigError if such a run cannot work."""
 
     def with_stragglers(self, spread: RankSpread, ranks_per_node: int, reference_s: float) -> Model:
-        """Return this model plus the time that the slowest rank adds. The model itself assumes equally fast ranks.
+        """Return this model with the time that the slowest rank adds. This model itself assumes equally fast ranks.
 
         Args:
             spread: spread of the own times at a measured point.
@@ -203,7 +204,9 @@ LINKS = (1e-4, 1e3)
 
 
 def fit_costs(points: Sequence[Measured], costs: Costs) -> tuple[float, float]:
-    """Return the factors of compute rate and links, fitted in turns: to the smallest point, and to the other points.
+    """Return the factors of compute rate and links with which a cost model fits measured points.
+
+    The rate is fitted to the smallest point, the links to the other points, in turns.
 
     Args:
         points: measured points, smallest first.
@@ -229,7 +232,7 @@ def fit_costs(points: Sequence[Measured], costs: Costs) -> tuple[float, float]:
 
 
 def cost_model(costs: Costs, rate: float, links: float) -> Model:
-    """Return a workload's cost model with the fitted factors ``rate`` and ``links`` of ``fit_costs``.
+    """Return a model of the step time: a workload's cost model with the factors ``rate`` and ``links``.
 
     The causes of a step's time are those of ``StepTime``.
     """
@@ -245,24 +248,25 @@ def cost_model(costs: Costs, rate: float, links: float) -> Model:
 
 
 TERMS = ("divided among the ranks", "on every rank", "grows with the ranks")
+"""Terms of the trend of step times, by which a program without a cost model is extrapolated."""
 
 
 def terms_of(ranks: int) -> tuple[float, float, float]:
-    """Return the factor of each of ``TERMS`` at a number of ranks, to multiply with the fitted seconds."""
+    """Return, for a number of ranks, the factors by which the fitted seconds of ``TERMS`` are multiplied."""
     return 1 / ranks, 1.0, math.log2(ranks)
 
 
 def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
-    """Return seconds for each of ``TERMS``, fitted by least squares of relative errors, none of them negative.
+    """Return the seconds of each of ``TERMS``, fitted by least squares of relative errors. No value is negative.
 
-    In weak scaling (``is_weak``) the first term is 0. Of equal fits, the fit with fewer terms is returned.
+    In weak scaling (``is_weak``) the first value is 0. Of equally good fits, the one with fewer terms is returned.
     """
     rows = np.array([terms_of(point.ranks) for point in points]) / [[point.step_s] for point in points]
     return (0.0, *fit_not_negative(rows[:, 1:]).tolist()) if is_weak else tuple(fit_not_negative(rows).tolist())
 
 
 def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) -> Model:
-    """Return a model that is a sum of ``TERMS``, for a program without cost model.
+    """Return a model of the step time as a sum of ``TERMS``, for a program without a cost model.
 
     ``weights`` are the seconds of each term, from ``fit_trend``.
     """
@@ -307,23 +311,27 @@ def request_for(
 
 @dataclass(frozen=True)
 class SweepPoints:
-    """Points of one series with step times, smallest first, to which a projection is fitted."""
+    """Points of one series to which a projection is fitted, smallest first."""
 
     series: Series
     base: Point
-    """Largest point, whose config is used at other sizes."""
+    """Largest point, whose config is used for other sizes."""
     config: Config
     """Config of the largest point, with the devices that its ranks recorded."""
     measured: tuple[Measured, ...]
-    """Figures of the points to which a model is fitted."""
+    """Size and step time of each point."""
     rates: tuple[float | None, ...] = ()
     """Work per second of each point, in the unit of the sweep; None if unknown."""
     left_out: tuple[str, ...] = ()
-    """Names of points whose ranks shared cores or a GPU. They do not show how separate nodes behave."""
+    """Titles of points whose ranks shared cores or a GPU. They do not show how separate nodes behave."""
     spreads: Mapping[int, RankSpread] = field(default_factory=dict)
-    """Nodes -> spread of the ranks' own times, for each point with several ranks; empty if one point lacks it."""
+    """Number of nodes -> spread of the ranks' own times, for points with several ranks.
+
+    Empty if one spread is unknown.
+    """
     untold: str = ""
-    """Name of a point with several ranks and an unknown spread, for which ``spreads`` is empty; "" if there is none."""
+    """Title of a point with several ranks whose spread is unknown, which leaves ``spreads`` empty; "" if there is none.
+    """
 
     @property
     def is_weak(self) -> bool:
@@ -336,7 +344,7 @@ class SweepPoints:
         return self.measured[0].ranks // self.measured[0].nodes
 
     def fit(self, points: Sequence[Measured]) -> Model:
-        """Fit a model to some of the points, smallest first.
+        """Return a model that is fitted to ``points``, smallest first.
 
         Measured times include the delay of the slowest rank. This delay is subtracted before the fit, and the expected
         delay at each size is added afterwards.
@@ -359,7 +367,7 @@ class SweepPoints:
         return None if spread is None else spread.own_s * spread.share(point.ranks)
 
     def costs(self) -> Costs | None:
-        """Return the workload's cost model for the nodes of the sweep; None if there is none."""
+        """Return the workload's cost model for the nodes of the sweep; None if the workload has no model."""
         workload = workload_of(self.config)
 
         def costs(nodes: int, rate: float, links: float) -> StepTime:
@@ -370,7 +378,7 @@ class SweepPoints:
         return costs if workload.step_time(*self.request(self.measured[0].nodes)) is not None else None
 
     def request(self, nodes: int, rate: float = 1.0, links: float = 1.0) -> tuple[Config, PlanRequest]:
-        """Return the largest point's config with ``nodes`` nodes, and the request to plan or estimate this run.
+        """Return the config of the largest point with ``nodes`` nodes, and the request to plan such a run.
 
         ``rate`` and ``links`` are the factors of ``request_for``.
         """
@@ -379,7 +387,7 @@ class SweepPoints:
 
 
 def with_devices(config: Config, base: Point) -> Config:
-    """Return ``config`` with the devices that the ranks of ``base`` recorded."""
+    """Return ``config`` with the devices on which the ranks of ``base`` ran."""
     known = config.cluster
     if base.environment is not None and not base.environment.ranks[0].device.startswith("cpu"):
         name = known.gpu_name or base.environment.ranks[0].device_name
@@ -390,7 +398,7 @@ def with_devices(config: Config, base: Point) -> Config:
 
 
 def read_sweep(selection: Selection, network: Path | None = None) -> SweepPoints:
-    """Read the points of a sweep.
+    """Return the points of a sweep.
 
     Args:
         selection: runs of the sweep.
@@ -448,7 +456,7 @@ def as_measured(member: Point) -> Measured:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The largest measured point, predicted from the smaller ones."""
+    """The largest measured point, and its step time as predicted from the smaller points."""
 
     point: Measured
     predicted_s: float
@@ -460,7 +468,7 @@ class HeldOut:
 
 
 def hold_out(sweep: SweepPoints) -> HeldOut:
-    """Predict the largest point with a model of the other points."""
+    """Return the largest point with its step time as a model of the other points predicts it."""
     known, largest = sweep.measured[:-1], sweep.measured[-1]
     predicted_s, nodes = sweep.fit(known).at(largest.nodes).step_s, tuple(point.nodes for point in known)
     return HeldOut(largest, predicted_s, nodes, predicted_s / largest.step_s - 1)
@@ -480,9 +488,9 @@ def straggler_notes(sweep: SweepPoints) -> list[str]:
 
 
 def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures | None, list[str]]:
-    """Return the cost of failures, and notes about this cost.
+    """Return the rate and cost of failures, and notes on them.
 
-    The cost is None if ``mtbf_node_h`` (hours between failures of one node) is None, or if the largest point did not
+    The first is None if ``mtbf_node_h`` (hours between failures of one node) is None, or if the largest point did not
     record a save and a start.
     """
     if mtbf_node_h is None:

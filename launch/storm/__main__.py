@@ -1,8 +1,9 @@
-"""``python -m launch.storm KEY=VALUE...``: a chaos drill. A run with seeded faults must end like an undisturbed run.
+"""``python -m launch.storm KEY=VALUE...``: a chaos drill, which repeats a run with injected faults and compares the
+two.
 
-The arguments are those of ``python -m launch``, or the folder of a finished run, which the drill repeats with faults.
-
-The drill repeats the run's command whenever the command ends before the run. ``faults.jsonl`` records the faults.
+The arguments are those of ``python -m launch``, or the folder of a finished run, which the drill repeats. The seed
+decides the faults. The run with faults must end with the same state and samples as the undisturbed run. The drill
+repeats the run's command whenever the command ends before the run. ``faults.jsonl`` records the faults.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ from launch.storm.injection import (
 )
 
 GONE_S = 60.0
-"""Seconds that processes and jobs of a run have to end after its launcher has ended."""
+"""Seconds in which processes and jobs of a run must end after its launcher has ended."""
 UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "node_failed"))
-"""Overrides that lift restart limits in a drill, unless the user typed them.
+"""Overrides that lift limits of restarts in a drill, unless the user typed others.
 
 A drill has more faults than limits allow.
 """
@@ -64,9 +65,12 @@ LEAVING = ("signalled", "agent_stopped", "attempt_ended", "requeued", "agent_end
 A checkpoint that was saved before such an event does not show that the next start works.
 """
 FELT_S = 180.0
-"""Seconds within which a fault ends its attempt, if at all. By default, a silent rank or node is given up earlier."""
+"""Seconds after which a fault without an effect counts as harmless.
+
+By default, a silent rank or node is lost earlier.
+"""
 TRIES = 3
-"""Number of tries to inject a fault, whose target process may just have ended."""
+"""Largest number of tries to inject a fault. Its target process may just have ended."""
 SAME = ("loss", "samples", "tokens", "images")
 """Figures that must be equal in two records of the same step.
 
@@ -85,7 +89,7 @@ def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
         has: needs that the drill fulfils, of ``SLURM`` and ``SANDBOX``.
 
     Raises:
-        ConfigError: there is no such kind, or the drill lacks a need of the kind.
+        ConfigError: there is no such kind, or the drill does not fulfil the need of the kind.
     """
     possible = [name for name, kind in KINDS.items() if not kind.needs or kind.needs in has]
     for name in asked:
@@ -99,7 +103,7 @@ def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
 
 
 def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_steps: int) -> list[PlannedFault]:
-    """Draw a schedule of faults: all kinds equally often if possible, in an order that the seed decides.
+    """Return a schedule of faults, with all kinds equally often if possible. ``seed`` decides the order.
 
     The rank, steps and seconds of a fault depend only on the seed and the fault's number. So a longer schedule begins
     like a shorter schedule. ``most_steps`` is the largest number of steps before a fault.
@@ -119,7 +123,7 @@ def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_
 
 @dataclass(frozen=True)
 class LastFault:
-    """The last fault: Unix times of its start and its end, and whether it ends an attempt."""
+    """Unix times at which the last fault began (``struck``) and ended (``over``), and whether it ends an attempt."""
 
     struck: float
     over: float
@@ -131,7 +135,7 @@ class StuckError(RuntimeError):
 
 
 def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start the command of a run with these arguments in its own session. The output goes to ``log``."""
+    """Start the command of a run in its own session, with ``words`` as arguments. The output goes to ``log``."""
     command = [sys.executable, "-m", "gpt_launch", *words]
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -169,7 +173,8 @@ class Drill:
         self.site.is_over = lambda: self._process is None or self._process.poll() is not None
 
     def run(self, schedule: Sequence[PlannedFault]) -> bool:
-        """Take the run through the faults of a schedule to its end. Returns True if all faults were made.
+        """Start the run, inject the faults of a schedule, and wait for the end. Returns whether all faults were
+        injected.
 
         Raises:
             StuckError: the run makes no progress any more.
@@ -197,7 +202,10 @@ class Drill:
             self._end()
 
     def _wait_recovered(self, fault: PlannedFault, last: LastFault) -> bool:
-        """Wait until the run has saved after the last fault and made more steps; False if it has finished."""
+        """Wait until the run has saved after the last fault and made more steps.
+
+        Returns False if the run has finished.
+        """
 
         def has_recovered() -> bool:
             saved = first_save(self.site.folder.read_events(), last, time.time())
@@ -249,11 +257,12 @@ class Drill:
 
 
 def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float) -> int | None:
-    """Return the step of the first checkpoint after a fault by the resumed attempt; None if there is none yet.
+    """Return the step of the first checkpoint that the resumed attempt saved after a fault; None if there is none yet.
 
     A checkpoint that an attempt saves while it stops does not count, because the next fault would hit a run that is
     leaving. If all agents were killed, the end of the attempt has no event, but the next start has one. After
-    ``FELT_S`` seconds without an effect, the fault counts as harmless, and any checkpoint counts.
+    ``FELT_S`` seconds without an effect, the fault counts as harmless, and any checkpoint counts. ``now`` is Unix
+    seconds.
     """
     later = [event for event in events if event["time"] > last.struck]
     felt = any(event["event"] in ("attempt_ended", "started") for event in later)
@@ -283,7 +292,7 @@ def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
 
 
 def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
-    """Yield a line for each rank whose steps are missing or surplus, or have another loss or other samples."""
+    """Yield a line for each rank whose steps are missing or surplus, or have a different loss or different samples."""
     for rank in sorted({*quiet.metric_ranks(), *stormy.metric_ranks()}):
         one, other = ({r["step"]: r for r in read_records(run.metrics(rank))} for run in (quiet, stormy))
         missing, more = sorted(one.keys() - other), sorted(other.keys() - one)
@@ -298,15 +307,16 @@ def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Cost of one fault: seconds until the first new step, and their parts.
+    """Cost of one fault: seconds until the first new step, and the parts of this time.
 
     If the fault ended no attempt, the cost is the longest pause between two steps until the next fault.
     """
 
     kind: str
     road: str
-    """Way in which the run continued: undisturbed, in place, spare, fewer nodes, requeue, or typed again."""
+    """How the run continued: undisturbed, in place, spare, fewer nodes, requeue, or typed again."""
     total_s: float
+    """Seconds from the fault to the first new step."""
     noticed_s: float = 0.0
     """Seconds from the fault to the end of the attempt in the event log, or until the command was repeated."""
     started_s: float = 0.0
@@ -368,7 +378,7 @@ def _road(events: Sequence[Mapping[str, Any]], end: float, until: float) -> str:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make a drill. Returns the exit status: 0 the run survived, 1 it did not, 2 the drill was refused."""
+    """Run a drill. Returns the exit status: 0 if the run survived, 1 if it did not, 2 if the drill was refused."""
     args = _parser().parse_args(arguments)
     deny_others_writing()
     # Also ends the drill's run.
@@ -447,7 +457,7 @@ def _parser() -> CommandParser:
 
 
 def _words_and_quiet(words: Sequence[str], quiet: Path | None) -> tuple[list[str], RunFolder | None]:
-    """Return the overrides of the drill, and the finished undisturbed run if one is given; else None."""
+    """Return the overrides of the drill, and the finished undisturbed run; None if the drill must make one."""
     if len(words) == 1 and is_run(Path(words[0])):
         quiet, words = Path(words[0]), read_overrides(RunFolder(Path(words[0]).absolute()))
     words = [word for word in words if not word.startswith("run_dir=")]
@@ -459,7 +469,10 @@ def _words_and_quiet(words: Sequence[str], quiet: Path | None) -> tuple[list[str
 
 
 def _judge(quiet: RunFolder, site: Site, drill: Drill, wrong: list[str]) -> dict[str, Any]:
-    """Return the content of ``verdict.json``. ``quiet`` is the undisturbed run; ``wrong`` has errors of the drill."""
+    """Return the content of ``verdict.json``.
+
+    ``quiet`` is the undisturbed run; ``wrong`` has errors that the drill has found so far.
+    """
     run, events = site.folder, site.folder.read_events()
     wrong = [*wrong, *(differing_state(quiet, run) if is_finished(events) else ["the run has not finished"])]
     wrong += [*differing_steps(quiet, run), *_remains(site)]

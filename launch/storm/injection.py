@@ -1,7 +1,8 @@
-"""The faults of a drill: one table of kinds, and a function for each kind.
+"""The faults of a chaos drill: one table of kinds, and a function for each kind.
 
 ``python -m launch.storm.injection RUN SIGNAL WHAT WHICH`` signals processes of a run on this host. A drill starts this
-command by srun on nodes whose processes it cannot see. It signals only processes of the run that belong to this user.
+command by srun on nodes whose processes it cannot see. The command signals only processes of the run that belong to
+this user.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from launch.runs.folder import RunFolder, read_json
 from launch.slurm.jobs import SUBMISSION
 
 AGENTS = ({SUBMISSION}, {"gpt_launch", "agent"})
-"""Words in the command line of an agent: started by submitit, or by a plain batch script."""
+"""Words in the command line of an agent that submitit started, and of an agent that a plain batch script started."""
 PATIENCE_S = 120.0
 """Longest wait in seconds for a process to signal, and for the begin of a save."""
 RESTART_S = 300.0
 """Longest wait in seconds for the next start of a requeued job, and for an answer of a Slurm command."""
 BOOKKEEPING = "manifest.json"
-"""File in a checkpoint with time and attempt of the save, which differ between runs. It is not compared."""
+"""File in a checkpoint with time and attempt of the save. It differs between runs and is not compared."""
 T = TypeVar("T")
 
 
 class FaultError(RuntimeError):
-    """Raised if a fault cannot be made."""
+    """Raised if a fault cannot be injected."""
 
 
 def wait_or_fail(
@@ -50,8 +51,15 @@ def wait_or_fail(
 ) -> T:
     """Poll a condition until its value is true, and return the value.
 
-    Raises FaultError after ``timeout_s`` seconds, or if ``is_over`` returns True. ``what`` names the condition in the
-    message.
+    Args:
+        condition: function that returns the value.
+        what: name of the condition, for the error message.
+        timeout_s: longest wait in seconds.
+        is_over: function that returns True to end the wait.
+        poll_s: seconds between two polls.
+
+    Raises:
+        FaultError: the time is over, or ``is_over`` returned True.
     """
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
@@ -65,7 +73,7 @@ def wait_or_fail(
 
 
 def own_processes() -> list[psutil.Process]:
-    """Return all processes of this user on this host; ``info`` has command line, environment and parent of each."""
+    """Return all processes of this user on this host. ``info`` of each has command line, environment and parent."""
     found = psutil.process_iter(["cmdline", "environ", "ppid", "uids"])
     return [p for p in found if p.info["cmdline"] and p.info["environ"] and p.info["uids"].real == os.getuid()]
 
@@ -81,7 +89,7 @@ def of_run(run_dir: Path) -> list[psutil.Process]:
 
 
 def rank_processes(run_dir: Path) -> dict[int, psutil.Process]:
-    """Return the process of each rank of a run, by rank, without child processes of the rank."""
+    """Return rank -> its process, for a run on this host. Child processes of ranks are left out."""
     found = of_run(run_dir)
     ranks = {process.pid: process.info["environ"].get("RANK", "") for process in found}
     first = [p for p in found if ranks[p.pid].isdigit() and ranks.get(p.info["ppid"]) != ranks[p.pid]]
@@ -89,12 +97,12 @@ def rank_processes(run_dir: Path) -> dict[int, psutil.Process]:
 
 
 def is_agent(words: Sequence[str]) -> bool:
-    """Return True for the command line of an agent, or of the srun that starts agents."""
+    """Return whether a command line is that of an agent, or of the srun that starts agents."""
     return any(agent <= {*words} for agent in AGENTS)
 
 
 def of_job(job: str, program: str, conf: str | None) -> list[psutil.Process]:
-    """Return the processes of a Slurm job that are agents or start agents, children first.
+    """Return the processes of a Slurm job on this host that are agents or start agents, children first.
 
     Args:
         job: Slurm's id of the job.
@@ -133,7 +141,7 @@ def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Pro
 def wait_for_processes(
     run_dir: Path, what: str, which: str, *, in_save: bool = False, is_over: Callable[[], bool] = lambda: False
 ) -> list[psutil.Process]:
-    """Wait for processes to signal, with ``in_save`` also for the start of a save, and return the processes.
+    """Wait for processes to signal, and return the processes. With ``in_save``, also wait for the start of a save.
 
     ``what`` and ``which`` are those of ``processes_to_signal``. Raises FaultError if no process appears, if no save
     starts, or if ``is_over`` returns True.
@@ -149,7 +157,7 @@ def wait_for_processes(
 
 
 def send(processes: Sequence[psutil.Process], number: signal.Signals) -> list[int]:
-    """Signal processes. Returns the ids of those that still ran."""
+    """Send a signal to processes. Returns the ids of those that still ran."""
     sent = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -159,9 +167,9 @@ def send(processes: Sequence[psutil.Process], number: signal.Signals) -> list[in
 
 
 def main(run_dir: str, number: str, what: str, which: str, in_save: str = "") -> int:
-    """Signal processes of a run on this host. Returns exit status 1 if there are none.
+    """Send a signal to processes of a run on this host. Returns exit status 1 if there are none.
 
-    The arguments are words of the command line, as ``Site.by_srun`` writes them.
+    The arguments are those of the command line, as ``Site.by_srun`` writes them.
     """
     try:
         found = wait_for_processes(Path(run_dir), what, which, in_save=bool(in_save))
@@ -183,7 +191,7 @@ def checkpoints(folder: RunFolder) -> list[Path]:
 
 
 def files_of(checkpoint: Path) -> list[Path]:
-    """Return the state files of a checkpoint: all files except hidden ones and the manifest."""
+    """Return the files of a checkpoint that must be equal in two runs: all except hidden files and the manifest."""
     if checkpoint.is_file():
         return [checkpoint]
     found = (path for path in checkpoint.rglob("*") if path.is_file())
@@ -192,7 +200,7 @@ def files_of(checkpoint: Path) -> list[Path]:
 
 @dataclass
 class Site:
-    """A run that a drill disturbs, and its surroundings."""
+    """A run that a drill disturbs, and where the run is."""
 
     folder: RunFolder
     is_slurm: bool = False
@@ -201,7 +209,7 @@ class Site:
     is_over: Callable[[], bool] = lambda: False
     """Function that returns True if the run has ended."""
     struck: float | None = None
-    """Unix time at which the current fault began to act; None before."""
+    """Unix time at which the current fault began to act; None before that."""
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         """Return the events of the run with these names, oldest first."""
@@ -213,7 +221,10 @@ class Site:
         return str(self.events("submitted")[-1]["job_id"])
 
     def host_of(self, rank: int) -> str:
-        """Return the node of a rank in the newest attempt that has recorded its ranks."""
+        """Return the host name of a rank's node in the newest attempt that has recorded its ranks.
+
+        Raises FaultError if none has.
+        """
         for attempt in reversed(self.folder.attempts()):
             for entry in read_json(self.folder.environment(attempt)).get("ranks", ()):
                 if entry["rank"] == rank:
@@ -221,12 +232,15 @@ class Site:
         raise FaultError("no attempt has recorded the nodes of its ranks")
 
     def running_rank(self, rank: int) -> int:
-        """Return ``rank``, or another rank if the run has resumed with too few nodes for it."""
+        """Return ``rank``, or another rank if the run now has too few ranks."""
         sizes = [event["world_size"] for event in self.events("started") if event.get("world_size")]
         return rank % sizes[-1] if sizes else rank
 
     def command(self, *words: str) -> str:
-        """Run a command that causes a fault, and return its first line of output. FaultError if the command fails."""
+        """Run a command that causes a fault.
+
+        Returns the first line of its output. Raises FaultError if the command fails.
+        """
         self.struck = self.struck or time.time()
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=RESTART_S, stdin=subprocess.DEVNULL)
@@ -237,11 +251,11 @@ class Site:
         return done.stdout.strip().partition("\n")[0]
 
     def in_sandbox(self, *words: str) -> str:
-        """Run a command of the sandbox, and return its first line of output."""
+        """Run a command of the sandbox. Returns the first line of its output."""
         return self.command(sys.executable, "-m", "gpt_launch", "slurm.sandbox", *words, "--dir", str(self.sandbox))
 
     def by_srun(self, host: str, number: signal.Signals, what: str, which: str, *options: str) -> str:
-        """Signal processes on another node by srun. Returns a text about the action.
+        """Send a signal to processes on another node by srun. Returns a text on what was done.
 
         ``what`` and ``which`` choose the processes as in ``processes_to_signal``.
         """
@@ -253,14 +267,17 @@ class Site:
     def signal(
         self, number: signal.Signals, what: str, rank: int = 0, *, seconds: float = 0.0, in_save: bool = False
     ) -> str:
-        """Signal processes of a run on any node. Returns a text about the action; FaultError if there are no processes.
+        """Send a signal to processes of a run on any node. Returns a text on what was done.
 
         Args:
-            number: number of the signal.
+            number: the signal.
             what: kind of processes, as for ``processes_to_signal``.
             rank: rank whose node has the processes.
             seconds: seconds after which SIGSTOP is undone; 0 for never.
             in_save: True to wait until a save begins.
+
+        Raises:
+            FaultError: there are no such processes.
         """
         which = str(rank) if what in ("rank", "agent") else self.job
         if self.is_slurm and self.sandbox is None:
@@ -290,7 +307,7 @@ def _signal_rank(number: signal.Signals, what: str = "rank", *, in_save: bool = 
 
 
 def _flip_bit(fault: PlannedFault, site: Site) -> str:
-    """Flip a bit of the newest checkpoint and kill a rank, so that the next start meets the damage."""
+    """Flip a bit of the newest checkpoint and kill a rank, so that the next start reads the damaged checkpoint."""
     draw = random.Random(fault.salt)
     newest = checkpoints(site.folder)[0]
     files = [path for path in files_of(newest) if path.stat().st_size]
@@ -313,7 +330,7 @@ def _requeue(fault: PlannedFault, site: Site) -> str:
 def _kill_srun(fault: PlannedFault, site: Site) -> str:
     """Kill the srun of the batch script.
 
-    If this start of the job has no srun any more, requeue the job and kill the srun of the next start.
+    If this start of the job has no srun any more, requeue the job and kill the srun of its next start.
     """
     with suppress(FaultError):
         return site.signal(signal.SIGKILL, "srun")
@@ -325,7 +342,7 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
 
 
 def _in_sandbox(fault: PlannedFault, site: Site) -> str:
-    """Make the fault of this kind on the node of the rank or on the controller, and undo it after its seconds."""
+    """Inject a fault into the node of the rank, or into the controller, by the sandbox. Undo it after its seconds."""
     host = [] if fault.kind == "stop_controller" else [site.host_of(0 if fault.kind in OF_HEAD else fault.rank)]
     try:
         done = site.in_sandbox(fault.kind.removesuffix("_head").replace("_", "-"), *host)
@@ -347,18 +364,18 @@ REBOOTS = (2.0, 3.0, 8.0, 14.0)
 Only the last one is longer than Slurm waits before the node is down; srun then ends the step.
 """
 OUTAGES = (2.0, 8.0, 40.0)
-"""Seconds without a sign of life: a moment, less than ``resilience.node_timeout_s``, and more."""
+"""Seconds without any message of a node: a moment, less than ``resilience.node_timeout_s``, and more."""
 ABSENCES = (20.0, 75.0, 300.0)
 """Seconds without a controller."""
 OF_HEAD = ("power_cut_head",)
-"""Kinds that hit the head node, which is the node of rank 0, whatever the rank of the fault."""
+"""Kinds of faults that hit the head node, which is the node of rank 0, whatever the rank of the fault."""
 MILD = {"sigstop_agent", "kill_srun", "freeze", "cut_link"}
-"""Kinds that need not end an attempt."""
+"""Kinds of faults that need not end an attempt."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fault: its effect for people, its needs, durations to choose from, and its function."""
+    """One kind of fault: description for people, function, need, and durations in seconds to choose from."""
 
     what: str
     inject: Inject
@@ -368,7 +385,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class PlannedFault:
-    """One fault of a schedule. It hits ``rank``, or the node of that rank, and lasts for ``seconds``."""
+    """One fault of a schedule. The fault hits ``rank``, or the node of that rank, and lasts for ``seconds``."""
 
     number: int
     kind: str
@@ -377,7 +394,7 @@ class PlannedFault:
     """Number of steps that the run makes before the fault, after it has recovered from the previous one."""
     seconds: float
     salt: int
-    """Random number for further choices, such as the bit that is flipped."""
+    """Random number for further choices, such as which bit is flipped."""
 
     @property
     def text(self) -> str:
@@ -415,7 +432,11 @@ KINDS = {
 
 
 def inject(fault: PlannedFault, site: Site) -> str:
-    """Make a fault, undo it after its seconds, and return a text about it. FaultError if it cannot be made."""
+    """Inject a fault, and undo it after its seconds. Returns a text on what was done.
+
+    Raises:
+        FaultError: the fault cannot be injected.
+    """
     site.struck = None
     return KINDS[fault.kind].inject(replace(fault, rank=site.running_rank(fault.rank)), site)
 

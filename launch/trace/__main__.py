@@ -1,4 +1,4 @@
-"""``python -m launch.trace RUN``: the times of a run as one file that Perfetto opens (https://ui.perfetto.dev).
+"""``python -m launch.trace RUN``: write the times of a run as one file for Perfetto (https://ui.perfetto.dev).
 
     python -m launch.trace outputs/scaling/nodes=2
     python -m launch.trace outputs/scaling/nodes=2 --ranks 0 5 -o part.json
@@ -29,14 +29,14 @@ from launch.runs.folder import RunFolder, deny_others_writing, read_json_lines
 from launch.runs.records import is_number, is_record
 
 MOST_RANKS, MOST_STEPS = 16, 200_000
-"""Largest number of ranks by default, without slow ranks, and largest number of steps of all ranks together.
+"""Largest number of ranks by default, slow ranks not counted, and of steps of all ranks together.
 
 Perfetto loads the whole file into memory. A step takes about 1 kB.
 """
 HOUR_US = 3_600_000_000
-"""Time of the first event of the run in the file. Clocks of hosts differ, and Perfetto drops times below 0.
+"""Time in microseconds at which the first event of the run is in the file.
 
-A Unix time would be rounded: Perfetto reads times as doubles.
+Clocks of hosts differ, and Perfetto drops times below 0. A Unix time would be rounded: Perfetto reads times as doubles.
 """
 PHASES = {
     "data_wait_s": "waiting for data",
@@ -45,16 +45,16 @@ PHASES = {
     "comm_s": "exposed communication",
     "optimizer_s": "optimizer",
 }
-"""Field of a step record -> name of the phase, in the order in which a step shows them."""
+"""Field of a step record -> name of the phase, in the order in which a step is drawn."""
 Fields = dict[str, Any]
 
 
 def event_of(process: str, track: str, name: str, since: float, until: float, **fields: Any) -> Fields:
-    """Return an event from ``since`` to ``until``, Unix seconds: a slice, unless ``fields`` has another type ``ph``.
+    """Return one event of the file, from ``since`` to ``until``, Unix seconds.
 
-    The format is Chromium's Trace Event Format (Duca and Sinclair, 2016). Its times are whole microseconds here, since
-    slices that overlap by a rounding error would be lost. Names stand for the numbers of processes and threads, as in
-    the traces of torch's profiler.
+    The event is a slice, unless ``fields`` has another type ``ph``. The format is Chromium's Trace Event Format (Duca
+    and Sinclair, 2016). Its times are whole microseconds here, since slices that overlap by a rounding error would be
+    lost. Names stand for the numbers of processes and threads, as in the traces of torch's profiler.
     """
     begin, end = round(1e6 * since), round(1e6 * until)
     ids = {"pid": process, "tid": track, "cat": track}
@@ -62,7 +62,9 @@ def event_of(process: str, track: str, name: str, since: float, until: float, **
 
 
 def run_events(run: RunFolder, events: Events, measured: Goodput | None) -> Iterator[Fields]:
-    """Yield the slices of the goodput by part, and a mark for each event of the event log."""
+    """Yield a slice for each section of the run's time by part of the goodput, and a mark for each event of the event
+    log.
+    """
     process, at = f"run {run.point}", 0.0
     for stretch in () if measured is None else measured.stretches:
         since = at if stretch.since is None else stretch.since
@@ -75,7 +77,7 @@ def run_events(run: RunFolder, events: Events, measured: Goodput | None) -> Iter
 
 
 def read_timeline(run: RunFolder, rank: int) -> list[Fields]:
-    """Return the numbers of the step records of a rank by time, also those of steps that were lost and done again."""
+    """Return the numbers in the step records of a rank by time. Steps that were lost and done again are included."""
     found = {}
     for path in (*aside_records(run, rank), run.metrics(rank)):
         for line in read_json_lines(path):
@@ -87,9 +89,9 @@ def read_timeline(run: RunFolder, rank: int) -> list[Fields]:
 
 
 def rank_events(rank: int, records: Sequence[Fields], setups: Mapping[int, Environment | None]) -> Iterator[Fields]:
-    """Yield the slices of the steps of a rank with their phases, and of its evaluations and checkpoints, latest first.
+    """Yield the slices of a rank's steps with their phases, and of its evaluations and checkpoints, latest first.
 
-    ``setups`` has the environment of each attempt; its host of the rank is the process.
+    ``setups`` has the environment of each attempt, from which the host of the rank is read.
     """
     # A record may be written while the next step runs: a step has ended before its time, and before the next begins.
     limit, attempt = math.inf, 0
@@ -114,7 +116,7 @@ def rank_events(rank: int, records: Sequence[Fields], setups: Mapping[int, Envir
 
 
 def gpu_events(run: RunFolder, hosts: Collection[str]) -> Iterator[Fields]:
-    """Yield the samples of the GPUs of these hosts as curves."""
+    """Yield the samples of the GPUs on these hosts as curves."""
     for node in telemetry_nodes(run):
         for sample in read_samples(run, node):
             if sample.host in hosts:

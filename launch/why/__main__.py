@@ -2,7 +2,7 @@
 
     python -m launch.why outputs/scaling/nodes=2
 
-For a run that makes no steps now, the command asks all ranks for their stacks. It changes nothing.
+For a run that makes no steps now, the command requests the stacks of all ranks. It changes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from launch.why.rules import Verdict, find_verdict
 
 
 def verdict_now(point: RunStatus) -> Verdict | None:
-    """Return the verdict on a run: by the stacks of its ranks if it runs without new steps, else by its folder."""
+    """Return the verdict on a run: from the stacks of its ranks if it runs without new steps, else from its folder.
+
+    None if nothing in the newest attempt has failed.
+    """
     poll([point], trust_log=True)
     if point.state == "running" and point.quiet_s is not None:
         now = {**job_event(""), "event": "stacks"}

@@ -25,13 +25,13 @@ from launch.runs.records import read_records
 
 FRAME = re.compile(r'^ +File "([^"]+)", line (\d+)(,?) in (\S+)', re.MULTILINE)
 LIBRARY = re.compile(r"/(site|dist)-packages/|/lib/python3[^/]*/|^<|/launch/(worker|agent)/")
-"""Files that are not the user's program."""
+"""Pattern of the paths of files that are not the user's program."""
 COLLECTIVE = re.compile(r"torch/distributed/(distributed_c10d|_functional_collectives)\.py$")
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A line of a stack."""
+    """One line of a stack: file, line number and function."""
 
     file: str
     line: int
@@ -39,10 +39,10 @@ class Frame:
 
 
 def parse_stack(text: str) -> list[Frame]:
-    """Return the frames of the thread that matters, innermost first; empty without a stack.
+    """Return the frames of the thread that shows the cause, innermost first; empty if the text has no stack.
 
-    In stacks of faulthandler, that is the main thread, which comes last; after a crash, the thread that crashed. Of a
-    Python traceback, the last exception counts.
+    In stacks of faulthandler, this is the main thread, which comes last; after a crash, the thread that crashed. In a
+    Python traceback, it is the last exception.
     """
     block = text.rpartition("Traceback (most recent call last)")[2]
     if "(most recent call first)" in text:
@@ -58,7 +58,7 @@ def parse_stack(text: str) -> list[Frame]:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """Facts about one rank at the end of an attempt. Most fields are those of its event."""
+    """Facts about one rank at the end of an attempt. Most fields are those of an event of the rank."""
 
     source: Path
     """File with the evidence."""
@@ -66,7 +66,7 @@ class RankFacts:
     """Number of the rank; None for the facts of a host, or of the run as a whole."""
     host: str = ""
     step: int | None = None
-    """Steps done."""
+    """Number of steps that the rank had done; None if not known."""
     cause: str = ""
     """Failure of the rank; empty if it did not fail."""
     traceback: str = ""
@@ -79,18 +79,18 @@ class RankFacts:
     since: float = math.inf
     """Time of the last progress of a hung rank, Unix seconds."""
     state: str = ""
-    """State of the process, and the kernel function in which it waits: S pipe_read."""
+    """State of the process, and the kernel function in which it waits, such as ``S pipe_read``."""
     dump: Mapping[str, Any] = field(default_factory=dict)
     """Last collective in torch's flight recorder, as ``read_dump`` returns it. Empty without a dump."""
 
     @cached_property
     def frames(self) -> list[Frame]:
-        """Frames of the thread that matters, innermost first; empty without a stack."""
+        """Frames of the thread that shows the cause, innermost first; empty if the rank gave no stack."""
         return parse_stack(self.traceback)
 
     @property
     def own(self) -> Frame | None:
-        """Innermost frame that is in no library, else the innermost frame of all. None without a stack."""
+        """Innermost frame in the user's program, else the innermost frame of all; None if the rank gave no stack."""
         return next((frame for frame in self.frames if not LIBRARY.search(frame.file)), next(iter(self.frames), None))
 
     @property
@@ -100,7 +100,7 @@ class RankFacts:
 
     @property
     def collective(self) -> str:
-        """Name of the collective in which the rank waits; empty if it waits in none."""
+        """Name of the collective in which the rank waits; empty if the rank waits in none."""
         if self.cause.startswith(("stopped", "frozen")):
             return ""
         inside = [frame.function for frame in self.frames if COLLECTIVE.search(frame.file)]
@@ -114,8 +114,10 @@ class RankFacts:
 
     @property
     def activity(self) -> str:
-        """Lines of text: the cause, ``state`` and the process state, ``at`` and the innermost line of the stack, and
-        ``in`` and the file of each frame.
+        """Lines of text on what the rank did last, which rules search for patterns.
+
+        The lines are: the cause; ``state`` and the process state; ``at`` and the innermost line of the stack; ``in``
+        and the file of each frame.
         """
         sources = [f"at {linecache.getline(frame.file, frame.line).strip()}" for frame in self.frames[:1]]
         return "\n".join([self.cause, f"state {self.state}", *sources, *(f"in {frame.file}" for frame in self.frames)])
@@ -150,8 +152,8 @@ MOST_DUMPS = 64
 def read_dump(path: Path) -> dict[str, Any]:
     """Return the last collective in a dump of torch's flight recorder; empty if the dump cannot be read.
 
-    ``name`` and process ``group`` of the collective, ``seq``, its number in the group, ``sizes`` of the input tensors,
-    and ``done``, True if the collective is completed.
+    The keys are ``name`` and ``group`` of the collective, ``seq``, its number in the group, ``sizes`` of the input
+    tensors, and ``done``, True if the collective is completed.
     """
     try:
         last = max(_Plain(io.BytesIO(path.read_bytes())).load()["entries"], key=lambda entry: int(entry["record_id"]))
@@ -176,11 +178,14 @@ class AttemptFacts:
     folder: RunFolder
     attempt: int
     events: Events
-    """Events of the attempt, and those since the last submission that name no attempt."""
+    """Events of the attempt, and events since the last submission that belong to no attempt."""
     ranks: Sequence[RankFacts]
     """Ranks that failed, hung, left early or gave stacks, by number."""
     first: RankFacts | None
-    """Rank that failed first; an echo only if there is no other failure."""
+    """Rank that failed first; a rank that only lost another rank, if there is no other failure.
+
+    None without a failure.
+    """
 
     @cached_property
     def waiting(self) -> list[RankFacts]:
@@ -191,8 +196,8 @@ class AttemptFacts:
     def others(self) -> list[RankFacts]:
         """Ranks with stacks outside of collectives, longest silence first.
 
-        If there are none: waiting ranks whose last recorded collective is an earlier one of their group than that of
-        another rank (flight recorder).
+        If there are none: waiting ranks whose last collective in the flight recorder is earlier than that of another
+        rank in the same group.
         """
         busy = [rank for rank in self.ranks if rank.frames and not rank.collective and not rank.echo]
         seqs = [(rank.dump["group"], rank.dump["seq"], rank) for rank in self.waiting if rank.dump]
@@ -201,7 +206,7 @@ class AttemptFacts:
 
     @cached_property
     def not_finite(self) -> RankFacts | None:
-        """Rank and step of the first record with a loss or gradient norm that is not finite; None without one."""
+        """Rank and step of the first record with a loss or gradient norm that is not finite; None if there is none."""
         bad = [
             RankFacts(self.folder.metrics(rank), rank, step=record["step"])
             for rank in self.folder.metric_ranks()
@@ -212,7 +217,7 @@ class AttemptFacts:
         return min(bad, key=lambda one: (one.step, one.rank), default=None)
 
     def evidence(self) -> list[tuple[str, Path]]:
-        """Return the facts as sentences, each with the file that it comes from."""
+        """Return the facts as sentences, each with the file that shows it."""
         log, told = self.folder.events, []
         for rank in self.ranks:
             own = rank.own
@@ -234,7 +239,7 @@ class AttemptFacts:
 
 
 JOB = "job"
-"""Name of an event that is in no event log: the end of the job, whose cause is the job's state in Slurm."""
+"""Name of an event that no event log has: the end of the job. Its cause is the state of the job in Slurm."""
 TELLING = (
     "node_lost",
     "node_sick",
@@ -245,13 +250,13 @@ TELLING = (
     "straggler",
     JOB,
 )
-"""Events that are evidence by their cause, or by their rank."""
+"""Names of events whose cause, or rank, is evidence."""
 CLOCK_S = 5.0
-"""Seconds by which an event may be earlier than the previous event, because clocks of hosts differ a little."""
+"""Seconds by which an event may be earlier than the event before it, because clocks of hosts differ."""
 
 
 def read_facts(folder: RunFolder, more: Events = ()) -> AttemptFacts:
-    """Read the facts about the newest attempt of a run.
+    """Return the facts about the newest attempt of a run.
 
     Args:
         folder: folder of the run.
@@ -275,7 +280,7 @@ def read_facts(folder: RunFolder, more: Events = ()) -> AttemptFacts:
 
 
 def job_event(state: str) -> dict[str, Any]:
-    """Return the end of a job, in the state that Slurm names, as an event."""
+    """Return an event for the end of a job. ``state`` is Slurm's name of the job's last state."""
     return {"event": JOB, "time": time.time(), "cause": state}
 
 

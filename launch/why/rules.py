@@ -29,13 +29,14 @@ class Verdict:
     fix: str
     """What to type next."""
     rank: int | None
+    """Rank that caused the failure; None if it is not one rank."""
     host: str
     place: str
     """File and line of the user's program; empty if not known."""
     step: int | None
-    """Steps that the rank had done; None if not known."""
+    """Number of steps that the rank had done; None if not known."""
     evidence: tuple[tuple[str, Path], ...]
-    """Facts, each with the file that it comes from."""
+    """Facts, each with the file that shows it."""
 
     def __str__(self) -> str:
         return f"why: {self.sentence}\ntype next: {self.fix}"
@@ -77,10 +78,9 @@ def failed_with(pattern: str) -> Find:
 
 
 def has_event(*names: str, cause: str = "") -> Find:
-    """Return a function that finds the last event with one of ``names`` and a cause that begins with the pattern
-    ``cause``.
+    """Return a function that finds the last event with one of ``names`` whose cause begins with the pattern ``cause``.
 
-    The host of the event is blamed.
+    The function blames the host of the event.
     """
 
     def find(facts: AttemptFacts) -> RankFacts | None:
@@ -93,16 +93,16 @@ def has_event(*names: str, cause: str = "") -> Find:
 
 
 def elsewhere(pattern: str) -> Find:
-    """Return a function that fits if ``pattern`` is in the activity of one rank.
+    """Return a function that finds a rank outside of collectives whose ``activity`` contains ``pattern``.
 
-    That is the rank with the longest silence of those that wait in no collective.
+    Of these ranks, only the one with the longest silence is considered.
     """
     wanted = re.compile(pattern, re.MULTILINE)
     return lambda facts: next((one for one in facts.others[:1] if wanted.search(one.activity)), None)
 
 
 def mismatched(facts: AttemptFacts) -> RankFacts | None:
-    """Fit if all ranks hang in collectives that differ, by name, place or sizes."""
+    """Return a rank if all ranks hang in collectives that differ by name, place or sizes; else None."""
     # A send and the receive that fits it differ, too.
     waiting = [rank for rank in facts.waiting if not re.search("send|recv", rank.collective)]
     different = {(rank.collective, rank.place, str(rank.dump.get("sizes"))) for rank in waiting}
@@ -110,13 +110,13 @@ def mismatched(facts: AttemptFacts) -> RankFacts | None:
 
 
 def all_wait(facts: AttemptFacts) -> RankFacts | None:
-    """Fit if all ranks of the attempt wait in one collective, or lost each other there."""
+    """Return a rank if all ranks of the attempt wait in one collective, or lost each other there; else None."""
     size = max([event.get("world_size", 0) for event in select_events(facts.events, "started")], default=0)
     return facts.waiting[0] if 1 < size == len(facts.waiting) and not facts.others else None
 
 
 def diverged(facts: AttemptFacts) -> RankFacts | None:
-    """Fit if a rank failed for a number that is not finite; blame the first rank that recorded one."""
+    """Return the first rank with a number that is not finite, if a rank failed for such a number; else None."""
     failed = failed_with(r"FloatingPoint|RepeatedFailure|\bnan\b|\binf\b|not finite|non-?finite")(facts)
     return failed and (facts.not_finite or failed)
 
@@ -219,7 +219,7 @@ RULES = (
 
 
 def find_verdict(folder: RunFolder, more: Events = ()) -> Verdict | None:
-    """Return the verdict on the newest attempt of a run; None if the attempt has not failed or no rule fits.
+    """Return the verdict on the newest attempt of a run; None if the attempt has not failed, or if no rule fits.
 
     ``more`` has events that the event log of ``folder`` does not have: ``job_event``, and ``stacks`` of running ranks.
     """
@@ -237,7 +237,7 @@ def find_verdict(folder: RunFolder, more: Events = ()) -> Verdict | None:
 
 
 def _texts(facts: AttemptFacts, blamed: RankFacts) -> dict[str, object]:
-    """Return name -> text for the names that a rule's sentences may contain. ``blamed`` is the rank to blame."""
+    """Return name -> text, for the names in braces in a rule's sentences. ``blamed`` is the rank to blame."""
     at = f" ({blamed.place})" if blamed.place else ""
     since = f" after step {blamed.step}" if blamed.step is not None else ""
     cause = shorten(blamed.cause, 300, placeholder="...")
@@ -258,7 +258,7 @@ def _texts(facts: AttemptFacts, blamed: RankFacts) -> dict[str, object]:
 
 
 def waits_text(waiting: Sequence[RankFacts]) -> str:
-    """Describe the collectives in which ranks wait. Ranks that wait at the same place are in one phrase."""
+    """Return a text on the collectives in which ranks wait. Ranks that wait at the same place are in one phrase."""
     groups: dict[str, list[RankFacts]] = {}
     for rank in waiting:
         groups.setdefault(rank.waits_in, []).append(rank)
