@@ -24,9 +24,10 @@ __path__.append(str(ROOT))
 
 
 def as_typed(text: str) -> str:
-    """Return ``text`` with its commands as ``gpt-launch COMMAND`` if this process was started by that name.
+    """Return ``text`` with each ``python -m launch`` replaced by ``gpt-launch``, if this process was started by that
+    name.
 
-    Otherwise ``text`` stays as it is. In a project with a ``launch.py`` of its own, ``python -m launch`` would run
+    Otherwise return ``text`` unchanged. In a project with a ``launch.py`` of its own, ``python -m launch`` would run
     that file.
     """
     if Path(sys.orig_argv[0] if len(sys.orig_argv) < 2 else sys.orig_argv[1]).name != "gpt-launch" and (

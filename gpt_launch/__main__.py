@@ -27,7 +27,7 @@ PACKAGES = ("launch.", "gpt.", "slurm.")
 def module_of(word: str) -> str | None:
     """Return the full name of the module that ``word``, the first argument, names.
 
-    Returns None if ``word`` is an override or an option of the launcher.
+    None if ``word`` is an override or an option of the launcher.
     """
     if "=" in word:
         return None

@@ -1,6 +1,6 @@
 """Entry points of the agent for submitit, whose pickles name these functions.
 
-The functions can be imported even in a project with its own ``launch.py``.
+The functions can be imported in a project with its own ``launch.py``, too.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ NAMES = ("launch", "gpt", "configs", "slurm")
 
 
 class OwnNames(MetaPathFinder):
-    """Import finder for the four packages in ``ROOT``, ahead of ``sys.path``."""
+    """Import finder for the project's four packages in ``ROOT``. Python asks it before it searches ``sys.path``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

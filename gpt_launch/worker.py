@@ -1,6 +1,6 @@
-"""The project's ``launch.worker``, also if ``import launch`` finds a user's file: ``from gpt_launch import worker``.
+"""The project's ``launch.worker``, even if ``import launch`` finds a user's file: ``from gpt_launch import worker``.
 
-If ``launch`` is the project's package, the module is the same object as ``launch.worker``. If the user has a
+If ``launch`` is the project's package, this module is the same object as ``launch.worker``. If the user has a
 ``launch.py``, this module is a second copy of ``launch/worker``.
 """
 

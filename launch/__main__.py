@@ -45,7 +45,7 @@ from launch.workload import load_workload
 
 
 def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
-    """Return the folder for the output of Hydra's sweeper: the sweep's folder, if the launcher or the sweeper needs it.
+    """Return the folder for the output of Hydra's sweeper: ``folder`` if the launcher or sweeper is not this project's.
 
     Otherwise the folder is temporary, because a dry run or a refusal must leave no files.
     """
@@ -57,14 +57,13 @@ def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
 
 
 SHOWING = ("help", "hydra_help", "cfg", "info", "shell_completion", "run")
-"""Flags of Hydra that concern one run, and exclude -m."""
+"""Flags of Hydra for one run, which exclude -m."""
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
-    """Split the arguments of a command into Hydra's flags and the overrides.
+    """Return the arguments that are Hydra's flags and their values, and all arguments as Hydra's parser reads them.
 
-    Return the words that are flags or values of flags, and the result of Hydra's parser for all arguments. The parser
-    is called here because Hydra itself accepts no flag between overrides, and refuses with long messages.
+    The parser is called here because Hydra itself accepts no flag between overrides, and refuses with long messages.
 
     Raises:
         ConfigError: Hydra does not have a flag, a flag lacks its value, or a flag does not fit -m.
@@ -119,9 +118,9 @@ def refuse_command(argv: Sequence[str]) -> None:
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
-    """Return the arguments for Hydra, flags first.
+    """Return the arguments for Hydra, flags first, with checked overrides.
 
-    Registers with Hydra the schema of the arguments, and the two functions that ``configs/config.yaml`` uses.
+    Also registers with Hydra the schema of the config, and the two functions that ``configs/config.yaml`` uses.
     """
     refuse_command(argv)
     flags, given = split_flags(argv)
@@ -138,7 +137,7 @@ def prepare(argv: Sequence[str]) -> list[str]:
 
 @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")
 def run_point(composed: DictConfig) -> None:
-    """Run one task of a job that a stock launcher (hydra/launcher=submitit_slurm, submitit_local, basic) started."""
+    """Run one task of a job that another launcher of Hydra started (hydra/launcher=submitit_slurm, for example)."""
     from launch.batch import run_task
 
     run_task(composed)

@@ -48,20 +48,20 @@ from launch.workload import load_workload
 
 POLL_S = 0.5
 GROUPS = ("cluster", "script", "resilience", "launch")
-"""Groups whose keys can be given without the name of the group: ``partition`` for ``cluster.partition``."""
+"""Groups of keys that a keyword may leave out: ``partition`` means ``cluster.partition``."""
 SHORT_TEXT = 40
-"""Largest number of characters of a text argument that appears unchanged in the name of the run."""
+"""Largest number of characters of a text argument that is used unchanged in the name of the run."""
 
 
 class JobFailedError(RuntimeError):
-    """Error of a run that did not finish. The message gives the reason and, if there is one, the log with more."""
+    """Raised if a run did not finish. The message has the reason and, if there is one, the log with more details."""
 
 
 # From keyword arguments to overrides.
 
 
 def overrides_of(key: str, value: Any, raw_keys: Sequence[str] = ()) -> list[str]:
-    """Return the overrides that set ``key`` to a Python value; a mapping sets the keys of a group.
+    """Return the overrides that set ``key`` to a Python value. A mapping sets the keys of a group.
 
     Texts of the keys in ``raw_keys`` are not quoted.
     """
@@ -75,7 +75,7 @@ def overrides_of(key: str, value: Any, raw_keys: Sequence[str] = ()) -> list[str
 
 
 def workload_of_program(program: Any) -> list[str]:
-    """Return the overrides that choose the workload for a program: a script, module, command, function, or None."""
+    """Return the overrides that choose the workload for a script, module, command or function; empty for None."""
     if program is None:
         return []
     if callable(program):
@@ -88,14 +88,14 @@ def workload_of_program(program: Any) -> list[str]:
 
 
 Point = tuple[list[str], calls.Call | None]
-"""One run that is about to be submitted: its overrides, and the call of a function; None for a program."""
+"""One run before its submission: its overrides, and the function call that ranks make; None for a program."""
 
 
 def point_of(program: Any, args: Sequence[Any], keys: Mapping[str, Any]) -> Point:
     """Return the run that the arguments of ``submit`` describe.
 
-    A keyword is a key of the launcher if the launcher has this key, also without the name of its group. Otherwise it is
-    an argument of the function, or an option of the program.
+    A keyword is a key of the launcher if the launcher has this key, also without the name of its group. Otherwise the
+    keyword is an argument of the function, or an option of the program.
 
     Raises:
         ConfigError: a keyword is a key of the launcher and an argument of the function, or the call cannot work.
@@ -130,9 +130,9 @@ def point_of(program: Any, args: Sequence[Any], keys: Mapping[str, Any]) -> Poin
 
 
 def arguments_of(program: Any) -> Sequence[str]:
-    """Return the names of a function's arguments.
+    """Return the names of a function's arguments; empty for a program.
 
-    Empty for a program, and if Python does not know them, as for some built-in functions.
+    Also empty for some built-in functions, whose arguments Python does not know.
     """
     try:
         return tuple(inspect.signature(program).parameters)
@@ -143,7 +143,7 @@ def arguments_of(program: Any) -> Sequence[str]:
 def refuse_wrong_arguments(
     function: Callable[..., Any], args: Sequence[Any], given: Mapping[str, Any], schema: type
 ) -> None:
-    """Raise ConfigError if a function cannot be called with the arguments ``args`` and the named arguments ``given``.
+    """Raise ConfigError if ``function`` cannot be called with the arguments ``args`` and the named arguments ``given``.
 
     The message also proposes keys of the launcher, from ``schema``.
     """
@@ -163,7 +163,8 @@ def refuse_wrong_arguments(
 
 
 def text_of_argument(value: Any) -> str:
-    """Return an argument for the name of the run: as it is if it is short, else its type and a hash of its pickle."""
+    """Return an argument as text for the name of the run: unchanged if short, else its type and a hash of its pickle.
+    """
     is_short = isinstance(value, str) and len(value) <= SHORT_TEXT and "$" not in value
     if is_short or isinstance(value, int | float | None):
         return hydra_text(value)
@@ -175,7 +176,7 @@ def text_of_argument(value: Any) -> str:
 
 
 class Job:
-    """A run: state, result, logs and events, read from its folder. The process that submitted it may have ended.
+    """A run: state, result, logs and events, read from its folder. Another process may have submitted the run.
 
     Args:
         run_dir: the run folder.
@@ -203,7 +204,8 @@ class Job:
 
     @property
     def status(self) -> str:
-        """State of the run: pending, running, finished, failed, stopped, cancelled, and others of ``launch.status``.
+        """State of the run: pending, running, finished, failed, stopped, cancelled, or another state of
+        ``launch.status``.
 
         Raises:
             SlurmError: Slurm does not answer.
@@ -227,7 +229,7 @@ class Job:
         return self.status == "cancelled"
 
     def wait(self, timeout: float | None = None) -> str:
-        """Wait until the run ends, at most ``timeout`` seconds, and return its state. ``timeout=None`` sets no limit.
+        """Wait until the run ends, at most ``timeout`` seconds (None: no limit), and return its state.
 
         Raises:
             TimeoutError: the run has not ended in time.
@@ -245,10 +247,10 @@ class Job:
         return state
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait until the run ends; return the exception of the rank that failed first, or None for a finished run.
+        """Wait until the run ends, and return the exception of the rank that failed first; None for a finished run.
 
-        The exception of a function has the traceback of the rank as a note. A run that was cancelled gives
-        concurrent.futures.CancelledError, any other end a JobFailedError.
+        The exception of a function has the traceback of the rank as a note. A cancelled run gives
+        concurrent.futures.CancelledError, any other end a JobFailedError. ``timeout`` is in seconds; None: no limit.
         """
         state = self.wait(timeout)
         if state == "finished":
@@ -268,8 +270,8 @@ class Job:
         """Wait until the run ends, and return the value that the function returned on rank 0; None for a program.
 
         Args:
-            timeout: seconds to wait; None for no limit.
-            ranks: True for a list with the values of all ranks.
+            timeout: longest wait in seconds; None for no limit.
+            ranks: True to return a list with the values of all ranks.
 
         Raises:
             TimeoutError: the run has not ended in time.
@@ -284,7 +286,7 @@ class Job:
         return values if ranks else values[0] if values else None
 
     def add_done_callback(self, callback: Callable[[Job], Any]) -> None:
-        """Call ``callback`` with this job in a thread when the run has ended."""
+        """Call ``callback`` with this job, in a thread, when the run has ended."""
 
         def follow() -> None:
             self.wait()
@@ -293,7 +295,7 @@ class Job:
         threading.Thread(target=follow, name="job-callback", daemon=True).start()
 
     def cancel(self, *, now: bool = False) -> bool:
-        """Request that the run saves a checkpoint and leaves, and wait for its end. Returns whether the run is over.
+        """Request the run to save a checkpoint and leave, and wait for its end. Returns whether the run is over.
 
         With ``now``, the ranks end at once, without time to save.
         """
@@ -302,13 +304,14 @@ class Job:
         return cancel([self.run_dir], plain_console(), now=now)
 
     def logs(self, rank: int = 0) -> str:
-        """Return the output of a rank in the newest attempt; empty if there is none yet."""
+        """Return everything that a rank printed in the newest attempt; "" if there is no log yet."""
         attempts = self._folder.attempts()
         path = self._folder.log(attempts[-1], rank) if attempts else None
         return path.read_text(errors="replace") if path is not None and path.exists() else ""
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the event log, oldest first: dictionaries with ``event``, ``time`` (Unix seconds) and details."""
+        """Return the event log, oldest first: dictionaries with ``event``, ``time`` (Unix seconds) and further fields.
+        """
         return self._folder.read_events()
 
 
@@ -321,24 +324,25 @@ class Sweep(list[Job]):
         return self[0].run_dir.parent
 
     def wait(self, timeout: float | None = None) -> list[str]:
-        """Wait until all runs have ended, at most ``timeout`` seconds, and return their states."""
+        """Wait until all runs have ended, at most ``timeout`` seconds in all (None: no limit), and return their states.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         return [job.wait(None if deadline is None else max(0.0, deadline - time.monotonic())) for job in self]
 
     def table(self) -> list[dict[str, str]]:
-        """Return the scaling table: for each point a dictionary with the columns of ``scaling.csv``, all as text."""
+        """Return the scaling table: one dictionary for each point, with the columns of ``scaling.csv`` as text."""
         from launch.report import csv_text
 
         return list(csv.DictReader(io.StringIO(csv_text(self._tabulated()))))
 
     def report(self) -> Path:
-        """Write the report, and return the path of its page."""
+        """Write the report, and return the path of its HTML page."""
         from launch.report import write
 
         return next(path for path in write(self._tabulated()) if path.suffix == ".html")
 
     def _tabulated(self) -> Any:
-        """Return the table of the folder's newest sweep, or of the only run."""
+        """Return the report's table for the folder's newest sweep, or for the only run."""
         from launch.report import select, tabulate_selection
 
         return tabulate_selection(select(self[0].run_dir if len(self) == 1 else self.folder))
@@ -346,18 +350,18 @@ class Sweep(list[Job]):
 
 @dataclass(frozen=True)
 class DryRun:
-    """Plans of a command that submits nothing."""
+    """Plans of a command that submitted nothing."""
 
     run_dirs: list[str]
     text: str
-    """The plans, and the batch scripts for Slurm."""
+    """The plans as text, with the batch scripts for Slurm."""
 
     def __str__(self) -> str:
         return self.text
 
 
 def submit(program: Any, *, args: Sequence[Any] = (), dry_run: bool = False, **keys: Any) -> Any:
-    """Plan and submit one run. Returns a Job, or a DryRun that has submitted nothing.
+    """Plan and submit one run. Returns a Job, or with ``dry_run`` a DryRun.
 
         job = launch.submit(train, lr=3e-4, nodes=2, gpus_per_node=8)
         job.result()
@@ -380,7 +384,7 @@ def submit(program: Any, *, args: Sequence[Any] = (), dry_run: bool = False, **k
 
 
 def sweep(program: Any, *, args: Sequence[Any] = (), dry_run: bool = False, **keys: Any) -> Any:
-    """Plan and submit a run for each combination of the values in lists. Returns a Sweep, or a DryRun.
+    """Plan and submit a run for each combination of the values in lists. Returns a Sweep, or with ``dry_run`` a DryRun.
 
         launch.sweep("train.py", nodes=[1, 2, 4], lr=[1e-3, 3e-4]).table()
 
@@ -393,7 +397,7 @@ def sweep(program: Any, *, args: Sequence[Any] = (), dry_run: bool = False, **ke
 
 
 def jobs(path: str | Path = "outputs") -> list[Job]:
-    """Return the runs in a folder, also those that other processes have submitted.
+    """Return the runs in a folder, whichever process has submitted them.
 
     Raises:
         ConfigError: there is no run.
@@ -429,7 +433,7 @@ def start(points: Sequence[Point], dry_run: bool) -> list[Job] | DryRun:
 def start_and_wait(points: Sequence[Point]) -> list[Job]:
     """Plan and submit runs, follow them on the terminal until they end, and report their scaling. Returns the runs.
 
-    A run that fails raises nothing; its Job has the error.
+    A run that fails raises nothing; ``Job.exception`` returns its error.
     """
     from launch.runner import run_sweep
 
@@ -442,10 +446,9 @@ def start_and_wait(points: Sequence[Point]) -> list[Job]:
 def prepare_points(
     points: Sequence[Point], console: Console, dry_run: bool = False
 ) -> tuple[list[list[str]], list[Plan]]:
-    """Plan runs, and write the files of their function calls; with ``dry_run``, print the plans and write nothing.
+    """Return all overrides and the plan of each run. Writes the files of function calls.
 
-    Returns:
-        All overrides of each point, and its plan.
+    With ``dry_run``, prints the plans and writes nothing.
 
     Raises:
         ConfigError: a run cannot work; nothing was written.
@@ -478,7 +481,7 @@ def log_of(run_dir: Path) -> Path:
 
 
 def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> subprocess.Popen[bytes]:
-    """Start a process that runs the points, and wait until it has queued or started each unfinished point.
+    """Start a process that runs the points, and wait until it has queued or started each unfinished point. Returns it.
 
     Args:
         plans: plan of each point.
@@ -512,7 +515,7 @@ def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -
 
 @refusing
 def main() -> int:
-    """Run the points of a file that ``start_in_background`` has written. Returns the exit status of the command."""
+    """Run the points in a file that ``start_in_background`` has written. Returns the exit status of the command."""
     from launch.runner import SweepFailedError, print_failure, run_sweep
 
     parser = CommandParser(prog="launch.api", description="Run the points that launch.submit has planned.")

@@ -1,4 +1,4 @@
-"""Start of a run from inside a job: the job of a batch script, or one that a stock Hydra launcher started.
+"""Preparation of a run inside a job: the job of a batch script, or a job that a stock launcher of Hydra started.
 
     python -m launch.batch KEY=VALUE ...                 in a batch script: plans for its nodes, prints the run folder
     python -m launch.batch --nodes 2 KEY=VALUE ...       before sbatch: the same for a job of two nodes
@@ -38,15 +38,15 @@ from launch.slurm.jobs import refuse_running
 from launch.slurm.resolve import choose_gpus, refuse_without_srun, says_gpus
 
 PLAN_TIMEOUT_S = 300.0
-"""Longest wait for the plan of the head node's task, seconds. Tasks of one job start within minutes."""
+"""Longest wait in seconds for the plan that the first task of a job writes. Tasks of one job start within minutes."""
 PLAN_POLL_S = 0.2
 
 
 def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]:
-    """Return the typed overrides with the nodes and GPUs of the allocation.
+    """Return the overrides with the nodes and GPUs of the job added.
 
     Args:
-        overrides: as typed.
+        overrides: overrides as typed.
         job: Slurm's environment variables of the job, by name.
 
     Raises:
@@ -84,7 +84,7 @@ def make_run_in_job(
     *,
     ahead: bool = False,
 ) -> Plan:
-    """Plan a run for the nodes of a job and write its folder.
+    """Plan a run for the nodes of a job and write its folder. Returns the plan.
 
     Args:
         overrides: overrides as typed.
@@ -124,7 +124,7 @@ def make_run_in_job(
 
 
 def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
-    """Raise ConfigError if the job requests no GPUs, and every node of its partition has some."""
+    """Raise ConfigError if the job requests no GPUs although every node of its partition has GPUs."""
     is_open = config.launch.check_limits and not says_gpus(config)
     if not is_open or limits.torch_version().endswith("+cpu"):
         return
@@ -140,7 +140,7 @@ def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
 
 
 def refuse_snapshot(config: Config) -> None:
-    """Raise ConfigError if a copy of the code is requested, because only a submission by the launcher makes a copy."""
+    """Raise ConfigError if the config requests a copy of the code, which only a submission by the launcher makes."""
     if config.copy_code:
         raise ConfigError(
             "copy_code=true inside a job",
@@ -180,7 +180,7 @@ def run_task(composed: DictConfig) -> None:
 
 
 def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
-    """Wait at most ``timeout_s`` seconds until the head node's task has written ``plan.json``, its last file.
+    """Wait at most ``timeout_s`` seconds until the first task of the job has written ``plan.json``, its last file.
 
     Raises:
         ConfigError: there is no plan in time, because the task refused or the nodes do not share the folder.

@@ -1,4 +1,4 @@
-"""``python -m launch.cancel PATH...``: request a save from runs, then end all jobs and processes that are left.
+"""``python -m launch.cancel PATH...``: request a save from runs, then end their jobs and processes.
 
 Ctrl-C at the launcher does the same. The cancel is in the event log before any signal is sent, so that the end never
 looks like a preemption.
@@ -24,7 +24,7 @@ from launch.slurm.status import adopt_found, find_run_statuses, poll
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
-    """Cancel the runs in ``paths``, print how each ended, and return whether all are over.
+    """Cancel the runs in ``paths``, and print how each ended. Returns whether all are over.
 
     ``now`` ends the ranks at once; otherwise they have time to save.
     """

@@ -47,12 +47,12 @@ class Problem:
         return f"found: {self.found}\nexpected: {self.expected}\ntype next: {self.fix}"
 
     def warning(self) -> str:
-        """Return one line for a problem that does not stop the command."""
+        """Return the problem as one line, for a command that continues."""
         return f"warning: {self.found}; expected: {self.expected}; type {self.fix}"
 
 
 class ConfigError(ValueError):
-    """A problem that ends the command, raised before anything is started or overwritten."""
+    """Raised for a problem that ends the command, before anything is started or overwritten."""
 
     def __init__(self, found: str, expected: str, fix: str) -> None:
         super().__init__(found, expected, fix)  # pickle calls the class with these three values again.
@@ -64,11 +64,11 @@ class ConfigError(ValueError):
 
 
 class RepeatedFailureError(RuntimeError):
-    """A failure that was repeated after each roll-back of the ranks. The program is not started again."""
+    """Raised if a failure came again after each roll-back of the ranks. The program is not started again."""
 
 
 def refusing(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate the ``main`` of a command: print a ConfigError on standard error, and return exit status 2.
+    """Decorate the ``main`` of a command: a ConfigError is printed on standard error and gives exit status 2.
 
     The same is done for a file that cannot be read or written.
     """
@@ -100,11 +100,11 @@ FILE_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
     *(errno.EISDIR, errno.ENOTDIR),
 )
-"""Error numbers that come from a file or filesystem, and not from a mistake in this code."""
+"""Error numbers that come from a file or filesystem, not from a mistake in this code."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of a command's arguments that raises ConfigError for invalid arguments."""
+    """Parser of a command's arguments that raises ConfigError if they are wrong."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -126,7 +126,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
-"""Key -> value to propose, where the usual proposal 1 would waste a run, because training fails at such a rate."""
+"""Key -> value to propose if training fails with the usual proposal, 1."""
 
 
 def require_positive(key: str, value: float) -> None:
@@ -182,7 +182,7 @@ def key(
 
 
 def range_text(metadata: Any) -> str:
-    """Return the range of a key in words; empty if every number is valid."""
+    """Return the range in a key's metadata as text; "" if every number is valid."""
     least, above, most = (metadata.get(name) for name in ("least", "above", "most"))
     if above is not None:
         return f"above {above:g}" if most is None else f"above {above:g}, at most {most:g}"
@@ -196,7 +196,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
     Args:
         config: dataclass whose fields were made by ``key``. Nested dataclasses, and lists of them, are checked too.
-        prefix: prefix of the names of the dataclass's keys, such as ``cluster.``.
+        prefix: beginning of the names of the dataclass's keys, such as ``cluster.``.
     """
     for field in dataclasses.fields(config):
         name, value, known = f"{prefix}{field.name}", getattr(config, field.name), field.metadata
@@ -217,7 +217,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 @cache
 def key_types(schema: type) -> dict[str, Any]:
-    """Return dotted key -> type of all keys of a schema, groups included. The type of an Optional[X] is X."""
+    """Return dotted key -> type, for all keys of a schema, groups included. The type of an Optional[X] is X."""
     found, hints = dict[str, Any](), get_type_hints(schema)
     for field in dataclasses.fields(schema):
         inner, hint = field.default_factory, hints[field.name]
@@ -241,7 +241,7 @@ def free_keys(schema: type) -> tuple[str, ...]:
 
 @cache
 def list_elements(schema: type) -> dict[str, tuple[str, ...]]:
-    """Return dotted key -> names of the fields of an element, for the keys whose value is a list of dataclasses."""
+    """Return dotted key -> names of an element's fields, for the keys whose value is a list of dataclasses."""
     lists = {name: get_args(kind)[0] for name, kind in key_types(schema).items() if get_origin(kind) is list}
     return {
         name: tuple(field.name for field in dataclasses.fields(element))
@@ -265,7 +265,7 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Write increasing numbers in short: 0, 2-5."""
+    """Return ascending numbers as short text, such as ``0, 2-5``."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

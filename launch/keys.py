@@ -40,7 +40,7 @@ class Key(NamedTuple):
 
 @cache
 def docstrings(schema: type) -> dict[str, str]:
-    """Return the docstring of each field of a dataclass, for fields without a meaning in their metadata."""
+    """Return field -> its docstring, for the fields of a dataclass without a meaning in their metadata."""
     found: dict[str, str] = {}
     for base in reversed(schema.__mro__[:-1]):
         try:
@@ -61,7 +61,7 @@ def enum_of(kind: Any) -> type[Enum] | None:
 
 
 def values_of(kind: Any, metadata: Any) -> str:
-    """Return the values that a key accepts: its options, or unit and range of a number."""
+    """Return the values that a key accepts as text: its options, or unit and range of a number."""
     kinds, enum = (kind, *get_args(kind)), enum_of(kind)
     if enum is not None:
         return ", ".join(option.name for option in enum)
@@ -72,7 +72,7 @@ def values_of(kind: Any, metadata: Any) -> str:
 
 
 def written(value: Any) -> str:
-    """Return a default as a user types it."""
+    """Return a default value as a user types it."""
     if isinstance(value, Enum):
         return value.name
     if value is None or isinstance(value, bool):
@@ -83,7 +83,10 @@ def written(value: Any) -> str:
 
 
 def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
-    """Yield the keys of a schema, with defaults from the composed config ``defaults``. Keys of groups come last."""
+    """Yield the keys of a schema.
+
+    ``defaults`` is a composed config with their default values. Keys of groups come last.
+    """
     hints, elements = get_type_hints(schema), list_elements(schema)
     groups: list[tuple[type, str]] = []
     for field in dataclasses.fields(schema):
@@ -117,7 +120,7 @@ def keys_of_workload(workload: str) -> list[Key]:
 
 
 def keys_page() -> str:
-    """Return docs/keys.md: a table for each group of keys."""
+    """Return the content of docs/keys.md: a table for each group of keys."""
     launcher = list(keys_of(Config, compose_launch([])))
     own = {key.name for key in launcher}
     parts = [

@@ -35,7 +35,7 @@ class Log:
         self._read = 0
 
     def copy(self) -> None:
-        """Print the text written since the last call. Before the first text, print a line with title and path."""
+        """Print the text that was written since the last call. The first text follows a line with title and path."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)
@@ -50,7 +50,7 @@ class Log:
 
 
 def find_run(path: Path) -> RunStatus:
-    """Return the status of the run in ``path``. Raises ConfigError if ``path`` has several runs, or none."""
+    """Return the status of the one run in ``path``. Raises ConfigError if ``path`` has several runs, or none."""
     runs = find_runs([path])
     if len(runs) > 1:
         labels = labels_inside({run.path.parent for run in runs})
@@ -67,7 +67,7 @@ def find_run(path: Path) -> RunStatus:
 
 
 def refuse_absent_rank(point: RunStatus, rank: int) -> None:
-    """Raise ConfigError if the plan of a run does not have the rank, and no attempt has a log of the rank."""
+    """Raise ConfigError if a run does not have the rank, by its plan and by the logs of its attempts."""
     size = read_json(point.folder.plan).get("world_size")
     if isinstance(size, int) and not 0 <= rank < size and newest(point, rank) is None:
         raise ConfigError(
@@ -78,7 +78,7 @@ def refuse_absent_rank(point: RunStatus, rank: int) -> None:
 
 
 def agent_of(point: RunStatus, rank: int) -> list[Log]:
-    """Return the logs of a rank's agent, which all attempts of a job share. Empty without a job or a log."""
+    """Return the logs of a rank's agent, which all attempts of a job share. Empty if the run has no job or no log."""
     if point.job is None:
         return []
     newest_first = (read_json(point.folder.environment(number)) for number in reversed(point.folder.attempts()))
@@ -94,16 +94,16 @@ def agent_of(point: RunStatus, rank: int) -> list[Log]:
 
 
 def newest(point: RunStatus, rank: int, wanted: int | None = None) -> int | None:
-    """Return the newest attempt in which the rank has a log; None if there is none.
+    """Return the number of the newest attempt in which the rank has a log; None if there is none.
 
-    With ``wanted``, consider only this attempt.
+    With ``wanted``, only this attempt is considered.
     """
     there = [n for n in point.folder.attempts() if point.folder.log(n, rank).is_file() and wanted in (None, n)]
     return max(there, default=None)
 
 
 def absent_log(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
-    """Return a ConfigError for a log that does not exist, or not yet: of a rank, or with ``of_agent`` of its agent."""
+    """Return the ConfigError for a log that does not exist: that of a rank, or with ``of_agent`` that of its agent."""
     poll([point], trust_log=True)
     what, path = f"{'the agent of ' if of_agent else ''}rank {rank}", quote(str(point.folder.path))
     state = point.state + (f", {point.detail}" if point.detail else "")
@@ -121,10 +121,7 @@ def absent_log(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
 def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) -> list[Log]:
     """Print the logs that ``find`` returns, as they grow, until the run is over or an attempt after ``only`` begins.
 
-    ``only`` is None to follow all attempts.
-
-    Returns:
-        The newest logs; an empty list if there were none.
+    ``only`` is None to follow all attempts. Returns the newest logs; empty if there were none.
     """
     logs: list[Log] = []
     asked_at, unknown = 0.0, False

@@ -26,7 +26,7 @@ LONGEST_POLL_S = 60.0
 
 
 def move(folders: Sequence[RunFolder], console: Console) -> None:
-    """Move pending runs to the next candidates of their placements, and return when all these runs are over."""
+    """Move runs that are pending too long to the next candidates of their placements, until all these runs are over."""
     placed = [(point, plan.placement) for point in find_run_statuses(folders) if (plan := promised(point)) is not None]
     placed = [(point, placement) for point, placement in placed if placement.is_watched]
     points = [point for point, _ in placed]

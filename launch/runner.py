@@ -1,4 +1,4 @@
-"""Run of a whole command: plan every point, submit the points or show the plan, watch, and report."""
+"""Order of a whole command: plan every point, submit the points or print the plan, watch, and report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from launch.slurm.submit import (
 
 @dataclass(frozen=True)
 class PointResult:
-    """Result of one point of a sweep."""
+    """Result of one point of a sweep after its end."""
 
     run_dir: str
     objective: str | None
@@ -55,6 +55,7 @@ class PointResult:
 
 
 Composed = tuple[DictConfig, Sequence[str]]
+"""Composed config of a point, and its overrides."""
 
 
 class SweepFailedError(RuntimeError):
@@ -72,12 +73,12 @@ class NothingSubmittedError(SweepFailedError):
 def run_sweep(
     points: Sequence[Composed], *, tolerates_failures: bool = False, with_report: bool = True
 ) -> list[PointResult]:
-    """Run composed points until they end, and report a scaling table.
+    """Run composed points until they end, and report their scaling.
 
     Args:
         points: composed config and overrides of each point.
         tolerates_failures: True to return failed points too instead of raising an error.
-        with_report: True to write and show the scaling table of the points.
+        with_report: True to write and print the scaling table of the points.
 
     Returns:
         The result of each point; an empty list in a dry run.
@@ -122,7 +123,7 @@ def run_sweep(
 
 
 def rehearse_points(plans: Sequence[Plan], configs: Sequence[Config], points: Sequence[Composed]) -> None:
-    """Rehearse a step of every point on this machine.
+    """Run a step of every point on this machine without GPUs (``dry_run=deep``).
 
     Raises:
         ConfigError: a point cannot be rehearsed.
@@ -184,7 +185,7 @@ def submit_and_watch(
 
 
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
-    """Submit points to Slurm, as one job array for each set of resources, and enter local points in the local queue.
+    """Submit points to Slurm, as one job array for points with equal resources. Enter local points in the local queue.
 
     With ``sequential``, the jobs of Slurm run one after another.
 
@@ -223,7 +224,7 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
 
 
 def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
-    """Return the commands with which a user follows a sweep after its launcher has ended."""
+    """Return text with the commands by which a user follows a sweep after its launcher has ended."""
     one, number = quote(unfinished(plans)[0].run_dir), "" if sweep is None else f" --sweep {sweep.number}"
     whole = quote(plans[0].run_dir if sweep is None else str(Path(plans[0].run_dir).parent))
     commands = (f"status {whole}", f"logs -f {one}", f"cancel {whole}", f"report {whole}{number}")
@@ -249,7 +250,7 @@ def leave_failover(plans: Sequence[Plan], console: Console) -> None:
 
 
 def report_sweep(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: Sequence[ReportFile]) -> None:
-    """Print the scaling table of a sweep, or the summary of a single run, and write the report ``files``."""
+    """Print the scaling table of a sweep, or the summary of a single run. Write its files in the formats ``files``."""
     from launch.report import select, show_and_write, tabulate_selection
 
     folder = Path(plans[0].run_dir)
@@ -262,6 +263,6 @@ def report_sweep(plans: Sequence[Plan], sweep: Sweep | None, console: Console, f
 
 
 def print_failure(error: SweepFailedError) -> int:
-    """Print the reason of an error, and return the exit status."""
+    """Print the message of an error, and return its exit status."""
     print(f"\n{error}", file=sys.stderr)
     return error.status

@@ -44,7 +44,7 @@ from launch.workload import (
 
 PLACEHOLDER = re.compile(r"%\{(\w+)\}")
 IN_RUN = "%{run_dir}"
-"""Start of a path within the run folder. The run folder is known only when ranks start."""
+"""Beginning of a path inside the run folder. The path of the run folder is known only when ranks start."""
 REFERENCE = re.compile(r"(?<!\\)\$\{(\w+)\}")
 
 
@@ -56,7 +56,7 @@ class Style(Enum):
 
 
 def split_args(key: str, args: Any) -> list[str]:
-    """Return arguments as a list, from a list or from a string that is split as in a shell.
+    """Return ``args`` as a list of arguments. A string is split as in a shell. ``key`` is named in errors.
 
     Raises:
         ConfigError: a quote is not closed, or the value is neither a list nor a string.
@@ -73,11 +73,11 @@ def split_args(key: str, args: Any) -> list[str]:
 
 
 HYDRA_SYNTAX = frozenset("=,()[]{}'\"")
-"""Characters that Hydra's override grammar reads as syntax in unquoted text."""
+"""Characters with a meaning in Hydra's grammar of overrides, outside of quotes."""
 
 
 def hydra_text(value: Any) -> str:
-    """Return a value as text for an element of a list in Hydra's grammar, with quotes if it needs them."""
+    """Return a value as text in Hydra's grammar of overrides, in quotes if it needs them."""
     if isinstance(value, list):
         return f"[{','.join(map(hydra_text, value))}]"
     if isinstance(value, Mapping):
@@ -88,7 +88,7 @@ def hydra_text(value: Any) -> str:
 
 
 def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") -> Iterator[str]:
-    """Yield the options as arguments of the program. Nested mappings become dotted names.
+    """Yield options as arguments of the program. Nested mappings become dotted names.
 
     None leaves an option out, and an empty string yields only its name. ``prefix`` comes before each name.
     """
@@ -113,7 +113,8 @@ def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") 
 
 
 def require_known(key: str, value: Any, keys: Collection[str]) -> None:
-    """Raise ConfigError if ``value`` has a ``${NAME}`` that is neither in ``RANK_VALUES`` nor in ``keys``.
+    """Raise ConfigError if ``value`` contains ``${NAME}`` with a NAME that is neither in ``RANK_VALUES`` nor in
+    ``keys``.
 
     Args:
         key: key of ``value``, for the message.
@@ -303,12 +304,12 @@ class FunctionConfig(ScriptConfig):
 
 
 OWN_IMPORTS = re.compile(r"__path__|declare_namespace|meta_path|path_hooks|sys\.modules")
-"""Pattern for code of a package that changes how its modules are found."""
+"""Pattern of code with which a package changes how its modules are found."""
 EXPECTED = "a module that python -m finds from script.workdir, or a package with a __main__.py"
 
 
 def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *, elsewhere: bool = False) -> None:
-    """Raise ConfigError if ``python -m`` finds no such module, or cannot run it. Does not import the module.
+    """Raise ConfigError if ``python -m`` would not find or run ``module``. The module is not imported.
 
     Args:
         module: dotted name.
@@ -398,7 +399,7 @@ def script_name(path: str | None, module: str | None, command: Sequence[str] | N
 
 
 class ScriptWorkload(Workload):
-    """Any program that torchrun could start; see docs/scripts.md."""
+    """Workload for any program that torchrun could start; see docs/scripts.md."""
 
     name = "script"
     schema = ScriptConfig
@@ -415,7 +416,7 @@ class ScriptWorkload(Workload):
         OmegaConf.register_new_resolver("script_name", script_name, replace=True)
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Make the paths in ``document`` absolute. Relative paths start at the working directory of the launcher.
+        """Make the paths in ``document`` absolute. Relative paths begin at the working directory of the launcher.
 
         References such as ``${run_dir}`` become ``%{run_dir}``, which the method ``command`` replaces when ranks start.
         """
@@ -431,7 +432,7 @@ class ScriptWorkload(Workload):
             make_absolute([(document.script, "workdir")])
 
     def plan(self, config: ScriptConfig, request: PlanRequest) -> WorkloadPlan:
-        """Return the plan of a point, after a check that the program exists.
+        """Return the plan of a point. The program must exist.
 
         Raises:
             ConfigError: the program cannot be started.
@@ -496,7 +497,7 @@ class ScriptWorkload(Workload):
         return RankCommand(tuple(fill(word, values) for word in args), env=env, workdir=Path(place(str(workdir))))
 
     def contract(self, config: ScriptConfig, world_size: int) -> RankContract:
-        """Return the contract of the ranks, which the agent watches only by their logs and exit status."""
+        """Return the contract of the ranks. The agent watches them only by their logs and exit status."""
         script = config.script
         return RankContract(
             records_events=False,
@@ -513,7 +514,7 @@ class ScriptWorkload(Workload):
         )
 
     def code(self, config: ScriptConfig) -> CodeTree:
-        """Return the files of the program's git repository, or of the program's folder if it is in no repository."""
+        """Return the files of the program's git repository; outside of a repository, of the program's folder."""
         script = config.script
         start = Path(script.path).parent if script.path is not None else Path(script.workdir or ".")
         found = git(start, "rev-parse", "--show-toplevel")
@@ -544,14 +545,14 @@ def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
 
 
 def total_work(script: ScriptOptions, world_size: int) -> float | None:
-    """Return the work of one step of all ranks together, in ``script.unit``; None without script.work_per_step."""
+    """Return the work of one step of all ranks, in ``script.unit``; None if script.work_per_step is not set."""
     if script.work_per_step is None:
         return None
     return script.work_per_step * (world_size if script.weak_scaling else 1)
 
 
 class FunctionWorkload(ScriptWorkload):
-    """A Python function that every rank calls; see docs/python.md."""
+    """Workload for a Python function that every rank calls; see docs/python.md."""
 
     name = "function"
     schema = FunctionConfig

@@ -37,7 +37,10 @@ from launch.slurm.status import (
 
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
 SLOW = ("rank", "host", "step", "own_s", "median_s", "steps")
-"""Fields of a slow rank in ``--json``: its own seconds per step over ``steps`` steps, and the other ranks' median."""
+"""Fields of a slow rank in ``--json``.
+
+``own_s`` is its own time per step in seconds, over ``steps`` steps; ``median_s`` is the median of the other ranks.
+"""
 
 
 def as_dict(point: RunStatus) -> dict[str, Any]:
@@ -110,13 +113,13 @@ def cells(known: dict[str, Any]) -> list[str]:
 
 
 def nodes_text(known: dict[str, Any]) -> str:
-    """Return the number of nodes as text; ``1 of 2`` while the run continues without lost nodes."""
+    """Return the number of nodes as text; ``1 of 2`` while the run continues on fewer nodes than requested."""
     fewer = known.get("fewer_nodes")
     return str(known.get("nodes", "")) if fewer is None else f"{fewer['nodes']} of {fewer['asked']}"
 
 
 def status_notes(known: dict[str, Any]) -> list[str]:
-    """Return the lines about a run below the table: why it waits, what helps, damage, end and first failure."""
+    """Return the lines about a run below the table: why it waits, what to type, damage, end and first failure."""
     where = f" in partition {known['partition']}" if "partition" in known else ""
     where += f" for {duration_text(round(known['waiting_s']))}" if "waiting_s" in known else ""
     why = f", {known['detail']}" if "detail" in known else ""

@@ -1,4 +1,4 @@
-"""``python -m launch.verify PATH...``: check that all checkpoints of runs have exactly the bytes that were saved.
+"""``python -m launch.verify PATH...``: check that the checkpoints of runs have exactly the bytes that were saved.
 
 The workload knows the files of its checkpoints. The command changes no file, and works while a run continues.
 """
@@ -20,9 +20,10 @@ from launch.runs.folder import RunFolder
 
 
 def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str) -> tuple[int, int]:
-    """Check the checkpoints of a run and print a line for each.
+    """Check the checkpoints of one run, and print a line for each. Returns the numbers of sound and damaged
+    checkpoints.
 
-    Returns the numbers of sound and damaged checkpoints.
+    ``title`` is the name of the run.
     """
     whole = broken = 0
     with Progress(console=console, transient=True) as progress:
@@ -38,10 +39,10 @@ def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str)
 
 
 def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool, copies: bool = False) -> bool:
-    """Check the checkpoints of runs, and print the result for each run.
+    """Check the checkpoints of runs, and print the result for each run. Returns True if no checkpoint is damaged.
 
-    ``newest`` checks only the newest checkpoint of each run; ``copies`` checks copies elsewhere instead. Returns True
-    if no checkpoint is damaged.
+    ``newest`` checks only the newest checkpoint of each run. ``copies`` checks the copies of checkpoints at other paths
+    instead.
 
     Raises:
         ConfigError: the config of a run is damaged, or its copies cannot be reached.

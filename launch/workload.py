@@ -29,35 +29,38 @@ if TYPE_CHECKING:
     from launch.config import ClusterConfig
 
 BEFORE_WORKLOADS = "gpt.workload.GptWorkload"
-"""Workload of run folders of older versions, whose config names no workload."""
+"""Workload of run folders whose config names no workload. Older versions made them."""
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One point of a sweep that a workload has to plan."""
+    """One point of a sweep for which a workload makes a plan."""
 
     overrides: tuple[str, ...]
     """Arguments that were typed for this point, ``key=value``."""
     folder: RunFolder
     """Folder of the run, which may contain an earlier attempt."""
     is_local: bool
-    """True if agents on this machine take the place of nodes; False for nodes of Slurm."""
+    """True if agents on this machine stand for nodes; False for nodes of Slurm."""
     nodes: int
     ranks_per_node: int
     cluster: ClusterConfig
     """Keys under ``cluster`` that describe the nodes."""
     local_gpus: int
-    """Number of this machine's GPUs that may be used."""
+    """Number of GPUs of this machine that may be used."""
     local_gpu_name: str | None = None
     """Name of this machine's first GPU; None if it has none."""
     gpu_type: str | None = None
-    """Type of the nodes' GPUs in Slurm's Gres, such as ``a100``; None if not known. The type rarely says the memory."""
+    """Type of the nodes' GPUs in Slurm's Gres, such as ``a100``; None if not known.
+
+    It rarely determines their memory.
+    """
     sweep_sizes: tuple[int, ...] = ()
-    """Numbers of ranks of all points of the command, as far as known. Advice has to suit all points."""
+    """Numbers of ranks of all points of the command, as far as known. Proposals must be right for all points."""
     rate_factor: float = 1.0
-    """Factor on the compute rate of a cost model, fitted to measured steps by ``launch.project``."""
+    """Factor by which a cost model multiplies the compute rate. ``launch.project`` fits it to measured steps."""
     link_factor: float = 1.0
-    """Factor on the bandwidth of all links in a cost model. Latencies are divided by this factor.
+    """Factor by which a cost model multiplies the bandwidth of all links, and divides latencies.
 
     ``launch.project`` fits it to measured steps.
     """
@@ -78,18 +81,18 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class WorkloadPlan:
-    """Plan of a workload for a point. A figure that is not known is None or empty, never zero."""
+    """What a workload plans for a point. A figure that is not known is None or empty, never zero."""
 
     rows: Mapping[str, str] = field(default_factory=dict)
-    """Lines of the plan for people: title -> text."""
+    """Rows of the plan for people: title -> text."""
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Longer passages below the rows of the plan: title -> lines."""
+    """Longer texts below the rows of the plan: title -> lines."""
     warnings: tuple[str, ...] = ()
     """Warnings about settings that work but are probably a mistake. The plan and each submission show them."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Figures for programs, as JSON values. These keys are at the root of ``plan.json``."""
+    """Figures for programs: key at the root of ``plan.json`` -> JSON value."""
     settled: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted keys that the command did not set -> values that the plan chose."""
+    """Dotted key -> value that the plan chose, for keys that the command did not set."""
     max_steps: int | None = None
     """Number of steps of the whole run, from which the remaining time follows; None if not known."""
     checkpoint_bytes: int | None = None
@@ -97,7 +100,7 @@ class WorkloadPlan:
     step_s: float | None = None
     """Time of a step in seconds by the workload's cost model; None if there is no model for these nodes."""
     saves_more_often: str = ""
-    """Override with which the run saves twice as often, for messages, such as ``checkpoint.interval=100``."""
+    """Override with which the run saves twice as often, such as ``checkpoint.interval=100``. Messages propose it."""
     checkpoints_kept: int = 1
     """Largest number of checkpoints in the run folder at the same time, including one that is being written."""
     resumes: bool = True
@@ -114,13 +117,13 @@ class WorkloadPlan:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Time of an optimizer step by a workload's cost model, by cause, in seconds of the slowest rank."""
+    """Time of an optimizer step by a workload's cost model, by cause, in seconds on the slowest rank."""
 
     compute_s: float
     bubble_s: float = 0.0
     """Time of the pipeline bubble in seconds."""
     communication_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of communication that does not overlap computation, by name, such as an axis of the device mesh."""
+    """Name, such as an axis of the device mesh -> seconds of communication that does not overlap computation."""
 
     @property
     def step_s(self) -> float:
@@ -130,7 +133,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class TrainingGoal:
-    """Goal of a training: number of parameters, and units of work (tokens for a language model)."""
+    """Goal of a training: number of parameters, and units of work in all (tokens for a language model)."""
 
     parameters: float
     work: float
@@ -138,32 +141,34 @@ class TrainingGoal:
 
 @dataclass(frozen=True)
 class SetUp:
-    """One way to train towards a goal on given nodes, by a workload's cost model."""
+    """One way to train a model of a given size on given nodes, by a workload's cost model."""
 
     parallelism: str
     """Parallelism as text for people."""
     micro_batch: int
+    """Sequences of one forward and backward pass."""
     step_s: float
+    """Time of a step in seconds."""
     work_per_step: float
     """Units of work of one step of all ranks together."""
     memory_bytes: int
     """Memory of one rank in bytes."""
     mfu: float | None
-    """Share of the device's peak, by the PaLM convention; None if the peak is unknown."""
+    """Model FLOPs utilization by the PaLM convention, 0 to 1; None if the peak of the device is unknown."""
     command: str
-    """Overrides for this way, to type after ``python -m launch``."""
+    """Overrides to type after ``python -m launch``."""
 
 
 @dataclass(frozen=True)
 class RankCommand:
-    """Command of a rank. It is the same for all ranks: variables such as RANK distinguish them."""
+    """Command of a rank, equal for all ranks. Environment variables such as RANK distinguish the ranks."""
 
     args: tuple[str, ...]
     """Program and arguments."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """Variables that are added to the environment of the agent."""
+    """Environment variables that are added to those of the agent."""
     defaults: Mapping[str, str] = field(default_factory=dict)
-    """Variables that are set unless the user has set them."""
+    """Environment variables that are set unless the user has set them."""
     workdir: Path | None = None
     """Working directory; None for the directory from which the job was submitted."""
     preload: tuple[str, ...] = ()
@@ -173,12 +178,12 @@ class RankCommand:
     The modules must not start threads or CUDA, or read a variable of ``env``, during import.
     """
     wants_memory_store: bool = False
-    """True for a memory store on each node, whose content outlives the ranks (``launch.worker.memory``)."""
+    """True to run a memory store on each node, whose content outlives the ranks (``launch.worker.memory``)."""
 
 
 @dataclass(frozen=True)
 class RankContract:
-    """Behavior of the ranks. From it the agent derives how ranks ended and whether they hang."""
+    """How ranks behave. The agent uses this to find out how ranks ended and whether they hang."""
 
     records_events: bool = True
     """True if the ranks record their start and end in the event log through ``launch.worker``.
@@ -188,7 +193,7 @@ class RankContract:
     stop_signal: str = "SIGTERM"
     """Signal that requests the ranks to save and leave."""
     requeue_exit: int | None = None
-    """Exit status by which a rank requests a requeue after a save. None if there is no such status."""
+    """Exit status by which a rank requests a requeue after a save; None if there is no such status."""
     resumes: bool = True
     """True if a new start resumes from a checkpoint of the workload. If False, the ranks are started only once."""
     silence_timeout_s: float | None = None
@@ -202,26 +207,27 @@ class RankContract:
     weak_scaling: bool = False
     """True if the work of a step grows with the number of ranks."""
     max_steps: int | None = None
+    """Number of steps of the whole run; None if not known."""
     writes_curves: bool = False
     """True if the agent writes TensorBoard's files from the step records of rank 0."""
 
 
 @dataclass(frozen=True)
 class CodeTree:
-    """Code files of a run: fingerprinted before every attempt, and copied for ``copy_code``."""
+    """Code files of a run. They are compared before every attempt, and copied for ``copy_code``."""
 
     root: Path
     files: Callable[[Path], Iterable[tuple[str, Path]]]
-    """Function that yields the files below a root in order: names relative to the root, and paths.
+    """Function that yields (name relative to a root, path) of the files below this root, in order.
 
     The root may be a copy.
     """
     has_launcher: bool
-    """True if the folder contains the launcher itself, which then runs from the copy too."""
+    """True if the folder contains the launcher itself, so that the launcher also runs from a copy."""
 
 
 class Workload:
-    """A kind of program that the launcher can start. A subclass has to define ``command``; all else has a default.
+    """A kind of program that the launcher can start. A subclass must define ``command``; all else has a default.
 
         class Counter(Workload):
             name = "counter"
@@ -230,7 +236,7 @@ class Workload:
                 return RankCommand((sys.executable, "count.py"))
 
     ``config`` is one point of a sweep, with the keys of the launcher and those of ``schema``. No method starts or
-    writes anything. All of them run on the login node, without torch; the agent of each node also calls ``command``,
+    writes anything. All methods run on the login node, without torch. The agent of each node also calls ``command``,
     ``contract`` and ``code``.
     """
 
@@ -239,15 +245,15 @@ class Workload:
     schema: type[RunConfig] = RunConfig
     """Dataclass of the keys that the workload adds at the root of the config. Its ``validate`` raises ConfigError."""
     not_in_point: Sequence[str] = ()
-    """Keys or groups of keys that do not enter the name of the run folder."""
+    """Keys or groups of keys that are not part of the name of the run folder."""
     resumable: Sequence[str] = ()
     """Keys or groups of keys that may change between the attempts of one run."""
     raw_keys: Sequence[str] = ()
     """Keys whose value is taken exactly as typed, such as a regular expression."""
     length: Sequence[str] = ()
-    """Keys for the number of steps, if a finished run can continue with more steps. They are ``resumable`` too."""
+    """Keys for the number of steps, if a finished run can continue with more steps. They are also in ``resumable``."""
     figures: Sequence[str] | None = None
-    """Names of figures in the step records, from which ``objective`` may choose; None if not known."""
+    """Names of the figures in step records that ``objective`` may name; None if not known."""
     goal_words: Sequence[str] = ()
     """Overrides with which ``launch.project --fit`` starts."""
 
@@ -260,7 +266,7 @@ class Workload:
         make_absolute([(document, "output_dir"), (document, "run_dir")])
 
     def computes_on_cpus(self, config: Any) -> bool:
-        """Return whether the config uses no GPUs. If so, the launcher requests none."""
+        """Return whether ranks use no GPUs with this config. If so, the launcher requests none."""
         return False
 
     def plan(self, config: Any, request: PlanRequest) -> WorkloadPlan:
@@ -274,15 +280,15 @@ class Workload:
         return WorkloadPlan(rows=rows, max_steps=contract.max_steps, resumes=contract.resumes)
 
     def command(self, config: Any, folder: RunFolder, attempt: int) -> RankCommand:
-        """Return the command of the ranks of an attempt. Attempts count from 1."""
+        """Return the command of the ranks of an attempt. ``attempt`` counts from 1."""
         raise NotImplementedError(f"{type(self).__name__}.command")
 
     def contract(self, config: Any, world_size: int) -> RankContract:
-        """Return how ``world_size`` ranks report, stop and end."""
+        """Return how ranks report, stop and end. ``world_size`` is their number."""
         return RankContract(records_events=False, resumes=False)
 
     def code(self, config: Any) -> CodeTree:
-        """Return the code files: a change between attempts is reported, and ``copy_code=true`` copies them.
+        """Return the code files. A change between attempts is reported, and ``copy_code=true`` copies the files.
 
         The default is the folder of the module that defines the class. ``command`` finds the copy under ``code`` in the
         run's ``plan.json``.
@@ -305,7 +311,7 @@ class Workload:
         """Return the time of a step by a cost model, with which ``launch.project`` extrapolates measured steps.
 
         ``request.cluster`` describes the nodes; ``rate_factor`` and ``link_factor`` adapt the model to measured steps.
-        None if there is no model, or too little is known about the nodes.
+        None if there is no model, or if too little is known about the nodes.
 
         Raises:
             ConfigError: the point cannot work.
@@ -313,9 +319,9 @@ class Workload:
         return None
 
     def rehearse(self, config: Any, folder: RunFolder) -> bool:
-        """Rehearse a step of a point on this machine, for ``dry_run=deep``, and print the findings.
+        """Run a step of a point on this machine without GPUs, for ``dry_run=deep``. Returns whether it found no fault.
 
-        Returns whether all is well. ``folder`` is a temporary folder that contains only the config of the point.
+        Prints the findings. ``folder`` is a temporary folder that contains only the config of the point.
 
         Raises:
             ConfigError: the workload, or this point of it, cannot be rehearsed.
@@ -327,7 +333,7 @@ class Workload:
         )
 
     def set_ups(self, config: Any, request: PlanRequest, goal: TrainingGoal) -> Sequence[SetUp]:
-        """Return ways to train towards a goal on the requested nodes, fastest first; none by default.
+        """Return ways to reach a goal on the requested nodes, fastest first; empty by default.
 
         Raises:
             ConfigError: no way works on these nodes.
@@ -342,7 +348,7 @@ MAX_FILES = 5000
 
 
 def code_files(root: Path, script: str | None = None) -> Iterator[tuple[str, Path]]:
-    """Yield the files of a program's folder in order: names relative to ``root``, and paths.
+    """Yield (name relative to ``root``, path) of the files of a program's folder, in order.
 
     A checkout gives the files that git tracks and code that git does not ignore. A copy of the code gives all files.
     Another folder gives all code, or only ``script`` if the folder has too many files.
@@ -405,7 +411,7 @@ def possible_sizes(request: PlanRequest, check: Callable[[PlanRequest], object])
 
 @cache
 def load_workload(target: str) -> Workload:
-    """Return an instance of the workload class with the dotted path ``target``.
+    """Return an object of the workload class with the dotted path ``target``.
 
     Raises:
         ConfigError: the path cannot be imported, or is no workload.

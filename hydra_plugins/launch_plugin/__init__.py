@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def tasks_of(launcher: DictConfig) -> int | None:
-    """Return the number of tasks that a launcher starts for every point; None for an unknown launcher.
+    """Return the number of tasks that a launcher of Hydra starts for every point; None for an unknown launcher.
 
     Args:
         launcher: the keys under ``hydra.launcher``.
@@ -62,7 +62,7 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
 
 
 GRID = ("hydra_plugins.launch_plugin.", "hydra._internal.core_plugins.basic_sweeper.")
-"""Prefixes of ``hydra.sweeper._target_`` of sweepers that do not use the results of points.
+"""Beginnings of the names of sweeper classes that do not use the results of points.
 
 The first failed point of such a sweep ends the command.
 """
@@ -83,7 +83,7 @@ class PerPointLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose, submit, watch and report the points, and return their objectives.
+        """Compose, submit, watch and report the points, and return the objective of each.
 
         In a search, a point that cannot run or does not finish is a failed job. The sweeper decides what follows, such
         as Optuna's ``max_failure_rate``. In any other sweep, the point raises an error.
@@ -115,7 +115,10 @@ class PerPointLauncher(Launcher):
 
 
 def refuse_without_values(config: DictConfig, target: str) -> None:
-    """Raise ConfigError if a sweeper searches, but would get no objective."""
+    """Raise ConfigError if a sweeper searches, but the points return no objective.
+
+    ``target`` is the sweeper's class.
+    """
     from launch.errors import ConfigError
 
     package = next((name for name in SEARCHING if name in target), None)
@@ -137,7 +140,7 @@ def refuse_without_values(config: DictConfig, target: str) -> None:
 
 
 def job_return(overrides: Sequence[str], result: PointResult | Exception | None) -> JobReturn:
-    """Return the result of a point in the form for Hydra's sweeper. In a dry run, ``result`` is None.
+    """Return the result of a point in the form for Hydra's sweeper. ``result`` is None in a dry run.
 
     A finished point without its objective counts as failed. The sweeper raises the error of a failed point when it
     reads the value, or counts the failure.

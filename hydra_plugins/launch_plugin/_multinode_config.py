@@ -21,7 +21,7 @@ class MultinodeConf:
 
     _target_: str = "hydra_plugins.launch_plugin.multinode.MultinodeLauncher"
     kind: str = "auto"
-    """Source of the nodes: slurm, local, or auto for Slurm where there is one."""
+    """Source of the nodes: ``slurm``, ``local``, or ``auto`` for Slurm if there is one, else local."""
     nodes: int = 1
     tasks_per_node: Optional[int] = None
     """Ranks on each node. None: one for each requested GPU; one if no GPU is requested."""
@@ -45,7 +45,7 @@ class MultinodeConf:
     comment: Optional[str] = None
     signal_delay_s: Optional[int] = None
     max_num_timeout: Optional[int] = None
-    """0 sets ``resilience.requeue=false``. Other values change nothing, because the limits of ``resilience`` apply."""
+    """0 sets ``resilience.requeue=false``. Other values have no effect, because the limits of ``resilience`` apply."""
     resumes: bool = False
     """True if the task function resumes from a checkpoint of its own, so that it may be restarted and requeued."""
     array_parallelism: Optional[int] = None

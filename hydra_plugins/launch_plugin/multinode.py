@@ -34,7 +34,7 @@ OF_CLUSTER = (
 OF_SBATCH = ("cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment")
 """Keys of this launcher that become options of sbatch, with the same names."""
 GROUPS = ("cluster", "resilience", "budget", "launch")
-"""Keys of this launcher that are whole groups of keys: ``+hydra.launcher.resilience.requeue=false``."""
+"""Keys of this launcher that are whole groups of keys, such as ``+hydra.launcher.resilience.requeue=false``."""
 
 REFUSED = {
     "gpus_per_task": (
@@ -52,10 +52,16 @@ REFUSED = {
 def run_task(
     context: HydraContext, task_function: TaskFunction, config: DictConfig, state: dict[Any, Any], base: Any
 ) -> JobReturn:
-    """Run the task function of one point in one rank, as Hydra does in a plain sweep. Raises what the function raises.
+    """Call the task function of one point in one rank, as Hydra does in a plain sweep. Raises what the function raises.
 
-    All ranks have the same output folder. Only rank 0 writes Hydra's own files into it. ``state`` has the singletons of
-    Hydra in the launching process, and ``base`` its ``version_base``.
+    All ranks have the same output folder. Only rank 0 writes Hydra's own files into it.
+
+    Args:
+        context: Hydra's context of the launching process.
+        task_function: the user's function.
+        config: composed config of the point.
+        state: singletons of Hydra in the launching process.
+        base: ``version_base`` of the launching process.
     """
     Singleton.set_state(state)
     VersionBase.instance().version_base = base
@@ -89,7 +95,7 @@ class MultinodeLauncher(Launcher):
         self.context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the points of one batch, and return the values of the task function on rank 0 of each.
+        """Run the points of one batch, and return the value of the task function on rank 0 for each point.
 
         A point that fails has its exception as its result, which Hydra raises when the sweeper reads the value.
         """
@@ -127,8 +133,8 @@ class MultinodeLauncher(Launcher):
 def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Return the launcher's overrides for one point: its resources, from ``hydra.launcher``, and its arguments.
 
-    Overrides that only choose resources, such as ``n=2`` with ``hydra.launcher.nodes=${n}``, are no arguments: the
-    scaling table compares points with the same arguments.
+    Overrides that only choose resources, such as ``n=2`` with ``hydra.launcher.nodes=${n}``, are no arguments, because
+    the scaling table compares points with the same arguments.
 
     Raises:
         ConfigError: a key of submitit that has no counterpart.
@@ -163,7 +169,7 @@ def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str
 
 
 def task_return(job: Any, config: DictConfig, overrides: Sequence[str]) -> JobReturn:
-    """Wait for the ``launch.api.Job`` of a point, and return its result for Hydra's sweeper.
+    """Wait for the ``launch.api.Job`` of a point, and return its result in the form for Hydra's sweeper.
 
     The result of a failed point has the exception as its value.
     """

@@ -121,8 +121,7 @@ def add_run(fleets: Sequence[Fleet], folder: RunFolder, now: float) -> None:
 
 
 def seconds_of_hosts(folder: RunFolder, events: Events, now: float) -> dict[str, float]:
-    """Return host -> seconds in which ranks of a run were on this host, over all attempts until ``now``, Unix seconds.
-    """
+    """Return host -> seconds in which ranks of a run were on this host, in all attempts until ``now``, Unix seconds."""
     begun = {e["attempt"]: e["time"] for e in reversed(events) if e["event"] == "started"}
     ends = ("attempt_ended", "finished", "stopped")
     ended = {e["attempt"]: e["time"] for e in events if e["event"] in ends and e.get("attempt") is not None}
@@ -136,8 +135,7 @@ def seconds_of_hosts(folder: RunFolder, events: Events, now: float) -> dict[str,
 
 
 def rate_interval(count: int, exposure: float) -> tuple[float, float]:
-    """Return the ends of the exact interval of a Poisson rate, after ``count`` events in ``exposure`` (Garwood 1936).
-    """
+    """Return the ends of the exact interval of a Poisson rate: ``count`` events in ``exposure`` (Garwood 1936)."""
     tail = (1 - CONFIDENCE) / 2
 
     def mean_where(most: int, probability: float) -> float:

@@ -1,4 +1,4 @@
-"""The public API of a rank: a training script reports steps to the launcher and polls for requests to save or stop.
+"""API of a rank: a training script reports steps to the launcher, and polls for requests to save or stop.
 
     from launch import worker                   # from gpt_launch import worker, if you have your own launch.py
 
@@ -40,15 +40,16 @@ from ..runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
 __all__ = ["STORE_PREFIX", "OutdatedAttemptError", "Run", "attach", "is_child", "run_of_environment"]
 
 STORE_PREFIX = "LAUNCH_STORE_PREFIX"
-"""Environment variable with a secret prefix, equal on all ranks, for their keys in the store at MASTER_PORT."""
+"""Environment variable with a secret prefix, equal on all ranks, for the keys of the ranks in the store at MASTER_PORT.
+"""
 PAUSES = (Phase.evaluating, Phase.saving)
 """Phases whose time is not part of a step."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-"""Signals that request to save and leave. SIGUSR1 is not among them, because NCCL uses it."""
+"""Signals that request a rank to save and leave. SIGUSR1 is not among them, because NCCL uses it."""
 AGREEMENT_S = 10.0
 """Longest wait in seconds for the agents' agreement on a stop. The wait is shorter if the grace period is short."""
 SAVE_AGREEMENT_S = 60.0
-"""Longest wait in seconds for the agents' agreement on a save. A rank that does not wait might miss the save."""
+"""Longest wait in seconds for the agents' agreement on a save. A rank that waits less might miss the save."""
 LOOK_S = 1.0
 """Seconds between two searches of the run folder for the files STOP and SAVE."""
 
@@ -60,15 +61,15 @@ _attached: Run | None = None
 
 
 def attach(handle_signals: bool = True) -> Run:
-    """Join the launcher as the rank that the environment names. A second call returns the same Run.
+    """Return the ``Run`` of this process, the rank that the environment names. A second call returns the same object.
 
     Without the launcher, and in a process that multiprocessing started, the Run is a stand-in. It writes nothing, and
-    ``stop_requested`` only follows signals of this process. Call this function early and in the main thread, because
-    only afterwards a request to stop no longer ends the process.
+    ``stop_requested`` only follows signals of this process. Call this function early and in the main thread. Before the
+    call, a request to stop ends the process.
 
     Args:
-        handle_signals: take SIGTERM, SIGUSR2 and SIGINT as requests to stop. If False, the Run still receives the
-            requests of the launcher, but the script has to handle the signal that the launcher sends with them.
+        handle_signals: True to handle SIGTERM, SIGUSR2 and SIGINT as requests to stop. If False, the Run still receives
+            the requests of the launcher, but the script has to handle the signal that the launcher sends with them.
     """
     global _attached
     if _attached is None:
@@ -124,7 +125,10 @@ def run_of_environment(environment: Mapping[str, str]) -> Run:
 
 
 def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
-    """Write heartbeats as long as this process runs. Kill the process when ``parent`` is no longer its parent."""
+    """Write heartbeats as long as this process runs.
+
+    Kill this process if ``parent`` is no longer its parent; None: never.
+    """
     while True:
         if parent is not None and os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -136,10 +140,10 @@ def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
 
 
 def plain_figure(value: object) -> Any:
-    """Turn a figure into a value that JSON can hold.
+    """Return a figure as a value that JSON can hold.
 
     Raises:
-        TypeError: the figure is neither a real number nor a list or mapping of such.
+        TypeError: the figure is neither a real number nor a list or mapping of real numbers.
     """
     if isinstance(value, (bool, int, float)):
         return value
@@ -154,11 +158,11 @@ def plain_figure(value: object) -> Any:
 
 
 class OutdatedAttemptError(RuntimeError):
-    """Raised if a later attempt works on the run: this process must not change the run any more."""
+    """Raised if a later attempt works on the run, so that this process must not change the run any more."""
 
 
 class Run:
-    """Connection of one rank to the launcher, made by ``attach``. ``Run()`` alone is a stand-in that writes nothing."""
+    """Connection of one rank to the launcher, made by ``attach``. ``Run()`` is a stand-in that writes nothing."""
 
     def __init__(
         self,
@@ -207,7 +211,7 @@ class Run:
     def agrees(self) -> bool:
         """True if ``stop_requested`` and ``save_requested`` return the same on all ranks.
 
-        That is so under the launcher, whose agents agree, and for a single process. Under torchrun alone, a script
+        This is so under the launcher, whose agents agree, and for a single process. Under torchrun alone, a script
         combines the answers itself, for example with an all-reduce of the maximum in every step.
         """
         return self._heartbeat is not None or self.world_size == 1
@@ -223,12 +227,12 @@ class Run:
     # Reports of a step.
 
     def record(self, step: int, **figures: object) -> None:
-        """Add a step record, which a thread writes within eight seconds. Never blocks, never raises.
+        """Add a step record, which a thread writes within eight seconds. This method never blocks and never raises.
 
         Missing values of ``time``, ``attempt`` and ``step_time_s`` are filled in. ``step_time_s`` is the time since the
         previous record, without evaluations and saves, divided by the number of steps. A figure is a real number, or a
-        list or mapping of such; None is left out, anything else is dropped with one warning. The value of a scalar of
-        numpy or torch is read at once, so a scalar on a GPU waits for the GPU.
+        list or mapping of real numbers. None is left out, anything else is dropped with one warning. The value of a
+        scalar of numpy or torch is read at once, so a scalar on a GPU waits for the GPU.
         """
         now = time.perf_counter()
         try:
@@ -257,10 +261,11 @@ class Run:
             self._warn(f"a record of step {step!r} was dropped: {error!r}")
 
     def phase(self, name: str | Phase, step: int | None = None) -> None:
-        """Show the phase of this rank: starting, training, evaluating, saving or leaving, with ``step`` steps done.
+        """Report the phase of this rank: starting, training, evaluating, saving or leaving. ``step`` steps are done.
 
-        Costs about a microsecond. The launcher allows more silence while a rank starts, saves or leaves. ``record`` and
-        ``stop_requested`` are signs of life too, and mean training.
+        ``step=None`` leaves the number of steps as it is. The launcher allows more silence while a rank starts, saves
+        or leaves. ``record`` and ``stop_requested`` also report progress, and the phase training. A call takes about a
+        microsecond.
 
         Raises:
             ValueError: there is no such phase.
@@ -272,7 +277,7 @@ class Run:
         self._move(self._step if step is None else step, name)
 
     def flush(self) -> None:
-        """Write the records that are still queued, and records and events that a full filesystem did not accept."""
+        """Write the queued records now, also records and events that a full filesystem did not accept before."""
         if self._writer is not None:
             self._writer.flush()
         write_unwritten()
@@ -280,11 +285,11 @@ class Run:
     # Requests.
 
     def stop_requested(self) -> bool:
-        """Return whether to save and leave now: because of a signal, a time limit, a budget, or the file STOP.
+        """Return whether to save and leave now, because of a signal, a time limit, a budget, or the file STOP.
 
         Every rank calls this method once per step. If ``agrees`` is True, all ranks get True after the same number of
-        calls, without a collective. A call takes about a microsecond. If the agents are about to agree on a stop,
-        the call waits for them, mostly well below a second.
+        calls, without a collective. A call takes about a microsecond. While the agents agree on a stop, the call waits,
+        mostly well below a second.
 
         Raises:
             OutdatedAttemptError: on rank 0, if a later attempt of the run has begun.
@@ -300,7 +305,7 @@ class Run:
         return answer
 
     def save_requested(self) -> bool:
-        """Return whether to save now and continue, as a file SAVE in the run folder requests. True once per request.
+        """Return whether to save now and continue, because of the file SAVE in the run folder. True once per request.
 
         Every rank calls this method once per step. As with ``stop_requested``, all ranks get True at the same call.
         ``saved`` removes the file.
@@ -323,14 +328,14 @@ class Run:
     # Events, which rank 0 records.
 
     def saved(self, step: int, seconds: float | None = None, **details: Any) -> None:
-        """Record a checkpoint of ``step``, which took ``seconds``: the run can continue from this step.
+        """Record that the run can continue from the checkpoint of ``step``. ``seconds`` is the time of the save.
 
-        Restart limits count from this checkpoint. Removes the files SAVE and STOP if they requested this save, so that
-        the next start does not obey them again. On every rank, the method first writes the queued records: no later
-        attempt repeats these steps.
+        Limits of restarts count from this checkpoint. On rank 0, the files SAVE and STOP are removed if they requested
+        this save, so that the next start does not obey them again. Every rank first writes its queued records, because
+        no later attempt repeats these steps.
 
         Raises:
-            OutdatedAttemptError: on rank 0, if a later attempt of the run has begun, whose checkpoints count.
+            OutdatedAttemptError: on rank 0, if a later attempt of the run has begun.
         """
         if self.is_first and not self.is_current():
             raise OutdatedAttemptError(f"attempt {self.attempt} was replaced by a later one")
@@ -340,18 +345,21 @@ class Run:
         self._record_event("saved", step, details if seconds is None else {**details, "seconds": seconds})
 
     def finished(self, step: int, **details: Any) -> None:
-        """Record that the training is complete."""
+        """Record that the training is complete.
+
+        ``step`` is the last step; ``details`` are further fields of the event.
+        """
         self._end("finished", step, details)
 
     def stopped(self, step: int, **details: Any) -> None:
-        """Record that this attempt left early because of a request, with the signal or file that requested it.
+        """Record that this attempt left early because of a request, with the signal or file of the request.
 
-        If the script does not call this method, the exit of the process does.
+        If the script does not call this method, the exit of the process records the stop.
         """
         self._end("stopped", step, details)
 
     def close(self) -> None:
-        """Write the queued records, and ignore signals from now on, because the process is about to end.
+        """Write the queued records, and ignore the stop signals from now on, because the process is about to end.
 
         Python restores the default handlers at its exit. A second signal could then kill a rank that has already saved,
         and its agent would record a failure. The exit of the process calls this method.
@@ -376,13 +384,13 @@ class Run:
                 threading.Thread(target=self._watch_folder, args=(self.folder,), name="requests", daemon=True).start()
 
     def install_handlers(self) -> None:
-        """Replace the handlers of the stop signals. Only the main thread can do so."""
+        """Handle the stop signals as requests to stop. Does nothing outside of the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Set a flag that the script polls between steps. A second SIGINT interrupts at once."""
+        """Note the request to stop, for the next poll between two steps. A second SIGINT raises KeyboardInterrupt."""
         if number == signal.SIGINT and self._signal is signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = signal.Signals(number)
@@ -423,7 +431,7 @@ class Run:
             say(f"launch.worker: {text} (reported once)")
 
     def _record_event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
-        """Record an event on rank 0, and remove the files whose requests it fulfils."""
+        """Record an event on rank 0, and remove the files SAVE and STOP if their requests are fulfilled."""
         if not self.is_first or self.folder is None:
             return
         RunFolder(self.folder).record_event(event, attempt=self.attempt, step=step, **details)
@@ -440,7 +448,7 @@ class Run:
         self._record_event(event, step, {**request, **details})
 
     def _leave(self) -> None:
-        """Record at the exit of the process a stop that the script has not recorded."""
+        """Record a stop that the script has not recorded, at the exit of the process."""
         # No exception has ended the process.
         if self._is_stopping and not self._has_ended and not hasattr(sys, "last_value"):
             try:
@@ -450,7 +458,7 @@ class Run:
         self.close()
 
     def _let_go(self) -> None:
-        """Detach a process that was forked from a rank, such as a worker of a data loader: it is not the rank.
+        """Detach a process that was forked from a rank, such as a worker of a data loader, because it is not the rank.
 
         SIGTERM ends such a worker, and must not stop the run. SIGUSR2 is ignored: Slurm sends this warning to every
         process, and the rank needs the data of such a worker until the rank has saved.

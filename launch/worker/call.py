@@ -1,9 +1,9 @@
-"""A function call that every rank of a run makes: its file, the rank's side, and the results in the run folder.
+"""A function call that every rank of a run makes: its file, the rank's part, and the results in the run folder.
 
     python -m gpt_launch.launch.worker.call FILE      run by each rank: call the function of FILE, store the result
 
-The login node writes FILE by cloudpickle, as submitit does. So functions of a notebook and lambdas work as well.
-Does not import torch.
+The login node writes FILE by cloudpickle, as submitit does. So functions of a notebook and lambdas work as well. Does
+not import torch.
 """
 
 # Relative imports: a rank loads this module as gpt_launch.launch.worker.call, because the user may have a launch.py.
@@ -30,13 +30,13 @@ from ..runs.folder import is_own, numbers_in, write_atomically
 REQUEUE_EXIT = 75
 """Exit status with which a rank requests a requeue after it has saved (EX_TEMPFAIL of sysexits.h)."""
 RESULTS = "results"
-"""Folder in the run folder for the results of the ranks, and for the call that a requeued run makes."""
+"""Name of the folder in the run folder with the results of the ranks, and with the call that a requeued run makes."""
 NEXT_CALL = "next_call.pkl"
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function with its arguments."""
+    """A function and the arguments with which every rank calls it."""
 
     function: Callable[..., Any]
     args: Sequence[Any] = ()
@@ -57,7 +57,7 @@ class Result:
 
 
 def dumped(call: Call) -> bytes:
-    """Return a call as bytes. The bytes name no class of this module, which has another name in a rank.
+    """Return a call as bytes. The bytes name no class of this module, since the module has another name in a rank.
 
     Raises:
         ConfigError: the function or an argument cannot be pickled.
@@ -67,7 +67,10 @@ def dumped(call: Call) -> bytes:
 
 
 def pickled(value: Any, what: str) -> bytes:
-    """Return ``value`` as bytes of cloudpickle. Raises ConfigError, which names ``what``, if this is not possible."""
+    """Return ``value`` as bytes of cloudpickle.
+
+    Raises ConfigError, with ``what`` as the name, if this is not possible.
+    """
     try:
         content: bytes = cloudpickle.dumps(value)
     except Exception as error:  # A user's class can raise any exception.
@@ -80,12 +83,12 @@ def pickled(value: Any, what: str) -> bytes:
 
 
 def digest(content: bytes) -> str:
-    """Return 20 hexadecimal digits of the SHA-256 of ``content``, as a short name for equal bytes."""
+    """Return 20 hexadecimal digits of the SHA-256 of ``content``, as a short name of the content."""
     return hashlib.sha256(content).hexdigest()[:20]
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Return the name of a function or of the class of a callable object, with characters of identifiers only."""
+    """Return the name of a function, or of the class of a callable object, with characters of identifiers only."""
     name = getattr(function, "__name__", type(function).__name__)
     return "".join(letter for letter in name if letter.isalnum() or letter in "_-") or "function"
 
@@ -110,13 +113,13 @@ def load(path: Path) -> Any:
 
 
 def read_result(run_dir: Path, rank: int) -> Result | None:
-    """Return the result of a rank; None if the rank has none."""
+    """Return the result of a rank; None if the rank has stored none."""
     path = run_dir / RESULTS / f"rank_{rank:05d}.pkl"
     return Result(**load(path)) if path.exists() else None
 
 
 def result_ranks(run_dir: Path) -> list[int]:
-    """Return the ranks that have a result, in order."""
+    """Return the numbers of the ranks that have a result, ascending."""
     return numbers_in(run_dir / RESULTS, "rank_", ".pkl")
 
 
@@ -136,9 +139,9 @@ def store_result(run_dir: Path, rank: int, result: Result) -> None:
 def requeue_by_checkpoint(call: Call, run_dir: Path, rank: int) -> None:
     """Handle SIGTERM and SIGUSR2: store the call that ``call.function.checkpoint`` returns, and request a requeue.
 
-    The requeued run makes the stored call. This is submitit's protocol: the function is an object with ``__call__``
-    and ``checkpoint``, which take the same arguments. ``checkpoint`` returns a ``DelayedSubmission``, or None for no
-    requeue.
+    The requeued run makes the stored call. This is submitit's protocol: the function is an object with ``__call__`` and
+    ``checkpoint``, which take the same arguments. ``checkpoint`` returns a ``DelayedSubmission``, or None to end
+    without a requeue.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:

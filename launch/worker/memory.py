@@ -1,6 +1,6 @@
 """In-memory checkpoints: the memory store of a node, the client of a rank, and the messages between the two.
 
-    python -m gpt_launch launch.worker.memory AGENT          a store, started by the agent; ends with it
+    python -m gpt_launch launch.worker.memory AGENT          a store, started by the agent AGENT; ends with this agent
 
 Ranks send their own part of a checkpoint to the store of their node and to that of another node. While ranks restart, a
 store keeps the last checkpoint that all ranks have agreed on. A store also contains the checkpoint that is being sent.
@@ -70,7 +70,9 @@ def own_store() -> tuple[Place, str] | None:
 
 
 class Channel:
-    """One end of a connection between two processes that know the same secret.
+    """One end of a connection between a rank and a store. Both prove that they know the same secret.
+
+    ``is_store`` is True at the store's end.
 
     Raises:
         StoreError: the other process does not know the secret.
@@ -112,7 +114,7 @@ class Channel:
             self._connection.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], bytearray]:
-        """Receive a message and the bytes after it, whose SHA-256 is added to the message as ``sha256``.
+        """Return the next message and the bytes after it. The SHA-256 of the bytes is in the message as ``sha256``.
 
         Raises:
             StoreError: the message or the bytes differ from what was sent.
@@ -165,7 +167,7 @@ def _compare(found: bytes | bytearray, expected: bytes) -> None:
 
 
 class StoreClient:
-    """Connection of a rank to one memory store, for the length of a ``with`` block.
+    """Connection of a rank to one memory store, for the duration of a ``with`` block.
 
     Raises:
         OSError: no store answers, or the other end does not know the secret.
@@ -208,7 +210,7 @@ class StoreClient:
         self._send({"op": "append", **arguments}, payload, digest)
 
     def read_all(self, save: str, rank: int, name: str, size: int) -> bytes:
-        """Return the whole file ``name``, of ``size`` bytes, of a rank in the checkpoint ``save``.
+        """Return the content of a rank's file in the checkpoint ``save``. ``size`` is its number of bytes.
 
         Raises StoreError if the store cannot read the file.
         """
@@ -237,7 +239,7 @@ class StoreClient:
 
 
 class Upload:
-    """A file that is sent to several stores at once, from its beginning to its end.
+    """A file that is written in pieces, and sent to several stores at once.
 
     Args:
         stores: clients, each of which has begun the part of ``rank`` in ``save``.
@@ -253,7 +255,7 @@ class Upload:
         self.size = 0
 
     def write(self, data: Any) -> int:
-        """Send ``data`` in whole chunks, as soon as a chunk is complete. Returns the number of bytes in ``data``."""
+        """Append ``data``, and send each chunk as soon as it is complete. Returns the number of bytes in ``data``."""
         view = memoryview(data).cast("B")
         length = view.nbytes
         self.size += length
@@ -276,7 +278,7 @@ class Upload:
     def close(self) -> None: ...
 
     def end(self) -> None:
-        """Send the last chunk of the file, which may be empty. The stores accept it with the request ``finish``."""
+        """Send the last chunk of the file, which may be empty. The request ``finish`` makes the stores accept it."""
         self._send(memoryview(self._pending))
         self._pending = bytearray()
 
@@ -290,7 +292,7 @@ class Upload:
 
 
 NICENESS = 10
-"""Niceness of the store's process: the store gets CPU time that the ranks do not use."""
+"""Niceness of the store's process, so that the store uses only CPU time that ranks leave."""
 BACKLOG = 4096
 REQUESTS = ("begin", "finish", "commit", "keep", "inventory", "verify")
 
@@ -337,16 +339,16 @@ class StoredSave:
 
 
 class Store:
-    """Contents of a memory store, with a method for each request."""
+    """Content of a memory store, with a method for each request of a rank."""
 
     def __init__(self) -> None:
         self._saves: dict[str, StoredSave] = {}
         self._lock = threading.RLock()
 
     def begin(self, save: str, rank: int, step: int, world_size: int) -> None:
-        """Begin an empty part of a rank in the checkpoint ``save`` of ``step`` by ``world_size`` ranks.
+        """Begin an empty part of ``rank`` in the checkpoint ``save`` of step ``step``, made by ``world_size`` ranks.
 
-        Drops all other saves that are not committed.
+        All other checkpoints that are not committed are dropped.
         """
         with self._lock:
             self._drop([name for name, held in self._saves.items() if name != save and not held.is_committed])
@@ -356,7 +358,7 @@ class Store:
             held.parts[rank] = {}
 
     def append(self, save: str, rank: int, name: str, content: bytearray, digest: str) -> None:
-        """Append a chunk to a file; the first chunk makes the file. ``digest`` is the chunk's SHA-256."""
+        """Append a chunk to a file; the first chunk creates the file. ``digest`` is the SHA-256 of the chunk."""
         with self._lock:
             files = self._part(save, rank)
             if name not in files:
@@ -364,15 +366,18 @@ class Store:
         files[name].append(content, digest)
 
     def finish(self, save: str, rank: int) -> None:
-        """Confirm to a rank that the store has its whole part. The rank has sent all chunks of its files before."""
+        """Confirm to a rank that the store has its whole part.
+
+        The rank has sent all chunks of its files before this request.
+        """
         with self._lock:
             self._part(save, rank)
 
     def commit(self, save: str) -> None:
-        """Mark a save as committed, because all ranks have agreed on it, and drop all other saves.
+        """Mark a checkpoint as committed, because all ranks have agreed on it, and drop all others.
 
         Each rank sends this request, but only the first request has an effect. A later request must not drop the next
-        save, which other ranks may already send.
+        checkpoint, which other ranks may already send.
         """
         with self._lock:
             held = self._saves.get(save)
@@ -381,14 +386,14 @@ class Store:
                 self.keep(save)
 
     def keep(self, save: str) -> None:
-        """Drop all saves except ``save``."""
+        """Drop all checkpoints except ``save``."""
         with self._lock:
             self._drop(self._saves.keys() - {save})
 
     def inventory(self) -> dict[str, Any]:
-        """Return under ``saves`` each committed save, whose parts are complete: name, step, world size, and parts.
+        """Return the committed checkpoints under ``saves``: name, step, world size, and parts of each.
 
-        A part is a pair of a rank and the sizes of its files in bytes, by file name.
+        A part is a pair: the rank, and file name -> size in bytes.
         """
         with self._lock:
             saves = []
@@ -402,7 +407,7 @@ class Store:
             return {"saves": saves}
 
     def verify(self, save: str, rank: int) -> dict[str, Any]:
-        """Read the part of a rank in ``save``. Returns under ``damaged`` the names of files with a wrong checksum."""
+        """Return under ``damaged`` the names of a rank's files in ``save`` whose checksum is wrong."""
         with self._lock:
             files = dict(self._part(save, rank))
         return {"damaged": [name for name, file in sorted(files.items()) if file.is_damaged()]}
@@ -444,7 +449,7 @@ def answer_rank(store: Store, channel: Channel) -> None:
 
 
 def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
-    """Accept connections for ever, and answer each rank that knows the secret in its own thread."""
+    """Accept connections without end, and answer each rank that knows the secret in a thread."""
 
     def meet(connection: socket.socket) -> None:
         with suppress(OSError, EOFError, ValueError), connection:
@@ -460,7 +465,7 @@ def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
 
 
 def main() -> None:
-    """Print the port of a new store, and serve ranks until the agent closes standard input or dies.
+    """Start a store, print its port, and serve ranks until the agent closes standard input or dies.
 
     Standard input has one line of JSON: the address to listen on, and the secret.
     """

@@ -35,13 +35,13 @@ COMMANDS = {
     "preempt": "submit a job that preempts a running one, and print its id",
 }
 FAULTS = {"power-cut": power_cut, "cut-link": cut_link, "freeze": freeze, "heal": heal}
-"""Commands that take names of nodes only."""
+"""Commands whose only arguments are names of nodes."""
 LIMITS = {
     "bandwidth_mbit": ("MBIT", "megabits a second"),
     "loss_percent": ("PERCENT", "packets that get lost"),
     "latency_ms": ("MS", "delay of a packet; a round trip takes two"),
 }
-"""Options of ``link``: field of ``nodes.CableLimits`` -> its unit, and a text."""
+"""Options of ``link``: field of ``nodes.CableLimits`` -> unit, and help text."""
 
 
 @refusing

@@ -1,4 +1,4 @@
-"""A whole sandbox, for tests and the command line: up, status, down, and faults of its nodes."""
+"""A whole sandbox, for tests and the command line: start, status, end, and faults of its nodes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from slurm.sandbox.state import (
 )
 
 TEMPLATES = Path(__file__).with_name("templates")
-"""Folder of templates of Slurm's files. Each has the name of its file in the directory ``etc`` of a sandbox."""
+"""Folder of templates of Slurm's files. A template has the name of its file in the folder ``etc`` of a sandbox."""
 SAVE_S = 120.0
 """Seconds that slurmctld has to save its state before it is killed.
 
@@ -44,7 +44,10 @@ A busy machine takes more than some seconds. If slurmctld is killed too early, i
 
 
 def replaced(ours: list[str], theirs: Sequence[str], separator: str = " ") -> str:
-    """Join KEY=VALUE texts. A text of ``theirs`` replaces one of ``ours`` with the same key, in any letter case."""
+    """Return KEY=VALUE texts as one text.
+
+    A text in ``theirs`` replaces one in ``ours`` with the same key, in any case.
+    """
     return separator.join({text.partition("=")[0].lower(): text for text in (*ours, *theirs)}.values())
 
 
@@ -65,7 +68,7 @@ def write_files(state: SandboxState) -> None:
 
 
 def filled(name: str, state: SandboxState, **known: Any) -> str:
-    """Return the text of a file from the template of this name."""
+    """Return the text of a file from the template ``name``. ``known`` has further values for the template."""
     template = jinja2.Template((TEMPLATES / name).read_text(), trim_blocks=True, keep_trailing_newline=True)
     known |= {"state": state, "settings": state.settings, "user": getpass.getuser()}
     text = template.render(known, replaced=replaced)
@@ -92,14 +95,14 @@ def start_munged(state: SandboxState) -> None:
 
 
 def start_controller(state: SandboxState) -> None:
-    """Start slurmctld, with a host name of its own."""
+    """Start slurmctld, with its own host name."""
     script = 'hostname ctl && mount --bind "$1" /etc/hosts && exec slurmctld -D'
     hosts = str(state.slurm_conf.with_name("hosts"))
     state.start("slurmctld", ["sh", "-c", script, "sh", hosts], inside="unshare --uts --mount")
 
 
 def clear(state: SandboxState) -> None:
-    """End all processes of a sandbox, also of a half built or crashed one. Removes its bridge and directory."""
+    """End all processes of a sandbox, and remove its bridge and folder. The sandbox may be half built or crashed."""
     for name in state.nodes:
         SandboxNode(state, name).switch_off()
     for daemon in ("slurmctld", "munged"):
@@ -141,12 +144,12 @@ class NodeStatus:
 
 
 class Cluster:
-    """A sandbox in a directory; started by up(), or found again if another process started it.
+    """A sandbox in a folder, started by ``up`` of this process or of another.
 
-    with Cluster(Path("/tmp/mine")) as cluster:
-        cluster.up(Settings(nodes=2))
-        cluster.slurm("srun", "--nodes=2", "hostname")
-        power_cut(cluster, "n2")
+        with Cluster(Path("/tmp/mine")) as cluster:
+            cluster.up(Settings(nodes=2))
+            cluster.slurm("srun", "--nodes=2", "hostname")
+            power_cut(cluster, "n2")
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -165,16 +168,19 @@ class Cluster:
 
     @property
     def option(self) -> str:
-        """Option that selects this sandbox in a command: `` --dir DIR``, empty for the default."""
+        """Option that selects this sandbox in a command: `` --dir DIR``; empty for the default folder."""
         return "" if self.directory == Cluster().directory else f" --dir {self.directory}"
 
     @property
     def nodes(self) -> list[str]:
-        """Names of the nodes in order. ConfigError if the sandbox is not up."""
+        """Names of the nodes in order. Raises ConfigError if the sandbox is not up."""
         return list(require_state(self.directory).nodes)
 
     def slurm(self, *args: str, timeout_s: float = 30.0) -> str:
-        """Run a Slurm command on this sandbox as a user, and return its output. SandboxError if the command fails."""
+        """Run a Slurm command on this sandbox, as a user does, and return its output.
+
+        Raises SandboxError if it fails.
+        """
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
         return run_program(args, timeout_s=timeout_s, env={**clean, **self.env})
 
@@ -244,7 +250,9 @@ class Cluster:
     def wait_idle(self, *, timeout_s: float = 60.0) -> None:
         """Wait until every node is idle and answers.
 
-        Raises SandboxError if a daemon has ended, and after ``timeout_s`` seconds, with the node states of Slurm.
+        Raises:
+            SandboxError: a daemon has ended, or ``timeout_s`` seconds have passed. The message has Slurm's states of
+                the nodes.
         """
         states: dict[str, SlurmState] = {}
 
@@ -264,7 +272,7 @@ class Cluster:
         wait_until(is_idle, timeout_s=timeout_s, what=what)
 
     def slurm_states(self) -> dict[str, SlurmState]:
-        """Return the state of each node; empty if no controller answers."""
+        """Return node -> its state in Slurm; empty if no controller answers."""
         try:
             lines = self.slurm("sinfo", "--Node", "--noheader", "--format=%N %t %E").splitlines()
         except SandboxError:
@@ -273,7 +281,7 @@ class Cluster:
         return {name: SlurmState(word, "" if reason == "none" else reason) for name, word, reason in rows}
 
     def status(self) -> list[NodeStatus]:
-        """Return the state of every node; ConfigError if the sandbox is not up."""
+        """Return the state of every node. Raises ConfigError if the sandbox is not up."""
         state, known = require_state(self.directory), self.slurm_states()
         return [
             NodeStatus(
@@ -288,7 +296,7 @@ class Cluster:
         ]
 
     def down(self) -> bool:
-        """End all processes of the sandbox and remove its directory. Returns False if there was no sandbox."""
+        """End all processes of the sandbox and remove its folder. Returns False if there was no sandbox."""
         if not self.directory.is_dir():
             return False
         with locked(self.directory):
@@ -303,7 +311,7 @@ class Cluster:
             end(state.find("slurmctld"), grace_s=SAVE_S)
 
     def start_controller(self) -> None:
-        """Start slurmctld again from its saved state, unless it runs."""
+        """Start slurmctld again from its saved state. Does nothing if slurmctld runs."""
         with opened(self.directory) as state:
             if not state.find("slurmctld"):
                 start_controller(state)
@@ -314,7 +322,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxNode]:
-    """Yield a node for a fault. ConfigError if the node cannot have the fault."""
+    """Yield the node ``name`` for a fault. Raises ConfigError if the node cannot have the fault."""
     with opened(cluster.directory) as state:
         if name not in state.nodes:
             names = ", ".join(state.nodes)
@@ -327,7 +335,7 @@ def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxNode]:
 
 
 def power_cut(cluster: Cluster, name: str) -> str:
-    """Cut the power of a node: its cable is cut before its processes end, so no peer is notified."""
+    """Cut the power of a node. Its cable is cut before its processes end, so no other node gets a message."""
     with _node(cluster, "power-cut", name) as node:
         node.set_link(up=False)
         node.switch_off()
@@ -342,7 +350,7 @@ def cut_link(cluster: Cluster, name: str) -> str:
 
 
 def freeze(cluster: Cluster, name: str) -> str:
-    """Stop every process of a node; its kernel still acknowledges packets."""
+    """Stop every process of a node. Its kernel still acknowledges packets."""
     with _node(cluster, "freeze", name) as node:
         node.set_frozen(frozen=True)
     return f"the processes of {name} are stopped, and its link is up"
@@ -351,7 +359,7 @@ def freeze(cluster: Cluster, name: str) -> str:
 def link(cluster: Cluster, name: str, **limits: float | None) -> str:
     """Limit the cable of a node in each direction. ``limits`` are fields of ``CableLimits``.
 
-    Without any limit given, remove all limits.
+    Without ``limits``, remove all limits.
     """
     given = CableLimits(**limits)
     with _node(cluster, "link", name) as node:
@@ -362,7 +370,8 @@ def link(cluster: Cluster, name: str, **limits: float | None) -> str:
 def heal(cluster: Cluster, name: str) -> str:
     """Undo all faults of a node: power, stopped processes, and cable. Then resume the node in Slurm.
 
-    Slurm itself also drains a node, for example after a step that it could not end, and leaves it to an operator.
+    Slurm itself also drains a node, for example after a step that it could not end, and only an operator resumes the
+    node.
     """
     done = []
     with _node(cluster, "heal", name) as node:
@@ -383,9 +392,9 @@ def heal(cluster: Cluster, name: str) -> str:
 
 
 def preempt(cluster: Cluster, job: str, *, seconds: int = 5) -> str:
-    """Preempt a running job with a new job in the last partition. The new job takes all nodes for ``seconds``.
+    """Submit a job that preempts a running job. The new job takes its nodes for ``seconds``, in the last partition.
 
-    Returns the new job's id. ConfigError if the job does not run, or runs in that partition already.
+    Returns the new job's id. Raises ConfigError if ``job`` does not run, or runs in that partition already.
     """
     best = require_state(cluster.directory).settings.partitions[-1].partition(":")[0]
     rows = [line.split() for line in cluster.slurm("squeue", "--noheader", "--format=%i %A %T %P %N").splitlines()]

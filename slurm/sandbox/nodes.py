@@ -37,7 +37,7 @@ from slurm.sandbox.state import (
 )
 
 RANGE = ipaddress.IPv4Network("10.64.0.0/10")
-"""Range of private addresses. 10.0 to 10.63 are left to real clusters, which often use them."""
+"""Range of private addresses for sandboxes. Real clusters often use 10.0 to 10.63."""
 FIRST_NODE = 10
 INIT = Path(__file__).with_name("node_init.sh")
 
@@ -48,7 +48,7 @@ def ip(words: str) -> str:
 
 
 def free_port(address: str) -> int:
-    """Return a free port of ``address`` below the ports that the kernel uses for outgoing connections."""
+    """Return a free port at ``address`` below the ports that the kernel uses for outgoing connections."""
     for port in random.SystemRandom().sample(range(10000, 30000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((address, port))
@@ -82,12 +82,15 @@ def assign_addresses(state: SandboxState) -> None:
 
 
 def _mac(address: str) -> str:
-    """Return a hardware address derived from an IP address. Other nodes remember it, so a returning node keeps it."""
+    """Return the hardware address for an IP address. A node that returns keeps it, because other nodes remember it."""
     return ":".join(f"{byte:02x}" for byte in (2, 0, *ipaddress.IPv4Address(address).packed))
 
 
 def delete(interface: str) -> None:
-    """Delete a network interface. The kernel may delete it first, when the namespace at its other end is deleted."""
+    """Delete a network interface, and wait until it is gone.
+
+    The kernel may delete it first, when the namespace at its other end is deleted.
+    """
 
     def is_gone() -> bool:
         if not _exists(interface):
@@ -111,7 +114,7 @@ RESOLUTION = 100_000
 
 @dataclass(frozen=True)
 class CableLimits:
-    """Limits of a cable, equal in both directions. None means unlimited."""
+    """Limits of a cable, equal in both directions. None means no limit."""
 
     bandwidth_mbit: float | None = None
     loss_percent: float | None = None
@@ -128,19 +131,20 @@ def _tc(inside: list[str], words: str) -> str:
 
 @dataclass(frozen=True)
 class SandboxNode:
-    """One node of a sandbox: its cable, its power, and its processes."""
+    """One node of a sandbox, with its cable, its power, and its processes."""
 
     state: SandboxState
     name: str
 
     @property
     def cable(self) -> str:
-        """Return the interface at the host's end of a node's cable."""
+        """Return the name of the network interface at this machine's end of the node's cable."""
         return f"{self.state.bridge}{self.name}"
 
     @property
     def delay_ends(self) -> tuple[str, str]:
-        """Return the two interfaces of the program that delays frames, between a node's cable and the bridge.
+        """Return the names of the two interfaces of the program that delays frames, between the node's cable and the
+        bridge.
 
         The interface at the bridge is second. Names of interfaces have at most 15 letters, and a cable's name may be as
         long.
@@ -149,18 +153,18 @@ class SandboxNode:
         return f"ssp{rest}", f"ssd{rest}"
 
     def set_link(self, *, up: bool) -> None:
-        """Connect or cut a node's cable at the bridge. While it is cut, the node's interface has no carrier."""
+        """Connect or cut the node's cable at the bridge. While it is cut, the node's interface has no carrier."""
         ip(f"link set {self.cable} {'up' if up else 'down'}")
 
     @property
     def link_is_up(self) -> bool:
-        """Return True if a node's cable exists and is connected."""
+        """Return whether the node's cable exists and is connected."""
         with contextlib.suppress(OSError):
             return bool(int(Path("/sys/class/net", self.cable, "flags").read_text(), 16) & 1)
         return False
 
     def switch_on(self) -> None:
-        """Start a node and record it. Its slurmd registers with the controller."""
+        """Start the node and record it. Its slurmd registers with the controller."""
         (self.state.directory / "spool" / self.name).mkdir(parents=True, exist_ok=True)
         here, address = self.cable, self.state.nodes[self.name]
 
@@ -183,14 +187,14 @@ class SandboxNode:
         self.state.start(self.name, inner, inside="unshare --net --uts --mount --ipc", before=plug_in)
 
     def process_one(self) -> psutil.Process | None:
-        """Return process 1 of a node; None if the node has no power."""
+        """Return process 1 of the node; None if the node has no power."""
         owner = self.state.find(self.name)
         with contextlib.suppress(psutil.NoSuchProcess):
             return next(iter(owner.children()), None) if owner else None
         return None
 
     def switch_off(self) -> None:
-        """Kill a node and all its processes at once."""
+        """Kill all processes of the node at once."""
         # The kernel ends process 1 only after all processes of its namespace. A slurmd that is still registering
         # ignores SIGTERM.
         for process in (self.process_one(), self.state.find(self.name)):
@@ -199,7 +203,7 @@ class SandboxNode:
         self.state.forget(self.name)
 
     def set_frozen(self, *, frozen: bool) -> None:
-        """Stop or continue every process of a node. Its network still answers, as on a machine that hangs."""
+        """Stop or continue every process of the node. Its network still answers, as on a machine that hangs."""
         first = self.process_one()
         assert first is not None
         # The kernel signals all processes of the namespace together, except process 1, and none can fork meanwhile.
@@ -209,12 +213,15 @@ class SandboxNode:
 
     @property
     def is_frozen(self) -> bool:
-        """Return True if process 1 of a node is stopped."""
+        """Return whether process 1 of the node is stopped."""
         first = self.process_one()
         return first is not None and first.status() == psutil.STATUS_STOPPED
 
     def register_again(self) -> None:
-        """Have a node's slurmd register again. Otherwise the controller polls a lost node only after about a minute."""
+        """Make the node's slurmd register again.
+
+        Otherwise the controller polls a lost node only after about a minute.
+        """
         first = self.process_one()
         for child in first.children() if first else []:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -222,7 +229,7 @@ class SandboxNode:
                     child.send_signal(signal.SIGHUP)
 
     def limit(self, limits: CableLimits) -> None:
-        """Replace the limits of a node's cable.
+        """Replace the limits of the node's cable.
 
         Raises:
             ConfigError: a value is out of its range, or the program that drops packets is not installed.
@@ -264,7 +271,7 @@ class SandboxNode:
         return ["nsenter", f"--net=/proc/{self.state.processes[self.name].pid}/ns/net"]
 
     def _ends(self) -> Iterator[tuple[list[str], str]]:
-        """Yield both ends of a cable: the command that enters the end's namespace, and the interface."""
+        """Yield (command that enters the network namespace, name of the interface) for both ends of the cable."""
         yield [], self.cable
         yield self._inside(), "eth0"
 
@@ -272,7 +279,7 @@ class SandboxNode:
         run_program([*self._inside(), "nft", "-f", "-"], stdin=rules)
 
     def _insert_delay(self, latency_ms: float) -> None:
-        """Insert the program that delays frames between a node's cable and the bridge."""
+        """Start the program that delays frames, between the node's cable and the bridge."""
         here, (ours, bridged), log = self.cable, self.delay_ends, self.state.log(f"delay-{self.name}")
         ip(f"link add {bridged} type veth peer name {ours}")
         for interface in (here, ours):
@@ -304,7 +311,7 @@ SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING, ETH_P_ALL = 263, 15, 23, 3
 LARGEST_FRAME = 10 + 65535 + 64
 """Largest frame in bytes: virtio's header, a segment that is not yet split, and headers of Ethernet and tags."""
 Queue = deque[tuple[float, bytes]]
-"""Frames in transit, each with the time at which it is due."""
+"""Frames in transit, each with the time of the monotonic clock at which it is sent on."""
 
 
 def _listen(interface: str) -> socket.socket:
@@ -336,7 +343,9 @@ def _send_due(queue: Queue, frames: socket.socket) -> None:
 
 
 def carry(interfaces: list[str], delay_s: float) -> None:
-    """Carry Ethernet frames between two interfaces with a delay of ``delay_s`` seconds, until an interface is gone."""
+    """Send Ethernet frames from each of two interfaces to the other, ``delay_s`` seconds late, until an interface is
+    gone.
+    """
     ends, queues = [_listen(interface) for interface in interfaces], (Queue(), Queue())
     print("ready", flush=True)
     while all(map(_exists, interfaces)):

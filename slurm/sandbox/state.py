@@ -1,4 +1,4 @@
-"""Settings and record of a sandbox, and its programs and processes on this machine."""
+"""Settings and record of a sandbox, and how its programs run on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SandboxError(RuntimeError):
 
 
 def search_path() -> str:
-    """Return the user's PATH plus the directories of system programs, which Debian leaves out of an ordinary PATH."""
+    """Return the user's PATH with the folders of system programs, which Debian leaves out of an ordinary PATH."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 
 
@@ -58,7 +58,7 @@ def run_program(
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str | Callable[[], str]) -> None:
-    """Poll until the condition holds.
+    """Poll until ``condition`` returns True.
 
     Raises SandboxError after ``timeout_s`` seconds. Its message has ``what``, a text or a function that returns a text.
     """
@@ -84,7 +84,7 @@ WITH_LOSS = {"nftables": "nft"}
 
 
 def missing_packages(needs: Mapping[str, str]) -> list[str]:
-    """Return the Debian packages with a missing program, in order."""
+    """Return the Debian packages, ascending, of which a program is missing. ``needs`` is package -> its programs."""
     path = search_path()
     return sorted(
         package for package, programs in needs.items() if not all(shutil.which(p, path=path) for p in programs.split())
@@ -92,7 +92,7 @@ def missing_packages(needs: Mapping[str, str]) -> list[str]:
 
 
 def require_packages(needs: Mapping[str, str]) -> None:
-    """Raise ConfigError with the command that installs the missing packages, if any."""
+    """Raise ConfigError, with the command that installs them, if Debian packages are missing."""
     if packages := missing_packages(needs):
         raise ConfigError(
             found=f"this machine lacks Debian's {', '.join(packages)}",
@@ -102,7 +102,7 @@ def require_packages(needs: Mapping[str, str]) -> None:
 
 
 def why_no_namespaces(probe_interface: str) -> str:
-    """Return the kernel's reason why nodes cannot be hosts of their own here; empty if they can.
+    """Return the kernel's reason why nodes cannot have namespaces of their own; "" if they can.
 
     The function tries both rights: new namespaces with mounts in them, and a bridge (``probe_interface``, removed
     again) in the network namespace of this process.
@@ -136,7 +136,9 @@ class Process:
 
 
 def end(process: psutil.Process | None, *, grace_s: float = 0.0) -> None:
-    """End a process with SIGTERM, and SIGKILL after ``grace_s`` seconds; with 0, only SIGKILL. Ignore None.
+    """End a process with SIGTERM, and with SIGKILL after ``grace_s`` seconds; with 0, only with SIGKILL.
+
+    Does nothing for None.
 
     Raises:
         SandboxError: the process does not end.
@@ -183,7 +185,7 @@ class Settings:
         cpus_per_node: CPUs of each node. Slurm checks requests against these sizes, whatever the machine has.
         gpus_per_node: fake GPUs (links to /dev/null) on each node.
         memory_gib_per_node: memory of each node in GiB.
-        partitions: one text each, ``NAME`` or ``NAME:KEY=VALUE,...`` in the words of slurm.conf; the first is the
+        partitions: one text for each, ``NAME`` or ``NAME:KEY=VALUE,...`` with keys of slurm.conf; the first is the
             default, and each preempts those before it.
         slurm_conf: ``KEY=VALUE`` lines that replace or add to those of slurm.conf.
     """
@@ -201,7 +203,7 @@ class Settings:
 
 
 def check_settings(settings: Settings, directory: Path) -> None:
-    """Raise ConfigError if a setting is malformed, or if the path of the directory is too long."""
+    """Raise ConfigError if a setting is malformed, or if the path of the sandbox's folder is too long."""
     if not 1 <= settings.nodes <= MAX_NODES:
         raise ConfigError(f"--nodes {settings.nodes}", f"1 to {MAX_NODES}", "--nodes 4")
     name, option = r"[A-Za-z][\w-]*", r"\w+=[^\s,=]+"
@@ -229,14 +231,14 @@ def default_directory() -> Path:
 
 @dataclass
 class SandboxState:
-    """A sandbox as recorded in its directory.
+    """State of a sandbox as recorded in its folder.
 
     Attributes:
         directory: folder of all its files.
         settings: its settings.
         controller: address of slurmctld.
         port: port of slurmctld and of every slurmd, each at its own address.
-        nodes: address of each node's slurmd.
+        nodes: node -> address of its slurmd.
         processes: its daemons (munged, slurmctld, ...), and one process for each node that has power.
         started: true if every node was idle at the end of the start.
     """
@@ -251,7 +253,10 @@ class SandboxState:
 
     @property
     def bridge(self) -> str:
-        """Name of the sandbox's bridge, with which the names of its cables begin. It is unique to the directory."""
+        """Name of the sandbox's network bridge, with which the names of its cables begin.
+
+        It is unique to the folder.
+        """
         return f"ssb{hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]}"
 
     @property
@@ -275,7 +280,7 @@ class SandboxState:
         temporary.replace(self.directory / RECORD)
 
     def find(self, name: str) -> psutil.Process | None:
-        """Return the process of a daemon or a node while it runs; None if it does not."""
+        """Return the process of a daemon or a node; None if it does not run."""
         process = self.processes.get(name)
         return process.find() if process else None
 
@@ -327,7 +332,7 @@ class SandboxState:
             launcher.stdin.write("go\n")
 
     def wait_ready(self, name: str, is_ready: Callable[[], bool]) -> None:
-        """Wait until a daemon is ready. SandboxError if the daemon ends, or is not ready after 120 s."""
+        """Wait until a daemon is ready. Raises SandboxError if the daemon ends, or is not ready after 120 s."""
 
         def is_there() -> bool:
             found = self.find(name)
@@ -341,7 +346,7 @@ class SandboxState:
 
 
 def load_state(directory: Path) -> SandboxState | None:
-    """Return the sandbox recorded in a directory; None if there is none."""
+    """Return the sandbox that is recorded in a folder; None if there is none."""
     try:
         record = (directory / RECORD).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -350,7 +355,7 @@ def load_state(directory: Path) -> SandboxState | None:
 
 
 def require_state(directory: Path) -> SandboxState:
-    """Return the sandbox recorded in a directory. ConfigError if there is none."""
+    """Return the sandbox that is recorded in a folder. Raises ConfigError if there is none."""
     state = load_state(directory)
     if state is None:
         fix = f"python -m slurm.sandbox up --dir {directory}"
@@ -360,7 +365,7 @@ def require_state(directory: Path) -> SandboxState:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Lock a sandbox's existing directory, so that one command at a time works on it."""
+    """Lock a sandbox's existing folder during a ``with`` block, so that one command at a time works on it."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -371,7 +376,10 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(directory: Path) -> Iterator[SandboxState]:
-    """Yield the sandbox recorded in a directory, locked against other commands. ConfigError if there is none."""
+    """Yield the sandbox that is recorded in a folder, locked against other commands.
+
+    Raises ConfigError if there is none.
+    """
     require_state(directory)
     with locked(directory):
         yield require_state(directory)
