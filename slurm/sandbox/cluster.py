@@ -146,10 +146,10 @@ class NodeStatus:
 class Cluster:
     """A sandbox in a folder, started by ``up`` of this process or of another.
 
-        with Cluster(Path("/tmp/mine")) as cluster:
-            cluster.up(Settings(nodes=2))
-            cluster.slurm("srun", "--nodes=2", "hostname")
-            power_cut(cluster, "n2")
+    with Cluster(Path("/tmp/mine")) as cluster:
+        cluster.up(Settings(nodes=2))
+        cluster.slurm("srun", "--nodes=2", "hostname")
+        power_cut(cluster, "n2")
     """
 
     def __init__(self, directory: Path | None = None) -> None:
