@@ -309,7 +309,7 @@ class Job:
         return path.read_text(errors="replace") if path is not None and path.exists() else ""
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the event log, oldest first: dictionaries with ``event``, ``time`` (Unix seconds) and further fields."""
+        """Return the event log, oldest first: dictionaries with ``event``, ``time`` (Unix seconds) and other fields."""
         return self._folder.read_events()
 
 
@@ -322,7 +322,7 @@ class Sweep(list[Job]):
         return self[0].run_dir.parent
 
     def wait(self, timeout: float | None = None) -> list[str]:
-        """Wait until all runs have ended, at most ``timeout`` seconds in all (None: no limit), and return their states."""
+        """Wait until all runs have ended, at most ``timeout`` seconds in all (None: no limit). Returns their states."""
         deadline = None if timeout is None else time.monotonic() + timeout
         return [job.wait(None if deadline is None else max(0.0, deadline - time.monotonic())) for job in self]
 

@@ -368,7 +368,7 @@ TOKENS = {
     "launch/project": 6_840,
     "launch/report": 29_450,
     "launch/runs": 24_440,
-    "launch/slurm": 21_960,
+    "launch/slurm": 21_890,
     "launch/storm": 6_520,
     "launch/trace": 1_370,
     "launch/why": 3_540,
