@@ -249,10 +249,17 @@ class ScriptOptions:
                 "a script that goes on from its own checkpoint: with another number of ranks it starts anew",
                 "script.resumes=true script.elastic=true, or script.elastic=false",
             )
-        if "%{newest}" in str(self.resume_args) and self.checkpoint is None:
+        if "%{newest" in str(self.resume_args) and self.checkpoint is None:
             raise ConfigError(
                 "${newest} without script.checkpoint",
                 "a pattern of the paths of complete checkpoints, of which ${newest} is the newest",
+                "'script.checkpoint=${checkpoint_dir}/step*.pt'",
+            )
+        if "%{newest_step}" in str(self.resume_args) and str(self.checkpoint).count("*") != 1:
+            pattern = PLACEHOLDER.sub(r"${\1}", str(self.checkpoint))
+            raise ConfigError(
+                f"${{newest_step}} with script.checkpoint={pattern}",
+                "a pattern with one *, for which ${newest_step} is the text in the newest path",
                 "'script.checkpoint=${checkpoint_dir}/step*.pt'",
             )
         if self.resume_args is not None and not self.resumes:
@@ -477,7 +484,10 @@ class ScriptWorkload(Workload):
         workdir = Path(fill(script.workdir or ".", values))
         if script.checkpoint is not None:
             pattern = workdir / fill(script.checkpoint, values)
-            values["newest"] = max(glob(str(pattern)), key=os.path.getmtime, default=None)  # noqa: PTH207 (may be absolute)
+            newest = max(glob(str(pattern)), key=os.path.getmtime, default=None)  # noqa: PTH207 (may be absolute)
+            before, _, after = str(pattern).partition("*")
+            step = (newest or "").removeprefix(before).removesuffix(after)
+            values |= {"newest": newest, "newest_step": int(step) if step.isdecimal() else step}
 
         def place(path: str) -> str:
             if copied is None or not Path(path).is_relative_to(root):

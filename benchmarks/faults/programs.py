@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -93,6 +94,25 @@ def litgpt_text(_code: Path, data: Path) -> None:
     tokenizer.save(str(data / "tokenizer" / "tokenizer.json"))
     kinds = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (data / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(kinds))
+
+
+def nanochat_shards(_code: Path, data: Path) -> None:
+    """Write two shards of texts, the second to validate on, and a tokenizer of single bytes."""
+    import pyarrow
+    import pyarrow.parquet
+    import tiktoken
+
+    for name in ("base_data_climbmix", "tokenizer"):
+        (data / name).mkdir()
+    words(data / "text.txt")
+    lines = (data / "text.txt").read_text().splitlines()
+    for number, texts in enumerate((lines[:3000], lines[3000:])):
+        path = data / "base_data_climbmix" / f"shard_{number:05d}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=100)
+    ranks = {bytes([value]): value for value in range(256)}
+    encoding = tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|bos|>": 256})
+    (data / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    torch.save(torch.tensor([1] * 256 + [0]), data / "tokenizer" / "token_bytes.pt")
 
 
 def digits(_code: Path, data: Path) -> None:

@@ -95,7 +95,10 @@ LAUNCHER_KEYS = (
 """Keys that exist only in configs of the launcher."""
 NOT_IN_POINT = (*PLACE_KEYS, *(key for key in LAUNCHER_KEYS if key not in ("nodes", "ranks_per_node")), "hydra")
 """Keys that are not part of the name of a run's folder, because they only set where and how the run is submitted."""
-RANK_VALUES = ("nodes", "ranks_per_node", "world_size", "run_dir", "checkpoint_dir", "attempt", "name", "newest")
+RANK_VALUES = (
+    *("nodes", "ranks_per_node", "world_size", "run_dir", "checkpoint_dir", "attempt", "name"),
+    *("newest", "newest_step"),
+)
 """Names that ``${...}`` in the arguments of a program can have. The values are known only when a rank starts."""
 NOTHING_TYPED = "default"
 """Name of the folder of a run without overrides."""

@@ -291,8 +291,8 @@ if attempt == "2" and os.environ["RANK"] == "0":
     folder = pathlib.Path(os.environ["LAUNCH_CHECKPOINT_DIR"])
     folder.mkdir()
     for step in (1, 2):
-        (folder / f"step{step}.pt").touch()
-        os.utime(folder / f"step{step}.pt", (step, step))
+        (folder / f"step{step:04}.pt").touch()
+        os.utime(folder / f"step{step:04}.pt", (step, step))
 sys.exit(0 if attempt == "3" else 75)  # The other rank may be ended before it prints.
 """
 
@@ -300,13 +300,19 @@ sys.exit(0 if attempt == "3" else 75)  # The other rank may be ended before it p
 def test_an_exit_status_asks_for_another_start_which_gets_the_newest_checkpoint(tmp_path: Path) -> None:
     write_script(tmp_path, ASKING, "asking.py")
     folder = RunFolder(tmp_path / "run")
-    resuming = ["script.resumes=true", 'script.resume_args="--resume=${newest}"', "script.args=${world_size}/${nodes}"]
+    resuming = [
+        "script.resumes=true",
+        'script.resume_args="--resume=${newest} ${newest_step}"',
+        "script.args=${world_size}/${nodes}",
+    ]
     words = [f"launch nodes=2 script.path=asking.py run_dir={folder.path}", *LOCAL, *resuming]
     refused = run(*words, cwd=tmp_path, status=2)
     assert "found: ${newest} without script.checkpoint" in refused
-    run(*words, "script.checkpoint=${checkpoint_dir}/*.pt", "script.env.WHERE=${checkpoint_dir}", cwd=tmp_path)
+    refused = run(*words, "script.checkpoint=${checkpoint_dir}/*.*", cwd=tmp_path, status=2)
+    assert "found: ${newest_step} with script.checkpoint=${checkpoint_dir}/*.*" in refused
+    run(*words, "script.checkpoint=${checkpoint_dir}/step*.pt", "script.env.WHERE=${checkpoint_dir}", cwd=tmp_path)
     assert causes(folder) == ["requested", "requested", "finished"]
-    for attempt, resumed in ((1, []), (2, []), (3, [f"--resume={folder.checkpoints}/step2.pt"])):
+    for attempt, resumed in ((1, []), (2, []), (3, [f"--resume={folder.checkpoints}/step0002.pt", "2"])):
         assert printed(folder, attempt) == f"attempt {attempt} {['2/2', *resumed]} {folder.checkpoints}\n"
 
 
