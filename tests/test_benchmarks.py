@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks.equivalence import same_results
 from benchmarks.equivalence.cases import REFUSALS
+from benchmarks.faults import causes
 from benchmarks.gpu import NEEDED
 from benchmarks.page import keep, keep_parts, merged
 from benchmarks.scale import growth
@@ -198,3 +200,33 @@ def test_a_refusal_has_to_keep_its_status_and_to_name_the_value_as_a_word_of_its
     assert same_results.unnamed(case, text.replace("type next", "fix")) == ["it has no line 'type next: '"]
     (golden,) = same_results.compare_refusals([case], [text], [text.replace("status 2", "status 1")])
     assert golden.differences[0] == "before: exit status 2, after: exit status 1"
+
+
+HELD_OUT = ROOT / "tests" / "support" / "programs" / "held_out.py"
+
+
+@pytest.mark.parametrize("program", [causes.PROGRAM, HELD_OUT], ids=lambda path: path.stem)
+def test_planted_faults_expect_kinds_of_the_page_and_have_the_lines_that_they_name(program: Path) -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    table = page.partition("| kind | what it means |")[2].partition("\n\n")[0]
+    known = {kind for row in table.splitlines() for kind in re.findall("`(\\w+)`", row.split("|")[1] if row else "")}
+    assert {"deadlock", "crash", "left_early"} <= known
+    for fault in causes.faults_of(program).values():
+        assert set(fault.kinds) <= known
+        assert bool(causes.places_of(fault, program)) == bool(fault.line)
+        assert fault.needs in causes.PLACES
+
+
+def test_a_kept_run_is_judged_again_by_what_was_planted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fault = causes.FAULTS["missing_file"]
+    places = causes.places_of(fault, causes.PROGRAM)
+    planted = causes.Planted(str(causes.PROGRAM), "missing_file", 2, 1, 2, ["missing_file"], True, places)
+    causes.run_planted(planted, fault, tmp_path / "right", limit_s=200)
+    shutil.copytree(tmp_path / "right", tmp_path / "wrong")
+    told = tmp_path / "wrong" / causes.PLANTED
+    told.write_text(json.dumps({**json.loads(told.read_text()), "kinds": ["crash"]}))
+    assert causes.main(["--again", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Of 2 runs with a fault, 1 got the right kind, 0 none or `unknown`, and 1 a wrong one." in printed
+    assert "The rank was right in 2 of 2, the line in 2 of 2. 2 failed commands printed" in printed
+    assert "expected crash\n    exit status 1; rank 1" in printed and str(tmp_path / "wrong") in printed

@@ -1,193 +1,412 @@
 """Verdicts of `launch.why` on faults that are planted in real runs, and on runs without a fault.
 
-    python -m benchmarks.faults.causes                      # 4 runs of each fault, 30 without one: half an hour
-    python -m benchmarks.faults.causes --only deadlock,gil  # some faults, without the quiet runs
-    python -m benchmarks.faults.causes --write              # make the page
+    python -m benchmarks.faults.causes --jobs 2                     # 4 runs of each fault, 30 without one
+    python -m benchmarks.faults.causes --only deadlock,gil          # some faults, without the quiet runs
+    python -m benchmarks.faults.causes --write                      # make the page
+    python -m benchmarks.faults.causes --program tests/support/programs/held_out.py --keep FOLDER    # other faults
+    python -m benchmarks.faults.causes --again FOLDER               # verdicts of kept runs once more, in seconds
 
-A run is two processes over gloo, one node, 12 steps of a tiny model (`tests/support/programs/faulty.py`), and a limit
-of 5 s for ranks without progress. A seed chooses rank and step of each fault. The verdict is that of the event log,
-which the failed command also prints. A verdict is right if its kind is the expected one. Rank and place are counted
-where the fault has one; the place is the line of the program. `full_disk` mounts a tmpfs and `oom_kill` makes a cgroup
-of 1.2 GB, so both need root. A quiet run must end with status 0 and without a verdict.
+A run is two or three processes over gloo, one node, 12 steps of a tiny model (`tests/support/programs/faulty.py`), and
+a limit of 5 s for ranks without progress (`--limit`: more on a busy machine). A seed chooses ranks, rank and step of
+each fault. The verdict is that of the event log, which the failed command also prints. A verdict is right if its kind
+is the expected one. Rank and place are counted where the fault has one; the place is the line of the program.
+`full_disk` mounts a tmpfs and `oom_kill` makes a cgroup of 1.6 GB, so both need root. A quiet run must end with status
+0 and without a verdict.
+
+Launcher and agent are forked from a process that has imported them, ranks are interpreters of their own. `--again`
+judges what the runs left behind with the rules as they are now; a change of what agents and ranks record needs new
+runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import inspect
+import json
 import random
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.page import chosen, cores, keep, line_of, stamp
 from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
 from launch.why.rules import find_verdict
+from tests.support import commands
 from tests.support.commands import ROOT, environment
+from tests.support.planted import Fault
 
 PROGRAM = ROOT / "tests" / "support" / "programs" / "faulty.py"
-CGROUPS = Path("/sys/fs/cgroup/memory")
-MEMORY_BYTES = 1200 << 20
+CGROUPS = Path("/sys/fs/cgroup")
+MEMORY_BYTES = 1600 << 20
+THAW_S = 20.0
+"""Seconds after which what a fault has frozen goes on: a frozen process cannot be killed."""
 STEPS = range(3, 10)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A kind of fault: the verdict that is right, and what a right verdict names."""
-
-    expected: str
-    has_rank: bool = True
-    """False if both ranks take part in the fault alike."""
-    line: str = ""
-    """Text of the line of the program where the fault is; empty if there is no such line."""
+LIMIT_S = 5
+"""Seconds without progress after which a rank counts as hung: the smallest value that the launcher takes."""
+RANKS = (2, 3)
+PLANTED = "planted.json"
 
 
 FAULTS = {
-    "dead_worker": Fault("dead_loader_worker"),
-    "slow_worker": Fault("data", line="yield from DataLoader("),
-    "size": Fault("mismatched_collective", has_rank=False),
-    "kind": Fault("mismatched_collective", has_rank=False),
-    "leave": Fault("left_early"),
-    "deadlock": Fault("deadlock", line="b_lock.acquire()"),
-    "slow_disk": Fault("slow_disk", line="return file.read(1)"),
-    "slow_cpu": Fault("slow_cpu", line="in range(1000)|total += number"),
-    "gil": Fault("gil_held", line="ctypes.PyDLL"),
-    "bit_flip": Fault("not_finite"),
-    "nan_batch": Fault("not_finite"),
-    "oom_kill": Fault("oom_kill"),
-    "memory_error": Fault("memory_error", line="taken.append"),
-    "lost_link": Fault("network", has_rank=False),
-    "full_disk": Fault("full_disk", line="file.write(bytes("),
-    "exit": Fault("exit_status"),
-    "missing_file": Fault("missing_file", line="no_such_shard"),
-    "segfault": Fault("crash", line="ctypes.string_at(0)"),
+    "dead_worker": Fault(("dead_loader_worker",)),
+    "slow_worker": Fault(("data",), line="yield from DataLoader("),
+    "size": Fault(("mismatched_collective",), has_rank=False),
+    "kind": Fault(("mismatched_collective",), has_rank=False),
+    "leave": Fault(("left_early",)),
+    "deadlock": Fault(("deadlock",), line="b_lock.acquire()"),
+    "slow_disk": Fault(("slow_disk",), line="return file.read(1)"),
+    "slow_cpu": Fault(("slow_cpu",), line="in range(1000)|total += number"),
+    "gil": Fault(("gil_held",), line="ctypes.PyDLL"),
+    "bit_flip": Fault(("not_finite",)),
+    "nan_batch": Fault(("not_finite",)),
+    "oom_kill": Fault(("oom_kill",), needs="small_memory"),
+    "memory_error": Fault(("memory_error",), line="taken.append"),
+    "lost_link": Fault(("network",), has_rank=False),
+    "full_disk": Fault(("full_disk",), line="file.write(bytes(", needs="small_disk"),
+    "exit": Fault(("exit_status",)),
+    "missing_file": Fault(("missing_file",), line="no_such_shard"),
+    "segfault": Fault(("crash",), line="ctypes.string_at(0)"),
+    "none": Fault(()),
 }
+"""Those of ``PROGRAM``. Another program has a table of this name itself."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What is planted in one run; its folder keeps it as ``PLANTED``."""
+
+    program: str
+    fault: str
+    step: int
+    rank: int
+    ranks: int
+    kinds: list[str]
+    """Kinds of verdict that are right; none for a quiet run."""
+    has_rank: bool
+    places: list[str]
+    """The lines where the fault is, as ``faulty.py:40``; none if no line of the program has it."""
+    status: int | None = None
+    """Exit status of the command; None before its end."""
+    printed: str = ""
+    """The last two lines that the command printed."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: its fault (``none`` for a quiet run), and what the launcher said."""
+    """One run, and what the launcher said."""
 
-    fault: str
+    planted: Planted
+    folder: Path
     kind: str
     """Kind of the verdict; ``-`` without one."""
-    status: int
+    sentence: str = ""
     is_rank_right: bool = False
     is_place_right: bool = False
     is_printed: bool = False
     """True if the failed command printed the sentence in its last lines."""
     diagnose_s: float = 0.0
-    """Seconds to find the verdict in the run folder once more."""
+    """Seconds to find the verdict in the run folder."""
+
+    @property
+    def outcome(self) -> str:
+        """``right``, ``unknown`` or ``wrong``."""
+        if not self.planted.kinds:
+            return "right" if self.kind == "-" and self.planted.status == 0 else "wrong"
+        if self.kind in ("unknown", "-"):
+            return "unknown"
+        return "right" if self.kind in self.planted.kinds else "wrong"
+
+    def __str__(self) -> str:
+        planted = self.planted
+        wanted = "|".join(planted.kinds) or "no verdict"
+        wrong = " (another rank)" if planted.kinds and planted.has_rank and not self.is_rank_right else ""
+        wrong += " (another line)" if planted.places and not self.is_place_right else ""
+        where = f"rank {planted.rank} of {planted.ranks}, step {planted.step}"
+        return (
+            f"{self.outcome}: {planted.fault} on {where}: found {self.kind}{wrong}, expected {wanted}\n"
+            f"    exit status {planted.status}; {self.sentence or 'no sentence'}\n    {self.folder}"
+        )
+
+
+# What a fault needs: each is entered with the folder for the fault's files, and gives what a shell does first.
 
 
 @contextmanager
-def small_filesystem(folder: Path) -> Iterator[None]:
-    """Mount a tmpfs of 16 MiB at ``folder``."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], check=True)
+def small_disk(files: Path) -> Iterator[str]:
+    """Mount a tmpfs of 16 MiB."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(files)], check=True)
     try:
-        yield
+        yield ""
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(files)], check=True)
 
 
 @contextmanager
-def small_memory(folder: Path) -> Iterator[None]:
-    """Make a cgroup (version 1) of ``MEMORY_BYTES``, named as ``folder``."""
-    group = CGROUPS / folder.name
+def frozen_disk(files: Path) -> Iterator[str]:
+    """Mount an ext4 in a file, which the fault freezes."""
+    image = files.with_suffix(".img")
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(files)], check=True)
+    thaw = ["fsfreeze", "--unfreeze", str(files)]
+    timer = threading.Timer(THAW_S, subprocess.run, [thaw], {"check": False, "capture_output": True})
+    timer.start()
+    try:
+        yield ""
+    finally:
+        timer.cancel()
+        subprocess.run(thaw, check=False, capture_output=True)
+        subprocess.run(["umount", "--lazy", str(files)], check=True)
+
+
+@contextmanager
+def small_memory(files: Path) -> Iterator[str]:
+    """Make a cgroup (version 1) of ``MEMORY_BYTES`` for the command."""
+    group = CGROUPS / "memory" / files.parent.name
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(MEMORY_BYTES))
-        yield
+        yield f"echo $$ > {shlex.quote(str(group))}/cgroup.procs"
     finally:
-        group.rmdir()
+        remove(group)
 
 
-def try_fault(fault: str, rank: int, step: int) -> Trial:
-    """Run the program with a fault, and return what the launcher said."""
-    scratch = Path(tempfile.mkdtemp(prefix="causes-"))
-    (files := scratch / "files").mkdir()
-    place = {"full_disk": small_filesystem(files), "oom_kill": small_memory(scratch)}.get(fault, nullcontext())
-    run = RunFolder(scratch / "run")
+@contextmanager
+def freezer(files: Path) -> Iterator[str]:
+    """Make a cgroup (version 1) in which the fault freezes its rank, which finds it as ``$FREEZER``."""
+    group = CGROUPS / "freezer" / files.parent.name
+    group.mkdir()
+    timer = threading.Timer(THAW_S, (group / "freezer.state").write_text, ["THAWED"])
+    timer.start()
+    try:
+        yield f"export FREEZER={shlex.quote(str(group))}"
+    finally:
+        timer.cancel()
+        (group / "freezer.state").write_text("THAWED")
+        remove(group)
+
+
+def remove(group: Path) -> None:
+    """Remove a cgroup, once its processes have ended."""
+    for _ in range(100):
+        with suppress(OSError):
+            group.rmdir()
+            return
+        time.sleep(0.1)
+
+
+PLACES: dict[str, Callable[[Path], AbstractContextManager[str]]] = {
+    "": lambda files: nullcontext(""),
+    "small_disk": small_disk,
+    "frozen_disk": frozen_disk,
+    "small_memory": small_memory,
+    "freezer": freezer,
+}
+
+
+def faults_of(program: Path) -> Mapping[str, Fault]:
+    """Return the faults of a program."""
+    if program == PROGRAM:
+        return FAULTS
+    spec = importlib.util.spec_from_file_location(program.stem, program)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[program.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    faults: Mapping[str, Fault] = module.FAULTS
+    return faults
+
+
+def places_of(fault: Fault, program: Path) -> list[str]:
+    """Return the lines of ``program`` where the fault is."""
+    if not fault.line:
+        return []
+    lines = list(enumerate(program.read_text().splitlines(), 1))
+    own: list[tuple[int, str]] = []
+    if fault.make is not None:
+        source, first = inspect.getsourcelines(fault.make)
+        own = [line for line in lines[first - 1 : first - 1 + len(source)] if not line[1].startswith("@")]
+    others = [line for line in lines if not line[1].startswith("@")]
+    for part in (own, others):  # a fault without a line in its own function is where the program calls it
+        if found := [number for number, text in part if any(word in text for word in fault.line.split("|"))]:
+            return [f"{program.name}:{number}" for number in found]
+    raise ValueError(f"found: no line with {fault.line!r} in {program}")
+
+
+def run_planted(planted: Planted, fault: Fault, folder: Path, limit_s: int = LIMIT_S) -> None:
+    """Run the program with a fault, in ``folder``, and keep there what was planted and how the command ended.
+
+    A rank that makes no progress for ``limit_s`` counts as hung.
+    """
+    (files := folder / "files").mkdir(parents=True)
+    told = folder / PLANTED
+    told.write_text(json.dumps(asdict(planted), indent=1))
+    arguments = f"{planted.fault} {planted.step} {planted.rank} {files}"
+    name = Path(sys.executable).name
+    python = Path(sys.executable).with_name("python" if name == "python3" else "python3")  # not forked: another name
     words = [
-        *("workload=script", f"script.path={PROGRAM}", f"script.args='{fault} {step} {rank} {files}'"),
-        *("cluster=local", "nodes=1", "ranks_per_node=2", "resilience.hang_timeout_s=5"),
-        *("resilience.heartbeat_timeout_s=5", "launch.report_files=[md]", "launch.poll_s=1", f"run_dir={run.path}"),
+        *("workload=script", f"script.path={planted.program}", f"script.args='{arguments}'"),
+        *(f"script.python={python}", f"script.env.PYTHONPATH={ROOT}"),
+        *("cluster=local", "nodes=1", f"ranks_per_node={planted.ranks}"),
+        *(f"resilience.hang_timeout_s={limit_s}", f"resilience.heartbeat_timeout_s={limit_s}"),
+        *("launch.report_files=[md]", "launch.poll_s=0.5", f"run_dir={folder / 'run'}", *fault.words),
     ]
-    command = [sys.executable, "-m", "launch", *words]
-    if fault == "oom_kill":
-        enter = f'echo $$ > {CGROUPS / scratch.name / "cgroup.procs"} && exec "$@"'
-        command = ["sh", "-c", enter, "sh", *command]
-    env = environment(PYTHONPATH=str(ROOT))
-    with place:
-        done = subprocess.run(command, cwd=scratch, env=env, capture_output=True, text=True, timeout=300, check=False)
-    told = select_events(run.read_events(), "verdict")
+    with PLACES[fault.needs](files) as first:
+        if first:
+            command = ["sh", "-c", f'{first} && exec "$@"', "sh", sys.executable, "-m", "launch", *words]
+            env = environment(PYTHONPATH=str(ROOT))
+            done = subprocess.run(
+                command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
+            )
+            status, text = done.returncode, done.stdout + done.stderr
+        else:
+            status, text = commands.run_to_end("launch", *words, cwd=folder)
+    (folder / "printed.txt").write_text(text)
+    ending = "\n".join(text.rstrip().splitlines()[-2:])
+    told.write_text(json.dumps({**asdict(planted), "status": status, "printed": ending}, indent=1))
+
+
+def judge(folder: Path) -> Trial:
+    """Find the verdict of a kept run with the rules as they are now."""
+    planted = Planted(**json.loads((folder / PLANTED).read_text()))
     began = time.perf_counter()
-    verdict = find_verdict(run)
+    verdict = find_verdict(RunFolder(folder / "run"))
     took_s = time.perf_counter() - began
-    if verdict is None or not told:
-        return Trial(fault, "-" if verdict is None and not told else "differs", done.returncode)
-    known = FAULTS.get(fault, Fault(""))
-    lines = PROGRAM.read_text().splitlines()
-    places = {f"{PROGRAM.name}:{i}" for i, text in enumerate(lines, 1) if any(p in text for p in known.line.split("|"))}
-    is_printed = told[-1]["cause"] in "\n".join(done.stderr.splitlines()[-2:])
-    kind = told[-1]["kind"]
-    return Trial(fault, kind, done.returncode, verdict.rank == rank, verdict.place in places, is_printed, took_s)
+    if verdict is None:
+        return Trial(planted, folder, "-", diagnose_s=took_s)
+    return Trial(
+        planted,
+        folder,
+        verdict.kind,
+        verdict.sentence,
+        verdict.rank == planted.rank,
+        verdict.place in planted.places,
+        verdict.sentence in planted.printed,
+        took_s,
+    )
+
+
+def is_as_recorded(trial: Trial) -> bool:
+    """Tell whether the event log of the run has the same verdict."""
+    told = select_events(RunFolder(trial.folder / "run").read_events(), "verdict")
+    return (told[-1]["kind"] if told else "-") == trial.kind
 
 
 def page(trials: Sequence[Trial]) -> str:
     """Return the results: one row of the confusion matrix for each fault, and a summary."""
-    planted, quiet = [t for t in trials if t.fault != "none"], [t for t in trials if t.fault == "none"]
-    rows = [line_of(("planted", "runs", "verdicts", "kind right", "rank right", "place right"))]
-    rows.append(line_of(["---"] * 6))
-    for name, fault in FAULTS.items():
-        of_kind = [trial for trial in planted if trial.fault == name]
-        if of_kind:
-            verdicts = Counter(trial.kind for trial in of_kind).most_common()
-            cells = [name, str(len(of_kind)), ", ".join(f"{kind} {number}" for kind, number in verdicts)]
-            cells.append(str(sum(trial.kind == fault.expected for trial in of_kind)))
-            cells.append(str(sum(trial.is_rank_right for trial in of_kind)) if fault.has_rank else "both")
-            cells.append(str(sum(trial.is_place_right for trial in of_kind)) if fault.line else "none")
-            rows.append(line_of(cells))
-    right = sum(trial.kind == FAULTS[trial.fault].expected for trial in planted)
-    unknown = sum(trial.kind in ("unknown", "-") for trial in planted)
-    quiet_right = sum(trial.kind == "-" and trial.status == 0 for trial in quiet)
-    slowest = max((trial.diagnose_s for trial in planted), default=0.0)
+    planted, quiet = [t for t in trials if t.planted.kinds], [t for t in trials if not t.planted.kinds]
+    rows = [line_of(("planted", "expected", "runs", "verdicts", "kind right", "rank right", "place right"))]
+    rows.append(line_of(["---"] * 7))
+    for name in dict.fromkeys(trial.planted.fault for trial in trials):
+        of_kind = [trial for trial in trials if trial.planted.fault == name]
+        known = of_kind[0].planted
+        verdicts = Counter(trial.kind for trial in of_kind).most_common()
+        cells = [name, ", ".join(known.kinds) or "no verdict", str(len(of_kind))]
+        cells.append(", ".join(f"{kind} {number}" for kind, number in verdicts))
+        cells.append(str(sum(trial.outcome == "right" for trial in of_kind)))
+        has_rank = bool(known.kinds) and known.has_rank
+        cells.append(str(sum(trial.is_rank_right for trial in of_kind)) if has_rank else "any")
+        cells.append(str(sum(trial.is_place_right for trial in of_kind)) if known.places else "none")
+        rows.append(line_of(cells))
+    count = Counter(trial.outcome for trial in planted)
+    ranked, placed = [t for t in planted if t.planted.has_rank], [t for t in planted if t.planted.places]
+    slowest = max((trial.diagnose_s for trial in trials), default=0.0)
     summary = (
-        f"Of {len(planted)} runs with a fault, {right} got the right kind, {unknown} none or `unknown`, and "
-        f"{len(planted) - right - unknown} a wrong one. {sum(t.is_printed for t in planted)} failed commands printed "
-        f"the sentence in their last two lines. Of {len(quiet)} runs without a fault, {quiet_right} ended with "
-        f"status 0 and without a verdict. Finding a verdict in a run folder took {1000 * slowest:.0f} ms at most."
+        f"Of {len(planted)} runs with a fault, {count['right']} got the right kind, {count['unknown']} none or "
+        f"`unknown`, and {count['wrong']} a wrong one. The rank was right in {sum(t.is_rank_right for t in ranked)} of "
+        f"{len(ranked)}, the line in {sum(t.is_place_right for t in placed)} of {len(placed)}. "
+        f"{sum(t.is_printed for t in planted)} failed commands printed the sentence in their last two lines. Of "
+        f"{len(quiet)} runs without a fault, {sum(t.outcome == 'right' for t in quiet)} ended with status 0 and "
+        f"without a verdict. Finding a verdict in a run folder took {1000 * slowest:.0f} ms at most."
     )
     return "\n".join([stamp(cores()), "", summary, "", *rows])
 
 
-def main() -> int:
+def plan(args: argparse.Namespace, program: Path) -> list[tuple[Planted, Fault]]:
+    """Draw the runs: ``--runs`` of each fault, and ``--quiet`` of the quiet programs in turn."""
+    faults = faults_of(program)
+    draw = random.Random(args.seed)
+    loud = [name for name, fault in faults.items() if fault.kinds]
+    quiet = [name for name, fault in faults.items() if not fault.kinds]
+    if args.only:
+        names = chosen(args.only, list(faults)) * args.runs
+    else:
+        names = loud * args.runs + [quiet[number % len(quiet)] for number in range(args.quiet)]
+    drawn = []
+    for name in names:
+        fault, ranks = faults[name], draw.choice(RANKS)
+        places = places_of(fault, program)
+        step, rank = draw.choice(STEPS), draw.randrange(ranks)
+        drawn.append((Planted(str(program), name, step, rank, ranks, list(fault.kinds), fault.has_rank, places), fault))
+    return drawn
+
+
+def run_all(args: argparse.Namespace, folder: Path) -> list[Trial]:
+    """Make all runs, and return them with their verdicts. A copy of the program is kept with the runs."""
+    program = Path(shutil.copy(args.program, folder))
+    drawn = plan(args, program if args.program != PROGRAM else PROGRAM)
+    commands.fork_server()
+
+    def one(number: int) -> Trial:
+        planted, fault = drawn[number]
+        place = folder / f"{number:04d}-{planted.fault}"
+        run_planted(planted, fault, place, args.limit)
+        trial = judge(place)
+        print(trial, "" if is_as_recorded(trial) else "    the event log has another verdict", flush=True)
+        return trial
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        return list(pool.map(one, range(len(drawn))))
+
+
+def main(words: Sequence[str] | None = None) -> int:
     """Return the exit status: 1 if a quiet run has a verdict."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=4, metavar="N", help="of each fault (%(default)s)")
     parser.add_argument("--quiet", type=int, default=30, metavar="N", help="runs without a fault (%(default)s)")
     parser.add_argument("--only", default="", metavar="FAULT,...", help=f"some of {', '.join(FAULTS)}")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of ranks and steps (%(default)s)")
+    parser.add_argument(
+        "--limit", type=int, default=LIMIT_S, metavar="S", help="for ranks without progress (%(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (%(default)s)")
+    parser.add_argument("--program", type=Path, default=PROGRAM, metavar="FILE", help="a program with other faults")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders in this new folder")
+    parser.add_argument("--again", type=Path, metavar="FOLDER", help="judge the runs of --keep once more; no new runs")
     parser.add_argument("--write", action="store_true", help="write the page")
-    args = parser.parse_args()
-    draw = random.Random(args.seed)
-    names = chosen(args.only, list(FAULTS)) * args.runs + ["none"] * (0 if args.only else args.quiet)
-    trials = []
-    for name in names:
-        trial = try_fault(name, draw.randrange(2), draw.choice(STEPS))
-        print(trial, flush=True)
-        trials.append(trial)
+    args = parser.parse_args(words)
+    if args.again:
+        trials = [judge(path.parent) for path in sorted(args.again.glob(f"*/{PLANTED}"))]
+    else:
+        folder = args.keep or Path(tempfile.mkdtemp(prefix="causes-"))
+        folder.mkdir(parents=True, exist_ok=bool(args.keep is None))
+        try:
+            trials = run_all(args, folder.resolve())
+        finally:
+            commands.end_servers()
+            if args.keep is None:
+                shutil.rmtree(folder)
     text = page(trials)
     print(text)
+    for trial in trials:
+        if trial.outcome != "right":
+            print(trial)
     if args.write:
         keep(Path(__file__), "Verdicts on planted faults", __doc__, f"{text}\n\n{FALLS_SHORT.rstrip()}")
-    return int(any(trial.fault == "none" and trial.kind != "-" for trial in trials))
+    return int(any(trial.outcome != "right" for trial in trials if not trial.planted.kinds))
 
 
 FALLS_SHORT = """The rules of all kinds were written before the program with the faults, by the same author, and were

@@ -68,7 +68,15 @@ def job_of(line: str, words: Sequence[str], cwd: Path, *, own_session: bool = Fa
 
 
 def run(line: str, *words: str, cwd: Path, status: int | Collection[int] = 0, **extra: str) -> str:
-    """``python -m line words`` to its end; returns what it printed, standard error included.
+    """``python -m line words`` to its end; returns what it printed, standard error included."""
+    ended, text = run_to_end(line, *words, cwd=cwd, **extra)
+    expected = {status} if isinstance(status, int) else status
+    assert ended in expected, f"exit status {ended}, expected {status}:\n{text}"
+    return text
+
+
+def run_to_end(line: str, *words: str, cwd: Path, **extra: str) -> tuple[int, str]:
+    """Exit status of ``python -m line words``, and what it printed, standard error included.
 
     Forked from a process that has imported everything, where nothing speaks against it (see ``forking``).
     """
@@ -95,9 +103,7 @@ def run(line: str, *words: str, cwd: Path, status: int | Collection[int] = 0, **
                 if process.returncode is None:
                     kill_all(process)
                 text = output.read()
-    expected = {status} if isinstance(status, int) else status
-    assert ended in expected, f"exit status {ended}, expected {status}:\n{text}"
-    return text
+    return ended, text
 
 
 def python(code: str, *words: object, cwd: Path, status: int = 0, **extra: str) -> str:
