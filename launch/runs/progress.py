@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RESOLUTION = "step_time_resolution_s"
 """Field of a step record: seconds over which ``step_time_s`` is a mean, if several lines were read together."""
-COUNTS = ("step", "epoch", "epoch_from_1", "steps_per_epoch")
+COUNTS = ("step", "steps", "epoch", "epoch_from_1", "steps_per_epoch")
 GROUPS = (
     *COUNTS,
     *("loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
@@ -37,7 +37,11 @@ GROUPS = (
 """Names that groups of the pattern ``script.progress`` may have: fields of a step record.
 
 If a pattern has ``epoch`` (counted from 0) or ``epoch_from_1`` (counted from 1), and ``steps_per_epoch``, then ``step``
-counts the steps of this epoch only. A line that has an epoch and no step gives the epoch of the lines after it.
+counts the steps of this epoch only. A line that has an epoch and no step gives the epoch of the lines after it. Other
+figures in a line without a step are those of the last step.
+
+``steps`` is the total of a progress bar. Lines with another total than the first are of another bar, such as that of an
+evaluation, and a bar at 0 has made no step.
 """
 POLL_S = 1.0
 """Shortest time between two polls, seconds. The agent calls ``poll`` several times a second."""
@@ -160,8 +164,12 @@ class _RankLog:
         self._work = contract.work_per_step if rank == 0 else None
         self._epoch: dict[str, str] = {}
         """Epoch of the last line that matched without a step, as group -> text."""
-        self._last: tuple[int, float] | None = None
-        """Step of the last match, and the Unix time when its line was printed; None before the first match."""
+        self._last: dict[str, Any] | None = None
+        """Record of the last step; None before the first match. Its time is that of the step's first line."""
+        self._step: int | None = None
+        """Last step that was printed."""
+        self._steps: int | None = None
+        """Total of the progress bar that was printed first."""
         self._polled_at = time.time()
 
     def poll(self) -> bool:
@@ -180,12 +188,10 @@ class _RankLog:
         with time_limit(MATCH_S):
             for line in lines:
                 match = self._pattern.search(ESCAPES.sub("", line.decode(errors="replace")))
-                if match is None:
-                    continue
-                fields = numbers({**self._epoch, **{name: text for name, text in match.groupdict().items() if text}})
-                if fields is None:
-                    self._epoch = {name: text for name, text in match.groupdict().items() if text and name in COUNTS}
-                else:
+                fields = self._fields(match.groupdict()) if match else None
+                if fields is not None and found and fields["step"] == found[-1]["step"]:
+                    found[-1] |= fields
+                elif fields is not None:
                     found.append(fields)
         if found:
             self.matched = True
@@ -194,34 +200,60 @@ class _RankLog:
             self._append(found, min(max(self._reader.changed_at, before), self._polled_at))
         return True
 
-    def _append(self, found: Sequence[dict[str, Any]], printed_at: float) -> None:
-        """Append a step record for each dictionary in ``found``, which has the fields of one line.
+    def _fields(self, match: Mapping[str, str | Any]) -> dict[str, Any] | None:
+        """Return the fields of a step record from ``match``, group -> text; None if they are of no known step."""
+        texts = {name: text for name, text in match.items() if text}
+        fields = numbers({**self._epoch, **texts})
+        if (steps := fields.pop("steps", None)) is not None:
+            self._steps = self._steps or steps
+            if steps != self._steps or not fields.get("step"):
+                return None
+        if "step" not in fields:
+            self._epoch = {name: text for name, text in texts.items() if name in COUNTS} or self._epoch
+            if self._step is None or not fields:
+                return None
+        self._step = fields.setdefault("step", self._step)
+        return fields
 
-        ``printed_at`` is the Unix time when the last of these lines was printed.
+    def _append(self, found: Sequence[dict[str, Any]], printed_at: float) -> None:
+        """Append a step record for each of ``found``, which has the fields of one step each.
+
+        If they add to those of the last step, its record is appended again with all of them, which readers take for
+        one step. ``printed_at`` is the Unix time when the last of these lines was printed.
         """
-        last, newest = self._last, found[-1]["step"]
-        step_time_s = None
-        if last is not None and newest > last[0] and printed_at > last[1]:
-            step_time_s = (printed_at - last[1]) / (newest - last[0])
-        records = []
+        last, new = self._last, found
         for fields in found:
+            self._add_rate(fields)
+        if last is not None and found[0]["step"] == last["step"]:
+            new, self._last = found[1:], last | found[0]
+            if "step_time_s" in found[0]:  # a printed time replaces the mean of several lines
+                self._last.pop(RESOLUTION, None)
+        records = [self._last] if self._last is not None and self._last != last else []
+        newest, step_time_s = found[-1]["step"], None
+        if last is not None and newest > last["step"] and printed_at > last["time"]:
+            step_time_s = (printed_at - last["time"]) / (newest - last["step"])
+        for fields in new:
             step, at = fields.pop("step"), printed_at
-            if last is not None and step_time_s is not None and step > last[0]:
+            if last is not None and step_time_s is not None and step > last["step"]:
                 # This assumes that the steps since the last poll were printed at equal intervals.
-                at = min(at, last[1] + step_time_s * (step - last[0]))
+                at = min(at, last["time"] + step_time_s * (step - last["step"]))
                 if "step_time_s" not in fields:
                     fields["step_time_s"] = step_time_s
-                    if len(found) > 1:  # only the mean of these lines is known
-                        fields[RESOLUTION] = step_time_s * (newest - last[0])
-            if self._unit and self._work and fields.get("step_time_s"):
-                fields.setdefault(f"{self._unit}_per_s", self._work / fields["step_time_s"])
-            records.append({"step": step, "attempt": self._attempt, **fields, "time": at})
-            self._last = (step, at)
+                    if len(new) > 1:  # only the mean of these lines is known
+                        fields[RESOLUTION] = step_time_s * (newest - last["step"])
+            self._add_rate(fields)
+            self._last = {"step": step, "attempt": self._attempt, **fields, "time": at}
+            records.append(self._last)
         append_lines(self._records, records)
 
+    def _add_rate(self, fields: dict[str, Any]) -> None:
+        """Add the throughput of the stated work to fields with a step time, unless it was printed."""
+        if self._unit and self._work and fields.get("step_time_s"):
+            fields.setdefault(f"{self._unit}_per_s", self._work / fields["step_time_s"])
 
-def numbers(match: Mapping[str, str | Any]) -> dict[str, Any] | None:
-    """Return the fields of a step record from ``match``, group -> text; None if the step is not a number.
+
+def numbers(match: Mapping[str, str | Any]) -> dict[str, Any]:
+    """Return the fields of a step record from ``match``, group -> text; without ``step`` if it is not a number.
 
     Numbers such as 1,024 and 1.5e-3 are read. A step that counts from the start of its epoch becomes a step of the
     whole run.
@@ -237,7 +269,7 @@ def numbers(match: Mapping[str, str | Any]) -> dict[str, Any] | None:
         fields["step"] += earlier
     if "step_time_ms" in fields:
         fields["step_time_s"] = fields.pop("step_time_ms") / 1000
-    return fields if "step" in fields else None
+    return fields
 
 
 class _Curves:
@@ -252,6 +284,8 @@ class _Curves:
         self._attempt = attempt
         self._reader = NewLines(folder.metrics(0), re.compile(rb"\n"), LOOK_BYTES, skip=True)
         self._writer: EventWriter | None = None
+        self._drawn: tuple[int, dict[str, float]] = (0, {})
+        """Last step, and its points."""
 
     def poll(self) -> bool:
         """Write the next part of the new records to TensorBoard. Returns whether the file of records has grown."""
@@ -270,8 +304,11 @@ class _Curves:
             # This attempt makes this step and later ones again, so the points of earlier attempts are dropped.
             purge_step = record["step"] if self._attempt > 1 else None
             self._writer = self._open(self._folder.tensorboard, purge_step=purge_step)
-        for tag, value in self._scalars(record).items():
-            self._writer.scalar(tag, value, record["step"], record.get("time"))
+        step, scalars = record["step"], self._scalars(record)
+        for tag, value in scalars.items():
+            if self._drawn[0] != step or self._drawn[1].get(tag) != value:
+                self._writer.scalar(tag, value, step, record.get("time"))
+        self._drawn = (step, scalars)
 
     def close(self) -> None:
         """Close the event file, after its last records are written."""

@@ -122,16 +122,50 @@ PRINTED = {
         "Epoch 1 | iter 128 step 64 | loss train: 5.917, val: n/a | iter time: 84.21 ms (step) remaining time: 0:00:12",
         {"step": 64, "loss": 5.917, "step_time_s": 0.08421},
     ),
+    "trainer": (
+        " 68%|██████▊   | 41/60 [00:00<00:00, 48.93it/s]\n"
+        "{'loss': '10.57', 'grad_norm': '1.969', 'learning_rate': '1.667e-05', 'epoch': '0.1085'}",
+        {"step": 41, "steps": 60, "loss": 10.57, "grad_norm": 1.969, "lr": 1.667e-5},
+    ),
 }
-"""Preset -> a line as its program prints it, and the fields of the step record."""
+"""Preset -> the lines of a step as its program prints them, and their fields."""
 
 
 def test_presets_read_the_lines_of_their_programs() -> None:
     presets = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "like").glob("*.yaml")}
     assert presets.keys() - {"none"} == PRINTED.keys()
-    for name, (line, fields) in PRINTED.items():
-        found = re.search(presets[name]["progress"], line)
-        assert found is not None and progress.numbers(found.groupdict()) == pytest.approx(fields), name
+    for name, (lines, fields) in PRINTED.items():
+        read: dict[str, float] = {}
+        for line in lines.splitlines():
+            found = re.search(presets[name]["progress"], line)
+            assert found is not None, (name, line)
+            read |= progress.numbers(found.groupdict())
+        assert read == pytest.approx(fields), name
+
+
+BAR = r"(?P<step>\d+)/(?P<steps>\d+) \[|^\{'loss': '?(?P<loss>[\d.]+)"
+
+
+def test_a_line_without_a_step_is_about_the_last_step(folder: RunFolder) -> None:
+    watched = Progress(folder, 1, (0,), RankContract(progress=BAR, writes_curves=True))
+    start = time.time() + 1000
+    with pytest.MonkeyPatch.context() as patched:
+        for at, text in (
+            (start, "{'loss': 9.0}\n  0/60 [\r  1/60 [\r{'loss': 3.5}\n  1/60 [\r"),
+            (start + 2.0, "  2/60 [\r"),
+            (start + 2.5, "{'loss': '3.0'}\n  2/60 [\r"),
+            (start + 3.0, "  1/8 [\r  8/8 [\r"),  # the bar of an evaluation
+            (start + 4.0, "  3/60 [\r  4/60 [\r{'loss': 2.5}\n"),
+        ):
+            patched.setattr(progress.time, "time", lambda at=at: at + 0.25)
+            say(folder, text, at=at)
+            watched.poll()
+    watched.close()
+    records = [(1, 3.5, None), (2, 3.0, 2.0), (3, None, 1.0), (4, 2.5, 1.0)]
+    assert known(folder, "step", "loss", "step_time_s") == records
+    assert scalars(folder.tensorboard, "train/loss") == {1: 3.5, 2: 3.0, 4: 2.5}
+    # The step with a later loss has two records, as a step that is saved; a bar that is only drawn again has one.
+    assert len(folder.metrics(0).read_text().splitlines()) == len(records) + 1
 
 
 def test_half_a_line_waits_for_its_end_which_may_be_a_carriage_return(folder: RunFolder) -> None:
