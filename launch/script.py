@@ -484,7 +484,7 @@ class ScriptWorkload(Workload):
         workdir = Path(fill(script.workdir or ".", values))
         if script.checkpoint is not None:
             pattern = workdir / fill(script.checkpoint, values)
-            newest = max(glob(str(pattern)), key=os.path.getmtime, default=None)  # noqa: PTH207 (may be absolute)
+            newest = newest_checkpoint(str(pattern), folder)
             before, _, after = str(pattern).partition("*")
             step = (newest or "").removeprefix(before).removesuffix(after)
             values |= {"newest": newest, "newest_step": int(step) if step.isdecimal() else step}
@@ -542,6 +542,30 @@ class ScriptWorkload(Workload):
             program = [python, path or str(script.path)]
         args = [*program, *split_args("script.args", script.args), *written_options(script.options, script.style)]
         return args + (split_args("script.resume_args", script.resume_args) if resumes else [])
+
+
+def newest_checkpoint(pattern: str, folder: RunFolder) -> str | None:
+    """Return the newest path that matches ``pattern``, a file with content before an empty one; None without a path.
+
+    Two starts in a row that crash before their first step cannot load it, so that the next one gets an older path. A
+    program that is killed while it saves can leave such a file.
+    """
+    matches = (Path(path) for path in glob(pattern))  # noqa: PTH207 (may be absolute)
+    paths = sorted(matches, key=lambda path: (path.stat().st_size > 0, _modified(path)), reverse=True)
+    if not paths:
+        return None
+    events, crashes = folder.read_events(), 0
+    started = {event["attempt"]: event["time"] for event in events if event["event"] == "started"}
+    for event in reversed([event for event in events if event["event"] == "attempt_ended"]):
+        has_saved = started.get(event["attempt"], 0.0) < _modified(paths[0])
+        if event["cause"] != "crashed" or event.get("step") is not None or has_saved:
+            break
+        crashes += 1
+    return str(paths[min(crashes // 2, len(paths) - 1)])
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,19 @@ def images(_code: Path, data: Path) -> None:
                 color = bytes(60 * number * (channel == number % 3) for channel in range(3))
                 pixels = bytes((draw.randrange(128) + color[i % 3]) % 256 for i in range(3 * 64 * 64))
                 Image.frombytes("RGB", (64, 64), pixels).save(folder / f"{index}.jpg")
+
+
+def boxes(code: Path, data: Path) -> None:
+    """Write images with a label file next to each, the dataset's file, and the font that YOLOv5 would download."""
+    from matplotlib import get_data_path
+
+    images(code, data)
+    for path in data.glob("*/class*/*.jpg"):
+        path.with_suffix(".txt").write_text(f"{path.parent.name[-1]} 0.5 0.5 0.6 0.6\n")
+    names = [f"class{number}" for number in range(4)]
+    dataset = {"path": str(data), "train": "train", "val": "val", "nc": len(names), "names": names}
+    (data / "dataset.yaml").write_text(yaml.safe_dump(dataset))
+    shutil.copy(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", data / "Arial.ttf")
 
 
 def llama2c_tokens(code: Path, _data: Path) -> None:

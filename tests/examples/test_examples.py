@@ -316,6 +316,30 @@ def test_an_exit_status_asks_for_another_start_which_gets_the_newest_checkpoint(
         assert printed(folder, attempt) == f"attempt {attempt} {['2/2', *resumed]} {folder.checkpoints}\n"
 
 
+TORN = """
+import os, pathlib, sys
+folder = pathlib.Path(os.environ["LAUNCH_CHECKPOINT_DIR"])
+print("attempt", os.environ["LAUNCH_ATTEMPT"], sys.argv[1:], flush=True)
+if os.environ["LAUNCH_ATTEMPT"] == "1":
+    folder.mkdir()
+    for step, text in ((1, "sound"), (2, "torn"), (3, "")):
+        (folder / f"step{step}.pt").write_text(text)
+        os.utime(folder / f"step{step}.pt", (step, step))
+    sys.exit(75)
+sys.exit((folder / f"step{sys.argv[1]}.pt").read_text() == "torn")
+"""
+
+
+def test_a_checkpoint_that_two_starts_cannot_load_is_left_for_an_older_one(tmp_path: Path) -> None:
+    write_script(tmp_path, TORN, "torn.py")
+    folder = RunFolder(tmp_path / "run")
+    resuming = "script.resumes=true script.resume_args=${newest_step} script.checkpoint=${checkpoint_dir}/step*.pt"
+    run(f"launch script.path=torn.py run_dir={folder.path} {resuming}", *LOCAL, cwd=tmp_path)
+    assert causes(folder) == ["requested", "crashed", "crashed", "finished"]
+    given = [printed(folder, attempt) for attempt in folder.attempts()]
+    assert given == [f"attempt {number} {args}\n" for number, args in enumerate(([], ["2"], ["2"], ["1"]), start=1)]
+
+
 def test_a_copy_of_the_code_is_that_of_the_programs_repository(tmp_path: Path) -> None:
     project = tmp_path / "project"
     (project / "theirs").mkdir(parents=True)
