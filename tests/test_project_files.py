@@ -183,44 +183,9 @@ def test_submitit_keeps_the_run_folder_where_the_batch_script_looks_for_it(tmp_p
     )
 
 
-def test_torch_elastic_has_the_private_parts_that_the_agent_uses() -> None:
+def test_torch_says_whether_cuda_was_initialized_before_a_fork() -> None:
     import torch
-    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, Worker, WorkerGroup
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import api
-    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-    def message(what: str) -> str:
-        return changed("torch", what, "launch/agent/ranks.py")
-
-    made = ("entrypoint", "args", "env", "stdout", "stderr", "local_rank_id")
-    for function, names in {
-        LocalElasticAgent._monitor_workers: ("self", "worker_group"),
-        LocalElasticAgent.__init__: ("spec", "logs_specs"),
-        api.get_subprocess_handler: made,
-        SubprocessHandler.__init__: made,
-        SubprocessHandler._popen: ("args", "env"),
-        Worker.__init__: ("global_rank",),
-    }.items():
-        check_parameters(function, names, message(function.__qualname__))
-    sources = {
-        owner: inspect.getsource(owner)
-        for owner in (SimpleElasticAgent, LocalElasticAgent, SubprocessContext, SubprocessHandler, WorkerGroup)
-    }
-    for owner, texts in {
-        SimpleElasticAgent: ("self._monitor_workers(", "self._exit_barrier()", "self._worker_group"),
-        LocalElasticAgent: ("self._pcontext",),
-        SubprocessContext: ("subprocess_handlers", "get_subprocess_handler("),
-        WorkerGroup: ("workers",),
-    }.items():
-        missing = [text for text in texts if text not in sources[owner]]
-        assert not missing, message(f"{owner.__qualname__}, which has no {missing}")
-    identical = inspect.getsource(SimpleElasticAgent._assign_worker_ranks)
-    assert '"TORCH_ELASTIC_WORKER_IDENTICAL", "0") == "1"' in identical, message("the use of the agents' store")
-    used = set(re.findall(r"\bproc\.(\w+)", sources[SubprocessContext] + sources[SubprocessHandler]))
-    lacking = used - {"pid", "poll", "wait", "send_signal"}
-    assert not lacking, message(f"the use of {lacking} of a process")
     assert callable(torch.cuda._is_in_bad_fork), changed("torch", "cuda._is_in_bad_fork", "launch/agent/fork_server.py")
 
 

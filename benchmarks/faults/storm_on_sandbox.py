@@ -38,7 +38,7 @@ from tests.support.runs import StormyRun
 
 STEPS = 250
 WORDS = (f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=50", "model.dropout=0.1")
-SLOW_START = ("resilience.fork_ranks=false",)
+SLOW_START = ("resilience.engine=exec",)
 """Ranks that import for seconds, so that they can be preempted before their first step."""
 END_S = 900.0
 

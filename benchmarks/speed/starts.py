@@ -14,7 +14,7 @@ is a GPT of 0.1 million parameters on two nodes of one rank, with a checkpoint e
 on a spare after the loss is noticed.
 
 Without `--roads`: starts of a local run of two ranks, and restarts in place after `kill -9` of a rank, in turn with
-and without `resilience.fork_ranks`; then, with strace, the files that are opened on a node of one rank and of eight.
+and without `resilience.engine=fork`; then, with strace, the files that are opened on a node of one rank and of eight.
 """
 
 from __future__ import annotations
@@ -68,7 +68,12 @@ def measure(forked: bool) -> dict[str, float]:
     """Seconds of one start and one restart in place: on the clock, and of the two ranks' processors."""
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(Path(name) / "run")
-        words = [*LONG, "ranks_per_node=2", f"resilience.fork_ranks={str(forked).lower()}", f"run_dir={folder.path}"]
+        words = [
+            *LONG,
+            "ranks_per_node=2",
+            f"resilience.engine={'fork' if forked else 'exec'}",
+            f"run_dir={folder.path}",
+        ]
         began = time.time()
         process = start("launch", *words, cwd=Path(name), log=Path(name) / "log")
         try:
@@ -88,7 +93,7 @@ def opened(ranks: int, forked: bool) -> int:
     """Files that the processes of one node open, or look for, in a run of two steps."""
     with tempfile.TemporaryDirectory() as name:
         words = [*TINY, "cluster=local", "nodes=1", f"ranks_per_node={ranks}", "optim.max_steps=2", "eval.interval=0"]
-        words += [f"resilience.fork_ranks={str(forked).lower()}", f"run_dir={name}/run", "optim.max_micro_batch=1"]
+        words += [f"resilience.engine={'fork' if forked else 'exec'}", f"run_dir={name}/run", "optim.max_micro_batch=1"]
         trace = ["strace", "-f", "-qq", "-e", "trace=openat", "-e", "signal=none", "-o", f"{name}/trace"]
         command = [*trace, sys.executable, "-m", "launch", *words]
         subprocess.run(command, cwd=name, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, check=True)

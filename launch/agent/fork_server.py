@@ -55,7 +55,7 @@ class Start:
 
 
 class ForkedProcess:
-    """A forked rank, a child of this process, with the methods of ``subprocess.Popen`` that torch elastic calls."""
+    """A forked rank, a child of this process. Has the part of ``subprocess.Popen`` that engines use."""
 
     def __init__(self, args: Sequence[str], pid: int) -> None:
         self.args = args
@@ -82,11 +82,6 @@ class ForkedProcess:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
             time.sleep(0.01)
         return status
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal, unless the rank has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
 
 
 class ForkServer:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -145,6 +146,8 @@ class StopRequest:
         """Handle SIGTERM and SIGUSR2 here. Submitit's handlers would requeue by themselves, and on rank 0 only."""
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
+        for number in (signal.SIGHUP, signal.SIGQUIT):  # The agent ends its ranks before it leaves.
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -461,3 +464,7 @@ class Attempt(AgentContext):
     def log(self, rank: int) -> Path:
         """Return the path of the log of a rank."""
         return self.folder.log(self.number, rank)
+
+    def error_file(self, rank: int) -> Path:
+        """Path of the file into which torch's decorator ``record`` writes the failure of a rank."""
+        return self.heartbeats / f"error_{rank}.json"

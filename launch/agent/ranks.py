@@ -1,4 +1,4 @@
-"""The ranks of one node: started and watched through torch elastic, from their environment to their end."""
+"""The ranks of one node: started by an engine and watched by the agent, from their environment to their end."""
 
 from __future__ import annotations
 
@@ -15,22 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import psutil
-import torch.distributed as dist
-from torch.distributed.elastic.agent.server import WorkerSpec
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing import api as elastic_processes
-from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
-from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from launch.agent.engine import Engine, NodeRanks, ProcessEngine, engine_class
 from launch.agent.exchange import POLL_S, derive
-from launch.agent.fork_server import ForkedProcess, ForkServer
+from launch.agent.fork_server import ForkServer
 from launch.agent.health import gpu_telemetry
 from launch.agent.node import VISIBLE_GPUS, AgentContext, Attempt, Node, RendezvousRound, RunContext
 from launch.agent.watch import RankRecords, Watch, log_end
@@ -48,14 +38,6 @@ from launch.workload import CodeTree
 # The program of the ranks: its fork server, its code, and its environment.
 
 
-START_RANK = 'cd -- "$1" && log="$2/rank_$(printf %05d "$RANK").log" && shift 2 && exec "$@" >>"$log" 2>&1 </dev/null'
-"""Shell script that starts a rank. The shell opens the log, which then also has output from before the program's first
-line.
-
-``exec`` leaves no shell behind, and the rank keeps the process id that elastic knows.
-"""
-
-
 @contextmanager
 def fork_server(context: RunContext) -> Iterator[ForkServer | None]:
     """Run the fork server of this node during a ``with`` block. Yields None if ranks are executed instead of forked.
@@ -66,7 +48,7 @@ def fork_server(context: RunContext) -> Iterator[ForkServer | None]:
     folder, config = context.folder, context.config
     workload = workload_of(config)
     preload: Sequence[str] = ()
-    if config.resilience.fork_ranks:
+    if config.resilience.engine == "fork":
         preload = workload.command(config, folder, max(folder.attempts(), default=0) + 1).preload
     # A site's additions to Python, such as sitecustomize, have started a thread.
     if preload and threading.active_count() > 1:
@@ -96,11 +78,6 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
     set_default_threads(config.ranks_on_node)
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a crash in compiled code leaves its stack in the log
-    # All nodes have the same number of ranks, so elastic's agents need not write sizes into a store that strangers can
-    # reach.
-    os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
-    # Elastic would kill the ranks on SIGTERM; this agent requests them to save. Only SIGHUP remains with elastic.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     interfaces = psutil.net_if_addrs().items()
     interface = next((name for name, entries in interfaces if any(each.address == address for each in entries)), None)
     if interface is not None:
@@ -217,13 +194,13 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
         rank_agent = RankAgent(attempt, watch, records)
         try:
             with gpu_telemetry(context, rdzv.attempt):
-                result = rank_agent.run()
+                failed = rank_agent.run()
         finally:
             records.close()
             rank_agent.usage.write(usage_file(context.folder, rdzv.attempt, context.node.index))
-        if result is not None and result.is_failed():
+        if failed:
             # First the event log: the head node reads the failure there as soon as it receives the report.
-            records.record_silent_failures(result, rank_agent.killed)
+            records.record_silent_failures(failed, rank_agent.killed)
             group.report_failed(rdzv.number)
             return watch.kill_reason or "ranks failed on this node"
     if watch.kill_reason is None:  # Otherwise the failure is on another node.
@@ -231,25 +208,11 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
     return watch.kill_reason
 
 
-# All uses of torch elastic, including its private parts: the rendezvous of a start, and the agent of a node's ranks.
+# From the start of this node's ranks to their end.
 
 
 LAST_MESSAGES_S = 3.0
 """Seconds after the first failure in which other ranks can still record their own failures."""
-
-
-class FixedRendezvous(StaticTCPRendezvous):
-    """Rendezvous for torch elastic with members and an address on which the agents have already agreed.
-
-    The ranks use the store of the head node, so no further port is opened, which another process could take. The object
-    serves one round, and the store belongs to the head node's agent group.
-    """
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Return the place of this node among the members, and the address of the ranks' store."""
-        where = RendezvousStoreInfo(self.master_addr, self.master_port)
-        # Elastic reads and writes nothing in its own store, since the nodes have the same number of ranks.
-        return RendezvousInfo(dist.HashStore(), self.rank, self.world_size, where)
 
 
 DEVICES = Path("/sys/bus/pci/devices")
@@ -275,79 +238,116 @@ def cpus_of_ranks(
     return None if any(len(cpus) < count for cpus, count in Counter(near).items()) else near
 
 
-class RankAgent(LocalElasticAgent):
-    """Elastic's agent for the ranks of one node in one attempt.
+def torchrun_variables(attempt: Attempt, local: int) -> dict[str, str]:
+    """Return the variables that torchrun sets for a rank.
+
+    Their list is at https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables. ``local`` is the rank
+    on this node, from 0.
+    """
+    rank, rdzv, world = attempt.ranks[local], attempt.rdzv, attempt.config.world_size
+    ranks = {"RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": attempt.place, "ROLE_RANK": rank, "ROLE_NAME": "rank"}
+    sizes = {
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": attempt.config.ranks_on_node,
+        "GROUP_WORLD_SIZE": len(rdzv.members),
+        "ROLE_WORLD_SIZE": world,
+    }
+    elastic = {
+        "TORCHELASTIC_RUN_ID": f"attempt-{attempt.number}",
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_ERROR_FILE": attempt.error_file(rank),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+    }
+    store = {"MASTER_ADDR": rdzv.address, "MASTER_PORT": rdzv.port}
+    return {name: str(value) for name, value in {**ranks, **sizes, **store, **elastic}.items()}
+
+
+def bind_ranks(pids: Mapping[int, int]) -> None:
+    """Bind each rank to the CPUs near its GPU. ``pids`` is rank -> process id, in the order of the local ranks."""
+    near = cpus_of_ranks(len(pids), visible_gpus(), os.sched_getaffinity(0))
+    for pid, cpus in zip(pids.values(), near or (), strict=False):
+        with suppress(ProcessLookupError):  # The rank has ended.
+            os.sched_setaffinity(pid, cpus)
+
+
+class RankAgent:
+    """Agent for the ranks of one node in one attempt: starts the ranks by an engine and waits for their end.
 
     While ranks run, the agent polls the conditions in ``watch``, and lets ``records`` read the logs of the ranks.
     """
 
     def __init__(self, attempt: Attempt, watch: Watch, records: RankRecords) -> None:
-        config, command, rdzv = attempt.config, attempt.command, attempt.rdzv
-        run_id, members = f"attempt-{attempt.number}", len(rdzv.members)
-        self._attempt = attempt
-        self._watch = watch
-        self._records = records
+        self._attempt, self._watch, self._records = attempt, watch, records
         records.begin()
-        self._workdir, logs = str(command.workdir or Path.cwd()), attempt.log(0).parent
-        spec = WorkerSpec(
-            role="rank",
-            local_world_size=config.ranks_on_node,
-            entrypoint="/bin/sh",
-            args=("-c", START_RANK, "sh", self._workdir, str(logs), *command.args),
-            rdzv_handler=FixedRendezvous(rdzv.address, rdzv.port, attempt.place, members, run_id, timeout=0),
-            max_restarts=0,  # The agents decide on restarts, not elastic.
-            monitor_interval=POLL_S,
-            local_addr=attempt.group.address,
-        )
-        # Elastic needs a folder for error files only: the ranks write their logs themselves.
-        super().__init__(spec, DefaultLogsSpecs(str(attempt.heartbeats / "errors")))
         self.usage = UsageMeter()
         self._first_exit: float | None = None
-        self._server = attempt.server
-        """Server that forks the ranks, if it has imported their code; None if ranks are executed."""
-        if self._server is not None and self._server.code != state_of(attempt.tree):
-            print("launch: ranks are executed, not forked: the code has changed", file=sys.stderr)
-            self._server = None
-        if self._server is not None:
-            # If a stop is requested meanwhile, the first poll stops the ranks. If the imports of the server hang, the
-            # ranks are executed: the watchdog then finds them if they hang, too.
-            deadline = time.monotonic() + config.resilience.startup_and_save_timeout_s
-            self._server.wait_ready(lambda: attempt.stop.count > 0 or time.monotonic() > deadline)
+        self._engine = self._make_engine()
         self.killed: set[int] = set()
-        """Ranks that this agent killed. Their exit statuses do not show the cause of a failure."""
+        """Ranks that this agent or the engine killed. Their exit statuses do not show the cause of a failure."""
         self.is_given_up = False
         """True if waiting for other nodes is useless: a node has failed or is lost, or the grace period is over."""
         self.asks_for_requeue = False
         """True if ranks have left with the exit status that means: the run is saved, requeue the job."""
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """Start the ranks, by forks if possible, each with its own ids of experiment trackers.
+    def _make_engine(self) -> Engine:
+        attempt, command = self._attempt, self._attempt.command
+        variables = {
+            rank: {**tracker_variables(attempt.folder, rank), **torchrun_variables(attempt, local)}
+            for local, rank in enumerate(attempt.ranks)
+        }
+        workdir, logs = str(command.workdir or Path.cwd()), attempt.log(0).parent
+        (scratch := attempt.heartbeats / "engine").mkdir()
+        ranks = NodeRanks(command.args, variables, workdir, logs, scratch)
+        kind = engine_class(attempt.config.resilience)
+        return ProcessEngine(ranks, self._ready_server()) if kind is ProcessEngine else kind(ranks)
 
-        During the call, this method replaces the function with which elastic creates a rank's process.
+    def _ready_server(self) -> ForkServer | None:
+        """Return the server that forks the ranks, if it has imported their code; None if ranks are executed."""
+        attempt, server = self._attempt, self._attempt.server
+        if server is None:
+            return None
+        if server.code != state_of(attempt.tree):
+            print("launch: ranks are executed, not forked: the code has changed", file=sys.stderr)
+            return None
+        # If a stop is requested meanwhile, the first poll stops the ranks. If the imports of the server hang, the
+        # ranks are executed: the watchdog then finds them if they hang, too.
+        deadline = time.monotonic() + attempt.config.resilience.startup_and_save_timeout_s
+        server.wait_ready(lambda: attempt.stop.count > 0 or time.monotonic() > deadline)
+        return server
+
+    def run(self) -> Mapping[int, int]:
+        """Start the ranks and wait until they and those of the other nodes have left.
+
+        Returns:
+            rank -> exit status, negative for a signal, of the ranks that have failed; empty if none has.
         """
-        attempt, server, workdir = self._attempt, self._server, self._workdir
-        original = elastic_processes.get_subprocess_handler
-
-        class Handler(SubprocessHandler):
-            def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes] | ForkedProcess:  # type: ignore[override]
-                env = {**tracker_variables(attempt.folder, int(env["RANK"])), **env}
-                log = str(attempt.log(int(env["RANK"])))
-                forked = None if server is None else server.start(attempt.command.args, env, workdir, log)
-                return forked or super()._popen(args, env)
-
-        elastic_processes.get_subprocess_handler = Handler  # type: ignore[assignment]
+        engine = self._engine
         try:
-            return self._bind(super()._start_workers(worker_group))
+            engine.start()
+            bind_ranks(engine.ranks())
+            while self._have_to_wait(list(engine.statuses().values())):
+                time.sleep(POLL_S)
+                self._poll()
         finally:
-            elastic_processes.get_subprocess_handler = original
-
-    def _bind(self, pids: dict[int, Any]) -> dict[int, Any]:
-        """Bind each rank to the CPUs near its GPU. Takes and returns local rank -> process id."""
-        near = cpus_of_ranks(len(pids), visible_gpus(), os.sched_getaffinity(0))
-        for local, cpus in enumerate(near or ()):
-            with suppress(ProcessLookupError):  # The rank has ended.
-                os.sched_setaffinity(pids[local], cpus)
-        return pids
+            engine.stop()
+        statuses = engine.statuses()
+        asking = self._attempt.contract.requeue_exit
+        self.killed |= {rank for rank, status in statuses.items() if status is None}
+        self.asks_for_requeue = (
+            asking is not None and asking in statuses.values() and {*statuses.values()} <= {0, asking}
+        )
+        failed = {
+            rank: -signal.SIGKILL if status is None else status for rank, status in statuses.items() if status != 0
+        }
+        if failed and not self.asks_for_requeue:
+            return failed
+        # Ranks of other nodes may still fail or work. The run would otherwise count as finished.
+        while not self.is_given_up and not self._attempt.group.have_left(self._attempt.rdzv):
+            self._poll()
+            time.sleep(POLL_S)
+        return {}
 
     def _poll(self) -> None:
         self._watch.poll(self)
@@ -358,29 +358,15 @@ class RankAgent(LocalElasticAgent):
         self.is_given_up = self._watch.kill_reason is not None or is_late
         self._records.poll()
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._poll()
-        codes: list[int | None] = []  # Exit status of each rank of this node; None while the rank runs.
-        if isinstance(self._pcontext, SubprocessContext):
-            codes = [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
-        if self._wait_for_others(codes):
-            return RunResult(state=WorkerState.HEALTHY)
-        asking = self._attempt.contract.requeue_exit
-        if asking is not None and asking in codes and all(code in (0, asking) for code in codes):
-            self.asks_for_requeue = True
-            left = {worker.global_rank: None for worker in worker_group.workers}
-            return RunResult(state=WorkerState.SUCCEEDED, return_values=left)
-        return super()._monitor_workers(worker_group)
+    def _have_to_wait(self, codes: Sequence[int | None]) -> bool:
+        """Return whether ranks of this node run that may finish, or that may still record their failures.
 
-    def _wait_for_others(self, codes: Sequence[int | None]) -> bool:
-        """Return whether other ranks still get time to record their failures, after one rank has failed.
-
-        They get ``LAST_MESSAGES_S`` seconds, or the grace period if the first rank requested a requeue. Then they are
-        killed. Elastic would end the other ranks immediately. The error of a lost peer often comes first and would hide
-        the original failure. ``codes`` has the exit status of each rank of this node; None while the rank runs.
+        After one rank has failed, the other ranks get ``LAST_MESSAGES_S`` seconds, or the grace period if the first
+        rank requested a requeue. Then they are killed. The error of a lost peer often comes first and would hide the
+        original failure. ``codes`` are the exit statuses of the ranks; None while a rank runs.
         """
         if None not in codes or not any(codes):
-            return False
+            return None in codes
         if self._first_exit is None:
             self._first_exit = time.monotonic()
         is_requeue = {code for code in codes if code} == {self._attempt.contract.requeue_exit}
@@ -394,16 +380,6 @@ class RankAgent(LocalElasticAgent):
         self.send(signal.SIGKILL)
         return False
 
-    def _exit_barrier(self) -> None:
-        """Wait until the ranks of all other nodes have left too, and poll meanwhile.
-
-        Elastic's own barrier gives up silently after five minutes, even while ranks of another node fail or work. The
-        run would then count as finished.
-        """
-        while not self.is_given_up and not self._attempt.group.have_left(self._attempt.rdzv):
-            self._poll()
-            time.sleep(POLL_S)
-
     def send(self, number: signal.Signals) -> None:
         """Send a signal to every rank of this node that still runs."""
         for rank, pid in self.ranks().items():
@@ -412,10 +388,6 @@ class RankAgent(LocalElasticAgent):
                 if number is signal.SIGKILL:
                     self.killed.add(rank)
 
-    def ranks(self) -> dict[int, int]:
+    def ranks(self) -> Mapping[int, int]:
         """Return the process ids of this node's ranks that still run, by rank; empty before the start."""
-        if not isinstance(self._pcontext, SubprocessContext):
-            return {}
-        workers = self._worker_group.workers
-        handlers = self._pcontext.subprocess_handlers
-        return {workers[i].global_rank: h.proc.pid for i, h in handlers.items() if h.proc.poll() is None}
+        return self._engine.ranks()

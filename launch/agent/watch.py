@@ -32,9 +32,6 @@ from launch.runs.progress import Progress
 from launch.runs.records import recent_records
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.agent.server.api import RunResult
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
     from launch.agent.ranks import RankAgent
 
 
@@ -316,6 +313,11 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 
 WHAT = re.compile(r"^ *what\(\)(:.*)", re.MULTILINE)
 """Pattern of the message that C++ prints for an uncaught exception."""
+UNCAUGHT = re.compile(rf"^\[rank\d+\]: {LAST_LINE.pattern[1:]}\s*(?:\Z|^terminate called)", re.MULTILINE)
+"""Pattern of the uncaught exception with which torch ends the log of a rank that leaves. The prefix stands only there.
+
+The process may abort afterwards, while threads still run, or be killed before it has left.
+"""
 PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 
 
@@ -411,27 +413,28 @@ class RankRecords:
             # Rank 0 of a script that uses launch.worker records its end itself.
             attempt.record("stopped" if stop.count else "finished", **details, **stop_details(stop))
 
-    def record_silent_failures(self, result: RunResult, killed: Set[int]) -> None:
+    def record_silent_failures(self, failed: Mapping[int, int], killed: Set[int]) -> None:
         """Record each rank that failed without a record of its own, with its traceback or the end of its log.
 
         Also records ``rank_left`` for ranks that left without a failure.
 
         Args:
-            result: exit status of each rank of this node.
-            killed: ranks that this agent has killed.
+            failed: rank -> exit status, negative for a signal, of this node's ranks that have failed.
+            killed: ranks that this agent or its engine has killed.
         """
         attempt, contract = self._attempt, self._contract
         known = {e["rank"] for e in attempt.events("rank_failed", attempt=attempt.number)}
-        for rank in sorted({*attempt.ranks} - killed - result.failures.keys()):
+        for rank in sorted({*attempt.ranks} - killed - failed.keys()):
             attempt.record("rank_left", attempt=attempt.number, rank=rank, host=attempt.node.host, left=True)
         kinds: dict[str, int] = {}
-        for rank, failure in sorted(result.failures.items()):
+        for rank, status in sorted(failed.items()):
             # A program without ``launch.worker`` may end in any way after a request to stop.
-            stopped = attempt.stop.count and (failure.exitcode < 0 or not contract.records_events)
-            if rank in known or rank in killed or stopped or failure.exitcode == contract.requeue_exit:
+            stopped = attempt.stop.count and (status < 0 or not contract.records_events)
+            is_killed = rank in killed and not uncaught_exception(attempt.log(rank))
+            if rank in known or is_killed or stopped or status == contract.requeue_exit:
                 continue
-            cause, trace = failure_message(failure, attempt.log(rank))
-            if failure.exitcode == -signal.SIGKILL and count_oom_kills() > self._oom_kills:
+            cause, trace = failure_message(status, attempt.log(rank), read_json(attempt.error_file(rank)))
+            if status == -signal.SIGKILL and count_oom_kills() > self._oom_kills:
                 cause += ", out of memory: the kernel has killed a process of this job for its memory"
             first = kinds.setdefault(failure_kind(cause, trace), rank)
             same = None if first == rank else first
@@ -451,18 +454,27 @@ def log_end(log: Path) -> str:
     return "\n".join(text.splitlines()[-30:]) if crash < 0 else text[max(0, crash - 500) :][:20_000]
 
 
-def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
-    """Return the cause and the traceback of a rank's failure.
+def uncaught_exception(log: Path) -> str:
+    """Return the exception in Python for which a rank was leaving when it ended; empty if the log ends otherwise."""
+    found = UNCAUGHT.search(log.read_text(errors="replace")) if log.exists() else None
+    return found[1] if found else ""
 
-    Both come from the error file of torch's @record if it exists, else from the end of the rank's log.
+
+def failure_message(status: int, log: Path, error: Mapping[str, Any]) -> tuple[str, str]:
+    """Return cause and traceback of a rank's failure, from its error file or else from its log.
+
+    Args:
+        status: exit status, negative for a signal.
+        log: path of the rank's log.
+        error: content of the error file that torch's decorator ``record`` writes; empty without one.
     """
     end = log_end(log)
-    message = failure.error_file_data.get("message") if failure.error_file_data else None
+    message = error.get("message")
     if isinstance(message, dict) and message.get("message"):
         return str(message["message"]), str((message.get("extraInfo") or {}).get("py_callstack") or end)
-    number = -failure.exitcode
-    if number > 0:
+    if status < 0:
+        name, raised = signal.Signals(-status).name, uncaught_exception(log)
         what = "".join(WHAT.findall(end)[-1:])
-        return f"killed by {signal.Signals(number).name}{what}", end
+        return f"{raised} (then ended by {name})" if raised else f"killed by {name}{what}", end
     last = LAST_LINE.findall(end)
-    return (f"{last[-1]} (exit status {failure.exitcode})" if last else f"exit status {failure.exitcode}"), end
+    return (f"{last[-1]} (exit status {status})" if last else f"exit status {status}"), end

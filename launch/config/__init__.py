@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import shlex
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
@@ -17,6 +20,9 @@ from launch.runs.records import ObjectiveOf
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
+
+ENGINES = ("fork", "exec", "torchrun", "nvrx")
+NVRX = "nvidia_resiliency_ext"
 
 
 def split_command(name: str, command: Any) -> list[str]:
@@ -105,11 +111,12 @@ class ResilienceConfig:
         " requeue jobs; a next job waits in the queue for the end of this one, and continues the run. It is cancelled"
         " when the run is over.",
     )
-    fork_ranks: bool = key(
-        True,
-        "Import the modules of the ranks once on each node, and fork the ranks; false starts a Python for each rank."
-        " For workloads that name these modules (RankCommand.preload). After a change of the code, and with"
-        " deterministic=true, each rank is a new Python anyway.",
+    engine: str = key(
+        "fork",
+        "What starts the ranks. fork: modules are imported once on each node, and the ranks are forked, for workloads"
+        " that name these modules (RankCommand.preload); after a change of the code, and with deterministic=true, as"
+        " exec. exec: each rank is a new process. torchrun; nvrx: ft_launcher of nvidia-resiliency-ext;"
+        " PACKAGE.MODULE.CLASS: an engine of yours (docs/resilience.md).",
     )
     rendezvous_timeout_s: ClassVar[float] = 600.0
     """Seconds in which all agents of a run must join."""
@@ -152,6 +159,30 @@ class ResilienceConfig:
         return (
             [] if isinstance(self.health_check, bool) else split_command("resilience.health_check", self.health_check)
         )
+
+    @property
+    def own_engine(self) -> Any:
+        """Return the class of the user that ``engine`` names; None for an engine of the launcher.
+
+        Raises:
+            ConfigError: there is no such class here, it is no engine, or a package is missing.
+        """
+        name, fix = f"resilience.engine={self.engine}", "resilience.engine=fork"
+        if self.engine == "nvrx" and importlib.util.find_spec(NVRX) is None:
+            found = f"{name}, and {sys.executable} has no package {NVRX}"
+            raise ConfigError(found, "the package in the Python of the agents", f"pip install {NVRX}, or {fix}")
+        if self.engine in ENGINES:
+            return None
+        expected = f"one of {', '.join(ENGINES)}, or the dotted path of a class as launch.agent.engine.Engine"
+        module, _, attribute = self.engine.rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{name}: {error}", expected, fix) from error
+        lacking = [method for method in ("start", "ranks", "statuses", "stop") if not hasattr(kind, method)]
+        if lacking:
+            raise ConfigError(f"{name}, which has no method {', '.join(lacking)}", expected, fix)
+        return kind
 
 
 @dataclass
@@ -333,7 +364,8 @@ class Config(RunConfig):
         super().validate()
         self.cluster.validate()
         self.cluster.validate_start(self.nodes_asked)
-        _ = self.resilience.health_command, self.launch.on_event_command  # refuses what cannot be read
+        # Refuse what cannot be read, before anything is submitted.
+        _ = self.resilience.health_command, self.launch.on_event_command, self.resilience.own_engine
         grace_s, limit_s = self.resilience.grace_period_s, 60 * self.cluster.timeout_min
         if self.signal_delay_s > limit_s:
             raise ConfigError(

@@ -303,6 +303,11 @@ FULL_BYTES = 64 * 1024
 # The run folder.
 
 
+def log_name(rank: int) -> str:
+    """Return the name of the file with the output of a rank."""
+    return f"rank_{rank:05d}.log"
+
+
 class RunFolder:
     """Paths of the files of a run in its folder, ``<output_dir>/<name>/<point>``. The constructor creates nothing."""
 
@@ -345,7 +350,7 @@ class RunFolder:
 
     def log(self, attempt: int, rank: int) -> Path:
         """Return the path of the file with everything that a rank printed in an attempt."""
-        return self.attempt(attempt) / "logs" / f"rank_{rank:05d}.log"
+        return self.attempt(attempt) / "logs" / log_name(rank)
 
     def metrics(self, rank: int) -> Path:
         """Return the path of the file with the step records of a rank, over all attempts."""

@@ -264,7 +264,7 @@ with ForkServer(("program",)) as server:
     rank = start(server, "survivor", "sleep")
     os.kill(server.pid, signal.SIGKILL)
     told["after the server"] = start(server, "never", "status", "0"), server.pid
-    rank.send_signal(signal.SIGUSR2)
+    os.kill(rank.pid, signal.SIGUSR2)
     told["survivor"] = end(rank, "survivor")
 for name in ("absent", "threaded"):
     with ForkServer((name,)) as server:
@@ -344,7 +344,7 @@ def test_server_and_ranks_die_with_the_agent(told: dict[str, Any]) -> None:
     ("words", "is_there"),
     [
         ([], True),
-        (["resilience.fork_ranks=false"], False),
+        (["resilience.engine=exec"], False),
         (["workload=script", "script.command=[true]"], False),
     ],
     ids=["gpt", "switched off", "script"],

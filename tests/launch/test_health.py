@@ -26,7 +26,7 @@ from launch.agent.health import (
     links_up,
     sampling,
 )
-from launch.agent.ranks import RankAgent, cpus_of_ranks
+from launch.agent.ranks import bind_ranks, cpus_of_ranks
 from launch.config import Config, ResilienceConfig
 from launch.doctor import findings
 from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples
@@ -332,6 +332,6 @@ def test_a_started_rank_is_moved_to_its_cpus(monkeypatch: pytest.MonkeyPatch) ->
     last = max(os.sched_getaffinity(0))
     monkeypatch.setattr("launch.agent.ranks.cpus_of_ranks", lambda ranks, gpus, allowed: [frozenset([last])])
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as rank:
-        assert RankAgent._bind(SimpleNamespace(), {0: rank.pid}) == {0: rank.pid}  # type: ignore[arg-type]
+        bind_ranks({0: rank.pid})
         assert os.sched_getaffinity(rank.pid) == {last}
         rank.communicate()

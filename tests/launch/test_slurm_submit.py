@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from launch.agent.after_step import submitted_run_dirs
+from launch.agent.engine import START_RANK
 from launch.agent.node import Node
-from launch.agent.ranks import START_RANK
 from launch.plan.plan import Plan, refuse_exposed
 from launch.runs.folder import RunFolder
 from launch.slurm import client, limits

@@ -373,7 +373,7 @@ def _job_of(given: Mapping[str, Any]) -> Job | None:
 
 def _rank_of(words: list[str], given: Mapping[str, Any]) -> Job | None:
     """The job of the shell by which an agent starts a rank, if that is a file of Python (``workers.entrypoint``)."""
-    from launch.agent.ranks import START_RANK
+    from launch.agent.engine import START_RANK
 
     if words[1:3] != ["-c", START_RANK] or len(words) < 8:
         return None

@@ -1,0 +1,124 @@
+"""Engines: each starts the same ranks, reports the same failure, and ends the ranks at a stop."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.agent.engine import FAILED_RANK
+from launch.agent.watch import failure_message
+from launch.runs.events import select_events
+from launch.runs.folder import RunFolder
+from tests.support.commands import is_alive, run, start, wait_for
+from tests.support.planning import plan, refused
+from tests.support.runs import LOCAL, write_script
+
+HAS_NVRX = importlib.util.find_spec("nvidia_resiliency_ext") is not None
+ENGINES = [
+    "exec",
+    "torchrun",
+    pytest.param("nvrx", marks=pytest.mark.skipif(not HAS_NVRX, reason="needs nvidia-resiliency-ext")),
+    "own.Renamed",
+]
+OWN = """
+from dataclasses import replace
+
+from launch.agent.engine import NodeRanks, ProcessEngine
+
+
+class Renamed(ProcessEngine):
+    def __init__(self, ranks: NodeRanks) -> None:
+        super().__init__(replace(ranks, args=["env", "BY=me", *ranks.args]))
+"""
+SUM = """
+import json, os, sys
+import torch, torch.distributed as dist
+
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+known = {key: os.environ[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "WANDB_RUN_ID")}
+print(json.dumps({**known, "sum": total.item(), "by": os.environ.get("BY")}), flush=True)
+if len(sys.argv) > 1 and dist.get_rank() == 3:
+    raise KeyError("lost sheep")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    (tmp_path / "own.py").write_text(OWN)
+    return str(request.param)
+
+
+def words(engine: str, folder: RunFolder, *more: str) -> list[str]:
+    return [*LOCAL, "ranks_per_node=2", f"resilience.engine={engine}", f"run_dir={folder.path}", *more]
+
+
+def test_each_engine_starts_the_ranks_of_all_nodes(engine: str, tmp_path: Path) -> None:
+    folder, script = RunFolder(tmp_path / "run"), write_script(tmp_path, SUM)
+    run("launch", *words(engine, folder, "nodes=2", f"script.path={script}"), cwd=tmp_path)
+    printed = [json.loads(folder.log(1, rank).read_text()) for rank in range(4)]
+    assert [entry["sum"] for entry in printed] == [4.0] * 4
+    places = [(entry["RANK"], entry["LOCAL_RANK"], entry["GROUP_RANK"]) for entry in printed]
+    assert places == [("0", "0", "0"), ("1", "1", "0"), ("2", "0", "1"), ("3", "1", "1")]
+    assert len({entry["WANDB_RUN_ID"] for entry in printed}) == 4
+    assert {entry["by"] for entry in printed} == {"me" if engine.startswith("own") else None}
+
+
+def test_each_engine_names_the_rank_that_failed_first(engine: str, tmp_path: Path) -> None:
+    folder, script = RunFolder(tmp_path / "run"), write_script(tmp_path, SUM)
+    failing = words(engine, folder, "nodes=2", f"script.path={script}", "script.args=fail")
+    printed = run("launch", *failing, cwd=tmp_path, status=1)
+    (verdict,) = select_events(folder.read_events(), "verdict")
+    assert "rank 3" in verdict["cause"] and "lost sheep" in verdict["cause"], verdict
+    assert "lost sheep" in printed
+
+
+def test_each_engine_ends_its_ranks_at_a_stop(engine: str, tmp_path: Path) -> None:
+    script = write_script(tmp_path, "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(1000)")
+    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
+    process = start("launch", *words(engine, folder, "nodes=1", f"script.path={script}"), cwd=tmp_path, log=log)
+    logs = [folder.log(1, rank) for rank in range(2)]
+    wait_for(lambda: all(path.exists() and path.read_text().endswith("\n") for path in logs), "both ranks")
+    pids = [int(path.read_text()) for path in logs]
+    process.terminate()
+    wait_for(lambda: select_events(folder.read_events(), "stopped"), "the end of the run")
+    assert not any(map(is_alive, pids)), log.read_text()
+
+
+def test_an_engine_that_cannot_be_used_is_refused() -> None:
+    refused(plan, "resilience.engine=ray", found="resilience.engine=ray", fix="resilience.engine=fork")
+    refused(plan, "resilience.engine=json.JSONDecoder", found="which has no method start")
+    if not HAS_NVRX:
+        refused(plan, "resilience.engine=nvrx", fix="pip install nvidia_resiliency_ext")
+
+
+def test_an_abort_at_the_exit_does_not_hide_the_exception(tmp_path: Path) -> None:
+    end = "[rank3]: KeyError: 'lost sheep'\n"
+    (log := tmp_path / "log").write_text(
+        f"{end}terminate called without an active exception\nFatal Python error: Aborted"
+    )
+    assert failure_message(-signal.SIGABRT, log, {})[0] == "KeyError: 'lost sheep' (then ended by SIGABRT)"
+    log.write_text(end)
+    assert failure_message(-signal.SIGKILL, log, {})[0] == "KeyError: 'lost sheep' (then ended by SIGKILL)"
+    log.write_text(f"{end}and the program went on")
+    assert failure_message(-signal.SIGKILL, log, {})[0] == "killed by SIGKILL"
+
+
+@pytest.mark.parametrize(
+    ("printed", "found"),
+    [
+        ("  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n", [("1", "-9")]),
+        ("{1: ProcessFailure(local_rank=1, pid=24645, exitcode=42, error_file='<N/A>'", [("1", "42")]),
+        ("failed (exitcode: 1) local_rank: 0 (pid: 24648) of binary: /bin/sh", []),
+    ],
+    ids=["torchrun", "ft_launcher", "its log"],
+)
+def test_failed_ranks_are_read_from_what_a_launcher_prints(printed: str, found: list[tuple[str, str]]) -> None:
+    assert FAILED_RANK.findall(printed) == found
