@@ -359,7 +359,7 @@ TOKENS = {
     "gpt/metrics": 4_750,
     "gpt_launch": 740,
     "hydra_plugins": 2_500,
-    "launch/agent": 31_610,
+    "launch/agent": 31_740,
     "launch/bench_network": 3_740,
     "launch/config": 4_210,
     "launch/doctor": 7_080,

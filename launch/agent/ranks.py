@@ -23,7 +23,7 @@ from launch.agent.exchange import POLL_S, derive
 from launch.agent.fork_server import ForkServer
 from launch.agent.health import gpu_telemetry
 from launch.agent.node import VISIBLE_GPUS, AgentContext, Attempt, Node, RendezvousRound, RunContext
-from launch.agent.watch import RankRecords, Watch, log_end
+from launch.agent.watch import STACK_SIGNAL, RankRecords, Watch, log_end
 from launch.config import Config
 from launch.config.compose import workload_of
 from launch.runs.environment import Gpu, set_defaults, set_dump_file, visible_gpus
@@ -284,6 +284,8 @@ class RankAgent:
         self.usage = UsageMeter()
         self._first_exit: float | None = None
         self._engine = self._make_engine()
+        self._pids: dict[int, int] = {}
+        """Rank -> process id, of ranks that run or have ended."""
         self.killed: set[int] = set()
         """Ranks that this agent or the engine killed. Their exit statuses do not show the cause of a failure."""
         self.is_given_up = False
@@ -326,7 +328,7 @@ class RankAgent:
         engine = self._engine
         try:
             engine.start()
-            bind_ranks(engine.ranks())
+            bind_ranks(self.ranks())
             while self._have_to_wait(list(engine.statuses().values())):
                 time.sleep(POLL_S)
                 self._poll()
@@ -334,7 +336,13 @@ class RankAgent:
             engine.stop()
         statuses = engine.statuses()
         asking = self._attempt.contract.requeue_exit
+        for rank, status in statuses.items():
+            if status != 0 and rank in self._pids:  # A worker that waits for ever would keep memory, and a GPU.
+                with suppress(ProcessLookupError):
+                    os.killpg(self._pids[rank], signal.SIGKILL)
+        asked = self._watch.asked_for_stacks
         self.killed |= {rank for rank, status in statuses.items() if status is None}
+        self.killed |= {rank for rank, status in statuses.items() if status == -STACK_SIGNAL and rank in asked}
         self.asks_for_requeue = (
             asking is not None and asking in statuses.values() and {*statuses.values()} <= {0, asking}
         )
@@ -390,4 +398,6 @@ class RankAgent:
 
     def ranks(self) -> Mapping[int, int]:
         """Return the process ids of this node's ranks that still run, by rank; empty before the start."""
-        return self._engine.ranks()
+        running = self._engine.ranks()
+        self._pids |= running
+        return running

@@ -128,9 +128,10 @@ class Watchdog:
         """
         limits, started = self._limits, self._started
         if last is not None:
-            state = "stopped" if process_state(last.pid) in "Tt" else "frozen"
-            text = f"{state}: the process has not run for {{}}"
-            yield now - max(last.ran_at, started), limits.heartbeat_timeout_s, text
+            is_stopped = process_state(last.pid) in "Tt"
+            if is_stopped or last.phase is not Phase.leaving:  # No thread writes heartbeats while Python exits.
+                text = f"{'stopped' if is_stopped else 'frozen'}: the process has not run for {{}}"
+                yield now - max(last.ran_at, started), limits.heartbeat_timeout_s, text
             if last.moved_at:
                 limit = limits.startup_and_save_timeout_s if last.phase in SLOW else limits.hang_timeout_s
                 text = f"hung: no progress for {{}} while {last.phase.name}"
@@ -199,6 +200,8 @@ class Watch:
         self._looked_for_file = 0.0
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._has_signalled = False
+        self.asked_for_stacks: set[int] = set()
+        """Ranks that got ``STACK_SIGNAL``, which ends a process that is at its exit."""
         self.kill_reason: str | None = None
         """Reason for which this agent ended its ranks; None if the agent did not end them."""
 
@@ -275,6 +278,7 @@ class Watch:
         paths = {rank: attempt.heartbeats / str(rank) for rank in pids}
         beats = {rank: beat for rank, path in paths.items() if (beat := read_heartbeat(path))}
         states = {rank: describe_wait(beat.pid) for rank, beat in beats.items()}
+        self.asked_for_stacks |= beats.keys()
         with ThreadPoolExecutor() as pool:
             stacks = dict(
                 zip(beats, pool.map(lambda rank: stack_of(beats[rank].pid, attempt.log(rank)), beats), strict=True)

@@ -48,6 +48,12 @@ if len(sys.argv) > 1 and dist.get_rank() == 3:
 dist.barrier()
 dist.destroy_process_group()
 """
+SLEEP = """
+import os, subprocess, time
+
+print(os.getpid(), subprocess.Popen(["sleep", "1000"]).pid, flush=True)
+time.sleep(1000)
+"""
 
 
 @pytest.fixture(params=ENGINES)
@@ -80,13 +86,13 @@ def test_each_engine_names_the_rank_that_failed_first(engine: str, tmp_path: Pat
     assert "lost sheep" in printed
 
 
-def test_each_engine_ends_its_ranks_at_a_stop(engine: str, tmp_path: Path) -> None:
-    script = write_script(tmp_path, "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(1000)")
+def test_each_engine_ends_its_ranks_and_their_children_at_a_stop(engine: str, tmp_path: Path) -> None:
+    script = write_script(tmp_path, SLEEP)
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
     process = start("launch", *words(engine, folder, "nodes=1", f"script.path={script}"), cwd=tmp_path, log=log)
     logs = [folder.log(1, rank) for rank in range(2)]
     wait_for(lambda: all(path.exists() and path.read_text().endswith("\n") for path in logs), "both ranks")
-    pids = [int(path.read_text()) for path in logs]
+    pids = [int(word) for path in logs for word in path.read_text().split()]
     process.terminate()
     wait_for(lambda: select_events(folder.read_events(), "stopped"), "the end of the run")
     assert not any(map(is_alive, pids)), log.read_text()

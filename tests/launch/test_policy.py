@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -308,10 +309,17 @@ where_it_waits()
 class Watched:
     """A watchdog of this process as some rank, under a clock that is set forward by hand."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int = 0, **known: Any) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        folder: Path,
+        rank: int = 0,
+        limits: ResilienceConfig = SILENCE,
+        **known: Any,
+    ) -> None:
         self._real, self.ahead = time.monotonic, 0.0
         monkeypatch.setattr("launch.agent.watch.time.monotonic", lambda: self._real() + self.ahead)
-        self._dog, self._ranks = Watchdog(folder, SILENCE, **known), {rank: os.getpid()}
+        self._dog, self._ranks = Watchdog(folder, limits, **known), {rank: os.getpid()}
 
     def poll(self, after_s: float = 0.0) -> list[Any]:
         self.ahead += after_s
@@ -342,6 +350,15 @@ def test_a_rank_without_progress_is_stuck_after_the_limit_of_its_phase(
     (found,) = watched.found(limit + 8)
     assert (found.rank, found.pid, found.step) == (3, os.getpid(), 7)
     assert found.why.startswith("hung: no progress for ") and found.why.endswith(phase)
+
+
+@pytest.mark.parametrize(("phase", "found"), [("training", ["frozen"]), ("leaving", [])])
+def test_a_rank_at_its_exit_does_not_count_as_frozen(
+    phase: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank_in(tmp_path, Phase[phase])
+    watched = Watched(monkeypatch, tmp_path, 3, replace(SILENCE, heartbeat_timeout_s=8))
+    assert [one.why.partition(":")[0] for one in watched.found(16)] == found
 
 
 def test_the_stacks_of_a_stopped_rank_are_complete(tmp_path: Path) -> None:
