@@ -35,12 +35,15 @@ from gpt.parallel.distributed import waiting
 
 
 KEYS, GRADIENTS = 0, 1
-"""Tags of the transfers of keys and values, and of their gradients, which run at the same time."""
+"""Message tags of two kinds of transfers that run at the same time: keys and values, and their gradients."""
 
 
 class RingAttention(torch.autograd.Function):
-    """Causal attention over all blocks of the ring; in the backward pass keys and values circulate again, with their
-    gradients. ``own`` has the keys and values of this rank's block, (2, B, K, T, C)."""
+    """Causal attention of this rank's queries to the keys of all ranks, (B, H, T, C).
+
+    Keys and values are sent from rank to rank; in the backward pass once more, together with their gradients. ``own``
+    has the keys and values of this rank, (2, B, K, T, C).
+    """
 
     @staticmethod
     def forward(
@@ -93,11 +96,8 @@ class RingAttention(torch.autograd.Function):
 def block_gradients(
     grad_BHTC: Tensor, attended: Attended, block: Tensor, visible: tuple[int, int], causal: bool, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return two gradients that come from one block: of the queries that attend to it, and of the keys and values that
-    these queries attend to.
-
-    The gradient of the queries has shape (B, H, T - first, C). The gradient of keys and values has shape
-    (2, B, K, keys, C). Both have the dtype of ``attended.lse``.
+    """Return two gradients of attention to one block of keys: of the queries from ``first`` on, (B, H, T - first, C),
+    and of the first ``keys`` keys and values, (2, B, K, keys, C). Both have the dtype of ``attended.lse``.
 
     Args:
         grad_BHTC: gradient of the result of all blocks.
@@ -115,8 +115,8 @@ def block_gradients(
 
 
 class Transfer:
-    """An asynchronous send of a tensor to the next rank, and a receive of a tensor of its shape from the previous
-    rank."""
+    """Asynchronous exchange in a ring of ranks: sends ``x`` to the next rank, and receives a tensor of the same shape
+    from the previous rank. ``tag`` is ``KEYS`` or ``GRADIENTS``."""
 
     def __init__(self, ring: SequenceShard, x: Tensor, tag: int) -> None:
         # The send buffer must not change until the send completes.
@@ -131,7 +131,7 @@ class Transfer:
         )
 
     def wait(self) -> Tensor:
-        """Wait for the transfer; return the received tensor."""
+        """Wait until both transfers are complete; return the received tensor."""
         with waiting("cp"):
             for work in self._works:
                 work.wait()
@@ -152,12 +152,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SequenceShard:
-    """This rank's shard of every sequence. With N ranks, a sequence has 2 N chunks of equal length.
+    """The tokens of each sequence that this rank has, if N ranks share each sequence.
 
-    The rank has chunk ``rank``, and the chunk at the same place counted from the end. A token attends to all tokens
-    before it, so late chunks are more work than early ones. An early and a late chunk together balance the load.
-
-    The group is also a ring, in which each rank sends to the next one.
+    A sequence is cut into 2 N chunks of equal length. Rank r has chunk r and chunk 2 N - 1 - r. A token attends to all
+    tokens before it, so late chunks need more work than early ones, and an early and a late chunk balance the load.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -165,13 +163,13 @@ class SequenceShard:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def arrivals(self, transfer: Transfer, tokens: int) -> Iterator[tuple[Tensor, int, int]]:
-        """Yield the blocks of the other ranks in the order in which they arrive, and forward all except the last block.
+        """Yield the blocks of keys and values of the other ranks as they arrive, and send them on to the next rank.
 
-        ``transfer`` sends this rank's own block, which has ``tokens`` tokens. With each block comes the index of this
-        rank's first query that attends to it, and the number of keys of the block that such queries attend to.
+        Each item is (block, first, keys): this rank's queries from index ``first`` on attend to the first ``keys`` keys
+        of the block. ``transfer`` has begun to send this rank's own block, which has ``tokens`` tokens.
 
         A rank's early chunk comes before the early chunks of higher ranks, and its late chunk after their late chunks.
-        So every query sees the early chunk of a lower rank, and the late queries see both chunks of a higher rank.
+        So all queries attend to the early chunk of a lower rank, and the late queries to both chunks of a higher rank.
         """
         for distance in range(1, self.ranks):
             block = transfer.wait()
@@ -181,12 +179,12 @@ class SequenceShard:
             yield block, *((0, tokens // 2) if is_of_lower_rank else (tokens // 2, tokens))
 
     def part(self, x_BS: Tensor) -> Tensor:
-        """Return this rank's tokens of whole sequences, (B, S) -> (B, T)."""
+        """Select this rank's tokens from whole sequences, (B, S) -> (B, T)."""
         chunks = x_BS.chunk(2 * self.ranks, dim=-1)
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim=-1)
 
     def ends(self, length: int) -> tuple[int, int]:
-        """Return the end positions (exclusive) of this rank's two chunks of a sequence of ``length`` tokens."""
+        """Return the two positions at which this rank's chunks of a sequence of ``length`` tokens end (exclusive)."""
         chunk = length // (2 * self.ranks)
         return (self.rank + 1) * chunk, length - self.rank * chunk
 
@@ -201,10 +199,11 @@ class SequenceShard:
 def shard_sequences(
     model: nn.Module, group: dist.ProcessGroup, config: TrainConfig, device: torch.device
 ) -> SequenceShard:
-    """Apply context parallelism over ``group`` to a model or a pipeline stage; return this rank's shard of sequences.
+    """Apply context parallelism over the ranks of ``group`` to a model or a pipeline stage, in place.
 
-    The model then takes what ``SequenceShard.part`` returns, on ``device``. Whole sequences must have exactly
-    ``block_size`` tokens.
+    Returns:
+        The shard of sequences of this rank. The model then takes the tokens that its method ``part`` selects from whole
+        sequences of exactly ``block_size`` tokens, on ``device``.
     """
     shard = SequenceShard(group)
     set_positions(model, shard.part(torch.arange(config.model.block_size, device=device)))
@@ -218,7 +217,10 @@ def shard_sequences(
 
 
 def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig) -> Attend:
-    """Return the function that replaces ``attention.attend``: ring attention, or attention to all-gathered keys."""
+    """Return a function that replaces ``attention.attend``: ring attention, or attention to all-gathered keys.
+
+    It takes the queries, keys and values of this rank's tokens, and returns (B, H, T, C).
+    """
     if config.parallel.cp_method is CpMethod.ring:
         fused = attention.backend is not AttentionBackend.manual
         sinks = attention.sinks
@@ -242,9 +244,9 @@ def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig
 
 
 class AllGatherSequence(torch.autograd.Function):
-    """All-gather of the sequence shards, in the order of tokens, along the second to last dimension.
+    """All-gather of the parts of sequences along the second to last dimension, in the order of the tokens.
 
-    Its backward pass is a reduce-scatter of the gradients to the rank that holds the token.
+    The backward pass reduce-scatters the gradients: each rank gets the sums for its tokens.
     """
 
     @staticmethod

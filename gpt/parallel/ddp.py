@@ -30,40 +30,44 @@ from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, ParallelDims
 
 
 GATHER_BYTES = 256 * 2**20
-"""Largest size of an all-gather bucket in bytes. Its memory is used between two steps, when there are no
+"""Largest number of bytes that one all-gather gathers. They need memory between two steps, when there are no
 activations."""
 
 collectives = torch.ops._c10d_functional
-"""The functional collectives of torch, because the collectives of torch.distributed have new names in torch 2.13."""
+"""torch's functional collectives; those of torch.distributed have new names in torch 2.13."""
 
 
 class SplitParameter(NamedTuple):
-    """A replicated parameter, and this rank's shard of it: a DTensor over the same memory."""
+    """A parameter that every rank has, and the rows of it that this rank updates."""
 
     whole: nn.Parameter
     shard: nn.Parameter
+    """This rank's rows: a DTensor over the memory of ``whole``."""
 
 
 def split_parameter(whole: nn.Parameter, mesh: DeviceMesh) -> SplitParameter:
-    """Pair a parameter with this rank's shard, which shares its memory and which an optimizer steps in place."""
+    """Return a parameter with this rank's shard of it. An optimizer that updates the shard changes ``whole``."""
     chunks, rank = whole.detach().chunk(mesh.size(), dim=0), mesh.get_local_rank()
     chunk = chunks[rank] if rank < len(chunks) else whole.detach()[:0]  # there may be fewer rows than ranks
     return SplitParameter(whole, nn.Parameter(as_row_shard(chunk, whole, mesh), requires_grad=whole.requires_grad))
 
 
 def as_row_shard(local: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Return ``local`` as a DTensor: this rank's rows of a tensor with the shape of ``whole``."""
+    """Return a DTensor with the shape of ``whole``, sharded by rows, of which this rank has ``local``."""
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def padded_chunk(tensor: Tensor, ranks: int) -> int:
-    """Return the number of elements in the first rank's chunk of a tensor, which is the largest chunk."""
+    """Return the number of elements of the largest shard, if a tensor is sharded by rows over ``ranks`` ranks."""
     return -(-len(tensor) // ranks) * (tensor.numel() // max(1, len(tensor)))
 
 
 @torch.no_grad()
 def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """All-gather tensors in place, ``GATHER_BYTES`` at a time; each rank contributes its chunk of the rows."""
+    """Fill each tensor, in place, with the rows of all ranks: every rank contributes the rows that it owns. Collective.
+
+    One all-gather gathers at most ``GATHER_BYTES``.
+    """
     ranks, rank = group.size(), group.rank()
     for indices in split_into_buckets(tensors, GATHER_BYTES):
         bucket = [tensors[index] for index in indices]
@@ -80,9 +84,9 @@ def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None
 
 
 class GradientBucket:
-    """Parameters whose gradients are all-reduced (sum) together, in one collective over a process group.
+    """Parameters whose gradients one all-reduce (sum) over a process group reduces.
 
-    The gradients become views of the bucket, so no sum is copied back.
+    After the all-reduce, the gradients are views of one tensor, so that no sum is copied.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -91,7 +95,7 @@ class GradientBucket:
         """Parameters whose gradients the backward pass has yet to compute."""
 
     def send(self) -> Callable[[], object]:
-        """Start the collective of the bucket; return the function that waits for the summed gradients."""
+        """Start the collective of the bucket. Return a function that waits for the summed gradients."""
         for parameter in self.parameters:
             if parameter.grad is None:  # the parameter took no part in the step, but another rank may have used it
                 parameter.grad = torch.zeros_like(parameter)
@@ -110,15 +114,15 @@ class GradientBucket:
 
 
 class RowBucket(GradientBucket):
-    """A bucket whose gradients are reduce-scattered (sum) instead: each rank gets and keeps only the gradients of its
-    rows."""
+    """Bucket whose gradients are reduce-scattered (sum): each rank gets the summed gradients of its own rows, as
+    gradients of the shards. The gradients of the whole parameters are deleted."""
 
     def __init__(self, pairs: Sequence[SplitParameter], group: dist.ProcessGroup) -> None:
         super().__init__([whole for whole, _ in pairs], group)
         sizes = [padded_chunk(whole, group.size()) for whole in self.parameters]
         self.sums = self.parameters[0].new_zeros(sum(sizes))
-        """Summed gradients of this rank's rows. The tensor is kept between steps, because the host needs time to make
-        its DTensors."""
+        """Summed gradients of this rank's rows, flat. The tensor is used again in each step, because the host needs
+        time to make the DTensors over it."""
         self._gradients: list[tuple[nn.Parameter, DTensor]] = []
         for (whole, shard), place in zip(pairs, self.sums.split(sizes), strict=True):
             assert isinstance(shard, DTensor)
@@ -152,11 +156,11 @@ def row_buckets(parameters: Sequence[SplitParameter], mesh: DeviceMesh) -> list[
 
 
 class GradientReducer:
-    """Reduction of gradients in flat buckets. A bucket is sent when the backward pass has computed all its gradients.
+    """Reduces gradients in buckets during the last backward pass of a step: a bucket is sent as soon as the backward
+    pass has computed its gradients, and all buckets before it were sent.
 
-    Buckets are sent in one order, from the last parameters to the first, in whatever order gradients come. So all ranks
-    send the same buckets, and every attempt of a run sums in the same order. Only a few buckets are on their way at a
-    time, since the memory of a bucket is freed only when its sums have arrived.
+    So all ranks send the buckets in the same order, and every attempt of a run sums in the same order. At most
+    ``BUCKETS_IN_FLIGHT`` are sent at a time, since the memory of a bucket is freed only when its sums have arrived.
 
     Args:
         buckets: the buckets in the order in which they are sent.
@@ -168,12 +172,12 @@ class GradientReducer:
         for parameter in self._bucket_of:
             parameter.register_post_accumulate_grad_hook(self._note_gradient)
         self._to_send: deque[GradientBucket] = deque()
-        """Buckets that the last backward pass of a step has yet to send; empty at other times."""
+        """Buckets that still have to be sent in the last backward pass of a step; empty at other times."""
         self._in_flight: deque[Callable[[], object]] = deque()
-        """Functions that wait for the sums of the buckets that are on their way."""
+        """For each bucket that was sent and not yet received, the function that waits for its sums."""
 
     def begin_last(self) -> None:
-        """Prepare the last backward pass of a step, which sends each bucket when it is complete."""
+        """Prepare for the last backward pass of a step, in which buckets are sent."""
         for bucket in self._buckets:
             bucket.missing = {*bucket.parameters}
         self._to_send.extend(self._buckets)
@@ -210,11 +214,12 @@ class GradientReducer:
 
 
 NEVER = 2**31 - 1
-"""Steps between two statistics of DDP: the largest number that DDP accepts."""
+"""Number of steps between two statistics of DDP: the largest that DDP accepts, so that there are none."""
 
 
 class DDPEngine(TorchEngine):
-    """DDP (torch's DistributedDataParallel): a replica on every rank. A run of one rank calls the model without DDP."""
+    """Engine of torch's DistributedDataParallel (DDP), with a replica of the model on every rank. A run of one rank
+    uses the model without DDP."""
 
     def __init__(self, model: GPT, layout: RunLayout) -> None:
         world = layout.world
@@ -237,8 +242,8 @@ class DDPEngine(TorchEngine):
     def begin_backward(self) -> None:
         """Clear the gradients of the last step.
 
-        With several micro-batches, gradients are zeros in DDP's buckets. If they were None, those of the first
-        micro-batches would lie outside the buckets, and take as much memory again.
+        With several micro-batches, gradients are set to zero in DDP's buckets. If they were None, the gradients of the
+        first micro-batch would be outside of the buckets, and need as much memory again.
         """
         if self.world.size == 1 or self.batch.accumulation == 1:
             super().begin_backward()
@@ -251,7 +256,8 @@ class DDPEngine(TorchEngine):
         return clip_replica(self._parameters, self.config.optim.grad_clip, self.world, figures_N, meanwhile)
 
     def _run_backward(self, loss: Tensor, last: bool) -> None:
-        """Run the backward pass. In the ``last`` one of a step, record DDP's wait after all gradients are computed.
+        """Run the backward pass. In the ``last`` one of a step, record the time that DDP waits after all gradients are
+        computed.
 
         Autograd runs its callbacks in the order in which they were queued. The callback of this method is queued when
         the backward pass begins, so it runs before the callback in which DDP waits.
@@ -290,7 +296,8 @@ class DDPEngine(TorchEngine):
 
 
 class Zero1Engine(TorchEngine):
-    """ZeRO-1: a replica on every rank, which reduces, clips and steps its own rows of every parameter."""
+    """Engine of ZeRO-1: every rank has the whole model, and reduces, clips and updates its own rows of every
+    parameter."""
 
     def __init__(self, model: GPT, layout: RunLayout) -> None:
         config, world = layout.config, layout.world
@@ -325,6 +332,6 @@ class Zero1Engine(TorchEngine):
         self._reducer.finish()
 
     def _all_gather(self, parameters: Sequence[nn.Parameter]) -> None:
-        """All-gather parameters, after each rank has changed its shards in place."""
+        """All-gather whole parameters, after each rank has changed its own rows in place."""
         with waiting("dp"):
             all_gather_rows([whole.detach() for whole in parameters], self._mesh.get_group())

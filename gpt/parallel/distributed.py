@@ -1,4 +1,4 @@
-"""The processes of a run: the timeline of a step, the device mesh, collectives (``World``), and joining the ranks."""
+"""The ranks of a run: their set-up, device mesh and collectives (``World``), and the timeline of waits in a step."""
 
 from __future__ import annotations
 
@@ -35,55 +35,60 @@ from launch.worker import STORE_PREFIX
 
 
 Moment = float | torch.cuda.Event
-"""Time of the host in seconds (time.perf_counter), or an event in the queue of a GPU."""
+"""A time: of the host's clock in seconds (time.perf_counter), or an event in the queue of a GPU."""
 
 GROUPS = ("dp", "fsdp", "tp", "pp", "cp", "ep")
-"""Groups of ranks whose exposed communication is reported separately."""
+"""Names of spans for waits in the collectives of one kind of parallelism."""
 WORLD, BUBBLE = "world", "bubble"
-"""Names of spans that wait for all ranks, or for another stage of the pipeline."""
+"""Names of spans for waits in collectives of all ranks, and for waits for another stage of the pipeline."""
 HOST = "host"
-"""Name of spans in which the host does work outside of the step, while the ranks communicate."""
+"""Name of spans in which the host does other work while the ranks communicate."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A span of the step: its name, and seconds of its begin and end since the step began."""
+    """A named part of the time of a step."""
 
     name: str
     begin: float
+    """Seconds since the step began."""
     end: float
+    """Seconds since the step began."""
 
     @property
     def seconds(self) -> float:
-        """Length of the span, seconds."""
+        """Length of the span in seconds."""
         return self.end - self.begin
 
 
 _free: deque[torch.cuda.Event] = deque()
-"""Unused events, from timelines that have been read. Without reuse, each step of a large model under fsdp would make
-thousands."""
+"""GPU events of earlier steps that can be used again. Otherwise each step of a large model with fsdp would make
+thousands of events."""
 
 
 class Timeline:
-    """Waits and work of one step on one rank, recorded while the step runs."""
+    """Record of one step on one rank: when it waits for other ranks, and when its pipeline stages work."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._waits: list[tuple[str, Moment, Moment]] = []
         self.works: list[tuple[str, Moment, Moment]] = []
-        """Pieces of work: ``bubble`` if the piece begins with data of another rank, else ``pp``; its begin; its end."""
+        """Forward and backward passes of pipeline stages, as (name, begin, end). The name is ``bubble`` if the pass
+        begins with data from another rank, else ``pp``."""
         self.schedules: list[tuple[str, Moment, Moment]] = []
+        """Runs of a pipeline's schedule, as (name, begin, end)."""
         self.is_waiting = False
-        """True inside of a wait, because a wait inside another wait is not recorded."""
+        """True during a recorded wait: waits inside another wait are not recorded."""
         self.receives = False
-        """True if the rank has begun to receive data from another rank, before its next piece of work."""
+        """True if the rank has begun to receive data for its next pass from another rank."""
         self._events: list[torch.cuda.Event] = []
         self.start = self.now()
         self.marks = [self.start]
-        """Begin of the step, and ends of its phases: computing the gradients, then clipping and applying them."""
+        """Three moments: the begin of the step, the end of computing gradients, and the end of the optimizer's
+        update."""
 
     def now(self) -> Moment:
-        """Return the present moment: host time, or an event in the GPU's queue."""
+        """Return the present moment: the time of the host, or on a GPU a new event in its queue."""
         if not self._is_cuda:
             return time.perf_counter()
         event = _free.popleft() if _free else torch.cuda.Event(enable_timing=True)
@@ -92,16 +97,16 @@ class Timeline:
         return event
 
     def give_back(self) -> None:
-        """Put the events back into the pool for later timelines. Call it after all moments have been read."""
+        """Make the events of this timeline available to later timelines. Call this after all moments are read."""
         _free.extend(self._events)
         self._events.clear()
 
     def mark(self) -> None:
-        """Record the end of a phase: the moment at which the device has done all work queued so far. Does not wait."""
+        """Append the present moment to ``marks``, without waiting for the device."""
         self.marks.append(self.now())
 
     def seconds(self, moment: Moment) -> float:
-        """Return the seconds from the start of the step to a moment, which the device must have passed."""
+        """Return the seconds from the begin of the step to a moment. The device must have reached the moment."""
         since = self.start
         if isinstance(since, torch.cuda.Event) and isinstance(moment, torch.cuda.Event):
             return float(since.elapsed_time(moment)) / 1000
@@ -109,11 +114,11 @@ class Timeline:
         return moment - since
 
     def add_wait(self, name: str, begin: Moment) -> None:
-        """Record a wait named ``name`` from ``begin`` until now."""
+        """Record that the rank has waited from ``begin`` until now. ``name`` is a name of spans."""
         self._waits.append((name, begin, self.now()))
 
     def spans(self) -> list[Span]:
-        """Return all waits, with those of a pipeline's schedule; the device must have passed them."""
+        """Return all waits of the step, with those of pipeline schedules. The device must have finished the step."""
         waits, works, schedules = (
             [Span(name, self.seconds(begin), self.seconds(end)) for name, begin, end in moments]
             for moments in (self._waits, self.works, self.schedules)
@@ -125,19 +130,16 @@ class Timeline:
 
 
 def schedule_waits(begin: float, works: Sequence[Span], waits: Sequence[Span]) -> list[Span]:
-    """Return spans for the time of a pipeline's schedule in which the stages of this rank did not work.
+    """Return the spans of a run of a pipeline's schedule in which the stages of this rank did not work.
 
-    Time before work that needs another rank's data is bubble: the transfer and the wait for the sender look the same.
-    Time before other work is the rank's own communication, its sends.
+    Time before a pass that needs data from another rank is ``bubble``: the transfer and the wait for the sender cannot
+    be distinguished. Time before any other pass is ``pp``: the rank sends its own data.
 
     Args:
-        begin: start of the schedule, in seconds since the step began.
-        works: pieces of work in the order of time, each named ``bubble`` if it begins with data that another rank has
-            sent, else ``pp``. The last piece has no length; it is the end of the schedule.
-        waits: spans of other groups, which are left out if they are between two pieces of work.
-
-    Returns:
-        Spans named ``bubble`` or ``pp``.
+        begin: begin of the schedule, in seconds since the step began.
+        works: forward and backward passes, by time, each named ``bubble`` if it begins with data from another rank,
+            else ``pp``. The last one has no length, and marks the end of the schedule.
+        waits: waits in other collectives, whose time between two passes is left out.
     """
     found, since = [], begin
     waits = sorted(waits, key=lambda span: span.begin)
@@ -152,8 +154,8 @@ def schedule_waits(begin: float, works: Sequence[Span], waits: Sequence[Span]) -
 
 
 def total(spans: Sequence[Span], begin: float, end: float, *names: str) -> float:
-    """Return the summed seconds of spans that begin in [``begin``, ``end``), only of spans with one of ``names`` if any
-    is given."""
+    """Return the summed seconds of the spans that begin between ``begin`` and ``end``. If ``names`` are given, only
+    spans with these names count."""
     return sum(span.seconds for span in spans if begin <= span.begin < end and (not names or span.name in names))
 
 
@@ -162,7 +164,7 @@ _current: Timeline | None = None
 
 @contextmanager
 def recorded(timeline: Timeline) -> Iterator[None]:
-    """Record on a timeline the waits and the work inside the ``with`` block."""
+    """Return a context in which waits and work are recorded in ``timeline``."""
     global _current
     before, _current = _current, timeline
     try:
@@ -172,13 +174,14 @@ def recorded(timeline: Timeline) -> Iterator[None]:
 
 
 def current() -> Timeline | None:
-    """Return the timeline of the step that is being recorded; None if no step is."""
+    """Return the timeline in which waits are recorded now; None outside of ``recorded``."""
     return _current
 
 
 @contextmanager
 def waiting(name: str) -> Iterator[None]:
-    """Record the ``with`` block as a wait for other ranks, named ``name``: a collective, or the wait for its result."""
+    """Return a context that is recorded as a wait for other ranks, under the name ``name``. Inside is a collective, or
+    the wait for its result. Nothing is recorded outside of ``recorded``, and inside of another wait."""
     timeline = _current
     if timeline is None or timeline.is_waiting:
         yield
@@ -193,8 +196,8 @@ def waiting(name: str) -> Iterator[None]:
 
 @contextmanager
 def working(is_fed: bool = False) -> Iterator[None]:
-    """Record the ``with`` block as work of a pipeline stage. ``is_fed``: it begins with data that another rank has
-    sent."""
+    """Return a context that is recorded as work of a pipeline stage. ``is_fed`` is True if the work begins with data
+    from another rank."""
     timeline = _current
     if timeline is None:
         yield
@@ -212,7 +215,7 @@ def receiving() -> None:
 
 @contextmanager
 def scheduling() -> Iterator[None]:
-    """Record the ``with`` block as a pipeline's schedule."""
+    """Return a context that is recorded as one run of a pipeline's schedule."""
     timeline = _current
     if timeline is None:
         yield
@@ -227,27 +230,28 @@ def scheduling() -> Iterator[None]:
 
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-"""Backend of the process groups of a mesh, by type of device. ``set_timeouts`` sets their timeout."""
+"""Type of device -> backend of the process groups of a mesh. ``set_timeouts`` sets the timeout of the groups."""
 
 
 def build_mesh(dims: ParallelDims, device_type: str) -> DeviceMesh:
-    """Return the device mesh of a run, outermost axis first: the axes with more than one rank, and ``dp_shard``."""
+    """Return the device mesh of a run, with the axes that have more than one rank, and always ``dp_shard``. The
+    outermost axis comes first."""
     used = {name: size for name, size in dims.sizes.items() if size > 1 or name == "dp_shard"}
     options: dict[int | str, Any] = dict.fromkeys(used, BACKENDS[device_type])
     return init_device_mesh(device_type, tuple(used.values()), mesh_dim_names=tuple(used), backend_override=options)
 
 
 def flatten_mesh(mesh: DeviceMesh, names: Sequence[str]) -> DeviceMesh:
-    """Return a mesh of one axis that joins the neighboring axes ``names``, with a process group of its own."""
+    """Return a mesh with one axis, which joins the neighboring axes ``names`` of ``mesh`` in one process group."""
     if len(names) == 1:
         return mesh[names[0]]
     return mesh[tuple(names)]._flatten("_".join(names), backend_override=BACKENDS[mesh.device_type])
 
 
 def shard_mesh(mesh: DeviceMesh, within: str = "dp_shard") -> DeviceMesh:
-    """Return the mesh over which FSDP shards parameters: the axes ``within`` and ``cp``, flattened into one.
+    """Return the mesh over which FSDP shards parameters: the axes ``within`` and ``cp``, joined into one axis.
 
-    If ``mesh`` has the axis ``dp_replicate``, the result has two dimensions, and ``dp_replicate`` is the first.
+    If ``mesh`` has the axis ``dp_replicate``, the result has two axes, and ``dp_replicate`` is the first.
     """
     names = mesh.mesh_dim_names or ()
     shard = flatten_mesh(mesh, [name for name in (within, "cp") if name in names])
@@ -257,19 +261,21 @@ def shard_mesh(mesh: DeviceMesh, within: str = "dp_shard") -> DeviceMesh:
 
 
 def mesh_without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
-    """Return the one-axis mesh of the ranks that have the same place as this rank along each of ``axes``.
+    """Return a mesh with one axis, which joins all axes of ``mesh`` except ``axes``.
 
-    Without ``pp`` these are the ranks with the same layers. Without ``pp``, ``ep`` and ``tp`` these are the ranks with
-    the same part of the model, which compute other samples or tokens.
+    So it has the ranks with the same index as this rank along each of ``axes``. Without ``pp`` these are the ranks with
+    the same layers. Without ``pp``, ``ep`` and ``tp`` these are the ranks with the same part of the model, which
+    compute other samples or tokens.
     """
     return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name not in axes])
 
 
 def expert_mesh(mesh: DeviceMesh, dims: ParallelDims) -> DeviceMesh:
-    """Return the mesh of the data ranks and ``cp`` with an axis ``ep``, along which experts are sharded.
+    """Return the mesh of the data-parallel and context-parallel ranks, in which one axis is split into ``edp`` and
+    ``ep``.
 
-    Under FSDP the axis is split off from ``dp_shard``, so that each replica has all experts; else from
-    ``dp_replicate``. ``edp`` is the rest of the split axis: the ranks that hold the same experts.
+    Experts are sharded along ``ep``; ranks along ``edp`` have the same experts. The axis that is split is ``dp_shard``
+    with FSDP, so that each replica of the model has all experts; otherwise ``dp_replicate``.
     """
     split_dim = "dp_shard" if dims.is_sharded else "dp_replicate"
     names = mesh.mesh_dim_names or ()
@@ -281,8 +287,7 @@ def expert_mesh(mesh: DeviceMesh, dims: ParallelDims) -> DeviceMesh:
 
 
 def set_timeouts(timeout_s: float, without: Collection[dist.ProcessGroup] = ()) -> None:
-    """Set the timeout of later collectives, in seconds, in all process groups of this rank except ``without``; also in
-    the groups that torch has made."""
+    """Set the timeout of later collectives, in seconds, in all process groups of this process except ``without``."""
     for group in list(c10d._world.pg_map):
         if group not in without:
             c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
@@ -293,15 +298,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PendingSum:
-    """A sum over all ranks that is still being computed."""
+    """An all-reduce (sum) that was started and may not be complete."""
 
     values: torch.Tensor
+    """Tensor that is summed in place."""
     work: dist.Work
 
     def wait(self, waits_as: str = WORLD) -> torch.Tensor:
-        """Wait for the sum and return it; on a GPU only the stream waits, not the host.
+        """Wait for the sum, and return it. On a GPU only the stream waits, not the host.
 
-        The timeline of a step records the wait under the name ``waits_as``.
+        The wait is recorded in the timeline under the name ``waits_as``.
         """
         with waiting(waits_as):
             self.work.wait()
@@ -310,47 +316,53 @@ class PendingSum:
 
 @dataclass(frozen=True)
 class World:
-    """This rank, one of ``size`` ranks, its device, and collectives, which all ranks must call."""
+    """This rank, its device, and collectives over all ranks."""
 
     rank: int
+    """Number of this rank, from 0 to ``size`` - 1."""
     size: int
+    """Number of ranks."""
     local_rank: int
+    """Number of this rank on its node, from 0."""
     local_size: int
+    """Number of ranks on this node."""
     node: int
+    """Number of this node, from 0."""
     device: torch.device
     control: dist.ProcessGroup
-    """A gloo group for messages between the processes, apart from the collectives of training."""
+    """Process group of all ranks on gloo, for messages, apart from the collectives of training."""
 
     @property
     def is_first(self) -> bool:
-        """True on rank 0, which does all work that must be done once."""
+        """True on rank 0, which does the work that only one rank must do."""
         return self.rank == 0
 
     def all_reduce(self, values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-        """All-reduce (sum) a tensor over all ranks, or ``group``, in place; queued on a GPU, without waiting."""
+        """All-reduce (sum) a tensor in place over the ranks of ``group``, and return it; None means all ranks. A GPU
+        queues it, and the host does not wait."""
         with waiting(WORLD):
             dist.all_reduce(values, group=group)
         return values
 
     def start_all_reduce(self, values: torch.Tensor) -> PendingSum:
-        """Start an all-reduce (sum) of a tensor over all ranks, in place; ``wait`` of the result returns the sum."""
+        """Start an all-reduce (sum) of a tensor over all ranks, in place. The method ``wait`` of the result returns the
+        sum."""
         return PendingSum(values, dist.all_reduce(values, async_op=True))
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, by rank, on every rank. ``gpt.checkpoint.messages`` must be able to send
-        them."""
+        """Return the values of all ranks, in the order of ranks, on every rank. The type of the values must be one that
+        ``gpt.checkpoint.messages`` can send."""
         return messages.all_gather(value, self.control)
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 only; every rank gets its result, or raises if it failed.
+        """Call ``action`` on rank 0 only, and return its result on every rank. Collective.
 
         Args:
-            action: its result must be a value that ``gpt.checkpoint.messages`` can send.
+            action: a function whose result ``gpt.checkpoint.messages`` can send.
 
         Raises:
-            ConfigError: rank 0 raised it; raised on every rank.
-            FirstRankError: rank 0 raised another error; raised on the other ranks, so that none of them waits for rank
-                0.
+            ConfigError: ``action`` raised it; it is raised on every rank.
+            FirstRankError: ``action`` raised another error. Rank 0 raises that error, and the other ranks this one.
         """
         message = b""
         failure: BaseException | None = None
@@ -372,12 +384,12 @@ class World:
 
 
 class FirstRankError(RuntimeError):
-    """Failure of rank 0 in an action that it does for all ranks; raised on all other ranks."""
+    """Raised on all ranks but rank 0 if rank 0 fails in ``World.on_first``; the message has its error."""
 
 
 def ranks_from_env() -> tuple[int, int, int, int, int]:
-    """Return (rank, world size, local rank, local world size, node) as torchrun sets them; without
-    torchrun (0, 1, 0, 1, 0).
+    """Return (rank, number of ranks, rank on this node, number of ranks on this node, node) from the environment
+    variables that torchrun sets; (0, 1, 0, 1, 0) if none is set.
 
     Raises:
         ConfigError: only some of the variables are set, or they contradict each other.
@@ -404,7 +416,12 @@ def ranks_from_env() -> tuple[int, int, int, int, int]:
 
 
 def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.device:
-    """Return the device of this rank: a GPU of its own, or the CPU.
+    """Return the device of a rank: the GPU with the index ``local_rank``, or the CPU.
+
+    Args:
+        wish: the config's device; ``auto`` takes the CPU if the node has no GPU.
+        local_rank: number of the rank on its node.
+        local_size: number of ranks on the node.
 
     Raises:
         ConfigError: the config demands cuda and there are fewer GPUs than ranks on this node.
@@ -430,10 +447,11 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
 
 
 def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
-    """Return the store in which the ranks find each other; None if torch chooses it from its environment variables.
+    """Return the store with which torch.distributed connects the ranks; None if torch shall make one from its
+    environment variables.
 
-    Under the launcher's agent, the keys have a secret prefix, because the store answers any process that reaches its
-    port.
+    If the launcher's agent has started the ranks, the keys get a secret prefix, because the store answers any process
+    that reaches its port.
     """
     if size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
@@ -447,7 +465,7 @@ def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
 
 @contextmanager
 def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
-    """Yield this rank's ``World``, joined with the other ranks for the length of a ``with`` block.
+    """Return a context that joins this process with the other ranks, and yields its ``World``.
 
     Args:
         wish: the device of the config.
@@ -471,7 +489,7 @@ def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
 
 
 def load_deepspeed(world: World) -> None:
-    """Import and initialize DeepSpeed for the device of this rank, with warnings and errors only."""
+    """Import DeepSpeed, and initialize it for the device of this rank. Its logs below warnings are turned off."""
     os.environ["DS_ACCELERATOR"] = world.device.type  # else it takes any GPU it sees, whatever ``device`` says
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     import deepspeed

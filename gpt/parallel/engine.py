@@ -30,22 +30,27 @@ from gpt.topology import Batch, ParallelDims
 
 
 class Clipped(NamedTuple):
-    """Result of ``Engine.clip``: gradient norm and summed figures of a step, known to all ranks before the update."""
+    """Result of ``Engine.clip``, the same on all ranks."""
 
     norm: Tensor | None
-    """Global norm of the gradients before they were clipped, (); None if the optimizer clips in its step."""
+    """Global norm of the gradients before clipping, (); None if the optimizer clips them itself."""
     sums: Tensor
-    """Figures of the step, summed over all ranks, (N,) float64."""
+    """The argument ``figures_N``, summed over all ranks, (N,) float64."""
     flaw: Tensor
-    """0; NaN if gradients are not finite on some rank. () float64, the same on all ranks."""
+    """() float64: 0, or NaN if gradients are not finite on some rank."""
 
 
 def clip_replica(
     parameters: Iterable[nn.Parameter], limit: float, world: World, figures_N: Tensor, meanwhile: Callable[[], None]
 ) -> Clipped:
-    """Clip whole gradients, which are equal on all ranks, to the norm ``limit``; 0 does not clip. Collective.
+    """Clip gradients that are whole and equal on all ranks, in place. Collective.
 
-    ``figures_N``, N numbers of this rank, float64, are summed over all ranks. ``meanwhile`` is called during the sum.
+    Args:
+        parameters: parameters whose gradients are clipped.
+        limit: largest global norm after clipping; 0 does not clip.
+        world: all ranks.
+        figures_N: numbers of this rank, float64, which are summed over all ranks.
+        meanwhile: called while the ranks compute the sum.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -66,11 +71,16 @@ def clip_shards(
     meanwhile: Callable[[], None],
     waits_as: str = WORLD,
 ) -> Clipped:
-    """Clip sharded gradients to the global norm ``limit``; 0 does not clip. Collective.
+    """Clip sharded gradients, in place. Collective.
 
-    Each item of ``gradients`` is a name, this rank's shard, and 1 / (number of ranks that have the same shard).
-    With that factor, every element counts once in the sum over all ranks. The timeline of a step records the wait for
-    the other ranks under the name ``waits_as``. For ``figures_N`` and ``meanwhile`` see ``Engine.clip``.
+    Args:
+        gradients: for each gradient its name, this rank's shard, and 1 / (number of ranks with the same shard). With
+            this factor every element counts once in the sum over all ranks.
+        limit: largest global norm after clipping; 0 does not clip.
+        world: all ranks.
+        figures_N: numbers of this rank, float64, which are summed over all ranks.
+        meanwhile: called while the ranks compute the sum.
+        waits_as: name under which the timeline records the wait for the sum.
     """
     parts = [(part, share) for _, part, share in gradients]
     # Gradients may be offloaded to the host; collectives run on the device. The squares come first, since the number of
@@ -87,7 +97,7 @@ def clip_shards(
 
 
 def flaw_of(norm: Tensor) -> Tensor:
-    """Return 0 if ``norm`` is finite, else NaN; () float64."""
+    """Return a tensor () float64: 0 if ``norm`` is finite, else NaN."""
     return norm.double() * 0.0
 
 
@@ -101,13 +111,13 @@ def flaw_of(norm: Tensor) -> Tensor:
 
 INITIAL = 2.0**16
 GROWTH, BACKOFF = 2.0, 0.5
-"""Factors of the loss scale: after ``GROWTH_INTERVAL`` steps without overflow, and after an overflow. They are powers
-of two, so scaling and unscaling cause no rounding."""
+"""Numbers by which the loss scale is multiplied: after ``GROWTH_INTERVAL`` steps without overflow, and after an
+overflow. They are powers of two, so that scaling causes no rounding."""
 GROWTH_INTERVAL = 2000
-"""Steps in a row without overflow after which the scale grows. This number and the three numbers above are those of
-torch."""
+"""Number of consecutive steps without overflow after which the scale grows. This number and the three above are those
+of torch."""
 MINIMUM = 1.0
-"""Smallest scale. At this scale gradients are not scaled up, so if they overflow, the run has diverged."""
+"""Smallest loss scale. Gradients that overflow at this scale are too large without scaling: the run has diverged."""
 
 
 class LossScale:
@@ -115,24 +125,24 @@ class LossScale:
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), INITIAL, device=device)
-        """Factor of the loss, () fp32; the tensor is changed in place only."""
+        """Number by which the loss is multiplied, () fp32. The tensor object never changes, only its value."""
         self._steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def unscale(self, gradients: list[Tensor]) -> None:
-        """Divide gradients (this rank's shards, all on one device) by the scale, in place."""
+        """Divide gradients, which are all on one device, by the scale, in place."""
         torch._foreach_mul_(gradients, self.scale.reciprocal().to(gradients[0].device))
 
     def update(self, overflows: Tensor) -> None:
-        """Adapt the scale after a step; ``overflows``, a bool (), is true if the step was skipped."""
+        """Change the scale after a step. ``overflows``, a bool tensor (), is true if the step was skipped."""
         torch._amp_update_scale_(self.scale, self._steps, overflows.to(self.scale), GROWTH, BACKOFF, GROWTH_INTERVAL)
         self.scale.clamp_(min=MINIMUM)
 
     def state(self) -> dict[str, float]:
-        """Return the state for a checkpoint, in numbers that JSON stores exactly. Waits for the device."""
+        """Return the state for a checkpoint, as plain JSON. Waits for the device."""
         return {"scale": self.scale.item(), "steps": self._steps.item()}
 
     def load(self, state: dict[str, float]) -> None:
-        """Restore what ``state`` has returned."""
+        """Restore a result of the method ``state``."""
         self.scale.fill_(state["scale"])
         self._steps.fill_(int(state["steps"]))
 
@@ -141,9 +151,9 @@ class LossScale:
 
 
 def shared_squares(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, ...]:
-    """Return the sum of squares of each shard, divided by the number of the shard's replicas; each () float64.
+    """Return for each shard its sum of squares, divided by the number of ranks that have the same shard, () float64.
 
-    Each item of ``parts`` is a shard, and 1 / (number of its replicas).
+    Each item of ``parts`` is a shard, and 1 / (number of ranks that have the same shard).
     """
     # float64 on the device: the squares of a whole model do not fit the digits of a float32.
     norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
@@ -151,9 +161,9 @@ def shared_squares(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, ...]:
 
 
 def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
-    """Multiply each of N values on a device by a number of the host; each product is ().
+    """Multiply N values on a device, (N,), by N numbers of the host. Return the N products, each ().
 
-    The factors are arguments of the kernel: a tensor of them would be copied to the device, and the host would wait.
+    The numbers are arguments of the kernel. As a tensor they would be copied to the device, and the host would wait.
     """
     return tuple(torch._foreach_mul(values_N.unbind(), list(factors)))
 
@@ -169,7 +179,7 @@ def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class RunLayout:
-    """Config of a run, its ranks, and how these share the model and the batch."""
+    """Config of a run, its ranks, its parallel dimensions, and the split of its batch."""
 
     config: TrainConfig
     world: World
@@ -178,7 +188,7 @@ class RunLayout:
 
 
 class Engine:
-    """A model parallelized over the ranks, and its optimizer. Every method is collective.
+    """A model parallelized over the ranks, with its optimizer, for the training loop. Every method is collective.
 
     Args:
         layout: config, ranks and batch of the run.
@@ -186,26 +196,27 @@ class Engine:
     """
 
     module: nn.Module
-    """This rank's part of the model, with the parameter names of the whole model (maybe after ``module.``)."""
+    """This rank's part of the model. Parameters have their names in the whole model, maybe after ``module.``."""
     trained: nn.Module
-    """The module that the optimizer steps and checkpoints store: ``module``, or this rank's shard of it."""
+    """The module whose parameters the optimizer updates and checkpoints store: ``module``, or a module with this rank's
+    shards of its parameters."""
     files: TensorFiles
-    """The checkpoint format of the state that ``state()`` returns."""
+    """Checkpoint format of the state that the method ``state`` returns."""
     layer_group: dist.ProcessGroup | None = None
-    """The ranks that have the same layers (the same pipeline stage); None means all ranks."""
+    """Process group of the ranks with the same layers (pipeline stage); None means all ranks."""
     timed_groups: tuple[str, ...] | None = None
-    """Groups whose waits ``gpt.parallel.distributed`` records; None if there are none, or if some waits cannot be
-    recorded."""
+    """Kinds of parallelism, such as ``tp``, whose waits the timeline of a step records. None if there are none, or if
+    some waits cannot be recorded."""
     loss_scale: LossScale | None = None
-    """Loss scale of fp16, for records and checkpoints; None in other precisions."""
+    """Loss scale of fp16; None in other precisions."""
     loss_weight: float = 1.0
-    """1, or 0 if another rank computes and reports the loss of the same tokens."""
+    """1, or 0 if another rank computes the loss of the same tokens and reports it."""
     has_answers: bool = False
-    """True if only tokens of answers are targets. ``gpt.train`` sets this after it has opened the token files."""
+    """True if the corpus has conversations, in which only tokens of answers are targets. ``gpt.train`` sets this."""
     counted: Tensor | None = None
     """Number of targets in the global batch of the last step, () float64; None if every token has a target."""
     waits_as: str = WORLD
-    """Name under which the timeline of a step records the wait of ``clip``."""
+    """Name under which the timeline of a step records the wait in ``clip``."""
 
     def __init__(self, layout: RunLayout, averaged: int) -> None:
         self.config, self.world, self.dims, self.batch = layout.config, layout.world, layout.dims, layout.batch
@@ -214,15 +225,17 @@ class Engine:
         self.scale: float | Tensor = averaged / (self.batch.global_batch * self.config.model.block_size)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        """Run forward and backward over all micro-batches; leave the gradients of the mean loss over the global batch.
+        """Compute the gradients of the mean loss over the global batch: forward and backward over all micro-batches.
+
+        The gradients are then in the parameters of ``trained``, reduced over the ranks.
 
         Args:
-            tokens_BT: this data-parallel rank's sequences of the global batch, (per_rank, T).
+            tokens_BT: sequences of this data-parallel rank, (per_rank, T).
             targets_BT: the next tokens, (per_rank, T).
             on_micro_batch: called before each micro-batch.
 
         Returns:
-            This rank's part of the summed loss, () float64: over all ranks each token counts once.
+            This rank's part of the summed loss, () float64. The sum over all ranks counts each token once.
         """
         self.on_micro_batch = on_micro_batch
         if self.has_answers or self.config.data.pack is Pack.documents:
@@ -239,7 +252,7 @@ class Engine:
         return loss_sum * self.loss_weight
 
     def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Run forward and backward over all micro-batches; return this rank's part of the summed loss, () float64."""
+        """Compute gradients over all micro-batches. Return this rank's part of the summed loss, () float64."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i in range(self.batch.accumulation):
             self.on_micro_batch()
@@ -251,49 +264,48 @@ class Engine:
         """Prepare the backward passes of a step."""
 
     def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
-        """Run forward and backward of a micro-batch; return the summed loss, (). ``last``: it is the last one of a
-        step."""
+        """Compute gradients over a micro-batch. Return its summed loss, (). ``last`` is True for the last micro-batch
+        of a step."""
         raise NotImplementedError
 
     def reduce_gradients(self) -> None:
-        """Reduce over the ranks the gradients that backward passes did not reduce, after the last micro-batch."""
+        """Reduce gradients over the ranks after the last micro-batch, unless the backward passes have reduced them."""
 
     @property
     def gradient_factor(self) -> float | Tensor:
-        """Number by which the summed loss of a micro-batch is multiplied before its backward pass.
-
-        It is ``scale``, which turns sums over tokens into means over the global batch, times the loss scale of fp16.
-        """
+        """Number by which the summed loss of a micro-batch is multiplied before its backward pass: ``scale``, which
+        makes a mean over the global batch of a sum over tokens, times the loss scale of fp16."""
         return self.scale if self.loss_scale is None else self.scale * self.loss_scale.scale
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-        """Clip the gradients to ``optim.grad_clip``, and sum figures of the step over all ranks, without a device sync.
+        """Clip the gradients to the norm ``optim.grad_clip``, and sum ``figures_N`` over all ranks, in one all-reduce.
+        The host does not wait for the device.
 
         Args:
-            figures_N: N numbers of this rank, float64. If the norm needs an all-reduce, it sums these numbers, too.
+            figures_N: N numbers of this rank, float64.
             meanwhile: called once, while the ranks communicate.
         """
         limit = self.config.optim.grad_clip
         return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile, self.waits_as)
 
     def update(self, lr: float, skip: Tensor) -> Tensor | None:
-        """Step the optimizer; change nothing if ``skip`` is true, a bool () that is the same on all ranks.
+        """Update the parameters with the learning rate ``lr``; change nothing if ``skip`` is true.
+
+        ``skip`` is a bool tensor (), the same on all ranks.
 
         Returns:
-            The global gradient norm, (), if ``clip`` returned no norm; otherwise None. The norm is not finite if the
-                optimizer itself has skipped the step, which it does on all ranks.
+            The global gradient norm, (), if ``clip`` returned None for the norm; otherwise None. The norm is not finite
+            if the optimizer itself has skipped the update, on all ranks.
         """
         raise NotImplementedError
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return this rank's part of the summed loss of at most a micro-batch, (); for evaluation."""
+        """Return this rank's part of the summed loss of an evaluation, (). The batch is at most a micro-batch."""
         raise NotImplementedError
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
-        """Yield each gradient as (name, shard, share), by the parameter's name in the whole model.
-
-        The shard is that of this rank; the share is 1 / (number of ranks that have the same shard).
-        """
+        """Yield for each gradient the name of its parameter in the whole model, this rank's shard of the gradient, and
+        1 / (number of ranks that have the same shard)."""
         for name, parameter in self.trained.named_parameters():
             if parameter.grad is not None:
                 share = inverse_replicas(parameter.grad, self.owners(name))
@@ -304,32 +316,33 @@ class Engine:
         return self.world.size
 
     def state(self) -> Any:
-        """Return the state of model and optimizer in the layout that the checkpoint format ``files`` writes."""
+        """Return the state of model and optimizer for a checkpoint, as the format ``files`` needs it."""
         raise NotImplementedError
 
     def load(self, state: Any) -> None:
-        """Restore model and optimizer from ``state``, a result of ``state()`` that a checkpoint has filled."""
+        """Restore model and optimizer from ``state``: a result of the method ``state``, filled from a checkpoint."""
 
     def begin(self) -> None:
-        """Prepare a run without checkpoint: reset the optimizer's state, which ``state()`` may have initialized."""
+        """Prepare a run without a checkpoint: clear the state of the optimizer, which the method ``state`` creates."""
 
     def averaged_weights(self) -> AbstractContextManager[object]:
-        """Return the context of an evaluation, in which parameters are the averages of a schedule-free optimizer."""
+        """Return a context for evaluations, in which the parameters are the averaged weights of a schedule-free
+        optimizer. With other optimizers the context does nothing."""
         return nullcontext()
 
 
 class TorchEngine(Engine):
-    """A model parallelized by torch; each strategy overrides the methods in which it differs.
+    """Base of the engines that torch parallelizes. Each engine overrides the methods in which it differs.
 
     Args:
         module: the module that is called for a forward pass.
-        trained: the module that the optimizer steps and checkpoints store.
+        trained: the module whose parameters the optimizer updates and checkpoints store.
         layout: config, ranks and batch of the run.
         averaged: number of ranks over which the strategy averages gradients; 1 if it sums them.
     """
 
     criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy)
-    """Summed loss of logits and targets."""
+    """Function that computes the summed loss of logits and targets, ()."""
 
     def __init__(self, module: nn.Module, trained: nn.Module, layout: RunLayout, averaged: int) -> None:
         super().__init__(layout, averaged)
@@ -343,7 +356,7 @@ class TorchEngine(Engine):
             trained, self.config.optim, fused=self.loss_scale is not None, world=self.world
         )
         self.averages = self.config.optim.optimizer == SCHEDULE_FREE
-        """True if the optimizer is schedule-free: evaluations and checkpoints have its averaged weights."""
+        """True if the optimizer is schedule-free: evaluations and checkpoints use its averaged weights."""
         self._parameters = tuple(module.parameters())
         # Tensor-parallel ranks route the same tokens, and their gradients are summed. Each context-parallel rank has
         # the mean over its own tokens.
@@ -351,15 +364,15 @@ class TorchEngine(Engine):
         set_auxiliary_scale(module, per_sequence, None if self.loss_scale is None else self.loss_scale.scale)
 
     def sync_context(self, last: bool) -> AbstractContextManager[object]:
-        """Return the context of a micro-batch. Only in the ``last`` one of a step may the backward pass reduce
-        gradients."""
+        """Return a context for forward and backward of a micro-batch. Gradients are reduced over the ranks only in the
+        ``last`` micro-batch of a step."""
         return nullcontext()
 
     def begin_backward(self) -> None:
         """Set the gradients of the last step to None.
 
-        The engine lists the parameters once, when it is built. A walk over the modules would take 0.3% of each step
-        of a small model. It would also miss parameters that FSDP has replaced by all-gathered ones.
+        The engine lists the parameters once, when it is built. A walk over the modules would take 0.3 % of each step of
+        a small model, and would miss parameters that FSDP has replaced by all-gathered ones.
         """
         for parameter in self._parameters:
             parameter.grad = None
@@ -378,12 +391,13 @@ class TorchEngine(Engine):
         return self._micro_batch_loss(tokens_BT, targets_BT) * self.loss_weight
 
     def _micro_batch_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the summed loss of one forward pass, () fp32, on every rank that takes part in it."""
+        """Run a forward pass. Return its summed loss, () fp32."""
         own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
         return summed_loss(self.module, self.config, *own, self.world.device, self.criterion)
 
     def local_tokens(self, x_BT: Tensor) -> Tensor:
-        """Return this rank's tokens, or targets, of each sequence, (B, T); all of them without context parallelism."""
+        """Select this rank's tokens, or targets, of each sequence: all, (B, T), or with context parallelism a part of
+        them."""
         return x_BT
 
     def update(self, lr: float, skip: Tensor) -> None:
@@ -405,7 +419,7 @@ class TorchEngine(Engine):
             self.gather_stepped()
 
     def gather_stepped(self) -> None:
-        """Gather the parameters of which each rank has changed its shard."""
+        """All-gather replicated parameters of which each rank has updated only its shard. Collective."""
 
     def state(self) -> dict[str, Any]:
         with self.averaged_weights():

@@ -32,11 +32,12 @@ from gpt.topology import BUCKET_BYTES
 
 
 def convert_linears(model: GPT, config: TrainConfig) -> None:
-    """Make the linear layers of the blocks compute in float8, forward and backward, as ``config.float8`` says.
+    """Make the linear layers of the blocks compute in float8, forward and backward, in place; do nothing if
+    ``config.float8`` is ``none``.
 
-    Each product scales its two factors anew to the range of the format. The scale comes from the largest magnitude of
-    the whole tensor, or of each row. These layers do not change: embedding, norms, attention itself, output matrix,
-    router and experts. Logits and the choices of the router need more precision; experts compute in grouped products.
+    Each product scales its two factors to the range of float8, by the largest magnitude of the whole tensor or of each
+    row. Embedding, norms, attention scores, output matrix, router and experts do not change. Logits and the choices of
+    the router need more precision; experts compute in grouped products.
     """
     if config.float8 is Float8.none:
         return
@@ -70,8 +71,8 @@ MATRIX_PRODUCTS = frozenset(
     }
 )
 ALL_TO_ALLS = frozenset({torch.ops._c10d_functional.all_to_all_single.default})
-"""All-to-alls that send rows to experts on other ranks and back. To keep their results costs less than to repeat
-them."""
+"""All-to-alls that send rows to experts on other ranks and back. Selective recomputation keeps their results, because
+that costs less than to repeat them."""
 ATTENTION_KERNELS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -83,7 +84,7 @@ ATTENTION_KERNELS = frozenset(
 
 
 def prepare_blocks(model: GPT, config: TrainConfig) -> None:
-    """Apply activation checkpointing and torch.compile to the blocks of ``model`` as ``config`` says.
+    """Apply activation checkpointing and torch.compile to the blocks of ``model``, in place, as ``config`` requests.
 
     The last norm and the output matrix are compiled, too, if tensor parallelism does not split them. Of a chunked loss
     only the work on the logits of a chunk is compiled.
@@ -107,7 +108,8 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
 
 
 def recompute_block(block: nn.Module, config: TrainConfig) -> None:
-    """Apply activation checkpointing to a block as ``config.recompute`` says. Recomputed dropout is the same."""
+    """Apply activation checkpointing to a block, in place, as ``config.recompute`` requests. The recomputation draws
+    the same dropout."""
     if config.recompute is Recompute.none:
         return
     options: dict[str, Any] = {"use_reentrant": False}
@@ -118,7 +120,7 @@ def recompute_block(block: nn.Module, config: TrainConfig) -> None:
 
 
 def compile_block(block: nn.Module, config: TrainConfig) -> None:
-    """Compile a block, or another module, as ``config.compile`` says."""
+    """Compile the forward method of a block or another module, in place, if ``config.compile`` requests it."""
     if config.compiles:
         # Shapes are fixed: by default torch would switch to slower dynamic kernels after the first evaluation.
         mode = None if config.compile.name == "default" else config.compile.name
@@ -127,7 +129,7 @@ def compile_block(block: nn.Module, config: TrainConfig) -> None:
 
 
 def compile_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the summed cross-entropy of a run; compiled to one kernel for each pass if the blocks are compiled."""
+    """Return the function that computes the summed cross-entropy of logits and targets; compiled if the blocks are."""
     vocab_size = config.model.vocab_size
     if not config.compiles:
         return partial(cross_entropy, vocab_size=vocab_size)
@@ -136,7 +138,7 @@ def compile_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int) -> Tensor:
-    """Compute the result of ``cross_entropy`` with torch's own functions, whose fp32 copies a compiler fuses away."""
+    """Compute the same as ``gpt.model.layers.cross_entropy`` with torch's own functions, for the compiler."""
     logits_NV = logits_BTV.float().flatten(0, 1)
     if vocab_size < logits_NV.size(1):
         padding_V = torch.arange(logits_NV.size(1), device=logits_NV.device) >= vocab_size
@@ -146,17 +148,17 @@ def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int)
 
 
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
-    """Make ``block(...)`` call ``forward`` instead of the block's own method; the hooks of the block still run around
-    it."""
+    """Replace the forward method of a module by ``forward``. The hooks of the module still run."""
     block.forward = forward
 
 
 def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    """Keep costly results for the backward pass: matrix products, all-to-alls, and attention without dropout.
+    """Return the policy for an operation in selective recomputation: its result is saved if it is in ``kept``.
 
-    This reverses Korthikanti et al. (arXiv 2205.05198, section 5): there attention took much memory and little
-    arithmetic, but a fused kernel takes little memory and much arithmetic. With dropout attention is recomputed: if it
-    were not, it would draw no random numbers the second time, and all dropout after it would change.
+    ``kept`` has matrix products, all-to-alls, and attention without dropout. Korthikanti et al. (arXiv 2205.05198,
+    section 5) recompute attention, because without a fused kernel it needs much memory and little arithmetic. With
+    dropout attention is recomputed here, too: otherwise it would draw no random numbers in the recomputation, and all
+    later dropout would change.
     """
     return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -165,12 +167,8 @@ def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **
 
 
 def split_into_buckets(tensors: Sequence[Tensor], size: int) -> list[list[int]]:
-    """Split tensors, in their order, into buckets of one dtype and at most ``size`` bytes. A larger tensor is a bucket
-    of its own.
-
-    Returns:
-        The indices of the tensors of each bucket.
-    """
+    """Split tensors, in their order, into buckets of one dtype and at most ``size`` bytes. Return the indices of the
+    tensors of each bucket. A larger tensor has a bucket of its own."""
     buckets: list[list[int]] = [[]]
     held = 0
     for index, (tensor, following) in enumerate(zip_longest(tensors, tensors[1:])):
@@ -193,7 +191,7 @@ def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -
 
 
 def inverse_replicas(grad: Tensor, ranks: int) -> float:
-    """Return 1 / (number of ranks, out of ``ranks``, that have the same shard of a gradient)."""
+    """Return 1 / (number of ranks that have the same shard of ``grad`` as this rank). ``ranks`` ranks have shards."""
     if not isinstance(grad, DTensor):
         return 1 / ranks
     placements = list(enumerate(grad.placements))
@@ -203,16 +201,15 @@ def inverse_replicas(grad: Tensor, ranks: int) -> float:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor."""
+    """Return this rank's shard of a DTensor, as a plain tensor; return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute(module: nn.Module, mesh: DeviceMesh, shardings: Mapping[str, Placement]) -> None:
-    """Replace the parameters of a module by DTensors over ``mesh``. Parameters in ``shardings`` (name -> placement) are
-    sharded, the rest is replicated.
+    """Replace the parameters of a module by DTensors over ``mesh``, in place. ``shardings`` has the placements of
+    parameters by name; other parameters are replicated.
 
-    All ranks must have equal parameters. A parameter that is already sharded over another mesh is sharded
-    further.
+    All ranks must have equal parameters. A parameter that is already sharded over another mesh is sharded over both.
     """
     for name, parameter in list(module.named_parameters()):
         placement = shardings.get(name, Replicate())
@@ -232,9 +229,10 @@ def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def compute_on_shards(module: nn.Module, replicated_gradient: Placement) -> None:
-    """Have a module compute with this rank's shards of its parameters, as plain tensors.
+    """Make a module, whose parameters are DTensors, compute with this rank's shards of them as plain tensors.
 
-    ``replicated_gradient``: the placement of the gradient that a rank computes for a replicated parameter.
+    ``replicated_gradient`` is the placement of the gradients of replicated parameters: ``Partial()`` if each rank
+    computes a part of the sum.
     """
     caller = nn.Module()
     caller.module, caller.forward = module, module.forward
@@ -251,7 +249,8 @@ def compute_on_shards(module: nn.Module, replicated_gradient: Placement) -> None
 
 
 def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
-    """Sum a partial tensor over the ranks of ``mesh``; return it in ``placement`` (all-reduce or reduce-scatter)."""
+    """Sum ``part`` over the ranks of ``mesh``. Return the whole sum, or this rank's shard, as ``placement`` requests.
+    Collective."""
     return DTensor.from_local(part, mesh, [Partial()]).redistribute(placements=[placement]).to_local()
 
 
@@ -263,13 +262,15 @@ def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tens
 
 @torch.no_grad()
 def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, home: torch.device | None = None) -> None:
-    """Allocate a model and fill it: make one whole parameter after another on the CPU, and keep this rank's shard.
+    """Allocate the memory of a model on the meta device, and set its values. Not collective.
+
+    One whole parameter after another is made on the CPU, and this rank's shard of it is copied.
 
     Args:
-        parts: the model, or its pipeline stages, which may share modules; on the meta device.
-        weights: the values by name, the same on all ranks; the call is not collective.
-        device: device that computes with the shards.
-        home: device that stores the shards between steps; None means ``device``.
+        parts: the model, or its pipeline stages, which may share modules.
+        weights: returns the values of a parameter, the same on all ranks.
+        device: device that computes with the parameters.
+        home: device that stores the parameters between steps; None means ``device``.
     """
     for part in parts:
         part.to_empty(device=home or device)
@@ -283,7 +284,7 @@ def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, ho
 
 
 def copy_shard(tensor: Tensor, whole: Tensor) -> None:
-    """Copy this rank's shard of ``whole``, or all of it, into ``tensor``, which may be a DTensor."""
+    """Copy ``whole`` into ``tensor``; into a DTensor only this rank's shard of it."""
     own = local_tensor(tensor)
     if isinstance(tensor, DTensor) and own.numel():
         (chunk,) = tensor.__create_chunk_list__()  # the function that checkpoints use
@@ -294,22 +295,24 @@ def copy_shard(tensor: Tensor, whole: Tensor) -> None:
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integer type by size of an element in bytes."""
+"""Size of an element in bytes -> integer type of this size."""
 
 Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Ranks whose parameters differ from those of the ranks with the same shards."""
+    """Ranks whose parameters differ from those of other ranks with the same shards."""
 
     ranks: Ranks
+    """Numbers of these ranks, ascending."""
     is_certain: bool
     """True if these ranks differ from a majority of the replicas; False if they only differ from each other."""
 
 
 class ReplicaCheck:
-    """Comparison of the replicas of a module's parameters. Collective: all ranks create it, and call it, together."""
+    """Compares the parameters of a module between ranks that have the same shards (replicas). All ranks create it
+    together."""
 
     def __init__(self, module: nn.Module, world: World) -> None:
         self._module, self._world = module, world
@@ -323,8 +326,10 @@ class ReplicaCheck:
         """Groups of ranks that have the same shards, in an order that is the same on all ranks."""
 
     def find_drift(self) -> Drift | None:
-        """Compare the parameters of all replicas; return the ranks that differ, None if all agree. Waits for the
-        device. Collective."""
+        """Compare the parameters of all replicas, bit by bit. Return the ranks that differ; None if all are equal.
+
+        Collective. Waits for the device.
+        """
         if not self._groups:  # every parameter is on one rank only
             return None
         place = {ranks: number for number, ranks in enumerate(self._groups)}
@@ -342,7 +347,7 @@ class ReplicaCheck:
 
 
 def shard_key(name: str, parameter: Tensor) -> str:
-    """Return the name of this rank's shard of a parameter: ranks with the same name are replicas."""
+    """Return a name of this rank's shard of the parameter ``name``. Ranks with the same shard get the same name."""
     if not isinstance(parameter, DTensor):
         return name
     mesh, place = parameter.device_mesh, parameter.device_mesh.get_coordinate()
@@ -356,9 +361,9 @@ def shard_key(name: str, parameter: Tensor) -> str:
 
 
 def find_odd(groups: Sequence[Ranks], sums_RG: Sequence[Sequence[int]]) -> Drift | None:
-    """Return the ranks whose checksums differ from those of their replicas; None if there is none.
+    """Return the ranks whose checksums differ from those of other ranks with the same shards; None if there are none.
 
-    If a majority of a group agrees, the ranks outside of this majority differ; otherwise all ranks of the group do.
+    If a majority of a group has equal checksums, the other ranks of the group are returned; otherwise all its ranks.
 
     Args:
         groups: for each group, the ranks that have the same shards.

@@ -35,13 +35,14 @@ from gpt.topology import BUCKET_BYTES, ParallelDims, fsdp_units, shard_dimension
 
 
 def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
-    """Shard all parameters of ``model``, or of a pipeline stage, over ``mesh``; each group is all-gathered together.
+    """Shard all parameters of ``model``, or of a pipeline stage, over ``mesh`` with FSDP, in place.
 
-    The groups follow torchtitan (torchtitan/distributed/fsdp.py): the embedding; each block, or several
-    (``fsdp_units``); norm with output matrix. The last unit of blocks, and norm and output matrix, stay gathered
-    after the forward pass, since the backward pass begins with them. The backward pass of the embedding needs no
-    weights, so they are not gathered again. A tied matrix is in the group of the whole model, which has all
-    remaining parameters. The matrix is used in the first and in the last layer, so it stays gathered in between.
+    One all-gather gathers the parameters of a group. The groups follow torchtitan (torchtitan/distributed/fsdp.py): the
+    embedding; each block, or several (``fsdp_units``); the last norm with the output matrix. The last group of blocks,
+    and that of the output matrix, stay gathered after the forward pass, since the backward pass begins with them. The
+    backward pass of the embedding needs no weights, so they are not gathered again. A tied matrix is in the group of
+    the whole model, which has all remaining parameters. It is used in the first and in the last layer, so it stays
+    gathered between.
     """
     # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -63,14 +64,15 @@ def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
 def fsdp_shard_modules(
     modules: Sequence[nn.Module], mesh: DeviceMesh, config: TrainConfig, reshard: bool, dimension: int = 0
 ) -> None:
-    """Shard the parameters of modules that are not sharded yet along a dimension; they are all-gathered together.
+    """Shard the parameters of modules with FSDP, in place, as one group that one all-gather gathers. Parameters that
+    are sharded already do not change.
 
     Args:
         modules: modules that are called one after another in a forward pass.
         mesh: the ranks to shard over.
         config: config of the run.
-        reshard: True to free whole parameters after the forward pass, and gather them again for the backward pass.
-        dimension: dimension along which to shard.
+        reshard: True to free gathered parameters after the forward pass, and gather them again for the backward pass.
+        dimension: dimension of the parameters along which to shard.
     """
     half, in_bf16 = config.precision.is_half, config.parallel.reduce_dtype is ReduceDtype.bf16
     # Only copies from pinned memory overlap with computing on the GPU.
@@ -90,10 +92,10 @@ def fsdp_shard_modules(
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the parameters that FSDP all-gathered for a forward pass without a backward pass.
+    """Free the parameters that FSDP has all-gathered for a forward pass, after which no backward pass follows.
 
-    Gathered parameters replace the sharded ones until the next backward pass. Code that walks over the parameters in
-    the meantime, such as a comparison of replicas, would see tensors of other shapes, without gradients.
+    Otherwise the gathered parameters would replace the sharded ones until the next backward pass, and code that lists
+    the parameters, such as a comparison of replicas, would find tensors of other shapes.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -101,13 +103,14 @@ def reshard(module: nn.Module) -> None:
 
 
 COLLECTIVE = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
-"""Methods of FSDP's groups of parameters that start a collective, or wait for one."""
+"""Names of the methods of torch's ``FSDPParamGroup`` that start a collective, or wait for one."""
 
 
 def record_fsdp_waits(module: nn.Module) -> None:
-    """Record FSDP's communication in the timeline of a step, with the copies into and out of its buffers.
+    """Make the timeline of a step record the communication of an FSDP module, with the copies into and out of its
+    buffers.
 
-    A CPU waits in the collectives themselves. On a GPU they run at the same time as kernels, and only the waits take
+    A CPU waits in the collectives themselves. A GPU runs collectives and kernels at the same time, and only waits take
     time.
     """
     assert isinstance(module, FSDPModule)
@@ -119,11 +122,10 @@ def record_fsdp_waits(module: nn.Module) -> None:
 
 
 def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
-    """Make each group of sharded modules, in the order of the forward pass, all-gather the parameters of the next
-    group.
+    """Make each group of FSDP modules start the all-gather of the next group before its own forward pass.
 
-    By default the host starts each all-gather early, because it runs ahead of the device. A host that waits inside a
-    block does not run ahead.
+    ``groups`` are in the order of the forward pass. Without this call the host starts all-gathers early only if it runs
+    ahead of the device. A host that waits for the device inside a block does not run ahead.
     """
     for here, following in pairwise(groups):
         assert isinstance(here[0], FSDPModule)
@@ -140,9 +142,9 @@ def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
 
 
 def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
-    """Apply expert parallelism over ``mesh`` to every mixture of experts in ``model``.
+    """Apply expert parallelism over ``mesh`` to every mixture of experts in ``model``, in place.
 
-    Each rank keeps its own experts. The forward pass sends each row to the ranks of its experts.
+    Each rank keeps its own experts. In the forward pass, the tokens are sent to the ranks of their experts.
 
     Args:
         model: the model with all experts, equal on every rank.
@@ -162,10 +164,11 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
 
 
 def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
-    """Shard a rank's experts over the ranks that have the same experts (FSDP2).
+    """Shard the experts of this rank with FSDP2, in place, over the ranks of ``mesh``, which have the same experts.
 
-    FSDP2 all-gathers parameters when their module is called. torch 2.13 refuses such a call inside a block that is
-    recomputed or compiled. So a call of the block calls the experts' module, and this call runs the whole block.
+    FSDP2 all-gathers the parameters of a module when the module is called. torch 2.13 refuses such a call inside a
+    block that is recomputed or compiled. So a call of a block calls the module of its experts, and this call runs the
+    whole block.
     """
     last = [*model.blocks][-1:]
     for block in model.blocks:
@@ -180,8 +183,17 @@ def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: 
 def send_to_experts(
     mixture: MixtureOfExperts, group: dist.ProcessGroup, share: float, x_RD: Tensor, ends_E: Tensor
 ) -> Tensor:
-    """Do the work of ``MixtureOfExperts.give_to_experts`` for sharded experts: send rows, compute, send results
-    back."""
+    """Apply experts that are sharded over the ranks of ``group`` to rows that are sorted by expert, (R, D) -> (R, D).
+
+    The rows are sent to the ranks of their experts, and the results are sent back. Collective.
+
+    Args:
+        mixture: the mixture of experts, with this rank's experts.
+        group: the expert-parallel ranks.
+        share: number by which the gradients of experts are multiplied.
+        x_RD: rows of this rank's tokens.
+        ends_E: the rows of expert e end before ``ends_E[e]``.
+    """
     experts, even = mixture.experts, mixture.has_fixed_places
     plan = plan_dispatch(len(x_RD), ends_E, group, even)
     x_SD = AllToAll.apply(autocast_rows(x_RD), plan.sent, plan.received, group).index_select(0, plan.order)
@@ -192,7 +204,8 @@ def send_to_experts(
 
 
 def local_experts(weight: Tensor, share: float) -> Tensor:
-    """Return this rank's experts of a parameter; their gradient is multiplied by ``share``."""
+    """Return this rank's experts of a stacked parameter, as a plain tensor. Their gradient is multiplied by ``share``
+    in the backward pass."""
     mine = local_tensor(weight)
     # FSDP2 could divide the gradient too, but with an operation that gloo does not support (PREMUL_SUM), or twice if
     # a single rank has the experts.
@@ -203,23 +216,27 @@ def local_experts(weight: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Sizes of the all-to-all of rows, and the order that sorts received rows by expert."""
+    """Plan of the all-to-all that sends rows to the ranks of their experts."""
 
     sent: list[int]
-    """Rows from this rank to each rank."""
+    """Number of rows that this rank sends to each rank."""
     received: list[int]
-    """Rows from each rank to this rank."""
+    """Number of rows that this rank receives from each rank."""
     order: Tensor
-    """(S,): sorts received rows by expert; rows of one expert stay in the order of ranks."""
+    """Permutation of the S received rows that sorts them by expert, (S,)."""
     ends: Tensor
-    """(H,): ends of each expert's rows after sorting, int32."""
+    """Index after the last row of each of this rank's H experts, once the rows are sorted, (H,) int32."""
 
 
 def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> DispatchPlan:
-    """Plan the all-to-all that sends ``rows`` rows, sorted by expert, to the ranks of their experts.
+    """Return the plan of the all-to-all that sends rows, which are sorted by expert, to the ranks of their experts.
 
-    ``ends_E`` has the end (exclusive) of each expert's rows. With ``fixed_places``, that is with a capacity factor,
-    each expert has equally many rows, so no rank waits for its device. Otherwise the ranks exchange their counts.
+    Args:
+        rows: number of rows of this rank.
+        ends_E: index after the last row of each expert.
+        group: the expert-parallel ranks.
+        fixed_places: True if all experts have equally many rows, as with a ``capacity_factor``. Otherwise the ranks
+            exchange their numbers of rows, for which the host waits.
     """
     ranks, device = group.size(), ends_E.device
     held = len(ends_E) // ranks
@@ -239,7 +256,8 @@ def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_pla
 
 
 def all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Exchange rows with every rank of a group, in the order of ranks (all_to_all_single with unequal sizes)."""
+    """Send rows of ``x`` to every rank of a group: the first ``sent[0]`` rows to rank 0, and so on. Return the received
+    rows, ``received[r]`` from rank r, in the order of ranks. Collective."""
     # An operation of its own with a result, so that selective recomputation can keep it (gpt/parallel/modules.py).
     operations = torch.ops._c10d_functional
     with waiting("ep"):
@@ -247,7 +265,7 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.Proc
 
 
 class AllToAll(torch.autograd.Function):
-    """``all_to_all`` whose backward pass sends gradients the reverse way."""
+    """``all_to_all`` with a backward pass, which sends the gradients of rows back to the ranks of the rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -263,10 +281,11 @@ class AllToAll(torch.autograd.Function):
 
 
 class NDEngine(TorchEngine):
-    """A model sharded along the axes of the mesh; parameters are sharded (fsdp) or replicated (ddp) over data ranks.
+    """Engine of tensor, context and expert parallelism, and of FSDP. Over the data-parallel ranks, parameters are
+    sharded (fsdp) or replicated (ddp).
 
-    Context-parallel ranks each have a part of the gradient of a sequence, so for gradients they count as data ranks.
-    The model comes on the meta device, and gets its values after it was sharded.
+    Context-parallel ranks each compute a part of the gradient of a sequence, so gradients are reduced over them as over
+    data-parallel ranks. ``model`` is on the meta device. It is sharded first, and then gets the values ``weights``.
     """
 
     def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
@@ -277,8 +296,8 @@ class NDEngine(TorchEngine):
             self._sequence = shard_sequences(model, self.mesh["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._late: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
-        """Parameters whose gradients are summed over tp first, and the process group over which they are all-reduced
-        then."""
+        """Parameters that are replicated over tp, with the process group over which their gradients are all-reduced
+        after they are summed over tp."""
         self._reducer = GradientReducer([])
         module, parts = self.split_model(model, layout)
         data = self.mesh
@@ -310,15 +329,16 @@ class NDEngine(TorchEngine):
         self.timed_groups = find_timed_groups(config, dims)
 
     def split_model(self, model: GPT, layout: RunLayout) -> tuple[GPT, list[GPT]]:
-        """Return this rank's part of the model as one module, and a list of its pieces that are called one by one."""
+        """Return this rank's part of the model as one module, and a list of the modules that are called in forward
+        passes: its pipeline stages, or the model itself."""
         return model, [model]
 
     def _plan_all_reduce(self, module: nn.Module, data: DeviceMesh) -> list[GradientBucket]:
-        """Return buckets for the gradients of ``module``, in the order in which the backward pass computes them.
+        """Return buckets for the all-reduce of the gradients of ``module``, in the order in which the backward pass
+        computes them. Parameters that are replicated over tp are added to ``_late`` instead.
 
-        Replicas all-reduce their gradients without DistributedDataParallel, which requires all parameters on one
-        mesh. Experts are replicated over fewer ranks than other parameters: the ranks of ``data`` with the same place
-        along ep. Parameters that are replicated over tp go to ``_late``.
+        torch's DistributedDataParallel cannot be used, because it requires all parameters on one mesh. Experts are
+        replicated over fewer ranks than other parameters: those of ``data`` with the same index along ep.
         """
         parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
         place = {parameter: index for index, parameter in enumerate(parameters)}
@@ -337,7 +357,7 @@ class NDEngine(TorchEngine):
         return sorted(buckets, key=lambda bucket: place[bucket.parameters[-1]], reverse=True)
 
     def reduce_gradients(self) -> None:
-        """Reduce the gradients that were not reduced in the last backward pass."""
+        """Reduce, over the ranks, gradients that were not reduced during the last backward pass."""
         if self._sharded:
             return
         if self.dims.pp > 1:  # a schedule runs the backward passes of its stages in an order of its own
@@ -369,8 +389,9 @@ class NDEngine(TorchEngine):
 
 
 def find_timed_groups(config: TrainConfig, dims: ParallelDims) -> tuple[str, ...] | None:
-    """Return the groups of ranks whose waits are recorded. None if there are none, and for compiled blocks with tp > 1,
-    because the waits inside these blocks cannot be recorded.
+    """Return the kinds of parallelism, such as ``tp``, whose waits the timeline of a step records.
+
+    None if there are none, or if blocks are compiled with tp > 1, because waits in compiled code cannot be recorded.
     """
     if dims.tp > 1 and config.compiles:
         return None

@@ -24,7 +24,7 @@ from gpt.parallel.modules import local_tensor
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, whose step computes on the local shards of DTensors. Its state stays in DTensors, for checkpoints.
+    """torch's AdamW, which computes its step on the local shards of DTensors. Its state consists of DTensors.
 
     Local shards suffice, since the step is elementwise and gradients are sharded like their parameters. On DTensors,
     torch would derive a sharding for each parameter: 2 to 3 ms of host time per parameter in the first step. It would
@@ -40,7 +40,8 @@ class AdamW(torch.optim.AdamW):
 
 
 def sharded_alike(p: Tensor, grad: Tensor) -> Tensor:
-    """Return a gradient with the placements of its parameter; a partial sum is reduced over the ranks first."""
+    """Return the gradient of ``p`` with the placements of ``p``. If it is a partial sum, it is reduced over the
+    ranks."""
     if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
         return grad.redistribute(placements=p.placements)
     return grad
@@ -48,11 +49,10 @@ def sharded_alike(p: Tensor, grad: Tensor) -> Tensor:
 
 @contextmanager
 def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
-    """Context in which a step of the fused ``optimizer`` changes nothing, if ``skip``, a bool (), is true.
+    """Return a context in which a step of ``optimizer`` changes nothing if ``skip``, a bool tensor (), is true.
 
-    The fused kernel reads ``skip`` on the device; for a user's optimizer the host reads ``skip`` before the step.
-    Offloaded parameters are stepped by the host, which waits here: torch would read the flag while it is still being
-    copied.
+    A fused kernel reads ``skip`` on the device; before the step of a user's optimizer the host reads it. With offloaded
+    parameters the host waits here for ``skip``, because torch would read it before the copy is complete.
     """
     optimizer.found_inf = skip.float().to(optimizer.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
     try:
@@ -74,10 +74,12 @@ def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
 
 
 class Matrix(NamedTuple):
-    """A matrix of the model: name of its parameter, and index of the expert; 0 for a parameter without experts."""
+    """Identity of a matrix of the model."""
 
     parameter: str
+    """Name of its parameter."""
     expert: int
+    """Index in a parameter of stacked experts; 0 for other parameters."""
 
 
 class Part(NamedTuple):
@@ -87,12 +89,13 @@ class Part(NamedTuple):
     whole: tuple[int, int]
     """Numbers of rows and columns of the matrix."""
     place: tuple[slice, slice]
-    """Ranges of rows and columns of the part in the matrix."""
+    """Range of rows and range of columns of the part in the matrix."""
     shape: tuple[int, int]
+    """Numbers of rows and columns of the part."""
     rank: int
     """Rank that stores the part."""
     owner: int
-    """Rank that orthogonalizes the matrix for ``rank``."""
+    """Rank that receives all parts of the matrix and orthogonalizes the matrix."""
 
     @property
     def elements(self) -> int:
@@ -101,13 +104,14 @@ class Part(NamedTuple):
 
 
 Chunk = tuple[str, Sequence[int], Sequence[int], Sequence[int]]
-"""Name and shape of a parameter, and offsets and sizes of a rank's shard."""
+"""Shard of a parameter on one rank: name and shape of the parameter, offsets and sizes of the shard."""
 
 
 def share_out(chunks_of_ranks: Sequence[Sequence[Chunk]]) -> list[Part]:
-    """Return the parts of all sharded matrices on all ranks, each with its owner; the same list on every rank.
+    """Choose for each sharded matrix the rank that orthogonalizes it. Return the parts of all matrices on all ranks.
 
-    Each replica orthogonalizes all its matrices. In a replica, the owner of each matrix is the rank that owns the
+    ``chunks_of_ranks`` has the shards of each rank; the result is the same on every rank. If several replicas have a
+    matrix, each replica orthogonalizes its own. The matrices are assigned one after another, each to the rank with the
     fewest elements so far.
     """
     holders: dict[tuple[Matrix, tuple[int, ...]], dict[tuple[int, ...], list[int]]]
@@ -129,8 +133,8 @@ def share_out(chunks_of_ranks: Sequence[Sequence[Chunk]]) -> list[Part]:
 
 
 class Exchange:
-    """Orthogonalizes sharded matrices. The owner of a matrix, a rank, receives all parts of the matrix and sends them
-    back orthogonalized. Collective."""
+    """Orthogonalizes sharded matrices. The owner of a matrix receives all its parts from other ranks, orthogonalizes
+    the matrix, and sends the parts back. ``parts`` is a result of ``share_out``. A call is collective."""
 
     def __init__(self, parts: Sequence[Part], world: World) -> None:
         self._sent = sorted((p for p in parts if p.rank == world.rank), key=lambda p: p.owner)
@@ -141,8 +145,12 @@ class Exchange:
         self._nothing = torch.empty(0, dtype=torch.bfloat16, device=world.device)
 
     def __call__(self, updates: dict[Matrix, Tensor], newton_schulz: Callable[[Tensor], Tensor]) -> None:
-        """Replace parts of matrices, (R, C) bf16 each, by those of the orthogonalized matrices; remove them from the
-        dict."""
+        """Orthogonalize the matrices of which this rank has parts, in place.
+
+        Args:
+            updates: matrix -> this rank's part of it, (R, C) bf16. The entries of sharded matrices are removed.
+            newton_schulz: returns a whole matrix orthogonalized.
+        """
         sent = [updates.pop(part.matrix) for part in self._sent]
         wholes = {part.matrix: self._nothing.new_empty(part.whole) for part in self._received}
         received = [wholes[part.matrix][part.place] for part in self._received]
@@ -152,7 +160,11 @@ class Exchange:
         self._send(received, sent, self._back, self._there)
 
     def _send(self, given: Sequence[Tensor], taken: Sequence[Tensor], there: list[int], back: list[int]) -> None:
-        """Exchange tensors in the order of their ranks: send ``given``, and fill ``taken`` with what arrives."""
+        """Send the tensors ``given`` to other ranks, and fill the tensors ``taken`` with those that arrive. Collective.
+
+        Both are in the order of the other rank; ``there`` and ``back`` are the numbers of elements sent to and received
+        from each rank.
+        """
         collectives, group = torch.ops._c10d_functional, dist.group.WORLD
         assert group is not None
         flat = torch.cat([self._nothing, *(tensor.reshape(-1) for tensor in given)])
@@ -163,16 +175,16 @@ class Exchange:
 
 
 class Muon(AdamW):
-    """Muon for hidden matrices, and AdamW for all other parameters.
+    """Optimizer Muon for the matrices of the blocks, and AdamW for all other parameters.
 
-    A step has the same result as a step of ``torch.optim.Muon`` over whole matrices. Stacked experts, (E, R, C), are
+    A step has the same result as a step of ``torch.optim.Muon`` on whole matrices. Stacked experts, (E, R, C), are
     orthogonalized one by one.
 
     Args:
-        groups: parameter groups; those with ``muon`` contain hidden matrices only.
-        names: parameter of ``groups`` -> its name, the same on all ranks.
+        groups: parameter groups of torch. Groups with a key ``muon`` have matrices for Muon only.
+        names: matrix for Muon -> its name, the same on all ranks.
         config: config of the optimizer.
-        world: all ranks, which construct and step the optimizer together.
+        world: all ranks, which construct the optimizer and make its steps together.
         adamw: arguments of torch's AdamW.
     """
 
@@ -187,7 +199,7 @@ class Muon(AdamW):
         super().__init__(groups, **adamw)
         self._options = muon_options(config)
         self._first = {p: Matrix(name, 0) for p, name in names.items()}
-        """Parameter -> the first of the matrices that this rank stores of it."""
+        """Parameter -> the first of its matrices on this rank, which may have only some of the stacked experts."""
         chunks: list[Chunk] = []
         for p, name in names.items():
             # A shard of whole matrices, or of none, needs no exchange.
@@ -234,7 +246,8 @@ class Muon(AdamW):
             self._apply(p, direction, group, skip)
 
     def _momentum(self, p: nn.Parameter, skip: Tensor) -> Tensor:
-        """Add this rank's gradient to its momentum; return the update before it is orthogonalized, bf16."""
+        """Update the momentum of this rank's shard of ``p``, unless ``skip`` is true. Return the direction of the
+        update before it is orthogonalized, in bf16."""
         state, options = self.state[p], self._options
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -247,12 +260,13 @@ class Muon(AdamW):
         return update.bfloat16()
 
     def _newton_schulz(self, matrix: Tensor) -> Tensor:
-        """Return a whole matrix, (R, C) bf16, orthogonalized; the input is overwritten."""
+        """Return a whole matrix, (R, C) bf16, orthogonalized by Newton-Schulz iterations. ``matrix`` is overwritten."""
         coefficients, steps = self._options["ns_coefficients"], self._options["ns_steps"]
         return _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, _muon.EPS)
 
     def _apply(self, p: nn.Parameter, direction: Tensor, group: dict[str, Any], skip: Tensor) -> None:
-        """Decay this rank's shard of a parameter, and move it along its part of the orthogonalized update."""
+        """Update this rank's shard of ``p`` by weight decay and the orthogonalized ``direction``, unless ``skip`` is
+        true. ``group`` is the parameter group of ``p``."""
         weight, lr = local_tensor(p), group["lr"]
         rate = _muon._adjust_lr(lr, self._options["adjust_lr_fn"], p.shape[-2:])
         stepped = weight.mul(1 - lr * group["weight_decay"]).add_(direction, alpha=-rate)
@@ -265,11 +279,10 @@ class Muon(AdamW):
 
 @contextmanager
 def on_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Context in which parameters, gradients and state of a schedule-free optimizer are this rank's shards, as plain
-    tensors.
+    """Return a context in which the parameters, gradients and states of ``optimizer`` are plain tensors: this rank's
+    shards of DTensors.
 
-    Creates the state of parameters that have none. What a step changes in the parameter groups, such as counts, is
-    kept.
+    State is created for parameters that have none. Changes of the parameter groups, such as counts, are kept.
     """
     groups, states = optimizer.param_groups, optimizer.state
     shards: dict[Tensor, Tensor] = {}
@@ -290,7 +303,8 @@ def on_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def build_schedule_free(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Build the schedule-free AdamW over shards; the warm-up comes with the learning rate of each step."""
+    """Build the optimizer schedule-free AdamW over parameter groups, whose parameters may be DTensors. The caller sets
+    the learning rate of each step, with the warm-up."""
     from schedulefree import AdamWScheduleFree  # type: ignore[import-untyped, unused-ignore]
 
     # Without the hooks of a step, which the step around it calls.
@@ -324,15 +338,15 @@ def build_optimizer(
     fused: bool = False,
     world: World | None = None,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer over the parameters of ``module``; weight decay is for matrices only.
+    """Build the optimizer that ``config`` names over the trained parameters of ``module``. Collective with Muon.
 
-    Biases and norms have no weight decay. Collective with Muon.
+    Only matrices have weight decay, not biases and norms.
 
     Args:
-        module: the module whose parameters are stepped.
+        module: the module whose parameters the optimizer updates.
         config: config of the optimizer.
-        kind: class of AdamW.
-        fused: True to use the fused step also on devices for which it is not the default.
+        kind: class of AdamW, if ``config`` names AdamW.
+        fused: True to use a fused step also on devices for which it is not the default.
         world: all ranks; needed by Muon only.
     """
     named = {p: name for name, p in module.named_parameters() if p.requires_grad}

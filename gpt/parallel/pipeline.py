@@ -46,12 +46,13 @@ SCHEDULES = {
 
 
 class TimedStage(PipelineStage):
-    """A stage that reports to the timeline its pieces of work, and whether a piece waits for data from another rank."""
+    """Pipeline stage of torch that records each forward and backward pass of a micro-batch in the timeline of the step,
+    and whether the pass begins with data from another rank."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._received: set[tuple[str, int]] = set()
-        """Pairs (name of the pass, number of the micro-batch) for the passes that begin with data from another rank;
+        """Passes that begin with data from another rank, as (``forward`` or ``backward``, number of the micro-batch);
         the same in each step."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -80,11 +81,12 @@ class TimedStage(PipelineStage):
 
 
 class TiedEmbedding:
-    """A tied embedding whose copies are in the first and the last stage; does nothing for an untied model.
+    """Keeps the copies of a tied embedding equal, in the first and the last stage of a pipeline. It does nothing for an
+    untied model.
 
-    Each copy gets the sum of both gradients. If the copies are on different ranks, both are stepped, and stay
-    equal. If one rank has both stages, the copies are one parameter. Under FSDP they are two parameters even then,
-    because FSDP all-gathers each stage by itself. Only the first one is then stepped, and copied to the second.
+    If the copies are on different ranks, both get the sum of both gradients, and both are updated by the optimizer. If
+    one rank has both stages, the copies are one parameter. With FSDP they are two parameters even then, because FSDP
+    all-gathers each stage by itself. Only the first copy is then updated, and copied to the second.
 
     Args:
         stages: this rank's stages.
@@ -107,7 +109,7 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Sum the gradients of the embedding's two copies. Call it after the reduction over data ranks."""
+        """Replace the gradients of both copies by their sum. Call this after gradients are reduced over data ranks."""
         if self._mine is not None:
             grad = tied_gradient(self._mine)
             own, theirs = grad.contiguous(), torch.empty_like(grad)
@@ -123,25 +125,26 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def copy_to_second(self) -> None:
-        """Copy the embedding of the first stage to the last stage, if one rank has both stages under FSDP. Call it
-        after a step."""
+        """Copy the embedding of the first stage to the last stage, if one rank has both stages, with FSDP. Call this
+        after each step of the optimizer."""
         if self._pair is not None:
             first, second = (stage.token_embedding.weight for stage in self._pair)
             local_tensor(second).copy_(local_tensor(first))
 
 
 def tied_gradient(stage: Stage) -> Tensor:
-    """Return this rank's shard of the gradient of the tied matrix."""
+    """Return this rank's shard of the gradient of a stage's token embedding."""
     grad = stage.token_embedding.weight.grad
     assert grad is not None
     return local_tensor(grad)
 
 
 class PipelineEngine(NDEngine):
-    """A model split into pipeline stages; the other kinds of parallelism are applied to each stage."""
+    """Engine of a model that is split into pipeline stages; other kinds of parallelism are applied to each stage."""
 
     waits_as = BUBBLE
-    """``clip`` is the first collective of all stages: ranks that ended early wait there for the others."""
+    """The timeline records the wait of ``clip`` as pipeline bubble: it is the first collective of all stages, in which
+    ranks whose schedule ended early wait for the others."""
 
     def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
         super().__init__(model, weights, layout)
@@ -159,7 +162,7 @@ class PipelineEngine(NDEngine):
         place = dist.get_rank(self.group)
         held = zip(stage_indices(config.parallel, place), rank_stages(config, place), strict=True)
         self.stages = {index: Stage(model, part.blocks, part.first, part.last) for index, part in held}
-        """This rank's stages, by their index in the pipeline."""
+        """Index of a stage in the pipeline -> the stage, for the stages of this rank."""
         parts = list(self.stages.values())
         blocks = [int(number) for stage in parts for number, _ in stage.blocks.named_children()]
         first, last = any(stage.first for stage in parts), any(stage.last for stage in parts)
@@ -234,7 +237,7 @@ class PipelineEngine(NDEngine):
         return self.world.size // self.dims.pp * copies
 
     def global_rank(self, stage: int) -> int:
-        """Return the global rank that has the stage ``stage`` of this pipeline."""
+        """Return the global rank of the rank of this pipeline that has the stage with index ``stage``."""
         return dist.get_global_rank(self.group, self._owner[stage])
 
     def _run_stage(
@@ -247,10 +250,10 @@ class PipelineEngine(NDEngine):
         return y if last else y.to(self._hidden(0, torch.device("meta")).dtype)
 
     def _hidden(self, sequences: int, device: torch.device) -> Tensor:
-        """Return an empty tensor with shape and dtype of those that stages send: (B, T, D), or this rank's shard along
-        T.
+        """Return an uninitialized tensor like those that stages send to each other: (B, T, D) for ``sequences``
+        sequences, with this rank's part of T.
 
-        Residual stream and norms are fp32 under autocast. FSDP computes with weights of 16 bits, and casts inputs.
+        Its dtype is fp32, as that of the residual stream under autocast; with FSDP it is the dtype of the computation.
         """
         parallel, model = self.config.parallel, self.config.model
         time = model.block_size // parallel.cp // (parallel.tp if parallel.sequence_parallel else 1)
@@ -258,7 +261,8 @@ class PipelineEngine(NDEngine):
         return torch.empty(sequences, time, model.n_embd, dtype=dtype, device=device)
 
     def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
-        """Return an empty meta tensor with shape and dtype of a stage's input or output, for torch's stages."""
+        """Return a meta tensor with the shape and dtype of a stage's input or output: of tokens, of logits, or by
+        default of hidden states."""
         model, parallel, meta = self.config.model, self.config.parallel, torch.device("meta")
         shape = (self.batch.micro, model.block_size // parallel.cp)
         if tokens:

@@ -46,8 +46,8 @@ from gpt.parallel.modules import (
 
 
 class PlacedStyle(ParallelStyle):
-    """Style of a module whose output has the placement ``hidden``; its input has it, too, if the input is hidden
-    states."""
+    """Base of styles of modules that take or return hidden states with the placement ``hidden``: replicated, or sharded
+    along the sequence."""
 
     def __init__(self, hidden: Placement) -> None:
         super().__init__()
@@ -55,10 +55,10 @@ class PlacedStyle(ParallelStyle):
 
 
 class ShardedEmbedding(PlacedStyle):
-    """Style of an embedding sharded by rows (one for each token of the vocabulary).
+    """Style of a token embedding whose rows, one for each token of the vocabulary, are sharded over the ranks.
 
-    torch's RowwiseParallel shards embeddings, too, but its gradient on each rank is as large as the whole matrix (torch
-    2.13).
+    torch's RowwiseParallel also shards embeddings, but with torch 2.13 the gradient on each rank is as large as the
+    whole matrix.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -71,7 +71,10 @@ class ShardedEmbedding(PlacedStyle):
 
 
 def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens_BT: Tensor) -> Tensor:
-    """Look up tokens, (B, T) -> (B, T, D) in placement ``hidden``: each rank looks up its rows, and the ranks sum."""
+    """Look up tokens in a sharded embedding, (B, T) -> (B, T, D) with placement ``hidden``.
+
+    Each rank looks up the tokens of its own rows, with zeros for other tokens; the sum over the ranks is the result.
+    """
     weight_VD = local_tensor(embedding.weight)
     row_BT = tokens_BT - mesh.get_local_rank() * len(weight_VD)
     elsewhere_BT = (row_BT < 0) | (row_BT >= len(weight_VD))
@@ -80,8 +83,8 @@ def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens
 
 
 def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that computes the summed cross-entropy, in nats and fp32, of column-sharded logits (B, T, V)
-    and targets (B, T).
+    """Return a function that takes this rank's columns of the logits, (B, T, V), and targets (B, T), and returns the
+    summed cross-entropy of whole logits in nats, () in fp32.
 
     Args:
         mesh: the ranks over which the logits are sharded.
@@ -99,7 +102,8 @@ def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy, which all-reduces three numbers for each token instead of gathering the logits.
+    """Summed cross-entropy of logits whose columns are sharded over ranks. It all-reduces three numbers for each token,
+    and does not gather the logits.
 
     torch's ``loss_parallel`` reduces four numbers, and is a process-wide context. It must be open around the backward
     pass, too, which a pipeline calls from other code. As in ``gpt.model.layers``, no fp32 logits are kept.
@@ -111,7 +115,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Return the loss, () fp32, on every rank.
 
-        This rank's first ``tokens`` columns are the tokens from ``first`` on; its other columns are padding.
+        The first ``tokens`` columns of this rank are those of the tokens from ``first`` on; its other columns are
+        padding.
         """
         here_N = (targets_N >= first) & (targets_N < first + tokens)
         column_N = (targets_N - first).masked_fill(~here_N, 0)
@@ -166,22 +171,22 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
 
 REPLICATED, SEQUENCE, HEADS, VOCABULARY = Replicate(), Shard(1), Shard(2), Shard(-1)
-"""Placements of activations: replicated, or sharded, namely (B, T, D) along T, (B, T, H, C) along H, (B, T, V) along
-V."""
+"""Placements of activations: replicated; hidden states (B, T, D) sharded along T; queries and keys (B, T, H, C) along
+H; logits (B, T, V) along V."""
 
 MIXTURE_PLACEMENTS: dict[str, Placement] = {
     **{"experts.gate": Shard(1), "experts.up": Shard(1), "experts.down": Shard(2)},
     **{"shared.gate.weight": Shard(0), "shared.up.weight": Shard(0), "shared.down.weight": Shard(1)},
 }
-"""Shardings of the matrices of a mixture of experts, along their inner width."""
+"""Parameter of a mixture of experts -> its placement: each is sharded along the inner width of the experts."""
 
 
 def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) -> None:
-    """Apply tensor parallelism over ``mesh`` to a model or a pipeline stage. ``model`` is equal on all ranks of
-    ``mesh``.
+    """Apply tensor parallelism over the ranks of ``mesh`` to a model or a pipeline stage, in place. Before the call,
+    ``model`` is equal on all these ranks.
 
-    The model takes tokens as before, and returns this rank's columns of the logits. Some of these columns may be
-    padding of the vocabulary, on any rank.
+    The model then takes tokens as before, and returns this rank's columns of the logits, which may include padding of
+    the vocabulary.
     """
     record_tensor_waits()
     hidden = SEQUENCE if config.sequence_parallel else REPLICATED
@@ -211,14 +216,15 @@ def record_tensor_waits() -> None:
 
 
 def apply_styles(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
-    """Apply the styles of ``plan`` (name of a submodule -> style) to the submodules that this model has."""
+    """Apply the styles of ``plan`` (name of a submodule -> style) to those submodules that ``module`` has."""
     there = dict(module.named_modules())
     # No broadcast of values, because every rank has them.
     parallelize_module(module, mesh, {name: plan[name] for name in plan if name in there}, src_data_rank=None)
 
 
 def outer_styles(model: GPT, hidden: Placement) -> dict[str, ParallelStyle]:
-    """Return the styles of the modules before and after the blocks: name of the module -> style."""
+    """Return the styles of the modules outside of the blocks: name of the module -> style. ``hidden`` is the placement
+    of hidden states."""
     head: ParallelStyle = ColwiseParallel(input_layouts=hidden, output_layouts=VOCABULARY)
     if model.config.tie_embeddings:
         head = PrepareModuleInputOutput(
@@ -236,7 +242,8 @@ def outer_styles(model: GPT, hidden: Placement) -> dict[str, ParallelStyle]:
 
 
 def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle]:
-    """Return the styles of a block: attention and feed-forward layer, each column-parallel and then row-parallel."""
+    """Return the styles of the modules of a block: name of the module -> style. ``hidden`` is the placement of hidden
+    states."""
     plan: dict[str, ParallelStyle] = {
         **dict.fromkeys(BLOCK_NORMS, Replicated(hidden)),
         # One all-gather for queries, keys and values, and one reduce-scatter of the sum of their gradients.
@@ -256,9 +263,9 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
 
 
 class Replicated(PlacedStyle):
-    """Style of a module with replicated parameters, whose input and output have the same placement.
+    """Style of a module with replicated parameters, whose input and output have the placement ``hidden``.
 
-    If this placement is a shard, each rank computes a partial gradient of the parameters.
+    If this placement is sharded, each rank computes a partial sum of the gradient of the parameters.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -268,7 +275,7 @@ class Replicated(PlacedStyle):
 
 
 class ShardedByHead(ParallelStyle):
-    """Style of a module with one weight for each head."""
+    """Style of a module with one weight for each head: the weights are sharded over the ranks like the heads."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         distribute(module, device_mesh, {"weight": Shard(0)})
@@ -277,7 +284,8 @@ class ShardedByHead(ParallelStyle):
 
 
 class ReplicatedPosition(Replicated):
-    """Style of a module that also takes the position of its first token, which differs between sequence shards."""
+    """Style of a module that also takes the positions of its tokens. If hidden states are sharded along the sequence,
+    each rank passes the positions of its own tokens."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if self.hidden == SEQUENCE:
@@ -288,21 +296,25 @@ class ReplicatedPosition(Replicated):
 def shift_positions(
     forward: Callable[[Tensor, int | Tensor], Tensor], slices: int, x_BTD: Tensor, start: int | Tensor = 0
 ) -> Tensor:
-    """Call ``forward`` on a sequence shard, (B, T, D), with the positions of its tokens.
+    """Call ``forward`` on this rank's part of sequences, (B, T, D), with the positions of its tokens.
 
-    A first position ``start`` is moved by ``slices`` lengths of the shard. If ``start`` has the positions of all tokens
-    of the sequences, the shard's positions are passed.
+    Args:
+        forward: forward method of a module for positions.
+        slices: index of this rank's part of each sequence, from 0.
+        x_BTD: hidden states of the part.
+        start: position of the first token of the sequences, or the positions of all their tokens.
     """
     first, length = slices * x_BTD.size(1), x_BTD.size(1)
     return forward(x_BTD, start[:, first : first + length] if isinstance(start, Tensor) else start + first)
 
 
 class ShardedMixture(PlacedStyle):
-    """Style of a mixture of experts, each expert sharded by its inner width. Every rank routes all tokens alike.
+    """Style of a mixture of experts, in which each expert is sharded along its inner width. Every rank routes all
+    tokens.
 
-    Inside the mixture, everything that a rank computes is a partial sum: the result, the gradient of the input, and
-    that of the router. So no collective is needed before the end. The routing losses, which every rank computes whole,
-    are divided by the number of ranks.
+    Inside the mixture a rank computes partial sums: of the result, of the gradient of the input, and of the gradient of
+    the router. So no collective is needed before the end. Every rank computes the whole losses of the router, which are
+    divided by the number of ranks.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -317,7 +329,8 @@ class ShardedMixture(PlacedStyle):
 
 
 def reduce_partial_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
-    """All-reduce partial gradients over ``mesh`` after the last micro-batch; FSDP does that in its reduce-scatter."""
+    """All-reduce those gradients of a module that are partial sums, over ``mesh``, in place. Call this after the last
+    micro-batch; not needed with FSDP, which reduces them."""
     parts = []
     for parameter in module.parameters():
         grad = parameter.grad

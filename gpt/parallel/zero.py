@@ -43,10 +43,10 @@ from gpt.topology.schedules import split_layers
 
 
 class ZeroFiles(TensorFiles):
-    """The checkpoint format of a ZeRO run; the state that it reads and writes is the engine itself.
+    """Checkpoint format of DeepSpeed's own files, for ZeRO-1 to 3. The ``state`` of its methods is the engine.
 
     Args:
-        settings: DeepSpeed's settings that decide the sharding, except the number of ranks; plain JSON.
+        settings: the settings of DeepSpeed that decide the sharding, besides the number of ranks; plain JSON.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class ZeroFiles(TensorFiles):
 
 
 class TensorReader:
-    """Reader of whole tensors from a torch.distributed.checkpoint folder, one at a time, in one process."""
+    """Reads whole tensors, one at a time, from a folder of torch.distributed.checkpoint, without other ranks."""
 
     def __init__(self, folder: Path) -> None:
         self._reader = dcp.FileSystemReader(folder)
@@ -121,11 +121,12 @@ class TensorReader:
         """Names of the model's parameters and buffers."""
 
     def weight(self, name: str) -> Tensor:
-        """Read a whole parameter or buffer by name, fp32 on the CPU."""
+        """Read and return a whole parameter or buffer, fp32 on the CPU."""
         return self._read(f"model.{name}")
 
     def moment(self, name: str, key: str) -> Tensor:
-        """Read a whole moment of a parameter, fp32 on the CPU; ``key`` names the moment in AdamW's state."""
+        """Read and return a whole moment of the parameter ``name``, fp32 on the CPU. ``key`` is the moment's key in the
+        state of AdamW."""
         return self._read(f"optimizer.state.{name}.{key}")
 
     def _read(self, key: str) -> Tensor:
@@ -138,8 +139,8 @@ class TensorReader:
 
 
 def local_gradient(parameter: Any) -> Tensor | None:
-    """Return this rank's shard of a gradient, after the backward pass and before the step; None if
-    this rank has no shard."""
+    """Return this rank's shard of the gradient of a DeepSpeed parameter, after the backward pass and before the step;
+    None if this rank has no shard."""
     if hasattr(parameter, "ds_id"):
         return parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
     if not hasattr(parameter, "_hp_mapping"):
@@ -164,7 +165,7 @@ def local_gradient(parameter: Any) -> Tensor | None:
 
 
 class ZeroEngine(Engine):
-    """A model whose training state DeepSpeed shards over the data ranks."""
+    """Engine of DeepSpeed's ZeRO, which shards the training state over the data-parallel ranks."""
 
     def __init__(self, model: GPT, layout: RunLayout) -> None:
         config, world, dims, batch = layout.config, layout.world, layout.dims, layout.batch
@@ -191,14 +192,14 @@ class ZeroEngine(Engine):
         self.files = ZeroFiles(checkpoint_settings(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
         self.optimizer = self.ds.optimizer
         self.parameters: dict[str, Any] = dict(module.named_parameters())
-        """The parameters by their names in the whole model."""
+        """Name in the whole model -> parameter."""
         if casts:
             # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.
             self.set_masters(first.__getitem__)
             self.update_from_masters()
 
     def prepare_module(self, model: GPT) -> nn.Module:
-        """Return the module to pass to DeepSpeed: the model, or a pipeline of its layers."""
+        """Return the module that DeepSpeed gets: the model, or a DeepSpeed pipeline of its layers."""
         return model
 
     def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
@@ -246,8 +247,8 @@ class ZeroEngine(Engine):
                 yield name, part.to(self.world.device), share
 
     def state(self) -> Any:
-        """Return what a checkpoint stores: the engine itself, for ``ZeroFiles``; in stage 0 the tensors of model and
-        optimizer."""
+        """Return the state for a checkpoint: in stage 0 the tensors of model and optimizer, else the engine itself,
+        which ``ZeroFiles`` needs."""
         if self.stage:
             return self
         parameters, optimizer = self.parameters, self.ds.basic_optimizer
@@ -267,12 +268,13 @@ class ZeroEngine(Engine):
             self.ds.basic_optimizer.state.clear()
 
     def rank_files(self, folder: Path, tag: str) -> list[str]:
-        """Return the paths of the files that this rank reads, of a DeepSpeed checkpoint of the same parallelism."""
+        """Return the paths of the files that this rank reads of a DeepSpeed checkpoint in ``folder``, which was saved
+        with the same parallelism. ``tag`` is DeepSpeed's name of the checkpoint."""
         return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
 
     def tensor_info(self) -> dict[str, Any]:
-        """Return ``shapes`` (name of a parameter -> shape) and ``buffers`` (name -> tensor) of all pipeline stages.
-        Collective."""
+        """Return two dictionaries about the whole model, of all pipeline stages: ``shapes`` (name of a parameter ->
+        shape) and ``buffers`` (name -> tensor). Collective."""
         shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.parameters.items()}
         buffers = {name: buffer.cpu() for name, buffer in self.buffers().items()}
         found: dict[str, Any] = {"shapes": {}, "buffers": {}}
@@ -282,7 +284,7 @@ class ZeroEngine(Engine):
         return found
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return the persistent buffers, by their names in the whole model."""
+        """Return the buffers that checkpoints contain: name in the whole model -> buffer."""
         return {
             self.whole_name(f"{prefix}.{name}".removeprefix(".")): buffer
             for prefix, module in self.module.named_modules()
@@ -291,7 +293,7 @@ class ZeroEngine(Engine):
         }
 
     def whole_name(self, name: str) -> str:
-        """Return the name in the whole model of a parameter or buffer of ``module``."""
+        """Return the name, in the whole model, of the parameter or buffer ``name`` of ``module``."""
         return name
 
     # This rank's shards: fp32 master weights and moments are written into them.
@@ -302,14 +304,14 @@ class ZeroEngine(Engine):
     # first step, and no padding.
 
     def held(self) -> list[tuple[str, Any]]:
-        """Return pairs of name and parameter, for the parameters of whose state this rank has a shard."""
+        """Return name and parameter of each parameter whose state is on this rank, whole or in part."""
         return [(n, p) for n, p in self.parameters.items() if self.stage in (0, 3) or p._hp_mapping is not None]
 
     @torch.no_grad()
     def set_masters(self, whole: Callable[[str], Tensor]) -> None:
-        """Set the master weights from ``whole``, which returns a whole fp32 parameter by name.
+        """Set this rank's shards of the fp32 master weights. ``whole`` returns a whole parameter by its name, in fp32.
 
-        The weights used in computing change only with ``update_from_masters``.
+        The weights that the forward pass uses change only with ``update_from_masters``.
         """
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()  # re-partitions gathered parameters
@@ -318,14 +320,17 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def set_moments(self, whole: Callable[[str, str], Tensor], steps: int) -> None:
-        """Set AdamW's moments after ``steps`` steps; ``whole`` returns a whole moment by parameter name and key."""
+        """Set this rank's shards of AdamW's moments, and the count of steps to ``steps``.
+
+        ``whole`` returns a whole moment by the name of its parameter and its key in AdamW's state.
+        """
         self.create_moments(steps)
         for name, parameter in self.held():
             for key in MOMENTS:
                 self._set(parameter, whole(name, key), key)
 
     def create_moments(self, steps: int) -> None:
-        """Create moments of zeros, as AdamW's first step does, and set the count of steps to ``steps``."""
+        """Create the state of AdamW: moments of zeros, and the count of steps ``steps``."""
         base = self.ds.basic_optimizer
         flat = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
         for group in base.param_groups:
@@ -339,7 +344,8 @@ class ZeroEngine(Engine):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: Any, whole: Tensor, key: str | None) -> None:
-        """Copy this rank's shard of ``whole`` into the moment ``key``; into the master weights if ``key`` is None."""
+        """Copy this rank's shard of ``whole`` into the moment ``key`` of a parameter, or if ``key`` is None into its
+        master weight."""
         if self.stage == 3:
             size, rank = parameter.ds_tensor.numel(), self.optimizer._get_param_partition_rank(parameter)
             piece = whole.flatten()[rank * size : (rank + 1) * size]
@@ -354,7 +360,7 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def update_from_masters(self) -> None:
-        """Update the weights used in computing from the fp32 master weights. Collective."""
+        """Copy the fp32 master weights into the weights that the forward pass uses. Collective."""
         if self.stage == 3:
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -374,12 +380,12 @@ class ZeroEngine(Engine):
 
 
 BEFORE, AFTER = 2, 2
-"""Number of DeepSpeed's layers before the first block, and after the last one."""
+"""Number of layers of DeepSpeed's pipeline before the first block, and after the last block."""
 TIED = "token_embedding"
 
 
 class ZeroPipelineEngine(ZeroEngine):
-    """A model split into pipeline stages, run and stepped by DeepSpeed's pipeline engine."""
+    """Engine of DeepSpeed's pipelines, also with ZeRO-1."""
 
     module: GPTPipelineModule
 
@@ -407,8 +413,8 @@ class ZeroPipelineEngine(ZeroEngine):
 
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the summed loss of a micro-batch, (). A smaller micro-batch is padded, since the stages expect one
-        size."""
+        """Return the summed loss of an evaluation, (). A batch smaller than a micro-batch is padded, since all stages
+        expect the same size."""
         self._rows = len(tokens_BT)
         self._loss_sum.zero_()
         filled = [F.pad(rows, (0, 0, 0, self.batch.micro - len(rows))) for rows in (tokens_BT, targets_BT)]
@@ -432,14 +438,15 @@ class ZeroPipelineEngine(ZeroEngine):
         PipelineEngine._exec_forward_pass(ds, buffer_id)
 
     def _criterion(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the loss for the backward pass, times the number of micro-batches, by which DeepSpeed divides."""
+        """Return the loss that DeepSpeed differentiates. It is multiplied by the number of micro-batches, because
+        DeepSpeed divides it by this number."""
         loss = cross_entropy(logits_BTV[: self._rows], targets_BT[: self._rows], self.config.model.vocab_size)
         self._loss_sum += loss.detach()
         return loss * (self.scale * self.batch.accumulation)
 
 
 class GPTPipelineModule(PipelineModule):
-    """This rank's layers of a GPT, with the parameter names of the whole model.
+    """This rank's layers of a GPT as a pipeline of DeepSpeed. Parameters have their names in the whole model.
 
     Args:
         model: the whole model, on the CPU; its layers become those of this module.
@@ -457,7 +464,7 @@ class GPTPipelineModule(PipelineModule):
         last = BEFORE + config.model.n_layer
         around = {"0": f"{TIED}.", TIED: f"{TIED}.", "1": "", str(last): "norm.", str(last + 1): "head."}
         self._names = around | {str(BEFORE + number): f"blocks.{number}." for number in range(config.model.n_layer)}
-        """Name of a layer in DeepSpeed -> prefix of its parameters in the whole model."""
+        """Name of a layer in DeepSpeed -> prefix of the names of its parameters in the whole model."""
         super().__init__(deepspeed_layers(model), num_stages=stages, loss_fn=criterion)
         self._layer_specs: list[Any] = []  # frees the other stages' layers
 
@@ -475,30 +482,30 @@ class GPTPipelineModule(PipelineModule):
             yield self.whole_name(name), parameter
 
     def rank_files(self, folder: Path) -> list[str]:
-        """Return the paths of the files that this rank reads: one file for each of its layers with a state."""
+        """Return the paths of the files of this rank's layers in the folder of a DeepSpeed checkpoint."""
         layers = [i for i, layer in enumerate(self.forward_funcs) if hasattr(layer, "load_state_dict")]
         return [path for i in layers for path in self.ckpt_layer_path_list(str(folder), i)]
 
     def whole_name(self, name: str) -> str:
-        """Return the name in the whole model of a parameter of this module."""
+        """Return the name, in the whole model, of the parameter ``name`` of this module."""
         layer, _, rest = name.removeprefix("tied_modules.").partition(".")
         return f"{self._names[layer]}{rest}"
 
 
 class Entry(nn.Module):
-    """Layer between the token embedding and the first block: learned positions and dropout."""
+    """Layer of a DeepSpeed pipeline between the token embedding and the first block: learned positions and dropout."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.position, self.dropout = model.position, model.dropout
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Add learned positions, if any, and apply dropout."""
+        """Add learned positions, if the model has them, and apply dropout, (B, T, D) -> (B, T, D)."""
         return self.dropout(x_BTD if self.position is None else self.position(x_BTD, 0))
 
 
 def deepspeed_layers(model: GPT) -> list[Any]:
-    """Return the layers of a GPT for DeepSpeed; each layer takes the output of the layer before."""
+    """Return the layers of a GPT for a pipeline of DeepSpeed. Each layer takes the result of the layer before."""
     embedding: Any = model.token_embedding
     head: Any = model.head
     if model.config.tie_embeddings:
