@@ -1,9 +1,9 @@
 """Checkpoints: saved whole or not at all, verified before they are loaded, loadable on any number of ranks.
 
-This module has the folders and their manifests: sizes and checksums of files, commit, retention, deletion. ``manager``
-saves and loads the checkpoints of a run. A save passes ``formats`` (the files), ``part`` (their content on this rank)
-and ``writer`` (the process that writes them). A login node imports this module, ``target`` and ``upkeep``, which need
-no torch.
+This module has the folders of checkpoints and their manifests: sizes and checksums of files, commit, retention,
+deletion. ``manager`` saves and loads the checkpoints of a run. A save uses ``formats`` (the files), ``part`` (what this
+rank writes) and ``writer`` (the process that writes it). This module, ``target`` and ``upkeep`` import no torch,
+because the login node uses them.
 """
 
 from __future__ import annotations
@@ -28,53 +28,60 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Votes:
-    """One rank's figures about the save in flight; each training step sums them over all ranks."""
+    """Status of the save in flight on one rank, as numbers. Each training step sums them over all ranks."""
 
     phase: int = 0
-    """Number of the phase of a save, the same on all ranks; 0 if no save is in flight."""
+    """Number of the phase to which the numbers belong, counted over all saves; 0 if no save is in flight. A save has
+    two phases: all ranks write, then rank 0 commits."""
     figures: Mapping[str, float] = field(default_factory=dict)
-    """``done`` and ``failed`` while a save is in flight. All ranks have the same names."""
+    """Name -> number. While a save is in flight, ``done`` and ``failed`` are 1 if this rank has completed its work of
+    the phase with or without success, else 0. All ranks have the same names."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was committed."""
+    """Outcome of a save: the checkpoint is committed."""
 
     step: int
     write_s: float
-    """Seconds from the start of the save to its commit; training waited only while the state was copied."""
+    """Seconds from the start of the save to its commit. Training waited for only a part of them."""
     in_memory: bool
+    """True if the checkpoint is in the memory of the nodes, False if it is on disk."""
 
 
 @dataclass(frozen=True)
 class FailedSave:
-    """A failed save. A save to disk is tried again; a save to the memory of the nodes is given up."""
+    """Outcome of a try of a save: it failed. A save to disk is tried again; a save to memory is given up."""
 
     step: int
     cause: str
+    """``rank N: ERROR`` of the lowest rank that failed."""
     failures: int
-    """Number of failed writes since the last checkpoint."""
+    """Number of failed tries since the last committed checkpoint."""
     in_memory: bool
+    """True for a save to the memory of the nodes, False for a save to disk."""
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """Description of a loaded checkpoint; its tensors are in the state that was passed to ``load``."""
+    """Description of a loaded checkpoint. Its tensors are in the argument of ``CheckpointManager.load``."""
 
     step: int
     meta: dict[str, Any]
+    """The argument ``meta`` of the save."""
     world_size: int
+    """Number of ranks that saved the checkpoint."""
     rank_state: dict[str, Any] | None
-    """State that this rank saved for itself; None if the number of ranks has changed."""
+    """The argument ``rank_state`` of the save on this rank; None if the number of ranks has changed."""
     set_aside: tuple[str, ...] = ()
-    """One line with name and reason for each newer checkpoint that was damaged."""
+    """One line, with name and damage, for each newer checkpoint that was found damaged and renamed."""
     is_from_memory: bool = False
     """True if the checkpoint was loaded from the memory of the nodes."""
     fetched_for: str | None = None
-    """Reason why a copy on another filesystem was fetched; None if none was."""
+    """Reason why a copy was fetched from ``checkpoint.copy_to``; None if the checkpoint was on the disk."""
     memory_damage: str | None = None
-    """Reason why no checkpoint in memory was loaded, or a list of the damaged copies of its parts; None without
-    either."""
+    """Text: why no checkpoint in memory was loaded, or which copies of its parts were damaged. None if there is nothing
+    to report."""
 
 
 # The manifest of a checkpoint: the size and checksum of every file, and its run and step.
@@ -83,13 +90,13 @@ class LoadedCheckpoint:
 NAME = "manifest.json"
 FORMAT = 1
 TENSORS = {"kind": "tensors"}
-"""``Manifest.contents`` of whole tensors by name, the default."""
+"""``Manifest.contents`` of a checkpoint in the default format: whole tensors by name."""
 DEEPSPEED = "deepspeed"
-"""``kind`` in ``Manifest.contents`` of files that DeepSpeed has written."""
+"""``kind`` in ``Manifest.contents`` of a checkpoint in files of DeepSpeed."""
 
 
 class DamagedError(Exception):
-    """Damage of a checkpoint: the message names the file and its fault."""
+    """A checkpoint is damaged. The message names the file and its damage."""
 
 
 @dataclass(frozen=True)
@@ -102,27 +109,29 @@ class FileSum:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Manifest of a checkpoint: step, number of ranks and files. ``meta`` is the caller's plain JSON."""
+    """Content of ``manifest.json`` of a checkpoint."""
 
     step: int
     world_size: int
+    """Number of ranks that saved the checkpoint."""
     time: float
-    """Unix time of the save, seconds."""
+    """Unix time of the save, in seconds."""
     meta: dict[str, Any]
+    """Plain JSON of the caller of the save."""
     files: dict[str, FileSum]
-    """Path in the folder -> size and checksum."""
+    """Path in the folder of the checkpoint -> size and checksum."""
     contents: dict[str, Any] = field(default_factory=lambda: dict(TENSORS))
-    """Format of the files: its ``kind``, and the other keys of that kind."""
+    """Format of the files: the key ``kind``, and further keys that depend on it."""
 
 
 def sum_file(path: Path) -> FileSum:
-    """Compute size and sha256 of a file in one reading, in bounded memory."""
+    """Return size and sha256 of a file. The file is read in pieces, never whole into memory."""
     with path.open("rb") as file:
         return FileSum(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest`` into ``folder``, and sync the file and the names in the folder to disk."""
+    """Write ``manifest.json`` into ``folder``, and sync the file and the folder to disk."""
     with (folder / NAME).open("wb") as file:
         file.write(_encode({"format": FORMAT, **dataclasses.asdict(manifest)}))
         file.flush()
@@ -131,7 +140,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of ``folder``, and return it.
+    """Read the manifest of the checkpoint in ``folder``, verify its own checksum, and return it.
 
     Raises:
         DamagedError: the manifest is missing, or some byte differs from the saved one.
@@ -145,7 +154,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def decode_manifest(raw: bytes, path: Path) -> Manifest:
-    """Decode and check the content of a manifest, which was read from ``path``.
+    """Decode the bytes of a manifest, verify its own checksum, and return it. ``path`` is named in errors.
 
     Raises:
         DamagedError: some byte differs from the saved one.
@@ -165,11 +174,11 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
 
 
 def find_damage(path: Path, expected: FileSum) -> str | None:
-    """Compare the file at ``path`` with its size and checksum in the manifest; return the damage, None if there is
-    none.
+    """Return the damage of the file at ``path`` as text, by its ``expected`` size and checksum; None if it is
+    undamaged.
 
     Raises:
-        OSError: the filesystem failed for a reason that is no damage of the file.
+        OSError: the file cannot be read, for a reason that may be temporary.
     """
     try:
         found = sum_file(path)
@@ -179,14 +188,16 @@ def find_damage(path: Path, expected: FileSum) -> str | None:
 
 
 def find_difference(name: str, found: FileSum, expected: FileSum) -> str | None:
-    """Describe how a file of size and checksum ``found`` differs from the saved one; None if it does not."""
+    """Return text on how the size or checksum ``found`` of the file ``name`` differs from ``expected``; None if both
+    are equal."""
     if found.size != expected.size:
         return f"{name} has {found.size} bytes instead of {expected.size}"
     return None if found == expected else f"{name} has a wrong checksum"
 
 
 def sync_folder(path: Path) -> None:
-    """Sync the names in a folder to disk; do nothing on network filesystems that do not offer this."""
+    """Sync a folder's list of names to disk, so that new and renamed files survive a power failure. Do nothing on
+    filesystems that do not support this."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -198,13 +209,14 @@ def sync_folder(path: Path) -> None:
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    """Encode a manifest as JSON. A checksum of all other keys shows damage of the manifest itself."""
+    """Return a manifest as JSON, with a checksum of its other keys, which shows damage of the manifest itself."""
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body | {"sha256": digest}, indent=1) + "\n").encode()
 
 
 def damage_or_raise(error: OSError, name: str) -> str:
-    """Return the damage of file ``name`` that ``error`` shows. Raise ``error`` if it may be temporary."""
+    """Return text on the damage of the file ``name`` that an error of reading shows. Raise ``error`` if it may be
+    temporary."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
     if error.errno == errno.EIO:  # the disk cannot return the bytes, now or later
@@ -227,48 +239,51 @@ log = logging.getLogger(__name__)
 COMMITTED = re.compile(r"step_(\d{8,})")
 SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
 VALIDATION_LOSS = "val_loss"
-"""Key in ``Manifest.meta`` of the validation loss (nats per token), if it was measured in the step of the save."""
+"""Key of the validation loss, nats per token, in ``Manifest.meta``. Only checkpoints of evaluated steps have it."""
 LEFT_OVER = re.compile(r"\.(saving|deleting|converting|fetching)_step_\d{8,}_[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Rule for the checkpoints to keep: each that meets at least one of these conditions."""
+    """Rule for the checkpoints to keep: the ``last`` newest, and the ``best`` by validation loss."""
 
     last: int | None
     """Number of the newest checkpoints to keep; None keeps all."""
     best: int = 0
-    """Number of checkpoints to keep for the lowest validation loss. Checkpoints of unevaluated steps do not count."""
+    """Number of checkpoints with the lowest validation loss to keep. Only checkpoints of evaluated steps count."""
 
     def with_more(self, more: int) -> Retention:
-        """Return a rule that keeps ``more`` further checkpoints, but always the newest one."""
+        """Return a rule with ``last`` larger by ``more``, which may be negative, but at least 1."""
         return self if self.last is None else dataclasses.replace(self, last=max(1, self.last + more))
 
 
 def list_committed(folder: Path) -> list[Path]:
-    """List the folders named like ``step_00000100``, by ascending step; empty if ``folder`` does not exist."""
+    """Return the folders of committed checkpoints (``step_00000100``) in ``folder``, by ascending step; an empty list
+    if ``folder`` does not exist."""
     return sorted((path for path in _entries(folder) if COMMITTED.fullmatch(path.name)), key=step_of)
 
 
 def steps(folder: Path) -> list[int]:
-    """List the steps that have a checkpoint, ascending; a folder without a manifest does not count."""
+    """Return the steps that have a committed checkpoint in ``folder``, ascending. A checkpoint without a manifest does
+    not count."""
     return [step_of(path) for path in list_committed(folder) if (path / NAME).is_file()]
 
 
 def list_set_aside(folder: Path) -> list[Path]:
-    """List the folders of damaged checkpoints, which were renamed to ``.corrupt`` in this or an earlier attempt."""
+    """Return the folders of damaged checkpoints, which a load or the upkeep has renamed to ``.corrupt``."""
     return [path for path in _entries(folder) if SET_ASIDE.fullmatch(path.name)]
 
 
 def step_of(path: Path) -> int:
-    """Return the step in the name of a complete checkpoint's folder."""
+    """Return the step in the name of the folder of a committed checkpoint."""
     match = COMMITTED.fullmatch(path.name)
     assert match, path
     return int(match[1])
 
 
 def begin(temporary: Path, step: int) -> None:
-    """Remove the temporary folders of killed saves, then create the folder to write the checkpoint of ``step`` into.
+    """Create the folder ``temporary``, in which the checkpoint of ``step`` is written. First remove the temporary
+    folders of killed saves.
 
     Raises:
         FileExistsError: the step already has a checkpoint.
@@ -284,12 +299,12 @@ def begin(temporary: Path, step: int) -> None:
 
 
 def is_committed(folder: Path, step: int) -> bool:
-    """Return True if the step has a complete checkpoint."""
+    """Return True if the step has a committed checkpoint in ``folder``."""
     return (final_for(folder, step) / NAME).is_file()
 
 
 def begin_temporary(folder: Path, what: str, step: int) -> Path:
-    """Create an empty folder for work on a checkpoint, and return its path.
+    """Create an empty folder in ``folder``, for work on the checkpoint of a step, and return its path.
 
     ``what`` names the work: ``converting`` or ``fetching``.
     """
@@ -300,8 +315,7 @@ def begin_temporary(folder: Path, what: str, step: int) -> Path:
 
 
 def commit(temporary: Path, step: int) -> Path:
-    """Commit a finished save: rename its folder, which includes the manifest, to its final name. Return the new
-    path."""
+    """Commit a save: rename its folder, which already has the manifest, to its final name. Return the new path."""
     final = final_for(temporary.parent, step)
     temporary.rename(final)
     try:
@@ -312,7 +326,8 @@ def commit(temporary: Path, step: int) -> Path:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Rename a damaged checkpoint to ``.corrupt``, which no load reads, and log a warning with the reason ``why``."""
+    """Rename the folder of a damaged checkpoint to ``NAME.corrupt``, which no load reads. Log a warning with the
+    damage ``why``."""
     name, number = f"{path.name}.corrupt", 1
     while path.with_name(name).exists():
         number += 1
@@ -325,12 +340,12 @@ def set_aside(path: Path, why: str) -> None:
 
 
 def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifest]) -> set[int]:
-    """Return the steps whose checkpoints are kept.
+    """Return the steps whose checkpoints a rule keeps.
 
     Args:
         saved: steps that have a checkpoint, ascending.
-        keeps: the checkpoints to keep.
-        read: reads the manifest of a step; called only if validation losses decide.
+        keeps: the rule.
+        read: returns the manifest of a step. Called only if the rule uses validation losses.
     """
     if keeps.last is None:
         return set(saved)
@@ -347,7 +362,8 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
 
 
 def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
-    """Delete the checkpoints that the rule ``keeps`` does not keep, except those of the steps ``spared``."""
+    """Delete the checkpoints in ``folder`` that the rule ``keeps`` does not keep. Checkpoints of the steps ``spared``
+    stay."""
     saved = steps(folder)
     kept = spared | kept_steps(saved, keeps, lambda step: read_manifest(final_for(folder, step)))
     for step in saved:
@@ -359,7 +375,7 @@ def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> No
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of all steps after ``step``, because the run continues from ``step``."""
+    """Delete the checkpoints in ``folder`` of all steps after ``step``, from which the run continues."""
     for path in list_committed(folder):
         if step_of(path) > step:
             _delete(path)
@@ -373,14 +389,14 @@ def _delete(path: Path) -> None:
 
 
 def sweep(folder: Path, keep: Path | None = None) -> None:
-    """Remove the temporary folders that killed processes have left, except ``keep``."""
+    """Delete the temporary folders in ``folder`` that killed processes have left, except the folder ``keep``."""
     for path in _entries(folder):
         if LEFT_OVER.fullmatch(path.name) and path != keep:
             remove_folder(path)
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder; log a warning if files remain, which the next ``sweep`` tries to delete."""
+    """Delete a folder with its files. Log a warning if this fails; the next ``sweep`` tries again."""
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
@@ -390,7 +406,7 @@ def remove_folder(path: Path) -> None:
 
 
 def final_for(folder: Path, step: int) -> Path:
-    """Return the folder of the complete checkpoint of a step."""
+    """Return the path that the checkpoint of a step has in ``folder`` after its commit."""
     return folder / f"step_{step:08d}"
 
 

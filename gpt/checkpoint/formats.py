@@ -1,4 +1,4 @@
-"""Formats of a state on disk: the index of its tensors, and the files of torch.distributed.checkpoint or an engine."""
+"""Formats of checkpoints: files of torch.distributed.checkpoint, their index, and conversion of DeepSpeed's files."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ from launch.errors import ConfigError
 
 MODEL_FILE = "model.pt"
 LOOSE_FILES = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
-"""Files that DeepSpeed writes next to its folder."""
+"""Names of the files that DeepSpeed writes next to the folder of a checkpoint."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Keys of AdamW's state that have the size of the parameter."""
+"""Keys of the two moments in AdamW's state of a parameter."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 
 
 def deepspeed_tag(step: int) -> str:
-    """Return DeepSpeed's tag of a step: the name of the folder into which it writes the checkpoint of the step."""
+    """Return the name of the folder in which DeepSpeed writes the checkpoint of a step."""
     return f"global_step{step}"
 
 
 @contextlib.contextmanager
 def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | None) -> Iterator[Path]:
-    """Yield a folder that torch.distributed.checkpoint can read. This is ``folder`` itself, or a temporary conversion
-    if the checkpoint was written by DeepSpeed.
+    """Return a context that yields a folder which torch.distributed.checkpoint can read: ``folder`` itself, or a
+    temporary conversion if DeepSpeed has written the checkpoint. Collective.
 
-    Collective. The conversion is deleted after use; ``folders.sweep`` deletes one that a killed process has left.
+    The conversion is deleted at the end of the context.
     """
     if saved.contents["kind"] == TENSORS["kind"]:
         yield folder
@@ -70,8 +70,8 @@ def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | No
 
 
 def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
-    """Convert a checkpoint of DeepSpeed to whole tensors; return the folder of the tensors, in ``scratch``. Not
-    collective."""
+    """Convert the DeepSpeed checkpoint in ``folder`` to whole tensors, inside of ``scratch``. Return the folder of the
+    tensors. Not collective."""
     universal = to_universal(folder / deepspeed_tag(saved.step), scratch / "universal")
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     model: dict[str, Tensor] = dict(about["buffers"])
@@ -87,7 +87,7 @@ def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
 
 
 def require_reader(folder: Path) -> None:
-    """Raise ConfigError if this Python has no DeepSpeed, because only DeepSpeed reads the files in ``folder``."""
+    """Raise ConfigError if DeepSpeed is not installed, which alone can read the checkpoint in ``folder``."""
     if not is_importable("deepspeed"):
         raise ConfigError(
             f"{folder}, a checkpoint in files of DeepSpeed's own, and no package deepspeed in {sys.executable}",
@@ -97,9 +97,9 @@ def require_reader(folder: Path) -> None:
 
 
 def to_universal(original: Path, out: Path) -> Path:
-    """Join the shards of the DeepSpeed checkpoint ``original`` into a universal checkpoint, in ``out``; return ``out``.
+    """Join the shards of the DeepSpeed checkpoint ``original`` to a universal checkpoint in ``out``; return ``out``.
 
-    DeepSpeed runs in a process of its own: it starts workers, and must not find the ranks of this process.
+    DeepSpeed runs in another process, because it starts workers, and must not find the environment of this rank.
 
     Raises:
         RuntimeError: DeepSpeed failed; the message has the end of its output.
@@ -120,9 +120,10 @@ def to_universal(original: Path, out: Path) -> Path:
 
 
 def read_whole(universal: Path, name: str, key: str, shape: Sequence[int]) -> Tensor:
-    """Read one whole tensor of a universal checkpoint: weights (``fp32``) or a moment.
+    """Return one whole tensor of a parameter from a universal checkpoint of DeepSpeed. ``key`` is ``fp32`` for the
+    weights, or one of ``MOMENTS``.
 
-    The tensor is memory-mapped from its file: the data is read from the disk only when it is used.
+    The tensor is mapped from its file, and read from the disk only when it is used.
     """
     path = universal / "zero" / name / f"{key}.pt"
     found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
@@ -131,7 +132,7 @@ def read_whole(universal: Path, name: str, key: str, shape: Sequence[int]) -> Te
 
 
 def read_deepspeed_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
-    """Read the weights (fp32, whole) and buffers of a checkpoint of DeepSpeed, by name, in a single process.
+    """Return the whole weights, in fp32, and the buffers of a DeepSpeed checkpoint: name -> tensor. Not collective.
 
     Raises:
         ConfigError: DeepSpeed is not installed.
@@ -152,8 +153,8 @@ def read_deepspeed_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
 
 
 def encode_index(metadata: Metadata) -> dict[str, Any]:
-    """Turn an index into plain JSON: name -> [dtype, shape, [[offsets, sizes] of each chunk]]; None for a
-    value that is no tensor."""
+    """Return the index of a checkpoint's tensors as plain JSON: name -> [dtype, shape, [[offsets, sizes] of each
+    chunk]], or None for a value that is no tensor."""
     return {
         name: None
         if isinstance(entry, BytesStorageMetadata)
@@ -167,7 +168,7 @@ def encode_index(metadata: Metadata) -> dict[str, Any]:
 
 
 def decode_index(plain: dict[str, Any]) -> Metadata:
-    """Decode the result of ``encode_index``; the positions of the tensors in files are not part of it.
+    """Return the index that ``encode_index`` has encoded, without the positions of tensors in files.
 
     Raises:
         ValueError: the dtype of a tensor is unknown.
@@ -187,12 +188,13 @@ def decode_index(plain: dict[str, Any]) -> Metadata:
 
 
 class TensorFiles:
-    """Format of whole tensors by name: nested dicts of tensors and DTensors. Reads checkpoints of DeepSpeed, too.
+    """Checkpoint format of torch.distributed.checkpoint: whole tensors by name. It also reads checkpoints of DeepSpeed.
 
-    Base of other formats, which override the methods. ``collect`` and ``read`` are collective.
+    The state is a nested dict of tensors and DTensors. Other formats override the methods. ``collect`` and ``read`` are
+    collective.
 
-    The plan of which rank writes which tensors is made at the first save, and again if names or shapes change on a
-    rank. Rank 0 plans for all ranks, and they wait for it. The time grows with the number of ranks.
+    Rank 0 plans which rank writes which tensors, while the other ranks wait; the time grows with the number of ranks.
+    The plan is made at the first save, and again if names or shapes change.
     """
 
     _keys = itertools.count()
@@ -202,14 +204,12 @@ class TensorFiles:
         self._plan: WritePlan | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Return the description of the files for the manifest, as plain JSON; its key ``kind`` names the format."""
+        """Return ``Manifest.contents`` of this format, as plain JSON."""
         return dict(TENSORS)
 
     def collect(self, step: int, state: Any, group: dist.ProcessGroup | None) -> RankPart:
-        """Collect this rank's files of ``state`` after ``step``; their tensors may share memory with ``state``.
-
-        A failure is raised on every rank; only on this rank if no other rank waits for it.
-        """
+        """Return what this rank writes for a checkpoint of ``state`` after ``step``. Its tensors may share memory with
+        ``state``. Collective."""
         # ``dcp.async_save`` with a process of its own would keep plans, too, but does not fit. It stages the whole
         # state on every rank, replicas included. It plans and ends each save by collectives over a second process
         # group, in which one slow writer delays all ranks. It has neither a manifest nor a second try. So the planner
@@ -226,7 +226,7 @@ class TensorFiles:
         return RankPart(rank, self._plan, [planner.resolve_data(item) for item in self._plan.items.items])
 
     def _agree(self, planner: DefaultSavePlanner, local: SavePlan, group: dist.ProcessGroup | None) -> WritePlan:
-        """Have rank 0 plan for all ranks, as torch.distributed.checkpoint does; return this rank's plan."""
+        """Plan the save on rank 0 for all ranks, as torch.distributed.checkpoint does. Return the plan of this rank."""
         found: list[Metadata] = []
 
         def plan_for_all(plans: list[SavePlan]) -> list[SavePlan]:
@@ -241,8 +241,14 @@ class TensorFiles:
         return WritePlan(next(self._keys), own, found[0] if found else None)
 
     def read(self, folder: Path, saved: Manifest, state: Any, group: dist.ProcessGroup | None) -> None:
-        """Fill ``state`` from the files in ``folder``, which have this format or the format named in
-        ``saved.contents``."""
+        """Load a checkpoint into ``state``. Collective.
+
+        Args:
+            folder: folder of the checkpoint.
+            saved: its manifest, which names the format of its files.
+            state: tensors that are filled in place.
+            group: gloo group of the ranks.
+        """
         with open_as_tensors(folder, saved, group) as tensors:
             # A state also contains settings of the optimizer, which a run of DeepSpeed does not write.
             wanted = state if saved.contents == TENSORS else select_tensors(state)
@@ -250,7 +256,7 @@ class TensorFiles:
 
 
 def read_tensors(reader: StorageReader, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Fill ``state`` with the tensors of the same names that ``reader`` reads. Collective."""
+    """Fill the tensors of ``state``, in place, with those of the same names that ``reader`` reads. Collective."""
     # The stages of a pipeline load different tensors, so a single rank cannot know which are unused.
     names = messages.all_gather(sorted(flatten_state_dict(state)[0]), group)
     planner = _ExactPlanner({name for of_rank in names for name in of_rank})
@@ -258,10 +264,12 @@ def read_tensors(reader: StorageReader, state: dict[str, Any], group: dist.Proce
 
 
 class _ExactPlanner(DefaultLoadPlanner):
-    """Planner that refuses a checkpoint with more tensors than wanted: DCP would load part of a larger model silently.
+    """Load planner that raises ValueError if the checkpoint has tensors that no rank loads.
+
+    torch's planner would load a part of a larger model without an error.
 
     Args:
-        wanted: names of the tensors that any of the ranks loads.
+        wanted: names of the tensors that the ranks load.
     """
 
     def __init__(self, wanted: set[str]) -> None:
@@ -276,13 +284,14 @@ class _ExactPlanner(DefaultLoadPlanner):
         return super().create_local_plan()
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Load a setting of the optimizer without running code; DCP's own loading would run any code in the file."""
+        """Load a value that is no tensor, such as a setting of the optimizer. Unlike torch's method, it does not run
+        code that the file may contain."""
         setting = torch.load(value, weights_only=True)
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], setting)
 
 
 def select_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of nested dicts with only their tensors, which are the same objects; no empty dicts remain."""
+    """Return a copy of nested dicts that has only the tensors, as the same objects. Empty dicts are left out."""
     found = {}
     for key, value in state.items():
         inner = select_tensors(value) if isinstance(value, dict) else value

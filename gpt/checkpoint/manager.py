@@ -41,51 +41,53 @@ from launch.errors import ConfigError
 from launch.runs.folder import NO_ROOM
 
 RETRY_S = 5.0
-"""Seconds from the first failed write to the next; each later wait is twice as long."""
+"""Seconds from the first failed try of a save to the next one. Each later wait is twice as long."""
 LONGEST_RETRY_S = 300.0
 HURRIED_RETRY_S = 1.0
-"""Seconds to the next try while training waits for the save, or has to end."""
+"""Seconds from a failed try of a save to the next one while training waits for the save."""
 OUTDATED = "a later attempt owns this run"
 
 
 class OutdatedAttemptError(CheckpointError):
-    """A save was refused because a later attempt of the run has started; nothing was committed."""
+    """A save was not committed, because a later attempt of the run has started."""
 
 
 @dataclass
 class InFlight:
-    """What one rank records about the save in flight."""
+    """State of the save in flight on one rank."""
 
     about: Manifest
-    """The manifest of the save, without time and files."""
+    """Manifest of the checkpoint, still without time and files."""
     may_commit: Callable[[], bool] | None
-    """Called on rank 0 just before the commit; False commits nothing. None for a save to memory."""
+    """Function that rank 0 calls just before the commit; if it returns False, nothing is committed. None for a save to
+    memory."""
     started: float
+    """Time of the start of the save, of time.monotonic, in seconds."""
     part: RankPart | StagedPart | None
-    """This rank's part of the state. None if the part could not be collected; each try of the save then fails."""
+    """What this rank writes. None if collecting it has failed; each try of the save then fails."""
     failure: str | None
-    """Reason why ``part`` is None."""
+    """Error of collecting ``part``, as text; None if there was none."""
     to: Path | MemorySave
-    """Target of the save: a temporary folder, or a checkpoint in memory."""
+    """Target of the save: a temporary folder, or the memory of the nodes."""
     commits: bool = False
-    """True in the second phase: rank 0 commits what all ranks have written."""
+    """False in the first phase, in which all ranks write; True in the second, in which rank 0 commits."""
     submit_at: float | None = None
-    """Time (time.monotonic, seconds) at which the part is passed to the writer again; None while the writer has it."""
+    """Time, of time.monotonic in seconds, of the next try; None while the writer works."""
     result: Result | None = None
+    """Result of this rank's writer in this phase; None before the writer has finished."""
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Every method but ``steps`` and ``poll`` is collective.
-
-    A load finds and verifies the newest whole checkpoint: in the memory of the nodes, on disk, or in a copy elsewhere.
+    """Saves and loads the checkpoints of one run. Every method but ``steps`` and ``poll`` is collective.
 
     Args:
-        folder: the folder that contains ``step_00000100`` and the like, on a filesystem of all ranks.
-        keeps: rule for the checkpoints to keep, at least the newest one.
-        group: gloo group of all ranks, for the control messages. None means the default group, which must then be gloo.
-        fmt: format of the state on disk; by default whole tensors.
-        writer: writes this rank's part; by default this process, at once.
-        give_up_after_s: seconds from the first failed write after which another failure is raised; 0 raises the first.
+        folder: folder of the run's checkpoints, on a filesystem of all ranks.
+        keeps: rule for the checkpoints to keep: at least the newest one.
+        group: gloo group of all ranks, for messages. None means the default group, which must then be gloo.
+        fmt: format of checkpoints on disk; None means whole tensors by name.
+        writer: writes what this rank saves; None means this process, while training waits.
+        give_up_after_s: seconds from the first failed try of a save, after which the next failure is raised. With 0
+            every failure is raised.
     """
 
     def __init__(
@@ -102,11 +104,11 @@ class CheckpointManager:
         self.group = group
         self.format = fmt or TensorFiles()
         self.memory: MemoryStores | None = None
-        """Checkpoints in the memory of the nodes; a load prefers them if they are not older than those on disk. None
-        without them."""
+        """Checkpoints in the memory of the nodes, which a load prefers to older ones on disk. None if they are not
+        used."""
         self.connect: Callable[[], Target] | None = None
-        """Returns the target of copies on another filesystem, for a load that finds no whole checkpoint; None without
-        copies."""
+        """Function that connects to the copies of checkpoints, for a load that finds no undamaged checkpoint on disk.
+        None if there are no copies."""
         self.beat: Callable[[], None] = lambda: None
         """Called about once a second while a copy is fetched."""
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -114,8 +116,8 @@ class CheckpointManager:
         self.writer = writer or Writer()
         self.give_up_after_s = give_up_after_s
         self.upkeep: UpkeepPlan | None = None
-        """Work on each committed checkpoint. With None, checkpoints that ``keeps`` no longer keeps are deleted, and no
-        more."""
+        """Settings of the work on each committed checkpoint. With None, checkpoints that ``keeps`` does not keep are
+        deleted, and nothing else is done."""
         self.failures = 0
         self._failing_since = 0.0
         self._phases = self._names = 0
@@ -136,19 +138,19 @@ class CheckpointManager:
         meta: dict[str, Any],
         may_commit: Callable[[], bool] | None,
     ) -> None:
-        """Begin to write a state to disk, or to send it to the memory of the nodes. No other save may be in flight.
+        """Start a save, to disk or to the memory of the nodes. No other save may be in flight.
 
         Args:
-            step: number of the step; it has no checkpoint yet.
-            state: the format's type of state; by default tensors and DTensors in nested dicts, as get_state_dict of
-                torch.distributed.checkpoint returns them.
+            step: step of the checkpoint, which has no checkpoint yet.
+            state: state in the type that the format needs; by default tensors and DTensors in nested dicts, as
+                get_state_dict of torch.distributed.checkpoint returns them.
             rank_state: state of this rank alone: tensors and plain Python values.
-            meta: plain JSON; rank 0's is kept.
-            may_commit: called on rank 0 just before the commit; False commits nothing. Picklable, for a writer process.
-                None for a save to the memory of the nodes.
+            meta: plain JSON for the manifest; that of rank 0 is saved.
+            may_commit: called on rank 0 just before the commit; if it returns False, nothing is committed. Picklable,
+                for a writer process. None saves to the memory of the nodes.
 
         Raises:
-            CheckpointError: the state cannot be planned; on every rank.
+            CheckpointError: torch cannot plan the save of the state; raised on every rank.
         """
         assert self._pending is None
         started = time.monotonic()
@@ -174,7 +176,7 @@ class CheckpointManager:
         self._submit(self._pending)
 
     def poll(self) -> Votes:
-        """Return this rank's votes on the save in flight, without waiting."""
+        """Return the status of the save in flight on this rank, without waiting."""
         pending = self._pending
         if pending is None:
             return Votes()
@@ -189,19 +191,19 @@ class CheckpointManager:
         return Votes(self._phases, {"done": is_over and not has_failed, "failed": is_over and has_failed})
 
     def advance(self, phase: int, sums: Mapping[str, float]) -> Saved | FailedSave | None:
-        """Evaluate the votes of all ranks, summed. Every rank must call this with the same sums in the same order.
+        """Advance the save in flight by the status of all ranks. All ranks must call this with the same arguments.
 
         Args:
-            phase: ``Votes.phase`` of the votes.
-            sums: ``Votes.figures``, summed over all ranks.
+            phase: ``phase`` of the results of ``poll`` that were summed.
+            sums: ``figures`` of these results, summed over all ranks.
 
         Returns:
-            The outcome of the save, once; None while it is not decided.
+            The outcome of the save or of a failed try, once; None if nothing is decided.
 
         Raises:
-            CheckpointError: saves have failed for ``give_up_after_s`` seconds; on every rank.
-            ConfigError: the same, because the disk is full or broken; on every rank.
-            OutdatedAttemptError: ``may_commit`` returned False; on every rank.
+            CheckpointError: saves have failed for ``give_up_after_s`` seconds; raised on every rank.
+            ConfigError: the same, because the disk is full or broken; raised on every rank.
+            OutdatedAttemptError: ``may_commit`` returned False; raised on every rank.
         """
         pending = self._pending
         if pending is None or phase != self._phases:
@@ -211,14 +213,14 @@ class CheckpointManager:
         return self._end_phase(pending, sums["failed"] > 0, hurries=False)
 
     def finish(self, hurries: bool = True) -> Saved | FailedSave | None:
-        """Wait for the outcome of the save in flight; None if there is none. Call again after a failure.
+        """Wait for the save in flight, and return its outcome or that of a failed try; None if no save is in flight.
 
         Args:
-            hurries: True to try again ``HURRIED_RETRY_S`` after each failure; False to wait longer each time.
+            hurries: True to try again ``HURRIED_RETRY_S`` seconds after a failure; False to wait longer each time.
 
         Raises:
-            CheckpointError, ConfigError: saves have failed for ``give_up_after_s`` seconds; on every rank.
-            OutdatedAttemptError: a later attempt of the run has started; on every rank.
+            CheckpointError, ConfigError: saves have failed for ``give_up_after_s`` seconds; raised on every rank.
+            OutdatedAttemptError: a later attempt of the run has started; raised on every rank.
         """
         while (pending := self._pending) is not None:
             if (not pending.commits or self._rank == 0) and pending.result is None:
@@ -234,14 +236,14 @@ class CheckpointManager:
         return None
 
     def give_up(self) -> None:
-        """Give up the save in flight; the checkpoint before it stays the newest."""
+        """Give up the save in flight. The checkpoint before it stays the newest one."""
         if self._pending is not None and isinstance(self._pending.to, Path):
             # A rank that still writes may create the folder anew: then the next save removes it.
             self._on_first(partial(jobs.remove_save, self._pending.to, self.keeps, False))
         self._pending = None
 
     def _submit(self, pending: InFlight) -> None:
-        """Give this rank's part to the writer."""
+        """Make this rank's writer write what this rank saves."""
         pending.submit_at = None
         if pending.part is None:
             pending.result = Result(failure=pending.failure)
@@ -275,12 +277,12 @@ class CheckpointManager:
         return Saved(step, ended - pending.started, in_memory=False)
 
     def _fail(self, pending: InFlight, temporary: Path, hurries: bool) -> FailedSave:
-        """Make a failed save ready for another try, and return the failure. All ranks know that it failed.
+        """Prepare the next try of a save that has failed, and return the failure. Collective.
 
         Raises:
             OutdatedAttemptError: a later attempt of the run has started.
             CheckpointError: saves have failed for ``give_up_after_s`` seconds.
-            ConfigError: the same, because the disk has no room.
+            ConfigError: the same, because the disk is full or broken.
         """
         now = time.monotonic()
         if not self.failures:
@@ -317,8 +319,8 @@ class CheckpointManager:
         return FailedSave(step, cause, self.failures, in_memory=False)
 
     def _failure(self, pending: InFlight) -> str | None:
-        """Return the failure of the save on this rank; None if there is none, or if it came after the rename (the
-        commit)."""
+        """Return the error of this rank's writer in this phase, as text; None if there is none, or if the checkpoint
+        was committed before the error."""
         result = pending.result
         if result is None or not pending.commits:
             return None if result is None else result.failure
@@ -327,61 +329,62 @@ class CheckpointManager:
         return None if folders.is_committed(self.folder, pending.about.step) else result.failure
 
     def _on_first(self, job: jobs.Job) -> None:
-        """Submit a job to rank 0's writer."""
+        """Make the writer of rank 0 do a job; do nothing on other ranks."""
         if self._rank == 0:
             self.writer.submit(job)
 
     def _new_name(self) -> str:
-        """Return a new name for a save, 16 hexadecimal digits, the same on all ranks."""
+        """Return a new name for a save, of 16 hexadecimal digits, the same on all ranks."""
         if not self._names:
             self._names = int(messages.all_gather(secrets.randbits(63), self.group)[0])
         self._names += 1
         return hashlib.sha256(str(self._names).encode()).hexdigest()[:16]
 
     def _new_folder(self, step: int) -> Path:
-        """Return a new temporary folder for a save, the same on all ranks."""
+        """Return the path of a new temporary folder for a save, the same on all ranks."""
         return self.folder / f".saving_{folders.final_for(self.folder, step).name}_{self._new_name()[:8]}"
 
     # Return of the run to an earlier step.
 
     def discard_after(self, step: int) -> None:
-        """Delete all checkpoints of steps after ``step``, because the run continues from ``step``.
-
-        Also deletes their copies on another filesystem, and all checkpoints in the memory of the nodes.
-        """
+        """Delete the checkpoints of all steps after ``step``, from which the run continues: on disk, and their copies.
+        Also delete all checkpoints in the memory of the nodes."""
         run_on_first_rank(lambda: folders.discard_after(self.folder, step), self.group)
         if self.memory is not None:
             self.memory.keep("")
         self.tend(None, step)
 
     def tend(self, committed: int | None, back_to: int | None) -> None:
-        """Request the upkeep of the committed step ``committed``, or the deletion of copies after the step ``back_to``.
+        """Make rank 0's writer do the upkeep of checkpoints: delete, verify and copy them.
 
-        Without upkeep, only delete the checkpoints that ``keeps`` does not keep.
+        Args:
+            committed: step of a newly committed checkpoint; None if there is none.
+            back_to: step from which the run continues: copies of later steps are deleted. None if it does not go back.
         """
         self._on_first(partial(jobs.tend_saved, self.folder, self.keeps, self.upkeep, committed, back_to))
 
     # Loading.
 
     def steps(self) -> list[int]:
-        """List the steps that have a checkpoint, ascending."""
+        """Return the steps that have a checkpoint on disk, ascending."""
         return folders.steps(self.folder)
 
     def is_new(self) -> bool:
-        """Return True if no load can find a checkpoint: the folder is empty, and memory and copies are not in use."""
+        """Return True if there cannot be a checkpoint: the folder is empty, and neither checkpoints in memory nor
+        copies are used."""
         if self.memory is not None or self.connect is not None:
             return False
         return run_on_first_rank(lambda: not any(self.folder.glob("*")), self.group)
 
     def load(self, state: Any) -> LoadedCheckpoint | None:
-        """Fill ``state`` from the newest checkpoint that is whole, and describe it; None if the run never had a
+        """Load the newest undamaged checkpoint into ``state``, and return its description; None if there is no
         checkpoint.
 
-        Damaged checkpoints are set aside with a warning on rank 0. ``state`` has the structure and the shapes that were
-        saved; topology and number of ranks may differ.
+        The checkpoint may be in the memory of the nodes, on disk, or a copy elsewhere. Damaged checkpoints are renamed.
+        ``state`` must have the names and shapes that were saved; parallelism and number of ranks may differ.
 
         Raises:
-            ConfigError: there were checkpoints and all are damaged, or the whole checkpoint is of another model.
+            ConfigError: all checkpoints are damaged, or the undamaged one is of another model.
             CheckpointError: the filesystem failed.
         """
 
@@ -401,10 +404,10 @@ class CheckpointManager:
         return loaded
 
     def verify(self, path: Path) -> Manifest:
-        """Verify a checkpoint's files, shared among the ranks; return its manifest.
+        """Verify the files of the checkpoint in ``path``, each by one of the ranks. Return its manifest.
 
         Raises:
-            DamagedError: some file differs from the saved one; on every rank.
+            DamagedError: some file is damaged; raised on every rank.
         """
 
         def read() -> Manifest | str:
@@ -463,10 +466,12 @@ class CheckpointManager:
         )
 
     def _fetch(self) -> Fetched:
-        """Fetch the newest whole copy on rank 0; the ranks communicate each second, so that no collective times out.
+        """Fetch the newest undamaged copy of a checkpoint on rank 0; return the result on every rank.
+
+        The ranks communicate each second meanwhile, so that no collective times out.
 
         Raises:
-            CheckpointError: the target of the copies cannot be read.
+            CheckpointError: the copies cannot be read.
         """
         if (connect := self.connect) is None:
             return Fetched(None)
@@ -478,10 +483,11 @@ class CheckpointManager:
             self.beat()
 
     def _fill(self, path: Path, manifest: Manifest, state: Any, damaged: list[str]) -> LoadedCheckpoint:
-        """Read a verified checkpoint into ``state``.
+        """Read a verified checkpoint into ``state``, and return its description. ``damaged`` has a line for each newer
+        checkpoint that is damaged.
 
         Raises:
-            ConfigError: the checkpoint does not fit ``state``; its files are sound, so it is of another model.
+            ConfigError: the checkpoint does not fit ``state``. Its files are undamaged, so it is of another model.
         """
         try:
             run_on_all_ranks(lambda: self.format.read(path, manifest, state, self.group), self.group)
@@ -504,6 +510,7 @@ class CheckpointManager:
 
 
 def room_error(cause: str) -> str | None:
-    """Return the system's message if a save failed since the filesystem is full or broken; else None."""
+    """Return the message of the operating system if the error ``cause`` of a save means that the filesystem is full or
+    broken; else None."""
     line = cause.splitlines()[0]
     return next((os.strerror(number) for number in NO_ROOM if f"[Errno {number}]" in line), None)

@@ -1,4 +1,4 @@
-"""Messages between ranks as JSON in tensors, and collectives that succeed or fail on all ranks alike."""
+"""Messages between ranks as JSON in tensors, and calls that fail on all ranks if they fail on one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = ("gpt", "launch")
 
 
 def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Return the values of all ranks of a gloo group, by rank, on every rank. Collective.
+    """Return the values of all ranks of a gloo group, in the order of ranks, on every rank. Collective.
 
     Raises:
         TypeError: the value has a type that cannot be sent; raised before any message.
@@ -38,7 +38,8 @@ def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 def broadcast(message: bytes, group: dist.ProcessGroup | None) -> bytes:
-    """Send rank 0's encoded message to all ranks of a gloo group; other ranks' ``message`` is ignored. Collective."""
+    """Return the ``message`` of rank 0 on all ranks of a gloo group. The argument of other ranks is ignored.
+    Collective."""
     size = torch.tensor(len(message))
     dist.broadcast(size, src=0, group=group)
     sent = as_tensor(message.ljust(int(size), b" ")[: int(size)])
@@ -47,7 +48,8 @@ def broadcast(message: bytes, group: dist.ProcessGroup | None) -> bytes:
 
 
 def gather_bytes(message: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
-    """All-gather encoded messages of any length over a gloo group; return them by rank. Collective."""
+    """Return the messages of all ranks of a gloo group, in the order of ranks, on every rank. Collective. They may
+    differ in length."""
     ranks = dist.get_world_size(group)
     sizes = [torch.zeros((), dtype=torch.int64) for _ in range(ranks)]
     dist.all_gather(sizes, torch.tensor(len(message)), group=group)
@@ -58,12 +60,12 @@ def gather_bytes(message: bytes, group: dist.ProcessGroup | None) -> list[bytes]
 
 
 def as_tensor(message: bytes) -> torch.Tensor:
-    """Copy bytes into a uint8 tensor with one entry for each byte."""
+    """Return a new uint8 tensor with the bytes of a message, (N,)."""
     return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
 def encode_value(value: Any) -> bytes:
-    """Encode a value for ``decode_value``.
+    """Return a value as JSON bytes, for ``decode_value``.
 
     Raises:
         TypeError: the value, or a value inside it, has a type that cannot be sent.
@@ -72,7 +74,7 @@ def encode_value(value: Any) -> bytes:
 
 
 def decode_value(message: bytes) -> Any:
-    """Return the value that ``encode_value`` received: equal, and of the same types.
+    """Return the value that was passed to ``encode_value``, with the same types.
 
     Raises:
         ValueError: ``message`` is no result of ``encode_value``.
@@ -81,7 +83,8 @@ def decode_value(message: bytes) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Turn a value into JSON types: numbers, texts and lists stay, other types become ``{kind: content}``."""
+    """Return a value as JSON types: numbers, texts and lists stay, other types become ``{kind: content}`` with a kind
+    of ``KINDS``."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -93,7 +96,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(plain: Any) -> Any:
-    """Return the value that ``to_plain`` has turned into JSON types; ValueError if a kind is unknown."""
+    """Return the value that was passed to ``to_plain``, from its result. Raise ValueError if a kind is unknown."""
     if isinstance(plain, list):
         return [from_plain(entry) for entry in plain]
     if not isinstance(plain, dict):
@@ -105,7 +108,7 @@ def from_plain(plain: Any) -> Any:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return torch's type of the numbers of a tensor by its name, such as ``float32``; ValueError if it is unknown."""
+    """Return torch's dtype with a name such as ``float32``. Raise ValueError if there is none."""
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{name!r} is no type of tensors")
@@ -113,13 +116,13 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def write_tensor(tensor: torch.Tensor) -> list[Any]:
-    """Encode a tensor as ``[dtype, shape, base64 text]``."""
+    """Return a tensor as ``[dtype, shape, bytes in base64]``."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), base64.b64encode(content).decode()]
 
 
 def read_tensor(content: list[Any]) -> torch.Tensor:
-    """Decode the result of ``write_tensor`` into a tensor on the CPU; ValueError if the dtype is unknown."""
+    """Return the tensor that ``write_tensor`` has encoded, on the CPU. Raise ValueError if the dtype is unknown."""
     name, shape, data = content
     found = dtype_of(name)
     flat = as_tensor(base64.b64decode(data)).view(found) if data else torch.empty(0, dtype=found)
@@ -127,7 +130,7 @@ def read_tensor(content: list[Any]) -> torch.Tensor:
 
 
 def write_dataclass(value: Any) -> list[Any]:
-    """Encode a dataclass as ``[class, [[field, value], ...]]``; TypeError for a value of any other class."""
+    """Return an instance of a dataclass as ``[class, [[field, value], ...]]``. Raise TypeError for any other value."""
     name = name_of(value)
     if not dataclasses.is_dataclass(value):
         raise TypeError(f"{name} cannot be sent to other ranks")
@@ -135,7 +138,7 @@ def write_dataclass(value: Any) -> list[Any]:
 
 
 def name_of(value: Any) -> str:
-    """Return ``module:class`` of a value, for ``find_class``; TypeError if the class is of another project."""
+    """Return the class of a value as ``module:class``. Raise TypeError if the class is not of this project."""
     cls = type(value)
     if cls.__module__.split(".")[0] not in PACKAGES:
         raise TypeError(f"{cls.__module__}.{cls.__qualname__} cannot be sent to other ranks")
@@ -143,9 +146,7 @@ def name_of(value: Any) -> str:
 
 
 def find_class(name: str, is_right: Callable[[type], bool]) -> Any:
-    """Find a class of this project by its name, ``module:class``.
-
-    ``is_right`` returns True for a class of the wanted kind: a dataclass, or an enum.
+    """Return the class of this project with the name ``module:class``, if ``is_right`` returns True for it.
 
     Raises:
         ValueError: this project has no class of this name and kind.
@@ -186,14 +187,15 @@ T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A save or a load failed on some rank. Raised on every rank, with the failure of the lowest rank that failed."""
+    """A save or a load failed on at least one rank. It is raised on every rank, with the error of the lowest rank that
+    failed."""
 
 
 def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
-    """Run ``action`` on every rank; every rank gets the results of all ranks, by rank.
+    """Call ``action`` on every rank. Return the results of all ranks, in the order of ranks, on every rank.
 
     Args:
-        action: its result must be a value that ``gpt.checkpoint.messages`` can send.
+        action: a function whose result ``encode_value`` accepts.
         group: gloo group of the ranks; None means the default group.
 
     Raises:
@@ -212,24 +214,28 @@ def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -
 
 
 def run_on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Run ``action`` on rank 0 only; return its result on every rank, or raise CheckpointError there. Collective."""
+    """Call ``action`` on rank 0 only, and return its result on every rank. Collective.
+
+    Raises:
+        CheckpointError: ``action`` failed; raised on every rank.
+    """
     first = dist.get_rank(group) == 0
     results: list[T | None] = run_on_all_ranks(lambda: action() if first else None, group)
     return results[0]  # type: ignore[return-value]
 
 
 def first_failure(own: str | None, group: dist.ProcessGroup | None) -> str:
-    """Return ``rank N: FAILURE`` for the lowest rank that has failed. Collective.
+    """Return ``rank N: ERROR`` for the lowest rank that has failed, on every rank. Collective. Some rank has failed.
 
     Args:
-        own: failure of this rank as text; None if this rank has not failed.
-        group: gloo group of the ranks, some of which have failed.
+        own: error of this rank as text; None if this rank has not failed.
+        group: gloo group of the ranks.
     """
     return next(f"rank {rank}: {text}" for rank, text in enumerate(all_gather(own, group)) if text is not None)
 
 
 def explain(error: BaseException) -> str:
-    """Return an error as text: one line of type and message, a blank line, and the traceback."""
+    """Return an error as text: one line with its type and message, an empty line, and the traceback."""
     cause = error
     # DCP wraps the errors of all ranks; the first error's own line says more than the wrapper's.
     if isinstance(error, CheckpointException) and error.failures:

@@ -1,4 +1,5 @@
-"""Upkeep of committed checkpoints: read again, delete, copy to another filesystem, and fetch from there. Torch-free."""
+"""Upkeep of committed checkpoints: verify, delete, and copy them to another filesystem; and fetch a copy. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -21,30 +22,31 @@ from launch.runs.folder import RunFolder, is_newest_attempt, say
 
 
 FINISHED_S = 600.0
-"""Longest wait, in seconds, at the end of training for the copy of the last checkpoint."""
+"""Longest time, in seconds, for which the end of a finished run waits for the copy of the last checkpoint."""
 FIRST_RETRY_S = 5.0
-"""Seconds from the first failed copy to the next try; each later wait is twice as long."""
+"""Seconds from the first failed try of a copy to the next one. Each later wait is twice as long."""
 LONGEST_RETRY_S = 300.0
 LAST_TRIES = 3
-"""Number of failed tries in a row, after the end of training, at which the copy of the last checkpoint is given up."""
+"""Number of consecutive failed tries of a copy, at the end of training, after which the copy is given up."""
 
 
 @dataclass(frozen=True)
 class UpkeepPlan:
-    """Settings of the work on each committed checkpoint of one attempt."""
+    """Settings of the upkeep of checkpoints in one attempt of a run."""
 
     folder: RunFolder
     attempt: int
     keeps: Retention
-    """Rule for the checkpoints and the copies to keep."""
+    """Rule for the checkpoints, and the copies, to keep."""
     scrubs: bool
-    """True to read each checkpoint again after the commit, since disks lose bits without an error."""
+    """True to verify each checkpoint after its commit, since disks can lose bits without an error."""
     copy_to: str | None
-    """URL of the copies; None makes none."""
+    """URL for copies; None makes no copies."""
 
 
 class Upkeep:
-    """Thread that does the work of ``plan``. Of several waiting checkpoints only the newest is read and copied."""
+    """Thread that verifies, deletes and copies checkpoints as ``plan`` requests. If several checkpoints wait, only the
+    newest is verified and copied."""
 
     def __init__(self, plan: UpkeepPlan) -> None:
         self._plan = plan
@@ -52,13 +54,15 @@ class Upkeep:
         self._requests: queue.Queue[tuple[int | None, int | None] | None] = queue.Queue()
         self._lock = threading.Lock()
         self._sound: int | None = None
-        """Step of the newest checkpoint that was read again and found whole."""
+        """Step of the newest checkpoint that was verified; None before the first."""
         self._unread: int | None = None
-        """Step of the newest checkpoint, if it still has to be read again; else None."""
+        """Step of the newest checkpoint, if it still has to be verified; else None."""
         self._uncopied: int | None = None
+        """Step of the newest checkpoint, if it still has to be copied; else None."""
         self._copying: int | None = None
-        """Step of the checkpoint that is being copied; it is not deleted until its copy is complete."""
+        """Step of the checkpoint that is being copied, which must not be deleted; else None."""
         self._back_to: int | None = None
+        """Step after which copies still have to be deleted; else None."""
         self._target: Target | None = None
         self._failures = 0
         self._is_ending = False
@@ -67,8 +71,12 @@ class Upkeep:
         self._thread.start()
 
     def add(self, committed: int | None, back_to: int | None) -> None:
-        """Request the upkeep of the checkpoint of the step ``committed``, or the deletion of copies of steps after
-        ``back_to``."""
+        """Add work for the thread.
+
+        Args:
+            committed: step of a newly committed checkpoint; None if there is none.
+            back_to: step after which copies are deleted; None if there are none to delete.
+        """
         if committed is not None:
             # Deletion waits until a new checkpoint is known to be whole. If the reading is behind, the checkpoints
             # that are never read must not fill the disk.
@@ -80,7 +88,8 @@ class Upkeep:
         self._requests.put((committed, back_to))
 
     def close(self, wait_s: float) -> bool:
-        """End the thread after its last work; wait at most ``wait_s`` seconds. Return True if the thread has ended."""
+        """Request the end of the thread after its last work, and wait at most ``wait_s`` seconds. Return True if the
+        thread has ended."""
         if not self._is_closed:
             self._is_closed = True
             self._requests.put(None)
@@ -100,7 +109,7 @@ class Upkeep:
                 return
 
     def _take_requests(self) -> None:
-        """Wait for a request, or for the time of the next try; take all requests that have come."""
+        """Wait for work, or for the time of the next try of a copy. Take over all work that was added."""
         wait_s = None
         if self._failures:
             wait_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** (self._failures - 1))
@@ -122,8 +131,8 @@ class Upkeep:
             pass
 
     def _scrub(self, step: int) -> None:
-        """Read the checkpoint of ``step`` again and set it aside if it is damaged; then delete the checkpoints that the
-        rule no longer keeps."""
+        """Verify the checkpoint of ``step``, and rename it if it is damaged. Then delete the checkpoints that the rule
+        does not keep."""
         path = folders.final_for(self._folder, step)
         try:
             manifest = read_manifest(path)
@@ -149,9 +158,9 @@ class Upkeep:
         self._retire()
 
     def _retire(self, more: int = 0) -> None:
-        """Delete the checkpoints that the rule no longer keeps, but keep ``more`` additional of the newest checkpoints.
+        """Delete the checkpoints that the rule does not keep, except for ``more`` additional ones.
 
-        Also keep the newest checkpoint that was found whole, and the checkpoint that is being copied.
+        The newest verified checkpoint, and the one that is being copied, are never deleted.
         """
         keeps = self._plan.keeps.with_more(more)
         spared = {step for step in (self._sound, self._copying) if step is not None}
@@ -159,7 +168,8 @@ class Upkeep:
             folders.retire(self._folder, keeps, spared)
 
     def _copy(self, url: str) -> None:
-        """Delete and copy at the target ``url`` as requested; if this fails, keep the requests for the next try."""
+        """Copy the newest checkpoint to ``url``, and delete copies there, as requested. If this fails, the requests
+        stay for the next try."""
         step = self._copying = self._uncopied
         may_commit = partial(is_newest_attempt, self._plan.folder, self._plan.attempt)
         try:
@@ -200,7 +210,8 @@ class Upkeep:
 
 
 def drop_cached(path: Path) -> None:
-    """Have the next reading of a synced file come from the disk, not from this host's cache; skip a missing file."""
+    """Remove a synced file from the cache of this host, so that the next reading comes from the disk. Do nothing if the
+    file is missing."""
     if path.is_file():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -214,19 +225,20 @@ BEAT_S = 1.0
 
 @dataclass(frozen=True)
 class Fetched:
-    """Result of the search for the newest whole copy of a checkpoint."""
+    """Result of ``fetch_newest``."""
 
     path: Path | None
-    """Folder of the fetched checkpoint, next to the other checkpoints of the run; None if no copy is whole."""
+    """Folder of the fetched checkpoint, next to the other checkpoints of the run; None if no copy is undamaged."""
     damaged: tuple[str, ...] = ()
-    """Newer copies that are damaged: one line with step and damage for each."""
+    """One line, with step and damage, for each newer copy that is damaged."""
 
 
 def look_for(search: Future[Fetched]) -> Fetched | None:
-    """Wait at most ``BEAT_S`` seconds for the result of ``fetch_newest``; None if the search is not finished.
+    """Wait at most ``BEAT_S`` seconds for ``fetch_newest``, which runs as ``search``. Return its result; None if it is
+    not finished.
 
     Raises:
-        OSError: the target cannot be read, or the disk cannot be written.
+        OSError: the copies cannot be read, or the disk cannot be written.
     """
     wait([search], BEAT_S)
     if not search.done():
@@ -241,7 +253,8 @@ def look_for(search: Future[Fetched]) -> Fetched | None:
 
 
 def fetch_newest(folder: Path, target: Target) -> Fetched:
-    """Fetch the newest whole copy into ``folder``, the folder of the run's checkpoints."""
+    """Fetch the newest undamaged copy of a checkpoint from ``target`` into ``folder``, the folder of the run's
+    checkpoints."""
     damaged: list[str] = []
     for step in reversed(target.steps()):
         temporary = folders.begin_temporary(folder, "fetching", step)

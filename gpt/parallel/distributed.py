@@ -37,8 +37,7 @@ from launch.worker import STORE_PREFIX
 Moment = float | torch.cuda.Event
 """A time: of the host's clock in seconds (time.perf_counter), or an event in the queue of a GPU."""
 
-GROUPS = ("dp", "fsdp", "tp", "pp", "cp", "ep")
-"""Names of spans for waits in the collectives of one kind of parallelism."""
+
 WORLD, BUBBLE = "world", "bubble"
 """Names of spans for waits in collectives of all ranks, and for waits for another stage of the pipeline."""
 HOST = "host"
