@@ -1,9 +1,8 @@
-"""Checkpoints in the memory of the nodes: each rank's part is sent to the stores of its node and of the
-next node.
+"""Checkpoints in the memory of the nodes: each rank's part is sent to the memory stores of its node and of the next.
 
-The nodes form a ring, so that any one of them may be lost. A checkpoint that fails is given up, since the next one is
-due soon. A load takes the newest checkpoint of which every part has a sound copy, on any nodes. If there is none, the
-checkpoint is loaded from disk.
+A memory store is a server of the launcher's agent on each node. The nodes form a ring, so that any one of them may be
+lost. A checkpoint that fails is given up, since the next one is due soon. A load takes the newest checkpoint of which
+the stores have an undamaged copy of every part. If there is none, a checkpoint is loaded from disk.
 """
 
 from __future__ import annotations
@@ -29,11 +28,9 @@ from launch.errors import ConfigError
 from launch.worker.memory import Place, StoreClient, Upload, own_store
 
 REPORT = "report.json"
-"""File of each part with the positions of its tensors in its files; that of rank 0 also has the caller's ``meta`` and
-the index.
-
-The stores themselves record the rest of a manifest: step, number of ranks, files and checksums.
-"""
+"""Name of the file, in the part of each rank, with the positions of its tensors in its files. That of rank 0 also has
+the ``meta`` of the save and the index of all tensors. The stores themselves record step, number of ranks, files and
+checksums."""
 
 
 # Saving: the jobs of a rank's writer.
@@ -41,21 +38,23 @@ The stores themselves record the rest of a manifest: step, number of ranks, file
 
 @dataclass(frozen=True)
 class MemorySave:
-    """A checkpoint on its way to the memory stores."""
+    """Description of a save to the memory stores."""
 
     save: str
     """Name of the checkpoint in the stores, the same on all ranks."""
     step: int
     world_size: int
+    """Number of ranks that save."""
     meta: dict[str, Any]
+    """Plain JSON of the caller of the save."""
     places: tuple[Place, ...]
-    """Memory stores that this rank's part is sent to."""
+    """Addresses of the memory stores that get this rank's part."""
     secret: str
     """Secret that all memory stores require."""
 
 
 def send(about: MemorySave, part: RankPart | StagedPart, state: WriterState) -> None:
-    """Send all files of this rank's part to each memory store."""
+    """Send the files of this rank's part to the memory stores ``about.places``. ``state`` is that of the writer."""
     part = state.whole(part)
     where = {"save": about.save, "rank": part.rank}
     with ExitStack() as stack:
@@ -75,21 +74,21 @@ def send(about: MemorySave, part: RankPart | StagedPart, state: WriterState) -> 
 
 
 def confirm(about: MemorySave, state: WriterState) -> None:
-    """Confirm to the stores of this rank's part that all ranks have sent their parts. No rank waits for this."""
+    """Tell the memory stores ``about.places`` that all ranks have sent their parts. No rank waits for this."""
     for place in about.places:
         with StoreClient(place, about.secret) as store:
             store.ask("commit", save=about.save)
 
 
 class SentFiles(FileSystem):
-    """torch's file system, which sends each file that is written to all given memory stores."""
+    """File system for torch.distributed.checkpoint that sends each written file to the memory stores ``stores``."""
 
     def __init__(self, stores: Sequence[StoreClient], save: str, rank: int) -> None:
         self._to = (stores, save, rank)
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """Yield a stream to write a file; the stores have the whole file when the context ends."""
+        """Return a context that yields a stream to write a file. At its end, the stores have the whole file."""
         upload = Upload(*self._to, Path(path).as_posix())
         yield upload
         upload.end()
@@ -99,11 +98,11 @@ class SentFiles(FileSystem):
 
 
 class MemoryStores:
-    """The memory stores of all nodes. All methods are collective.
+    """Checkpoints in the memory stores of all nodes. All methods are collective.
 
     Args:
-        group: gloo group of all ranks, for the control messages.
-        own: memory store of this rank's node.
+        group: gloo group of all ranks, for messages.
+        own: address of the memory store of this rank's node.
         secret: secret that all memory stores require.
     """
 
@@ -112,15 +111,16 @@ class MemoryStores:
         self.secret = secret
         self.own = own
         self.of_ranks: list[Place] = messages.all_gather(own, group)
-        """Memory store of each rank's node."""
+        """Address of the memory store of each rank's node, in the order of ranks."""
         self.places = neighbors(own, self.of_ranks)
-        """Memory stores that this rank's part is written into."""
+        """Addresses of the memory stores that get this rank's part."""
 
     def load(self, state: Any, at_least: int) -> tuple[LoadedCheckpoint | None, str | None]:
-        """Fill ``state`` from the newest checkpoint in memory, and delete all other checkpoints in memory.
+        """Load the newest checkpoint in memory into ``state``, and delete all other checkpoints in memory.
 
         Returns:
-            The checkpoint and None; or None and the reason why memory has none of step ``at_least`` or later.
+            The description of the checkpoint, and None. If no checkpoint of step ``at_least`` or later can be loaded:
+            None, and the reason as text.
         """
         try:
             held = self._find()
@@ -133,7 +133,8 @@ class MemoryStores:
         return loaded, None
 
     def keep(self, save: str) -> None:
-        """Delete all checkpoints in the stores except the one named ``save``; all of them if none has this name."""
+        """Delete all checkpoints in the memory stores except the one with the name ``save``. An empty name deletes
+        all."""
 
         def keep() -> None:
             with StoreClient(self.own, self.secret) as store:
@@ -142,10 +143,10 @@ class MemoryStores:
         run_on_all_ranks(keep, self.group)
 
     def _find(self) -> _HeldSave:
-        """Return the newest checkpoint of which the stores have a sound copy of every part.
+        """Return the newest checkpoint of which the stores have an undamaged copy of every part.
 
         Raises:
-            _NotInMemoryError: there is no such checkpoint; on every rank.
+            _NotInMemoryError: there is no such checkpoint; raised on every rank.
         """
         found: dict[str, _HeldSave] = {}
         copies = run_on_all_ranks(self._verify_share, self.group)
@@ -167,10 +168,11 @@ class MemoryStores:
         raise _NotInMemoryError(why)
 
     def _verify_share(self) -> list[tuple[str, int, int, int, dict[str, int], str]]:
-        """Verify this rank's share of the parts in the store of its node.
+        """Verify some of the parts in the memory store of this node; the ranks of the node share the work.
 
         Returns:
-            Save, step, number of ranks, rank of the part, sizes by name, and damaged files of each part.
+            For each part: name and step of its checkpoint, number of ranks, rank of the part, size of each file by
+            name, and names of damaged files as text.
         """
         on_node = [rank for rank, place in enumerate(self.of_ranks) if place == self.own]
         share = slice(on_node.index(dist.get_rank(self.group)), None, len(on_node))
@@ -183,10 +185,10 @@ class MemoryStores:
             ]  # fmt: skip
 
     def _read(self, held: _HeldSave, state: Any) -> LoadedCheckpoint:
-        """Fill ``state`` from sound copies of the parts.
+        """Load the checkpoint ``held`` into ``state``, from undamaged copies of its parts. Return its description.
 
         Raises:
-            CheckpointError: the parts do not fit ``state``, or a store has died in the meantime; on every rank.
+            CheckpointError: the parts do not fit ``state``, or a memory store has died; raised on every rank.
         """
         rank_states: list[dict[str, Any]] = []
         with ExitStack() as stack:
@@ -216,12 +218,11 @@ class MemoryStores:
 
 
 def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
-    """Return the stores of a rank's part: that of the rank's node, and that of the next node in the ring, if there is
-    one.
+    """Return the addresses of the memory stores that get a rank's part: that of its node, and that of the next node.
 
     Args:
-        own: store of the rank's node.
-        of_ranks: store of each rank's node, by rank.
+        own: address of the store of the rank's node.
+        of_ranks: address of the store of each rank's node, in the order of ranks.
     """
     ring = list(dict.fromkeys(of_ranks))
     following = ring[(ring.index(own) + 1) % len(ring)]
@@ -229,10 +230,10 @@ def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
 
 
 def open_memory(group: dist.ProcessGroup | None, writer: Writer | None) -> MemoryStores | None:
-    """Connect to the memory stores of all nodes; None if some node has no store. Collective.
+    """Return the memory stores of all nodes; None if some nodes have no store. Collective.
 
     Raises:
-        ConfigError: no node has a memory store, or this rank's writer is not a process of its own.
+        ConfigError: no node has a memory store, or ``writer`` is not a process of its own.
     """
     own = own_store()
     found = messages.all_gather(own is not None, group)
@@ -252,30 +253,32 @@ def open_memory(group: dist.ProcessGroup | None, writer: Writer | None) -> Memor
 
 
 class _NotInMemoryError(Exception):
-    """No checkpoint in memory can be loaded; the message says why."""
+    """No checkpoint in memory can be loaded. The message has the reason."""
 
 
 @dataclass
 class _HeldSave:
-    """A checkpoint in memory: the sound copies of its parts in the stores of the present nodes."""
+    """A checkpoint in memory, as it was found in the memory stores."""
 
     save: str
+    """Name of the checkpoint."""
     step: int
     world_size: int
+    """Number of ranks that saved the checkpoint."""
     parts: dict[int, dict[Place, dict[str, int]]] = field(default_factory=dict)
-    """Rank -> store that has its part -> name of a file -> size in bytes."""
+    """Undamaged copies of parts: rank of a part -> address of a store -> name of a file -> size in bytes."""
     damaged: list[str] = field(default_factory=list)
-    """A line for each damaged copy of a part."""
+    """One line for each damaged copy of a part."""
 
 
 class HeldFiles(FileSystem):
-    """torch's file system over a checkpoint in memory. A part is read from the store of this rank's node if it is
-    there, else from another store.
+    """File system for torch.distributed.checkpoint that reads the files of a checkpoint in memory. A part is read from
+    the memory store of this node if it has the part, else from another one.
 
     Args:
         held: the checkpoint.
         stores: the memory stores of all nodes.
-        stack: closes the connections.
+        stack: gets the connections, and closes them.
     """
 
     def __init__(self, held: _HeldSave, stores: MemoryStores, stack: ExitStack) -> None:
@@ -290,7 +293,7 @@ class HeldFiles(FileSystem):
         self._stack = stack
 
     def read(self, rank: int, name: str) -> bytes:
-        """Return the whole content of the file ``name`` of a rank's part."""
+        """Return the content of the file ``name`` in the part of the rank ``rank``."""
         place = self._sources[rank]
         if place not in self._clients:
             self._clients[place] = self._stack.enter_context(StoreClient(place, self._secret))
@@ -298,13 +301,13 @@ class HeldFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """Yield a stream over a whole file, received from its store."""
+        """Return a context that yields a stream to read a file, received whole from its store."""
         name = Path(path).as_posix()
         yield io.BytesIO(self.read(self._ranks[name], name))
 
 
 class HeldReader(FileSystemReader):
-    """torch's reader, which gets the index as an argument instead of reading it from a file."""
+    """torch's reader of checkpoints, with the index as an argument ``metadata`` instead of a file."""
 
     def __init__(self, metadata: Metadata, files: FileSystem) -> None:
         super().__init__(".")

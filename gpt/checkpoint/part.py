@@ -1,5 +1,4 @@
-"""The part of a checkpoint that one rank writes: the plan of its tensors, its files, and its copy in shared host
-memory."""
+"""What one rank writes for a checkpoint (a part): the plan of its tensors, its files, and its copy in shared memory."""
 
 from __future__ import annotations
 
@@ -30,13 +29,14 @@ from gpt.checkpoint import FileSum, sync_folder
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Plan of the tensors that one rank writes in a save."""
+    """Plan of the tensors that one rank writes for a checkpoint."""
 
     key: int
     """Number of this plan, unique in this process."""
     items: SavePlan
+    """torch's list of the tensors, or chunks of tensors, to write."""
     metadata: Metadata | None
-    """Index of the tensors of all ranks, without positions in the files; None on all ranks but rank 0."""
+    """Index of the tensors of all ranks, without their positions in files; None except on rank 0."""
 
 
 # The part of a checkpoint that one rank writes; the bytes are summed on their way to the disk.
@@ -45,33 +45,36 @@ class WritePlan:
 
 
 COPY_AHEAD = 10_000_000
-"""Largest number of bytes copied from a GPU ahead of writing; torch's default."""
+"""Largest number of bytes that torch copies from a GPU before it writes them; torch's default."""
 PROBE_BYTES = 1 << 16
 
 
 @dataclass
 class RankPart:
-    """The part of a checkpoint that one rank writes: its planned tensors, and files of this rank alone."""
+    """What one rank writes for a checkpoint: tensors by a plan, and other files."""
 
     rank: int
     plan: WritePlan | None = None
+    """Plan of the tensors; None if there are only other files."""
     data: list[Any] = field(default_factory=list)
-    """Tensors and BytesIO of the plan's items, in their order."""
+    """Tensors, and BytesIO of other values, for the items of the plan, in their order."""
     files: dict[str, Any] = field(default_factory=dict)
-    """Path in the checkpoint's folder -> content: bytes are written unchanged, other values by ``torch.save``."""
+    """Path in the folder of the checkpoint -> content: bytes are written unchanged, other values by ``torch.save``."""
 
 
 @dataclass
 class Report:
-    """Files that a rank has written, and the positions of its planned tensors in them."""
+    """Report of what a rank has written for a checkpoint."""
 
     files: dict[str, FileSum]
+    """Path in the folder of the checkpoint -> size and checksum."""
     items: list[WriteResult] = field(default_factory=list)
+    """File and position of each planned tensor."""
     about: dict[str, Any] | None = None
-    """``meta`` of the caller and ``index`` of the tensors, in the report of rank 0 of a checkpoint in memory."""
+    """For rank 0 of a checkpoint in memory: ``meta`` of the save, and ``index`` of all tensors. Otherwise None."""
 
     def encode(self) -> bytes:
-        """Encode the report as JSON, because rank 0 reads the reports of other ranks, and that must run no code."""
+        """Return the report as JSON, whose reading runs no code: rank 0 reads the reports of other ranks."""
         items = [
             [i.index.fqn, i.index.offset, i.index.index, i.storage_data.relative_path, i.storage_data.offset,
              i.storage_data.length]
@@ -82,7 +85,7 @@ class Report:
 
     @staticmethod
     def decode(text: bytes) -> Report:
-        """Decode the result of ``encode``."""
+        """Return the report that ``encode`` has encoded."""
         found = json.loads(text)
         items = [
             WriteResult(MetadataIndex(fqn, offset, index), length, _StorageInfo(path, start, length))
@@ -93,15 +96,15 @@ class Report:
 
 
 def report_name(rank: int) -> str:
-    """Return the name of a rank's report, which is in the folder until the commit."""
+    """Return the name of the file with a rank's report, which is in the folder of a save until the commit."""
     return f".report_{rank:05d}.json"
 
 
 def write_part(part: RankPart, folder: Path) -> None:
-    """Write the files of a part and its report into ``folder``, synced to disk.
+    """Write a part and its report into ``folder``, and sync all files to disk.
 
     Raises:
-        OSError: the files could not be written, as on a full disk.
+        OSError: the files could not be written, for example because the disk is full.
     """
     files = SummingFiles()
     try:
@@ -127,11 +130,12 @@ def write_part(part: RankPart, folder: Path) -> None:
 def write_items(
     part: RankPart, plan: WritePlan, folder: Path, files: FileSystem, syncs: bool = True
 ) -> list[WriteResult]:
-    """Write the planned tensors as torch.distributed.checkpoint does; return the file, position and length of each.
+    """Write the planned tensors of a part, as torch.distributed.checkpoint does. Return file, position and length of
+    each.
 
     Args:
-        part: part of one rank.
-        plan: plan of this part's tensors.
+        part: the part.
+        plan: plan of its tensors.
         folder: folder of the files.
         files: file system that opens the files.
         syncs: True to sync each file to disk.
@@ -146,7 +150,10 @@ def write_items(
 
 
 def write_index(metadata: Metadata, items: Sequence[Sequence[WriteResult]], folder: Path) -> dict[str, FileSum]:
-    """Write the index of all ranks' tensors; return its file's name with size and checksum."""
+    """Write the index of the tensors of all ranks into ``folder``. Return name -> size and checksum of its file.
+
+    ``items`` has the positions of the tensors in files, for each rank.
+    """
     files = SummingFiles()
     writer = FileSystemWriter(folder, sync_files=True)
     writer.fs = files
@@ -164,15 +171,15 @@ def write_content(content: Any, stream: Any) -> None:
 
 
 def rank_file(rank: int) -> str:
-    """Return the name of the file of a rank's own state."""
+    """Return the name of the file, in a checkpoint, with the state of one rank alone."""
     return f"rank_{rank:05d}.pt"
 
 
 def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
-    """Encode a rank's own state, tensors and plain values, for ``torch.load`` with ``weights_only``.
+    """Return the state of one rank alone, tensors and plain values, as bytes for ``torch.load`` with ``weights_only``.
 
     Raises:
-        Exception: torch's own error, if the state could not be loaded later.
+        Exception: torch's error, if the state cannot be loaded in this way.
     """
     stream = io.BytesIO()
     torch.save(rank_state, stream)
@@ -182,14 +189,16 @@ def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
 
 
 class SummingFiles(FileSystem):
-    """torch's file system, which puts size and sha256 of each written file into ``sums``, by path."""
+    """File system for torch.distributed.checkpoint that records size and sha256 of each written file in ``sums``, by
+    path."""
 
     def __init__(self) -> None:
         self.sums: dict[Path, FileSum] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """Yield a stream to write a file; ``sums`` has its size and sha256 when the context ends."""
+        """Return a context that yields a stream to write a file, and at its end records the size and sha256 of the
+        file."""
         with super().create_stream(path, mode) as stream:
             summing = _SummingStream(stream)
             yield summing
@@ -198,7 +207,7 @@ class SummingFiles(FileSystem):
 
 
 class _SummingStream:
-    """Stream that is written from its beginning to its end, and counts and hashes its bytes."""
+    """Stream for writing a file from beginning to end, which counts its bytes and computes their sha256."""
 
     def __init__(self, stream: io.IOBase) -> None:
         self._stream = stream
@@ -206,7 +215,7 @@ class _SummingStream:
         self.digest = hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        """Write and hash ``data``; return the number of its bytes."""
+        """Write ``data``, and return the number of its bytes."""
         length = memoryview(data).nbytes
         self._stream.write(data)  # type: ignore[attr-defined]
         self.digest.update(data)
@@ -218,15 +227,15 @@ class _SummingStream:
         return self.size
 
     def __getattr__(self, name: str) -> Any:
-        """Return ``flush`` or ``fileno`` of the inner stream."""
+        """Return an attribute of the inner stream, such as ``flush`` or ``fileno``."""
         return getattr(self._stream, name)
 
     def close(self) -> None:
-        """Do nothing: the code that opened the file closes it."""
+        """Do nothing: the code that has opened the file closes it."""
 
 
 def probe(folder: Path, rank: int) -> None:
-    """Write and delete a small file; OSError if the filesystem is full or broken."""
+    """Write and delete a small file in ``folder``. Raise OSError if the filesystem is full or broken."""
     path = folder / f".probe_{rank:05d}"
     with path.open("wb") as file:
         file.write(bytes(PROBE_BYTES))
@@ -244,16 +253,16 @@ log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 ROOM_FOR_TEXT = 1 << 16
-"""Spare bytes, so that the memory need not grow when numbers in the pickled text become longer."""
+"""Additional bytes of shared memory, for pickled text that becomes longer in later saves."""
 TENSOR, PLAN = "tensor", "plan"
 
 
 class SharedMemory:
-    """Shared memory without a name in any file system, so that it is freed when its processes are killed.
+    """Memory that two processes share. It has no name in a filesystem, so it is freed when both processes end.
 
     Args:
-        descriptor: file descriptor of memory that another process has made; None makes new memory of ``size`` bytes.
         size: size in bytes, at least 1.
+        descriptor: file descriptor of memory that another process has made; None makes new memory.
         pin: True to lock the pages, for faster copies from a GPU.
     """
 
@@ -267,14 +276,14 @@ class SharedMemory:
         self.is_pinned = pin and self._pin()
 
     def view(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor that is a view of the memory from byte ``offset`` on; its storage has no other bytes."""
+        """Return a tensor that is a view of the memory, from byte ``offset`` on."""
         count = dtype.itemsize * torch.Size(shape).numel()
         if not count:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset).view(dtype).view(shape)
 
     def close(self) -> None:
-        """Close the memory, which is freed when no tensor views it any more."""
+        """Close the memory. It is freed when there are no views of it any more."""
         if self.is_pinned and int(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())):
             take_cuda_error()
         os.close(self.descriptor)
@@ -290,21 +299,22 @@ class SharedMemory:
 
 
 def take_cuda_error() -> None:
-    """Clear the error of a failed CUDA call: CUDA keeps the error, and the next kernel would raise it."""
+    """Clear the error of a failed CUDA call, which the next kernel would raise."""
     with suppress(RuntimeError):
         torch.empty(1, device="cuda").fill_(1)  # torch has no call that only clears the error
 
 
 @dataclass(frozen=True)
 class StagedPart:
-    """Part whose tensors are in shared memory."""
+    """Part that was copied into shared memory: its tensors, and after them pickled text that describes the part."""
 
     offset: int
-    """Position in bytes of the pickled text that describes the part, after the tensors."""
+    """Position of the text in the memory, in bytes."""
     length: int
+    """Length of the text in bytes."""
 
     def load(self, memory: SharedMemory, plan: WritePlan | None) -> RankPart:
-        """Return the part; its tensors are views of ``memory``."""
+        """Return the part, whose tensors are views of ``memory``. ``plan`` becomes its plan."""
         text = memory.view(self.offset, torch.uint8, (self.length,)).numpy().tobytes()
         part = _Unpickler(text, memory, plan).load()
         assert isinstance(part, RankPart)
@@ -312,10 +322,8 @@ class StagedPart:
 
 
 def stage(part: RankPart, memory: SharedMemory | None) -> tuple[StagedPart, SharedMemory]:
-    """Copy the tensors of a part into shared memory; return the staged part, and ``memory`` or a new, larger memory.
-
-    When this returns, all copies are complete.
-    """
+    """Copy a part into shared memory. Return the staged part, and the memory: ``memory``, or a larger one if that is
+    None or too small. All copies are complete when this function returns."""
     pickler = _Pickler()
     pickler.dump(part)
     text = pickler.stream.getbuffer()
@@ -335,7 +343,8 @@ def stage(part: RankPart, memory: SharedMemory | None) -> tuple[StagedPart, Shar
 
 
 class _Pickler(pickle.Pickler):
-    """Pickler that leaves out the plan and the bytes of tensors, and writes the offset of each tensor instead."""
+    """Pickler for a part that leaves out its plan, and writes an offset in shared memory for each tensor instead of
+    its bytes."""
 
     def __init__(self) -> None:
         self.stream = io.BytesIO()
@@ -345,7 +354,7 @@ class _Pickler(pickle.Pickler):
         self._known: dict[Any, int] = {}
 
     def persistent_id(self, value: Any) -> Any:
-        """Return the description of a tensor or plan; None for other values, which are pickled."""
+        """Return a tuple that describes a tensor or the plan; None for other values, which are pickled."""
         if isinstance(value, WritePlan):
             return (PLAN,)
         if not isinstance(value, Tensor):
@@ -361,14 +370,14 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickler of ``_Pickler``'s text, in the process that this rank has forked."""
+    """Unpickler for the text of ``_Pickler``. The text comes from this rank itself, not over a network."""
 
     def __init__(self, text: bytes, memory: SharedMemory, plan: WritePlan | None) -> None:
         super().__init__(io.BytesIO(text))
         self._memory, self._plan = memory, plan
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return the tensor or plan that ``persistent_id`` has described."""
+        """Return the tensor or plan that a tuple of ``persistent_id`` describes."""
         if pid[0] == PLAN:
             return self._plan
         _, offset, dtype, shape = pid

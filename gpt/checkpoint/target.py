@@ -1,7 +1,7 @@
-"""Copies of checkpoints in an object store, or on any filesystem that fsspec reaches, by a URL.
+"""Copies of checkpoints in an object store, or on another filesystem that fsspec supports, by a URL.
 
-A store has no renames, so the manifest is written last and removed first: a copy without a manifest does not count.
-Torch-free. fsspec is loaded on first use, as a run without copies needs none.
+An object store cannot rename folders, so the manifest is written last and removed first: a copy without a manifest does
+not count. Imports no torch, and fsspec only for a run with copies.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from launch.runs.events import SavedCheckpoint
 
 SLICE = 1 << 22
 ANSWER_S = 60.0
-"""Longest wait, in seconds, for a target's answer before a run is submitted."""
+"""Longest time, in seconds, that ``check_target`` waits for the filesystem."""
 
 
 class Target:
-    """Place of the copies of one run's checkpoints, on another filesystem.
+    """Copies of the checkpoints of one run, on another filesystem.
 
     Args:
         url: value of ``checkpoint.copy_to``.
@@ -61,31 +61,31 @@ class Target:
         self.url = f"{url.rstrip('/')}/{name}"
 
     def steps(self) -> list[int]:
-        """List the steps that have a copy, ascending."""
+        """Return the steps that have a complete copy, ascending."""
         return [step for step in self._begun() if self.fs.exists(self._file(step, NAME))]
 
     def manifest(self, step: int) -> Manifest:
-        """Read the manifest of the copy of the checkpoint of ``step``.
+        """Return the manifest of the copy of a step.
 
         Raises:
-            DamagedError: some byte differs from the saved one, or the manifest is of another step.
+            DamagedError: the manifest is damaged, or is that of another step.
         """
         return self._decode(step, self.fs.cat_file(self._file(step, NAME)))
 
     def put(self, path: Path, may_commit: Callable[[], bool]) -> int | None:
-        """Copy a checkpoint to the target, its manifest last.
-
-        Each file is compared with the manifest before it is sent; then the sizes at the target are compared.
+        """Copy a checkpoint, its manifest last. Each file is verified before it is sent; then the sizes of the copies
+        are compared.
 
         Args:
             path: folder of the checkpoint.
-            may_commit: called just before the manifest is written; False leaves the manifest out.
+            may_commit: called just before the manifest is written. If it returns False, the copy stays incomplete.
 
         Returns:
-            The bytes sent, 0 if the target already has this copy; None if the checkpoint no longer exists.
+            The number of bytes of the copied files; 0 if there already is this copy; None if the checkpoint no longer
+            exists.
 
         Raises:
-            DamagedError: a file differs from the saved one.
+            DamagedError: a file of the checkpoint is damaged.
             PermissionError: ``may_commit`` returned False.
         """
         step = folders.step_of(path)
@@ -116,10 +116,10 @@ class Target:
         return sum(entry.size for entry in manifest.files.values())
 
     def fetch(self, step: int, temporary: Path) -> None:
-        """Fetch a copy into the folder ``temporary``, synced to disk and verified.
+        """Copy the files of the copy of a step into the folder ``temporary``, sync them to disk, and verify them.
 
         Raises:
-            DamagedError: some file differs from the saved one.
+            DamagedError: some file is damaged.
         """
         raw = self.fs.cat_file(self._file(step, NAME))
         manifest = self._decode(step, raw)
@@ -135,11 +135,14 @@ class Target:
         sync_folder(temporary)
 
     def find_damage(self, step: int, told: Callable[[int], None]) -> tuple[str, ...] | None:
-        """Read a whole copy, and return a line for each fault; None if the copy was deleted in the meantime.
+        """Read all files of the copy of a step, and compare them with its manifest.
 
         Args:
             step: step of the copy.
             told: called with the number of bytes that were read since the last call.
+
+        Returns:
+            One line for each damaged file; None if the copy was deleted in the meantime.
         """
         try:
             manifest = self.manifest(step)
@@ -170,20 +173,20 @@ class Target:
                 self._remove_folder(place)
 
     def retire(self, keeps: Retention) -> None:
-        """Delete the copies that the rule ``keeps`` does not keep, and unfinished copies."""
+        """Delete the copies that the rule ``keeps`` does not keep, and incomplete copies."""
         kept = kept_steps(self.steps(), keeps, self.manifest)
         for step in self._begun():  # also unfinished copies, since only one copy is made at a time
             if step not in kept:
                 self.remove(step)
 
     def discard_after(self, step: int) -> None:
-        """Delete the copies of all steps after ``step``, because the run continues from ``step``."""
+        """Delete the copies of all steps after ``step``, from which the run continues."""
         for later in self._begun():
             if later > step:
                 self.remove(later)
 
     def probe(self) -> None:
-        """Write, read and delete a small file at the target; an error of the filesystem is raised."""
+        """Write, read and delete a small file in the place of the copies. Any error of the filesystem is raised."""
         place = f"{self.root}/.probe_{os.urandom(4).hex()}"
         self._make_folder(self.root)
         self.fs.pipe_file(place, b"probe")
@@ -193,7 +196,7 @@ class Target:
         self._remove_folder(self.root)
 
     def _begun(self) -> list[int]:
-        """List the steps of which the target has any file, ascending."""
+        """Return the steps that have a copy, also an incomplete one, ascending."""
         self.fs.invalidate_cache()
         try:
             names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=False)]
@@ -203,7 +206,7 @@ class Target:
 
     @property
     def _has_folders(self) -> bool:
-        """True if the target has real folders; in an object store a folder is only part of a name, or a bucket."""
+        """True if the filesystem has folders. In an object store a folder is only a part of a name, or a bucket."""
         return self.url.partition("://")[0] not in INSTALLS
 
     def _make_folder(self, place: str) -> None:
@@ -211,7 +214,7 @@ class Target:
             self.fs.makedirs(place, exist_ok=True)
 
     def _remove_folder(self, place: str) -> None:
-        """Remove a folder, if it is empty."""
+        """Delete a folder if it is empty."""
         if self._has_folders:
             with contextlib.suppress(OSError):
                 self.fs.rmdir(place)
@@ -230,7 +233,7 @@ class Target:
 
 
 def target_of(url: str, run_folder: Path) -> Target:
-    """Return the target of a run's copies, named by the last two folders of its path: ``NAME/POINT``."""
+    """Return the place of a run's copies: below ``url``, in a folder ``NAME/POINT`` like the end of the run's path."""
     return Target(url, f"{run_folder.parent.name}/{run_folder.name}")
 
 
@@ -238,7 +241,7 @@ T = TypeVar("T")
 
 
 def start_aside(action: Callable[[], T]) -> Future[T]:
-    """Run ``action`` in a thread, which may never end; return the future of its result or failure."""
+    """Start ``action`` in a thread. Return the future of its result. The thread does not keep the process alive."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -252,7 +255,8 @@ def start_aside(action: Callable[[], T]) -> Future[T]:
 
 
 def check_target(url: str, run_folder: Path) -> None:
-    """Raise ConfigError unless a small file can be written to the target, read and deleted within ``ANSWER_S``."""
+    """Raise ConfigError unless a small file can be written to the place of a run's copies, read and deleted, within
+    ``ANSWER_S`` seconds."""
     probe = start_aside(lambda: target_of(url, run_folder).probe())
     wait([probe], ANSWER_S)
     failure = probe.exception() if probe.done() else TimeoutError(f"no answer in {ANSWER_S:.0f} s")
@@ -269,12 +273,13 @@ def check_target(url: str, run_folder: Path) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return type and message of an error in one line."""
+    """Return the type of an error, and the first line of its message, as one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def saved_checkpoints(folder: Path) -> Iterator[SavedCheckpoint]:
-    """Yield the checkpoints in ``folder``, newest first, then damaged checkpoints that a load has set aside."""
+    """Yield descriptions of the checkpoints in ``folder``, newest first, then of damaged checkpoints that were
+    renamed."""
     for path in reversed(folders.list_committed(folder)):
         yield checkpoint_at(path)
     for path in folders.list_set_aside(folder):
@@ -282,10 +287,10 @@ def saved_checkpoints(folder: Path) -> Iterator[SavedCheckpoint]:
 
 
 def saved_copies(url: str | None, run_folder: Path) -> Iterator[SavedCheckpoint]:
-    """Yield the copies of a run's checkpoints, newest first.
+    """Yield descriptions of the copies of a run's checkpoints, newest first. ``url`` is its ``checkpoint.copy_to``.
 
     Raises:
-        ConfigError: ``url`` is None, or the target cannot be reached.
+        ConfigError: ``url`` is None, or its filesystem cannot be used.
     """
     if url is None:
         raise ConfigError(
@@ -305,8 +310,7 @@ def saved_copies(url: str | None, run_folder: Path) -> Iterator[SavedCheckpoint]
 
 
 def checkpoint_at(path: Path) -> SavedCheckpoint:
-    """Describe the checkpoint in ``path`` by its manifest. The files are read only when the description's check is
-    called."""
+    """Return a description of the checkpoint in ``path``: step, size, and a function that verifies its files."""
     step = folders.step_of(path)
     try:
         manifest = read_manifest(path)
@@ -318,17 +322,16 @@ def checkpoint_at(path: Path) -> SavedCheckpoint:
 
 
 def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int], None]) -> tuple[str, ...] | None:
-    """Compare every file with the manifest.
+    """Compare every file of a checkpoint with its manifest.
 
     Args:
         path: folder of the checkpoint.
         step: step in the folder's name.
-        manifest: sizes and checksums of the saved files.
+        manifest: manifest of the checkpoint.
         told: called with the number of bytes that were read since the last call.
 
     Returns:
-        One line for each fault, empty if all files are whole; None if the run has deleted the checkpoint in the
-        meantime.
+        One line for each damaged file, empty if there is none; None if the checkpoint was deleted in the meantime.
     """
     wrong = [] if manifest.step == step else [f"{NAME} is that of step {manifest.step}"]
     for name, entry in sorted(manifest.files.items()):
@@ -340,5 +343,6 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
 
 
 def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
-    """Return ``damage``; None if the checkpoint no longer exists, because then its deletion looked like damage."""
+    """Return ``damage``; or None if the folder ``path`` no longer exists, because then its deletion looked like
+    damage."""
     return damage if path.exists() else None

@@ -1,4 +1,5 @@
-"""Jobs of a save that touch the disk, and their writers: this process at once, or a second process during training."""
+"""Jobs of a save that write to the disk, and the writers that do these jobs: this process, or a second one during
+training."""
 
 from __future__ import annotations
 
@@ -43,17 +44,17 @@ from launch.runs.process import die_with_parent
 
 @dataclass
 class WriterState:
-    """State of a writer between jobs."""
+    """State that a writer keeps between jobs."""
 
     staged: SharedMemory | None = None
-    """Memory that parts are staged in."""
+    """Shared memory with the tensors of a staged part; None before the first."""
     plan: WritePlan | None = None
-    """Newest plan of this rank's tensors."""
+    """Newest plan of the tensors that this rank writes; None before the first."""
     upkeep: Upkeep | None = None
-    """Work on committed checkpoints, in a thread of rank 0's writer; None before the first such work."""
+    """Thread for the upkeep of committed checkpoints, in rank 0's writer; None before the first upkeep."""
 
     def whole(self, part: RankPart | StagedPart) -> RankPart:
-        """Return a part with its tensors; those of a staged part are views of this writer's shared memory."""
+        """Return a part with its tensors. Those of a staged part are views of the shared memory."""
         if isinstance(part, RankPart):
             return part
         assert self.staged is not None
@@ -64,8 +65,8 @@ Job = Callable[[WriterState], Any]
 
 
 def write_rank(temporary: Path, step: int, part: RankPart | StagedPart, is_first: bool, state: WriterState) -> None:
-    """Write the part of one rank into a temporary folder. With ``is_first``, also remove the
-    folders of killed saves."""
+    """Write what one rank saves into the folder ``temporary``. On rank 0 (``is_first``), first delete the temporary
+    folders of killed saves. ``state`` is that of the writer."""
     if is_first:
         folders.begin(temporary, step)
     else:
@@ -74,12 +75,12 @@ def write_rank(temporary: Path, step: int, part: RankPart | StagedPart, is_first
 
 
 def commit_save(temporary: Path, about: Manifest, may_commit: Callable[[], bool], state: WriterState) -> Path | None:
-    """Commit a folder that all ranks have written: write index and manifest, and rename the folder. On rank 0.
+    """Commit a checkpoint that all ranks have written: write index and manifest, and rename the folder. For rank 0.
 
     Args:
         temporary: folder of the save.
-        about: the manifest of the save, without time and files.
-        may_commit: called just before the rename; False commits nothing.
+        about: manifest of the checkpoint, still without time and files.
+        may_commit: called just before the rename; if it returns False, nothing is committed.
         state: state of the writer.
 
     Returns:
@@ -101,10 +102,10 @@ def commit_save(temporary: Path, about: Manifest, may_commit: Callable[[], bool]
 
 
 def remove_save(temporary: Path, keeps: Retention, frees: bool, state: WriterState) -> None:
-    """Remove the folder of a failed save. Done on rank 0, after all ranks have stopped writing into it.
+    """Delete the folder of a failed save. For rank 0, after all ranks have stopped writing into it.
 
-    ``frees`` is True if the disk is full. Then one fewer of the newest checkpoints is kept, but at
-    least one.
+    ``frees`` is True if the disk is full. Then one checkpoint fewer than the rule ``keeps`` is kept, but at least one.
+    ``state`` is that of the writer.
     """
     folders.remove_folder(temporary)
     if frees:
@@ -115,9 +116,15 @@ def tend_saved(
     folder: Path, keeps: Retention, plan: UpkeepPlan | None, committed: int | None, back_to: int | None,
     state: WriterState,
 ) -> None:  # fmt: skip
-    """Pass the step ``committed``, or the step ``back_to`` from which the run continues, to the upkeep; on rank 0.
+    """Add work to the upkeep of checkpoints, whose thread is started if necessary. For rank 0.
 
-    Without a plan for the upkeep, delete the checkpoints in ``folder`` that ``keeps`` does not keep.
+    Args:
+        folder: folder of the run's checkpoints.
+        keeps: rule for the checkpoints to keep.
+        plan: settings of the upkeep. With None, only the checkpoints that ``keeps`` does not keep are deleted.
+        committed: step of a newly committed checkpoint; None if there is none.
+        back_to: step after which copies are deleted; None if there are none to delete.
+        state: state of the writer.
     """
     if plan is None:
         folders.retire(folder, keeps)
@@ -134,27 +141,29 @@ def tend_saved(
 
 
 NICENESS = 10
-"""Niceness of the writer process: it gets the CPU time that the ranks do not use."""
+"""Niceness (nice(2)) of the writer process, so that it only uses CPU time that the ranks do not need."""
 CLOSING_S = 10.0
-"""Longest wait, in seconds, at the end of training for the upkeep of checkpoints (``gpt.checkpoint.upkeep``). The next
-start of the run does the upkeep that is left."""
+"""Longest time, in seconds, that the end of a stopped run waits for the upkeep of checkpoints. The next start of the
+run does the rest."""
 BEAT_S = 1.0
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that the writer process ignores: they request a rank to save and stop, and the save needs the writer."""
+"""Signals that the writer process ignores: they request that a rank saves and stops, and a save needs the writer."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a job: its value, or the failure as text."""
+    """Result of a job."""
 
     value: Any = None
+    """Value that the job returned; None if it failed."""
     failure: str | None = None
+    """Error of the job as text; None if it succeeded."""
     ended: float = field(default_factory=time.monotonic)
-    """End of the job in seconds of ``time.monotonic``, a clock that all processes of a machine share."""
+    """Time of the end of the job, of time.monotonic, in seconds. All processes of a machine share this clock."""
 
 
 def do(job: Job, state: WriterState) -> Result:
-    """Do a job, and return its result; if it raises an error, the result has the error as text."""
+    """Do a job, and return its result. An error that the job raises is part of the result."""
     try:
         return Result(job(state))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
@@ -162,44 +171,45 @@ def do(job: Job, state: WriterState) -> Result:
 
 
 class Writer:
-    """Writer that does every job at once, in this process, from the training state itself.
+    """Writer that does every job in this process, when the job is submitted.
 
-    ``poll`` and ``wait`` return only the result of the last submitted job; jobs are done in their order.
+    Jobs are done in their order. ``poll`` and ``wait`` return only the result of the last submitted job.
     """
 
     is_background = False
-    """True if another process does the jobs while this process continues; the same on all ranks."""
+    """True if another process does the jobs while training continues; the same on all ranks."""
 
     def __init__(self) -> None:
         self.patience_s = CLOSING_S
-        """Longest wait of ``close``, in seconds, for submitted jobs and for the upkeep of checkpoints."""
+        """Longest time, in seconds, that ``close`` waits for submitted jobs and for the upkeep of checkpoints."""
         self.beat: Callable[[], None] = lambda: None
         """Called about once a second while ``close`` waits."""
         self._state = WriterState()
         self._result: Result | None = None
 
     def stage(self, part: RankPart) -> RankPart | StagedPart:
-        """Return a part as jobs need it. A background writer returns a copy of the tensors in shared memory."""
+        """Return ``part`` in the form that jobs need. A background writer copies its tensors into shared memory, so
+        that training may change them after this call."""
         self._state.plan = part.plan
         return part
 
     def submit(self, job: Job) -> None:
-        """Have a job done, in the background or at once; ``poll`` and ``wait`` return its result."""
+        """Do a job, or make the background process do it. ``poll`` and ``wait`` return its result."""
         self._result = do(job, self._state)
 
     def poll(self) -> Result | None:
-        """Return the result of the last submitted job, at the first call after its end; otherwise None."""
+        """Return the result of the last submitted job once, if it has ended; otherwise None."""
         result, self._result = self._result, None
         return result
 
     def wait(self) -> Result:
-        """Wait for the result of the last submitted job, and return it."""
+        """Wait for the end of the last submitted job, and return its result."""
         result = self.poll()
         assert result is not None, "no job was submitted"
         return result
 
     def close(self) -> None:
-        """End the writer; wait at most ``patience_s`` seconds for submitted jobs and for the upkeep."""
+        """End the writer. Wait at most ``patience_s`` seconds for submitted jobs and for the upkeep of checkpoints."""
         if self._state.upkeep is not None:
             self._await(self._state.upkeep.close)
         self._state = WriterState()
@@ -215,9 +225,10 @@ class Writer:
 
 
 class ProcessWriter(Writer):
-    """Writer in a process of its own, forked in the constructor; create it before threads and devices are in use.
+    """Writer that does jobs in a process of its own, which the constructor forks. Create it before this process uses
+    threads or devices.
 
-    If the writer process dies, its last job has failed, and all later jobs are done at once in this process.
+    If the writer process dies, its last job counts as failed, and later jobs are done in this process.
     """
 
     is_background = True
@@ -298,7 +309,7 @@ class ProcessWriter(Writer):
             self._result = Result(failure=f"the process that writes checkpoints died ({cause})")
 
     def _end(self) -> int:
-        """Kill the writer process, if it still runs; return its status as from ``os.waitpid``."""
+        """Kill the writer process if it still runs. Return its exit status, as ``os.waitpid`` returns it."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         try:
@@ -311,10 +322,10 @@ class ProcessWriter(Writer):
 
 @contextlib.contextmanager
 def open_writer(asynchronous: bool, beat: Callable[[], None]) -> Iterator[Writer]:
-    """Context with this rank's writer of checkpoints, which is closed at the exit.
+    """Return a context that yields this rank's writer of checkpoints, and closes it at its end.
 
-    If ``asynchronous``, the writer is a separate process on Linux. At the exit, ``beat`` is called about once a
-    second during the wait for submitted jobs and for the upkeep of checkpoints.
+    With ``asynchronous`` the writer is a process of its own, on Linux. ``beat`` is called about once a second while the
+    end of the context waits for submitted jobs and for the upkeep of checkpoints.
     """
     writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else Writer()
     writer.beat = beat
@@ -328,7 +339,7 @@ def open_writer(asynchronous: bool, beat: Callable[[], None]) -> Iterator[Writer
 
 
 def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None:
-    """Serve as the writer process; never returns."""
+    """Do jobs in the forked writer process, until the rank ends it. This function never returns."""
     try:
         die_with_parent(parent)
         theirs.close()
@@ -348,7 +359,7 @@ def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None
 
 
 def serve(connection: Connection) -> None:
-    """Do jobs from the connection, one after another, until the other end is closed."""
+    """Receive jobs from a connection and do them, one after another, until the connection is closed."""
     state = WriterState()
     while True:
         try:

@@ -1,7 +1,7 @@
-"""State-dict adapters of architectures in transformers: their models, config keys and tensor names.
+"""Conversion of models to and from architectures of transformers: parts, keys of config.json, and names of tensors.
 
 Imports no torch. ``source`` inspects files without torch, for the login node. ``state_dict`` converts tensors and loads
-trained models. The package never imports transformers: it reads and writes its files, and does not use its code.
+trained models. None of them imports transformers: they read and write its files, without its code.
 ``architectures.yaml`` has the keys and names of each architecture.
 """
 
@@ -38,24 +38,25 @@ NOT_LEARNED = frozenset(
         *("attention", "expert_matmul", "vocab_multiple", "lora"),
     ]
 )
-"""Fields of ModelConfig that do not affect a trained model's output: names, settings of training, padding, and choices
-of kernels."""
+"""Fields of ModelConfig that do not change the output of a trained model: names, settings of training, padding, and
+choices of kernels."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-"""Keys of config.json that all models with rope_scaling=llama3 share."""
+"""Keys of config.json, with their values, that all models with rope_scaling=llama3 have."""
 YARN: dict[str, list[Any]] = {
     **{"beta_fast": [32], "beta_slow": [1], "truncate": [True]},
     **{key: [None] for key in ("attention_factor", "mscale", "mscale_all_dim")},
 }
-"""Keys of config.json for rope_scaling=yarn, and the values that are supported here."""
+"""Key of config.json with rope_scaling=yarn -> the values of it that are supported here."""
 NULLABLE = ("window", "attention_softcap", "logit_softcap", "q_lora_rank")
-"""Fields of ModelConfig for which null in config.json has a meaning, other than that of a missing key."""
+"""Fields of ModelConfig for which null in config.json does not mean the default, but None."""
 EXPERT_FIELDS = {
     *("n_expert", "n_expert_per_token", "n_shared_expert", "expert_ffn", "router_normalize", "expert_balance"),
 }
 
 
 def architecture_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields of ModelConfig that affect a trained model's output, with defaults resolved."""
+    """Return the fields of a ModelConfig that change the output of a trained model, name -> value. Defaults are
+    replaced by their values."""
     idle = set(NOT_LEARNED)
     if config.position is not Position.rope:
         idle |= {"rope_base", "rope_scaling"}
@@ -76,7 +77,7 @@ def architecture_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def format_value(value: Any) -> str:
-    """Return ``value`` as typed in an override."""
+    """Return a value of the config as text for an override, such as ``true``, ``null`` or ``rmsnorm``."""
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(getattr(value, "name", value))
@@ -84,10 +85,10 @@ def format_value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters of this project and the tensors of transformers that contain the same numbers.
+    """Correspondence of parameters of this project and tensors of transformers with the same numbers.
 
-    At least one of the two sides is a single tensor. Several parameters here may be one tensor of transformers,
-    stacked by rows. Several tensors of transformers may be the slices of one parameter along its first dimension.
+    It is one to one, or several parameters are one tensor of transformers, stacked by rows, or several tensors of
+    transformers are the slices of one parameter along its first dimension.
     """
 
     names: tuple[str, ...]
@@ -95,54 +96,56 @@ class Rule:
     hf_names: tuple[str, ...]
     """Names of the tensors in files of transformers."""
     transposed: bool = False
-    """True if transformers stores a matrix as (in, out); here it is (out, in)."""
+    """True if transformers stores the transposed matrix, (in, out) instead of (out, in)."""
     offset: float = 0.0
-    """Number that transformers adds to the stored numbers when it computes."""
+    """Number that transformers adds to the stored numbers before it uses them."""
 
 
 @dataclass(frozen=True)
 class StateDictAdapter:
-    """Adapter between a state dict of this project and one architecture of the transformers library."""
+    """Conversion between models of this project and one architecture of transformers. Most fields come from
+    ``architectures.yaml``."""
 
     name: str
-    """``model_type`` in its config.json."""
+    """``model_type`` in config.json of the architecture."""
     architecture: str
     """Class of transformers that loads the model."""
     prefix: str
-    """Prefix of the names of all tensors except lm_head. Files of the bare model omit it."""
+    """Prefix of the names of all tensors except lm_head, which some files leave out."""
     parts: str
-    """Parts of the architecture as settings of ModelConfig, for messages."""
+    """Text on the parts of the architecture, as settings of ModelConfig, for messages."""
     keys: dict[str, list[Any]]
-    """Field of ModelConfig -> its key in config.json, and the value of the field if the key is missing. Without such a
-    value, a config.json without the key is refused."""
+    """Field of ModelConfig -> its key in config.json, and as an optional second item the value for a missing key.
+    Without a second item, a config.json without the key is refused."""
     dropout: list[str]
-    """Keys of config.json with the dropout."""
+    """Keys of config.json for dropout."""
     only: dict[str, list[Any]]
-    """Key of config.json -> the values that are supported here. A missing key has one of them."""
+    """Key of config.json -> the values of it that are supported here, as is a missing key."""
     activations: dict[str, str]
-    """Name in config.json -> activation. A model is written with the first name of its activation."""
+    """Name of an activation in config.json -> its name here. If several names mean the same activation, the first one
+    is written."""
     names: dict[str, str]
-    """Module of this project -> its name in transformers. Names of a block's modules are those inside the block.
-    Several modules of one name are one tensor there, stacked by rows. {} is the number of an expert."""
+    """Name of a module here -> its name in transformers; for modules of a block, inside the block. Modules with the
+    same name in transformers are one tensor there, stacked by rows. ``{}`` stands for the number of an expert."""
     layers: str
-    """Prefix of the names of a block's tensors in transformers, before the number of the block."""
+    """Beginning of the names of the tensors of blocks in transformers, before the number of the block."""
     buffers: str
-    """Pattern of the names of redundant tensors that old versions saved. They follow from the config."""
+    """Regular expression for the names of tensors that old versions of transformers saved, and that are not needed."""
     transposes: bool = False
-    """True if transformers stores the matrices of a block as (in, out); here they are (out, in)."""
+    """True if transformers stores the matrices of blocks transposed, (in, out) instead of (out, in)."""
     gain_offset: float = 0.0
     """Number that transformers adds to the stored gain of a norm: 1 in Gemma."""
     even_heads: bool = False
-    """True if the number of heads has to divide the width, even if config.json has a head_dim."""
+    """True if the number of heads must divide the width, although config.json may have a head_dim."""
     requires_bias: bool = False
-    """True if every layer needs a bias. Layers without one are then written with a bias of zeros."""
+    """True if every layer of the architecture has a bias. A model without biases is written with biases of zeros."""
 
     def canonical(self, name: str) -> str:
-        """Return a tensor's name with the prefix that files of the bare model omit."""
+        """Return the name of a tensor of transformers with ``prefix``, which some files leave out."""
         return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        """Return the keys of config.json for a model. Parts that the architecture lacks have no key."""
+        """Return the keys of config.json for a model, with values. Parts that the architecture lacks have no key."""
         config = self.equivalent(config)
         fields = {**vars(config), **architecture_fields(config)}
         written = {key: fields[field] for field, (key, *_) in self.keys.items()}
@@ -151,10 +154,10 @@ class StateDictAdapter:
         return written | dict.fromkeys(self.dropout, config.dropout) | PARTS[self.name][0](config)
 
     def equivalent(self, config: ModelConfig) -> ModelConfig:
-        """Return a config that the architecture can express, and whose model computes the same as that of ``config``.
+        """Return a config with parts that the architecture has, whose model computes the same as that of ``config``.
 
-        An architecture that requires biases gets biases of zero. NTK-aware scaling becomes another base of the rotary
-        frequencies.
+        Biases are added if the architecture requires them. NTK-aware scaling of rotary frequencies becomes another
+        base.
         """
         if self.requires_bias:
             norm = Norm.layernorm if config.norm is Norm.layernorm_nobias else config.norm
@@ -166,7 +169,8 @@ class StateDictAdapter:
         return dataclasses.replace(config, rope_base=base, rope_scaling=RopeScaling.none, rope_factor=1.0)
 
     def read_config(self, hf: dict[str, Any]) -> ModelConfig:
-        """Return the model of a config.json. Raise ConfigError for a missing key, or a part that is not supported."""
+        """Return the ModelConfig for the content ``hf`` of a config.json. Raise ConfigError if a key is missing or a
+        part is not supported."""
         fields: dict[str, Any] = {"name": hf["model_type"]}
         for field, (key, *missing) in self.keys.items():
             is_set = hf.get(key) is not None or (key in hf and field in NULLABLE)
@@ -182,8 +186,7 @@ class StateDictAdapter:
         return ModelConfig(**(fields | PARTS[self.name][1](hf, fields)))
 
     def rules(self, config: ModelConfig) -> list[Rule]:
-        """Return the rules of a model's tensors, with a bias in every possible layer if the architecture requires
-        it. Adapters (LoRA) have no rules here."""
+        """Return the rules for all tensors of a model, without adapters (LoRA)."""
         config = dataclasses.replace(self.equivalent(config), lora=LoraConfig())
         blocks = [f"blocks.{layer}.{name}" for layer in range(config.n_layer) for name in block_shapes(config)]
         found: dict[tuple[str, ...], list[str]] = {}
@@ -201,7 +204,8 @@ class StateDictAdapter:
         ]
 
     def adapted(self, config: ModelConfig) -> dict[str, list[str]]:
-        """Return the modules of transformers that have an adapter, and the modules here that each of them stacks."""
+        """Return the modules with an adapter (LoRA): name in transformers -> names here. Several modules here may be
+        one stacked module of transformers."""
         stacks = {
             rule.hf_names[0]: [name.removesuffix(".weight") for name in rule.names] for rule in self.rules(config)
         }
@@ -212,9 +216,10 @@ class StateDictAdapter:
         }
 
     def peft_targets(self, config: ModelConfig) -> dict[str, Any]:
-        """Return the keys of peft's adapter_config.json that name the adapters of a model.
+        """Return the keys of peft's adapter_config.json for the layers of a model's adapters, with values.
 
-        A stack of several adapters has their ranks together. Its alpha grows alike, so that the scale is the same.
+        If several modules with adapters are one stacked module of transformers, the rank and alpha of its adapter are
+        multiplied by their number, so that the scale is the same.
         """
         first, lora = f"{self.layers}.0.", config.lora
         adapters = {
@@ -230,7 +235,8 @@ class StateDictAdapter:
         }
 
     def hf_names(self, name: str, config: ModelConfig) -> tuple[str, ...]:
-        """Return the names of a parameter's tensors in transformers: one, or for stacked experts one of each."""
+        """Return the names in transformers of the tensors of the parameter ``name``: one, or for stacked experts one
+        for each expert."""
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         prefix, local = (f"{self.layers}.{block[1]}.", block[2]) if block else ("", name)
         if local in self.names:
@@ -239,7 +245,8 @@ class StateDictAdapter:
         return (f"{prefix}{self.names[module]}.{kind}",)
 
     def list_misfits(self, config: ModelConfig) -> list[str]:
-        """Return the settings that a config.json of the architecture cannot store, as ``key=value``."""
+        """Return the settings of a model that the architecture does not support, as ``model.KEY=VALUE``; empty if it
+        supports all."""
         asked = architecture_fields(self.equivalent(config))
         kept = architecture_fields(self.read_config({"model_type": self.name, **self.write_config(config)}))
         odd = ["n_head"] if self.even_heads and config.n_embd % config.n_head else []
@@ -248,8 +255,10 @@ class StateDictAdapter:
 
 
 def refuse_others(hf: dict[str, Any], choices: dict[str, list[Any]]) -> None:
-    """Raise ConfigError if a key of config.json has none of the values in ``choices``: the same tensors would compute
-    something else."""
+    """Raise ConfigError if a key of the config.json ``hf`` has a value that is not supported here.
+
+    ``choices`` has the supported values of some keys. A missing key, or null, is accepted.
+    """
     for key, values in choices.items():
         if hf.get(key) is not None and hf[key] not in values:
             raise ConfigError(
@@ -260,7 +269,7 @@ def refuse_others(hf: dict[str, Any], choices: dict[str, list[Any]]) -> None:
 
 
 def no_parts(*_: Any) -> dict[str, Any]:
-    """Return nothing: the table describes all parts of a GPT-2."""
+    """Return an empty dictionary: architectures.yaml has all keys of a GPT-2."""
     return {}
 
 
@@ -269,13 +278,13 @@ def no_parts(*_: Any) -> dict[str, Any]:
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a Llama's config.json that architectures.yaml does not list."""
+    """Return the keys of a Llama's config.json that architectures.yaml does not have, with values."""
     biases = {"attention_bias": config.bias, "mlp_bias": config.bias}
     return write_rope(config) | biases
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json for rotary embeddings."""
+    """Return the keys of config.json for rotary embeddings, with values."""
     base, scaling = config.rope_base, config.rope_scaling
     if scaling is RopeScaling.none:
         return {"rope_theta": base, "rope_scaling": None}
@@ -288,8 +297,16 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_llama(hf: dict[str, Any], fields: dict[str, Any], rope_base: float = 10000.0) -> dict[str, Any]:
-    """Return the parts of a Llama's config.json; ``rope_base`` replaces a missing key. Raise ConfigError for a part
-    that is not supported."""
+    """Return the fields of ModelConfig from a Llama's config.json that architectures.yaml does not have.
+
+    Args:
+        hf: content of the config.json.
+        fields: fields of ModelConfig from the keys in architectures.yaml.
+        rope_base: base of the rotary frequencies if config.json has none.
+
+    Raises:
+        ConfigError: a part of the model is not supported.
+    """
     bias = bool(hf.get("attention_bias", False))
     refuse_others(hf, {"mlp_bias": [bias]})
     is_swiglu = fields["activation"] is Activation.silu
@@ -303,7 +320,8 @@ def read_llama(hf: dict[str, Any], fields: dict[str, Any], rope_base: float = 10
 
 
 def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
-    """Return the fields of ModelConfig about rotary embeddings from a config.json of transformers 4 or 5."""
+    """Return the fields of ModelConfig for rotary embeddings from a config.json of transformers 4 or 5. ``base`` is the
+    base of the frequencies if config.json has none."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope = rope.get("full_attention", rope)  # of the layers without a window, if these differ
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
@@ -323,47 +341,51 @@ def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
 
 
 def write_plain(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json that architectures.yaml does not list, for Mistral, Phi-3 and Qwen3: no biases."""
+    """Return the keys of config.json that architectures.yaml does not have, for an architecture like Llama that has no
+    keys for biases."""
     return {key: value for key, value in write_llama(config).items() if not key.endswith("_bias")}
 
 
 def write_phi3(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a Phi-3's config.json that architectures.yaml does not list. Its only scaling is longrope."""
+    """Return the keys of a Phi-3's config.json that architectures.yaml does not have. It has no scaling that is
+    supported here."""
     return write_plain(config) | {"rope_scaling": None}
 
 
 def read_phi3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a Phi-3's config.json. Raise ConfigError for a part that is not supported."""
+    """Return the fields of ModelConfig from a Phi-3's config.json, as ``read_llama``."""
     rope = hf.get("rope_parameters") or {}
     refuse_others({**hf, **rope}, {"rope_scaling": [None], "rope_type": ["default"]})
     return read_llama(hf, fields)
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a Mixtral's config.json that architectures.yaml does not list."""
+    """Return the keys of a Mixtral's config.json that architectures.yaml does not have, with values."""
     experts = {"router_aux_loss_coef": config.balance_weight, "output_router_logits": False}
     return write_plain(config) | experts
 
 
 def read_mixtral(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a Mixtral's config.json. Raise ConfigError for a part that is not supported."""
+    """Return the fields of ModelConfig from a Mixtral's config.json, as ``read_llama``."""
     parts = read_llama(hf, fields, rope_base=1e6)
     return parts | {"ffn": Ffn.moe, "expert_ffn": parts["ffn"], "router_normalize": True}
 
 
 def read_qwen3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a Qwen3's config.json. Raise ConfigError for a part that is not supported."""
+    """Return the fields of ModelConfig from a Qwen3's config.json, as ``read_llama``."""
     return read_llama(hf, fields) | {"qk_norm": True}
 
 
 def write_deepseek(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a DeepSeek V3's config.json that architectures.yaml does not list. It has no experts."""
+    """Return the keys of a DeepSeek V3's config.json that architectures.yaml does not have, for a model without
+    experts."""
     widths = dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), config.value_width)
     return write_plain(config) | widths | {"first_k_dense_replace": config.n_layer, "num_nextn_predict_layers": 0}
 
 
 def read_deepseek(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a DeepSeek V2's or V3's config.json. Raise ConfigError for a part that is not supported."""
+    """Return the fields of ModelConfig from a DeepSeek V2's or V3's config.json, as ``read_llama``. Experts are not
+    supported."""
     plain, layers = hf.get("qk_nope_head_dim", 128), fields["n_layer"]
     dense = min(hf.get("first_k_dense_replace") or 0, layers)
     refuse_others({**hf, "first_k_dense_replace": dense}, {"first_k_dense_replace": [layers], "v_head_dim": [plain]})
@@ -375,21 +397,21 @@ def read_deepseek(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_kinds(config: ModelConfig) -> list[str]:
-    """Return the kind of each layer as transformers names them."""
+    """Return the kind of each layer under its name in transformers: with or without a window."""
     return ["sliding_attention" if config.is_local(layer) else "full_attention" for layer in range(config.n_layer)]
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json that architectures.yaml does not list, for a Gemma 2 or a Gemma 3 of text."""
+    """Return the keys of config.json that architectures.yaml does not have, for a Gemma 2 or a Gemma 3 of text."""
     base = 1e4 if config.rope_base_local is None else config.rope_base_local
     kinds = {"layer_types": layer_kinds(config), "query_pre_attn_scalar": config.head_dim}
     return write_plain(config) | kinds | ({"rope_local_base_freq": base} if config.qk_norm else {})
 
 
 def read_gemma2(hf: dict[str, Any], fields: dict[str, Any], every: int = 2) -> dict[str, Any]:
-    """Return the parts of a Gemma 2's config.json. Raise ConfigError for a part that is not supported.
+    """Return the fields of ModelConfig from a Gemma 2's config.json, as ``read_llama``.
 
-    Without layer_types, the layers whose number is a multiple of ``every`` have no window.
+    If config.json has no layer_types, the layers whose number is a multiple of ``every`` have no window.
     """
     # The scores are divided by the root of this number, here by that of the width of a head.
     refuse_others({"query_pre_attn_scalar": 256, **hf}, {"query_pre_attn_scalar": [fields["head_width"]]})
@@ -405,7 +427,7 @@ def read_gemma2(hf: dict[str, Any], fields: dict[str, Any], every: int = 2) -> d
 
 
 def read_gemma3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of the config.json of a Gemma 3 of text. Raise ConfigError for a part that is not supported."""
+    """Return the fields of ModelConfig from the config.json of a Gemma 3 of text, as ``read_llama``."""
     parts = read_gemma2(hf, fields, hf.get("sliding_window_pattern") or 6) | read_rope(hf, 1e6)
     local = (hf.get("rope_parameters") or {}).get("sliding_attention", {})
     refuse_others({**hf, **local}, {"rope_type": ["default"]})
@@ -427,18 +449,18 @@ PARTS: dict[
     "gemma2": (write_gemma, read_gemma2),
     "gemma3_text": (write_gemma, read_gemma3),
 }
-"""Architecture -> function that returns the parts of a model as further keys of config.json; and function that returns
-further fields of ModelConfig, from a config.json and the fields that the table gave. The second one raises ConfigError
-for an unsupported part."""
+"""Architecture -> two functions for the parts that architectures.yaml does not have. The first takes a ModelConfig, and
+returns keys of config.json. The second takes a config.json, and the fields of ModelConfig from architectures.yaml, and
+returns further fields; it raises ConfigError for a part that is not supported."""
 TABLE = resources.files("gpt.conversion").joinpath("architectures.yaml")
 ADAPTERS = tuple(StateDictAdapter(name, **row) for name, row in yaml.safe_load(TABLE.read_text()).items())
 
 
 def choose_adapter(config: ModelConfig) -> StateDictAdapter:
-    """Return the adapter whose architecture has all parts of a model.
+    """Return the adapter of the architecture of transformers that has all parts of a model.
 
     Raises:
-        ConfigError: no adapter has all parts. The message names the parts that the nearest one lacks.
+        ConfigError: no architecture has all parts. The message names those that the most similar one lacks.
     """
     misfits = {adapter.name: adapter.list_misfits(config) for adapter in ADAPTERS}
     nearest = min(ADAPTERS, key=lambda adapter: len(misfits[adapter.name]))
@@ -452,10 +474,10 @@ def choose_adapter(config: ModelConfig) -> StateDictAdapter:
 
 
 def find_adapter(hf: dict[str, Any]) -> StateDictAdapter:
-    """Return the adapter of the ``model_type`` in a config.json.
+    """Return the adapter of the architecture with the ``model_type`` of a config.json.
 
     Raises:
-        ConfigError: no adapter has this type.
+        ConfigError: this architecture is not supported.
     """
     for adapter in ADAPTERS:
         if adapter.name == hf.get("model_type"):

@@ -29,7 +29,7 @@ from launch.runs.folder import RunFolder
 SINGLE = "model.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-"""Prefix of the names of tensors in files of peft."""
+"""Prefix of the names of all tensors in files of peft."""
 PEFT_ONLY: dict[str, Any] = {
     **{"peft_type": "LORA", "bias": "none", "layer_replication": None},
     **dict.fromkeys(("use_rslora", "use_dora", "use_qalora", "use_bdlora", "lora_bias"), False),
@@ -38,12 +38,12 @@ PEFT_ONLY: dict[str, Any] = {
 }
 """Key of adapter_config.json -> the only supported value. A missing key or an empty value counts as this value."""
 MERGE = "merge_and_unload().save_pretrained(FOLDER) of the model in peft, and init_from=hf:FOLDER"
-"""Fix that is proposed for an adapter whose settings are not supported here."""
+"""Text that errors propose for an adapter whose settings are not supported here."""
 INDEX = "model.safetensors.index.json"
 
 
 def tensors_in_folder(folder: Path) -> dict[str, Path]:
-    """Return the file of every tensor, by name, in a folder of transformers: one file, or those that an index names.
+    """Return name of a tensor -> path of its file, for all tensors in a folder of transformers.
 
     Raises:
         ConfigError: there are no safetensors files, or one is missing or truncated.
@@ -74,7 +74,7 @@ def tensors_in_folder(folder: Path) -> dict[str, Path]:
 
 
 def damaged_file_error(path: Path, why: str) -> ConfigError:
-    """Return the error for a damaged file."""
+    """Return the error for the damaged file ``path``; ``why`` is its damage."""
     return ConfigError(f"{path} cannot be used ({why})", "the file as it was written", "another copy of it")
 
 
@@ -83,30 +83,31 @@ def damaged_file_error(path: Path, why: str) -> ConfigError:
 
 HF_CONFIG = "config.json"
 OUR_WORKLOAD = "gpt.workload.GptWorkload"
-"""Name under which the launcher finds this library."""
+"""Value of ``workload._target_`` in the config of runs of this library."""
 PART_KEYS = ("position", "rope_scaling", "ffn", "expert_ffn", "kv_lora_rank")
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Weights to start from, and their model."""
+    """Source of the first weights of a run (``init_from``), and the model of these weights."""
 
     path: Path
-    """Folder of the weights; for a checkpoint, the folder of its run."""
+    """Folder of transformers, or folder of a run."""
     is_run: bool
     """True for a run of this project, False for a folder of transformers."""
     model: ModelConfig
     step: int | None = None
-    """Step of the checkpoint of a run; None for the newest."""
+    """Step of the checkpoint of a run; None for the newest one."""
     adapter: Path | None = None
-    """Folder of peft's adapter (LoRA) of the weights; None without one."""
+    """Folder of an adapter (LoRA) of peft for the weights; None if there is none."""
 
 
 def find_source(init_from: str) -> WeightSource:
-    """Return the kind and the model of the weights at a path. ``hf:PATH`` accepts a folder of transformers only.
+    """Return the source of weights that a value of ``init_from`` names. With ``hf:PATH`` it must be a folder of
+    transformers.
 
     Raises:
-        ConfigError: the path has none of the kinds, or is incomplete.
+        ConfigError: the path has no weights of a known kind, or is incomplete.
     """
     path = Path(init_from.removeprefix(HF_PREFIX)).expanduser().absolute()
     if (path / PEFT_CONFIG).is_file():
@@ -134,7 +135,7 @@ def find_source(init_from: str) -> WeightSource:
 
 
 def read_run(folder: RunFolder) -> TrainConfig:
-    """Read the config of a run of ``gpt.train``.
+    """Return the config of a run of ``gpt.train``.
 
     Raises:
         ConfigError: another program made the run, or its config is damaged.
@@ -153,7 +154,7 @@ def read_run(folder: RunFolder) -> TrainConfig:
 
 
 def inspect_run(path: Path, step: int | None) -> WeightSource:
-    """Inspect a run as a source of weights.
+    """Return the run folder ``path`` as a source of weights. ``step`` names a checkpoint; None means the newest.
 
     Raises:
         ConfigError: the run has no checkpoint, or none of ``step``.
@@ -171,7 +172,7 @@ def inspect_run(path: Path, step: int | None) -> WeightSource:
 
 
 def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
-    """Return the adapter and the model of a folder of transformers, after a check of its tensors' names.
+    """Return the architecture and the model of a folder of transformers. The names of its tensors are checked.
 
     Raises:
         ConfigError: the config is unreadable or of an unknown architecture, or tensors are missing or unknown.
@@ -188,7 +189,8 @@ def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
 
 
 def inspect_adapter(folder: Path) -> WeightSource:
-    """Inspect a folder of peft's adapter, whose base weights lie beside it, or where its config says.
+    """Return an adapter (LoRA) of peft in ``folder`` as a source of weights, together with its base weights, which are
+    in the same folder or in the folder that its config names.
 
     Raises:
         ConfigError: there are no base weights, or the adapter is damaged or has settings that are not supported here.
@@ -235,7 +237,7 @@ def inspect_adapter(folder: Path) -> WeightSource:
 
 
 def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, names: set[str]) -> None:
-    """Raise ConfigError unless a folder has exactly the tensors of the model."""
+    """Raise ConfigError unless ``names``, the tensors in ``folder``, are exactly those of the model."""
     wanted = {name for rule in adapter.rules(config) for name in rule.hf_names}
     found = {name for name in map(adapter.canonical, names) if not re.fullmatch(adapter.buffers, name)}
     if config.tie_embeddings:
@@ -251,11 +253,11 @@ def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, na
 
 
 def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
-    """Return the overrides that turn ``asked`` into the architecture of ``found``; empty if its weights fit.
+    """Return the overrides that make the model ``asked`` equal to ``found``; empty if weights of ``found`` fit
+    ``asked``.
 
-    The embedding may have more rows than the source. Training may use shorter sequences than the source, and longer
-    ones if no table of positions limits them. An adapter of the source goes on being trained, or is merged into the
-    weights of a run without adapters.
+    They also fit if ``asked`` has a larger vocabulary, shorter sequences, or longer ones without a table of positions.
+    An adapter (LoRA) of ``found`` must equal that of ``asked``, unless ``asked`` has none.
     """
     there = architecture_fields(found)
     if asked.vocab_size >= found.vocab_size:
@@ -274,7 +276,7 @@ def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
 
 
 def refuse_other_model(asked: ModelConfig, source: WeightSource) -> None:
-    """Raise ConfigError if the weights of ``source`` have another architecture than the run."""
+    """Raise ConfigError if the weights of ``source`` do not fit the model ``asked`` of the run."""
     overrides = differences(asked, source.model)
     if overrides:
         keys = [override.split("=")[0].removeprefix("model.") for override in overrides]
@@ -287,10 +289,7 @@ def refuse_other_model(asked: ModelConfig, source: WeightSource) -> None:
 
 
 def check_init_from(config: TrainConfig, folder: RunFolder) -> None:
-    """Refuse an unusable ``init_from``, unless the run has its own checkpoint, which takes precedence.
-
-    Raises:
-        ConfigError: the source is missing, or has another model.
-    """
+    """Raise ConfigError if ``init_from`` names no source of weights, or one with another model. Do nothing if the run
+    in ``folder`` has a checkpoint, because ``init_from`` is then ignored."""
     if config.init_from is not None and not folders.steps(folder.checkpoints):
         refuse_other_model(config.model, find_source(config.init_from))

@@ -46,7 +46,7 @@ VOCABULARY = ("token_embedding.weight", "head.weight")
 
 
 def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a model under an architecture's names, in the order of the adapter's rules."""
+    """Yield name and tensor for all tensors that an architecture of transformers has for the model of ``state``."""
     # Padding rows of the vocabulary are left out, because transformers would use them as tokens.
     state = {name: tensor[: config.vocab_size] if name in VOCABULARY else tensor for name, tensor in state.items()}
     if adapter.requires_bias:
@@ -66,12 +66,12 @@ def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Itera
 
 
 def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, torch.Size]) -> State:
-    """Convert the tensors of transformers to a state of this project's model, fp32.
+    """Convert tensors of transformers to a state of this project, in fp32.
 
     Args:
         read: returns a tensor by its name in transformers.
-        rules: the adapter's rules for the model.
-        shapes: shapes of the parameters here; they determine how a combined tensor is split.
+        rules: rules of the architecture for the model.
+        shapes: shapes of the parameters here, by name. A stacked tensor of transformers is split by them.
 
     Raises:
         ConfigError: the rows of a tensor are not the sum of the rows of its parameters.
@@ -92,11 +92,11 @@ def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, 
 
 
 def fit_shapes(state: State, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
-    """Fit ``state`` to the shapes of the model: extend the vocabulary, or shorten the table of positions.
+    """Return ``state`` with a vocabulary and a table of positions of the sizes in ``shapes``.
 
-    New tokens get the mean of the existing ones, so they take little probability from the existing tokens. Zeros can
-    take nearly all if the logits are far below zero (J. Hewitt, Initializing New Word Embeddings for Pretrained
-    Language Models, 2021). Padding rows are 0.
+    The table of positions may be shortened, and the vocabulary extended. A new token gets the mean of the existing
+    tokens, so that it gets little probability. With zeros it could get nearly all, if all logits are far below zero (J.
+    Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021). Padding rows are 0.
 
     Raises:
         ConfigError: a tensor has another shape; the message names all such tensors.
@@ -118,13 +118,13 @@ def fit_shapes(state: State, config: ModelConfig, shapes: dict[str, torch.Size])
 
 
 def wrong_shapes_error(wrong: list[str]) -> ConfigError:
-    """Return the error for tensors that do not match the model of the config next to them."""
+    """Return the error for tensors that do not fit the model; ``wrong`` has a text for each."""
     return ConfigError("; ".join(wrong), "tensors of the model that is described beside them", "another copy of it")
 
 
 def merge_adapters(state: State, lora: LoraConfig) -> State:
-    """Return a state without adapters. The scaled product of each adapter's two matrices is added to the weight of its
-    layer."""
+    """Return a state without adapters (LoRA): the scaled product of the two matrices of each adapter is added to the
+    weight of its layer."""
     merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
     for name in state:
         if name.endswith(".lora_a"):
@@ -135,9 +135,9 @@ def merge_adapters(state: State, lora: LoraConfig) -> State:
 
 
 def to_peft(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the adapters of a model under peft's names.
+    """Yield name and tensor for all adapters (LoRA) of a model, with the names of peft.
 
-    transformers may stack several matrices by rows. The adapter of a stack has the ranks of all its adapters: its
+    If transformers stacks several matrices by rows, their adapters become one adapter with the sum of their ranks: its
     second matrix is block-diagonal, without columns for matrices that have no adapter.
     """
     for hf_module, modules in adapter.adapted(config).items():
@@ -148,10 +148,10 @@ def to_peft(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Ite
 
 
 def read_peft(folder: Path, adapter: StateDictAdapter, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
-    """Read the adapters of a model, fp32, from a folder of peft.
+    """Return the tensors of the adapters (LoRA) in a folder of peft, in fp32, with their names here.
 
-    The adapter of a stack of matrices is split as ``to_peft`` joins it. If it has the rank of one adapter, the matrices
-    share its first matrix: each gets a copy.
+    The adapter of stacked matrices is split into one for each matrix, the reverse of ``to_peft``. If it has the rank of
+    a single adapter, each of them gets a copy of its first matrix.
 
     Raises:
         ConfigError: the rows of an adapter are not those of its stack, or its second matrix is not block-diagonal.
@@ -183,17 +183,18 @@ def read_peft(folder: Path, adapter: StateDictAdapter, config: ModelConfig, shap
 
 @dataclass(frozen=True)
 class VerifiedSource:
-    """Source whose files one process has verified for all ranks. Can be sent to them."""
+    """Source of weights after one rank has verified its files for all ranks."""
 
     source: WeightSource
     files: dict[str, str]
-    """File -> sha256. For a checkpoint only its manifest, which has the checksums of the other files."""
+    """Name of a file -> sha256. For a checkpoint only its manifest, which has the checksums of the other files."""
     checkpoint: Path | None
-    """Checkpoint chosen from a run; None for other sources."""
+    """Folder of the checkpoint, if the source is a run; otherwise None."""
 
 
 def verify_source(source: WeightSource) -> VerifiedSource:
-    """Read a whole source, compare its checksums, and choose the checkpoint of a run.
+    """Read all files of a source of weights, and return it with their checksums. Of a run, an undamaged checkpoint is
+    chosen.
 
     Raises:
         ConfigError: the source is damaged.
@@ -208,14 +209,15 @@ def verify_source(source: WeightSource) -> VerifiedSource:
 
 
 def sum_files(paths: list[Path]) -> dict[str, str]:
-    """Return the sha256 of each file in hexadecimal digits, by the file's name without folder."""
+    """Return name of a file, without its folder -> sha256 in hexadecimal digits, for all ``paths``."""
     return {path.name: sum_file(path).sha256 for path in paths}
 
 
 def read_source(verified: VerifiedSource, model: GPT) -> State:
-    """Read the state of ``model`` from a source, fp32, with every tensor in the shape of its parameter.
+    """Return the weights of a source as a state of ``model``, in fp32, with the shapes of its parameters.
 
-    Without adapters if only the model has them. If only the source has them, they are merged into its weights.
+    If only the model has adapters (LoRA), the state has none. If only the source has adapters, they are merged into its
+    weights.
 
     Raises:
         ConfigError: tensors are missing, unknown or of another shape.
@@ -240,7 +242,8 @@ def read_source(verified: VerifiedSource, model: GPT) -> State:
 
 
 def read_hf_folder(folder: Path, shapes: dict[str, torch.Size]) -> State:
-    """Read the state of the model from a folder of transformers. ``shapes`` are those of its parameters."""
+    """Return the weights in a folder of transformers as a state of this project, in fp32. ``shapes`` are those of the
+    parameters here, by name."""
     adapter, config = inspect_hf_folder(folder)
     files = {adapter.canonical(name): (path, name) for name, path in tensors_in_folder(folder).items()}
     with ExitStack() as stack:
@@ -290,7 +293,7 @@ def load_model(
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
-    """Open the run folder at ``path``, or of the run with that label. Return it with the config of the run.
+    """Return folder and config of the run at ``path``. If ``path`` does not exist, it may be the label of a run.
 
     Raises:
         ConfigError: the run is missing, or another program made it. For a sweep, the message names its runs.
@@ -310,7 +313,7 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
 
 
 def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
-    """Return the newest undamaged checkpoint of a run, or the one of ``step``.
+    """Return the folder of the newest undamaged checkpoint of a run, or of the checkpoint of ``step``.
 
     Raises:
         ConfigError: no such checkpoint exists.
