@@ -30,7 +30,7 @@ SIZES = {"cpu": "64,256,1024,2048", "cuda": "64,256,1024,4096,16384"}
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write the rates. Return the exit status: 0, or 2 if the command was refused."""
+    """Run the command: measure the rates, and write them. Return the exit status: 0, or 2 if it was refused."""
     parser = CommandParser(
         prog="python -m gpt.bench_matmul",
         description="Measure the rate of matrix products by size on this machine's GPU, or else on its CPUs.",
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budget_s: float) -> float:
-    """Return the median time of a product of an (m, k) and a (k, n) matrix in seconds, measured for ``budget_s``."""
+    """Return the median seconds of a product of an (m, k) and a (k, n) matrix, measured for ``budget_s`` seconds."""
     left, right = (torch.randn(shape, device=device).to(DTYPES[precision]) for shape in ((m, k), (k, n)))
     given = {"mm": torch.mm, "left": left, "right": right, "result": left @ right}
     before = torch.backends.cuda.matmul.allow_tf32
@@ -86,7 +86,7 @@ def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budg
 
 
 def circumstances() -> dict[str, Any]:
-    """Return the circumstances of a measurement: host, versions, threads and date."""
+    """Return name -> value of the circumstances of a measurement: host, versions, threads and date."""
     return {
         "host": platform.node(),
         "python": platform.python_version(),

@@ -43,9 +43,9 @@ from launch.runs.folder import RunFolder
 
 
 WINDOW = 0.05
-"""Share of the compared tokens, 0 to 1, over which the training loss is averaged, because single steps are noisy."""
+"""Training losses are averaged over this last share of the compared tokens, 0 to 1, because single steps are noisy."""
 SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recompute", "init_from")
-"""Parts of the config, in addition to the model, whose differences are listed."""
+"""Parts of the config whose differences are listed, in addition to the model."""
 COLUMNS = {
     "parameters": ("parameters", "{:,}"),
     "non_embedding": ("without embeddings", "{:,}"),
@@ -65,31 +65,36 @@ COLUMNS = {
     "device": ("device", "{}"),
     "state": ("state", "{}"),
 }
-"""Name of a metric in the CSV -> its title and format in the table."""
+"""Name of a metric in the CSV -> its title and its format in the table."""
 
 Curve = npt.NDArray[np.float64]
-"""Pairs of tokens seen and loss in nats per token, by ascending tokens, (points, 2)."""
+"""Points of a curve of losses: number of tokens trained on, and loss in nats per token, ascending, (points, 2)."""
 
 
 Differences = dict[str, dict[str, list[str]]]
-"""Heading -> key of the config -> its value in each run."""
+"""Heading of the table -> key of the config -> its value in each run, as text."""
 
 
 @dataclass
 class RunMetrics:
-    """Metrics of one run."""
+    """Metrics of one run, or of a model that was not run."""
 
     label: str
+    """Name of the run in the table."""
     losses: Curve
+    """Training losses."""
     val_losses: Curve
+    """Validation losses."""
     data_sha256: str | None
+    """Checksum of the tokens; None if unknown."""
     config: dict[str, Any]
+    """Config of the run: dotted key -> value."""
     values: dict[str, Any]
     """Name in ``COLUMNS`` -> value; unknown values are left out."""
 
 
 def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
-    """Read the metrics of one run folder.
+    """Return the metrics of the run in a folder. ``label`` is its name in the table.
 
     Raises:
         ConfigError: the folder has no config.
@@ -123,7 +128,7 @@ NOTE_OF_PRESETS = (
 
 
 def plan_metrics(words: str) -> RunMetrics:
-    """Return the sizes of a model that was not run. ``words`` are overrides, which are also its label.
+    """Return the sizes of a model that was not run, as metrics. ``words`` are its overrides, and its name in the table.
 
     Raises:
         ConfigError: an override is wrong, or the parts of the model do not fit each other.
@@ -143,7 +148,7 @@ def plan_metrics(words: str) -> RunMetrics:
 
 
 def curve(points: Sequence[tuple[int, float]]) -> Curve:
-    """Return pairs of tokens and loss as an array, (points, 2)."""
+    """Return pairs of a number of tokens and a loss as an array, (points, 2)."""
     return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
@@ -151,8 +156,9 @@ def add_equal_losses(runs: Sequence[RunMetrics]) -> str | None:
     """Add to the values of each run its losses at the largest number of tokens that all runs have reached.
 
     Returns:
-        A note that says at how many tokens the losses are compared, or why they are not; None if fewer than two runs
-        have trained."""
+        A note for the table: the number of tokens, or why losses are not compared; None if fewer than two runs have
+        made a step.
+    """
     begun = [run for run in runs if run.values["tokens"]]
     # The checksum covers the tokens: losses per token are not comparable between tokenizers.
     if len({run.data_sha256 for run in begun}) > 1:
@@ -172,14 +178,16 @@ def add_equal_losses(runs: Sequence[RunMetrics]) -> str | None:
 
 
 def interpolate(losses: Curve, tokens: int) -> float | None:
-    """Return the loss at ``tokens``, linearly interpolated, in nats per token; None outside of the curve's points."""
+    """Return the loss of a curve after ``tokens`` tokens, linearly interpolated, in nats per token; None outside of its
+    points."""
     if not len(losses) or not losses[0, 0] <= tokens <= losses[-1, 0]:
         return None
     return float(np.interp(tokens, *losses.T))
 
 
 def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[str, list[str]]:
-    """Return the keys in these parts of the config whose values differ: key -> the value of each run as text."""
+    """Return the keys in the given parts of the config whose values differ: dotted key -> value of each run, as
+    text."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] in parts)
     found = {}
     for key in keys:
@@ -194,7 +202,7 @@ def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[s
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Return a label for each run: its folder below the common parent, and its overrides of the command line."""
+    """Return a name for each run: its folder, relative to the folder that has all runs, and its overrides."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
     groups: dict[Path, list[Path]] = {}
     for run in runs:
@@ -206,7 +214,7 @@ def label_runs(runs: Sequence[Path]) -> list[str]:
 
 
 def print_table(runs: Sequence[RunMetrics], compared: Differences, console: Console) -> None:
-    """Print a table with a column for each run."""
+    """Print a table of metrics and different settings, with a column for each run."""
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.add_column("", no_wrap=True)
     for run in runs:
@@ -224,7 +232,8 @@ def print_table(runs: Sequence[RunMetrics], compared: Differences, console: Cons
 
 
 def write_csv(runs: Sequence[RunMetrics], compared: Differences, path: Path) -> None:
-    """Write all metrics with all digits, and every setting that differs. An unknown value is an empty cell."""
+    """Write a CSV file with a row for each run: all metrics with all digits, and the settings that differ. An unknown
+    value is an empty cell."""
     differing = {key: values for part in compared.values() for key, values in part.items()}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["run", *COLUMNS, *differing], lineterminator="\n")

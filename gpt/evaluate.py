@@ -38,21 +38,26 @@ class Evaluation:
     """Metrics of a model on the validation split."""
 
     run: str
+    """Path of the run folder."""
     step: int
+    """Step of the checkpoint."""
     sequences: int
+    """Number of evaluated sequences."""
     tokens: int
+    """Number of evaluated tokens."""
     num_bytes: float | None
-    """Bytes of the predicted text; None if the tokens are no text, or their text is unknown."""
+    """Estimated bytes of the evaluated text; None if the tokens are no text, or the size of their text is unknown."""
     logged_sequences: int
     """Number of sequences over which training computes ``val_loss``: the first ``eval.sequences`` of the split."""
     loss: float
-    """Mean cross-entropy, nats per token."""
+    """Mean cross-entropy, in nats per token."""
     perplexity: float
-    """Exponential of the loss: the number of equally likely tokens whose choice is as uncertain."""
+    """Exponential of ``loss``."""
     bits_per_byte: float | None
-    """Loss in bits per byte of text, comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1)."""
+    """Loss in bits per byte of text, which can be compared between tokenizers (The Pile, arXiv 2101.00027, section
+    3.1); None if ``num_bytes`` is None."""
     tasks: dict[str, float]
-    """Figures of tasks of lm-eval, by ``task/metric``."""
+    """``task/metric`` -> value, for tasks of lm-eval."""
 
 
 def evaluate_run(
@@ -64,15 +69,15 @@ def evaluate_run(
     *,
     shows_progress: bool = False,
 ) -> Evaluation:
-    """Evaluate the checkpoint of a run on the first ``sequences`` sequences of its validation split.
+    """Evaluate a checkpoint of a run on its validation split. Return the metrics. Collective.
 
     Args:
         path: the run folder.
         world: the ranks that share the sequences.
-        step: the checkpoint of this step; None takes the newest.
-        sequences: number of sequences; None takes all.
-        tasks: tasks of lm-eval, by their names or YAML files.
-        shows_progress: True lets rank 0 draw a bar on standard error.
+        step: step of the checkpoint; None takes the newest one.
+        sequences: number of sequences, the first ones of the split; None takes all.
+        tasks: names of tasks of lm-eval, or YAML files.
+        shows_progress: True to show a bar on standard error.
 
     Raises:
         ConfigError: the run, checkpoint or corpus is missing, the corpus has fewer sequences, or a task is unknown.
@@ -119,10 +124,8 @@ def evaluate_run(
 
 
 def open_validation(config: TrainConfig, checkpoint: Path, world: World, sequences: int | None) -> tuple[Samples, int]:
-    """Open the validation split of the corpus on which a checkpoint was trained.
-
-    Returns:
-        The samples, and the number of sequences to evaluate: ``sequences``, or all.
+    """Return the samples of the corpus on which a checkpoint was trained, and the number of validation sequences to
+    evaluate: ``sequences``, or if that is None all. Collective.
 
     Raises:
         ConfigError: the corpus has changed, or has fewer sequences.
@@ -147,7 +150,7 @@ def open_validation(config: TrainConfig, checkpoint: Path, world: World, sequenc
 
 
 def format_evaluation(found: Evaluation) -> str:
-    """Format the metrics for people."""
+    """Return the metrics as text of several lines."""
     size = "" if found.num_bytes is None else f", {found.num_bytes:,.0f} bytes"
     bits = "unknown" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
     logged = found.logged_sequences

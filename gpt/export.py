@@ -4,8 +4,8 @@
     python -m gpt.export RUN --format peft --output adapter              # adapters (LoRA) alone, for peft
     python -m gpt.export RUN --format torch --output model.pt --dtype bf16          # one file of torch.save
 
-Reads the newest whole checkpoint, of any number of ranks and any strategy, in one process without a GPU. An export gets
-its final name only when it is complete.
+Reads the newest undamaged checkpoint, of any number of ranks and any strategy, in one process without a GPU. An export
+gets its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from launch.runs.folder import RunFolder, read_json
 
 
 def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_size: int) -> None:
-    """Write the tokenizer of ``run`` into ``folder``."""
+    """Write the tokenizer of a run into ``folder``, as transformers loads it if possible. ``block_size`` is the length
+    of the model's sequences."""
     if tokenizer.kind in (TokenizerKind.sentencepiece, TokenizerKind.tiktoken):
         # Only the library of such a tokenizer reads its file.
         shutil.copytree(run.tokenizer, folder / "tokenizer")
@@ -61,7 +62,7 @@ def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_si
 
 
 def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the tokenizer.json of a tokenizer of bytes or characters, or of the tokenizers library."""
+    """Return the content of tokenizer.json for a tokenizer of bytes, of characters, or of the tokenizers library."""
     if tokenizer.kind is TokenizerKind.byte:
         # A byte-pair encoding without any pair, whose ids are bytes.
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -79,13 +80,13 @@ def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` as indented JSON, with readable non-Latin characters."""
+    """Write ``value`` as indented JSON in UTF-8, in which characters are not escaped."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def byte_letters() -> list[str]:
-    """Return the character that the tokenizers library writes for each byte: the byte itself if it is printable, else a
-    character from U+0100 on.
+    """Return for each of the 256 bytes the character that the tokenizers library uses for it: the character with the
+    same number if it is printable, else one from U+0100 on.
 
     As in https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
@@ -118,7 +119,8 @@ def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[
 def write_weights(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, name: str = SINGLE, **metadata: str
 ) -> None:
-    """Write ``tensors`` into one safetensors file, with ``metadata`` in its header."""
+    """Write pairs of name and tensor into the safetensors file ``name`` in ``folder``, in ``dtype``, with ``metadata``
+    in its header."""
     path = folder / name
     save_file({name: tensor.to(dtype) for name, tensor in tensors}, path, metadata={"format": "pt", **metadata})
     # The library creates files that only the owner can read. Use the permissions of the folder instead.
@@ -133,8 +135,16 @@ def write_configs(
     eot: int | None,
     origin: dict[str, Any],
 ) -> None:
-    """Write config.json and generation_config.json; ``eot`` is the id of the token that ends a text; None without such
-    a token."""
+    """Write config.json and generation_config.json of a model for transformers.
+
+    Args:
+        folder: folder of the files.
+        adapter: architecture of transformers.
+        config: config of the model.
+        dtype: dtype of the exported weights.
+        eot: id of the token that ends a text; None if there is none.
+        origin: run and checkpoint of the model, as plain JSON.
+    """
     # Written even if None, because the defaults are ids of another tokenizer.
     special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
     described = {"architectures": [adapter.architecture], "model_type": adapter.name, **adapter.write_config(config)}
@@ -147,7 +157,7 @@ def write_configs(
 def write_torch_file(
     path: Path, state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype, origin: dict[str, Any]
 ) -> None:
-    """Write a model and its config into one file of ``torch.save``, synced to disk."""
+    """Write a model, its config and ``origin`` into one file by ``torch.save``, and sync the file to disk."""
     contents = {
         "model_config": {key: getattr(value, "name", value) for key, value in dataclasses.asdict(config).items()},
         "exported_from": origin,
@@ -163,7 +173,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Return the parsed command line."""
     parser = CommandParser(prog="python -m gpt.export", description="Write a run's model for other programs.")
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("--output", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write; required")
@@ -183,7 +193,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def export(args: argparse.Namespace) -> str:
-    """Export the model of a run. Return the line to print.
+    """Export the model of a run as the command line requests. Return the line to print.
 
     Raises:
         ConfigError: the checkpoint is missing, the format lacks a part of the model, or the output exists.
@@ -233,7 +243,7 @@ def write_hf(
     origin: dict[str, Any],
     args: argparse.Namespace,
 ) -> None:
-    """Write a complete folder that transformers loads, synced to disk."""
+    """Write the folder ``temporary``, which transformers can load, and sync it to disk: weights, configs, tokenizer."""
     temporary.mkdir()
     config, dtype = model.config, DTYPES[args.dtype]
     write_weights(temporary, to_hf(merge_adapters(model.state_dict(), config.lora), adapter, config), dtype)
@@ -252,10 +262,11 @@ def write_peft(
     origin: dict[str, Any],
     dtype: torch.dtype,
 ) -> StateDictAdapter:
-    """Write the adapters of a model into a folder that peft loads beside the base weights, synced to disk.
+    """Write the adapters (LoRA) of a model into the folder ``temporary``, which peft can load, and sync it to disk.
 
     Returns:
-        The adapter between the names here and those of the base weights; ``adapter`` if the base is unknown or gone.
+        The architecture of the base weights, whose names are used: that of the folder with which the run has begun, or
+        ``adapter`` if this folder is unknown or deleted.
     """
     temporary.mkdir()
     config, lora = model.config, model.config.lora
@@ -288,7 +299,7 @@ def sync_files(folder: Path) -> None:
 
 
 def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    """Return run, step, data, checkpoint and commit of an exported model, as far as the run folder records them."""
+    """Return the origin of an exported model as plain JSON: run, step, data, checkpoint, and commit if known."""
     manifest: Manifest = read_manifest(checkpoint)
     git = read_json(folder.environment(manifest.meta["attempt"])).get("git", {})
     return {

@@ -28,30 +28,31 @@ from gpt.parallel.distributed import choose_device
 from launch.errors import CommandParser, ConfigError, refusing, require_positive
 
 UNFINISHED = "\ufffd"
-"""Text that a tokenizer decodes from a character whose last bytes are still missing."""
+"""Character that a tokenizer returns for a character whose last bytes are still missing."""
 
 
 class Text:
-    """Text of one sequence, decoded token by token. ``on_text`` receives each part as soon as it is readable."""
+    """Decodes the tokens of one sequence one after another, and calls ``on_text`` with each part of the text as soon as
+    it is complete."""
 
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], object]) -> None:
         self._tokenizer = tokenizer
         self._on_text = on_text
         self._shown = 0
         self.ids: list[int] = []
-        """Tokens added so far, without the token that ends a document."""
+        """Tokens that were added, without the token that ends a document."""
         self.ended = False
-        """True once the model has ended the document."""
+        """True after the token that ends a document was added."""
 
     def add(self, token: int) -> None:
-        """Add a token, and pass the text that has become readable to ``on_text``. Ignore tokens after the end."""
+        """Add a token, and pass text that is now complete to ``on_text``. Ignore tokens after the end of a document."""
         self.ended = self.ended or token == self._tokenizer.eot
         if not self.ended:
             self.ids.append(token)
             self._pass_on(finished=False)
 
     def close(self) -> None:
-        """Pass the remaining text to ``on_text``, even if its last character is incomplete."""
+        """Pass the remaining text to ``on_text``, also if its last character is incomplete."""
         self._pass_on(finished=True)
 
     def _pass_on(self, finished: bool) -> None:
@@ -63,10 +64,12 @@ class Text:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
-    """Return the tokens of a prompt; for an empty prompt the token that begins a document.
+    """Return the tokens of a prompt; for an empty prompt the token that ends documents, after which a new one begins.
+
+    Print a warning if there are more than ``block_size`` tokens.
 
     Raises:
-        ConfigError: the tokenizer lacks a character, or the prompt is empty and documents have no begin token.
+        ConfigError: the tokenizer lacks a character, or the prompt is empty and there is no such token.
     """
     ids = [int(i) for i in tokenizer.encode(prompt)]
     if not ids and tokenizer.eot is None:
@@ -79,10 +82,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[in
 def write(
     model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], args: argparse.Namespace
 ) -> None:
-    """Continue every prompt ``--samples`` times and print the texts. A single text is printed token by token, several
-    texts when all samples of a prompt are done.
+    """Generate ``args.samples`` texts from every prompt, and print them. A single text is printed token by token,
+    several texts when all texts of a prompt are complete.
 
-    The samples of a prompt run together, because a batch and its cache need sequences of equal length.
+    The texts of a prompt are one batch, because a batch and its cache need sequences of equal length.
     """
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.validate()

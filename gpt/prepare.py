@@ -25,7 +25,8 @@ from launch.runs import compose
 
 
 def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
-    """Prepare a corpus, or verify an existing one.
+    """Prepare a corpus in ``output``, or if that is None in ``cache``, by ``workers`` processes. Verify a corpus that
+    is prepared already. Return it as a token source.
 
     Raises:
         ConfigError: nothing needs preparation, the text is unavailable, or ``output`` has other content.
@@ -48,7 +49,8 @@ def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers
 
 
 def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
-    """Raise ConfigError if a file of an existing corpus does not match its checksum."""
+    """Raise ConfigError if a file of the corpus of ``spec``, prepared in ``folder``, does not have its checksum. Do
+    nothing if the folder has no such corpus."""
     manifest = read_corpus_manifest(folder)
     if manifest is None or open_folder(folder, spec.identity) is None:
         return
@@ -62,7 +64,8 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
 
 
 def report_prepared(source: TokenSource, output: Path | None) -> str:
-    """Describe the prepared corpus, with the command that trains with it."""
+    """Return text of several lines on a prepared corpus, with the overrides to train on it. ``output`` is the option
+    ``--output``; None without it."""
     assert source.folder is not None and source.vocab_size is not None
     name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
     lines = [str(source.folder)]

@@ -3,9 +3,10 @@
     python -m gpt.rehearse --ranks 64 model=llama_1p36b optim=gpt2 parallel=fsdp
     python -m launch nodes=8 cluster=slurm cluster.gpus_per_node=8 parallel=fsdp dry_run=deep
 
-One rank of each kind builds its model, engine and optimizer and takes two steps. Each has a process of its own, and
-tensors with shapes and no values. The second step is compared with the plan, and the ranks with each other. The exit
-status is 0, or 2 if the run would hang, wait for its GPUs, or need more memory than they have.
+Some ranks, such as the first and the last of each axis of the mesh, build their model, engine and optimizer, and make
+two steps. Each has a process of its own, and tensors with shapes and no values. The second step is compared with the
+plan, and the ranks with each other. The exit status is 0, or 2 if the run would hang, wait for its GPUs, or need more
+memory than they have.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ from launch.runs.folder import RunFolder
 SEND, RECEIVE = "send", "recv"
 
 Issued = Mapping[int, Sequence[Collective]]
-"""Rank -> its collectives, in order."""
+"""Rank -> the collectives and transfers that it issues, in order."""
 
 
 def find_hangs(issued: Issued, groups: Mapping[str, RankGroup]) -> list[str]:
-    """Return one sentence for each group, or pair of ranks, that would hang; empty if there is none.
+    """Return one line of text for each group, or pair of ranks, that would wait forever; empty if there is none.
 
     Args:
-        issued: collectives of the ranks that were rehearsed.
-        groups: all groups that some rank has used, by name.
+        issued: collectives of the rehearsed ranks.
+        groups: name of a group -> the group, for all groups that some rank has used.
     """
     found: list[str] = []
     for name, group in groups.items():
@@ -64,7 +65,10 @@ def find_hangs(issued: Issued, groups: Mapping[str, RankGroup]) -> list[str]:
 
 
 def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield one sentence on the first collective in which a group's ranks differ; nothing if all are equal."""
+    """Yield one line of text on the first collective in which ranks of a group differ; nothing if all are equal.
+
+    ``of_group`` has the collectives and transfers in this group.
+    """
     ranks = list(of_group)
     own = [[one for one in calls if one.peer is None] for calls in of_group.values()]
     for number, calls in enumerate(zip_longest(*own), start=1):
@@ -82,10 +86,10 @@ def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
 
 
 def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[str]:
-    """Yield one sentence if ranks wait for each other in different groups, although the collectives of each group are
+    """Yield one line of text if ranks wait for each other in different groups. The collectives inside each group are
     equal.
 
-    A rank waits in its oldest collective until the other rehearsed ranks of the group have reached this collective.
+    A rank waits in its oldest collective until the other rehearsed ranks of its group have reached it.
     """
     left = {rank: deque(one for one in own if one.peer is None) for rank, own in issued.items()}
     waiting = [rank for rank in left if left[rank]]
@@ -110,8 +114,11 @@ def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[
 
 
 def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield a message for each pair of ranks whose transfers do not match: the first transfer that only one of the two
-    ranks issues, or that has another size or type on the other rank."""
+    """Yield one line of text for each pair of ranks whose transfers differ: on the first one that only one of them
+    issues, or that has another size or dtype on the other rank.
+
+    ``of_group`` has the collectives and transfers in this group.
+    """
     for source, target in permutations(of_group, 2):
         sent = [one for one in of_group[source] if one.operation == SEND and one.peer == target]
         received = [one for one in of_group[target] if one.operation == RECEIVE and one.peer == source]
@@ -125,10 +132,10 @@ def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:
 
 
 def unjoined_batches(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield a line on the first rank that issues no collective and no batch of transfers in a group with batches.
+    """Yield one line of text if a rank of a group with batches of transfers issues no batch and no collective in it.
 
-    NCCL makes the communicator of a group in the group's first collective or batch, for which NCCL waits for all ranks.
-    Transfers outside of batches have communicators of their own.
+    NCCL makes the communicator of a group in its first collective or batch, for which it waits for all ranks of the
+    group. Transfers outside of batches have communicators of their own. ``of_group`` as in ``lost_transfers``.
     """
     first = next((one for calls in of_group.values() for one in calls if one.batched), None)
     if first is None:
@@ -146,9 +153,9 @@ def unjoined_batches(group: RankGroup, of_group: Issued) -> Iterator[str]:
 
 
 AGREES = 0.05
-"""Largest difference between plan and rehearsal, relative to the rehearsal, that is not reported."""
+"""Largest relative difference of planned from rehearsed memory that is not reported."""
 LINES = 3
-"""Number of lines of code that are named if plan and rehearsal differ."""
+"""Number of lines of code that are named if planned and rehearsed memory differ."""
 UNSEEN = (
     "not seen: workspaces of kernels, fragments of the allocator, buffers of NCCL, graphs of torch.compile; CPU kernels"
     " of norms may save more than those of a GPU; ranks between the first and the last of an axis"
@@ -157,40 +164,42 @@ UNSEEN = (
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Result of a rehearsal: what each rehearsed rank did, beside what the plan of the run estimates for the rank."""
+    """Result of a rehearsal: the findings about its ranks, and comparisons with the plan."""
 
     config: TrainConfig
     dims: ParallelDims
     batch: Batch
     ranks: Sequence[RankRehearsal]
+    """Findings about each rehearsed rank."""
     gpu_bytes: int | None = None
     """Memory of one GPU in bytes; None if unknown."""
     step_s: float | None = None
-    """Seconds of a step by the cost model; None if unknown."""
+    """Estimated seconds of a step; None if the GPU is unknown."""
 
     def planned(self, rank: int) -> RankMemory:
-        """Return the plan's estimate for a rank."""
+        """Return the planned memory of the rank with this number."""
         of_a_stage = self.dims.data_ranks * self.dims.cp * self.dims.tp
         return rank_memory(self.config, self.dims, self.batch, rank // of_a_stage)
 
     def difference(self, rank: RankRehearsal) -> float:
-        """Return (planned total memory of a rank) / (rehearsed peak) - 1."""
+        """Return (planned memory of a rank) / (rehearsed peak) - 1."""
         return self.planned(rank.rank).total / rank.peak - 1 if rank.peak else 0.0
 
     def hangs(self) -> list[str]:
-        """Return one sentence for each place where ranks would wait forever."""
+        """Return one line of text for each group, or pair of ranks, that would wait forever."""
         groups: dict[str, RankGroup] = {}
         for rank in self.ranks:
             groups |= rank.groups
         return find_hangs({rank.rank: rank.collectives for rank in self.ranks}, groups)
 
     def doubts(self) -> list[str]:
-        """Return the doubtful findings, each with the first rank that has it."""
+        """Return one line of text for each of the ``doubts`` of the ranks, with the first rank that has it."""
         first = {doubt: rank.rank for rank in reversed(self.ranks) for doubt in rank.doubts}
         return [f"rank {rank}: {doubt}" for doubt, rank in first.items()]
 
     def waits(self) -> dict[str, int]:
-        """Return a dict: place where the host waits for the device in a step -> largest number of waits on one rank."""
+        """Return line of code where the host waits for the device in a step -> largest number of such waits on one
+        rank."""
         found: Counter[str] = Counter()
         for rank in self.ranks:
             found |= Counter(rank.waits)
@@ -215,9 +224,10 @@ class Rehearsal:
 
 
 def kinds_of_ranks(dims: ParallelDims) -> dict[int, str]:
-    """Return the ranks to rehearse, with their places: each pipeline stage, first and last of each axis, the last one.
+    """Return the ranks to rehearse: number of a rank -> text on its place in the mesh.
 
-    Ranks between the first and the last rank of an axis have the same shapes and code.
+    They are the first rank of each pipeline stage, the last rank of each axis, and the last rank of all. Ranks between
+    the first and the last of an axis have the same shapes and code.
     """
     sizes = dims.sizes
     ends = {name: size - 1 for name, size in sizes.items() if name != "pp" and size > 1}
@@ -240,8 +250,8 @@ def kinds_of_ranks(dims: ParallelDims) -> dict[int, str]:
 
 
 def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    """Yield the lines of a rehearsal: memory, collectives, dtypes, waits, time, hangs, and what a rehearsal cannot
-    find."""
+    """Yield the result of a rehearsal as lines of text: memory, collectives, dtypes, waits, time, hangs, and what a
+    rehearsal cannot find."""
     dims, batch, config = rehearsal.dims, rehearsal.batch, rehearsal.config
     size = dims.data_ranks * dims.model_ranks
     yield (
@@ -267,7 +277,7 @@ def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
 
 
 def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    """Yield lines with the peak memory of each rank, split by ``PARTS``, and the planned total."""
+    """Yield a line of text for each rank with its peak memory by ``PARTS``, and its planned memory."""
     for rank in rehearsal.ranks:
         said, off = rehearsal.planned(rank.rank).total, rehearsal.difference(rank)
         shown = ", ".join(f"{part} {size_text(rank.memory.get(part, 0))}" for part in PARTS)
@@ -284,8 +294,8 @@ def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
 
 
 def collective_lines(rank: RankRehearsal) -> Iterator[str]:
-    """Yield one line for each group with the collectives of a step, in their order; repetitions are written as ``N
-    x``."""
+    """Yield a line of text for each group of a rank, with the collectives of a step in their order. Repetitions are
+    written as ``N x``."""
     by_group: dict[str, list[str]] = {}
     for one in rank.collectives[rank.in_step :]:
         peer = "" if one.peer is None else f" {'to' if one.operation == SEND else 'from'} {one.peer}"
@@ -297,8 +307,8 @@ def collective_lines(rank: RankRehearsal) -> Iterator[str]:
 
 
 def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
-    """Return ``items`` as pairs (times, text), in order: a run of up to ``longest`` items, and how often it is
-    repeated."""
+    """Return ``items``, in order, as pairs of a number and a text, with repetitions joined: the text has up to
+    ``longest`` consecutive items, and the number says how often they are repeated."""
     found, at = list[tuple[int, str]](), 0
     while at < len(items):
         best = (1, 1)
@@ -317,7 +327,8 @@ def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
 
 
 def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
-    """Yield the bytes of each kind of collective of a step by dtype, to show an unintended fp32."""
+    """Yield a line of text for each kind of collective in a step, with its bytes and dtype, to show an unintended
+    fp32."""
     sums: Counter[tuple[str, str, str]] = Counter()
     for one in rank.collectives[rank.in_step :]:
         sums[rank.groups[one.group].label, one.operation, one.dtype] += one.bytes
@@ -326,7 +337,7 @@ def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
 
 
 def size_text(size: float) -> str:
-    """Return a number of bytes as text with a unit."""
+    """Return a number of bytes as text with a unit, such as ``3.2 MiB``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1000:
             return f"{size:.3g} {unit}"
@@ -338,8 +349,12 @@ def size_text(size: float) -> str:
 
 
 def rehearse(config: TrainConfig, ranks: int, processes: int = 1) -> Rehearsal:
-    """Rehearse one rank of each kind, ``processes`` of them at a time. ``config`` has no ``auto`` for precision or
-    parallelism.
+    """Rehearse a run, and return the result.
+
+    Args:
+        config: config of the run; precision and parallelism are not ``auto``.
+        ranks: number of ranks of the run.
+        processes: number of ranks that are rehearsed at the same time.
 
     Raises:
         ConfigError: the config does not fit the ranks, or cannot be rehearsed.
@@ -358,7 +373,7 @@ def rehearse(config: TrainConfig, ranks: int, processes: int = 1) -> Rehearsal:
 
 
 def refuse_unknown_engines(config: TrainConfig) -> None:
-    """Raise ConfigError for a run whose steps need values of tensors, a GPU or another engine's library."""
+    """Raise ConfigError if the run cannot be rehearsed: its steps need values of tensors, a GPU or DeepSpeed."""
     reasons = {
         "parallel.strategy=deepspeed": config.parallel.strategy is Strategy.deepspeed,
         "parallel.cpu_offload=true": config.parallel.cpu_offload,
@@ -375,7 +390,7 @@ def refuse_unknown_engines(config: TrainConfig) -> None:
 
 
 def parse_words(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line.
+    """Return the parsed command line.
 
     Raises:
         ConfigError: an unknown option, or no number of ranks.
@@ -391,8 +406,8 @@ def parse_words(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def settle(words: argparse.Namespace) -> tuple[TrainConfig, Machine | None]:
-    """Return the config with precision and parallelism chosen for the GPUs of the command line, and these GPUs; None if
-    no GPU is named.
+    """Return the config of the command line, with precision and parallelism chosen for its GPUs; and the hardware of
+    these GPUs, None if none is named.
 
     Raises:
         ConfigError: the config or the GPU is not known.
@@ -411,7 +426,7 @@ def settle(words: argparse.Namespace) -> tuple[TrainConfig, Machine | None]:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0, or 2 if the command was refused or the rehearsal has found a fault."""
+    """Run the command. Return the exit status: 0, or 2 if it was refused or the rehearsal has found a fault."""
     words = parse_words(sys.argv[1:] if argv is None else argv)
     config, machine = settle(words)
     torch.set_num_threads(1)

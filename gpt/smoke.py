@@ -39,22 +39,21 @@ WORDS = (
     "logging.tensorboard=false",
 )
 FALL = 1.0
-"""Smallest fall of the loss over the training steps that passes, in nats per byte. The usual fall is about twice as
-large."""
+"""Number of nats per byte by which the loss must fall during training. Usually it falls about twice as much."""
 
 
 class CheckFailedError(Exception):
-    """Raised with the observed value when a check fails."""
+    """A check has failed. The message has what was observed."""
 
 
 def require(holds: bool, seen: str) -> None:
-    """Raise CheckFailedError with ``seen``, the observed value, unless ``holds`` is true."""
+    """Raise CheckFailedError with the text ``seen``, which says what was observed, unless ``holds`` is true."""
     if not holds:
         raise CheckFailedError(seen)
 
 
 def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:
-    """Make the checks in order; yield title and observed value of each check that passes.
+    """Make the checks in order, in ``folder``. Yield for each that passes its name, and text on what was observed.
 
     Raises:
         CheckFailedError: a check fails.
@@ -97,7 +96,7 @@ def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def train_here(words: Sequence[str]) -> None:
-    """Run ``gpt.train`` with the overrides ``words`` in this process. What it prints is shown only if it fails."""
+    """Run ``gpt.train`` with the overrides ``words`` in this process. Its output is printed only if it fails."""
     told = io.StringIO()
     try:
         with contextlib.redirect_stdout(told):
@@ -110,7 +109,7 @@ def train_here(words: Sequence[str]) -> None:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0 if all checks pass, 1 if one fails, 2 if the command was refused."""
+    """Run the command. Return the exit status: 0 if all checks pass, 1 if one fails, 2 if the command was refused."""
     parser = CommandParser(prog="python -m gpt.smoke", description="Check in seconds that this installation trains.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
     overrides, started = parser.parse_args(argv).overrides, time.perf_counter()

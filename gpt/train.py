@@ -83,7 +83,11 @@ def build(
     rank: worker.Run,
     writer: Writer | None = None,
 ) -> Run:
-    """Return a run that is ready to train: data, parallelized model, and the newest checkpoint loaded."""
+    """Return a run that is ready to train, with data and parallelized model, and load its newest checkpoint.
+    Collective.
+
+    ``rank`` is the launcher's client on this rank, and ``writer`` writes checkpoints; None writes them in this process.
+    """
     config = settle_execution(config, folder, world)
     compiled = keep_compiled(config, world)
     set_matmul_precision(config)
@@ -143,15 +147,13 @@ def build(
 
 
 def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
-    """Apply float8, recomputation, compilation and the parallelism of ``config.parallel`` to a model, in this order.
+    """Apply float8, recomputation, compilation and parallelism to a model, in this order. Return the engine with this
+    rank's part of the model on its device. Collective.
 
     Args:
-        model: on the meta device.
-        weights: the values of the model; engines that shard the model keep only this rank's shards.
-        layout: config, ranks and batch of the run.
-
-    Returns:
-        The engine, with this rank's part of the model on ``world.device``.
+        model: the whole model, on the meta device.
+        weights: the first values of its parameters.
+        layout: config, ranks, dimensions and batch of the run.
     """
     config, world, dims = layout.config, layout.world, layout.dims
     strategy = config.parallel.strategy
@@ -178,7 +180,8 @@ def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
 def open_checkpoints(
     kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, writer: Writer | None
 ) -> CheckpointManager:
-    """Open the checkpoints of a run, also checkpoints in memory and remote copies if the config requests them."""
+    """Return the manager of a run's checkpoints, also for checkpoints in memory and copies if the config requests them.
+    Collective."""
     keeps = Retention(kept.keep_last, kept.keep_best)
     give_up_after_s = 60 * kept.give_up_after_min
     manager = CheckpointManager(folder.checkpoints, keeps, world.control, engine.files, writer, give_up_after_s)
@@ -190,8 +193,8 @@ def open_checkpoints(
 
 
 def run_ranks(request: Request, rank: worker.Run) -> str:
-    """Train together with the other ranks of the environment. A failure is written to the event log before it is
-    raised."""
+    """Train together with the other ranks. Return ``finished``, or ``stopped`` if a request ended the run first. An
+    error is written into the event log before it is raised."""
     config = request.config
     set_determinism(config)
     with (
@@ -231,10 +234,10 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
 
 
 def leave_for_agent(error: BaseException) -> None:
-    """Write a failure to torch elastic's error file on this node, because the disk of the run folder may be full.
+    """Write an error into torch elastic's error file on this node, because the disk of the run folder may be full.
 
-    Torch elastic stores the traceback of the handled exception, and torchrun prints it. A refusal is raised again, so
-    that Hydra's frames do not hide its three lines.
+    torch elastic stores the traceback of the exception that is being handled, and torchrun prints it. A ConfigError is
+    raised again, so that its traceback has no frames of Hydra.
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -251,8 +254,8 @@ def leave_for_agent(error: BaseException) -> None:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0 finished (or, under an agent, stopped), 1 failed, 2 refused, 143 stopped by a
-    signal."""
+    """Run the command. Return the exit status: 0 finished, 1 failed, 2 refused, 143 stopped by a signal; under the
+    launcher's agent 0 also if stopped."""
     words = parse_arguments(sys.argv[1:] if argv is None else argv)  # first, because --help exits here
     deny_others_writing()
     rank = worker.attach()

@@ -342,7 +342,8 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
 
 
 def verify_checkpoint(checkpoint: Path) -> Manifest:
-    """Read every file of a checkpoint and compare it with the manifest. Raise DamagedError for a difference."""
+    """Compare every file of a checkpoint with its manifest, and return the manifest. Raise DamagedError if one
+    differs."""
     manifest = read_manifest(checkpoint)
     for name, entry in manifest.files.items():
         damage = find_damage(checkpoint / name, entry)
@@ -352,7 +353,7 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
 
 
 def read_weights(config: TrainConfig, checkpoint: Path, device: torch.device | str = "cpu") -> GPT:
-    """Build the model of ``config`` with the weights of a checkpoint, in eval mode on ``device``.
+    """Return the model of ``config`` with the weights of a checkpoint, in fp32 and eval mode, on ``device``.
 
     Raises:
         ConfigError: the checkpoint has another model, or needs DeepSpeed, which is not installed.

@@ -29,17 +29,18 @@ from launch.errors import ConfigError
 
 ROLES = ("system", "user", "assistant")
 SIGN = "\ufdd0"
-"""Sign before and after an answer in a rendered text. Unicode assigns no character to it, and messages that contain it
-are refused."""
+"""Character that is inserted before and after each answer to find it in the rendered text. Unicode assigns no character
+to it, and messages that contain it are refused."""
 PADDING = NEW_DOCUMENT << KIND_BIT
-"""Token that fills the rest of a sequence: id 0, kind ``NEW_DOCUMENT``. Each such token is a document of its own."""
+"""Token that fills the rest of a sequence: id 0 with the kind ``NEW_DOCUMENT``, a document of its own."""
 Messages = list[dict[str, str]]
 Places = list[tuple[int, int]]
 """Beginning and end of each answer in a text, as offsets in characters."""
 
 
 class GenerationBlock(Extension):
-    """Block ``{% generation %}`` of transformers, in which a template writes what an assistant generates."""
+    """Extension of jinja2 for the block ``{% generation %}`` of transformers, in which a template writes the answer of
+    the assistant. The rendered text has ``SIGN`` before and after the block."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -51,12 +52,12 @@ class GenerationBlock(Extension):
 
 
 def raise_exception(message: str) -> None:
-    """Refuse a conversation. Templates call this function."""
+    """Raise TemplateError. Templates call this function to refuse a conversation."""
     raise TemplateError(message)
 
 
 class ChatTemplate:
-    """Chat template of a tokenizer."""
+    """Chat template of a tokenizer, which turns messages into text and tokens."""
 
     def __init__(self, tokenizer: HfTokenizer) -> None:
         self._model, self._chat = tokenizer.model, tokenizer.chat
@@ -70,19 +71,18 @@ class ChatTemplate:
         self._template = environment.from_string(self._chat["chat_template"])
 
     def render(self, messages: Messages) -> tuple[str, Places]:
-        """Render messages. Return the text without ``SIGN``, and the places of the parts that had a ``SIGN`` on both
-        sides."""
+        """Render messages by the template. Return the text without ``SIGN``, and the places of the parts between two
+        ``SIGN``."""
         given = {**self._chat, "messages": messages, "tools": None, "add_generation_prompt": False}
         parts = self._template.render(given).split(SIGN)
         ends = [*accumulate(map(len, parts))]
         return "".join(parts), [*zip(ends[:-1:2], ends[1::2], strict=True)]
 
     def find_answers(self, messages: Messages) -> tuple[str, Places]:
-        """Return the text of a conversation, and the places of its answers.
+        """Return the text of a conversation, and the places of its answers in the text.
 
-        Answers are in the template's blocks ``{% generation %}``. In a template without such blocks, an answer begins
-        with the content of an assistant's message, after leading whitespace. It ends with the special token that ends
-        the turn.
+        If the template has blocks ``{% generation %}``, these are the answers. Otherwise an answer is the content of an
+        assistant's message, without leading whitespace, with the special token that ends the turn.
 
         Raises:
             ValueError: the template changes an answer, or writes no special token after it.
@@ -102,11 +102,11 @@ class ChatTemplate:
         return text, [(begin, end.end()) for begin, end in turns if end]
 
     def encode(self, where: str, messages: Messages) -> Ids:
-        """Return the tokens of a conversation with their kinds in the bits from ``KIND_BIT`` on, (N,) uint32.
+        """Return the tokens of a conversation, each with its kind in the bits from ``KIND_BIT`` on, (N,) uint32.
 
         Raises:
-            ConfigError: the messages are wrong, or the template refuses them. The error names the row, which is at
-                ``where``.
+            ConfigError: the messages are wrong, or the template refuses them. The error names ``where``, their place in
+                the corpus.
         """
         try:
             for each in messages:
@@ -128,14 +128,14 @@ class ChatTemplate:
 def encode_conversations(
     pieces: Iterable[Piece], tokenizer: Tokenizer | None, length: int
 ) -> Iterator[tuple[int, Ids, int, int]]:
-    """Yield for each conversation its split, its tokens with kinds, the bytes of its row, and a number.
+    """Yield for each conversation: its split, its tokens with kinds, the number of bytes of its row, and a code.
 
-    The number is 1, or 2 if the conversation is cut at ``length`` tokens. It is 0 if these tokens have no answer: such
-    a conversation is left out, and its tokens are empty.
+    The code is 1; 2 if the conversation was cut at ``length`` tokens; or 0 if these tokens have no answer, and the
+    conversation is left out, with no tokens.
 
-    Sequences have ``length`` tokens. Padding comes before a conversation that does not fit into the rest of its
-    sequence. The last item of a split is padding, with 0 bytes and the number 0. It fills the last sequence and one
-    more, because the target of a sequence's last token is in the next sequence.
+    Conversations fill sequences of ``length`` tokens. If one does not fit into the rest of a sequence, padding is put
+    before its tokens. The last item of each split is padding, with 0 bytes and code 0. It fills the last sequence and
+    one more, because the target of a sequence's last token is in the next sequence.
     """
     assert isinstance(tokenizer, HfTokenizer), "DataConfig.validate asks for it"
     with readable("the chat template beside data.tokenizer_path"):

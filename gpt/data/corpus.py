@@ -1,4 +1,4 @@
-"""Corpus of a run: its description before tokens exist, its fit to the model, its tokens; and the tasks of lm-eval.
+"""Corpus of a run: its sizes, checks against the model, and its tokens; and the tasks of lm-eval.
 
 Imports no torch and is quick, because the login node calls it before it submits.
 """
@@ -22,29 +22,32 @@ from launch.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class SourceSize:
-    """Size of one source: the number of tokens of each file of a split. Samples never cross files."""
+    """Size of one source of a corpus. Samples never cross files."""
 
     name: str
     train: tuple[int, ...]
+    """Number of tokens of each training file."""
     val: tuple[int, ...]
+    """Number of tokens of each validation file."""
     weight: int = 1
+    """Weight of the source in a mixture."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sizes, tokenizer and entropy of a corpus, as far as they are known before training."""
+    """Description of a corpus before training."""
 
     name: str
     sources: tuple[SourceSize, ...]
-    """Empty for a stream, whose size is unknown before the text is read."""
+    """Sizes of its sources; empty for a stream, whose size is unknown before the text is read."""
     tokenizer: str
     """Kind of the tokenizer, such as ``byte`` or ``tiktoken``; ``synthetic`` or ``unknown`` without a tokenizer."""
     vocab_size: int | None
-    """Number of token ids; the largest id seen plus 1 if no file states the number; None if unknown."""
+    """Number of token ids. If no file states it, the largest id that was found plus 1; None if unknown."""
     entropy: float | None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
     sequence: int = 1
-    """Number of tokens of the sequences that whole conversations fill, a divisor of ``block_size``; 1 for texts."""
+    """Number that must divide ``block_size``: the tokens of a sequence of conversations; 1 for texts."""
 
     @property
     def train_tokens(self) -> int:
@@ -67,11 +70,11 @@ class Corpus:
 
 
 def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
-    """Describe the corpus of a config, from its manifest or from the text to tokenize.
+    """Return the description of the corpus of a config, from its prepared folder in ``cache`` or from its text.
 
     Raises:
-        ConfigError: the text is missing, the corpus must be prepared before training, or packed documents have no
-            token for their end.
+        ConfigError: the text is missing, the corpus must be prepared before training, or documents are packed and no
+            token that ends a document is known.
     """
     name, spec, tokens = str(config.path or config.title), None, None
     if config.source is Source.tokens:
@@ -107,7 +110,7 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
 
 
 def describe_tokens(name: str, tokens: Tokens) -> Corpus:
-    """Describe opened token files as a corpus called ``name``: sizes, tokenizer and entropy."""
+    """Return the description of opened token files, as a corpus called ``name``."""
     sources, sizes = [], []
     for source in tokens.sources:
         train = tuple(segment.tokens for segment in source.train.segments)
@@ -131,9 +134,9 @@ def num_windows(tokens: int, block_size: int) -> int:
 
 
 def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> None:
-    """Raise ConfigError unless the model's vocabulary covers all ids and the splits have enough samples.
+    """Raise ConfigError unless the model's vocabulary has all token ids, and both splits have enough tokens.
 
-    ``eval_sequences`` is the number of validation samples that an evaluation needs.
+    ``eval_sequences`` is the number of validation samples of an evaluation.
     """
     if corpus.vocab_size is not None and model.vocab_size < corpus.vocab_size:
         raise ConfigError(
@@ -170,7 +173,8 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
 
 
 def _val_samples(corpus: Corpus, block_size: int) -> int:
-    """Return the number of validation samples without repetition. Several sources are mixed by their weights."""
+    """Return the number of validation samples of a corpus, without repetition. Several sources are mixed by their
+    weights."""
     available = [sum(num_windows(tokens, block_size) for tokens in source.val) for source in corpus.sources]
     if len(available) == 1:
         return available[0]
@@ -180,10 +184,8 @@ def _val_samples(corpus: Corpus, block_size: int) -> int:
 
 
 def ensure_tokens(config: DataConfig, cache: Path, val_tokens: int = 0) -> Tokens:
-    """Open the tokens of the corpus. The first caller prepares a small corpus in ``cache`` if the corpus is not there
-    yet.
-
-    Of a stream, only ``val_tokens`` validation tokens are prepared.
+    """Return the tokens of the corpus. A small corpus that is not prepared yet is prepared in ``cache``; of a stream,
+    its first ``val_tokens`` validation tokens.
 
     Raises:
         ConfigError: the text is missing or changed during reading, the corpus must be prepared before training, or
@@ -211,7 +213,7 @@ def ensure_tokens(config: DataConfig, cache: Path, val_tokens: int = 0) -> Token
 
 
 def unwritable_folder_error(folder: Path, error: Exception) -> ConfigError:
-    """Return the error for a folder in which prepared corpora cannot be written."""
+    """Return the error for a folder in which no corpus can be prepared; ``error`` is the reason."""
     return ConfigError(
         f"tokens cannot be written in {folder} ({error})",
         "a folder with room that all nodes share",
@@ -220,7 +222,7 @@ def unwritable_folder_error(folder: Path, error: Exception) -> ConfigError:
 
 
 def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
-    """Copy the tokenizer, if known, into the run's folder, so that tokens can be decoded without the corpus."""
+    """Copy the tokenizer of the tokens, if known, into the run's folder, so that tokens can be decoded later."""
     if tokens.tokenizer_folder is not None:
         shutil.copytree(tokens.tokenizer_folder, folder.tokenizer, dirs_exist_ok=True)
 
@@ -257,17 +259,18 @@ def check_tasks(tasks: Sequence[str], tokenizer: str) -> None:
 
 @cache
 def task_manager(tasks: tuple[str, ...]) -> Any:
-    """Return lm-eval's index of tasks. It is empty if all ``tasks`` are files, because reading it takes seconds."""
+    """Return lm-eval's ``TaskManager``. If all ``tasks`` are files, it has no index of the tasks of lm-eval, because
+    reading the index takes seconds."""
     from lm_eval.tasks import TaskManager  # slow to import
 
     return TaskManager(include_defaults=any(Path(task).suffix != ".yaml" for task in tasks))
 
 
 def load_tasks(tasks: Sequence[str]) -> Any:
-    """Return lm-eval's tasks with their documents, which it may download.
+    """Return the tasks as lm-eval loads them, with their documents, which it may download.
 
     Raises:
-        ConfigError: a task cannot be loaded, runs code that a model writes, or shows pictures to the model.
+        ConfigError: a task cannot be loaded, runs code that the model writes, or needs a model that reads pictures.
     """
     try:
         loaded = task_manager(tuple(tasks)).load(list(tasks))

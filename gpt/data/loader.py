@@ -1,4 +1,4 @@
-"""Batches of a rank: the samples of a step from token files, and a thread that reads the next batches ahead."""
+"""Batches of a rank: reading of samples from token files, and a thread that reads the next batches in advance."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ Split = Literal["train", "val"]
 Indices = npt.NDArray[np.int64]
 
 MOST_OPEN = 128
-"""Number of files of a split that a rank keeps open. The kernel also caches the pages of closed files."""
+"""Largest number of files of a split that a rank has mapped into memory."""
 SOURCE_SEED_STEP = 0x5851F42D4C957F2D  # odd (Knuth's MMIX multiplier), so that sources of one size differ in order
 
 
 def train_indices(number: int, rank: int, batch: Batch) -> Indices:
-    """Return the sample indices of one data-parallel rank in one global batch, (per_rank,).
+    """Return the indices of the samples of one data-parallel rank in one global batch, (per_rank,).
 
-    Batches are counted from 1, samples and ranks from 0. Batch b has samples ``(b - 1) * global_batch`` up to, but not
-    including, ``b * global_batch``. Each rank gets a contiguous slice, and micro-batches split a slice further. Batch b
-    belongs to step b, unless batches were skipped.
+    ``number`` is that of the batch, from 1; it is the number of its step, unless batches were skipped. ``rank`` and
+    indices of samples are counted from 0. Batch b has the samples from ``(b - 1) * global_batch`` up to, but not
+    including, ``b * global_batch``, of which each rank gets a contiguous part.
     """
     assert number >= 1 and 0 <= rank < batch.ranks, f"batch {number}, rank {rank} of {batch.ranks}"
     first = (number - 1) * batch.global_batch + rank * batch.per_rank
@@ -52,11 +52,11 @@ def train_indices(number: int, rank: int, batch: Batch) -> Indices:
 
 
 class Windows:
-    """Samples of one split of one source: windows of T tokens that do not overlap. Each window is inside one file.
+    """Samples of one split of one source: windows of ``block_size`` tokens that do not overlap, each inside one file.
 
     Tokens at the end of a file that fill no window are unused. A file is mapped into memory when a window of it is
-    read. Only the ``MOST_OPEN`` most recently read files stay mapped, because a corpus may have thousands of files.
-    The kernel keeps the used pages once for all ranks of a node.
+    read. Only the last ``MOST_OPEN`` files that were read stay mapped, because a corpus may have thousands of files.
+    The ranks of a node share the pages in the kernel's cache.
 
     Raises:
         ConfigError: the first file is missing or truncated on this machine.
@@ -74,16 +74,17 @@ class Windows:
         return int(self._first[-1])
 
     def read(self, position: int) -> Indices:
-        """Read the window at ``position``, (T + 1,) int64, including the last target.
+        """Return the ids of the window with the index ``position``, and the id after it, (T + 1,) int64.
 
         Raises:
-            ConfigError: its file is missing or truncated on this machine.
+            ConfigError: the file of the window is missing or truncated on this machine.
         """
         segment, start = self._find(position)
         return np.asarray(self._open(segment)[1][start : start + self.block_size + 1], dtype=np.int64)
 
     def announce(self, position: int) -> None:
-        """Ask the kernel to read the window at ``position`` from the disk, without waiting (MADV_WILLNEED)."""
+        """Make the kernel read the window with the index ``position`` from the disk, without waiting
+        (MADV_WILLNEED)."""
         segment, start = self._find(position)
         mapped, tokens = self._open(segment)
         first = segment.offset + start * tokens.itemsize
@@ -91,13 +92,15 @@ class Windows:
         mapped.madvise(mmap.MADV_WILLNEED, page, first + (self.block_size + 1) * tokens.itemsize - page)
 
     def _find(self, position: int) -> tuple[Segment, int]:
-        """Return the segment of a window, and the index of the window's first token in it."""
+        """Return the segment that has the window with the index ``position``, and the index in it of the window's first
+        token."""
         number = int(np.searchsorted(self._first, position, side="right")) - 1
         return self._segments[number], (position - int(self._first[number])) * self.block_size
 
 
 def map_segment(segment: Segment) -> tuple[mmap.mmap, npt.NDArray[np.integer[Any]]]:
-    """Map the file of a segment into memory. Return the mapping and the segment's tokens in it, (tokens,).
+    """Map the file of a segment into memory. Return the mapping, and the tokens of the segment as an array over it,
+    (tokens,).
 
     Raises:
         ConfigError: the file is missing or truncated on this machine.
@@ -110,7 +113,7 @@ def map_segment(segment: Segment) -> tuple[mmap.mmap, npt.NDArray[np.integer[Any
 
 
 def refuse_cut_file(segment: Segment) -> None:
-    """Raise ConfigError if a file is missing or truncated on this machine."""
+    """Raise ConfigError if the file of a segment is missing or truncated on this machine."""
     if not segment.is_whole():
         raise ConfigError(
             f"{segment.path} is missing or cut short on this machine",
@@ -120,18 +123,18 @@ def refuse_cut_file(segment: Segment) -> None:
 
 
 class Samples:
-    """The samples of a run, read from the mapped files on demand.
+    """Samples of a run, read from token files. A sample has T tokens, and as targets the tokens one place later.
 
-    The targets are the same window one token later. Training samples are shuffled again in every epoch of their source.
-    Validation samples keep the order of the text. Several sources are mixed by their weights, in both splits.
+    Training samples are shuffled anew in every epoch of their source. Validation samples have the order of the text.
+    Several sources are mixed by their weights, in both splits.
 
     Args:
         tokens: the sources to read.
         block_size: tokens of a sample, T.
         seed: seed of the order.
-        vocab_size: all ids must be below this number; None checks nothing.
-        document_end: id of the token that ends a document and predicts nothing: its target is ``NEXT_DOCUMENT``. None
-            if no id ends documents.
+        vocab_size: number that all ids must be below; None checks nothing.
+        document_end: id of the token that ends a document, whose target is replaced by ``NEXT_DOCUMENT``. None if
+            documents are not packed.
 
     Raises:
         ConfigError: the first file of a split is missing or truncated on this machine.
@@ -155,23 +158,24 @@ class Samples:
         self._train = [Windows(source.train, block_size) for source in tokens.sources]
         self._val = [Windows(source.val, block_size) for source in tokens.sources]
         self.stream: Stream | None = None
-        """Source of the training samples in place of token files; None without ``data.stream``."""
+        """Source of the training samples with ``data.stream``; None for token files."""
         assert all(map(len, self._val)), "check_fit is asked before"
         self.num_train = sum(map(len, self._train))
         self.num_val = max_samples([len(windows) for windows in self._val], self._weights)
 
     def batch(self, split: Split, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read tokens and targets, both (B, T) int64 on the CPU, of the samples with these indices (B,).
+        """Return tokens and targets, both (B, T) int64 on the CPU, of the samples with these indices, (B,).
 
         Raises:
-            ConfigError: as ``read``.
+            ConfigError: as in ``read``.
         """
         return self.split_ids(self.read(split, indices))
 
     def split_ids(self, ids_BT1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split ids (B, T + 1) into tokens and targets, both (B, T), on the same device.
+        """Return tokens and targets, both (B, T), from ids (B, T + 1), on the same device.
 
-        In conversations, only tokens of answers are targets. Other targets are replaced by the negative of their kind.
+        In conversations, only tokens of answers are targets. Other targets are replaced by their negative kind, which
+        the loss ignores.
         """
         tokens_BT, targets_BT = ids_BT1[:, :-1].clone(), ids_BT1[:, 1:].clone()  # parts of one row would share memory
         if self._has_kinds:
@@ -183,9 +187,10 @@ class Samples:
         return tokens_BT, targets_BT
 
     def read(self, split: Split, indices: Indices) -> torch.Tensor:
-        """Read the ids of the samples with these indices (B,): tokens and last target, (B, T + 1) int64 on the CPU.
+        """Return the ids of the samples with these indices, (B,): their tokens and the last target, (B, T + 1) int64 on
+        the CPU.
 
-        Training indices continue through the epochs. Validation indices are below ``num_val``.
+        Indices of training samples count through all epochs. Those of validation samples are below ``num_val``.
 
         Raises:
             ConfigError: an id is not below ``vocab_size``, or a file is missing or truncated on this machine.
@@ -217,9 +222,9 @@ class Samples:
         return torch.from_numpy(ids)
 
     def val_bytes(self, sequences: int) -> float | None:
-        """Estimate the bytes of text of the targets of the first ``sequences`` validation samples; None if unknown.
+        """Return an estimate of the bytes of text in the first ``sequences`` validation samples; None if unknown.
 
-        The estimate takes the average bytes per token of each source's validation split.
+        It uses the mean bytes per token of the validation split of each source.
         """
         total = 0.0
         for count, source in zip(samples_per_source(sequences, self._weights), self._sources, strict=True):
@@ -229,10 +234,10 @@ class Samples:
         return total
 
     def val_bits_per_byte(self, loss: float, sequences: int) -> float | None:
-        """Convert a loss over the first ``sequences`` validation samples from nats per token to bits per byte of text.
+        """Return the mean loss of the first ``sequences`` validation samples in bits per byte of text, from nats per
+        token; None if the size of the text is unknown.
 
-        The result is comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1). None if the text is
-        unknown.
+        Bits per byte can be compared between tokenizers (The Pile, arXiv 2101.00027, section 3.1).
         """
         num_bytes = self.val_bytes(sequences)
         return loss / math.log(2) * sequences * self.block_size / num_bytes if num_bytes else None
@@ -246,14 +251,14 @@ class Samples:
 
 
 TOGETHER = 64
-"""Number of samples of a rank that are read together. A larger batch is read alone."""
+"""Largest number of samples of a rank that are read together. A single batch may have more."""
 AHEAD_BYTES = 2**22
-"""Largest size in bytes of the batches that are read together. One batch is read ahead even if it is larger."""
+"""Largest number of bytes of the batches that are read together. A single batch may have more."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Tokens of one rank in one step."""
+    """Batch of one rank in one step."""
 
     tokens: Tensor
     """Input tokens, (B, T) int64, on the device."""
@@ -268,16 +273,16 @@ class StepBatch:
 
 
 class BatchPrefetcher:
-    """Prefetcher of the training batches of one rank: a thread reads batches during earlier steps.
+    """Reads the training batches of one rank in a thread, during earlier steps.
 
-    Small batches are read in groups, because waking the thread and computing the order take longer than reading one of
-    them. While one group is used, the next one is read.
+    Small batches are read in groups, because waking the thread and computing the order take longer than reading a
+    small batch. While the batches of one group are used, the next group is read.
 
     Args:
         samples: source of the batches.
         batch: split of the global batch.
         data_rank: index of this rank's part of each batch.
-        last_step: last step for which a batch is read ahead.
+        last_step: last step of the run.
         device: device of the training. For a GPU the batches are in pinned memory, and are copied asynchronously.
     """
 
@@ -288,14 +293,14 @@ class BatchPrefetcher:
         self._group = max(1, min(TOGETHER // batch.per_rank, AHEAD_BYTES // batch_bytes))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._read: dict[int, Tensor] = {}
-        """Number of a batch -> its ids, (B, T + 1), of the batches that are read and not yet taken."""
+        """Number of a batch -> its ids, (B, T + 1), for batches of the current group that no step has used yet."""
         self._ahead: tuple[int, Future[dict[int, Tensor]]] | None = None
-        """Number of the first batch of the next group, and the group."""
+        """Number of the first batch of the next group, and the future of its batches; None if no group follows."""
         self.passed_over = PassedOver()
-        """Batches that no step uses. The attribute may be replaced between two steps."""
+        """Batches that no step uses. It may be replaced between two steps."""
 
     def take(self, step: int) -> StepBatch:
-        """Return the batch of a step, counted from 1, and start reading the next ones.
+        """Return the batch of a step, counted from 1, and start to read the next group if necessary.
 
         Raises:
             ConfigError: a token file is truncated, or contains an id beyond the model's vocabulary.
@@ -316,7 +321,7 @@ class BatchPrefetcher:
         return StepBatch(tokens_BT, targets_BT, int(indices[0]), int(indices[-1]), waited_s)
 
     def close(self) -> None:
-        """End the thread, without waiting for its current read."""
+        """End the thread, without waiting for it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, step: int) -> tuple[int, Future[dict[int, Tensor]]]:

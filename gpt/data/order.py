@@ -1,7 +1,7 @@
-"""The order of the training samples, and the windows of a corpus that is tokenized while it is read.
+"""The order of the training samples, and the samples of a corpus that is tokenized during training.
 
-Imports no torch. The order is a pure function of (index, number of samples, seed), without saved state. Changing
-anything in it changes the order of runs that are under way.
+Imports no torch. The order is a pure function of (index, number of samples, seed), without saved state. A change of
+this function would change the order of the samples in runs that resume.
 
 Every epoch is a permutation of its own, computed one index at a time in constant memory: a Feistel network (Luby and
 Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom functions") over the smallest even number
@@ -44,16 +44,13 @@ Integers = npt.NDArray[np.int64]
 
 
 def sample_position(index: npt.ArrayLike, num_samples: int, seed: int) -> tuple[Integers, Integers]:
-    """Return the epoch of each sample, and its position in the corpus.
+    """Return two arrays for training samples: their epochs, and their positions in the corpus. Both are int64 with the
+    shape of ``index``. In an epoch every position from 0 to ``num_samples - 1`` occurs exactly once.
 
     Args:
-        index: numbers of samples in the order of training, from 0, through all epochs; any shape.
-        num_samples: samples in one epoch, 1 to 2^62.
-        seed: another seed gives another order in every epoch.
-
-    Returns:
-        epoch and position, int64 and shaped like ``index``. Within an epoch every position from 0 to
-        ``num_samples - 1`` comes exactly once.
+        index: numbers of samples in the order of training, counted from 0 through all epochs; any shape.
+        num_samples: number of samples in one epoch, 1 to 2^62.
+        seed: seed of the order.
     """
     assert 1 <= num_samples <= MAX_SAMPLES, f"num_samples={num_samples}"
     running = np.asarray(index, dtype=np.int64)
@@ -64,7 +61,15 @@ def sample_position(index: npt.ArrayLike, num_samples: int, seed: int) -> tuple[
 
 
 def permute(offset: Uint64s, num_samples: int, epoch: Uint64s, seed: int) -> Uint64s:
-    """Permute each offset within its epoch; all arrays (N,), values below ``num_samples``."""
+    """Return for each offset in an epoch its position in the corpus, (N,): a permutation of the numbers below
+    ``num_samples`` for each epoch.
+
+    Args:
+        offset: numbers of samples in their epoch, (N,), below ``num_samples``.
+        num_samples: number of samples in one epoch.
+        epoch: epoch of each sample, (N,).
+        seed: seed of the order.
+    """
     half_bits = max(MIN_HALF_BITS, -(-(num_samples - 1).bit_length() // 2))
     # Keys of every round, (ROUNDS, N), for each entry's epoch: a batch may reach into the next epoch.
     start = _mix(_mix(np.full_like(epoch, seed) + _GOLDEN) ^ epoch)
@@ -78,7 +83,8 @@ def permute(offset: Uint64s, num_samples: int, epoch: Uint64s, seed: int) -> Uin
 
 
 def _feistel(value: Uint64s, keys: Uint64s, half_bits: int) -> Uint64s:
-    """Evaluate the Feistel network, a bijection on 2 * ``half_bits`` bits. ``keys`` is (ROUNDS, N)."""
+    """Return the result of a Feistel network for each value, (N,): a permutation of all numbers of 2 * ``half_bits``
+    bits. ``keys`` has the keys of each round, (ROUNDS, N)."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = value >> shift, value & mask
     for key in keys:
@@ -87,24 +93,22 @@ def _feistel(value: Uint64s, keys: Uint64s, half_bits: int) -> Uint64s:
 
 
 def _mix(word: Uint64s) -> Uint64s:
-    """Apply SplitMix64's finalizer, a bijection on 64 bits. Arithmetic wraps around."""
+    """Return the result of SplitMix64's finalizer for each word: a permutation of all 64-bit numbers."""
     for shift, factor in _MIX:
         word = (word ^ (word >> np.uint64(shift))) * np.uint64(factor)
     return word ^ (word >> np.uint64(31))
 
 
 def sample_source(index: Integers, weights: Sequence[int]) -> tuple[Integers, Integers]:
-    """Return the source of each sample of a mixture, and its running number within that source.
+    """Return two arrays, (N,), for samples of a mixture: the index of each sample's source, and the sample's number in
+    this source. The samples of a source have the numbers 0, 1, 2, ... without gaps.
 
-    The split is deterministic. Of the first n samples, floor(n * weight / total weight) belong to the first source; the
-    other sources share the rest in the same way.
+    Of the first n samples, floor(n * weight / total weight) belong to the first source. The other sources share the
+    rest in the same way.
 
     Args:
-        index: running numbers of the mixture, from 0, (N,).
+        index: numbers of the samples in the mixture, from 0, (N,).
         weights: whole weights of the sources, with a sum below 2^31.
-
-    Returns:
-        source and running number, both (N,). Within a source the running numbers are 0, 1, 2, ... without gaps.
     """
     source = np.full(len(index), len(weights) - 1, dtype=np.int64)
     left = np.asarray(index, dtype=np.int64).copy()
@@ -122,7 +126,7 @@ def sample_source(index: Integers, weights: Sequence[int]) -> tuple[Integers, In
 
 
 def samples_per_source(samples: int, weights: Sequence[int]) -> list[int]:
-    """Count the samples of each source among the first ``samples`` of a mixture."""
+    """Return the number of samples of each source among the first ``samples`` samples of a mixture."""
     found, left = [], samples
     for number, weight in enumerate(weights[:-1]):
         found.append(int(_share(np.array([left], dtype=np.int64), weight, sum(weights[number:]))[0]))
@@ -131,7 +135,8 @@ def samples_per_source(samples: int, weights: Sequence[int]) -> list[int]:
 
 
 def max_samples(available: Sequence[int], weights: Sequence[int]) -> int:
-    """Return the largest number of samples of a mixture that needs at most ``available`` samples of each source."""
+    """Return the largest number of first samples of a mixture that need at most ``available`` samples of each
+    source."""
     low, high = 0, sum(available)  # bisection works, because the need of each source never falls as the samples grow
     while low < high:
         middle = (low + high + 1) // 2
@@ -144,18 +149,19 @@ def max_samples(available: Sequence[int], weights: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """Batches that a run skips: ranges of their numbers, counted from 1, ascending and with a gap between ranges."""
+    """Batches that no step of a run uses, because the run has rolled back."""
 
     ranges: tuple[tuple[int, int], ...] = ()
-    """Numbers of the first and the last batch of each range, both skipped."""
+    """Ranges of such batches as numbers of the first and the last batch, counted from 1. Ascending, with gaps
+    between."""
 
     @classmethod
     def of(cls, ranges: Iterable[Sequence[int]]) -> PassedOver:
-        """Build from lists of two numbers, the first and the last skipped batch of a range, as JSON stores them."""
+        """Return the object with these ranges, each a list of two numbers, as JSON has them."""
         return cls(tuple((first, last) for first, last in ranges))
 
     def batch_of(self, step: int) -> int:
-        """Return the number of the batch of a step, both counted from 1. Skipped batches are left out."""
+        """Return the number of the batch that a step uses. Both are counted from 1."""
         number = step
         for first, last in self.ranges:
             if first > number:
@@ -164,7 +170,7 @@ class PassedOver:
         return number
 
     def including(self, batches: Iterable[int]) -> PassedOver:
-        """Return an object that skips these batches and the given ``batches``."""
+        """Return an object that has these batches and those with the numbers ``batches``."""
         numbers = sorted({*batches, *(number for first, last in self.ranges for number in range(first, last + 1))})
         ranges: list[tuple[int, int]] = []
         for number in numbers:
@@ -176,7 +182,7 @@ class PassedOver:
 
 
 def _share(n: Integers, weight: int, total: int) -> Integers:
-    """Compute floor(n * weight / total) without overflow."""
+    """Return floor(n * weight / total) for each n, without overflow."""
     whole, rest = np.divmod(n, total)
     return np.asarray(whole * weight + rest * weight // total)
 
@@ -195,23 +201,25 @@ Ids = npt.NDArray[np.int64]
 
 
 class TextPlace(NamedTuple):
-    """Place of a token in the training text."""
+    """Place of a token in the training text of a stream."""
 
     turn: int
-    """Number of the shard, counted on through all epochs."""
+    """Number of the shard in the order of training, counted from 0 through all epochs."""
     piece: int
-    """Number of the piece in its shard."""
+    """Number of the piece of text in its shard, from 0."""
     skip: int
-    """Tokens of the piece before the place."""
+    """Number of tokens of the piece before the place."""
 
 
 class Stream:
-    """Training windows by number. Ascending numbers are quick; others begin again at a buffer of known place.
+    """Training samples of a corpus that is tokenized while it is read.
+
+    Samples with ascending indices are read quickly. For a lower index, reading begins again at an earlier buffer.
 
     Args:
         spec: the text to read.
-        tokenizer: makes the tokens.
-        block_size: tokens of a window, T, without the last target.
+        tokenizer: tokenizer of the text.
+        block_size: tokens of a sample, T, without the last target.
         seed: seed of the order.
     """
 
@@ -222,16 +230,16 @@ class Stream:
         self._places = {0: TextPlace(0, 0, 0)}
         """Number of a buffer -> place of its first token."""
         self._buffers: dict[int, list[Ids]] = {}
-        """The buffer in use, and the following one, which fills meanwhile."""
+        """Number of a buffer -> its windows: the buffer in use, and the following one, which is filled meanwhile."""
         self._made = 0
-        """Number of the next window."""
+        """Number of windows read so far, which is the number of the next window."""
         self._windows = self._windows_from(self._places[0])
 
     def read(self, index: int) -> Ids:
-        """Return the window of the sample with this running number, (T + 1,), including the last target.
+        """Return the ids of a sample: its tokens and the last target, (T + 1,). ``index`` counts through all epochs.
 
         Raises:
-            ConfigError: the text cannot be read, has changed, or has nothing to train on.
+            ConfigError: the text cannot be read, has changed, or has no training text.
         """
         number = index // self._size
         if number not in self._buffers:
@@ -251,18 +259,19 @@ class Stream:
         return self._buffers[number][int(chosen)].astype(np.int64)
 
     def state(self, index: int) -> list[int]:
-        """Return what ``restore`` needs to continue at the sample ``index``: number and place of a buffer, as JSON."""
+        """Return plain JSON with which ``restore`` makes reading begin near the sample ``index``: number and place of a
+        buffer."""
         number = max(known for known in list(self._places) if known <= index // self._size)
         return [number, *self._places[number]]
 
     def restore(self, state: list[int]) -> None:
-        """Take the place of a buffer from ``state``, a result of the method ``state``. Reading can then begin at this
-        place. No text is read."""
+        """Add the place of a buffer from ``state``, a result of the method ``state``, so that reading can begin there.
+        No text is read."""
         number, *place = state
         self._places[number] = TextPlace(*place)
 
     def _windows_from(self, place: TextPlace) -> Iterator[tuple[TextPlace, Ids]]:
-        """Yield place and tokens, (T + 1,), of every window from ``place`` on."""
+        """Yield the place and the ids, (T + 1,), of every window from ``place`` on, without end."""
         pieces = deque[tuple[int, int, Ids]]()
         coming, skip = self._pieces_from(place), place.skip
         while True:
@@ -276,7 +285,8 @@ class Stream:
             skip += self._block_size
 
     def _pieces_from(self, place: TextPlace) -> Iterator[tuple[int, int, Ids]]:
-        """Yield turn, number and tokens of every piece of training text from that of ``place`` on."""
+        """Yield ``turn``, ``piece`` (see ``TextPlace``) and ids of every piece of training text from ``place`` on,
+        without end."""
         first, empty = place.piece, 0
         for turn in count(place.turn):
             if empty >= len(self._shards):
@@ -294,9 +304,9 @@ class Stream:
 
 
 def open_stream(config: DataConfig, cache: Path, tokens: int) -> Tokens:
-    """Return the source of a stream: its tokenizer and the first ``tokens`` validation tokens, kept in ``cache``.
+    """Return the tokens of a stream: a source with its tokenizer and its first ``tokens`` validation tokens.
 
-    The first call reads the text until it has these tokens.
+    The first call reads the text until it has these tokens, and writes them into ``cache``.
 
     Raises:
         ConfigError: the text cannot be read, or has fewer validation tokens.
@@ -317,7 +327,7 @@ def open_stream(config: DataConfig, cache: Path, tokens: int) -> Tokens:
 
 
 def look_at_stream(config: DataConfig, cache: Path) -> Tokens:
-    """Return the source of a stream without validation tokens. Of local files the first document is read.
+    """Return the tokens of a stream without validation tokens. Of local files the first document is read, as a check.
 
     Raises:
         ConfigError: a file is missing, the first document cannot be read, or the tokenizer is not usable.
@@ -332,7 +342,7 @@ def look_at_stream(config: DataConfig, cache: Path) -> Tokens:
 
 
 def describe_source(spec: PreprocessingSpec, tokenizer: Tokenizer, folder: Path | None, val: Split) -> TokenSource:
-    """Return the source of a stream, whose training split has no files."""
+    """Return a stream as a token source, whose training split has no files. ``val`` is its validation split."""
     about = describe_tokenizer(tokenizer)
     return TokenSource(
         name=spec.config.title,
@@ -346,7 +356,8 @@ def describe_source(spec: PreprocessingSpec, tokenizer: Tokenizer, folder: Path 
 
 
 def read_validation(spec: PreprocessingSpec, tokenizer: Tokenizer, tokens: int) -> tuple[Ids, int]:
-    """Read the first ``tokens`` tokens of the validation split, (tokens,), and the bytes of text that they stand for.
+    """Return the first ``tokens`` token ids of the validation split, (tokens,), and an estimate of the bytes of their
+    text.
 
     Raises:
         ConfigError: the split has fewer tokens, or the text cannot be read.

@@ -81,16 +81,17 @@ from launch.runs.process import die_with_parent
 def prepare_folder(
     spec: PreprocessingSpec, folder: Path, workers: int = 1, progress: bool = False, replace: bool = True
 ) -> TokenSource:
-    """Prepare a corpus in ``folder``, or return the existing one. Of several simultaneous callers, one prepares it.
+    """Prepare a corpus in ``folder`` unless it exists, and return it as a token source.
 
-    A killed preparation resumes at its last finished shard.
+    If several processes call this at the same time, one of them prepares the corpus. A preparation that was killed
+    resumes at its last finished shard.
 
     Args:
         spec: the inputs that determine the corpus.
         folder: the prepared folder.
         workers: number of processes that read and tokenize; 1 works in this process.
-        progress: show a bar on standard error.
-        replace: replace a folder without a whole corpus; False for a folder that the user named.
+        progress: True to show a bar on standard error.
+        replace: True to replace a folder that has anything but this corpus; False to raise an error.
 
     Raises:
         ConfigError: the text cannot be read, or ``folder`` has other content.
@@ -131,13 +132,14 @@ def prepare_folder(
 
 
 ROW_DTYPE = np.dtype([("split", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("ends", "<i8")])
-"""Record of a tokenized piece: its split, number of tokens and bytes of text. ``ends`` is 1 if a document ends with the
-piece, 2 if the document is a conversation that is cut there, else 0."""
+"""Record of a tokenized piece of text: its split, its number of tokens, and the bytes of its text. ``ends`` is 1 if a
+document ends with the piece, 2 if the piece is a conversation that was cut, else 0."""
 Rows = npt.NDArray[np.void]
 
 
 def tokenize_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Path, workers: int, progress: bool) -> int:
-    """Tokenize the unfinished shards. Return the number of shards used: with ``data.max_bytes`` maybe not all."""
+    """Tokenize the unfinished shards into the folder ``parts``. Return the number of shards that the corpus uses, which
+    may be smaller with ``data.max_bytes``."""
     # Every task carries the spec. Shards name their files, and one of several files has documents.
     light = with_values(spec, files=spec.files[:2], val_files=spec.val_files[:2])
     tokenize, sizes = partial(_tokenize_shard, light, parts), list[int]()
@@ -161,10 +163,10 @@ def tokenize_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Pat
 
 
 def _has_enough_text(spec: PreprocessingSpec, shard: Shard, before: int) -> bool:
-    """Return True if ``shard`` is not needed, because earlier shards already have ``data.max_bytes`` bytes of text.
+    """Return True if a shard is not needed, because the shards before it have ``data.max_bytes`` bytes of text.
 
-    ``before`` is the number of bytes in the shards from ``shard.first`` up to this one. Always False for a source
-    without documents, because ``build_spec`` has already cut its text.
+    ``before`` is the number of bytes in the shards from ``shard.first`` up to this one. False for a source without
+    documents, because ``build_spec`` has already cut its text.
     """
     if spec.config.max_bytes is None or not spec.splits_documents or shard.split is VAL:
         return False
@@ -174,7 +176,7 @@ def _has_enough_text(spec: PreprocessingSpec, shard: Shard, before: int) -> bool
 
 
 def _tokenize_shard(spec: PreprocessingSpec, parts: Path, shard: Shard) -> int:
-    """Tokenize one shard, unless it is finished. Return its bytes of text."""
+    """Tokenize one shard into the folder ``parts``, unless it is finished. Return the bytes of its text."""
     stem = parts / f"{shard.number:06d}"
     if not stem.with_suffix(".rows").is_file():
         tokenizer = open_tokenizer(spec, parts)
@@ -196,7 +198,8 @@ def _read_rows(parts: Path, shard: Shard) -> Rows:
 
 
 def open_tokenizer(spec: PreprocessingSpec, parts: Path) -> Tokenizer | None:
-    """Load the tokenizer of a preparation from its folder in ``parts``. None for a Markov chain, which needs none."""
+    """Return the tokenizer that a preparation has saved in the folder ``parts``; None for a Markov chain, which needs
+    none."""
     return None if spec.kind == "synthetic" else _load_once(parts / TOKENIZER, (parts / TOKENIZER / ABOUT).read_bytes())
 
 
@@ -208,7 +211,8 @@ def _load_once(folder: Path, about: bytes) -> Tokenizer:
 def _tokens(
     spec: PreprocessingSpec, shard: Shard, tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, npt.NDArray[Any], int, int]]:
-    """Yield for each piece the fields of ``ROW_DTYPE``, with the token ids instead of their number."""
+    """Yield for each piece of a shard: its split, its token ids, the bytes of its text, and ``ends`` of
+    ``ROW_DTYPE``."""
     if tokenizer is None:
         ids, known = walk(spec.config.synthetic, shard.number), spec.known_tokens()
         assert known is not None
@@ -227,11 +231,11 @@ def _tokens(
 def encode_piece(
     spec: PreprocessingSpec, tokenizer: Tokenizer, piece: Piece, shard: Shard
 ) -> tuple[npt.NDArray[Any], int]:
-    """Return the token ids of a piece, shape (N,), and the number of bytes of its text. The end-of-document token is
-    added if the piece is the last one of a document.
+    """Return the token ids of a piece, (N,), and the number of bytes of its text. If a document ends with the piece,
+    the token that ends documents is added.
 
     Raises:
-        ConfigError: the text is not UTF-8, and the tokenizer needs it.
+        ConfigError: the text is not UTF-8, which the tokenizer needs.
     """
     data = piece.data
     if piece.ends and tokenizer.eot is None and spec.splits_documents:
@@ -244,12 +248,12 @@ def encode_piece(
 
 
 def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:
-    """Return the vocabulary size of a corpus: that of the tokenizer, or the states of a Markov chain without one."""
+    """Return the vocabulary size of a corpus: that of its tokenizer, or of a Markov chain if ``tokenizer`` is None."""
     return spec.config.synthetic.vocab_size if tokenizer is None else tokenizer.vocab_size
 
 
 def token_dtype_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> str:
-    """Return the numpy name of the integer type of a corpus's tokens. Tokens of conversations have kinds, too."""
+    """Return the numpy name of the integer type in which the tokens of a corpus are stored."""
     if spec.config.conversation_tokens is not None:
         return "uint32"
     return token_dtype(spec.config.layout, vocab_size_for(spec, tokenizer))
@@ -266,17 +270,18 @@ UINT16_VOCAB = 1 << 16
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """Entry of one file of a split in the manifest."""
+    """Entry in the manifest for one file of a split."""
 
     name: str
     tokens: int
-    """Number of tokens; 0 for a file without tokens, such as an index."""
+    """Number of tokens; 0 for an index."""
     size: int
+    """Size in bytes."""
     sha256: str
 
 
 def token_dtype(layout: TokenFileFormat, vocab_size: int) -> str:
-    """Choose the integer type of a token: 16 bits if the vocabulary allows. Megatron has no unsigned 32 bits."""
+    """Return the numpy name of the integer type for tokens of a vocabulary: of 16 bits if possible, else of 32."""
     if vocab_size <= UINT16_VOCAB:
         return "uint16"
     return "int32" if layout is TokenFileFormat.megatron else "uint32"
@@ -290,15 +295,15 @@ def write_split(
     chunks: Iterable[bytes],
     lengths: npt.NDArray[np.int64],
 ) -> list[WrittenFile]:
-    """Write the files of one split.
+    """Write the token files of one split. Return their entries for the manifest.
 
     Args:
-        layout: the format of the files.
-        stem: folder and beginning of the file names, such as ``FOLDER/train``.
-        dtype: numpy name of a token's integer.
-        tokens: number of tokens in ``chunks``; llm.c writes it into a header.
-        chunks: the tokens, as little-endian ``dtype``.
-        lengths: tokens of each document, in order, (documents,); used by Megatron's index only.
+        layout: format of the files.
+        stem: folder and beginning of the names of the files, such as ``FOLDER/train``.
+        dtype: numpy name of the integer type of a token.
+        tokens: number of tokens in ``chunks``.
+        chunks: bytes of the tokens, as little-endian ``dtype``.
+        lengths: number of tokens of each document, (documents,), for the index of Megatron.
     """
     if layout is TokenFileFormat.llmc:
         return list(_write_llmc(stem, dtype, tokens, chunks))
@@ -340,7 +345,8 @@ def _write_llmc(stem: Path, dtype: str, tokens: int, chunks: Iterable[bytes]) ->
 
 
 def _megatron_index(dtype: str, lengths: npt.NDArray[np.int64]) -> Iterator[bytes]:
-    """Yield Megatron's index, in which every document is one sequence."""
+    """Yield the bytes of Megatron's index, in which every document is one sequence. ``lengths`` are the numbers of
+    tokens of the documents."""
     if lengths.max(initial=0) >= MEGATRON_SEQUENCE_LIMIT:
         raise ConfigError(
             f"data.layout=megatron with a document of {lengths.max():,} tokens",
@@ -364,11 +370,12 @@ LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "tiktoken", "datasets", "py
 
 @dataclass(frozen=True)
 class _SplitRows:
-    """Pieces of one split that the corpus uses."""
+    """Tokenized pieces of one split that the corpus uses."""
 
     shards: list[tuple[Shard, int]]
-    """Shards in order, each with its number of used tokens of the split."""
+    """Shards in order, each with the number of its tokens that the split uses."""
     rows: Rows
+    """Records of the pieces in order (``ROW_DTYPE``)."""
 
     @property
     def tokens(self) -> int:
@@ -380,14 +387,15 @@ class _SplitRows:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Number of tokens of each document. Tokens after the last end of a document count as one more document."""
+        """Number of tokens of each document, (documents,). Tokens after the last end of a document are one more
+        document."""
         after = np.cumsum(self.rows["tokens"])
         ends = after[(self.rows["ends"] == 1) | (np.arange(len(after)) == len(after) - 1)]
         return np.diff(ends, prepend=0)
 
 
 def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) -> list[_SplitRows]:
-    """Return the rows of both splits, (train, val), up to ``data.max_bytes`` of text."""
+    """Return the pieces that the corpus uses, up to ``data.max_bytes`` of text: of training, then of validation."""
     limits, used = _split_limits(spec), Counter[int | None]()
     found: list[list[tuple[Shard, Rows]]] = [[], []]
     for shard in shards:
@@ -407,7 +415,7 @@ def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) ->
 
 
 def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
-    """Return how many bytes of text the corpus may use, by the split of a shard. A split without a key has no limit.
+    """Return split of a shard -> largest number of bytes of text that the corpus uses. Other shards have no limit.
 
     The key None is for shards whose documents are divided between training and validation.
     """
@@ -421,7 +429,7 @@ def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
 
 
 def merge_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Path) -> None:
-    """Merge tokenized shards into a complete prepared folder, ``parts/whole``.
+    """Write a complete prepared folder, ``parts/whole``, from tokenized shards.
 
     Raises:
         ConfigError: a split has no text.
@@ -453,7 +461,7 @@ def merge_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Path) 
 
 
 def _chunks(parts: Path, name: str, split: _SplitRows, dtype: str) -> Iterator[bytes]:
-    """Yield the tokens of a split in order, as little-endian bytes of ``dtype``."""
+    """Yield the bytes of the tokens of a split in order, as little-endian ``dtype``. ``name`` is that of the split."""
     for shard, tokens in split.shards:
         left = tokens * ITEM_BYTES[dtype]
         with (parts / f"{shard.number:06d}.{name}").open("rb") as file:

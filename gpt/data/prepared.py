@@ -28,7 +28,7 @@ from launch.errors import ConfigError
 
 
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
-"""Numpy name of an integer type -> its bytes. All files are little-endian."""
+"""Numpy name of an integer type -> bytes of a number. All files are little-endian."""
 HEADERLESS_DTYPE = "uint16"
 LLMC_HEADER_BYTES = 1024
 LLMC_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
@@ -40,29 +40,37 @@ MEGATRON_CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a token file: ``tokens`` numbers of ``dtype`` from byte ``offset`` on. Can be sent to other ranks."""
+    """Consecutive tokens in a file."""
 
     path: Path
     dtype: str
+    """Numpy name of the integer type of a token."""
     offset: int
+    """Byte of the file at which the first token begins."""
     tokens: int
+    """Number of tokens."""
     file_bytes: int
-    """Required size of the whole file, in bytes."""
+    """Size that the whole file must have, in bytes."""
 
     def is_whole(self) -> bool:
-        """Return True if the file exists with its full size. The check is cheap and runs at every start."""
+        """Return True if the file exists and has the size ``file_bytes``."""
         try:
             return self.path.stat().st_size == self.file_bytes
         except FileNotFoundError:
             return False
 
     def slice(self, start: int, stop: int) -> Segment:
-        """Return the segment of the tokens from ``start`` up to, but not including, ``stop``."""
+        """Return the segment with the tokens of this one from index ``start`` up to, but not including, ``stop``."""
         return replace(self, offset=self.offset + start * ITEM_BYTES[self.dtype], tokens=stop - start)
 
 
 def open_token_files(path: str, dtype: str | None = None, key: str = "data.path") -> tuple[Segment, ...]:
-    """Open the token files at ``path``, in the order of their names. ``key`` names the setting in messages.
+    """Return the tokens of all token files that ``path`` names, in the order of the names of the files.
+
+    Args:
+        path: a file, the prefix of the two files of Megatron, or a pattern of files.
+        dtype: numpy name of the integer type in files without a header; None means uint16.
+        key: key of the config that has the path, for messages.
 
     Raises:
         ConfigError: no file exists, or a file is invalid.
@@ -79,7 +87,7 @@ def open_token_files(path: str, dtype: str | None = None, key: str = "data.path"
 
 
 def missing_tokens_error(path: str, place: Path, key: str = "data.path") -> ConfigError:
-    """Return the error for a path, set by ``key``, without token files."""
+    """Return the error for ``key``=``path``, if there are no token files in ``place``."""
     return ConfigError(
         f"{key}={path}, but there are no tokens in {place}",
         "a folder of gpt.prepare, a .bin file, a Megatron prefix, or a pattern of shards",
@@ -88,7 +96,9 @@ def missing_tokens_error(path: str, place: Path, key: str = "data.path") -> Conf
 
 
 def read_token_file(path: Path, dtype: str | None = None) -> Segment:
-    """Read the header of a token file and recognize its format. ``dtype`` is for files without a header.
+    """Return the tokens of a token file, whose format is recognized by its header. Only the header is read.
+
+    ``dtype`` is the numpy name of the integer type in files without a header; None means uint16.
 
     Raises:
         ConfigError: the file cannot be read, or its size contradicts its header.
@@ -153,13 +163,15 @@ def _read_megatron(path: Path, index: Path, size: int) -> Segment:
 
 
 def split_tokens(tokens: int, val_fraction: float) -> tuple[int, int]:
-    """Split a number of tokens into training and validation tokens. The training tokens come first in the text."""
+    """Return the numbers of training and of validation tokens into which ``tokens`` tokens are split. The validation
+    tokens are the last ones, at least one."""
     val = min(tokens, max(1, int(tokens * val_fraction)))
     return tokens - val, val
 
 
 def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Split off the last ``tokens`` tokens. Return the segments before them, and the segments that contain them."""
+    """Split segments before their last ``tokens`` tokens. Return the segments of the tokens before, and those of the
+    last tokens."""
     before: list[Segment] = []
     after: list[Segment] = []
     left = tokens
@@ -174,7 +186,7 @@ def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment
 
 
 def glob_files(pattern: str) -> list[Path]:
-    """List the paths that an absolute or relative ``pattern`` matches, sorted."""
+    """Return the paths that a pattern matches, sorted. A relative pattern starts at the current folder."""
     place = Path(pattern).expanduser().absolute()
     # Path.glob accepts only relative patterns.
     return sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
@@ -185,10 +197,11 @@ def glob_files(pattern: str) -> list[Path]:
 
 FORMAT = 2
 KIND_BIT = 28
-"""Lowest bit of the kind of a conversation's token. The bits below are its id. Tokens of answers have kind 0."""
+"""Number of the bits of a token's id in a file of conversations. The bits above have the kind of the token: 0 for
+tokens of answers."""
 NEW_DOCUMENT, CONTEXT = 1, 2
-"""Kinds of tokens that are no targets: the first token of a conversation, and other tokens outside of answers. The
-target in the place of such a token is its negative kind, which the loss ignores."""
+"""Kinds of tokens that the loss ignores as targets: the first token of a conversation, and other tokens outside of
+answers. The target is then the negative kind."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "val")
@@ -203,6 +216,7 @@ class Split:
     num_bytes: int | None = None
     """Bytes of the text from which the tokens were made; None if unknown."""
     documents: int | None = None
+    """Number of documents; None for a text without documents, or if unknown."""
 
     @property
     def tokens(self) -> int:
@@ -212,7 +226,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenSource:
-    """One tokenized corpus. Can be sent to other ranks."""
+    """A tokenized corpus: its token files, tokenizer and checksum."""
 
     name: str
     folder: Path | None
@@ -222,21 +236,21 @@ class TokenSource:
     vocab_size: int | None
     """Number of token ids; None for token files made by another program."""
     tokenizer: dict[str, Any] | None
-    """Description of its tokenizer, as ``gpt.data.tokenizers.describe_tokenizer`` returns it."""
+    """Description of its tokenizer, a result of ``describe_tokenizer``; None if there is none, or if unknown."""
     sha256: str
-    """Checksum of the data. For a prepared folder, it does not depend on where the folder was prepared.
-
-    For token files made by another program, it covers each file's name, size, beginning and end.
-    """
+    """Checksum. For a prepared folder, of its token files. For token files made by another program, of the name, size,
+    beginning and end of each file."""
     entropy: float | None = None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
     weight: int = 1
+    """Weight in a mixture of sources."""
     conversation_tokens: int | None = None
-    """``data.conversation_tokens`` of prepared conversations, whose tokens have kinds; None for texts."""
+    """``data.conversation_tokens`` with which conversations were prepared; None for texts. Tokens of conversations have
+    kinds (``KIND_BIT``)."""
 
     @property
     def is_streamed(self) -> bool:
-        """True if training makes its tokens itself. A prepared folder always has training tokens."""
+        """True if the training tokens are made during training (``data.stream``), and are in no file."""
         return self.tokenizer is not None and not self.train.segments
 
     @property
@@ -247,13 +261,13 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of a run: one source, or several with weights. Can be sent to other ranks."""
+    """Tokens of a run: one source, or a mixture of several."""
 
     sources: tuple[TokenSource, ...]
 
     @property
     def are_conversations(self) -> bool:
-        """True if the tokens have kinds: those of all sources or of none, because all sources have one tokenizer."""
+        """True if the sources are conversations, whose tokens have kinds."""
         return self.sources[0].conversation_tokens is not None
 
     @property
@@ -269,7 +283,7 @@ class Tokens:
         return next((s.tokenizer_folder for s in self.sources if s.tokenizer_folder is not None), None)
 
     def as_dict(self) -> list[dict[str, Any]]:
-        """List the sources as ``environment.json`` records them."""
+        """Return a list of the sources as plain JSON, for ``environment.json``."""
         return [
             {
                 "name": source.name,
@@ -285,10 +299,10 @@ class Tokens:
 
 
 def find_document_end(config: DataConfig, tokens: Tokens | None) -> int | None:
-    """Return the id of the token that ends a document; None without packing.
+    """Return the id of the token that ends a document, for packing; None if documents are not packed, or if they are
+    conversations, which need no such token.
 
-    ``tokens`` is None for a text that is tokenized at its first use; such a text has no token that ends a document.
-    Conversations need no such token: the kind of their first token is ``NEW_DOCUMENT``.
+    ``tokens`` are the opened tokens of the corpus; None for a text that is not tokenized yet, which has no such token.
 
     Raises:
         ConfigError: documents are packed, and no such token is known.
@@ -311,7 +325,7 @@ def find_document_end(config: DataConfig, tokens: Tokens | None) -> int | None:
 
 
 def read_corpus_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest of a prepared folder; None if it is missing, or has another version."""
+    """Return the manifest of a prepared folder; None if it is missing, or of another version."""
     try:
         value = json.loads((folder / MANIFEST).read_bytes())
         return value if value["format"] == FORMAT else None
@@ -320,8 +334,10 @@ def read_corpus_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def open_folder(folder: Path, identity: dict[str, Any] | None = None) -> TokenSource | None:
-    """Open a prepared corpus; None if it does not exist, one of its files is missing or truncated, or its spec has
-    another ``identity`` than the given one."""
+    """Return the corpus in a prepared folder; None if it does not exist, or a file is missing or truncated.
+
+    If ``identity`` is given, also None if the corpus was prepared with another ``PreprocessingSpec.identity``.
+    """
     manifest = read_corpus_manifest(folder)
     if manifest is None or (identity is not None and manifest["spec"] != identity):
         return None
@@ -350,10 +366,10 @@ def open_folder(folder: Path, identity: dict[str, Any] | None = None) -> TokenSo
 
 
 def open_tokens(config: DataConfig) -> Tokens:
-    """Open the sources of ``data=tokens``.
+    """Return the tokens of ``data=tokens``: the source ``data.path``, or the mixture ``data.sources``.
 
     Raises:
-        ConfigError: a source is missing, or the sources do not fit together.
+        ConfigError: a source is missing, or the sources have different tokenizers.
     """
     paths = config.sources or [WeightedPath(str(config.path))]
     weights = whole_weights([source.weight for source in paths])
@@ -363,9 +379,10 @@ def open_tokens(config: DataConfig) -> Tokens:
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return the smallest whole numbers in the proportion of ``weights``, as written: 0.1 is a tenth.
+    """Return the smallest whole numbers with the same proportions as ``weights``. The float 0.1 counts as exactly a
+    tenth.
 
-    Weights with a sum above 2^30 are rounded to a billionth of their sum, but never to zero.
+    If their sum exceeds 2^30, they are rounded to a billionth of their sum, but never to zero.
     """
     exact = [Fraction(str(weight)) for weight in weights]  # through the text, because the float 0.1 is no exact tenth
     assert exact and min(exact) > 0, "DataConfig.validate asks for it"
@@ -411,9 +428,10 @@ def _open_source(path: str, config: DataConfig, weight: int) -> TokenSource:
 def _foreign_splits(
     place: Path, path: str, config: DataConfig, dtype: str | None
 ) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Return the training and the validation files of token files made by another program.
+    """Return the training and the validation segments of token files that another program has made.
 
-    They are train.bin and val.bin of a folder, two paths, or one path whose last tokens become the validation split.
+    They are train.bin and val.bin of a folder; or the files of ``data.path`` and ``data.val_path``; or files of which
+    the last tokens are used for validation.
     """
     if place.is_dir():
         pair = [place / "train.bin", place / "val.bin"]
@@ -432,7 +450,7 @@ def _foreign_splits(
 
 
 def refuse_shared_files(config: DataConfig, train: Sequence[Path], val: Sequence[Path]) -> None:
-    """Raise ConfigError if a file to validate on is also one to train on."""
+    """Raise ConfigError if a path is in both ``train`` and ``val``."""
     both = sorted({path.resolve() for path in train} & {path.resolve() for path in val})
     if both:
         raise ConfigError(
@@ -454,7 +472,8 @@ def _refuse_other_tokenizers(sources: Sequence[TokenSource]) -> None:
 
 
 def largest_id_seen(source: TokenSource) -> int:
-    """Return the largest token id in the first and last 65,536 bytes of every file. Other ids may be larger."""
+    """Return the largest token id in the first and the last 65,536 bytes of every file of a source. Other ids may be
+    larger."""
     import numpy as np  # imported here, so that the look-up of a corpus of bytes stays quick
 
     largest = 0
@@ -468,7 +487,7 @@ def largest_id_seen(source: TokenSource) -> int:
 
 
 def _fingerprint(path: Path) -> str:
-    """Return the sha256 of a file's size, beginning and end. It distinguishes files without reading gigabytes."""
+    """Return the sha256 of a file's size, first and last 65,536 bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(FINGERPRINT_BYTES)

@@ -1,5 +1,5 @@
-"""Shards of a corpus, each some megabytes of text: their borders, and the readers of their text. Also Markov chains,
-and the tokenizer that is made from the text.
+"""Shards of a corpus, each some megabytes of text, and the readers of their text. Also Markov chains, and the making of
+a tokenizer from the text.
 
 Imports no torch.
 """
@@ -49,23 +49,23 @@ from launch.errors import ConfigError
 
 
 WALK_TOKENS = 1 << 20
-"""Number of tokens of one walk through the chain. The corpus consists of independent walks, so that processes can share
-the work. One token in a million does not depend on its predecessor."""
+"""Largest number of tokens of one walk through a Markov chain. The corpus consists of independent walks, so that
+several processes can make it."""
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A Markov chain of V states with S successors each."""
+    """A Markov chain of V states, each with S possible next states."""
 
     successors: npt.NDArray[np.int64]
-    """States that can follow each state, (V, S), all different."""
+    """Possible next states of each state, (V, S), all different in a row."""
     probabilities: Floats
-    """Probabilities of the successors, (V, S); rows sum to one."""
+    """Probabilities of these next states, (V, S); the sum of a row is 1."""
 
     def transition(self) -> Floats:
-        """Return the transition matrix p_ij, (V, V)."""
+        """Return the transition matrix, (V, V): the probability of state j after state i."""
         matrix = np.zeros((len(self.successors), len(self.successors)))
         np.put_along_axis(matrix, self.successors, self.probabilities, axis=1)
         return matrix
@@ -84,7 +84,8 @@ class Chain:
 
 @lru_cache(maxsize=4)
 def make_chain(vocab_size: int, successors: int = SUCCESSORS) -> Chain:
-    """Make a chain with ``vocab_size`` states, each of which has ``successors`` successors."""
+    """Return the chain with ``vocab_size`` states, and ``successors`` possible next states of each. It is the same at
+    every call."""
     key = _uniform(0, vocab_size * vocab_size).reshape(vocab_size, vocab_size)
     # One successor of a state is the next state, so that every state is reachable from every other.
     key[np.arange(vocab_size), (np.arange(vocab_size) + 1) % vocab_size] = -1.0
@@ -96,12 +97,12 @@ def make_chain(vocab_size: int, successors: int = SUCCESSORS) -> Chain:
 
 
 def chain_of(config: SyntheticConfig) -> Chain:
-    """Build the chain of a configuration. It does not depend on the length of the corpus."""
+    """Return the Markov chain of a config."""
     return make_chain(config.vocab_size)
 
 
 def walk(config: SyntheticConfig, number: int) -> npt.NDArray[np.uint32]:
-    """Generate walk ``number`` of the corpus, counted from 0, (tokens,)."""
+    """Return the tokens of the walk ``number`` of a synthetic corpus, counted from 0, (tokens,)."""
     tokens = min(WALK_TOKENS, config.tokens - number * WALK_TOKENS)
     chain = chain_of(config)
     cumulative = [row[:-1].tolist() for row in np.cumsum(chain.probabilities, axis=1)]
@@ -117,10 +118,10 @@ def walk(config: SyntheticConfig, number: int) -> npt.NDArray[np.uint32]:
 
 
 def _uniform(stream: int, count: int) -> Floats:
-    """Return ``count`` numbers in [0, 1), which are the same in every numpy release.
+    """Return ``count`` pseudorandom numbers from 0 to below 1, (count,), which are the same in every release of numpy.
 
-    numpy guarantees stable bit generators, but not stable variates. ``stream`` numbers the
-    independent sequences.
+    ``stream`` is the number of an independent sequence. numpy guarantees that its bit generators do not change, but not
+    the numbers that its distributions draw.
     """
     raw = np.random.PCG64(np.random.SeedSequence([0, stream])).random_raw(count)
     return np.asarray((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53)
@@ -132,44 +133,46 @@ def _uniform(stream: int, count: int) -> Floats:
 
 
 PIECE_BYTES = 1 << 20
-"""Approximate bytes of the pieces in which a text is tokenized. A piece ends at the end of a line."""
+"""Approximate size, in bytes, of the pieces in which a text is tokenized. A piece ends at the end of a line."""
 SHARD_BYTES = 64 << 20  # large enough to pay for a process, and small enough to lose when killed
 LINE_SEARCH_BYTES = 1 << 16
-"""Number of bytes within which the end of a line is searched. Beyond it, a piece ends at any character."""
+"""Number of bytes in which the end of a line is searched for the end of a piece. Without one, a piece may end at any
+character."""
 TRAIN, VAL = 0, 1
 
 
 class TextPart(NamedTuple):
-    """Part of a source: bytes of a text or jsonl file, row groups of parquet, a file of a dataset, or a walk."""
+    """Part of a source of text."""
 
     path: str
+    """Path of the file; for a dataset its split, for a user's source its name, empty for a Markov chain."""
     start: int
+    """First byte of a text or jsonl file, row group of a parquet file, file of a dataset, or walk of a Markov chain."""
     stop: int
+    """First one after the part; for a dataset the number of its files."""
     split: int | None = None
-    """TRAIN or VAL; None if the split is decided document by document."""
+    """TRAIN or VAL; None if the split is chosen for each document."""
     size: int = SHARD_BYTES
-    """Size in bytes. Parts are joined to a shard up to SHARD_BYTES; a part of unknown size is a shard of its own."""
+    """Size in bytes. Parts are joined to shards of up to SHARD_BYTES; a part of unknown size is a shard of its own."""
     ends: bool = True
-    """True if a document ends with the part (text only)."""
+    """True if a document ends with the part; used for text files only."""
     mtime_ns: int = 0
+    """Time of the last change of the file, in nanoseconds."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Parts of a corpus that one process tokenizes as one task, about SHARD_BYTES."""
+    """Parts of a corpus that one process tokenizes together, of about SHARD_BYTES."""
 
     number: int
+    """Number of the shard in the order of the corpus, from 0."""
     parts: tuple[TextPart, ...]
     first: int = 0
-    """Number of the first shard of the same group of files.
-
-    Separate validation files are a group of their own, with the lowest numbers. So the shards that ``data.max_bytes``
-    makes unnecessary have the highest numbers.
-    """
+    """Number of the first shard of the same files: of ``data.val_path``, which come first, or of the others."""
 
     @property
     def split(self) -> int | None:
-        """TRAIN or VAL; None if the split is decided document by document."""
+        """TRAIN or VAL; None if the split is chosen for each document."""
         return self.parts[0].split
 
 
@@ -196,7 +199,8 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
 
 
 def _group(parts: Iterable[TextPart], before: Iterable[Shard] = ()) -> list[Shard]:
-    """Join neighboring parts of one split into shards of up to SHARD_BYTES; return ``before`` and the new shards."""
+    """Join consecutive parts of one split into shards of up to SHARD_BYTES. Return the shards ``before``, and the new
+    shards after them."""
     groups: list[list[TextPart]] = []
     size = 0
     for part in parts:
@@ -217,8 +221,8 @@ def _split_files(
     Args:
         spec: spec of the corpus.
         files: files of one kind.
-        split: split of all documents; None if it is decided document by document.
-        val_start: byte of the concatenated texts at which validation begins.
+        split: TRAIN or VAL; None if the split is chosen for each document.
+        val_start: number of the first byte, in all text files together, that is for validation.
     """
     if spec.kind == "text":
         yield from _split_texts(spec, files, val_start)
@@ -239,8 +243,8 @@ def _split_files(
 
 @contextmanager
 def readable(where: object) -> Iterator[None]:
-    """Turn every failure to read ``where`` into a ConfigError, whether a file, a library, the network or the user's
-    function fails."""
+    """Return a context in which every error of reading becomes a ConfigError that names ``where``: errors of files,
+    libraries, the network or the user's function."""
     try:
         yield
     except ConfigError:
@@ -254,7 +258,8 @@ def readable(where: object) -> Iterator[None]:
 
 
 def _split_texts(spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start: int) -> Iterator[TextPart]:
-    """Yield the parts of text files, about PIECE_BYTES each. Validation begins with a new part."""
+    """Yield the parts of text files, of about PIECE_BYTES each. No part has both training and validation text.
+    ``val_start`` as in ``_split_files``."""
     exact = spec.config.tokenizer is TokenizerKind.byte
     passed = 0
     for file in files:
@@ -273,7 +278,8 @@ def _split_texts(spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start
 
 
 def _line_start(file: CorpusFile, place: int) -> int:
-    """Return the first byte offset from ``place`` on that begins a line, or a character if no line ends nearby."""
+    """Return the first byte, from ``place`` on, at which a line begins; or a character, if no line ends within
+    LINE_SEARCH_BYTES."""
     with readable(file.path), file.path.open("rb") as stream:
         stream.seek(place - 1)
         near = stream.read(LINE_SEARCH_BYTES)
@@ -282,7 +288,7 @@ def _line_start(file: CorpusFile, place: int) -> int:
 
 
 def _character_start(file: CorpusFile, place: int) -> int:
-    """Return the first byte offset from ``place`` on that begins a character: no continuation byte (10xxxxxx)."""
+    """Return the first byte, from ``place`` on, at which a character of UTF-8 begins."""
     with file.path.open("rb") as stream:
         stream.seek(place)
         near = stream.read(3)
@@ -291,7 +297,8 @@ def _character_start(file: CorpusFile, place: int) -> int:
 
 
 def _whole_characters(file: CorpusFile) -> int:
-    """Return the size of a text in bytes, without a last character that ``data.max_bytes`` cut in half."""
+    """Return the size of a text file in bytes, without an incomplete last character, which ``data.max_bytes`` may
+    leave."""
     with file.path.open("rb") as stream:
         stream.seek(max(0, file.size - 3))
         last = stream.read(min(3, file.size))
@@ -302,14 +309,14 @@ def _whole_characters(file: CorpusFile) -> int:
 
 @lru_cache(maxsize=4)
 def _open_stream(dataset: str, revision: str | None, subset: str | None, split: str) -> Any:
-    """Open a dataset as a stream, once. The stream is only a description, which reading does not change."""
+    """Return a dataset of Hugging Face's library as a stream; cached, since reading does not change it."""
     datasets = import_library("datasets")
     datasets.config.TORCH_AVAILABLE = False  # otherwise its streams load torch, which costs seconds in every process
     return datasets.load_dataset(dataset, name=subset, revision=revision, split=split, streaming=True)
 
 
 def open_dataset(config: DataConfig, split: str) -> Any:
-    """Open a split of a dataset as a stream.
+    """Return a split of the dataset of a config as a stream of Hugging Face's library.
 
     Raises:
         ConfigError: the dataset is unreachable, or has no such split.
@@ -326,20 +333,22 @@ def open_dataset(config: DataConfig, split: str) -> Any:
 
 
 class Piece(NamedTuple):
-    """Text that is tokenized at once, as UTF-8 or as the bytes of the file."""
+    """Piece of text that is tokenized at once."""
 
     split: int
+    """TRAIN or VAL."""
     data: bytes
-    """The text. For a conversation it is JSON, ``[place of the row, messages]``."""
+    """The text as UTF-8, or unchanged bytes of a text file. Of a conversation: JSON, ``[place of the row,
+    messages]``."""
     ends: bool
     """True if a document ends with the piece."""
 
 
 def read_shard(spec: PreprocessingSpec, shard: Shard) -> Iterator[Piece]:
-    """Read the text of a shard, piece by piece.
+    """Yield the pieces of text of a shard.
 
     Raises:
-        ConfigError: a file is unreadable, has the wrong format, or has changed since its look-up.
+        ConfigError: a file is unreadable, has the wrong format, or has changed since the spec was made.
     """
     count = 0
     for part in shard.parts:
@@ -358,7 +367,7 @@ def read_shard(spec: PreprocessingSpec, shard: Shard) -> Iterator[Piece]:
 
 
 def decode_text(data: bytes, shard: Shard) -> str:
-    """Decode the text of a piece.
+    """Return the text of a piece from its bytes. ``shard`` names the file in the error.
 
     Raises:
         ConfigError: the bytes are not UTF-8.
@@ -374,7 +383,8 @@ def decode_text(data: bytes, shard: Shard) -> str:
 
 
 def is_validation(shard: int, document: int, fraction: float) -> bool:
-    """Return True if a document belongs to the validation split, by a hash of its shard and its number there."""
+    """Return True if a document is for validation, by a hash of the number of its shard and its number there, both from
+    0. ``fraction`` is the share of such documents."""
     digest = hashlib.blake2b(f"{shard}:{document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
@@ -418,7 +428,7 @@ def _refuse_change(path: Path, part: TextPart, complete: bool = True) -> None:
 
 
 def _read_jsonl(path: Path, part: TextPart, config: DataConfig) -> Iterator[str]:
-    """Yield the texts of the lines that begin in the part. A line that began earlier belongs to the part before."""
+    """Yield the texts of the lines of a jsonl file that begin inside of ``part``."""
     packed = part.path.endswith(".gz")
     with gzip.open(path, "rb") if packed else path.open("rb") as stream:
         place = part.start
@@ -442,7 +452,8 @@ def _read_jsonl(path: Path, part: TextPart, config: DataConfig) -> Iterator[str]
 
 
 def _text_of(row: Any, config: DataConfig, where: str) -> str:
-    """Return the text of a row. For a conversation, return JSON: ``[where, messages]``."""
+    """Return the text of a row of a jsonl file, parquet file or dataset; for a conversation as JSON ``[where,
+    messages]``. ``where`` is the place of the row, for messages."""
     text = row.get(config.text_key) if isinstance(row, dict) else None
     if not isinstance(text, str if config.conversation_tokens is None else list):
         raise missing_column_error(where, config, row if isinstance(row, dict) else ())
@@ -450,7 +461,7 @@ def _text_of(row: Any, config: DataConfig, where: str) -> str:
 
 
 def missing_column_error(where: str, config: DataConfig, names: Iterable[str]) -> ConfigError:
-    """Return the error for a row without its text or messages; ``names`` are its columns or fields."""
+    """Return the error for a row at ``where`` without text or messages. ``names`` are its columns or fields."""
     what = "text" if config.conversation_tokens is None else "list of messages"
     return ConfigError(
         f"{where} has no {what} under data.text_key={config.text_key}",
@@ -467,7 +478,7 @@ LINE_CHARACTERS = 1000  # SentencePiece ignores lines of more than 4192 bytes
 
 
 def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
-    """Make the tokenizer of a spec.
+    """Return the tokenizer of a corpus: built in, read from a file, or trained on the text.
 
     Raises:
         ConfigError: its file or its library is missing, or the text is not UTF-8.

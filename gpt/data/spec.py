@@ -1,7 +1,7 @@
 """Preprocessing spec: the inputs that determine the tokens of a corpus. Imports no torch.
 
-It is quick, because the login node calls it before it submits: files are looked up, and none is read except the
-tokenizer's.
+It is quick, because the login node makes it before it submits: only sizes and times of files are read, and the file of
+the tokenizer.
 """
 
 from __future__ import annotations
@@ -53,21 +53,24 @@ PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".7z")
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One file of a corpus. Another size or time of change means another content."""
+    """A file of a corpus. A change of its size or time means that its content has changed."""
 
     path: Path
     size: int
+    """Number of bytes to read: the whole file, or its first bytes."""
     mtime_ns: int
+    """Time of its last change, in nanoseconds."""
 
     @classmethod
     def of(cls, path: Path) -> CorpusFile:
-        """Look up the size and the time of change of a file."""
+        """Return the file at ``path`` with its present size and time of change."""
         status = path.stat()
         return cls(path, status.st_size, status.st_mtime_ns)
 
 
 def text_file(path: str, key: str = "data.path") -> CorpusFile:
-    """Look up the text file at ``path``, set by ``key``. A relative path starts at the current folder.
+    """Return the text file at ``path``. A relative path starts at the current folder. ``key`` is the key of the config
+    that has the path, for messages.
 
     Raises:
         ConfigError: the file is missing, unreadable or empty.
@@ -88,9 +91,8 @@ def text_file(path: str, key: str = "data.path") -> CorpusFile:
 
 
 def pattern_files(pattern: str, key: str = "data.path") -> tuple[CorpusFile, ...]:
-    """Return the non-empty files that match ``pattern``, set by ``key``, ordered by path.
-
-    ``**`` crosses folders.
+    """Return the files that match a pattern and are not empty, ordered by path. ``**`` in the pattern matches any
+    folders. ``key`` is the key of the config that has the pattern, for messages.
 
     Raises:
         ConfigError: no file matches, or the files are of several kinds.
@@ -155,7 +157,8 @@ def _in_stdlib_corpus(name: str) -> bool:
 
 
 def take_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusFile, ...]:
-    """Return the first ``limit`` bytes of ``files``. The ``size`` of the last file is reduced; None returns all."""
+    """Return the files that have the first ``limit`` bytes of ``files``; the ``size`` of the last one is reduced. A
+    limit of None returns all files."""
     taken, left = [], sys.maxsize if limit is None else limit
     for file in files:
         if left > 0:
@@ -165,7 +168,8 @@ def take_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusFi
 
 
 def refuse_other_shakespeare(content: bytes, where: str) -> None:
-    """Raise ConfigError unless ``content`` is the text on which published losses are measured."""
+    """Raise ConfigError unless ``content`` is tinyshakespeare, on which published losses are measured. ``where`` is its
+    path or URL."""
     found = hashlib.sha256(content).hexdigest()
     if found != SHAKESPEARE_SHA256:
         raise ConfigError(
@@ -213,16 +217,17 @@ class PreprocessingSpec:
 
     config: DataConfig
     kind: str
-    """``text``, ``jsonl``, ``jsonl.gz``, ``parquet``, ``dataset``, ``synthetic`` or ``custom``."""
+    """Kind of its source: ``text``, ``jsonl``, ``jsonl.gz``, ``parquet``, ``dataset``, ``synthetic`` or ``custom``."""
     files: tuple[CorpusFile, ...]
+    """Its files; empty for a dataset, a Markov chain or a user's source."""
     identity: dict[str, Any]
-    """The inputs as JSON values. Specs with equal identities have equal tokens. The manifest's key is ``spec``."""
+    """The inputs as plain JSON, which the manifest has under the key ``spec``. Equal identities mean equal tokens."""
     val_files: tuple[CorpusFile, ...] = ()
-    """Files of ``data.val_path``. Without any, validation is a share of ``files``."""
+    """Files of ``data.val_path``. If empty, a share of the corpus is used for validation."""
 
     @property
     def key(self) -> str:
-        """Name of the prepared folder: the corpus and a hash of the identity."""
+        """Name of the prepared folder: the name of the corpus, and a hash of ``identity``."""
         return f"{self.config.title}-{hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:16]}"
 
     @property
@@ -241,8 +246,8 @@ class PreprocessingSpec:
         return self.kind not in ("text", "synthetic")
 
     def known_tokens(self) -> tuple[int, int] | None:
-        """Return the number of training and validation tokens without making them; None unless tokens are bytes or a
-        Markov chain."""
+        """Return the numbers of training and of validation tokens, if they are known before the text is tokenized: for
+        bytes of text files, and for a Markov chain. Otherwise None."""
         if self.kind == "synthetic":
             return split_tokens(self.config.synthetic.tokens, self.config.val_fraction)
         if self.kind == "text" and self.config.tokenizer is TokenizerKind.byte:
@@ -253,7 +258,8 @@ class PreprocessingSpec:
 
 
 def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
-    """Build the preprocessing spec of a corpus; None if its text must be downloaded first.
+    """Return the preprocessing spec of a corpus; None if its text must be downloaded first. ``cache`` is the folder of
+    the prepared corpora.
 
     Raises:
         ConfigError: the text or the tokenizer's file is missing.
@@ -302,7 +308,8 @@ def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
 
 
 def _find_val_files(config: DataConfig, files: tuple[CorpusFile, ...], kind: str) -> tuple[CorpusFile, ...]:
-    """Look up the files of ``data.val_path``. None of them may be a training file."""
+    """Return the files of ``data.val_path``. Raise ConfigError if one is also a training file, or is of another
+    kind."""
     if config.val_path is None:
         return ()
     if config.source is Source.text:
@@ -326,8 +333,8 @@ def revision_of(config: DataConfig) -> str | None:
 
 
 def _identify_files(files: tuple[CorpusFile, ...]) -> dict[str, Any]:
-    """Return path, size and time of change of each file; for more than ``LISTED_FILES`` files only their checksum,
-    number and size."""
+    """Return what identifies files, as plain JSON: path, size and time of change of each. For more than
+    ``LISTED_FILES`` files: their number, total size, and a checksum of all these values."""
     listed = [[str(f.path), f.size, f.mtime_ns] for f in files]
     if len(files) <= LISTED_FILES:
         return {"files": listed}
@@ -336,7 +343,7 @@ def _identify_files(files: tuple[CorpusFile, ...]) -> dict[str, Any]:
 
 
 def _find_files(config: DataConfig, cache: Path) -> tuple[CorpusFile, ...] | None:
-    """Look up the files of a source; None if tinyshakespeare must be downloaded first."""
+    """Return the training files of a source; None if tinyshakespeare must be downloaded first."""
     if config.source is Source.stdlib:
         return stdlib_files()
     if config.source is Source.shakespeare and config.path is None:
@@ -405,7 +412,8 @@ def _identify_tokenizer(config: DataConfig) -> dict[str, Any]:
 
 
 def prepare_command(config: DataConfig, cache: Path) -> str:
-    """Return the gpt.prepare command for a corpus: its preset, and every key that differs from it."""
+    """Return the command of gpt.prepare for a corpus, as text: its preset, and every key that differs from the
+    preset."""
     folder = resources.files("configs").joinpath("data")
     kind = "custom" if isinstance(config.source, str) else config.source.name
     name = config.title if folder.joinpath(f"{config.title}.yaml").is_file() else kind
@@ -425,7 +433,7 @@ def prepare_command(config: DataConfig, cache: Path) -> str:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Convert a configuration to plain values, enums to their names."""
+    """Return a config as a dictionary of plain values, with the names of enums."""
     node = config if OmegaConf.is_config(config) else OmegaConf.structured(config)
     value = OmegaConf.to_container(node, enum_to_str=True)
     assert isinstance(value, dict)

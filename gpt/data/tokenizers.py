@@ -1,7 +1,7 @@
-"""Tokenizers, from text to ids and back: bytes, characters, and those of three libraries (the extra ``data``).
+"""Tokenizers: bytes, characters, and those of three libraries (the extra ``data``).
 
-Imports no torch, and a tokenizer's library only for that tokenizer. A tokenizer is saved next to its corpus and in the
-run folder. So the tokens of a run can be decoded after its corpus is gone.
+Imports no torch, and the library of a tokenizer only for this tokenizer. A tokenizer is saved next to its corpus and in
+the run folder, so that the tokens of a run can be decoded after its corpus is deleted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ABOUT = "about.json"
 
 
 class Tokenizer(Protocol):
-    """Interface of all tokenizers. Two tokenizers of the same kind with the same ``payload`` are equal."""
+    """Interface of all tokenizers. Tokenizers of the same kind with the same ``payload`` are equal."""
 
     kind: TokenizerKind
     payload: bytes
@@ -40,10 +40,10 @@ class Tokenizer(Protocol):
     """Id that ends a document; None if the tokenizer has none, and documents end with a newline."""
 
     def encode(self, text: str) -> Ids:
-        """Encode ``text`` as ids, (N,). Special tokens are never added, and their names in the text are plain text."""
+        """Return the ids of ``text``, (N,). No special tokens are added, and their names in the text are plain text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids to text. Bytes that are no UTF-8, as in a truncated character, become U+FFFD."""
+        """Return the text of ids. Bytes that are not UTF-8, as in a truncated character, become U+FFFD."""
 
 
 class ByteTokenizer:
@@ -55,11 +55,11 @@ class ByteTokenizer:
     eot: int | None = None
 
     def encode(self, text: str) -> Ids:
-        """Encode ``text`` as its bytes, (N,)."""
+        """Return the bytes of ``text`` in UTF-8, (N,)."""
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode bytes. Bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of bytes. Bytes that are not UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids).decode(errors="replace")
 
 
@@ -77,11 +77,11 @@ class CharTokenizer:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Mapping of a character to its id."""
+        """Character -> its id."""
         return {character: i for i, character in enumerate(self.characters)}
 
     def encode(self, text: str) -> Ids:
-        """Encode ``text`` as the numbers of its characters, (N,).
+        """Return the ids of the characters of ``text``, (N,).
 
         Raises:
             ConfigError: ``text`` has a character that the corpus lacks.
@@ -96,7 +96,7 @@ class CharTokenizer:
             ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode numbers of characters."""
+        """Return the text of ids."""
         return "".join(self.characters[int(i)] for i in ids)
 
 
@@ -111,7 +111,7 @@ FILES = {
 
 
 def tokenizer_checksum(tokenizer: Tokenizer) -> str:
-    """Return the sha256 of kind and payload. It is equal for tokenizers that give every text the same ids."""
+    """Return the sha256, in hexadecimal digits, of the kind and the payload of a tokenizer."""
     # The zero byte separates the name from the payload.
     return hashlib.sha256(tokenizer.kind.name.encode() + b"\0" + tokenizer.payload).hexdigest()
 
@@ -122,10 +122,10 @@ GPT2_ENCODING = "gpt2"
 
 
 def import_library(name: str) -> Any:
-    """Import an optional library.
+    """Import an optional library, and return its module.
 
     Raises:
-        ConfigError: the library is not installed. The message contains the command that installs it.
+        ConfigError: the library is not installed. The message has the command that installs it.
     """
     try:
         return import_module(name)
@@ -136,7 +136,7 @@ def import_library(name: str) -> Any:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model (arXiv 1808.06226)."""
+    """Tokenizer of SentencePiece (arXiv 1808.06226). ``payload`` is the content of a .model file."""
 
     kind = TokenizerKind.sentencepiece
 
@@ -148,20 +148,21 @@ class SentencePieceTokenizer:
         self.eot = end if end >= 0 else None
 
     def encode(self, text: str) -> Ids:
-        """Encode ``text`` as ids of pieces, (N,)."""
+        """Return the ids of the pieces of ``text``, (N,)."""
         return np.asarray(self._model.encode(text), dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids of pieces. Control pieces have no text."""
+        """Return the text of ids. Control pieces have no text."""
         return str(self._model.decode([int(i) for i in ids]))
 
 
 CHAT = "chat"
-"""Key of the chat template and special tokens, which ``read_with_chat`` adds to the keys of a tokenizer.json."""
+"""Key that ``read_with_chat`` adds to a tokenizer.json, for the chat template and special tokens."""
 
 
 class HfTokenizer:
-    """Tokenizer from a ``tokenizer.json`` of Hugging Face's tokenizers library, or from one with a chat template."""
+    """Tokenizer of Hugging Face's tokenizers library. ``payload`` is the content of a tokenizer.json, maybe with a chat
+    template (``read_with_chat``)."""
 
     kind = TokenizerKind.hf
 
@@ -187,18 +188,19 @@ class HfTokenizer:
         self.eot: int | None = None if self.end_name is None else self.model.token_to_id(self.end_name)
 
     def encode(self, text: str) -> Ids:
-        """Encode ``text``, (N,). Unlike other tokenizers, names of added tokens in the text become these tokens."""
+        """Return the ids of ``text``, (N,). Unlike with other tokenizers, names of added tokens in the text become
+        these tokens."""
         return np.asarray(self.model.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids, without special tokens."""
+        """Return the text of ids. Special tokens have no text."""
         return str(self.model.decode([int(i) for i in ids]))
 
 
 def read_with_chat(path: Path) -> bytes:
-    """Return a tokenizer.json, and under the key ``CHAT`` the chat template and the special tokens beside it.
+    """Return the content of a tokenizer.json, with the chat template and special tokens under the key ``CHAT``.
 
-    The template is in ``chat_template.jinja`` or ``tokenizer_config.json``, as transformers writes it.
+    These are in ``chat_template.jinja`` and ``tokenizer_config.json`` in the same folder, as transformers writes them.
 
     Raises:
         ConfigError: there is no template, or a file is damaged.
@@ -221,7 +223,7 @@ def read_with_chat(path: Path) -> bytes:
 
 
 class TiktokenTokenizer:
-    """Byte-pair encoding of tiktoken. The payload is JSON: name, pattern, ranks and special tokens."""
+    """Tokenizer of tiktoken. ``payload`` is JSON with name, pattern, ranks and special tokens of an encoding."""
 
     kind = TokenizerKind.tiktoken
 
@@ -236,17 +238,18 @@ class TiktokenTokenizer:
         self.eot: int | None = saved["special_tokens"].get("<|endoftext|>")
 
     def encode(self, text: str) -> Ids:
-        """Encode ``text``, (N,)."""
+        """Return the ids of ``text``, (N,)."""
         return np.asarray(self._model.encode_ordinary(text), dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids. Special tokens such as ``<|endoftext|>`` have no text."""
+        """Return the text of ids. Special tokens such as ``<|endoftext|>`` have no text."""
         special = set(self._model._special_tokens.values())
         return str(self._model.decode([i for i in map(int, ids) if i not in special], errors="replace"))
 
 
 def tiktoken_payload(encoding: Any) -> bytes:
-    """Return the payload of a ``tiktoken.Encoding``. With the payload, the encoding need not be downloaded again."""
+    """Return the payload of ``TiktokenTokenizer`` for a ``tiktoken.Encoding``, which then need not be downloaded
+    again."""
     ranks = sorted((rank, base64.b64encode(token).decode()) for token, rank in encoding._mergeable_ranks.items())
     content = {
         "name": encoding.name,
@@ -258,7 +261,7 @@ def tiktoken_payload(encoding: Any) -> bytes:
 
 
 def load_gpt2() -> TiktokenTokenizer:
-    """Load GPT-2's encoding. tiktoken downloads its vocabulary, unless TIKTOKEN_CACHE_DIR has it.
+    """Return the tokenizer of GPT-2. tiktoken downloads its vocabulary, unless it is in TIKTOKEN_CACHE_DIR.
 
     Raises:
         ConfigError: the vocabulary is not cached and cannot be downloaded.
@@ -276,11 +279,11 @@ def load_gpt2() -> TiktokenTokenizer:
 
 
 def read_tokenizer(kind: TokenizerKind, path: Path) -> Tokenizer:
-    """Read a tokenizer from a file of the user: a SentencePiece model, a tokenizer.json, or the tiktoken file of a
-    corpus.
+    """Return the tokenizer in a file of the user: a SentencePiece model, a tokenizer.json, or the ranks.json of a
+    prepared corpus.
 
     Raises:
-        ConfigError: the file is no such tokenizer.
+        ConfigError: the file is not one of this kind.
     """
     try:
         return from_payload(kind, path.read_bytes())
@@ -299,14 +302,15 @@ def read_tokenizer(kind: TokenizerKind, path: Path) -> Tokenizer:
 
 
 def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Train a byte-pair SentencePiece model that loses nothing: decode(encode(text)) == text for every text.
+    """Train a byte-pair model of SentencePiece, and return the tokenizer. It can encode every text, and
+    decode(encode(text)) equals the text.
 
     Args:
-        lines: short texts to learn from (SentencePiece ignores lines of more than 4192 bytes).
+        lines: short texts to train on; SentencePiece ignores lines of more than 4192 bytes.
         vocab_size: number of ids, including 256 bytes and three control pieces.
 
     Raises:
-        ConfigError: the text has fewer pieces, or the library is not installed.
+        ConfigError: the text has too few different pieces, or the library is not installed.
     """
     model = io.BytesIO()
     try:
@@ -336,7 +340,7 @@ def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceT
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str | int | None]:
-    """Return the description of a tokenizer in manifests and ``about.json``: kind, vocab_size, eot and checksum."""
+    """Return the description of a tokenizer for manifests: kind, vocab_size, eot and checksum, as plain JSON."""
     return {
         "kind": tokenizer.kind.name,
         "vocab_size": tokenizer.vocab_size,
@@ -346,7 +350,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str | int | None]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer into ``folder``. ``about.json`` comes last, so a folder with it is complete."""
+    """Write a tokenizer into ``folder``: its payload, and as the last file ``about.json``."""
     name = FILES[tokenizer.kind]
     if name is not None:
         write_atomically(folder / name, tokenizer.payload)
@@ -354,7 +358,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer saved in ``folder``.
+    """Return the tokenizer that ``save_tokenizer`` has written into ``folder``.
 
     Raises:
         ConfigError: the tokenizer is missing or damaged, or its library is not installed.
@@ -381,7 +385,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
-    """Build the tokenizer of ``kind`` from ``payload``, the content of its file."""
+    """Return the tokenizer of a kind with this payload, the content of its file."""
     if kind is TokenizerKind.byte:
         return ByteTokenizer()
     if kind is TokenizerKind.char:

@@ -26,12 +26,12 @@ WIDTH = 110
 
 
 def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> str:
-    """Render the summary as text: the four sections, one below another, without control characters.
+    """Return the startup summary of an attempt as text of several lines, without control characters.
 
     Args:
-        record: the content of ``environment.json``.
-        config: the config of the run.
-        title: the line at the top.
+        record: content of ``environment.json``.
+        config: config of the run.
+        title: first line.
     """
     sections = {
         "Architecture": architecture_rows(config.model, record["counts"]),
@@ -54,11 +54,11 @@ CHOICES = (
     *("ffn", "ffn_activation", "ffn_width", "n_shared_expert"),
     *("parallel_residual", "bias", "tie_embeddings", "dropout"),
 )
-"""Keys of the model whose values the summary shows, if they are not false or zero."""
+"""Fields of the model config that the summary shows, unless they are None, false or zero."""
 
 
 def architecture_rows(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
-    """Return the parts and the size of the model, label -> text."""
+    """Return the rows of the summary on the model: label -> text. ``counts`` has its parameters by component."""
     chosen = {key: getattr(model, key) for key in CHOICES if getattr(model, key)}
     parts = [key if value is True else f"{key} {getattr(value, 'name', value)}" for key, value in chosen.items()]
     if model.ffn is Ffn.moe:
@@ -77,7 +77,7 @@ def architecture_rows(model: ModelConfig, counts: dict[str, int]) -> dict[str, s
 
 
 def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """Return batch, optimizer, precision and data, label -> text."""
+    """Return the rows of the summary on batch, optimizer, precision and data: label -> text."""
     optim = config.optim
     tokens = record["global_batch"] * record["block_size"]
     steps = f"{record['from_step']} done of {optim.max_steps:,}" if record["from_step"] else f"{optim.max_steps:,}"
@@ -108,7 +108,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
 
 
 def hardware(record: dict[str, Any]) -> dict[str, str]:
-    """Return ranks, hosts, devices and software, label -> text."""
+    """Return the rows of the summary on ranks, hosts, devices and software: label -> text."""
     ranks = record["ranks"]
     hosts = list(dict.fromkeys(rank["host"] for rank in ranks))
     devices = Counter(rank["device_name"] for rank in ranks)
@@ -126,7 +126,7 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
 
 
 def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """Return the FLOPs of a step and the peak of the devices, label -> text. The peak is a limit, no forecast."""
+    """Return the rows of the summary on the FLOPs of a step and the limits of the devices: label -> text."""
     flops, peak, ranks = record["flops_per_token"], record["peak_flops_per_s"], len(record["ranks"])
     step = flops * record["global_batch"] * record["block_size"]
     count = training_flops_per_token(config.model)
@@ -158,26 +158,28 @@ def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
 
 FORMAT = 1
 WARM_UP_STEPS = 5
-"""Number of first steps of an attempt that are left out of its speed: they fill caches, choose kernels and compile."""
+"""Number of first steps of each attempt that are left out of its speeds: they fill caches, choose kernels and
+compile."""
 
 
 class RunJson:
-    """Writer of ``run.json``, which is written at the start and at the end of an attempt."""
+    """Writer of ``run.json``: it writes the file when it is created, and when it is closed."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self.close()
 
     def write(self, record: StepRecord) -> None:
-        """Do nothing: the file is written at the end of the attempt, with this record."""
+        """Do nothing: ``close`` writes the file, which then has this record, too."""
 
     def close(self) -> None:
-        """Write the file."""
+        """Write ``run.json`` from the content of the run folder."""
         write_json(self._folder.run_json, describe_run(self._folder))
 
 
 def describe_run(folder: RunFolder) -> dict[str, Any]:
-    """Return everything that a run folder records about its run, as plain values."""
+    """Return the content of ``run.json``, as plain JSON: config, startup, steps, evaluations, checkpoints and summary
+    of a run."""
     records = read_records(folder.metrics(0))
     events = folder.read_events()
     evaluation = ("step", "attempt", "time", "val_loss", "val_bits_per_byte", "tasks")
@@ -206,7 +208,7 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
 
 
 def read_startup(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the environment that the newest attempt recorded at its start; None if no attempt recorded one."""
+    """Return ``environment.json`` of the newest attempt that has one; None if no attempt has one."""
     for attempt in reversed(folder.attempts()):
         known = read_json(folder.environment(attempt))
         if known:
@@ -215,8 +217,11 @@ def read_startup(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a summary of a run in a few numbers. Unknown values are left out. Speeds are medians without the
-    warm-up steps."""
+    """Return a run in a few numbers, by name. Unknown ones are left out. Speeds are medians without the first steps of
+    each attempt.
+
+    ``records`` are the step records of rank 0, and ``events`` the event log.
+    """
     ends = [e["event"] for e in events if e["event"] in ("started", "finished", "stopped", "rank_failed")]
     found: dict[str, Any] = {
         "state": {"started": "running", "rank_failed": "failed"}.get(ends[-1], ends[-1]) if ends else "not started",

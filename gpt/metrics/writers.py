@@ -38,8 +38,8 @@ from launch.runs.records import TOLD_ONCE, StepRecord, read_records
 
 
 def describe_rank(world: World) -> dict[str, Any]:
-    """Return host, process, threads, device and its memory (GiB) of this rank, with the key names of
-    ``environment.json``."""
+    """Return the description of this rank for ``environment.json``: host, process, threads, device, and in GiB the
+    memory of a GPU."""
     device = world.device
     record = describe_place(world.rank, world.local_rank, world.node) | {
         "pid": os.getpid(),
@@ -54,7 +54,7 @@ def describe_rank(world: World) -> dict[str, Any]:
 
 
 def software() -> dict[str, str]:
-    """Return the versions of Python, of the libraries that affect results, and of CUDA and NCCL if torch has them."""
+    """Return name -> version of Python, of libraries that affect results, and of CUDA, NCCL and driver if present."""
     versions = library_versions()
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
@@ -64,10 +64,10 @@ def software() -> dict[str, str]:
 
 
 def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]:
-    """Return allocated, peak and reserved memory of ``device`` in GiB; None for figures that a CPU does not report.
+    """Return three figures in GiB: allocated memory, peak of allocated memory, and reserved memory of ``device``.
 
     On a GPU these are the current tensors, the peak of the tensors in this attempt, and the memory that the allocator
-    keeps. On a CPU only the peak is known: the RAM of the whole process with its libraries.
+    keeps. On a CPU the first and the last are None, and the peak is the RAM of the whole process with its libraries.
     """
     if device.type != "cuda":
         # Linux counts ru_maxrss in KiB (getrusage(2)).
@@ -85,15 +85,15 @@ def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]
 
 
 RETRY_S = 30.0
-"""Seconds between two attempts to reopen a view. Each attempt reads the records of rank 0."""
+"""Seconds between two tries to open a view again after an error. Each try reads the records of rank 0."""
 KEPT_S = 60.0
-"""Seconds for which written records are kept, longer than they take to reach the disk."""
+"""Seconds for which a view keeps written records in memory, longer than records take to reach the disk."""
 
 Records = Sequence[dict[str, Any]]
 
 
 class MetricWriter(Protocol):
-    """Destination of step records, such as a file or a service."""
+    """Interface of a destination of step records, such as a file or a service."""
 
     def write(self, record: StepRecord) -> None:
         """Write one record; records come in the order of their steps."""
@@ -103,16 +103,17 @@ class MetricWriter(Protocol):
 
 
 class View:
-    """Writer that passes records to an inner writer, which is closed at an OSError and opened again later.
+    """A copy of the step records of a run in another format. Records are passed to an inner writer. After an OSError it
+    is closed, and later opened again; training continues.
 
     Args:
         folder: the run folder.
         name: name of the view, for messages.
-        open_writer: opens the inner writer of a run that resumes after a step, given the records up to that
-            step.
-        step: step after which the attempt resumes, 0 at the beginning.
+        open_writer: returns the inner writer for a run that continues after a step. It takes this step, and the records
+            up to it.
+        step: step after which the attempt continues; 0 at the beginning.
         done: records up to ``step``.
-        retry_s: seconds between two attempts to reopen.
+        retry_s: seconds between two tries to open the inner writer again.
     """
 
     def __init__(
@@ -133,16 +134,15 @@ class View:
         """Last step whose record the view contains."""
         self._tried = 0.0
         self._recent: deque[tuple[float, StepRecord]] = deque()
-        """Records with the time of their arrival: those of the last ``KEPT_S`` seconds, and all since the view
-        failed."""
+        """Pairs of the time at which a record came (time.monotonic, seconds) and the record, for the last ``KEPT_S``
+        seconds, and for the time since an error."""
         try:
             self._writer = open_writer(step, done)
         except OSError as error:
             self._give_up(error)
 
     def write(self, record: StepRecord) -> None:
-        """Write one record, and earlier records that the view lacks. Nothing is written if the reopened view already
-        has it."""
+        """Write one record, and earlier ones that the view lacks after an error. Do nothing if the view has it."""
         if record.step <= self._since:
             return
         self._recent.append((time.monotonic(), record))
@@ -158,7 +158,7 @@ class View:
             self._give_up(error)
 
     def close(self) -> None:
-        """Complete the view if possible, and close it."""
+        """Write records that the view lacks after an error, if possible, and close it."""
         try:
             if self._writer is None:
                 self._make_again()
@@ -168,10 +168,8 @@ class View:
             self._give_up(error)
 
     def _make_again(self) -> None:
-        """Open the inner writer as after a restart, and write the records that the view lacks.
-
-        The newest records are not on the disk yet. They follow some seconds later, or when the disk has space again.
-        """
+        """Open the inner writer again, and write the records that the view lacks: those on the disk, and newer ones
+        that are still in memory."""
         self._tried = time.monotonic()
         records = read_records(self._folder.metrics(0))
         last = records[-1]["step"] if records else 0
@@ -200,8 +198,11 @@ CLEAR_LINE = "\r\x1b[2K"
 
 
 class Console:
-    """Writer that prints the records of a run of ``max_steps`` steps: on a terminal one line that it keeps up to date,
-    in a log at most one line every ``LOG_S`` seconds. ``figures`` of the records are added to the line."""
+    """Writer that prints the records of a run of ``max_steps`` steps.
+
+    On a terminal it updates one line; into a file it prints at most one line every ``LOG_S`` seconds. ``figures`` are
+    names of further fields of the records to print. ``stream`` of None means standard output.
+    """
 
     def __init__(self, max_steps: int, figures: Sequence[str] = (), stream: TextIO | None = None) -> None:
         self._max_steps, self._figures = max_steps, figures
@@ -213,7 +214,8 @@ class Console:
         self._pace_s: float | None = None
 
     def write(self, record: StepRecord) -> None:
-        """Print ``record`` if the interval has passed, and always at an evaluation, a checkpoint or the last step."""
+        """Print a record if the interval since the last one has passed; always at an evaluation, a checkpoint or the
+        last step."""
         # An average over some twenty steps keeps the remaining time steady.
         self._pace_s = record.step_time_s if self._pace_s is None else 0.95 * self._pace_s + 0.05 * record.step_time_s
         lasting = record.val_loss is not None or record.checkpoint_s is not None or record.step == self._max_steps
@@ -231,15 +233,21 @@ class Console:
         self._open = not lasting
 
     def close(self) -> None:
-        """End the updated line."""
+        """End the line on the terminal."""
         if self._open:
             print(file=self._stream, flush=True)
         self._open = False
 
 
 def console_line(record: StepRecord, max_steps: int, pace_s: float, figures: Sequence[str] = ()) -> str:
-    """Format one record as a line of text. ``pace_s`` is the expected time of a step, in seconds; ``figures`` are
-    further fields, left out where they are unknown."""
+    """Return one record as a line of text.
+
+    Args:
+        record: the record.
+        max_steps: number of steps of the run.
+        pace_s: expected seconds of a step, for the remaining time.
+        figures: names of further fields to add, if they are known.
+    """
     parts = [
         f"step {record.step}/{max_steps}",
         "loss not finite" if record.loss is None else f"loss {record.loss:.4f}",
@@ -274,11 +282,12 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float, figures: Seq
 
 
 LAYER_NORM = "grad_norm/"
-"""Beginning of the name of a column with gradient norms; the name of the layer follows."""
+"""Beginning of the names of the columns with gradient norms, before the name of the layer."""
 
 
 class StepsCsv:
-    """Writer of the table at ``path``; its first rows are those of the ``earlier`` records."""
+    """Writer of ``steps.csv``, one row a step. Its first rows are those of the ``earlier`` records; ``layers`` are the
+    names of the layers with gradient norms."""
 
     def __init__(self, path: Path, layers: Sequence[str], earlier: Iterable[dict[str, Any]]) -> None:
         left_out = ("samples", LAYERS, TOLD_ONCE, "tasks")
@@ -292,7 +301,7 @@ class StepsCsv:
             self._writer.writerow(row(record))
 
     def write(self, record: StepRecord) -> None:
-        """Add one row. An unknown value is an empty cell."""
+        """Write the row of a record. An unknown value is an empty cell."""
         self._writer.writerow(row(record.as_dict()))
 
     def close(self) -> None:
@@ -304,7 +313,7 @@ LAYERS = "layer_grad_norms"
 
 
 def row(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the cells of a record in ``steps.csv``, column -> value."""
+    """Return the row of a record in ``steps.csv``: column -> value."""
     cells = {name: value for name, value in record.items() if name not in ("samples", LAYERS)}
     cells["first_sample"], cells["last_sample"] = record["samples"]
     return cells | {LAYER_NORM + name: norm for name, norm in record.get(LAYERS, {}).items()}
@@ -320,7 +329,8 @@ log = logging.getLogger(__name__)
 
 
 class WeightsAndBiases:
-    """Writer that sends records under the same names as in TensorBoard."""
+    """Writer that sends records to Weights & Biases, under the same names as in TensorBoard. If the service is not
+    available, records are dropped with a warning."""
 
     def __init__(self, folder: RunFolder, config: dict[str, Any]) -> None:
         import wandb
@@ -347,7 +357,7 @@ class WeightsAndBiases:
             self._run.log(record_scalars(record.as_dict()), step=record.step)
 
     def close(self) -> None:
-        """Send the remaining records, and end the run in the service."""
+        """Send the remaining records, and end the run at the service."""
         if self._run is not None:
             self._run.finish()
 
@@ -356,23 +366,21 @@ class WeightsAndBiases:
 
 
 SHOWN_S = 0.5
-"""Shortest time between two writes to the views, in seconds. Records of several short steps need less processor time
-together than one by one, because the code stays in the caches."""
+"""Shortest time between two writes to the views, in seconds. Several records together need less CPU time than one by
+one, because the code stays in the CPU's caches."""
 
 
 class MetricWriters:
-    """Writers of one rank's step records.
-
-    Each record gets the utilization of the device, and is appended to the rank's file. On rank 0 it is also passed to
-    the views: copies in other formats, such as TensorBoard's.
+    """Writes the step records of one rank: into its file, and on rank 0 also into views, such as TensorBoard's files.
+    It adds the utilization of the device to each record.
 
     Args:
         folder: the run folder.
-        world: the ranks; rank 0 also has views.
-        rank: the launcher's client of this rank, which writes its records.
-        config: the config of the run.
-        step: step after which the attempt resumes, 0 at the beginning.
-        layers: names of the layers whose gradient norms are recorded.
+        world: all ranks.
+        rank: the launcher's client on this rank, which appends records to the file.
+        config: config of the run.
+        step: step after which the attempt continues; 0 at the beginning.
+        layers: names of the layers with gradient norms.
     """
 
     def __init__(
@@ -397,22 +405,22 @@ class MetricWriters:
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
         self.writers = self._open(step, [r for r in earlier if r["step"] <= step])
         self._unshown: list[StepRecord] = []
-        """Records that are written to the rank's file, and not yet to the views."""
+        """Records that are written into the file of this rank, but not yet into the views."""
         self._shown = time.monotonic()
 
     def keep(self, record: StepRecord) -> None:
-        """Write ``record`` to disk before its step is saved. ``write`` is called later, with the time of the save.
+        """Write a record to disk before the checkpoint of its step. ``write`` adds the time of the save later.
 
-        A later attempt never repeats a step of a checkpoint. Without this, the run would lack the record of a
-        step if the process died between save and ``write``.
+        Otherwise the record would be lost if the process died between the save and ``write``, because a later attempt
+        does not repeat the step.
         """
         self._record(record)
         self._rank.flush()
 
     def write(self, record: StepRecord) -> None:
-        """Complete ``record`` with utilization, and write it to the file.
+        """Add the utilization to a record, and write it into the file of this rank.
 
-        The record is also passed to the views: immediately after an evaluation, else at most every ``SHOWN_S`` seconds.
+        It is also written into the views: at once after an evaluation, else within about ``SHOWN_S`` seconds.
         """
         self._record(record)
         if self._lost is not None and record.step > self._lost["step"]:
@@ -430,7 +438,7 @@ class MetricWriters:
                 self.show()
 
     def show(self) -> None:
-        """Write to the views the records that they lack."""
+        """Write into the views all records that they lack."""
         unshown, self._unshown = self._unshown, []
         for record in unshown:
             for writer in self.writers:
@@ -438,14 +446,13 @@ class MetricWriters:
         self._shown = time.monotonic()
 
     def go_back(self, step: int) -> None:
-        """Continue after ``step``, to which the run has rolled back. The views delete later records, as after a
-        crash."""
+        """Delete records of steps after ``step``, to which the run has rolled back, from the views."""
         self.close()
         done = [r for r in read_records(self._folder.metrics(0)) if r["step"] <= step] if self.writers else []
         self.writers = self._open(step, done)
 
     def close(self) -> None:
-        """Close the writers, after the last record and after the event that records the end of the attempt."""
+        """Write all records that are left, and close the views. Call it after the event for the end of the attempt."""
         self._rank.flush()
         self.show()
         for writer in self.writers:
@@ -461,7 +468,8 @@ class MetricWriters:
         self._rank.record(**(record.as_dict() if self._world.is_first else record.own()))
 
     def _open(self, step: int, done: Records) -> list[MetricWriter]:
-        """Open the views of ``config.logging``, for a run that resumes after ``step``; none on ranks other than 0."""
+        """Return the views that the config requests, for a run that continues after ``step``; none on ranks other than
+        0. ``done`` has the records up to ``step``."""
         if not self._world.is_first:
             return []
         folder, config, layers = self._folder, self._config, self._layers

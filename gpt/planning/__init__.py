@@ -1,9 +1,9 @@
 """Planner: valid layouts, memory per rank, step-time estimates, and ``parallel=auto``. Imports no torch.
 
-This module has the model of the hardware: compute rate, memory, links, and the cost of collectives. ``rank_shards``
-computes the shard of each parameter and the saved activations, ``memory`` the memory of a rank, and ``cost`` the time
-of a step. ``search`` enumerates the layouts, keeps those that fit, and explains the rest. ``auto`` ranks them and
-chooses the first. The estimates serve to rank layouts; they are not measurements of the machine.
+A layout is a choice of parallel dimensions, strategy and schedule. This module has the model of the hardware: rate of
+computing, memory, links, and the time of collectives. ``rank_shards`` computes the shard of each parameter and the
+saved activations, ``memory`` the memory of a rank, and ``cost`` the time of a step. ``search`` enumerates the layouts
+that fit into memory, and ``auto`` chooses the fastest. The estimates compare layouts; they are not measurements.
 """
 
 from __future__ import annotations
@@ -23,39 +23,43 @@ from launch.runs.measured import COLLECTIVES, TIERS, Curve, LinkFit, MatmulRates
 
 
 ATTAINABLE = 0.5
-"""Share of the peak that a forward and backward pass attains without communication, 0 to 1. Matrix products alone reach
-0.8 (271 of 312 TFLOP/s on an A100, 794 of 989 on an H100). Norms, activations and the residual stream take the rest of
-the time."""
+"""Assumed rate of a forward and backward pass without communication, as a share of the peak, 0 to 1. Matrix products
+alone reach 0.8 (271 of 312 TFLOP/s on an A100, 794 of 989 on an H100). Norms, activations and the residual stream take
+the rest of the time."""
 ROOM = 0.9
 """Share of a device's memory that tensors may use, 0 to 1. The CUDA context, the allocator and NCCL use the rest."""
 INTRA_NODE_LATENCY_S, INTER_NODE_LATENCY_S = 2e-6, 5e-6
-"""Latency of a ring step on NVLink and on InfiniBand, in seconds. A small all-reduce over the eight GPUs of a node
-takes some 30 us in fourteen steps."""
+"""Assumed seconds of one step of a ring, without its bytes: on NVLink inside of a node, on InfiniBand between nodes. A
+small all-reduce over the eight GPUs of a node takes some 30 us in fourteen steps."""
 NETWORK_GB_PER_S = 12.5
-"""Network bandwidth of a node of unknown make, in GB/s: 100 Gbit/s."""
+"""Assumed network bandwidth of a node whose GPUs are unknown, in GB/s: 100 Gbit/s."""
 PCIE_GB_PER_S = 32.0
-"""Bandwidth in GB/s of a GPU of unknown make to others of its node, and of any GPU to the host: 16 lanes of PCIe 4."""
+"""Assumed bandwidth, in GB/s, of any GPU to the host, and of an unknown GPU to others of its node: 16 lanes of
+PCIe 4."""
 HOST_GB_PER_S = 100.0
-"""Host memory bandwidth of a node in GB/s: half of the 205 GB/s of eight channels of DDR4-3200."""
+"""Assumed bandwidth of the host memory of a node, in GB/s: half of the 205 GB/s of eight channels of DDR4-3200."""
 CPU_FLOPS_PER_S, CPU_LINK_GB_PER_S = 60e9, 1.0
-"""Rate of one thread in fp32 (see benchmarks/speed/README.md), and bandwidth of gloo through the loopback device or 10
-Gbit/s."""
+"""Assumed rate of a rank on a CPU in fp32, in FLOP/s (one thread, see benchmarks/speed/README.md); and bandwidth of
+gloo in GB/s, through the loopback device or 10 Gbit/s."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Latency in seconds and bandwidth in bytes a second of a rank's link, in one direction."""
+    """Link from a rank to another rank."""
 
     latency_s: float
+    """Seconds of one step of a ring, without its bytes."""
     bytes_per_s: float
+    """Bandwidth in one direction, in bytes a second."""
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
     """Collective -> its measured latency in seconds, and bandwidth in bytes a second (``launch.runs.measured``)."""
 
     curves: Mapping[str, Curve] = field(default_factory=dict, hash=False)
-    """Collective -> measured deviation from its latency and bandwidth, by the bytes of a message."""
+    """Collective -> measured deviation from the time by latency and bandwidth, by the bytes of a message."""
 
     def rates(self, collective: str) -> tuple[float, float]:
-        """Return latency in seconds, and bandwidth in bytes a second, of a collective."""
+        """Return latency in seconds and bandwidth in bytes a second of a collective: as measured, or else those of the
+        link."""
         return self.measured.get(collective, (self.latency_s, self.bytes_per_s))
 
     def faster(self, factor: float) -> Link:
@@ -66,7 +70,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Host:
-    """A rank's share of the host memory of a node with GPUs."""
+    """Host memory of a node with GPUs, as one rank can use it."""
 
     link_bytes_per_s: float
     """Bandwidth between host memory and a device, in one direction, in bytes a second."""
@@ -83,7 +87,7 @@ class Machine:
     device: str
     """Name of the device, for messages."""
     flops_per_s: float
-    """Attained rate of a rank, in FLOP/s."""
+    """Rate of computing of a rank that is assumed or was measured, in FLOP/s."""
     room: int
     """Bytes for the tensors of one rank."""
     ranks_per_node: int
@@ -94,7 +98,7 @@ class Machine:
     host: Host | None = None
     """Host memory of a rank; None if the devices are the CPUs themselves."""
     matmul: MatmulRates | None = None
-    """Measured rates of matrix products by size; ``flops_per_s`` is then the fastest of them. None if not measured."""
+    """Measured rates of matrix products by size; ``flops_per_s`` is then the highest of them. None if not measured."""
 
     def __str__(self) -> str:
         intra_node, inter_node = self.intra_node.bytes_per_s / GIGA, self.inter_node.bytes_per_s / GIGA
@@ -107,7 +111,7 @@ class Machine:
 def gpus(
     name: str, peak: float | None, ranks_per_node: int, *, memory: int | None = None, host_memory: int | None = None
 ) -> Machine | None:
-    """Return the machine of GPU nodes; None if their peak or memory is unknown.
+    """Return the hardware of nodes with GPUs; None if their peak or memory is unknown.
 
     Args:
         name: result of ``torch.cuda.get_device_name()``.
@@ -128,14 +132,13 @@ def gpus(
 
 
 def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
-    """Return the full name of the GPUs with the short or full name ``name``. Of variants, the one whose memory is
-    nearest to ``memory_gib``.
+    """Return the whole name of the GPU with a short or whole name; None for a ``name`` of None.
 
-    None for a ``name`` of None. An unknown name with a ``memory_gib`` is returned unchanged, since a plan needs no
-    more.
+    If several GPUs have this name, the one whose memory is nearest to ``memory_gib`` is returned. An unknown name with
+    a ``memory_gib`` is returned unchanged, because a plan needs no more.
 
     Raises:
-        ConfigError: ``memory_gib`` is None, and the device is unknown or has variants with different memory.
+        ConfigError: ``memory_gib`` is None, and the name is unknown, or means several GPUs with different memory.
     """
     meant = [] if name is None else expand(name)
     if memory_gib is not None and meant:
@@ -159,20 +162,22 @@ def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
 
 
 def cpus(memory: int, ranks_per_node: int) -> Machine:
-    """Return the machine of CPU nodes, with ``memory`` bytes for each rank."""
+    """Return the hardware of nodes whose ranks compute on CPUs, with ``memory`` bytes for each rank."""
     rates = links(CPU_LINK_GB_PER_S, CPU_LINK_GB_PER_S / ranks_per_node)
     return Machine("CPU", CPU_FLOPS_PER_S, int(ROOM * memory), ranks_per_node, *rates)
 
 
 def links(inside: float, between: float) -> tuple[Link, Link]:
-    """Return the links of a rank within a node and between nodes. ``inside`` and ``between`` are bandwidths in GB/s."""
+    """Return two links of a rank, with assumed latencies: inside of a node with the bandwidth ``inside``, and between
+    nodes with the bandwidth ``between``, in GB/s."""
     return Link(INTRA_NODE_LATENCY_S, inside * GIGA), Link(INTER_NODE_LATENCY_S, between * GIGA)
 
 
 def with_network(machine: Machine, network: Network) -> Machine:
-    """Return ``machine`` with the measured links of ``network``. A link that was not measured stays unchanged.
+    """Return ``machine`` with the measured links of ``network``. A link that was not measured does not change.
 
-    Between nodes, all ranks of a node share its network adapters.
+    Bandwidths between nodes are converted to the number of ranks per node of ``machine``, which share the network
+    adapters.
     """
     share = network.ranks_per_node / machine.ranks_per_node
     inside, between = (network.tiers.get(tier) for tier in TIERS)
@@ -184,9 +189,9 @@ def with_network(machine: Machine, network: Network) -> Machine:
 
 
 def measured_link(fits: Mapping[str, LinkFit], share: float) -> Link:
-    """Return a link with the measured latencies of ``fits``, and the measured bandwidths times ``share``.
+    """Return a link with measured latencies, and measured bandwidths times ``share``. ``fits`` has them by collective.
 
-    A collective that was not measured uses the values of a send, or else of the first measured collective.
+    A collective that was not measured gets the values of a send, or else of the first measured collective.
     """
     rates = {name: (fit.latency_s, fit.bytes_per_s * share) for name, fit in fits.items()}
     curves = {name: fit.curve for name, fit in fits.items() if fit.curve}
@@ -248,10 +253,10 @@ class Group:
 
 
 def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
-    """Return the group of ranks along neighboring mesh axes.
+    """Return size and link of the group of ranks along the neighboring mesh axes ``names``.
 
     Ranks are numbered along the innermost axis first, and fill the nodes in this order. Each rank has its own share of
-    its node's network adapters: a ring with several ranks on a node uses the shares of all of them.
+    its node's network adapters: a ring with several ranks on a node uses the shares of all these ranks.
     """
     sizes = dims.sizes
     inner = list(sizes)[list(sizes).index(names[-1]) + 1 :]
@@ -260,7 +265,7 @@ def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
 
 
 def strided_group(machine: Machine, ranks: int, stride: int) -> Group:
-    """Return a group of ``ranks`` ranks whose numbers are ``stride`` apart."""
+    """Return size and link of a group of ``ranks`` ranks, whose numbers differ by ``stride``."""
     if ranks * stride <= machine.ranks_per_node:
         return Group(ranks, machine.intra_node)
     together = max(1, min(ranks, machine.ranks_per_node // stride))

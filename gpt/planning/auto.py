@@ -1,4 +1,4 @@
-"""Choice of what a config leaves open (layout, precision, TF32, compilation), and the warnings of a plan.
+"""Choice of layout, precision, TF32 and compilation, if the config leaves them open; and the warnings of a plan.
 
 Imports no torch.
 """
@@ -27,10 +27,10 @@ MICRO_BATCH = "optim.max_micro_batch"
 
 
 NO_DIFFERENCE = 1.03
-"""Largest ratio of two step times that count as equal. Of equal layouts, the plainer one is preferred."""
+"""Largest ratio of two estimated step times that count as equal. Of equal layouts, the plainest is preferred."""
 
 TIMEOUTS = ("timeout_s", "step_timeout_s")
-"""Keys of ``parallel`` that are no part of a layout."""
+"""Keys of ``parallel`` that do not belong to a layout."""
 
 SHOWN = 5
 """Number of layouts that a plan shows."""
@@ -43,7 +43,7 @@ class LayoutChoice(Candidate):
     estimate: Estimate
 
     def as_dict(self) -> dict[str, object]:
-        """Return the layout in the form of ``plan.json``."""
+        """Return the layout as plain JSON for ``plan.json``; times in seconds, memory in bytes."""
         found = self.estimate
         return {
             "layout": layout_text(self.parallel, self.dims),
@@ -67,24 +67,24 @@ class ParallelChoice:
     micro_batch: int
     """Chosen ``optim.max_micro_batch``, in sequences: the value of the config, or a smaller one."""
     choices: tuple[LayoutChoice, ...] = ()
-    """Layouts that fit, best first; empty if the config left no choice."""
+    """Layouts that fit into memory, best first; empty if none was searched."""
     why: str = ""
-    """Reason for the choice, as text; empty if the command line sets ``parallel.strategy``."""
+    """Reason for the choice, as text; empty if ``parallel.strategy`` is not ``auto``."""
     left_out: tuple[str, ...] = ()
-    """Lines of text on excluded layouts, and on settings that were relaxed."""
+    """Lines of text on layouts that do not fit, and on the use of CPU offload."""
 
     @property
     def best(self) -> tuple[LayoutChoice, ...]:
-        """The best layouts: the first ``SHOWN``."""
+        """The first ``SHOWN`` of ``choices``."""
         return self.choices[:SHOWN]
 
     def apply(self, config: TrainConfig) -> TrainConfig:
-        """Return the config with the chosen values."""
+        """Return the config with the chosen parallelism and size of micro-batches."""
         return replace(with_micro_batch(config, self.micro_batch), parallel=self.parallel)
 
 
 def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> ParallelChoice:
-    """Return the best layout that fits into memory, and all that fit, best first.
+    """Search the layouts of a run, and return the choice of the best one that fits into memory.
 
     Layouts with CPU offload are tried only if no other layout fits.
 
@@ -92,7 +92,7 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
         config: config of the run, with ``parallel.strategy=auto``.
         world_size: number of ranks.
         machine: hardware of the ranks.
-        fixed: keys of ``parallel`` that the user typed, which never change.
+        fixed: keys of ``parallel`` that keep the values of ``config``.
 
     Raises:
         ConfigError: no layout is valid, or none fits.
@@ -113,17 +113,16 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
 
 
 def estimated(config: TrainConfig, one: Candidate, machine: Machine) -> LayoutChoice:
-    """Estimate the step time of a candidate that fits."""
+    """Return a layout with its estimated step time on ``machine``."""
     chosen = replace(with_micro_batch(config, one.batch.micro), parallel=one.parallel)
     expected = estimate(chosen, one.dims, one.batch, machine)
     return LayoutChoice(one.parallel, one.dims, one.batch, one.memory, expected)
 
 
 def sort_layouts(found: Sequence[LayoutChoice]) -> tuple[LayoutChoice, ...]:
-    """Sort layouts by estimated step time, the fastest first.
+    """Return layouts sorted by estimated step time, the fastest first, each with its best size of micro-batches only.
 
-    Layouts within the ratio ``NO_DIFFERENCE`` of the fastest come first, sorted by ``Candidate.plainness``. Each
-    layout appears once, with its best micro-batch.
+    Layouts within the ratio ``NO_DIFFERENCE`` of the fastest come first, sorted by ``Candidate.plainness``.
     """
     limit = NO_DIFFERENCE * min(choice.estimate.step_s for choice in found)
 
@@ -143,11 +142,12 @@ def choose_parallelism(
     world_size: int,
     machine: Callable[[], Machine],
 ) -> ParallelChoice:
-    """Choose the parallelism of a run. With ``parallel=auto``, the keys of ``parallel`` on the command line stay fixed.
+    """Return the parallelism of a run: that of its config, with ``parallel=auto`` that of an earlier attempt or of a
+    search.
 
     Args:
         config: config of the run.
-        overrides: the typed overrides.
+        overrides: overrides of the command line. A search does not change keys of ``parallel`` among them.
         folder: folder of the run, which may not exist yet.
         world_size: number of ranks.
         machine: returns the hardware of the ranks; called only if a layout must be searched.
@@ -165,7 +165,7 @@ def choose_parallelism(
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
-    """Return the keys of ``parallel`` on the command line, without the strategy."""
+    """Return the keys of ``parallel`` that ``overrides`` set, without strategy and timeouts."""
     keys = {typed_key(arg) for arg in overrides}
     return {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")} - {"strategy", *TIMEOUTS}
 
@@ -173,8 +173,11 @@ def typed_keys(overrides: Sequence[str]) -> set[str]:
 def earlier_choice(
     config: TrainConfig, overrides: Sequence[str], fixed: Collection[str], folder: RunFolder, world_size: int
 ) -> ParallelChoice | None:
-    """Return the parallelism that an earlier attempt of the run chose. None if there was no earlier attempt, if this
-    parallelism is invalid on ``world_size`` ranks, or if the command line now sets one of its keys to another value."""
+    """Return the parallelism that an earlier attempt of the run has chosen.
+
+    None if there was no earlier attempt, if its choice is invalid on ``world_size`` ranks, or if the command line now
+    sets one of the keys ``fixed``, or the size of micro-batches, to another value.
+    """
     if not folder.config.is_file():
         return None
     before = read_config(folder, TrainConfig)
@@ -200,17 +203,19 @@ def earlier_choice(
 
 
 MANY_EPOCHS = 100
-"""Number of passes over a corpus after which a model hardly learns more from it."""
+"""Number of passes over a corpus above which a plan warns."""
 
 
 def slow_precision(
     device_name: str, precision: Precision, tf32: bool = False, best: Precision | None = None
 ) -> Iterator[str]:
-    """Yield a warning if the precision is slow on a device.
+    """Yield a warning if another precision is much faster on a device.
 
-    A device with 16-bit matrix units is slow in fp32 or TF32. A device that lacks bf16 is slow in bf16.
-
-    ``best`` is the fastest precision of a device with an unknown name; None if unknown.
+    Args:
+        device_name: name of the device.
+        precision: precision of the run.
+        tf32: True if fp32 products are rounded to TF32.
+        best: fastest precision of a device that is not in the table of accelerators; None if unknown.
     """
     known = find(device_name)
     best = best if known is None else known.half
@@ -227,9 +232,12 @@ def slow_precision(
 
 
 def execution_warnings(config: TrainConfig, device_name: str | None, best: Precision | None = None) -> Iterator[str]:
-    """Yield warnings of settings that make GPUs slow. Precision, TF32 and compilation are already resolved.
+    """Yield warnings of settings that make GPUs slow.
 
-    ``device_name`` is None if unknown; ``best`` is None if the fastest precision is unknown.
+    Args:
+        config: config of the run, with chosen precision, TF32 and compilation.
+        device_name: name of the GPU; None if unknown.
+        best: fastest precision of a GPU that is not in the table of accelerators; None if unknown.
     """
     if device_name is not None:
         yield from slow_precision(device_name, config.precision, bool(config.tf32), best)
@@ -246,7 +254,8 @@ def execution_warnings(config: TrainConfig, device_name: str | None, best: Preci
 
 
 def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterator[str]:
-    """Yield a warning if a run makes more than ``MANY_EPOCHS`` passes over its training tokens."""
+    """Yield a warning if a run makes more than ``MANY_EPOCHS`` passes over its ``corpus_tokens`` training tokens; 0 if
+    their number is unknown."""
     a_step = batch.global_batch * config.model.block_size
     total = a_step * config.optim.max_steps
     if not corpus_tokens or total <= MANY_EPOCHS * corpus_tokens:  # the size of a stream is not known
@@ -278,7 +287,7 @@ def many_time_limits(run_s: float, timeout_min: int) -> Iterator[str]:
 
 
 def count_text(number: int) -> str:
-    """Format a count in three figures: ``9.96 B``, ``7.55 M``."""
+    """Return a count as text with three digits, such as ``9.96 B`` or ``7.55 M``."""
     for unit, name in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
@@ -293,9 +302,9 @@ WITH_CUDA_GRAPHS = (CompileMode["reduce-overhead"], CompileMode["max-autotune"])
 
 
 def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu: str | None) -> Precision:
-    """Choose the precision of a run: that of the config, or if it is ``auto`` that of the first attempt.
+    """Return the precision of a run: that of the config, or if that is ``auto`` the one of the first attempt.
 
-    A first attempt gets fp32 on CPUs, bf16 on GPUs that support it, fp16 on GPUs whose matrix units support only fp16.
+    For a first attempt this is fp32 on CPUs, bf16 on GPUs that support it, and fp16 on other GPUs.
 
     Args:
         config: config of the run.
@@ -304,7 +313,7 @@ def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu:
         gpu: name of the ranks' GPU; None if unknown.
 
     Returns:
-        The precision; ``auto`` if the GPU is unknown, so that the ranks choose at their start.
+        The precision; ``auto`` if the GPU is unknown, because the ranks then choose at their start.
     """
     if config.precision is not Precision.auto:
         return config.precision
@@ -320,7 +329,7 @@ def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu:
 
 
 def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
-    """Return the config with the precision ``chosen``; with bf16 if ``chosen`` is ``auto``, for a GPU not yet known.
+    """Return the config with the precision ``chosen``, or with bf16 if that is ``auto``, because the GPU is unknown.
 
     Every GPU for data centers since 2020 supports bf16.
     """
@@ -328,13 +337,11 @@ def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
 
 
 def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
-    """Return True if fp32 products of a run are rounded to TF32.
-
-    The value of ``tf32`` decides. If ``tf32`` is null, they are rounded on GPUs unless ``deterministic`` is set. False
-    for other precisions.
+    """Return True if the factors of matrix products of a run are rounded to TF32: in fp32 on GPUs, if ``tf32`` is true,
+    or null without ``deterministic``.
 
     Raises:
-        ConfigError: TF32 is requested on CPUs.
+        ConfigError: ``tf32`` is true and the ranks compute on CPUs.
     """
     if on_cpus and config.tf32:
         raise ConfigError("tf32=true on CPUs", "GPUs, whose matrix units compute in it", "device=cuda, or tf32=null")
@@ -344,10 +351,10 @@ def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
 
 
 def refuse_tf32(config: TrainConfig, gpu: str | None) -> None:
-    """Raise ConfigError if TF32 is requested, and ``precision=auto`` resolved to 16 bits, or the GPU lacks TF32.
+    """Raise ConfigError if ``tf32`` is true, and the precision has 16 bits or the GPU does not support TF32.
 
     Args:
-        config: config of the run, with a resolved precision.
+        config: config of the run, with a chosen precision.
         gpu: name of the ranks' GPU; None if unknown.
     """
     check_tf32(config)
@@ -357,7 +364,7 @@ def refuse_tf32(config: TrainConfig, gpu: str | None) -> None:
 
 
 def tf32_refusal(gpu: str) -> ConfigError:
-    """Return the error for ``tf32`` on a GPU without it."""
+    """Return the error for ``tf32=true`` on a GPU, with this name, that does not support TF32."""
     return ConfigError(
         f"tf32=true on {gpu}, which has no TF32",
         "GPUs of compute capability 8.0 or more on all ranks",
@@ -366,7 +373,7 @@ def tf32_refusal(gpu: str) -> ConfigError:
 
 
 def refuse_float8(config: TrainConfig, on_cpus: bool, gpu: str | None) -> None:
-    """Raise ConfigError if ``float8`` is requested on a device that is known to lack it.
+    """Raise ConfigError if ``float8`` is set, and the device is known not to support it.
 
     Args:
         config: config of the run.
@@ -380,7 +387,7 @@ def refuse_float8(config: TrainConfig, on_cpus: bool, gpu: str | None) -> None:
 
 
 def float8_refusal(config: TrainConfig, where: str) -> ConfigError:
-    """Return the error for ``float8`` on devices that do not compute in it."""
+    """Return the error for ``float8`` on devices, described by ``where``, that do not support it."""
     return ConfigError(
         f"float8={config.float8.name} on {where}",
         "GPUs whose matrix units compute in it, of compute capability 8.9 or more",
@@ -389,13 +396,11 @@ def float8_refusal(config: TrainConfig, where: str) -> ConfigError:
 
 
 def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:
-    """Choose the compilation mode of a run: the typed one, otherwise ``default`` on GPUs if the parallelism allows it.
-
-    On CPUs the compiler takes longer than most runs.
+    """Return the compilation mode of a run: that of its config, or if that is ``auto`` the result of ``best_compile``.
 
     Raises:
-        ConfigError: whole graphs are requested without compilation, or CUDA graphs would overwrite gradients or lose
-            the parameters.
+        ConfigError: ``compile_fullgraph`` is set and nothing is compiled, or CUDA graphs do not work with the
+            parallelism.
     """
     chosen = config.compile if config.compile is not CompileMode["auto"] else best_compile(config, world_size, on_cpus)
     if chosen in WITH_CUDA_GRAPHS and not on_cpus:
@@ -410,7 +415,7 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
 
 
 def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
-    """Raise ConfigError for CUDA graphs if FSDP moves the parameters, or micro-batches add their gradients in place.
+    """Raise ConfigError if CUDA graphs do not work: with fsdp, or with several micro-batches a step.
 
     FSDP2 frees gathered parameters after their use (``FSDPParam.to_sharded``), and their next memory has other
     addresses. CUDA graphs need parameters at constant addresses. Each new address is a new recording, and after 128 of
@@ -439,7 +444,8 @@ def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
 
 
 def best_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:
-    """Return the mode of compilation that ``compile=auto`` becomes."""
+    """Return the compilation mode for ``compile=auto``: ``default`` on GPUs if the parallelism works with it, else
+    ``none``. On CPUs the compiler takes longer than most runs."""
     compiled = replace(config, compile=CompileMode["default"])
     if on_cpus:
         return CompileMode["none"]

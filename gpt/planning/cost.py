@@ -36,31 +36,32 @@ from gpt.topology.schedules import StageLayers, bubble_fraction, local_stages, r
 from launch.runs.measured import MatmulRates
 
 BACKWARD = 2 / 3
-"""Share of the backward pass in compute, 0 to 1: it has two matrix products for each one of the forward pass."""
+"""Share of the time of computing that the backward pass takes, 0 to 1: it has two matrix products for each one of the
+forward pass."""
 DDP_BUCKET_BYTES = 25 * 2**20
-"""Size of DDP's gradient buckets in bytes. The last bucket is ready only after the backward pass, so it is exposed."""
+"""Size of DDP's gradient buckets in bytes. The reduction of the last bucket does not overlap with the backward pass."""
 STEP_BYTES = 7 * FP32
-"""Bytes that AdamW's step moves per element: it reads weight, gradient and both moments, and writes all except the
-gradient."""
+"""Bytes that AdamW reads and writes for each element in a step: it reads weight, gradient and two moments, and writes
+all but the gradient."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step, by cause."""
+    """Estimated time of one step, by cause."""
 
     compute_s: float
-    """Compute of the slowest pipeline stage, including recomputation."""
+    """Seconds of computing of the slowest pipeline rank, with recomputation."""
     bubble_s: float
-    """Pipeline bubble: idle time while the pipeline fills and drains."""
+    """Seconds in which this rank waits for other stages of the pipeline."""
     communication_s: dict[str, float]
-    """Exposed communication by mesh axis. ``world`` is the time of sums of a few numbers over all ranks, ``host`` that
-    of copies from and to host memory."""
+    """Axis of the mesh -> seconds of communication that no computing overlaps. ``world`` is for sums of a few numbers
+    over all ranks, ``host`` for copies from and to host memory."""
     tokens: int
     """Number of tokens of a step."""
 
     @property
     def step_s(self) -> float:
-        """Seconds of the whole step."""
+        """Seconds of the whole step: the sum of all causes."""
         return self.compute_s + self.bubble_s + sum(self.communication_s.values())
 
     @property
@@ -70,7 +71,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> Estimate:
-    """Return the estimated seconds of a step on ``machine`` by cause, for the slowest pipeline rank."""
+    """Return the estimated time of a step on ``machine``: that of the slowest pipeline rank."""
     different: dict[object, RankStep] = {}
     for rank in range(dims.pp):  # inner stages with equally many blocks take equally long
         step = RankStep(config, dims, batch, machine, rank)
@@ -80,7 +81,8 @@ def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Mac
 
 @dataclass(frozen=True)
 class RankStep:
-    """The step of one pipeline rank, as if this rank were the slowest. Most methods return exposed seconds."""
+    """Estimate of the step of one pipeline rank. The methods on communication return the seconds that no computing
+    overlaps ("exposed")."""
 
     config: TrainConfig
     dims: ParallelDims
@@ -90,7 +92,7 @@ class RankStep:
 
     @cached_property
     def stages(self) -> tuple[StageLayers, ...]:
-        """Layers of each pipeline stage of the rank."""
+        """Pipeline stages of the rank."""
         return rank_stages(self.config, self.rank)
 
     @cached_property
@@ -110,12 +112,12 @@ class RankStep:
 
     @property
     def width(self) -> int:
-        """Bytes of an element of a matrix product's result."""
+        """Number of bytes of an element of the result of a matrix product."""
         return BF16 if self.config.precision.is_half else FP32
 
     @property
     def hidden_width(self) -> int:
-        """Bytes of an element of the hidden states: fp32 under autocast, which FSDP does not use."""
+        """Number of bytes of an element of hidden states: fp32 with autocast, which FSDP does not use."""
         return self.width if self.config.parallel.strategy is Strategy.fsdp else FP32
 
     @property
@@ -128,7 +130,7 @@ class RankStep:
         return group(self.dims, self.machine, names)
 
     def estimate(self) -> Estimate:
-        """Estimate the step of the rank."""
+        """Return the estimated time of the step on this rank."""
         dims, count = self.dims, self.batch.accumulation
         after = self.per_step()
         inside = {name: count * seconds for name, seconds in self.per_micro_batch().items()}
@@ -148,7 +150,7 @@ class RankStep:
 
     @cached_property
     def compute_s(self) -> float:
-        """Seconds of compute of one micro-batch, forward and backward, through the stages of the rank."""
+        """Seconds of computing of one micro-batch, forward and backward, in all stages of the rank."""
         model, flops = self.config.model, training_flops_per_token(self.config.model)
         of_blocks = (
             (flops.palm if model.attention is AttentionBackend.manual else flops.causal)
@@ -161,11 +163,10 @@ class RankStep:
         return self.batch.micro * model.block_size * per_token / (self.dims.tp * self.dims.cp)
 
     def product_rates(self) -> tuple[float, float]:
-        """Return the rates of a block and of the output matrix, in FLOP/s.
+        """Return two rates of computing in FLOP/s: that of a block, and that of the output matrix.
 
-        The rate of a block is the harmonic mean over its products, forward and backward, weighted by their FLOPs. A
-        fused attention kernel skips the mask. Attention's own products, the router's and those of custom parts have
-        other shapes; they use the fastest measured rate.
+        The rate of a block is the harmonic mean over its matrix products, forward and backward, weighted by their
+        FLOPs. Products inside of attention, of the router, and of parts of the user use the highest measured rate.
         """
         rates, model, tp = self.machine.matmul, self.config.model, self.dims.tp
         if rates is None:
@@ -186,10 +187,8 @@ class RankStep:
     # Per step: gradients and parameters, over data ranks and with the host.
 
     def per_step(self) -> dict[str, float]:
-        """Return the exposed seconds per step of communication of gradients and parameters.
-
-        Keys: ``dp`` for the data ranks, ``world`` for all ranks and ``host`` for copies from and to host memory.
-        """
+        """Return the exposed seconds per step of communication of gradients and parameters: ``dp`` over the
+        data-parallel ranks, ``world`` over all ranks, ``host`` for copies from and to host memory."""
         parallel = self.config.parallel
         everyone = strided_group(self.machine, self.dims.data_ranks * self.dims.model_ranks, 1)
         is_whole = parallel.strategy is Strategy.ddp and self.dims.model_ranks * self.dims.ep == 1
@@ -208,9 +207,11 @@ class RankStep:
         return self.shards.trained(self.config.model)
 
     def groups(self, *names: str, shards: ParameterShards | None = None) -> list[tuple[int, Group]]:
-        """Return pairs: a number of elements, and the group of ranks along ``names`` that reduces or shards them.
+        """Return pairs of a number of parameter elements, and the group of ranks along the mesh axes ``names`` that
+        shards or reduces them.
 
-        With expert parallelism, experts have a second pair, because their group is smaller.
+        With expert parallelism there is a second pair for the experts, whose group is smaller. ``shards`` are the
+        parameters that count; None means all of this rank.
         """
         found = self.shards if shards is None else shards
         dims, experts = self.dims, found.expert_elements if self.dims.ep > 1 else 0
@@ -221,7 +222,7 @@ class RankStep:
         return made
 
     def data_parallel(self) -> float:
-        """Return the exposed seconds per step of communication of gradients and parameters with torch's strategies.
+        """Return the exposed seconds per step of communication of gradients and parameters, with ddp, zero1 or fsdp.
 
         ZeRO-1 (arXiv 1910.02054, section 7.2.1): gradients are reduce-scattered in the last backward pass; the last
         bucket overlaps with nothing. The parameters are all-gathered after the optimizer's step. Tensors whose rows do
@@ -307,12 +308,12 @@ class RankStep:
         return count * (forward + max(last, gathers + sums - BACKWARD * self.compute_s))
 
     def offload(self, host: Host) -> float:
-        """Return the exposed seconds per step of CPU offload.
+        """Return the exposed seconds per step of CPU offload, with the memory of ``host``.
 
-        Weights are copied to the device for each forward pass, and with resharding again for the backward pass. Both
-        copies overlap with compute. The rest is exposed: gradients are copied to the host and AdamW runs there.
-        DeepSpeed's ranks with weights on their devices copy their shard back. In ZeRO-2 and 3, gradients are copied
-        after every micro-batch.
+        Weights are copied to the device for each forward pass, and with resharding again for the backward pass; both
+        copies overlap with computing. Copies of gradients to the host, and AdamW there, overlap with nothing. If
+        DeepSpeed keeps weights on the devices, the updated weights are copied back. In ZeRO-2 and 3, gradients are
+        copied after every micro-batch.
         """
         parallel, count = self.config.parallel, self.batch.accumulation
         fsdp = not parallel.offloads_optimizer
@@ -331,8 +332,8 @@ class RankStep:
         return waits + often * FP32 * stepped / host.link_bytes_per_s + STEP_BYTES * stepped / host.bytes_per_s
 
     def tied_embedding(self) -> float:
-        """Return the seconds per step of the exchange of a tied embedding's gradients between the first and the last
-        stage."""
+        """Return the seconds per step in which the first and the last stage exchange the gradients of a tied embedding;
+        0 without one."""
         ends = [stage for stage in self.stages if stage.first != stage.last]
         if not self.config.model.tie_embeddings or len(ends) != 1:
             return 0.0
@@ -342,7 +343,8 @@ class RankStep:
     # Per micro-batch: collectives inside the layers, and sends between stages.
 
     def per_micro_batch(self) -> dict[str, float]:
-        """Return the exposed seconds per micro-batch of communication, by mesh axis."""
+        """Return axis of the mesh -> exposed seconds per micro-batch of its communication, for axes with several
+        ranks."""
         found: dict[str, float] = {}
         if self.dims.tp > 1:
             found["tp"] = self.tensor_parallel()
@@ -355,7 +357,7 @@ class RankStep:
         return found
 
     def tensor_parallel(self) -> float:
-        """Return the seconds per micro-batch of tensor parallelism's collectives.
+        """Return the seconds per micro-batch of the collectives of tensor parallelism.
 
         A block has two all-reduces in each direction (arXiv 1909.08053, section 3). With sequence parallelism it has
         two all-gathers and two reduce-scatters (arXiv 2205.05198, section 4.2.2). The embedding and the output matrix
@@ -373,10 +375,10 @@ class RankStep:
         return self.layers * (self.forwards * forward + backward) + around * ends
 
     def context_parallel(self) -> float:
-        """Return the exposed seconds per layer and micro-batch of context parallelism's communication.
+        """Return the exposed seconds of context parallelism for one layer and micro-batch.
 
-        These are the times of an all-gather of keys and values, and a reduce-scatter of their gradients; or the
-        transfers of ring attention, which overlap with attention.
+        With ``allgather`` these are an all-gather of keys and values, and a reduce-scatter of their gradients. With
+        ``ring`` they are the transfers of ring attention, which overlap with attention.
         """
         model, ring, forwards = self.config.model, self.ring("cp"), self.forwards
         keys = 2 * self.width * self.batch.micro * model.block_size * model.kv_heads * model.head_dim / self.dims.tp
@@ -392,8 +394,8 @@ class RankStep:
         return max(0.0, seconds + gradients - computing)
 
     def expert_parallel(self) -> float:
-        """Return the seconds per layer and micro-batch of expert parallelism's all-to-alls: dispatch and combine,
-        forward and backward (arXiv 2006.16668, section 3.2)."""
+        """Return the seconds of expert parallelism for one layer and micro-batch: all-to-alls of rows to their experts
+        and back, forward and backward (arXiv 2006.16668, section 3.2)."""
         model, dims = self.config.model, self.dims
         rows = self.batch.micro * expert_rows(model) / dims.cp
         again = self.config.recompute is Recompute.full  # selective recomputation keeps received rows
@@ -403,9 +405,9 @@ class RankStep:
     def pipeline(self) -> float:
         """Return the seconds per micro-batch of sending hidden states to the next stage, and gradients back.
 
-        In 1F1B, hidden states to a neighbor and gradients from it are sent at the same time, because a link carries
-        both directions (the paired sends of torch's Schedule1F1B). An inner stage has two such exchanges, the first and
-        the last stage one.
+        In 1F1B, hidden states to a neighbor and gradients from that neighbor are sent at the same time, because a link
+        has two directions (the paired sends of torch's Schedule1F1B). An inner stage has two such exchanges, the first
+        and the last stage one.
         """
         parallel = self.config.parallel
         size = self.hidden_width * self.tokens * self.config.model.n_embd
@@ -417,25 +419,28 @@ class RankStep:
 
     @property
     def stage_group(self) -> Group:
-        """Group of two neighboring pipeline ranks: inside a node if a node contains a whole pipeline."""
+        """Group of two neighboring pipeline ranks, with the link inside of a node if one node has all ranks."""
         machine, dims = self.machine, self.dims
         is_inside = dims.pp * dims.data_ranks * dims.cp * dims.tp <= machine.ranks_per_node
         return Group(2, machine.intra_node if is_inside else machine.inter_node)
 
 
 def in_pieces(collective: Callable[[float], float], size: float, parts: Sequence[int]) -> float:
-    """Return the total seconds of a transfer of ``size`` bytes in several calls of ``collective``.
+    """Return the seconds of a transfer of ``size`` bytes in several collectives, one after another.
 
-    Each call transfers one part; ``parts`` has the proportions of their sizes.
+    Args:
+        collective: returns the seconds of a collective with a number of bytes.
+        size: number of bytes of all collectives together.
+        parts: proportions of their sizes.
     """
     whole = sum(parts)
     return sum(collective(size * part / whole if whole else 0.0) for part in parts)
 
 
 def seconds_per_flop(rates: MatmulRates, rows: float, sharded: float, width: float) -> float:
-    """Return the mean seconds per FLOP of Y = X W and of the products for the gradients of X and W.
+    """Return the mean seconds per FLOP of three matrix products: Y = X W, and those for the gradients of X and W.
 
-    X has ``rows`` rows, and W the sizes ``sharded`` and ``width``. Sharding by columns and by rows gives the same mean.
+    X has ``rows`` rows. W is (``width``, ``sharded``), or transposed, for which the result is the same.
     """
     shapes = [(rows, sharded, width), (rows, width, sharded), (width, sharded, rows)]
     return sum(1 / rates.rate(*shape) for shape in shapes) / len(shapes)

@@ -53,7 +53,7 @@ PERSISTENT = 100_000
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank around the start of the backward pass, when training needs the most memory.
+    """Memory of one rank at the begin of the backward pass, when training needs the most memory. In bytes.
 
     The estimate is within 4 % of measurements with ddp on small models, including experts and recomputation. With
     recomputation in bf16 it is up to 10 % too high, because recomputation keeps no bf16 copies of the matrices of a
@@ -64,6 +64,7 @@ class RankMemory:
     parameters: int = 0
     """Weights in fp32; with DeepSpeed in bf16, the bf16 weights."""
     gradients: int = 0
+    """Gradients of these weights, sharded as the strategy shards them."""
     optimizer: int = 0
     """AdamW's moments and Muon's momentum in fp32, and step counts; with DeepSpeed also the fp32 master weights."""
     compute_weights: int = 0
@@ -73,24 +74,25 @@ class RankMemory:
     logits: int = 0
     """Logits, their gradient, and in bf16 an fp32 copy of a chunk of them."""
     not_at_once: int = 0
-    """Negative. fsdp reduces gradients while it frees activations and logits. So at the peak the smaller of the two is
-    not in memory."""
+    """Negative, or 0. With fsdp, gradients are made while activations and logits are freed, so the smaller of the two
+    sums is subtracted."""
     host: int = 0
-    """Parameters, gradients and optimizer state in host memory. Not in the total."""
+    """Parameters, gradients and optimizer state in host memory, which are not part of ``total``."""
 
     @property
     def total(self) -> int:
-        """Bytes on the device."""
+        """Bytes on the device: the sum of all fields but ``host``."""
         return sum(vars(self).values()) - self.host
 
     @property
     def total_gib(self) -> float:
-        """GiB on the device."""
+        """``total`` in GiB."""
         return self.total / GIB
 
 
 def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> RankMemory:
-    """Return the bytes of weights, gradients and optimizer state of a rank with these parameter shards."""
+    """Return the memory of a rank with these parameter shards for weights, gradients and optimizer state. The other
+    fields of the result are 0."""
     if config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage:
         found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
         return found(config, dims.data_ranks, shards)
@@ -104,7 +106,8 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
 
 
 def optimizer_bytes(config: TrainConfig, shards: ParameterShards, ranks: int | None) -> int:
-    """Return the bytes of a rank's optimizer state, sharded over ``ranks`` ranks; None means FSDP's ranks."""
+    """Return the bytes of a rank's optimizer state for these parameter shards. It is sharded over ``ranks`` ranks; None
+    means those of FSDP."""
     each = optimizer_state(config.optim)
     found = round(each.per_element * shards.stored(ranks)) + each.per_tensor * shards.tensors
     if config.optim.optimizer != MUON:
@@ -129,8 +132,10 @@ def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) ->
 
 
 def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> RankMemory:
-    """Return the bytes of state under ZeRO-3: every parameter and its state are sharded. Small parameters also stay
-    gathered."""
+    """Return the memory of a rank for weights, gradients and optimizer state with ZeRO-3 over ``ranks`` ranks.
+
+    Every parameter and its state are sharded. Small parameters also stay gathered.
+    """
     parallel, width = config.parallel, BF16 if config.precision.is_half else FP32
     part = sum(count * -(-p.elements // ranks) for p, count in pieces(shards))
     # A single rank frees nothing, although it also has its shard of everything.
@@ -147,12 +152,14 @@ def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> R
 
 
 def pieces(shards: ParameterShards) -> list[tuple[ParameterShard, int]]:
-    """Return a pair for each kind of parameter: its shard, and the number of such parameters on the rank."""
+    """Return for each parameter of a block, and for each outside of the blocks: its shard, and the number of such
+    parameters on the rank."""
     return [(p, shards.layers) for p in shards.block] + [(p, 1) for p in shards.around]
 
 
 def group_sizes(shards: ParameterShards) -> list[int]:
-    """Return the elements of the optimizer's groups that are not empty: matrices, which decay, then vectors."""
+    """Return the number of elements of each parameter group of the optimizer: of matrices, which have weight decay, and
+    of other parameters. Empty groups are left out."""
     groups = (
         sum(n * p.elements for p, n in pieces(shards) if (len(p.shape) > 1) is decays) for decays in (True, False)
     )
@@ -163,10 +170,10 @@ def group_sizes(shards: ParameterShards) -> list[int]:
 
 
 def staging_bytes(config: TrainConfig, world_size: int) -> int:
-    """Return the host memory in bytes that a rank needs to save in the background; 0 if training waits for saves.
+    """Return the bytes of host memory that a rank needs to save in the background; 0 if training waits for saves.
 
-    Whole tensors are distributed by name, so that one rank writes each. With DeepSpeed's own files each rank writes its
-    shards, and the first rank also writes the compute weights.
+    Each rank saves an equal part of the state. With DeepSpeed's own files, the first rank also saves the weights that
+    the forward pass uses.
 
     Args:
         config: config of the run.
@@ -181,13 +188,13 @@ def staging_bytes(config: TrainConfig, world_size: int) -> int:
 
 
 GENERATIONS = 2
-"""Largest number of checkpoints in memory: the last one that all ranks agreed on, and the one in progress."""
+"""Largest number of checkpoints in memory at the same time: the last complete one, and the one that is being saved."""
 
 
 def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
-    """Return the host memory in bytes that checkpoints in memory take for each rank of a node; 0 without them.
+    """Return the bytes of host memory that checkpoints in memory need, for each rank of a node; 0 without them.
 
-    A node keeps the parts of its own ranks and, with several nodes, also the parts of a neighboring node's ranks.
+    A node keeps the parts of its own ranks, and with several nodes also those of a neighboring node.
 
     Args:
         config: config of the run.
@@ -200,12 +207,12 @@ def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
 
 
 def shared_bytes(config: TrainConfig, world_size: int) -> int:
-    """Return the bytes of all weights and of the optimizer's state, divided by the number of ranks."""
+    """Return the bytes of a checkpoint, divided by the number of ranks and rounded up."""
     return math.ceil(checkpoint_bytes(config) / world_size)
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """Return the bytes of all weights and of the optimizer's state, without counts of steps."""
+    """Return the bytes of a checkpoint: all weights, and the optimizer's state without counts of steps."""
     counted, each = count(config.model), optimizer_state(config.optim).per_element  # for AdamW both moments
     hidden = count_hidden(config.model).elements if config.optim.optimizer == MUON else 0
     return round(FP32 * counted.total + each * counted.trained) - FP32 * hidden
@@ -215,16 +222,16 @@ def checkpoint_bytes(config: TrainConfig) -> int:
 
 
 LIVE = 10**9
-"""Number of elements that ZeRO-3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
+"""Largest number of elements that ZeRO-3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
 
 def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> RankMemory:
-    """Return the memory of the rank that needs most, for AdamW over fp32 master weights.
+    """Return the memory of the rank that needs most.
 
-    ddp keeps 4 bytes a parameter for the weights, 4 for the gradients (views of the communication buckets) and 8 for
-    the moments. zero1 shards moments and reduced gradients. fsdp shards all three: every tensor along its first
-    dimension, padded (ZeRO, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). For DeepSpeed see ``states``, for
-    other memory ``compute_weights``, ``activations`` and ``logits``.
+    With AdamW, ddp needs 4 bytes a parameter for the weights, 4 for the gradients (views of the communication buckets)
+    and 8 for the moments. zero1 shards moments and reduced gradients. fsdp shards all three: every tensor along its
+    first dimension, padded (ZeRO, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). For DeepSpeed see ``states``,
+    for other memory ``compute_weights``, ``activations`` and ``logits``.
 
     Args:
         config: config of the run.
@@ -235,7 +242,7 @@ def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> RankMemor
 
 
 def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> RankMemory:
-    """Return the bytes of memory of a rank at position ``pp_rank`` of its pipeline."""
+    """Return the memory of a rank with the index ``pp_rank`` in its pipeline."""
     stages = rank_stages(config, pp_rank)
     shards = parameter_shards(config.model, dims, stages)
     in_flight = micro_batches_in_flight(config.parallel, pp_rank, batch.accumulation)
@@ -254,7 +261,7 @@ def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: 
 
 
 def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors:
-    """Return the numbers of ranks over which activations are divided."""
+    """Return the numbers of ranks over which the activations of a run are divided."""
     hidden = dims.tp if config.parallel.sequence_parallel else 1
     gathers = dims.cp > 1 and config.parallel.cp_method is CpMethod.allgather
     return ParallelFactors(tp=dims.tp, hidden=hidden, cp=dims.cp, gathers_keys=gathers, sends_rows=dims.ep > 1)
@@ -263,10 +270,11 @@ def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors
 def activations(
     config: TrainConfig, dims: ParallelDims, batch: Batch, stages: Sequence[StageLayers], in_flight: int
 ) -> int:
-    """Return the bytes of the activations of ``in_flight`` micro-batches in a rank's stages.
+    """Return the bytes of the activations of ``in_flight`` micro-batches in the pipeline stages of a rank.
 
-    The result includes two things that torch's pipeline (torch.distributed.pipelining.stage) allocates: receive buffers
-    for every micro-batch of a step, forward and backward; and the outputs of a stage, kept as long as its activations.
+    They include two kinds of tensors of torch's pipeline (torch.distributed.pipelining.stage): receive buffers for
+    every micro-batch of a step, forward and backward; and the results of a stage, which it keeps as long as its
+    activations.
     """
     model, factors = config.model, parallel_factors(config, dims)
     if model.attention_sinks and config.data.pack is Pack.documents:  # with its bias, scores are written out
@@ -291,13 +299,13 @@ def activations(
 
 
 def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int) -> int:
-    """Return the bytes of the logits of ``in_flight`` micro-batches, and of the copies that the loss makes for one of
-    them.
+    """Return the bytes of the logits of ``in_flight`` micro-batches, and of the copies that the loss of one of them
+    makes.
 
-    The gradient is as large as the logits. It is computed from one chunk in fp32 at a time, unless the logits are fp32
+    The gradient is as large as the logits. It is computed from a chunk in fp32, unless the logits are fp32
     (gpt/model/layers.py). A pipeline keeps the logits until the end of their backward pass, which also makes a gradient
     of the output matrix; with FSDP ``compute_weights`` counts this gradient. A chunked loss keeps the gradients of
-    hidden states and output matrix, and has one chunk of logits: three times in the width of products, once in fp32.
+    hidden states and output matrix, and needs a chunk of logits three times in the dtype of products and once in fp32.
     """
     model, width = config.model, BF16 if config.precision.is_half else FP32
     numbers = parallel_factors(config, dims).tokens(model, batch.micro) * (model.padded_vocab // dims.tp)
@@ -315,8 +323,7 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
 def compute_weights(
     config: TrainConfig, shards: ParameterShards, stages: Sequence[StageLayers], accumulates: bool, in_flight: int
 ) -> int:
-    """Return the bytes of compute copies of weights, and of unsharded gradients, without the stored weights and
-    gradients.
+    """Return the bytes of gathered or cast copies of weights, and of gradients before they are reduced and sharded.
 
     DDP and ZeRO-1 in bf16: autocast keeps the bf16 copy of every matrix until its backward pass, and makes another one
     for each micro-batch in flight. For gradients of ZeRO-1 see ``unreduced_gradients``.
@@ -351,15 +358,15 @@ def compute_weights(
 
 
 def reduced_width(config: TrainConfig) -> int:
-    """Return the bytes of an element of the gradients that FSDP reduces."""
+    """Return the number of bytes of an element of the gradients that FSDP reduces."""
     return BF16 if config.parallel.reduce_dtype is ReduceDtype.bf16 else FP32
 
 
 def unreduced_gradients(shards: ParameterShards, accumulates: bool) -> int:
-    """Return the bytes of the unsharded gradients of a rank with ZeRO-1, in fp32.
+    """Return the bytes of the gradients of a rank with ZeRO-1 that are not reduced yet, in fp32.
 
-    With gradient accumulation these are all gradients, until the last backward pass. Otherwise they are those of the
-    bucket being filled and of the largest possible buckets in flight.
+    With gradient accumulation (``accumulates``) these are all gradients. Otherwise they are those of the bucket that is
+    being filled, and of the largest possible buckets that are being reduced.
     """
     if accumulates:
         return FP32 * shards.elements
@@ -370,11 +377,11 @@ def unreduced_gradients(shards: ParameterShards, accumulates: bool) -> int:
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
-    """Return the number of micro-batches whose activations a rank keeps at once, each in all of its stages, rounded up.
+    """Return the largest number of micro-batches whose activations a rank keeps at the same time, in all its stages.
 
-    gpipe keeps all. 1f1b keeps as many as there are ranks from this one to the last (arXiv 2104.04473, section 2.2.1).
-    interleaved also keeps those with which torch's schedule warms up (section 2.2.2). The V-shaped schedules keep as
-    many as there are ranks, on every rank, and DualPipeV one more (arXiv 2401.10241, section 6;
+    gpipe keeps all ``micro_batches``. 1f1b keeps as many as there are ranks from this one to the last (arXiv
+    2104.04473, section 2.2.1). interleaved also keeps those with which torch's schedule warms up (section 2.2.2),
+    rounded up. zbv keeps as many as there are ranks, and dualpipev one more (arXiv 2401.10241, section 6;
     https://github.com/deepseek-ai/DualPipe).
     """
     ranks, local = parallel.pp, local_stages(parallel)

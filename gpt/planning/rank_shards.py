@@ -1,4 +1,4 @@
-"""Shard of each parameter on a rank, exactly, and the activations that a forward pass saves."""
+"""The shard of each parameter on a rank, and the activations that a forward pass saves. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from gpt.topology.schedules import StageLayers
 
 
 SHARDED_DIM_0 = ("query", "key", "value", "sinks", "gate", "up", "token_embedding", "head")
-"""Tensors that tensor parallelism shards along the first dimension (column-parallel): by heads, inner width or
-vocabulary (Megatron-LM, arXiv 1909.08053, section 3)."""
+"""Words in the names of parameters that tensor parallelism shards along the first dimension (column-parallel): by
+heads, inner width or vocabulary (Megatron-LM, arXiv 1909.08053, section 3)."""
 SHARDED_DIM_1 = ("output.weight", "down.weight", "experts.down")
-"""Tensors that tensor parallelism shards along the second dimension (row-parallel)."""
+"""Ends of the names of parameters that tensor parallelism shards along the second dimension (row-parallel)."""
 
 
 AROUND = ("token_embedding.", "position.", "norm.", "head.")
-"""Prefixes of the names of parameters outside the blocks."""
+"""Beginnings of the names of parameters outside of the blocks."""
 ENTRY = ("token_embedding.", "position.")
-"""Prefixes of the names of parameters before the blocks."""
+"""Beginnings of the names of parameters before the first block."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ParameterShard:
 
     name: str
     shape: tuple[int, ...]
-    """Shape of the tensor that the rank computes with: sharded by tp and ep, gathered by FSDP."""
+    """Shape of the tensor with which the rank computes: sharded by tp and ep, and all-gathered by FSDP."""
     ranks: int
     """Number of ranks over which FSDP shards the parameter further."""
     dimension: int = 0
@@ -64,12 +64,12 @@ class ParameterShard:
 
     @cached_property
     def elements(self) -> int:
-        """Number of the parameter's elements that the rank computes with, gathered by FSDP."""
+        """Number of elements of ``shape``."""
         return math.prod(self.shape)
 
     def stored(self, ranks: int) -> int:
-        """Return the number of elements that each of ``ranks`` ranks stores: that of the largest shard, because all
-        shards are padded to it."""
+        """Return the number of elements that a rank stores if ``ranks`` ranks shard the tensor: those of the largest
+        shard, because all shards are padded to its size."""
         return -(-self.shape[self.dimension] // ranks) * (self.elements // self.shape[self.dimension])
 
 
@@ -86,12 +86,12 @@ class ParameterShards:
 
     @cached_property
     def elements(self) -> int:
-        """Number of parameter elements that the rank computes with, gathered by FSDP."""
+        """Number of elements of all parameters with which the rank computes, all-gathered by FSDP."""
         return self.layers * elements(self.block) + elements(self.around)
 
     @cached_property
     def expert_elements(self) -> int:
-        """Number of elements of experts that the rank computes with, gathered by FSDP."""
+        """Number of elements of experts with which the rank computes, all-gathered by FSDP."""
         return self.layers * elements(p for p in self.block if ".experts." in p.name)
 
     @property
@@ -110,7 +110,8 @@ class ParameterShards:
         return replace(self, block=block, around=around)
 
     def stored(self, ranks: int | None = None) -> int:
-        """Return the number of elements that the rank stores, sharded over ``ranks`` ranks; None means FSDP's ranks."""
+        """Return the number of elements that the rank stores, if ``ranks`` ranks shard each parameter; None means the
+        ranks of FSDP."""
         of_block, around = (sum(p.stored(ranks or p.ranks) for p in parts) for parts in (self.block, self.around))
         return self.layers * of_block + around
 
@@ -119,7 +120,7 @@ class ParameterShards:
 def parameter_shards(
     model: ModelConfig, dims: ParallelDims, stages: tuple[StageLayers, ...] | None = None
 ) -> ParameterShards:
-    """Return the parameter shards of a rank with these pipeline stages; None means the whole model."""
+    """Return the parameter shards of a rank with these pipeline stages; None means one stage with the whole model."""
     stages = stages or (StageLayers(range(model.n_layer), first=True, last=True),)
     # A tied embedding is in the first and the last stage.
     at_end = ("norm.", "head.", *(("token_embedding.",) if model.tie_embeddings else ()))
@@ -137,7 +138,7 @@ def parameter_shards(
 
 
 def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelDims) -> ParameterShard:
-    """Return one rank's shard of a parameter, from its name and whole shape."""
+    """Return a rank's shard of the parameter with this name and whole shape."""
     local = shape
     if dims.tp > 1:
         whole_name = name if name.startswith(AROUND) else f"blocks.0.{name}"
@@ -154,7 +155,8 @@ def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims:
 
 
 def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    """Return the shape of one tensor-parallel rank's shard. Norms and other vectors are replicated."""
+    """Return the shape of a rank's shard of the parameter with this name and whole shape under tensor parallelism over
+    ``tp`` ranks. Norms and other vectors are not sharded."""
     inner = len(shape) - 2  # stacked experts are sharded inside each expert
     if any(part in SHARDED_DIM_0 for part in name.split(".")):
         dim = max(inner, 0)
@@ -166,12 +168,12 @@ def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[i
 
 
 def elements(parts: Iterable[ParameterShard]) -> int:
-    """Return the number of elements of all ``parts`` that a rank computes with, gathered by FSDP."""
+    """Return the number of elements of all ``parts``, all-gathered by FSDP."""
     return sum(part.elements for part in parts)
 
 
 def cast_elements(shards: ParameterShards, last: bool = True) -> int:
-    """Return the number of elements that autocast casts: all matrices of matrix products except the fp32 router.
+    """Return the number of elements of the weights that autocast casts to 16 bits: all matrices except the router.
 
     ``last`` is True if the rank has the last pipeline stage, and so the output matrix.
     """
@@ -196,22 +198,22 @@ def cast_elements(shards: ParameterShards, last: bool = True) -> int:
 
 @dataclass(frozen=True)
 class ParallelFactors:
-    """Numbers of ranks over which the activations of a micro-batch are divided; 1 by default."""
+    """Numbers of ranks over which the activations of a micro-batch are divided."""
 
     tp: int = 1
     """Number of tensor-parallel ranks, over which heads and inner widths are sharded."""
     hidden: int = 1
-    """Number of ranks over which hidden states between the modules of a block are sharded: tp with sequence
-    parallelism."""
+    """Number of ranks over which hidden states between the modules of a block are sharded: ``tp`` with sequence
+    parallelism, else 1."""
     cp: int = 1
     """Number of context-parallel ranks, over which each sequence is sharded."""
     gathers_keys: bool = False
-    """With cp: True if each rank saves the all-gathered keys and values."""
+    """True if each rank saves all-gathered keys and values (``cp_method=allgather``)."""
     sends_rows: bool = False
-    """True if experts are sharded over ranks, so that rows are sent to them and back."""
+    """True if experts are sharded over ranks (ep), so that rows are sent to the ranks of their experts and back."""
 
     def tokens(self, model: ModelConfig, sequences: int) -> int:
-        """Return the number of tokens that one rank has of ``sequences`` sequences."""
+        """Return the number of tokens of ``sequences`` sequences on one rank."""
         return sequences * model.block_size // self.cp
 
 
@@ -220,15 +222,17 @@ SINGLE_RANK = ParallelFactors()
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Saved activations of one rank for one micro-batch, in bytes."""
+    """Activations that one rank saves for the backward pass of one micro-batch, in bytes."""
 
     embedding: int
+    """Bytes of the embedding."""
     final: int
-    """Bytes of the final norm and the output matrix."""
+    """Bytes of the last norm and the output matrix."""
     block: int
-    """Bytes of one block."""
+    """Bytes of one block, without recomputation."""
     recomputed: int
-    """Bytes of ``block`` that are saved until the block's backward pass, which recomputes the other tensors."""
+    """Bytes of one block that are saved until its backward pass, which recomputes the rest of ``block``. Without
+    recomputation equal to ``block``."""
 
 
 @lru_cache(maxsize=CACHED)
@@ -239,9 +243,9 @@ def activation_bytes(
     recompute: Recompute = Recompute.none,
     factors: ParallelFactors = SINGLE_RANK,
 ) -> ActivationBytes:
-    """Return the bytes of activations that a forward pass over ``sequences`` sequences saves.
+    """Return the bytes of activations that a forward pass over ``sequences`` sequences saves, without logits and
+    weights.
 
-    Logits and weights are not counted.
     A recomputed block saves its input, and with ``selective`` the results of its matrix products.
     """
     width = BF16 if precision.is_half else FP32
@@ -263,9 +267,9 @@ def activation_bytes(
 
 
 class LayerBytes:
-    """Bytes that one layer of a rank saves. Layers with a window and those without count as their mean.
+    """Bytes that one layer (block) of a rank saves for its backward pass: the mean of layers with and without a window.
 
-    ``block``, ``products`` and ``experts`` count a whole micro-batch, the other methods one token.
+    ``block``, ``products`` and ``experts`` return bytes of a micro-batch, the other methods bytes of one token.
 
     Args:
         model: the model.
@@ -286,15 +290,15 @@ class LayerBytes:
         """Share of the layers that compute attention by blocks of queries."""
         by_sinks = 0 if not model.attention_sinks else 1 if model.dropout else self.blockwise
         self.written_out = 1 if model.attention is AttentionBackend.manual else by_sinks
-        """Share of the layers that write the scores to memory. With sinks these are layers with a window; with sinks
-        and dropout, all layers."""
+        """Share of the layers that write the scores to memory, without a fused kernel. With sinks these are layers with
+        a window; with sinks and dropout, all layers."""
         fused = 1 - self.written_out if self.written_out else 0
         self.span = attention_pairs(model) / model.n_layer / model.block_size - fused * model.block_size
         self.span += model.attention_sinks * self.written_out
-        """Number of keys, with the sink, whose scores a query has: the mean over all layers. If some layers write the
-        scores to memory, the other layers count as 0."""
+        """Number of scores of one query: the mean over all layers. If only some layers write the scores to memory, the
+        other layers count as 0."""
         self.keys_read = 1 + self.blockwise * (1 - window / model.block_size)
-        """Number of blocks of queries that read a key."""
+        """Number of blocks of queries that read a key: the mean over all layers."""
         self.inner = -(-model.ffn_width // factors.tp)
         self.inner_tensors = 1 if model.ffn_activation is Activation.relu else 2  # ReLU only needs its result
         if model.gated:
@@ -315,11 +319,11 @@ class LayerBytes:
         return bytes_
 
     def products(self) -> int:
-        """Return the bytes of the results of a block's matrix products, with attention, as gpt/parallel/modules.py
-        saves them.
+        """Return the bytes of the results of a block's matrix products and attention, which selective recomputation
+        saves (gpt/parallel/modules.py).
 
-        If only one of attention and ffn is a class of the user, the other counts with all its saved tensors: an upper
-        bound.
+        If only one of attention and feed-forward layer is a class of the user, all saved tensors of the other count, an
+        upper bound.
         """
         model, width, factors = self.model, self.width, self.factors
         custom = model.custom_parts
@@ -341,27 +345,28 @@ class LayerBytes:
         return self.tokens * (attention + mixture) + self.rows * width * results
 
     def adapters(self) -> int:
-        """Return the bytes per token that adapters (LoRA) save: the result of their first matrix, and with dropout its
-        noise and its result."""
+        """Return the bytes per token that adapters (LoRA) save: the results of their first matrices, and with dropout
+        the noise and the results of dropout."""
         model, width = self.model, self.width
         inputs = [shape[1] for name, shape in block_shapes(model).items() if name.endswith("lora_a")]
         noise = 2 * width * sum(inputs) if model.lora.dropout else 0
         return width * model.lora.rank * len(inputs) + noise
 
     def custom(self, part: str, products: bool = False) -> int:
-        """Return the bytes per token that a user's ``part`` saves; with ``products``, only those of results of matrix
-        products."""
+        """Return the bytes per token that a user's class for ``part`` saves; with ``products``, only those of results
+        of matrix products."""
         counts = part_counts(self.model)[part]
         counted = (counts.products if products else counts.saved)["half" if self.width == BF16 else "fp32"]
         return -(-counted // self.model.block_size)
 
     def norm(self) -> int:
-        """Return the bytes per token of the saved input and statistics of a norm over D, in fp32."""
+        """Return the bytes per token that a norm over the width of the model saves."""
         is_custom = isinstance(self.model.norm, str)
         return -(-(self.custom("norm") if is_custom else self.norm_over(self.model.n_embd)) // self.factors.hidden)
 
     def norms(self) -> int:
-        """Return the bytes per token of the norms of attention, or of the feed-forward layer, over D."""
+        """Return the bytes per token that the norms over the width of the model save, of attention or of the
+        feed-forward layer."""
         if self.model.norm_position is not NormPosition.both:
             return self.norm()
         # LayerNorm keeps its input in the dtype that it receives: here that of a result.
@@ -369,23 +374,22 @@ class LayerBytes:
         return 2 * self.norm() - narrow * self.model.n_embd // self.factors.hidden
 
     def norm_over(self, width: int) -> int:
-        """Return the bytes per token of the saved input and statistics of a built-in norm over ``width``, in fp32."""
+        """Return the bytes per token that a built-in norm over ``width`` numbers saves, in fp32."""
         return FP32 * (2 * width + 1 if self.model.norm is Norm.rmsnorm else width + 2)
 
     def dropout(self, width: int) -> int:
-        """Return the bytes per token of one dropout's noise over the residual stream: ``width`` bytes a number."""
+        """Return the bytes per token that one dropout of the residual stream saves: ``width`` bytes a number; 0 without
+        dropout."""
         return -(-width * self.model.n_embd // self.factors.hidden) if self.model.dropout else 0
 
     def read(self, readers: int) -> int:
-        """Return the saved bytes per token of a hidden state that ``readers`` matrices read: in bf16 a copy for each.
-
-        Every matrix needs the whole hidden state, even if it was sharded before.
-        """
+        """Return the bytes per token that ``readers`` matrices save of the hidden states that they all read: in 16 bits
+        one copy for each matrix, in fp32 one copy. Each matrix needs whole hidden states, also with tp."""
         return (readers if self.width == BF16 else 1) * self.width * self.model.n_embd
 
     def attention(self) -> int:
-        """Return the bytes per token that attention saves: norm, queries, keys, values, T x T attention weights (only
-        with ``attention=manual``), and the result."""
+        """Return the bytes per token that attention saves, with its norms: queries, keys, values, the result, and the
+        attention weights if they are written to memory."""
         model, width, factors = self.model, self.width, self.factors
         around = self.norms() + self.dropout(width)
         if isinstance(model.attention, str):
@@ -419,10 +423,10 @@ class LayerBytes:
         return around + self.read(2) + bytes_
 
     def ffn(self) -> int:
-        """Return the bytes per token that norm and feed-forward layer save.
+        """Return the bytes per token that the feed-forward layer saves, with its norms.
 
-        A mixture saves the router's tensors in fp32, results and indices of the chosen experts, and tensors of the
-        shared experts.
+        A mixture of experts saves the tensors of the router in fp32, results and indices of the chosen experts, and
+        tensors of the shared experts. ``experts`` counts the rest.
         """
         model, width = self.model, self.width
         around = self.norms() + self.dropout(width)
@@ -439,12 +443,11 @@ class LayerBytes:
         return bytes_
 
     def dense(self, inner: int) -> int:
-        """Return the bytes per token of the saved input, for each matrix that reads it, and of the saved inner
-        tensors."""
+        """Return the bytes per token that a dense feed-forward layer with the inner width ``inner`` saves."""
         return self.read(2 if self.model.gated else 1) + self.width * self.inner_tensors * inner
 
     def experts(self) -> int:
-        """Return the bytes per micro-batch of the saved rows of the experts, and of their inner tensors.
+        """Return the bytes per micro-batch that the experts save of their rows and inner tensors; 0 without experts.
 
         Routing is assumed to be balanced: with expert parallelism a rank receives as many rows as it sends.
         """

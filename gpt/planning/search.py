@@ -1,4 +1,4 @@
-"""Search for parallel layouts that are valid and fit in memory, and messages about the result. Imports no torch."""
+"""Search for parallel layouts that are valid and fit into memory, and messages about its result. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from launch.runs.compose import plain
 
 
 SCHEDULES = (Schedule["1f1b"], Schedule.interleaved, Schedule.zbv)
-"""Schedules to consider. Of schedules with equal bubbles, only the one with the fewest activations is in the list."""
+"""Pipeline schedules that are tried. Of schedules with equal bubbles, only the one with the fewest activations."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Valid layout, and its memory per rank."""
+    """A valid layout, with the memory of the rank that needs most."""
 
     parallel: ParallelConfig
     dims: ParallelDims
@@ -63,13 +63,14 @@ def candidates(
     fixed: Collection[str] = (),
     offload: bool = False,
 ) -> Iterator[Candidate]:
-    """Enumerate the valid layouts on ``world_size`` ranks.
+    """Yield the valid layouts on ``world_size`` ranks.
 
     Args:
-        config: config of the run; its ``parallel`` has the values of ``fixed`` keys.
+        config: config of the run.
         world_size: number of ranks.
-        ranks_per_node: ranks of a node. Tensor parallelism stays within a node, because every layer waits for it.
-        fixed: keys of ``parallel`` that never change.
+        ranks_per_node: number of ranks of a node, the largest degree of tensor parallelism, for which every layer
+            waits.
+        fixed: keys of ``parallel`` that keep the values of ``config``.
         offload: True for layouts with CPU offload, False for those without.
     """
     for parallel in parallel_configs(config, world_size, ranks_per_node, fixed, offload):
@@ -86,7 +87,8 @@ def candidates(
 def parallel_configs(
     config: TrainConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
-    """Yield every combination of the keys that are not fixed, valid or not."""
+    """Yield configs of ``parallel`` with every combination of the keys that are not ``fixed``, valid or not. Arguments
+    as in ``candidates``."""
     given = config.parallel
 
     def sizes(key: str, most: int) -> list[int]:
@@ -106,10 +108,10 @@ def parallel_configs(
 def torch_configs(
     base: ParallelConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
-    """Yield ``base`` with every pipeline schedule and every torch strategy (ddp, zero1, fsdp, hsdp).
+    """Yield ``base`` with every pipeline schedule and every strategy of torch (ddp, zero1, fsdp, hsdp).
 
-    The degrees tp, cp, pp and ep remain those of ``base``, and so do ``schedule``, ``dp_shard`` and
-    ``reshard_after_forward`` if they are in ``fixed``. With ``offload``, all configs use CPU offload.
+    The degrees tp, cp, pp and ep stay those of ``base``; ``schedule``, ``dp_shard`` and ``reshard_after_forward`` stay
+    if they are in ``fixed``. With ``offload``, all configs use CPU offload.
     """
     schedules = SCHEDULES if base.pp > 1 and "schedule" not in fixed else (base.schedule,)
     data_ranks = world_size // (base.tp * base.cp * base.pp)
@@ -136,32 +138,35 @@ def with_micro_batch(config: TrainConfig, micro_batch: int) -> TrainConfig:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The valid layouts of one search, either without or with CPU offload."""
+    """Valid layouts, either all without or all with CPU offload."""
 
     offload: bool
+    """True for layouts with CPU offload."""
     fitting: tuple[Candidate, ...]
+    """Layouts that fit into memory."""
     too_large: tuple[Candidate, ...]
+    """Layouts that do not fit into memory."""
 
 
 @dataclass(frozen=True)
 class LayoutSearch:
-    """Search of the layouts that fit in memory. ``explain`` reports CPU offload, and the layouts that do not fit."""
+    """Search for the layouts of a run that fit into memory, and text on its result."""
 
     config: TrainConfig
     world_size: int
     machine: Machine
     fixed: Collection[str] = ()
-    """Keys of ``parallel`` that the user typed. They never change."""
+    """Keys of ``parallel`` on the command line, which keep the values of ``config``."""
 
     def results(self) -> Iterator[SearchResult]:
-        """Yield the valid layouts: first on the devices alone, then with CPU offload."""
+        """Yield the result of the search without CPU offload, then with it."""
         for offload in self.offloads:
             found = list(self.layouts(offload))
             fitting = tuple(one for one in found if self.fits(one))
             yield SearchResult(offload, fitting, tuple(one for one in found if not self.fits(one)))
 
     def layouts(self, offload: bool) -> Iterator[Candidate]:
-        """Yield every valid layout, in several sizes of micro-batch up to ``optim.max_micro_batch`` sequences."""
+        """Yield every valid layout with several sizes of micro-batches, up to ``optim.max_micro_batch`` sequences."""
         known, micro_batch = set(), self.config.optim.max_micro_batch
         while micro_batch:
             for one in self.of_micro_batch(micro_batch, offload):
@@ -177,7 +182,7 @@ class LayoutSearch:
         return candidates(config, self.world_size, self.machine.ranks_per_node, self.fixed, offload)
 
     def fits(self, one: Candidate) -> bool:
-        """True if the layout fits into a rank's device memory and, as far as known, into host memory."""
+        """Return True if a layout fits into the memory of a rank's device, and into host memory if that is known."""
         memory, machine = one.memory, self.machine
         if machine.host is None:  # device and host memory are the same
             return memory.total + memory.host <= machine.room
@@ -185,28 +190,30 @@ class LayoutSearch:
 
     @property
     def offloads(self) -> tuple[bool, ...]:
-        """Whether to search without (False) and with (True) CPU offload. True is included if host memory is separate
-        from that of the devices, and the user did not type ``cpu_offload``."""
+        """Values of ``offload`` to search: False, and also True if devices have their own memory and ``cpu_offload`` is
+        not fixed."""
         return (False,) if self.machine.host is None or "cpu_offload" in self.fixed else (False, True)
 
     @property
     def can_fit(self) -> bool:
-        """True if any layout fits in memory, with the largest micro-batches or with micro-batches of one sequence."""
+        """True if any layout fits into memory, with the largest micro-batches or with micro-batches of one sequence."""
         sizes = (self.config.optim.max_micro_batch, 1)
         return any(
             self.fits(one) for offload in self.offloads for size in sizes for one in self.of_micro_batch(size, offload)
         )
 
     def with_more_recompute(self) -> Iterator[tuple[str, LayoutSearch]]:
-        """Yield a pair for each mode that recomputes more than the run does: its override, and a search with this
-        mode."""
+        """Yield for each value of ``recompute`` that recomputes more than the run: its override as text, and a search
+        with this value."""
         order = [Recompute.none, Recompute.selective, Recompute.full]
         for more in order[order.index(self.config.recompute) + 1 :]:
             yield f"recompute={more.name}", replace(self, config=replace(self.config, recompute=more))
 
     def explain(self, tried: Sequence[SearchResult]) -> Iterator[str]:
-        """Yield lines of text on CPU offload and on layouts that do not fit. The last result in ``tried`` has layouts
-        that fit."""
+        """Yield lines of text on the use of CPU offload, and on layouts that do not fit.
+
+        ``tried`` has the results of the search, of which the last one has layouts that fit.
+        """
         last = tried[-1]
         if last.offload:
             why = f"nothing fits ({self.nearest(tried[0])})" if tried[0].too_large else "no layout is valid"
@@ -219,7 +226,8 @@ class LayoutSearch:
             yield f"left out: {len(last.too_large)} that do not fit ({self.nearest(last)})"
 
     def nearest(self, *found: SearchResult) -> str:
-        """Describe the layout that misses the memory by least, with the memory that it needs and that is available."""
+        """Return text on the layout that needs the least memory of those that do not fit, and on the memory that is
+        available."""
         too_large = [one for result in found for one in result.too_large]
         one, machine = min(too_large, key=lambda one: one.memory.total), self.machine
         host = ""
@@ -232,7 +240,7 @@ class LayoutSearch:
         )
 
     def no_layout_error(self) -> ConfigError:
-        """Return the error for a search without valid layouts: if ddp is invalid too, its error."""
+        """Return the error for a search without valid layouts: the error of ddp, or a general one."""
         given = self.config.parallel
         plainest = replace(given, strategy=Strategy.ddp)
         try:
@@ -249,8 +257,8 @@ class LayoutSearch:
         )
 
     def out_of_memory_error(self, tried: Sequence[SearchResult]) -> ConfigError:
-        """Return the error for a search in which no layout fits in memory, with the smallest change of the run that
-        helps."""
+        """Return the error for a search in which no layout fits into memory. It proposes a change with which one
+        fits."""
         machine = self.machine
         host = machine.host if tried[-1].offload else None
         there = f" and {host.room / GIB:.2f} GiB of host memory" if host is not None and host.room is not None else ""
@@ -261,8 +269,8 @@ class LayoutSearch:
         )
 
     def remedy(self) -> str | None:
-        """Return overrides (more nodes, more recomputation) with which the run fits; None if no tried change is
-        enough."""
+        """Return overrides with which a layout fits, as text: more recomputation, more nodes, or both. None if no such
+        change is enough."""
         nodes = -(-self.world_size // self.machine.ranks_per_node)
         options = [("", self), *self.with_more_recompute()]
         for times in (1, 2, 4, 8, 16, 32, 64):
@@ -277,7 +285,7 @@ class LayoutSearch:
 
 
 def layout_text(parallel: ParallelConfig, dims: ParallelDims) -> str:
-    """Describe a layout: its dimensions, schedule, resharding and offload."""
+    """Return a layout as text: its dimensions, schedule, resharding and offload."""
     text = [str(dims)]
     if dims.pp > 1:
         text.append(parallel.schedule.name)
@@ -287,7 +295,7 @@ def layout_text(parallel: ParallelConfig, dims: ParallelDims) -> str:
 
 
 def table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a line for each layout, best first. ``choices`` are results of ``LayoutChoice.as_dict``."""
+    """Yield a line of text for each layout. ``choices`` are results of ``LayoutChoice.as_dict``, best first."""
     batches = [
         f"{n} micro-batch{'es' if n > 1 else ''} of {c['micro_batch']}" for c in choices for n in [c["accumulation"]]
     ]

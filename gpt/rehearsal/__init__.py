@@ -1,8 +1,8 @@
-"""Rehearsal of a training step on tensors that have shapes but no values: what one rank did, and how it is recorded.
+"""Rehearsal of a training step on fake tensors, which have shapes but no values: findings about a rank, and a recorder.
 
-``Recorder`` sees every operation of torch in this process: collectives, places where the host waits for the device, and
-the memory of tensors. It works on real tensors and on fake ones. So the collectives of a rehearsal can be compared with
-those of a real run.
+``Recorder`` records the operations of torch in this process: collectives, places where the host waits for the device,
+and the memory of tensors. It works on real tensors and on fake ones, so that the collectives of a rehearsal can be
+compared with those of a real run.
 """
 
 from __future__ import annotations
@@ -38,25 +38,26 @@ from gpt.parallel.distributed import World
 
 
 class Collective(NamedTuple):
-    """A collective, or a transfer between two ranks, that one rank has issued."""
+    """A call of a collective, or a transfer from or to another rank, on one rank."""
 
     operation: str
-    """Name in torch: ``allreduce``, ``all_gather_into_tensor``, ``send``, ..."""
+    """Name of the operation in torch: ``allreduce``, ``all_gather_into_tensor``, ``send``, ..."""
     group: str
-    """Name of the group, equal on all of its ranks."""
+    """Name of the group of ranks, equal on all of them."""
     dtype: str
+    """Dtype of the tensors."""
     bytes: int
-    """Bytes that the rank gives, or receives from a peer."""
+    """Number of bytes that the rank sends, or receives in a transfer."""
     peer: int | None
-    """Rank on the other side of a transfer; None for a collective."""
+    """Other rank of a transfer; None for a collective."""
     place: str
-    """File and line that issued the collective."""
+    """``file:line`` of the call."""
     batched: bool
     """True for a transfer in a batch (``batch_isend_irecv``)."""
 
     @property
     def content(self) -> tuple[str, str, int]:
-        """The parts that have to be the same on all ranks of a group."""
+        """The values that must be the same on all ranks of a group: operation, dtype and bytes."""
         return self.operation, self.dtype, self.bytes
 
     def __str__(self) -> str:
@@ -68,42 +69,44 @@ class RankGroup:
     """A group of ranks that communicate."""
 
     label: str
-    """Axis of the mesh, or ``world``."""
+    """Axis of the mesh, or ``world`` for all ranks."""
     ranks: tuple[int, ...]
+    """Numbers of the ranks."""
 
 
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, REST = "parameters", "gradients", "optimizer", "activations", "rest"
 PARTS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, REST)
-"""Parts of a rank's memory. Activations are tensors that autograd saves, without parameters; ``REST`` is all other
+"""Parts of a rank's memory. Activations are the tensors that autograd saves, without parameters; ``REST`` is all other
 memory."""
 
 
 @dataclass
 class RankRehearsal:
-    """Findings about one rank. Sent between processes, so it has no tensors."""
+    """Findings about one rank, in its second step. Sent between processes, so it has no tensors."""
 
     rank: int
     kind: str
-    """Place of the rank in the mesh, for people."""
+    """Text on the place of the rank in the mesh."""
     memory: dict[str, int] = field(default_factory=dict)
-    """Bytes at the peak of the step, by part."""
+    """Part of the memory (``PARTS``) -> bytes at the peak of the step."""
     largest: dict[str, int] = field(default_factory=dict)
-    """Line of code -> bytes that it has made of ``ACTIVATIONS`` and ``REST`` and that are in memory at the peak of the
-    step."""
+    """Line of code -> bytes of ``ACTIVATIONS`` and ``REST`` at the peak of the step that this line has allocated."""
     collectives: list[Collective] = field(default_factory=list)
-    """All collectives in order: those of the set-up, of a first step, and of the second step, which is examined."""
+    """All collectives and transfers in order: of the set-up, of the first step, and of the second step."""
     in_step: int = 0
-    """Index in ``collectives`` of the first collective of the second step."""
+    """Index in ``collectives`` of the first one of the second step."""
     groups: dict[str, RankGroup] = field(default_factory=dict)
+    """Name of a group -> the group, for all groups in ``collectives``."""
     waits: dict[str, int] = field(default_factory=dict)
     """Line of code where the host waits for the device in the step -> number of waits."""
     expected_waits: dict[str, int] = field(default_factory=dict)
-    """As ``waits``, but waits that cannot be avoided, such as those for the row counts of experts without a
+    """As ``waits``, for waits that cannot be avoided, such as those for the numbers of rows of experts without a
     capacity."""
     doubts: list[str] = field(default_factory=list)
-    """Findings that stop no step but are seldom intended, such as a linear layer that is computed twice."""
+    """Lines of text on findings that stop no step, but are seldom intended, such as a linear layer that is computed
+    twice."""
     dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Bytes of parameters, gradients and optimizer state, by dtype."""
+    """Parameters, gradients or optimizer state -> dtype -> bytes."""
 
     @property
     def peak(self) -> int:
@@ -120,22 +123,23 @@ LIBRARIES = (
     str(Path(__file__).parent),
     "<",
 )
-"""Beginnings of the paths of code that is neither ours nor the user's."""
+"""Beginnings of the paths of libraries, and of the code of the rehearsal itself."""
 ROOT = Path(__file__).parents[2]
 HELPERS = (layers.linear.__code__, layers.Linear.forward.__code__, World.all_reduce.__code__)
-"""Functions that are left out when a line of code is named: the line of their caller is named instead."""
+"""Code of small functions: where they call an operation, the line of their caller is named instead."""
 
 
 @cache
 def place_of(path: str) -> str | None:
-    """Return the path of a source file in the form shown to people; None for code of a library."""
+    """Return the path of a source file, relative to this project if it is inside; None for the code of a library."""
     if path.startswith(LIBRARIES):
         return None
     return str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else path
 
 
 def calling_line() -> str:
-    """Return ``file:line`` of the innermost caller that is not in a library."""
+    """Return ``file:line`` of the innermost caller that is code of this project or of the user; ``torch`` if there is
+    none."""
     frame = sys._getframe(1)
     while frame is not None:
         place = place_of(frame.f_code.co_filename)
@@ -150,29 +154,32 @@ def calling_line() -> str:
 
 @dataclass
 class MemoryBlock:
-    """Memory of one storage, in bytes, from ``born`` to ``died``. Both are numbers of operations."""
+    """Memory of one storage of tensors."""
 
     bytes: int
     born: int
+    """Number of the operation that has allocated the storage."""
     place: str
-    """File and line that made the storage."""
+    """``file:line`` of this operation."""
     kind: str = REST
+    """Part of the memory to which the storage belongs, one of ``PARTS``."""
     died: float = float("inf")
+    """Number of the last operation before the storage was freed."""
     storage: weakref.ref[torch.UntypedStorage] | None = None
-    """Reference whose callback records the end of the storage."""
+    """Weak reference whose callback sets ``died``."""
 
 
 class MemoryRecord:
-    """Memory of all storages that operations return, in bytes, without what an allocator rounds up or keeps."""
+    """Record of the memory of all storages of tensors that operations return, without the overhead of an allocator."""
 
     def __init__(self) -> None:
         self.now = 0
-        """Number of operations so far."""
+        """Number of operations that were recorded so far."""
         self._blocks: list[MemoryBlock] = []
         self._block_of: Any = WeakIdKeyDictionary()
 
     def add(self, results: Any) -> None:
-        """Record the storages of the results of one operation."""
+        """Record the storages of the tensors in ``results``, which one operation has returned."""
         self.now += 1
         for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and tensor.device.type != "meta":
@@ -181,7 +188,7 @@ class MemoryRecord:
                     self._open(storage, calling_line(), REST)
 
     def resize(self, storage: torch.UntypedStorage) -> None:
-        """Record that the size of a storage has changed, as that of FSDP's gathered parameters after their use."""
+        """Record that the size of a storage has changed. FSDP frees gathered parameters in this way."""
         before = self._block_of.get(storage)
         if before is not None:
             self.now += 1
@@ -189,7 +196,7 @@ class MemoryRecord:
             self._open(storage, before.place, before.kind)
 
     def name(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Set the kind of the memory of ``tensors`` to ``kind``, if it has no kind yet."""
+        """Assign the memory of ``tensors`` to the part ``kind``, unless it was assigned to another part before."""
         for tensor in tensors:
             if tensor is not None:
                 local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -198,7 +205,8 @@ class MemoryRecord:
                     block.kind = kind
 
     def peak(self, since: int) -> dict[tuple[str, str], int]:
-        """Return (kind, line) -> bytes at the moment of the highest total after operation ``since``."""
+        """Return (part of the memory, ``file:line``) -> bytes, at the moment of the highest total after the operation
+        with the number ``since``."""
         changes = []
         for block in self._blocks:
             if block.died > since:
@@ -229,19 +237,19 @@ class MemoryRecord:
 
 
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
-"""Namespaces of operations that communicate."""
+"""Namespaces of torch's operations that communicate."""
 
 
 Call = tuple[dist.ProcessGroup, list[Tensor], int | None]
-"""Group of a collective, tensors that this rank sends or receives into, and for a transfer its peer in the group."""
+"""Group of a collective or transfer, tensors that this rank sends or receives, and index in the group of the other rank
+of a transfer; None for a collective."""
 
 
 def read_call(space: str, operation: str, args: Sequence[Any]) -> Call | None:
-    """Return group and tensors from the arguments of a collective; None for an operation without a group.
+    """Return group, tensors and other rank of a collective from its arguments; None for an operation without a group.
 
-    Collectives of c10d take the group, other collectives the name of the group.
-
-    If an operation takes results and inputs, the inputs come second.
+    ``space`` and ``operation`` are the namespace and the name of the operation. Those of c10d take the group, after
+    their tensors, and others the name of the group. If an operation takes results and inputs, the inputs come second.
     """
     if space == "c10d":
         place = next(i for i, arg in enumerate(args) if isinstance(arg, torch.ScriptObject))
@@ -258,36 +266,37 @@ def read_call(space: str, operation: str, args: Sequence[Any]) -> Call | None:
 
 
 HOST_READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
-"""Operations whose result the host needs. ``item``, ``tolist`` and ``bool`` of a tensor come here."""
+"""Names of operations whose result the host needs, and for which it waits. ``item``, ``tolist`` and ``bool`` of a
+tensor call them."""
 PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default")
-"""Matrix products."""
+"""Names of matrix products."""
 
 
 def in_backward() -> bool:
-    """Return True inside of a backward pass, which also recomputes activations that were not kept."""
+    """Return True inside of a backward pass, also while it recomputes activations."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Recorder(TorchDispatchMode):
-    """Records operations. Use it through ``recording``, which also records batches of transfers and resizes of
-    storages."""
+    """Records collectives, waits, matrix products and memory. Use it through ``recording``, which also records batches
+    of transfers and changes of the sizes of storages."""
 
     def __init__(self) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
         self.groups: dict[str, RankGroup] = {}
-        """Groups that took part, by the name that ``Collective.group`` has."""
+        """``Collective.group`` -> the group."""
         self.waits: Counter[str] = Counter()
-        """Places where the host waits for the device -> number of times."""
+        """``file:line`` where the host waits for the device -> number of times."""
         self.products: Counter[tuple[torch.dtype, str]] = Counter()
-        """Dtype and line of matrix products of a forward pass -> elements of their results."""
+        """(dtype, ``file:line``) of matrix products in forward passes -> number of elements of their results."""
         self.linear: Counter[int] = Counter()
-        """``id`` of a parameter -> linear layers of forward passes that use it."""
+        """``id`` of a parameter -> number of linear layers in forward passes that have used it."""
         self.linear_at: dict[int, str] = {}
-        """``id`` of a parameter -> line of the last such layer."""
+        """``id`` of a parameter -> ``file:line`` of the last such layer."""
         self.memory = MemoryRecord()
         self.batch_at: str | None = None
-        """Line of the batch of point-to-point transfers that is being made; None outside of one."""
+        """``file:line`` of the batch of transfers that is being issued; None outside of a batch."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -330,9 +339,10 @@ class Recorder(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Records what operations on fake CPUs do not show: copies to the host, and the parameters of linear layers.
+    """Records copies to the host, and the parameters of linear layers, in a ``Recorder``.
 
-    Blocking copies are ``cpu()``, ``numpy()``, ``to("cpu")``, and the text of a tensor, as in ``print(loss)``.
+    They do not show in operations, because fake tensors are on a CPU. Copies for which the host waits are ``cpu()``,
+    ``numpy()``, ``to("cpu")``, and the text of a tensor, as in ``print(loss)``.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -355,9 +365,10 @@ class Calls(TorchFunctionMode):
 
 @contextmanager
 def recording(recorder: Recorder, copies: bool = False) -> Iterator[None]:
-    """Record the operations, batches of point-to-point transfers and resizes of storages in a ``with`` block.
+    """Return a context in which operations are recorded in ``recorder``, with batches of transfers and changes of the
+    sizes of storages.
 
-    With ``copies``, blocking copies to the host count as waits, and linear layers are counted.
+    With ``copies``, copies to the host count as waits, and linear layers are counted.
     """
     batch, resize = dist.batch_isend_irecv, torch.UntypedStorage.resize_
 

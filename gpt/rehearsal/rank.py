@@ -1,10 +1,10 @@
-"""Rehearsal of one rank: its model, engine, optimizer and training steps, without its peers and without a device.
+"""Rehearsal of one rank: its model, engine, optimizer and training steps, without other ranks and without a GPU.
 
-Tensors are fake: they have shapes and no values, so a rank of any model takes some 0.4 GB and some seconds. Collectives
-go to torch's fake process group, which sends nothing. All other code is that of a run.
+Tensors are fake: they have shapes and no values, so a rank of any model needs some 0.4 GB and some seconds. Collectives
+use torch's fake process group, which sends nothing. All other code is that of a run.
 
-torch without CUDA cannot differentiate fake tensors of a GPU, so the tensors are on a CPU. Where the code depends on
-the device, ``as_on_gpu`` makes the choices for a GPU.
+torch without CUDA cannot differentiate fake tensors of a GPU, so the tensors are on a CPU. Where code depends on the
+device, ``as_on_gpu`` makes the choices for a GPU.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ from launch.runs.folder import RunFolder
 from launch.runs.process import Phase
 
 FAKE = "fake"
-"""Name of torch's process group that sends nothing."""
+"""Name of the backend of torch for process groups that send nothing."""
 
 
 # Replacements, for the whole process, of code that needs values or a real process group.
 
 
 def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``function`` so that it makes real tensors, because meshes read the values of their tensors of ranks."""
+    """Return a wrapper of ``function`` in which new tensors are real, because meshes read the values of their
+    tensors."""
 
     @wraps(function)
     def on_real_tensors(*args: Any, **options: Any) -> Any:
@@ -75,8 +76,8 @@ def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_on_gpu() -> None:
-    """Make the code in this process that depends on the device work as on a GPU: chunks of the loss, no masks, fp32
-    norms."""
+    """Replace code in this process that depends on the device by what it does on a GPU: chunks of the loss, no masks,
+    norms in fp32."""
     kernel = attention.sdpa_attention
     layers.chunk_elements = lambda device: LOSS_CHUNK
     layers.LOGITS_AT_ONCE = dict.fromkeys(LOGITS_AT_ONCE, LOGITS_AT_ONCE["cuda"])
@@ -87,7 +88,7 @@ def as_on_gpu() -> None:
 
 
 def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap the torch function ``norm`` so that it computes in fp32, as autocast does on a GPU."""
+    """Return a wrapper of torch's function ``norm`` that computes in fp32, as autocast does on a GPU."""
 
     def on_gpu(*values: Any, **named: Any) -> Tensor:
         values, named = tree_map_only(Tensor, Tensor.float, (values, named))
@@ -97,7 +98,7 @@ def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def replace_values() -> None:
-    """Replace, in this process, the code that reads values of tensors or needs data from another rank."""
+    """Replace code in this process that reads values of tensors, or that needs data from another rank."""
     distributed.BACKENDS["cpu"] = FAKE
     for name in ("__init__", "__getitem__", "_flatten", "_unflatten"):
         setattr(DeviceMesh, name, without_fakes(getattr(DeviceMesh, name)))
@@ -111,7 +112,7 @@ def replace_values() -> None:
 
 
 def allocate(parts: Sequence[GPT], _: Any, device: torch.device, home: torch.device | None = None) -> None:
-    """Allocate a model without values, in place of ``gpt.parallel.modules.materialize``."""
+    """Allocate a model without setting its values; replaces ``gpt.parallel.modules.materialize``."""
     for part in parts:
         if any(parameter.is_meta for parameter in part.parameters()):
             part.to_empty(device=home or device)
@@ -120,10 +121,10 @@ def allocate(parts: Sequence[GPT], _: Any, device: torch.device, home: torch.dev
 
 
 class FakeReplica(DistributedDataParallel):
-    """DDP for gradients without values, which the reducer in C++ must not read.
+    """DDP for fake tensors, whose values the reducer in C++ must not read.
 
-    DDP rebuilds its buckets after the first backward pass, in the order in which gradients came. This class rebuilds
-    them in Python, with torch's own function and limits.
+    DDP rebuilds its buckets after the first backward pass, in the order in which gradients were computed. This class
+    rebuilds them in Python, with torch's function and limits.
     """
 
     def _ddp_init_helper(self, parameters: list[Tensor], *settings: Any) -> None:
@@ -164,7 +165,7 @@ class FakeReplica(DistributedDataParallel):
 
 
 class Reducer:
-    """DDP's reducer, which never rebuilds its buckets itself."""
+    """Wrapper of DDP's reducer, which never rebuilds its buckets itself."""
 
     def __init__(self, reducer: Any) -> None:
         self._reducer = reducer
@@ -177,14 +178,13 @@ class Reducer:
 
 
 EXPECTED_WAITS: Counter[str] = Counter()
-"""Line of code where the host must wait for the device, because it needs a value from there -> number of waits in this
-process."""
+"""Line of code where the host must wait for the device, because it needs a value -> number of waits in this process."""
 plan_dispatch = nd.plan_dispatch
 
 
 def plan_balanced_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> nd.DispatchPlan:
-    """Plan an all-to-all as ``gpt.parallel.nd.plan_dispatch``; where sizes depend on the counts of tokens, assume equal
-    counts."""
+    """Return the plan of an all-to-all as ``gpt.parallel.nd.plan_dispatch``, which this function replaces. Where the
+    plan depends on the numbers of tokens of experts, they are assumed to be equal."""
     if fixed_places:
         return plan_dispatch(rows, ends_E, group, fixed_places)
     ranks = group.size()
@@ -205,22 +205,22 @@ IN_LAYERS = ("tp", "cp", "ep", "pp")
 
 
 class FakeBatches:
-    """Batches of tokens without values."""
+    """Batches of fake tokens; replaces ``BatchPrefetcher``."""
 
     def __init__(self, batch: Batch, block_size: int) -> None:
         self._shape = batch.per_rank, block_size
 
     def take(self, step: int) -> StepBatch:
-        """Return the tokens and targets of a step, (per_rank, T)."""
+        """Return the batch of a step: tokens and targets, (per_rank, T)."""
         tokens_BT, targets_BT = (torch.empty(self._shape, dtype=torch.long) for _ in range(2))
         return StepBatch(tokens_BT, targets_BT, 0, 0, 0.0)
 
 
 def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: int, kind: str) -> RankRehearsal:
-    """Build one rank and take two training steps; return memory, collectives and waits of the second step.
+    """Build one rank, make two training steps, and return the findings about the second one.
 
     The first step makes buffers and connections that later steps use again. Call this in a process of its own, because
-    it replaces parts of torch.
+    it replaces parts of torch. ``kind`` is text on the place of the rank.
     """
     size = dims.data_ranks * dims.model_ranks
     found = RankRehearsal(rank, kind)
@@ -271,8 +271,8 @@ def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: i
 
 
 def doubts(config: TrainConfig, recorder: Recorder, engine: Engine, step: Iterable[Collective]) -> Iterator[str]:
-    """Yield findings that stop no step but are seldom intended: precisions, repeated layers, parameters that fsdp
-    leaves out."""
+    """Yield lines of text on findings that stop no step, but are seldom intended: precisions, repeated layers, and
+    parameters that fsdp does not shard. ``step`` has the collectives of the step."""
     for (dtype, place), elements in recorder.products.items():
         # The router of experts computes in fp32 by design; its results are few.
         if config.precision.is_half and dtype == torch.float32 and elements > 0.01 * recorder.products.total():
@@ -293,13 +293,13 @@ def doubts(config: TrainConfig, recorder: Recorder, engine: Engine, step: Iterab
 
 
 def note_saved(recorder: Recorder, tensor: Tensor) -> Tensor:
-    """Record that autograd saves ``tensor`` for the backward pass, and return the tensor."""
+    """Record that autograd saves ``tensor`` for the backward pass. Return the tensor."""
     recorder.memory.name([tensor], ACTIVATIONS)
     return tensor
 
 
 def make_run(config: TrainConfig, world: distributed.World, dims: ParallelDims, batch: Batch, engine: Engine) -> Run:
-    """Return a run with the objects that a step uses; its other objects are None."""
+    """Return a run that has only the objects that a step uses; its other fields are None."""
     none: Any = None
     return Run(
         config=config,

@@ -27,12 +27,12 @@ from launch.runs.records import StepRecord
 
 
 def start_save(run: Run, val_loss: float | None, in_memory: bool = False) -> None:
-    """Begin to save a checkpoint of the step just done. Collective.
+    """Start to save a checkpoint of the last step. Collective.
 
     Args:
-        run: the run; no save of it may be in flight.
-        val_loss: validation loss of the step, nats per token; None if it was not evaluated.
-        in_memory: True to save to the memory of the nodes, and not to disk.
+        run: the run, which has no save in flight.
+        val_loss: validation loss of the step, in nats per token; None if it was not evaluated.
+        in_memory: True to save to the memory of the nodes instead of the disk.
     """
     run.worker.phase(Phase.saving, run.step)
     # The fence is sent to the writer's process, so it must not contain the run.
@@ -46,7 +46,7 @@ def start_save(run: Run, val_loss: float | None, in_memory: bool = False) -> Non
 
 
 def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
-    """Return the description of the run for a checkpoint, as plain JSON."""
+    """Return ``Manifest.meta`` for a checkpoint of the last step, as plain JSON. ``val_loss`` as in ``start_save``."""
     meta = {
         "attempt": run.attempt,
         "samples": run.step * run.batch.global_batch,
@@ -68,7 +68,7 @@ def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
 
 
 def load(run: Run) -> None:
-    """Continue from the newest whole checkpoint; without one, prepare the first step of a new run. Collective."""
+    """Load the newest undamaged checkpoint into the run; without one, prepare the first step. Collective."""
     # Without any checkpoint the optimizer's state is not made yet, because that would cost a step of torch's optimizer.
     began = time.perf_counter()
     state = loaded = None
@@ -121,16 +121,14 @@ def load(run: Run) -> None:
 
 
 def record(run: Run, event: str, **details: Any) -> None:
-    """Enter an event of this attempt in the event log, on rank 0."""
+    """Append an event of this attempt to the event log, on rank 0; do nothing on other ranks."""
     if run.world.is_first:
         run.folder.record_event(event, attempt=run.attempt, **details)
 
 
 def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Raise ConfigError if a checkpoint that was fetched from ``checkpoint.copy_to`` is of another run.
-
-    Another run is one with other settings, whose run folder has the same name.
-    """
+    """Raise ConfigError if a checkpoint that was fetched from ``checkpoint.copy_to`` is of another run, with other
+    settings and a run folder of the same name."""
     there, here = loaded.meta["config"], compose.plain_config(run.config)
     changed = [key for key in here if key in there and here[key] != there[key] and not is_within(key, RESUMABLE)]
     if changed:
@@ -148,9 +146,10 @@ def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
 
 
 def judge_step(run: Run, done: StepRecord) -> BadSteps | None:
-    """Check a finished step for divergence, and record it in the event log if it is bad.
+    """Check the record of a step for divergence. A loss or gradients that are not finite are recorded in the event log.
 
-    Returns the bad steps if they need a roll-back, else None.
+    Returns:
+        The steps because of which the run has to roll back; None if it need not.
     """
     if is_bad(done):
         what = "loss" if done.loss is None else "gradients"
@@ -160,11 +159,11 @@ def judge_step(run: Run, done: StepRecord) -> BadSteps | None:
 
 
 def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
-    """Load the last good checkpoint before the ``bad`` steps; the run continues without their batches. Collective.
+    """Roll the run back: load the last good checkpoint before the steps ``bad``, and skip their batches. Collective.
 
     Raises:
         RepeatedFailureError: the run has rolled back ``MAX_ROLLBACKS`` times without a newer checkpoint.
-        FloatingPointError: there is no checkpoint to go back to.
+        FloatingPointError: there is no earlier checkpoint.
     """
     run.worker.phase(Phase.starting, run.step)  # loading takes as long as at the start
     target = run.world.on_first(lambda: checkpoint_before(run.checkpoints.steps(), bad.first))
@@ -194,7 +193,8 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
 
 
 def locate(run: Run, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
-    """Return ``batches`` and ``samples`` of steps ``first`` to ``last`` as ranges (first number, last number)."""
+    """Return ``batches`` -> and ``samples`` -> ranges of the numbers that the steps ``first`` to ``last`` have used,
+    each a pair of the first and the last number."""
     numbers = [run.batches.passed_over.batch_of(step) for step in range(first, last + 1)]
     batches, each = PassedOver().including(numbers).ranges, run.batch.global_batch
     return {"batches": list(batches), "samples": [((a - 1) * each, b * each - 1) for a, b in batches]}
@@ -212,12 +212,14 @@ def place_text(where: dict[str, list[tuple[int, int]]]) -> str:
 
 
 PRIOR_S = 24 * 3600.0
-"""Prior of the estimate: this running time in seconds, and one failure, are added to those of each run."""
+"""Running time in seconds that is added to that of a run, together with one failure, to estimate its rate of
+failures."""
 FIRST_S = 600.0
-"""Seconds to the first checkpoint, before any save was measured."""
+"""Interval of checkpoints in seconds with ``checkpoint.interval=auto``, before the first save was measured."""
 LEAST_S = 60.0
+"""Shortest interval of checkpoints in seconds with ``checkpoint.interval=auto``."""
 FAILURES = ("crashed", "hung", "node_failed", "out_of_memory")
-"""Causes of an attempt's end that lose the steps since the last checkpoint."""
+"""Causes of the end of an attempt that count as failures: they lose the steps since the last checkpoint."""
 
 
 def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
@@ -225,10 +227,10 @@ def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float
 
     Args:
         events: the event log.
-        now: present Unix time, seconds.
+        now: present Unix time, in seconds.
 
     Returns:
-        Running time plus ``PRIOR_S``, divided by failures plus one: one day until the first failure.
+        (Running time + ``PRIOR_S``) / (number of failures + 1).
     """
     began: dict[int, float] = {}
     ended: dict[int, float] = {}
@@ -248,10 +250,11 @@ def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float
 
 
 def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
-    """Return the interval of ``checkpoint.interval=auto``, in seconds, from the last save and the failures so far.
+    """Return the interval of checkpoints in seconds with ``checkpoint.interval=auto``, from the event log.
 
-    The interval is at least the time that the last save took to reach the disk, because only one save at a time is in
-    flight. It is also at least ``LEAST_S``.
+    It follows from the duration of the last save and the rate of failures. It is at least ``LEAST_S``, and at least the
+    time that the last save took, because only one save at a time is in flight. ``now`` is the present Unix time in
+    seconds.
     """
     known = list(events)
     saves = [event for event in known if event["event"] == "saved" and "seconds" in event]
@@ -268,15 +271,12 @@ def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
 
 
 TRIES = 2
-"""Number of failed writes after which training no longer waits for a save.
-
-Training then continues, or ends with the previous checkpoint as the newest.
-"""
+"""Number of failed tries after which training gives up a save for which it waits."""
 
 
 class CheckpointSchedule:
-    """The saves of one attempt: when they are due, and their events. All methods but ``poll`` and ``is_due`` are
-    collective."""
+    """Schedules the checkpoints of one attempt, advances the save in flight, and records its outcome. All methods but
+    ``poll`` and ``is_due`` are collective."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -288,7 +288,8 @@ class CheckpointSchedule:
         self._next_at = time.monotonic() + self._interval_s()
 
     def poll(self) -> Votes:
-        """Return this rank's votes about saves, which the next step sums over all ranks."""
+        """Return the status of the save in flight on this rank, and on rank 0 whether the next one is due by time. The
+        next step sums these numbers over all ranks."""
         votes = self._manager.poll()
         if self._every.steps is not None:
             return votes
@@ -296,7 +297,11 @@ class CheckpointSchedule:
         return Votes(votes.phase, {**votes.figures, "is_due": is_due})
 
     def advance(self, phase: int, sums: Mapping[str, float]) -> None:
-        """Evaluate the votes of one step, summed over all ranks, about the save in ``phase``; record its outcome.
+        """Advance the save in flight, and record its outcome in the event log.
+
+        Args:
+            phase: ``phase`` of the results of ``poll`` that were summed.
+            sums: ``figures`` of these results, summed over all ranks.
 
         Raises:
             ConfigError: the disk was full or broken for longer than ``checkpoint.give_up_after_min`` minutes.
@@ -313,15 +318,15 @@ class CheckpointSchedule:
         return self._every.steps > 0 and step % self._every.steps == 0
 
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
-        """Save a checkpoint of the step just done; return the seconds that training waited.
+        """Start to save a checkpoint of the last step. Return the seconds for which training waited.
 
-        First wait for an earlier save, which is given up after ``TRIES`` failures. Also wait for this save if
-        ``is_last`` or ``is_stop`` is True, or if saves are synchronous.
+        It first waits for an earlier save, which is given up after ``TRIES`` failures. It waits for this save, too, if
+        ``is_last`` or ``is_stop`` is True, or if ``checkpoint.asynchronous`` is false.
 
         Args:
-            val_loss: validation loss of the step, nats per token; None if it was not evaluated.
-            is_last: True if no step follows, so that no later save can replace a failed one.
-            is_stop: True if the job must end soon.
+            val_loss: validation loss of the step, in nats per token; None if it was not evaluated.
+            is_last: True if no step follows. This save is then not given up.
+            is_stop: True if the run was requested to stop.
         """
         started = time.perf_counter()
         self._run.worker.phase(Phase.saving, self._run.step)
@@ -334,7 +339,11 @@ class CheckpointSchedule:
         return time.perf_counter() - started
 
     def finish(self, gives_up: bool = True, since: float | None = None) -> None:
-        """Wait for the save in flight. With ``gives_up``, give it up after ``TRIES`` failures."""
+        """Wait for the save in flight, if there is one. With ``gives_up``, give it up after ``TRIES`` failures.
+
+        ``since`` is the start of the wait (time.perf_counter, seconds), to be recorded as time for which training
+        waited; None records none.
+        """
         tries = 0
         while self._manager.is_pending:
             found = self._manager.finish(hurries=gives_up)
@@ -361,10 +370,8 @@ class CheckpointSchedule:
                 say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
 
     def _interval_s(self) -> float:
-        """Return the seconds between periodic checkpoints; 0 if the interval is a number of steps.
-
-        With ``auto`` only rank 0 decides; the other ranks get 0.
-        """
+        """Return the seconds to the next periodic checkpoint; 0 if the interval is a number of steps, and with ``auto``
+        on ranks other than 0, because rank 0 decides."""
         if self._every.minutes is not None:
             return 60 * self._every.minutes
         if self._every.steps is not None or not self._run.world.is_first:

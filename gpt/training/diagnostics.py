@@ -27,22 +27,23 @@ from launch.runs.records import StepRecord
 
 
 Interval = tuple[float, float]
-"""(begin, end) of one activity of a device, both in the same unit; empty if end <= begin."""
+"""(begin, end) of an activity; empty if end <= begin."""
 
 MARK = "gpt.training.diagnostics: step"
 WARMUP_STEPS = 2
-"""First steps of an attempt that are not profiled: they compile and connect."""
+"""Number of first steps of an attempt that are not profiled, because they compile and connect."""
 
 
 def break_down(
     begin: float, end: float, compute: Iterable[Interval], communication: Iterable[Interval], copies: Iterable[Interval]
 ) -> dict[str, float]:
-    """Return the parts of the step from ``begin`` to ``end``, in the unit of the arguments. Intervals may overlap, and
-    reach beyond the step.
+    """Divide the time of a step from ``begin`` to ``end`` by activity. Return name -> time, in the unit of the
+    arguments.
 
-    Returns ``compute``; ``comm``, the time in collectives, also while the device computes; ``exposed``, the part
-    of ``comm`` while nothing is computed or copied; ``copies`` between host and device, and on the device, while
-    nothing is computed; and ``idle``. ``compute + copies + exposed + idle`` is the whole step.
+    The names are ``compute``; ``comm``, in collectives, also while the device computes; ``exposed``, the part of
+    ``comm`` while nothing is computed or copied; ``copies`` between host and device, and on the device, while nothing
+    is computed; and ``idle``. The sum of ``compute``, ``copies``, ``exposed`` and ``idle`` is the whole step. Intervals
+    may overlap, and reach beyond the step.
     """
     computing, communicating, copying = (
         union((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
@@ -54,7 +55,7 @@ def break_down(
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Return the union of intervals as disjoint intervals, ascending."""
+    """Return the union of intervals, as intervals without overlap, ascending."""
     found: list[Interval] = []
     for begin, end in sorted(interval for interval in intervals if interval[1] > interval[0]):
         if found and begin <= found[-1][1]:
@@ -65,20 +66,25 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def length(intervals: Sequence[Interval]) -> float:
-    """Return the summed length of disjoint intervals."""
+    """Return the summed length of intervals without overlap."""
     return sum(end - begin for begin, end in intervals)
 
 
 def activities(on_gpus: bool) -> list[ProfilerActivity]:
-    """Return the activities that torch's profiler watches."""
+    """Return the activities that torch's profiler shall record."""
     return [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpus else [ProfilerActivity.CPU]
 
 
 def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
-    """Return the kind of a profiled event: ``compute``, ``communication`` or ``copies``; empty for any other.
+    """Return the kind of an event of torch's profiler: ``compute``, ``communication``, ``copies``, or an empty text.
 
-    On a GPU its kernels compute, except those of NCCL. A CPU computes in the operations of torch, and its
-    copies are such operations; gloo reports when its collectives run.
+    If the run is on GPUs, only events on the GPU count: kernels of NCCL are communication, other kernels compute. On
+    CPUs, torch's operations compute, also copies; gloo's events are communication.
+
+    Args:
+        name: name of the event.
+        is_on_gpu: True if the event is on a GPU.
+        on_gpus: True if the run is on GPUs.
     """
     if on_gpus:
         if not is_on_gpu:
@@ -92,9 +98,11 @@ def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
 
 
 class StepBreakdown:
-    """Profiler of one step in every ``logging.breakdown_interval`` steps: times of computing, communication and copies.
+    """Profiles one step in every ``interval`` steps, and puts the time of computing, communication and copies into its
+    record.
 
-    The loop calls ``due`` after each step. It calls the other methods only while the device is idle.
+    The training loop calls ``due`` after each step, and the other methods only while the device is idle. ``since`` is
+    the step after which the attempt begins.
     """
 
     def __init__(self, interval: int, world: World, since: int) -> None:
@@ -104,13 +112,12 @@ class StepBreakdown:
         self._step = 0
 
     def due(self, step: int) -> bool:
-        """True if the step after ``step`` has to be profiled, or a profile is running."""
+        """Return True if the profiler has to start or to stop after ``step``."""
         is_next = self._interval > 0 and step + 1 >= self._first and (step + 1) % self._interval == 0
         return is_next or self._profiler is not None
 
     def before(self, step: int) -> None:
-        """Begin to profile the step after ``step``, if it is due. No profile may be running, and the device must be
-        idle."""
+        """Start the profiler for the step after ``step``, if that is due. The device must be idle."""
         if not self.due(step):
             return
         self._step, self._profiler = step + 1, profile(activities=activities(self._on_gpus), acc_events=True)
@@ -119,7 +126,8 @@ class StepBreakdown:
         self._mark.__enter__()
 
     def into(self, record: StepRecord) -> None:
-        """End a running profile, and put its times into the record of the profiled step. The device must be idle."""
+        """Stop the profiler if it runs, and put the times into the record of the profiled step. The device must be
+        idle."""
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
@@ -152,10 +160,10 @@ class StepBreakdown:
 
 
 class CompileTime:
-    """Measures the wall time that this process takes to compile: frames, backward passes at first use, and CUDA graphs.
+    """Measures the time for which torch compiles in this process.
 
     Args:
-        compiles: True if the run compiles; else the compiler is not imported, and ``take`` returns None.
+        compiles: True if the run compiles; otherwise the compiler is not imported, and ``take`` returns None.
     """
 
     def __init__(self, compiles: bool) -> None:
@@ -178,7 +186,7 @@ class CompileTime:
         return seconds
 
     def close(self) -> None:
-        """Remove the callbacks."""
+        """End the measurement."""
         if self._handler is not None:
             with contextlib.suppress(ValueError):  # torch._dynamo.reset() has dropped them
                 self._handler.remove_start_callback(self._begin)
@@ -198,7 +206,7 @@ class CompileTime:
 
 
 class Gradients:
-    """Statistics of the gradients by layer: this rank's sums, and the figures from the sums of all ranks."""
+    """Statistics of gradients: mean, standard deviation, and the norm of each layer."""
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
         with torch.device("meta"):
@@ -206,18 +214,18 @@ class Gradients:
         self._device = device
         trained = {name: p.numel() for name, p in whole.named_parameters() if p.requires_grad}
         self.names = list(dict.fromkeys(map(layer_of, trained)))
-        """The layers, in the order of the model."""
+        """Names of the layers, in the order of the model."""
         self._elements = sum(trained.values())
 
     def sums(self, parts: Iterable[tuple[str, Tensor, float]]) -> Tensor:
-        """Return this rank's sums over its gradient elements, (N + 1,) float64, for the N layers of ``names``.
+        """Return sums over the gradients of this rank, (N + 1,) float64, for N layers.
 
-        The first N numbers are the sums of the squares of each layer, and the last is the sum of all elements. The
-        sum of these tensors over all ranks describes the whole model.
+        The first N numbers are the sums of the squares of each layer, and the last one is the sum of all elements. The
+        sum of these tensors over all ranks is that of the whole model.
 
         Args:
-            parts: for each parameter its name, this rank's part of the gradient, and 1 / (number of ranks that hold
-                the same part).
+            parts: for each gradient the name of its parameter, this rank's shard, and 1 / (number of ranks that have
+                the same shard).
         """
         named = list(parts)
         held = [(part, share) for _, part, share in named]
@@ -230,9 +238,9 @@ class Gradients:
         return torch.stack([*sums, torch.stack(times(totals, [share for _, share in held])).sum()]).to(self._device)
 
     def into(self, record: StepRecord, sums: list[float]) -> None:
-        """Put into a record the mean, deviation and norms by layer of the gradients before clipping.
+        """Put mean, standard deviation and norm by layer of the gradients, before clipping, into a record.
 
-        ``sums`` is the result of the method ``sums``, added up over all ranks.
+        ``sums`` is the result of the method ``sums``, summed over all ranks.
         """
         *squares, total = sums
         mean = total / self._elements
@@ -241,7 +249,8 @@ class Gradients:
 
 
 def layer_of(parameter: str) -> str:
-    """Return a parameter's layer: ``blocks.3`` for ``blocks.3.ffn.up.weight``, the first word outside the blocks."""
+    """Return the name of the layer of a parameter: ``blocks.3`` for ``blocks.3.ffn.up.weight``; outside of blocks the
+    first word of its name."""
     words = parameter.split(".")
     return ".".join(words[:2]) if words[0] == "blocks" else words[0]
 
@@ -250,19 +259,17 @@ def layer_of(parameter: str) -> str:
 
 
 PROFILED = 3
-"""Number of steps that are profiled. The trace grows by megabytes a step."""
+"""Number of steps that ``profile=true`` profiles. A trace has megabytes for each step."""
 TRACE = "trace_rank_00000.json.gz"
 TABLE = "profile_rank_00000.txt"
 ROWS = 40
 
 
 class StepProfile:
-    """Profiler of the ``PROFILED`` steps from ``PROFILE_FROM`` on.
+    """Profiles ``PROFILED`` steps, from the step ``PROFILE_FROM`` on, on rank 0 if the config requests a profile.
 
-    The loop calls ``due`` after each step. If the result is True, the loop waits for the device, reads the figures of
-    the step, and calls ``after``.
-
-    All ranks do so, also those without a profile. So all ranks find the bad steps before the same next step.
+    After each step the training loop calls ``due``; if the result is True, it waits for the device, and calls
+    ``after``. All ranks do this, so that they all evaluate each step before the same next step.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:
@@ -274,15 +281,15 @@ class StepProfile:
         self._profiler: profile | None = None
 
     def due(self, step: int) -> bool:
-        """True if profiling begins or ends after ``step``; the same on all ranks.
+        """Return True if the profiler has to start or to stop after ``step``; the same on all ranks.
 
-        A run that resumes within the range profiles the rest of the range.
+        A run that resumes within these steps profiles the rest of them.
         """
         starts = not self._is_on and self._first <= step + 1 <= self._last
         return self._wanted and (starts or (self._is_on and step >= self._last))
 
     def after(self, step: int) -> None:
-        """Begin or end profiling if ``due(step)``. The device must be idle."""
+        """Start or stop the profiler, if that is due after ``step``. The device must be idle."""
         if not self.due(step):
             return
         if self._is_on:
@@ -294,7 +301,7 @@ class StepProfile:
             self._profiler.start()
 
     def close(self) -> None:
-        """End a running profile, and write its trace and table on rank 0."""
+        """Stop the profiler if it runs, and write trace and table."""
         self._is_on = self._wanted = False
         if self._profiler is None:
             return

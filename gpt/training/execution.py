@@ -37,11 +37,11 @@ log = logging.getLogger(__name__)
 
 
 def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> TrainConfig:
-    """Return the config with ``precision``, ``tf32`` and ``compile`` chosen, the same on all ranks. Collective.
+    """Return the config with ``precision``, ``tf32`` and ``compile`` chosen for the devices of all ranks. Collective.
 
     Raises:
-        ConfigError: the run began in bf16, and some device does not compute in bf16. Also if some device lacks TF32 or
-            float8, and the config demands it.
+        ConfigError: an earlier attempt had bf16, and some device does not support it. Also if the config requests TF32
+            or float8, and some device does not support it.
     """
     precision = config.precision
     if precision is Precision.auto:
@@ -65,15 +65,16 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
 
 
 def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> CompileMode:
-    """Return ``chosen``; or ``none``, with a warning, if ``config.compile`` is ``auto`` and ranks lack a compiler.
+    """Return the compilation mode ``chosen``; or ``none`` with a warning, if ``config.compile`` is ``auto`` and some
+    nodes have no C compiler.
 
     Args:
         config: config of the run.
-        chosen: mode of compilation for the run.
-        lacking: number of ranks on nodes without a compiler.
+        chosen: compilation mode for the devices of the run.
+        lacking: number of ranks on nodes without a C compiler.
 
     Raises:
-        ConfigError: the config demands compilation, and ranks lack a compiler.
+        ConfigError: the config requests compilation, and some nodes have no C compiler.
     """
     if not lacking:
         return chosen
@@ -86,8 +87,8 @@ def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> Co
 
 
 def settle_precision(folder: RunFolder, world: World) -> Precision:
-    """Return the precision of earlier attempts; without earlier attempts, the best precision that the devices of all
-    ranks have."""
+    """Return the precision of the last attempt; without one, the fastest precision that the devices of all ranks
+    support. Collective."""
     before = world.on_first(lambda: (read_startup(folder) or {}).get("precision"))
     best = world.gather(best_precision(world.device).name)
     if before is None:
@@ -103,10 +104,9 @@ def settle_precision(folder: RunFolder, world: World) -> Precision:
 
 
 class CompileCache:
-    """Compiled code of a run: a folder of each node, and a copy on the shared filesystem for attempts on other nodes.
+    """Cache of torch's compiler: a folder on each node, and a copy on the shared filesystem for later attempts.
 
-    So the ranks of many nodes do not write, lock and load the same files over a network. A run on one node uses the
-    shared folder itself.
+    So the ranks of many nodes do not write, lock and load the same files over a network.
 
     Args:
         shared: folder on the shared filesystem.
@@ -116,7 +116,7 @@ class CompileCache:
     def __init__(self, shared: Path, local: Path) -> None:
         self.shared, self.local = shared, local
         self._known: set[Path] = set()
-        """Files of this node that need no copy, or that are already copied."""
+        """Files of this node that are in the shared folder already."""
 
     def fetch(self) -> None:
         """Copy the files of the shared folder to this node."""
@@ -124,8 +124,7 @@ class CompileCache:
         self._known = compiled_files(self.local)
 
     def share(self) -> None:
-        """Copy the files that were compiled on this node to the shared folder, in a thread. Call it while no rank
-        compiles."""
+        """Copy new files of this node to the shared folder, in a thread. Call this while no rank compiles."""
         new = compiled_files(self.local) - self._known
         self._known |= new
         if new:
@@ -133,12 +132,13 @@ class CompileCache:
 
 
 def compiled_files(folder: Path) -> set[Path]:
-    """Return the files in a compile cache, without locks and files that are being written."""
+    """Return the files in a cache of torch's compiler, without locks and incomplete files."""
     return {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".tmp")}
 
 
 def copy_files(files: Collection[Path], source: Path, target: Path) -> None:
-    """Copy the files of ``source`` that ``target`` lacks. A reader sees whole files only. Log a failed copy."""
+    """Copy those of ``files``, in the folder ``source``, that the folder ``target`` does not have. Other processes see
+    whole files only. A failure is logged."""
     try:
         for file in files:
             copy = target / file.relative_to(source)
@@ -152,11 +152,11 @@ def copy_files(files: Collection[Path], source: Path, target: Path) -> None:
 
 
 def keep_compiled(config: TrainConfig, world: World) -> CompileCache | None:
-    """Keep the results of torch's compiler for later attempts and for runs of the same shapes. Collective.
+    """Make torch's compiler use a cache on the shared filesystem, for later attempts and other runs. Collective.
 
     Returns:
-        The cache to share from this rank, which is the first of its node; None on other ranks, on a single node,
-        without compilation, and if the user has named a folder.
+        The cache whose new files this rank has to share, on the first rank of each node; None on other ranks, with a
+        single node, without compilation, and if the user has set a folder for the cache.
     """
     if not config.compiles:
         return None
@@ -177,16 +177,16 @@ def keep_compiled(config: TrainConfig, world: World) -> CompileCache | None:
 
 
 def names_compile_cache() -> bool:
-    """Return True if the user has set a compile cache folder; torch sets its own, in /tmp, when imported."""
+    """Return True if the user has set a folder for the cache of torch's compiler in the environment."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
 
     return os.environ.get(COMPILE_CACHE, default_cache_dir()) != default_cache_dir()
 
 
 def open_compile_cache(folder: Path) -> str | None:
-    """Make a folder for the compile cache, and return its path.
+    """Create a folder for the cache of torch's compiler, and return its path.
 
-    None if the user has set a cache folder, or if the filesystem cannot lock files, as the compiler needs.
+    None if the user has set another folder, or if files in it cannot be locked, as the compiler needs.
     """
     if names_compile_cache():
         return None
@@ -206,11 +206,12 @@ AMPERE = (8, 0)
 ADA = (8, 9)
 """Compute capability from which GPUs multiply 8-bit floating point numbers."""
 GFX_OF_FLOAT8 = ("gfx94", "gfx95", "gfx12")
-"""Prefixes of the names of AMD's GPUs with 8-bit floating point: MI300, MI350, Navi 4 (torchao, ``utils``)."""
+"""Beginnings of the architecture names of AMD's GPUs with 8-bit floating point: MI300, MI350, Navi 4 (as in torchao,
+``utils``)."""
 
 
 def best_precision(device: torch.device) -> Precision:
-    """Return the precision in which a device computes fastest; fp32 for CPUs, since few CPUs are faster in bf16."""
+    """Return the precision in which a device computes fastest; for CPUs fp32, since few are faster in bf16."""
     if device.type != "cuda":
         return Precision.fp32
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -219,13 +220,13 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Return True if a device computes in TF32 when torch allows that."""
+    """Return True if a device supports TF32."""
     on_cuda = device.type == "cuda" and torch.version.hip is None
     return on_cuda and torch.cuda.get_device_capability(device) >= AMPERE
 
 
 def has_float8(device: torch.device) -> bool:
-    """Return True if the matrix units of a GPU multiply 8-bit floating point numbers."""
+    """Return True if a GPU multiplies 8-bit floating point numbers."""
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.startswith(GFX_OF_FLOAT8)
     return torch.cuda.get_device_capability(device) >= ADA
@@ -238,13 +239,15 @@ def has_float8(device: torch.device) -> bool:
 
 
 CUBLAS = ":4096:8"
-"""CUBLAS_WORKSPACE_CONFIG: one of the two values that make cuBLAS deterministic (cuBLAS manual, section 2.1.4)."""
+"""Value of the environment variable CUBLAS_WORKSPACE_CONFIG that makes cuBLAS deterministic (cuBLAS manual, section
+2.1.4)."""
 
 
 def fix_hash_seed(config: TrainConfig) -> None:
-    """In deterministic mode, start this process again with PYTHONHASHSEED set: Python reads it only at its start.
+    """With ``deterministic``, execute this process again with PYTHONHASHSEED set, unless it is set. Python reads the
+    variable only at its start.
 
-    No code of this project depends on the order of sets of strings, but a user's part may. The launcher sets the
+    No code of this project depends on the order of sets of strings, but a user's class may. The launcher sets the
     variable for its ranks.
     """
     if config.deterministic and "PYTHONHASHSEED" not in os.environ:
@@ -253,7 +256,7 @@ def fix_hash_seed(config: TrainConfig) -> None:
 
 
 def seed_all(seed: int, rank: int) -> None:
-    """Seed every generator, differently on each rank: dropout differs by rank, and checkpoints keep its state."""
+    """Seed the random generators of Python, numpy and torch, differently on each rank, so that dropout differs."""
     own = (seed * 1000 + rank) % 2**63
     random.seed(own)
     np.random.seed(own % 2**32)
@@ -261,10 +264,10 @@ def seed_all(seed: int, rank: int) -> None:
 
 
 def set_determinism(config: TrainConfig) -> None:
-    """Have torch refuse nondeterministic operations, if ``config.deterministic``. Call it before the first use of a
-    GPU.
+    """With ``deterministic``, make torch refuse operations that are not deterministic. Call this before the first use
+    of a GPU.
 
-    Compiled code then draws the random numbers of eager code, so dropout is the same with and without compilation.
+    Compiled code then draws the same random numbers as eager code, so that dropout is the same.
     """
     if not config.deterministic:
         return
@@ -279,15 +282,16 @@ def set_determinism(config: TrainConfig) -> None:
 
 
 def set_matmul_precision(config: TrainConfig) -> None:
-    """Allow TF32 in fp32 products if ``config.tf32`` is true. Call it before anything is compiled.
+    """Make torch round the factors of fp32 products to TF32 if ``config.tf32`` is true, and not otherwise. Call this
+    before anything is compiled.
 
-    It uses the older of torch's two interfaces: torch 2.11 to 2.13 all have it, and their compiler reads it.
+    Of torch's two interfaces this is the older one, which torch 2.11 to 2.13 have, and which their compiler reads.
     """
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
 
 
 def state() -> dict[str, str | bool | None]:
-    """Return the settings of this process that decide whether its results are reproducible, by name."""
+    """Return name -> value of the settings of this process on which the reproducibility of its results depends."""
     return {
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
@@ -303,19 +307,19 @@ def state() -> dict[str, str | bool | None]:
 
 
 FIRST = 2
-"""Number of first steps that do not count for the timeout, because they compile, and fill the caches of memory and
-data."""
+"""Number of first steps whose times are not used for the timeout, because they compile and fill caches."""
 MEASURED = 3
+"""Number of steps after these whose times are used."""
 FACTOR = 20
+"""Timeout as a multiple of the longest of these times."""
 LEAST_S = 100.0
-"""Least timeout in seconds, as in torchtitan: all ranks may wait for a rank that writes a profile or waits
-for files."""
+"""Shortest timeout in seconds, as in torchtitan: ranks may wait for one that writes a profile or waits for files."""
 
 
 class StepTimeouts:
-    """Shortens the timeout of the process groups, one time, after the first steps of an attempt.
+    """Shortens the timeout of the process groups once, after the first steps of an attempt.
 
-    The control group keeps its timeout, because over it ranks wait for files that one rank writes.
+    The process group for messages keeps its timeout, because ranks wait in it for files that one rank writes.
     """
 
     def __init__(self, world: World, config: ParallelConfig) -> None:
@@ -323,11 +327,11 @@ class StepTimeouts:
         self._config = config
         self._times: list[float] = []
         self._cut_s: float | None = None
-        """Timeout of a step in seconds; None until it is set."""
+        """Timeout in seconds after the first steps; None before."""
         self._has_evaluated = False
 
     def after(self, step_time_s: float) -> None:
-        """Add the time of one more step, in seconds. After ``FIRST + MEASURED`` steps, set the timeout."""
+        """Add the time of a step, in seconds. After ``FIRST + MEASURED`` steps, set the timeout."""
         if self._cut_s is not None:
             return
         self._times.append(step_time_s)
@@ -337,7 +341,7 @@ class StepTimeouts:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Evaluate in a ``with`` block. The first evaluation compiles graphs of its own, and gets the first timeout."""
+        """Return a context for an evaluation. The first evaluation compiles, and has the timeout of the first steps."""
         lifts = self._cut_s is not None and not self._has_evaluated
         if lifts:
             self._set(self._config.timeout_s)
@@ -351,7 +355,8 @@ class StepTimeouts:
 
 
 def step_timeout(config: ParallelConfig, step_time_s: float) -> float:
-    """Return the timeout of a collective, in seconds, for steps that take at most ``step_time_s`` seconds."""
+    """Return the timeout of collectives, in seconds, after the first steps, of which the slowest took ``step_time_s``
+    seconds."""
     if config.step_timeout_s is not None:
         return config.step_timeout_s
     return min(config.timeout_s, max(LEAST_S, FACTOR * step_time_s))

@@ -1,4 +1,4 @@
-"""Health of a run: divergence, early stop, replicas that have drifted apart, and slow ranks."""
+"""Health of a run: divergence, early stop, replicas with different parameters, and slow ranks."""
 
 from __future__ import annotations
 
@@ -29,27 +29,25 @@ if TYPE_CHECKING:
 
 
 WINDOW = 100
-"""Steps over which the variance is taken: so few that a loss that falls normally adds little to the variance."""
+"""Number of steps over which the variance of the loss is computed: so few that a normally falling loss adds little."""
 
 
 class LossWindow:
-    """Losses of the last ``WINDOW`` steps of this attempt, for their variance."""
+    """Computes the variance of the losses of the last ``WINDOW`` steps of this attempt."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def into(self, record: StepRecord) -> None:
-        """Add the loss of a step, and put the variance over the last ``WINDOW`` steps into its record.
-
-        Steps whose loss is not finite are left out.
-        """
+        """Add the loss of a step, unless it is not finite. Put the variance of the last ``WINDOW`` losses into its
+        record."""
         if record.loss is not None:
             self._losses.append(record.loss)
         if len(self._losses) == WINDOW:
             record.loss_variance = float(np.var(np.fromiter(self._losses, dtype=np.float64)))
 
     def clear(self) -> None:
-        """Forget the losses, because the run returns to an earlier checkpoint."""
+        """Delete all losses, because the run has rolled back."""
         self._losses.clear()
 
 
@@ -61,40 +59,42 @@ class LossWindow:
 
 @dataclass(frozen=True)
 class BadSteps:
-    """Bad steps that need a roll-back: the run returns to an earlier checkpoint, and leaves out the batches of these
-    steps."""
+    """Consecutive steps with a wrong loss or gradients, because of which the run has to roll back."""
 
     first: int
+    """Number of the first of these steps."""
     last: int
+    """Number of the last of these steps."""
     cause: str
     """What is wrong with these steps, as text."""
 
 
 SPIKE_WINDOW = 100
-"""Number of steps whose losses a spike is compared with. No spike is found before that many steps."""
+"""Number of previous steps with whose losses a loss is compared to find a spike. In fewer steps no spike is found."""
 MAX_ROLLBACKS = 2
-"""Number of roll-backs without a newer checkpoint after which the run ends. The launcher does not restart it."""
+"""Largest number of roll-backs without a newer checkpoint. Then the run fails, and the launcher does not restart it."""
 
 
 class DivergenceGuard:
-    """Check of each step for divergence, by its loss and gradients. ``judge`` must be called for every step, in
-    order."""
+    """Checks each step for divergence by its loss and gradients. ``judge`` must be called for every step, in order."""
 
     def __init__(self, config: DivergenceConfig) -> None:
         self._config = config
         self.skipped = 0
-        """Number of steps of the run that changed no weights."""
+        """Number of steps of the run in which no weights were updated."""
         self.rollbacks = 0
-        """Number of roll-backs in a row. A checkpoint of a later step than the failed ones resets it to 0."""
+        """Number of consecutive roll-backs: a checkpoint of a later step than the bad ones sets it to 0."""
         self._failed_at = 0
+        """Last bad step of the last roll-back; 0 before the first."""
         self._bad: list[int] = []
-        """Consecutive steps, up to the last one, whose loss or gradients were not finite."""
+        """Numbers of the last consecutive steps whose loss or gradients were not finite; empty after a good step."""
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def judge(self, record: StepRecord) -> BadSteps | None:
-        """Check a finished step, and count it if it was skipped.
+        """Check the record of a step, and put the number of skipped steps into it.
 
-        Returns the bad steps if they need a roll-back, else None.
+        Returns:
+            The steps because of which the run has to roll back; None if it need not.
         """
         is_skipped = record.loss is None or record.grad_norm is None
         self.skipped += is_skipped
@@ -119,31 +119,35 @@ class DivergenceGuard:
         return None
 
     def judge_evaluation(self, step: int, val_loss: float) -> BadSteps | None:
-        """Return the bad steps for a roll-back if the validation loss after ``step`` is not finite, else None."""
+        """Return the steps because of which the run has to roll back, if the validation loss after ``step`` is not
+        finite; else None."""
         if math.isfinite(val_loss):
             return None
         self._bad = self._bad or [step]
         return self._bad_steps(f"a validation loss of {val_loss} after step {step}")
 
     def judge_end(self) -> BadSteps | None:
-        """Return the bad steps (``is_bad``) at the end of the run, for a roll-back; None if there are none."""
+        """Return the steps because of which the run has to roll back, if its last steps have a loss or gradients that
+        are not finite; else None."""
         return (
             self._bad_steps("a loss or gradients that are not finite, up to the end of the run") if self._bad else None
         )
 
     @property
     def may_save(self) -> bool:
-        """False while steps are skipped: bad weights may be the cause, and a save would replace a good checkpoint."""
+        """False if the last step has a loss or gradients that are not finite: wrong weights may be the cause, and a
+        save would replace a good checkpoint."""
         return not self._bad
 
     def gone_back(self, failed_at: int, rollbacks: int) -> None:
-        """Record roll-back number ``rollbacks`` of the run, because of bad steps up to step ``failed_at``."""
+        """Record that the run has rolled back for the ``rollbacks``-th consecutive time, because of steps up to
+        ``failed_at``."""
         self._failed_at, self.rollbacks = failed_at, rollbacks
 
     def state(self, step: int) -> dict[str, Any]:
         """Return the state for the checkpoint of ``step``, as plain JSON.
 
-        First resets ``rollbacks`` to 0 if ``step`` comes after the failed steps of the last roll-back.
+        First set ``rollbacks`` to 0 if ``step`` is after the bad steps of the last roll-back.
         """
         if step > self._failed_at:
             self.rollbacks = 0
@@ -151,7 +155,7 @@ class DivergenceGuard:
         return {**counts, "losses": list(self._losses)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state`` has returned."""
+        """Restore a result of the method ``state``."""
         self.skipped, self.rollbacks, self._failed_at = state["skipped_steps"], state["rollbacks"], state["failed_at"]
         self._bad = []
         self._losses = deque(state["losses"], maxlen=SPIKE_WINDOW)
@@ -161,27 +165,28 @@ class DivergenceGuard:
 
 
 def is_bad(record: StepRecord) -> bool:
-    """Return True if loss or gradients are not finite, except for an overflow that the loss scale of fp16 handles."""
+    """Return True if the loss or the gradients of a step are not finite. Gradients that overflow in fp16 do not count,
+    unless the loss scale is at its minimum."""
     if record.grad_norm is not None or record.loss is None:
         return record.loss is None
     return record.loss_scale is None or record.loss_scale <= MINIMUM  # at the least scale an overflow has another cause
 
 
 def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
-    """Return the step, out of ``steps``, to whose checkpoint the run rolls back; None if there is none.
+    """Return the step, out of ``steps`` with checkpoints, to which the run rolls back; None if there is none.
 
-    The newest checkpoint is taken whose weights gave a finite loss in the step after it. If there is none, the
-    checkpoint right before the first bad step is taken.
+    It is the newest checkpoint after which at least one good step was made. If there is none, it is that of the step
+    before the first bad step.
     """
     proven = [step for step in steps if step < first_bad - 1]
     return max(proven or (step for step in steps if step < first_bad), default=None)
 
 
 def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
-    """Return the newest event ``rolled_back`` to ``step`` after the checkpoint of ``step`` was saved; None if there is
+    """Return the last event of a roll-back to ``step`` since the checkpoint of ``step`` was saved; None if there is
     none.
 
-    The event has the batches that the run skips after ``step``. An attempt that resumes from ``step`` skips them too.
+    The event has the batches that an attempt which resumes from ``step`` must skip, too.
     """
     found = None
     for event in events:
@@ -193,10 +198,7 @@ def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
 
 
 def remedy(config: TrainConfig) -> str:
-    """Return a line that says what to change in a run that diverges, and how to begin from its last checkpoint.
-
-    None of the keys that the line names may change between attempts of one run, so each change needs a new folder.
-    """
+    """Return a line of text that proposes changes of the config for a run that diverges, in a new run folder."""
     optim = config.optim
     clip = f"optim.grad_clip={optim.grad_clip / 2:g}" if optim.grad_clip else "optim.grad_clip=1"
     exact = "precision=fp32, or " if config.precision.is_half else ""
@@ -214,21 +216,23 @@ def remedy(config: TrainConfig) -> str:
 
 @dataclass
 class EarlyStop:
-    """Decides whether a run ends early, by its validation losses in the order of its evaluations."""
+    """Decides whether a run ends early, by its validation losses."""
 
     config: OptimConfig
     best: float = math.inf
-    """Lowest loss so far, nats per token."""
+    """Lowest validation loss so far, in nats per token."""
     best_step: int = 0
+    """Step of this loss; 0 before the first evaluation."""
     waited: int = 0
-    """Number of evaluations since the lowest loss."""
+    """Number of evaluations since this loss."""
     best_per_byte: float | None = None
-    """Lowest loss in nats per byte of text; None if the text is not known."""
+    """This loss in nats per byte of text; None if the size of the text is unknown."""
 
     def add(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
-        """Add the validation loss of a step, in nats per token, and in bits per byte of text if the text is known.
+        """Add the validation loss of a step: ``loss`` in nats per token, and in bits per byte of text, or None if the
+        size of the text is unknown.
 
-        Does nothing unless ``step`` is after the step of the lowest loss, because a resumed run evaluates steps again.
+        Do nothing unless ``step`` is after ``best_step``, because a resumed run evaluates some steps again.
         """
         if step <= self.best_step:
             return
@@ -239,7 +243,7 @@ class EarlyStop:
             self.waited += 1
 
     def reason(self) -> str | None:
-        """Return the reason to end the run now, as text; None if the run continues."""
+        """Return the reason why the run ends early, as text; None if it continues."""
         target, patience = self.config.target_val_loss, self.config.patience
         per_byte = self.best_per_byte
         told = f"val_loss {self.best:.4f} at step {self.best_step}"
@@ -259,7 +263,7 @@ class EarlyStop:
         return {"waited": self.waited, **(best if self.best_step else {})}  # JSON has no infinity
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint; the config remains that of this attempt."""
+        """Restore a result of the method ``state``. The config does not change."""
         self.best, self.best_step = state.get("best", math.inf), state.get("best_step", 0)
         self.waited = state["waited"]
         self.best_per_byte = state.get("best_per_byte")
@@ -271,14 +275,14 @@ class EarlyStop:
 
 
 class ReplicaDriftError(RuntimeError):
-    """Replicas of parameters that differ in some bit; the run can continue from its last checkpoint."""
+    """Ranks with the same shards have different parameters. The run can continue from its last checkpoint."""
 
 
 def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
-    """Compare the replicas of parameters after the step just done. Collective.
+    """Compare the parameters of ranks that have the same shards. Collective.
 
     Raises:
-        ReplicaDriftError: some replicas differ; raised on every rank, and recorded in the event log.
+        ReplicaDriftError: they differ; raised on every rank, and recorded in the event log.
     """
     drift = replicas.find_drift()
     if drift is None:
@@ -304,16 +308,15 @@ def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
 
 
 WARMUP_STEPS = 5
-"""First steps of an attempt that are left out: they compile, connect, and fill caches."""
+"""Number of first steps of an attempt in which no slow ranks are searched: they compile, connect, and fill caches."""
 STRAGGLER_FACTOR = 1.2
-"""Factor above the median of the other ranks' own times per step at which a rank is slow, and named with its host."""
+"""A rank is slow if its time per step, without waits for other ranks, exceeds the median of the others by this
+factor."""
 STRAGGLER_WINDOW = 20
-"""Number of steps over which the own times of the ranks are averaged."""
+"""Number of steps over which the times of ranks are averaged to find slow ones."""
 ENDS_AT = 0.5
-"""A slow rank has recovered if its relative excess over the median is below this share of ``factor - 1``.
-
-A share below 1 keeps a rank near the limit from being reported again and again.
-"""
+"""Share of ``factor - 1`` below which the excess of a slow rank over the median must fall to count as recovered. Below
+1, so that a rank near the limit is not reported again and again."""
 
 
 @dataclass(frozen=True)
@@ -322,18 +325,19 @@ class Finding:
 
     rank: int
     is_slow: bool
+    """True if it has become slow, False if it has recovered."""
     own_s: float
-    """Mean of the rank's own time per step over the window, seconds."""
+    """Mean seconds of its steps over the window, without waits for other ranks."""
     median_s: float
-    """Median of this mean over all other ranks, seconds."""
+    """Median of these means of all other ranks, in seconds."""
 
 
 class StragglerJudge:
     """Finds slow ranks by the own times of all ranks: the seconds of a step without waits for other ranks.
 
     Args:
-        factor: multiple of the median of all other ranks, above which a rank is slow.
-        window: steps over which times are averaged.
+        factor: a rank is slow if its own time exceeds the median of all other ranks by this factor.
+        window: number of steps over which own times are averaged.
     """
 
     def __init__(self, factor: float, window: int) -> None:
@@ -342,7 +346,8 @@ class StragglerJudge:
         self._slow: set[int] = set()
 
     def add(self, times: Sequence[float]) -> list[Finding]:
-        """Add the own times of one step, seconds by rank; return the ranks that have become slow or recovered."""
+        """Add the own times of all ranks in one step, in seconds. Return the ranks that have become slow or
+        recovered."""
         self._times.append(np.asarray(times, dtype=np.float64))
         if len(self._times) < self._window:
             return []
@@ -362,9 +367,10 @@ class StragglerJudge:
 
 
 class StragglerWatch:
-    """Collects the own times of all ranks, which are the seconds of a step without waits for other ranks.
+    """Collects the own times of all ranks (the seconds of a step without waits for other ranks), and reports slow
+    ranks.
 
-    The all-reduce of each step also sums the own times of an earlier step: the last step whose figures were read.
+    The all-reduce of each step also sums the own times of an earlier step: the last one whose figures were read.
     """
 
     def __init__(self, run: Run) -> None:
@@ -372,25 +378,24 @@ class StragglerWatch:
         # If the waits are unknown, a step takes equally long on every rank, which shows no difference.
         is_known = run.engine.timed_groups is not None and run.world.size > 1
         self.size = run.world.size if is_known else 0
-        """Numbers that a step sums for the watch: one for each rank, or none."""
+        """Number of values that each step sums over the ranks: one for each rank; 0 if own times are unknown."""
         self._judge = StragglerJudge(STRAGGLER_FACTOR, STRAGGLER_WINDOW)
         self._since = run.step
         self._own_s = 0.0
 
     def own_times(self, like: Tensor) -> Tensor:
-        """Return a tensor (size,) with this rank's own time of the last step that was read, in seconds, at the rank's
-        index.
+        """Return a tensor, (size,), that is 0 except at the index of this rank, with its own time in seconds of the
+        last step that was read. The sum over the ranks has the own times of all ranks.
 
-        Other elements are 0; this rank's element is 0 before a step was read. The tensor is filled on the device of
-        ``like``, so the host does not wait.
+        The tensor has the dtype and device of ``like``. The host does not wait for the device.
         """
         times = like.new_zeros(self.size)
         times[self._run.world.rank].fill_(self._own_s)
         return times
 
     def after(self, record: StepRecord, times: Sequence[float]) -> None:
-        """Evaluate the own times that a step has summed, seconds by rank. On rank 0 put times and slow ranks into its
-        record."""
+        """Use the own times of all ranks, in seconds, that a step has summed: on rank 0 put them into its record, and
+        report ranks that have become slow or recovered."""
         if not self.size:
             return
         self._own_s = record.step_time_s - (record.comm_s or 0.0) - (record.bubble_s or 0.0)

@@ -32,12 +32,12 @@ from gpt.parallel.nd import reshard
 from gpt.training.loop import EvaluationShare
 
 SEED = 1234
-"""Seed with which lm-eval chooses the examples in a few-shot request; lm-eval's own default."""
+"""Seed with which lm-eval chooses the examples of few-shot requests; lm-eval's default."""
 
 
 @contextmanager
 def kept_random_states(device: torch.device) -> Iterator[None]:
-    """Restore the random states of Python, numpy and torch after the ``with`` block."""
+    """Return a context after which the random states of Python, numpy and torch are those before it."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
@@ -46,10 +46,10 @@ def kept_random_states(device: torch.device) -> Iterator[None]:
 
 
 class Harness(TemplateLM):
-    """A model of lm-eval. Only rank 0 loads the data sets and runs the harness. Every rank computes its share of what
-    rank 0 requests.
+    """The model of a run as a model of lm-eval's harness, which evaluates tasks.
 
-    All ranks make the same number of forward passes, as a sharded model requires.
+    Only rank 0 loads the data sets and runs the harness. Every rank computes a part of the requests of the harness. All
+    ranks make the same number of forward passes, as a sharded model requires.
 
     Args:
         module: the model, which returns the logits of all tokens on each rank.
@@ -76,13 +76,13 @@ class Harness(TemplateLM):
 
     @torch.no_grad()
     def figures(self, share: EvaluationShare, on_pass: Callable[[], object]) -> dict[str, float]:
-        """Evaluate the tasks. Return ``task/metric`` -> figure on rank 0, an empty dict on other ranks. Collective.
+        """Evaluate the tasks. Return ``task/metric`` -> value on rank 0, an empty dict on other ranks. Collective.
 
-        No random state of the process changes, and the requests are the same each time.
+        The random states of the process do not change, and the requests are the same at each call.
 
         Args:
-            share: largest number of sequences in a pass, and this rank's part of the requests.
-            on_pass: called before every pass.
+            share: largest number of sequences of a forward pass, and the part of the requests that this rank computes.
+            on_pass: called before every forward pass.
         """
         self._share, self._on_pass = share, on_pass
         was_training = self._model.training
@@ -101,7 +101,7 @@ class Harness(TemplateLM):
         return found
 
     def _evaluate(self) -> dict[str, float]:
-        """Run the harness on rank 0. Return ``task/metric`` -> figure."""
+        """Run the harness. Return ``task/metric`` -> value. Only rank 0 calls this method."""
         with kept_random_states(self._device), redirect_stderr(io.StringIO()):  # lm-eval's progress bars
             random.seed(SEED)
             np.random.seed(SEED)
@@ -116,15 +116,17 @@ class Harness(TemplateLM):
         }
 
     def _request(self, generates: bool, rows: list[Any]) -> list[Any]:
-        """Send ``rows`` to all ranks, and return the answer to each row. Only rank 0 calls this method.
+        """Send requests to all ranks, and return their answers. Only rank 0 calls this method.
 
-        ``generates`` is True if answers are texts, False if they are log-probabilities.
+        ``generates`` is True for requests to generate text (rows for ``_generate``), False for requests of
+        log-probabilities (rows for ``_score``).
         """
         self._world.on_first(lambda: (generates, rows))
         return self._compute(generates, rows)
 
     def _compute(self, generates: bool, rows: list[Any]) -> list[Any]:
-        """Compute this rank's share of the answers. Return the answers of all ranks, in the order of ``rows``."""
+        """Compute the answers to this rank's part of ``rows``. Return the answers to all rows, in their order, on every
+        rank. Collective."""
         share = self._share
         # Long rows come first. So the rows of a pass have similar lengths, and a lack of memory shows at once.
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
@@ -141,10 +143,11 @@ class Harness(TemplateLM):
         return [by_row[row] for row in range(len(rows))]
 
     def _score(self, rows: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return for each continuation its log-probability in nats, and True if each of its tokens is the likeliest.
+        """Return for each row the log-probability of its continuation in nats, and True if each token of the
+        continuation is the most likely one.
 
-        Each row has the tokens of context and continuation together, and the number of tokens of the continuation. All
-        rows are computed in one pass.
+        A row has the tokens of context and continuation, and the number of tokens of the continuation. One forward pass
+        computes all rows.
         """
         self._on_pass()
         texts = [torch.tensor(ids[-self._size - 1 :], device=self._device) for ids, _ in rows]
@@ -159,9 +162,9 @@ class Harness(TemplateLM):
         return found
 
     def _generate(self, rows: Sequence[Any]) -> list[str]:
-        """Return the continuation of the only row, which has the context's tokens, lm-eval's settings and a seed.
+        """Return the generated text of the only row: the tokens of a context, lm-eval's settings, and a seed.
 
-        Each rank generates tokens until all ranks are done, because a sharded model needs all ranks in each pass.
+        Each rank generates tokens until all ranks have finished, because a sharded model needs all ranks in each pass.
         """
         ((ids, options, seed),) = rows
         limit, stops, end = options["max_gen_toks"], options["until"], self._tokenizer.eot
@@ -183,12 +186,11 @@ class Harness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the token that lm-eval puts before a text: the token that ends documents; a newline if the tokenizer
-        has no such token."""
+        """Id of the token that lm-eval puts before a text: that which ends documents, or if there is none a newline."""
         return int(self._tokenizer.encode("\n")[-1]) if self._tokenizer.eot is None else self._tokenizer.eot
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Encode a text, without special tokens."""
+        """Return the ids of a text, without special tokens."""
         self._on_pass()
         return self._tokenizer.encode(string).tolist()
 
@@ -196,7 +198,7 @@ class Harness(TemplateLM):
         return self._request(False, [[context + tokens, len(tokens)] for _, context, tokens in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Return the log-probability in nats of each whole text, computed in windows without overlap."""
+        """Return the log-probability in nats of the text of each request, computed in windows without overlap."""
         cut = [
             get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id, self._size, context_len=1)
             for request in requests
@@ -206,7 +208,7 @@ class Harness(TemplateLM):
         return [sum(next(scored)[0] for _ in each) for each in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Return the continuation of each context, until a stop text or the largest number of tokens."""
+        """Return the generated text of each request, up to a stop text or the largest number of tokens."""
         rows = []
         for place, (context, options) in enumerate(request.args for request in requests):
             rows.append([self.tok_encode(context) or [self.eot_token_id], normalize_gen_kwargs(options), place])

@@ -33,15 +33,16 @@ from launch.runs.records import StepRecord
 
 @dataclass(frozen=True)
 class EvaluationShare:
-    """Validation sequences that all ranks evaluate, and this rank's share of them."""
+    """Sequences of an evaluation, and the part of them that this rank evaluates."""
 
     sequences: int
-    """Number of sequences of all ranks."""
+    """Number of sequences of all ranks together."""
     batch: int
-    """Largest number of sequences in one pass."""
+    """Largest number of sequences in one forward pass."""
     part: int
     """Index of the part that this rank evaluates, from 0 to ``parts`` - 1."""
     parts: int
+    """Number of parts into which the sequences are divided."""
 
 
 @torch.no_grad()
@@ -53,18 +54,18 @@ def mean_loss(
     share: EvaluationShare,
     on_pass: Callable[[], object] = lambda: None,
 ) -> float:
-    """Return the mean cross-entropy of the first validation sequences, nats per target that counts. Collective.
+    """Return the mean cross-entropy of the first validation sequences, in nats per target. Collective.
 
-    The sequences are the same for any number of ranks.
+    Targets below 0 do not count. The sequences are the same for any number of ranks.
 
     Args:
-        module: the model, in evaluation mode during the call.
-        loss: takes tokens and targets, both (B, T); returns the summed loss. If several ranks compute the loss of the
-            same sequences, it returns this rank's share of the sum.
-        samples: the validation sequences.
+        module: the model, which is in evaluation mode during the call.
+        loss: takes tokens and targets, both (B, T), and returns the summed loss. If several ranks compute the loss of
+            the same sequences, it returns this rank's part of the sum.
+        samples: the samples of the run.
         world: all ranks.
         share: number of sequences, and this rank's part of them.
-        on_pass: called before every pass.
+        on_pass: called before every forward pass.
     """
     mine = np.arange(share.part, share.sequences, share.parts)
     was_training = module.training
@@ -92,7 +93,8 @@ def mean_loss(
 
 
 def train(run: Run) -> str:
-    """Do the remaining steps. Returns ``finished``, or ``stopped`` if a request ended the job first."""
+    """Make the remaining steps of a run, and record its end. Return ``finished``, or ``stopped`` if a request ended it
+    first."""
     run.engine.module.train()
     loop = Loop(run)
     try:
@@ -116,15 +118,18 @@ def train(run: Run) -> str:
 
 
 class Pause(NamedTuple):
-    """Work after a step, before which the figures of the step are read; the same on all ranks."""
+    """Work to do after a step, before the next one is queued; the same on all ranks."""
 
     last: bool
+    """True after the last step of the run."""
     evaluates: bool
+    """True to evaluate."""
     compares: bool
-    """True if the parameters of replicas are compared."""
+    """True to compare the parameters of replicas."""
     saves: bool
+    """True to save a checkpoint to disk."""
     remembers: bool
-    """True if the step is saved in the memory of the nodes, and not on disk."""
+    """True to save a checkpoint to the memory of the nodes, unless one is saved to disk."""
 
 
 class Loop:
@@ -146,23 +151,23 @@ class Loop:
         self._stability = LossWindow()
         self._breakdown = StepBreakdown(config.logging.breakdown_interval, world, run.step)
         self._pending_metrics: QueuedStep | None = None
-        """The queued step whose figures are not read yet; None if there is none."""
+        """The queued step whose record is not complete yet; None if there is none."""
         self._divergence: BadSteps | None = None
-        """Bad steps that need a roll-back, found after the next step was queued; None if there are none."""
+        """Steps because of which the run has to roll back, found after the next step was queued; None if there are
+        none."""
         self._pending_requests: QueuedStep | None = None
-        """The queued step whose requests are not read yet; None if there is none.
-
-        The figures of a profiled step are read before the next step, and its requests later. ``_pending_metrics`` is
-        then None.
-        """
+        """The queued step whose requests are not read yet; None if there is none. The record of a profiled step is
+        completed before its requests are read."""
         self._carried_requests: Requests = frozenset()
-        """Requests from steps that a roll-back has discarded; they are served after the next step."""
+        """Requests of steps that a roll-back has discarded, to be served after the next step."""
         self._clock = time.perf_counter()
+        """Time of the end of the last step or pause, of time.perf_counter, in seconds."""
 
     def do_steps(self, collect: Callable[[int], None]) -> str:
-        """Step, evaluate and save; return ``finished`` when no step is left, ``stopped`` if a request ends the job.
+        """Make the remaining steps, with evaluations and saves. Return ``finished``, or ``stopped`` if a request ends
+        the run.
 
-        ``collect`` collects garbage; it is called with the number of each step that was begun.
+        ``collect`` runs Python's garbage collector; it is called with the number of each step that was queued.
         """
         run, logging = self._run, self._run.config.logging
         phase, outcome = Phase.starting, None  # the first step may compile
@@ -189,15 +194,16 @@ class Loop:
         return outcome or "finished"
 
     def _read_former(self) -> None:
-        """Read the figures of the previous step, if they are not read yet, and write its record."""
+        """Complete and write the record of the previous step, if that was not done yet."""
         if self._pending_metrics is not None:
             record, self._divergence = self._read(self._pending_metrics)
             self.writers.write(record)
 
     def _collect_requests(self, step: QueuedStep) -> Requests:
-        """Return the requests after ``step``.
+        """Return the requests to serve after ``step``.
 
-        If the ranks do not agree on requests beforehand, the figures of the previous step carry them.
+        With the launcher, all ranks have received the same requests. Otherwise they are those that the previous step
+        has summed over all ranks.
         """
         requests = self._carried_requests | (step.requests if self._run.worker.agrees else frozenset())
         self._carried_requests = frozenset()
@@ -207,12 +213,13 @@ class Loop:
         return requests
 
     def _read_votes(self, step: QueuedStep) -> Requests:
-        """Evaluate the votes about saves that a step has summed; return the requests of all ranks in that step."""
+        """Advance the save in flight by the status of all ranks that a step has summed. Return the requests of all
+        ranks in that step."""
         self._schedule.advance(step.votes.phase, step.votes_of_all())
         return step.requests_of_all()
 
     def _pause_after(self, requests: Requests) -> Pause:
-        """Return the work to do after the step just queued."""
+        """Return the work to do after the step that was queued last."""
         config, step, saves = self._run.config, self._run.step, self._run.checkpoints
         last = step == config.optim.max_steps
         can_remember = saves.memory is not None and not saves.is_pending
@@ -225,7 +232,8 @@ class Loop:
         )
 
     def _read(self, step: QueuedStep) -> tuple[StepRecord, BadSteps | None]:
-        """Read a step's figures. Return its record, and the bad steps if they need a roll-back, else None."""
+        """Wait for the end of a step. Return its complete record, and the steps because of which the run has to roll
+        back; None if it need not."""
         record, self._clock = step.finish(self._clock)
         self._pending_metrics = None
         self._timeouts.after(record.step_time_s)
@@ -235,9 +243,10 @@ class Loop:
         return record, judge_step(self._run, record)
 
     def _read_at_once(self, step: QueuedStep, pause: Pause, requests: Requests) -> str | None:
-        """Wait for the step just queued, read its figures, and do the work of ``pause``.
+        """Wait for the end of ``step``, which was queued last, and do the work of ``pause``.
 
-        Returns ``finished`` or ``stopped`` if training ends with this step; None if training continues.
+        Returns:
+            ``finished`` or ``stopped`` if training ends with this step; None if it continues.
         """
         run, guard = self._run, self._run.guard
         record, bad = self._read(step)
@@ -281,10 +290,8 @@ class Loop:
         return None
 
     def _go_back(self, bad: BadSteps, requests: Requests) -> None:
-        """Load the last good checkpoint before the steps ``bad``, to continue from it.
-
-        ``requests`` (to stop or to save) came during the discarded steps. They are served after the next step.
-        """
+        """Roll the run back because of the steps ``bad``. ``requests`` of the discarded steps are served after the next
+        step."""
         self._schedule.finish()
         go_back(self._run, self.writers, bad)
         self._stability.clear()
@@ -292,10 +299,11 @@ class Loop:
 
 
 def evaluate_step(run: Run, record: StepRecord) -> BadSteps | None:
-    """Put the validation loss into ``record``, in nats per token, and in bits per byte of text if the text is known;
-    also the figures of ``eval.tasks``.
+    """Evaluate, and put the results into ``record``: the validation loss in nats per token, in bits per byte of text if
+    its size is known, and the results of ``eval.tasks``. Collective.
 
-    Collective. Returns the bad steps for a roll-back if the loss is not finite, else None.
+    Returns:
+        The steps because of which the run has to roll back, if the loss is not finite; else None.
     """
     sequences, engine, dims = run.config.eval.sequences, run.engine, run.dims
     share = EvaluationShare(sequences, run.batch.micro, dims.data_rank(run.world.rank), dims.data_ranks)
@@ -311,5 +319,5 @@ def evaluate_step(run: Run, record: StepRecord) -> BadSteps | None:
 
 
 def is_due(step: int, interval: int) -> bool:
-    """True if ``step`` is a multiple of ``interval``; an interval of 0 is never due."""
+    """Return True if ``step`` is a multiple of ``interval``; False for an interval of 0."""
     return interval > 0 and step % interval == 0

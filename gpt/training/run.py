@@ -1,4 +1,4 @@
-"""Set-up of a run: the request of a command line, all objects that the loop works with, and the first weights."""
+"""Set-up of a run: the request of a command line, the objects of a run, its environment, and its first weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ from launch.runs.overrides import unknown_flag, without_key
 
 
 def machine_of_rank(config: TrainConfig, world: World) -> Machine:
-    """Return the hardware that ``parallel=auto`` plans for. All nodes are assumed to equal this node.
+    """Return the hardware of this rank's node, for ``parallel=auto``. All nodes are assumed to be equal.
 
     Raises:
         ConfigError: the peak or memory of the device is unknown.
@@ -87,17 +87,19 @@ def machine_of_rank(config: TrainConfig, world: World) -> Machine:
 
 @dataclass
 class Request:
-    """The request of a command line: its config, and the run folder."""
+    """The request of a command line."""
 
     config: TrainConfig
     folder: RunFolder | None
     """Folder given with ``--run``; None if the folder follows from the overrides."""
     composed: DictConfig | None = None
+    """Config as Hydra has composed it; None with ``--run``."""
     overrides: Sequence[str] = ()
+    """Overrides of the command line; empty with ``--run``."""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line, without composing a config.
+    """Return the parsed command line of ``gpt.train``. No config is composed.
 
     Raises:
         ConfigError: an unknown option.
@@ -115,7 +117,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_request(words: argparse.Namespace) -> Request:
-    """Read the config of ``--run FOLDER``, or compose the config of the overrides.
+    """Return the request of a parsed command line: with the config in the folder of ``--run``, or with the config that
+    the overrides compose.
 
     Raises:
         ConfigError: the config cannot work.
@@ -130,8 +133,11 @@ def parse_request(words: argparse.Namespace) -> Request:
 
 
 def agree_on_folder(request: Request, world: World) -> RunFolder:
-    """Choose the folder and write the config there, on rank 0; return the folder, or raise ConfigError, on all ranks
-    alike."""
+    """Return the run folder, on all ranks. Collective.
+
+    Without ``--run``, rank 0 first chooses precision and parallelism, checks the request, creates the folder, and
+    writes the config. If it refuses the request, every rank raises ConfigError.
+    """
 
     def choose() -> tuple[Path, ParallelConfig, int, Precision]:
         assert request.composed is not None
@@ -187,7 +193,7 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
 
 @dataclass
 class Run:
-    """All objects that the loop works with. Letters of shapes: B sequences, T tokens of each, V vocabulary."""
+    """A run on this rank: all objects that the training loop uses."""
 
     config: TrainConfig
     folder: RunFolder
@@ -199,53 +205,52 @@ class Run:
     tokens: Tokens
     samples: Samples
     batches: BatchPrefetcher
-    """The training batches of this rank, read ahead."""
+    """The training batches of this rank, which are read in advance."""
     checkpoints: CheckpointManager
     guard: DivergenceGuard
-    """Check of each step for divergence."""
+    """Checks each step for divergence."""
     worker: worker.Run
     early_stop: EarlyStop
     """Decides whether the run ends early."""
     evaluate_tasks: Callable[..., dict[str, float]] = lambda share, on_pass: {}
-    """Evaluates ``eval.tasks``: ``Harness.figures``, or without tasks a function that returns an empty dict."""
+    """Function that evaluates ``eval.tasks``: ``Harness.figures``; without tasks it returns an empty dict."""
     initialised_from: dict[str, Any] | None = None
-    """Source of the first weights of this attempt; None if the weights are random, or are those of a checkpoint."""
+    """Description of ``init_from``, if this attempt has used it; None if its weights are random or of a checkpoint."""
     compiled: CompileCache | None = None
-    """Code that torch.compile made on this node and that this rank shares with other nodes; None if this rank shares
-    none."""
+    """Cache of torch's compiler whose new files this rank has to share; None if it shares none."""
     step: int = 0
-    """Number of the last step that was done; 0 before the first step."""
+    """Number of the last step; 0 before the first one."""
     hosts: tuple[str, ...] = ()
-    """Host of each rank; empty before the attempt is described."""
+    """Name of each rank's host; empty before ``describe_attempt``."""
     restore_s: float | None = None
-    """Seconds that the last load of a checkpoint took. None before any load, and again after a step record has this
-    time."""
+    """Seconds that the last load of a checkpoint took, until a step record has them; otherwise None."""
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of the global batch."""
+        """Number of tokens of the global batch."""
         return self.batch.global_batch * self.config.model.block_size
 
 
 def prepare_tokens(config: TrainConfig) -> Tokens:
-    """Return the tokens of the corpus; raise ConfigError if they do not fit the model or are too few."""
+    """Return the tokens of the corpus, which is prepared if necessary. Raise ConfigError if they do not fit the model,
+    or are too few."""
     check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
     return ensure_tokens(config.data, config.data_cache, config.eval.sequences * config.model.block_size + 1)
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
-    """Open the run folder for records; return the number of this attempt: that of the launcher, or the next free
-    number."""
+    """Return the number of this attempt: that of the launcher, or without it the next free number. ``launched`` then
+    writes its records into the run folder. Collective."""
     attempt = launched.attempt if launched.folder is not None else world.on_first(folder.create_attempt)
     launched.open_folder(folder.path, attempt)
     return attempt
 
 
 def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
-    """Print a warning and record an event if code or libraries differ from those of the attempt before.
+    """Print a warning, and record an event, if code or libraries have changed since the last attempt.
 
     Raises:
-        ConfigError: there are such changes, and ``strict`` is True.
+        ConfigError: they have changed, and ``strict`` is True.
     """
     now = {"code": describe_code(), "git": code_state(), "software": software()}
     changed = changed_since(folder, now, attempt)
@@ -259,7 +264,8 @@ def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
 
 
 def describe_attempt(run: Run) -> None:
-    """Write ``environment.json`` of this attempt and the event ``started``, and print the startup summary."""
+    """Write ``environment.json`` of this attempt and the event ``started``, and print the startup summary, on rank 0.
+    Collective."""
     ranks = run.world.gather(describe_rank(run.world))
     run.hosts = tuple(rank["host"] for rank in ranks)
     if not run.world.is_first:
@@ -320,19 +326,19 @@ def describe_attempt(run: Run) -> None:
 def first_weights(
     model: GPT, config: TrainConfig, folder: RunFolder, world: World
 ) -> tuple[Weights, dict[str, Any] | None]:
-    """Choose the weights that a run begins with; collective.
+    """Return the first weights of a run: random, or those of ``init_from``. Collective.
 
     Args:
         model: the whole model, which may be on the meta device.
         config: config of the run.
-        folder: folder of the run; if it has a checkpoint, the weights are zeros, which the checkpoint replaces.
+        folder: folder of the run. If it has a checkpoint, which will replace all weights, they are zeros.
         world: all ranks.
 
     Returns:
-        The weights, and the description of their source for the records; None if they were not read from a source.
+        The weights; and the description of ``init_from`` for records, None if it was not used.
 
     Raises:
-        ConfigError: some rank cannot use the source; raised on every rank.
+        ConfigError: some rank cannot use ``init_from``; raised on every rank.
     """
     if world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
         return zeros, None
@@ -372,5 +378,5 @@ def first_weights(
 
 
 def zeros(name: str, shape: torch.Size) -> Tensor:
-    """Return zeros for a tensor that a checkpoint is about to fill, without the memory of all its elements."""
+    """Return a tensor of zeros with this shape. All elements share the memory of one."""
     return torch.zeros(()).expand(shape)

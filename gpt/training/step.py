@@ -1,4 +1,4 @@
-"""One optimizer step, its figures and phases, and the settings of the host that keep steps even."""
+"""One optimizer step and its figures, and settings of the host that make all steps take equally long."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ NO_VOTES = Votes()
 
 
 def fill_in_phases(record: StepRecord, timeline: Timeline, groups: Sequence[str] | None) -> None:
-    """Put the times of the phases, in seconds, into the record. The device must have finished the step.
+    """Put the seconds of forward and backward, optimizer and communication into the record of a step. The device must
+    have finished the step.
 
-    ``groups``: the groups whose communication is timed; None if some group cannot be timed, so that none is reported.
+    ``groups`` are the kinds of parallelism whose waits ``timeline`` has; None if they are not known, and communication
+    is left out.
     """
     data, reduced, updated = (timeline.seconds(moment) for moment in timeline.marks)
     spans = timeline.spans()
@@ -67,19 +69,19 @@ def fill_in_phases(record: StepRecord, timeline: Timeline, groups: Sequence[str]
 
 
 YOUNG = 1
-"""Highest generation of objects that is collected; objects of the oldest generation are not examined again."""
+"""Highest generation of objects that the garbage collector examines in training: not the oldest one."""
 
 
 GC_INTERVAL = 50
-"""Steps between collections of Python's garbage collector, on all ranks in the same step. Without this each rank
-collects in another step, and all ranks wait each time."""
+"""Steps between runs of Python's garbage collector, on all ranks in the same step. Otherwise each rank would collect in
+another step, and the others would wait each time."""
 
 
 @contextmanager
 def collect_together() -> Iterator[Callable[[int], None]]:
-    """Collect garbage only in steps that ``GC_INTERVAL`` divides, for the length of a ``with`` block.
+    """Return a context in which Python's garbage collector runs only in steps that ``GC_INTERVAL`` divides.
 
-    Collects all garbage at the beginning. Yields a function, to be called with the number of each step.
+    It yields a function that must be called with the number of each step.
     """
 
     def collect(step: int) -> None:
@@ -103,16 +105,16 @@ def collect_together() -> Iterator[Callable[[int], None]]:
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-"""Numbers of three parameters of ``mallopt``, from glibc's malloc.h."""
+"""Numbers of three parameters of glibc's ``mallopt``, from malloc.h."""
 NEVER = -1
 CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library not to return freed memory to the operating system. Return False if the C library cannot do
-    this, or if the user has configured the allocator.
+    """Make the C library keep freed memory for this process, because training needs the same memory in every step.
 
-    Training needs the same memory in every step, so the memory is used again. The process keeps the memory of its peak.
+    Returns:
+        True if this was done; False if the C library does not support it, or if the user has configured the allocator.
     """
     tuned = any(name in os.environ for name in CHOSEN_BY_USER) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform != "linux" or tuned or "LD_PRELOAD" in os.environ:  # LD_PRELOAD may choose another allocator
@@ -133,37 +135,38 @@ def keep_freed_memory() -> bool:
 
 
 Requests = frozenset[str]
-"""Requests to the run from outside, read between two steps: any of ``stop`` (the run) and ``save`` (a checkpoint)."""
+"""Requests to the run from outside: ``stop`` to end the run, ``save`` to save a checkpoint, both or none."""
 
 
 @dataclass
 class QueuedStep:
-    """A step that the device works on, or has finished."""
+    """A step that is queued on the device, and may not be finished."""
 
     record: StepRecord
-    """Record with the fields that are known without waiting; ``finish`` fills in the other fields."""
+    """Record of the step, with the fields that are known without waiting."""
     requests: Requests
-    """Requests to this rank. If the launcher started the run, they are the same on all ranks; otherwise use
+    """Requests that this rank has received. With the launcher they are the same on all ranks; otherwise use
     ``requests_of_all``."""
     gradients: Gradients | None
-    """Statistics of the gradients in a step that measures them; else None."""
+    """Statistics of gradients, if the step measures them; else None."""
     sizes: dict[str, int]
-    """Name of each figure -> count of its numbers, in the order of ``values``."""
+    """Name of a figure -> number of its values in ``values``, in the order of ``values``."""
     values: Tensor
-    """Figures of the step on the CPU, (N,) float64; valid when the device has reached ``event``."""
+    """Values of all figures, on the CPU, (N,) float64; valid when the device has reached ``event``."""
     event: torch.cuda.Event | None
+    """Event at the end of the step in the queue of a GPU; None on a CPU, or after it was reached."""
     ended: float
-    """Time at which a step on a CPU ended, of time.perf_counter, seconds."""
+    """Time of the end of the step, of time.perf_counter, in seconds; valid if ``event`` is None."""
     tokens: int
-    """Tokens of the global batch."""
+    """Number of tokens of the global batch."""
     votes: Votes
-    """This rank's votes about saves; the figures hold their sums over the ranks."""
+    """Status of the save in flight on this rank, which the step sums over all ranks."""
     timeline: Timeline
     timed_groups: tuple[str, ...] | None
-    """``Engine.timed_groups``: groups whose waits are recorded; None if there are none."""
+    """``Engine.timed_groups``."""
 
     def read(self) -> dict[str, list[float]]:
-        """Wait for the step; return the numbers of its figures by name."""
+        """Wait for the end of the step. Return name of a figure -> its values."""
         if self.event is not None:
             self.event.synchronize()
             self.event, self.ended = None, time.perf_counter()
@@ -171,10 +174,10 @@ class QueuedStep:
         return {name: list(islice(numbers, size)) for name, size in self.sizes.items()}
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
-        """Wait for the step; return its record, and the time of its end. ``since`` is the end of the step before.
+        """Wait for the end of the step. Return its complete record, and the time of its end.
 
-        Both times are of time.perf_counter, seconds. A loss or gradient norm that is not finite on some rank is None;
-        all ranks then have skipped the step.
+        ``since`` is the time of the end of the previous step. Both times are of time.perf_counter, in seconds. A loss
+        or gradient norm that is not finite on some rank is None in the record; all ranks have then skipped the update.
         """
         figures, ended = self.read(), self.ended
         (grad_norm,), (flaw,), (loss_sum,) = figures["grad_norm"], figures["flaw"], figures["loss_sum"]
@@ -194,14 +197,14 @@ class QueuedStep:
         return record, ended
 
     def requests_of_all(self) -> Requests:
-        """Wait for the step; return the requests that any rank had received when it queued the step."""
+        """Wait for the end of the step. Return the requests that any rank had received when the step was queued."""
         figures = self.read()
         if "stop" not in figures:
             return self.requests
         return frozenset(name for name in ("stop", "save") if figures[name][0] > 0)
 
     def votes_of_all(self) -> dict[str, float]:
-        """Wait for the step; return the votes of all ranks about saves, summed, by name."""
+        """Wait for the end of the step. Return ``votes.figures``, summed over all ranks."""
         figures = self.read()
         return {name: figures[name][0] for name in self.votes.figures}
 
@@ -214,12 +217,18 @@ def queue_step(
     stragglers: StragglerWatch | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> QueuedStep:
-    """Queue one optimizer step over the global batch on the device; measure ``gradients`` if given.
-
-    ``meanwhile`` is called while the ranks sum the figures of the step; a CPU waits for this sum.
+    """Queue the next optimizer step on the device, and return it without waiting. Collective.
 
         host    | queue step n | read step n - 1, write its record | queue step n + 1 | read step n, ...
         device  ... step n - 1 | step n                                               | step n + 1 ...
+
+    Args:
+        run: the run.
+        gradients: statistics of gradients to measure in this step; None for none.
+        phase: phase of the run that is reported to the launcher.
+        votes: status of the save in flight on this rank, to be summed over all ranks.
+        stragglers: collects the times of all ranks; None for none.
+        meanwhile: called while the ranks sum the figures of the step.
     """
     config, world, engine = run.config, run.world, run.engine
     step = run.step + 1
@@ -289,13 +298,15 @@ def queue_step(
 
 
 def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
-    """Adjust the experts' biases by the tokens of this step, over all ranks; do not wait for the device. Collective.
+    """Change the balance bias of each expert by the numbers of tokens of this step, over all ranks. Collective. The
+    host does not wait for the device.
 
-    If ``skip``, a bool (), is true, the counts are set to 0: equal counts change no bias.
+    No bias changes if ``skip``, a bool tensor (), is true.
 
-    Returns the imbalance of the tokens, () float64: the largest excess of an expert over its even share, in units of
-    that share. 0 is even, 1 is twice the share (MaxVio, arXiv 2408.15664, section 4.1). Tensor-parallel ranks all
-    count the same tokens. That multiplies every count by the same number, and only the ratios of counts matter.
+    Returns:
+        The imbalance of the experts, () float64: the largest excess of an expert's number of tokens over an even share,
+        relative to this share. 0 is even, 1 is twice the share (MaxVio, arXiv 2408.15664, section 4.1). Tensor-parallel
+        ranks count the same tokens, which does not change the ratios.
     """
     mine_LE = expert_counts(engine.module)
     most = torch.zeros((), dtype=torch.float64, device=world.device)

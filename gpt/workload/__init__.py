@@ -1,4 +1,5 @@
-"""The GPT as a workload of the launcher: its keys, the plan of a point, the command of a rank, and models by size.
+"""The GPT as a workload of the launcher: its keys, the plan of a run, the command of a rank, and models of a given
+size.
 
 Imports no torch.
 """
@@ -85,29 +86,30 @@ from launch.workload import (
 
 
 GOAL_WORDS = ("model=llama_1p36b", "parallel=auto", "precision=bf16", "recompute=selective", "optim=gpt2")
-"""Overrides for ``launch.project``: a family of models, and usual settings of large models."""
+"""Overrides that ``launch.project`` adds: a family of models, and usual settings of large models."""
 ASPECT = 110
-"""Width divided by layers of the sized models: 128 in Llama 2 7B, 102 in Llama 2 70B (arXiv 2307.09288)."""
+"""Desired width / number of layers of models of a given size: 128 in Llama 2 7B, 102 in Llama 2 70B (arXiv
+2307.09288)."""
 WITHIN = 0.03
-"""Largest relative difference from the requested size. Of the models within this difference, the one nearest to
-``ASPECT`` is chosen."""
+"""Largest relative difference from the given size. Of the models within this difference, the one nearest to ``ASPECT``
+is chosen."""
 TOKENS_PER_STEP = 4e6
-"""Default global batch in tokens, as for Llama 2 (arXiv 2307.09288, section 2.2)."""
+"""Default global batch in tokens for a model of a given size, as for Llama 2 (arXiv 2307.09288, section 2.2)."""
 BATCH_MULTIPLE = 384
-"""The batch is a multiple of this, 2^7 x 3, so that many numbers of data ranks divide it."""
+"""The default global batch, in sequences, is a multiple of this, so that many numbers of ranks divide it: 2^7 x 3."""
 HEAD_DIM = 128
 EXAMPLE = 'python -m launch.project --fit "7e9 params, 1e12 tokens, 30 days" --gpu h100'
 MOST_PARAMETERS = 1e15
-"""Largest number of parameters of a model, because the plan computes its layers one by one."""
+"""Largest number of parameters of a model of a given size."""
 SHOWN = 2
-"""Number of layouts that are returned for one number of nodes."""
+"""Number of layouts that ``GptWorkload.set_ups`` returns."""
 
 
 def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
-    """Return a model of about ``wanted`` parameters, with the parts of ``family`` and a usual shape.
+    """Return the config of a model of about ``wanted`` parameters, with the parts of the model ``family``.
 
     Raises:
-        ConfigError: no width and depth give about ``wanted`` parameters, or ``wanted`` exceeds ``MOST_PARAMETERS``.
+        ConfigError: no width and number of layers give about this size, or it exceeds ``MOST_PARAMETERS``.
     """
     if wanted > MOST_PARAMETERS:
         raise ConfigError(f"{wanted:.3g} params", f"{MOST_PARAMETERS:.0e} at most", EXAMPLE)
@@ -137,7 +139,8 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
 
 
 def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> TrainConfig:
-    """Return the config with a model of the goal's size, and with the usual global batch unless ``has_batch``."""
+    """Return the config with a model of the size of ``goal``, and unless ``has_batch`` with the default global
+    batch."""
     model = sized_model(config.model, goal.parameters)
     optim = config.optim
     if not has_batch:
@@ -147,7 +150,7 @@ def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> Tr
 
 
 def as_set_up(config: TrainConfig, choice: LayoutChoice, world_size: int, machine: Machine) -> SetUp:
-    """Return the figures that ``launch.project`` shows of a layout."""
+    """Return a layout as ``launch.project`` shows it: its parallelism, time, memory, utilization, and overrides."""
     model, found = config.model, choice.estimate
     peak = peak_flops(machine.device, config.precision)
     rate = training_flops_per_token(model).palm * found.tokens_per_s / world_size
@@ -174,11 +177,11 @@ def as_set_up(config: TrainConfig, choice: LayoutChoice, world_size: int, machin
 
 
 PRELOAD = ("gpt.train", "gpt.parallel.ddp", "gpt.parallel.nd", "gpt.parallel.pipeline")
-"""Modules that ranks import in every configuration."""
+"""Names of the modules that the launcher imports before it forks ranks."""
 
 
 class GptWorkload(Workload):
-    """Workload of the launcher that runs ``python -m gpt.train`` on every rank."""
+    """The workload ``gpt`` of the launcher: ``python -m gpt.train`` on every rank."""
 
     name = "gpt"
     schema = TrainConfig
@@ -189,7 +192,7 @@ class GptWorkload(Workload):
     figures = step_figures()
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Resolve relative paths of the command line against the current folder, in place."""
+        """Replace relative paths in a composed config by absolute ones, in place."""
         make_paths_absolute(document)
 
     def computes_on_cpus(self, config: TrainConfig) -> bool:
@@ -197,10 +200,10 @@ class GptWorkload(Workload):
         return config.device is Device.cpu
 
     def plan(self, config: TrainConfig, request: PlanRequest) -> WorkloadPlan:
-        """Return parallelism, batch, memory and corpus of a run with ``config`` on the machines of ``request``.
+        """Return the plan of a run on the nodes of ``request``: parallelism, batch, memory, corpus and time of a step.
 
         Raises:
-            ConfigError: ranks, batch, model and corpus do not fit each other, or need more than the nodes have.
+            ConfigError: ranks, batch, model and corpus do not fit together, or need more than the nodes have.
         """
         check_init_from(config, request.folder)
         refuse_two_lengths(config.optim.max_tokens, request.overrides)
@@ -258,11 +261,10 @@ class GptWorkload(Workload):
         )
 
     def step_time(self, config: TrainConfig, request: PlanRequest) -> StepTime | None:
-        """Return the time of a step on nodes as ``request.cluster`` describes them; None if the description is
-        incomplete.
+        """Return the estimated time of a step on the nodes of ``request``; None if they are not described completely.
 
         Raises:
-            ConfigError: ranks, batch and model do not fit each other.
+            ConfigError: ranks, batch and model do not fit together.
         """
         precision = choose_precision(config, request.folder, on_cpus(config, request), gpu_name(request))
         config = assume_precision(config, precision)
@@ -270,7 +272,8 @@ class GptWorkload(Workload):
         return estimated_step(config, dims, split_batch_over_nodes(config, dims, request), request)
 
     def rehearse(self, config: Any, folder: RunFolder) -> bool:
-        """Run ``gpt.rehearse`` on a config, in a process of its own, because this one loads no torch."""
+        """Run ``gpt.rehearse`` for a run folder in another process, because this one loads no torch. Return True if the
+        rehearsal has found no fault."""
         stated = config.cluster
         gpu = stated.gpu_name if stated.gpu_name and expand(stated.gpu_name) else ""
         words = [*(sys.executable, "-m", "gpt_launch", "gpt.rehearse", "--run", str(folder.path), "--gpu", gpu)]
@@ -279,10 +282,10 @@ class GptWorkload(Workload):
         return subprocess.run(words).returncode == 0
 
     def set_ups(self, config: TrainConfig, request: PlanRequest, goal: TrainingGoal) -> list[SetUp]:
-        """Return layouts that train a model of a given size on the nodes of ``request``, the fastest first.
+        """Return layouts that train a model of the size of ``goal`` on the nodes of ``request``, the fastest first.
 
         Raises:
-            ConfigError: no model has that size, or no layout is valid or fits into memory.
+            ConfigError: there is no model of this size, or no layout is valid and fits into memory.
         """
         has_batch = any(typed_key(word) == "optim.global_batch" for word in request.overrides)
         config = sized_config(config, goal, has_batch)
@@ -292,39 +295,40 @@ class GptWorkload(Workload):
         return [as_set_up(config, choice, request.world_size, machine) for choice in ranked[:SHOWN]]
 
     def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
-        """Return the command of the training script, which reads everything else from the run folder."""
+        """Return the command of a rank: ``gpt.train``, which reads its config from the run folder."""
         args = (sys.executable, "-m", "gpt_launch", "gpt.train", "--run", str(folder.path))
         # Python reads the hash seed only at its start, so ranks must be executed anew (see fix_hash_seed).
         defaults = {"PYTHONHASHSEED": hash_seed(config.seed)} if config.deterministic else {}
         return RankCommand(args, defaults=defaults, preload=PRELOAD, wants_memory_store=config.checkpoint.in_memory)
 
     def contract(self, config: TrainConfig, world_size: int) -> RankContract:
-        """Return what the agent expects of the ranks: throughput in tokens, and the number of the last step."""
+        """Return what the launcher's agent must know about the ranks: the unit of their work, and the number of
+        steps."""
         if config.optim.max_tokens is not None:
             batch = split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
             config = settle_steps(config, batch)
         return RankContract(unit="tokens", max_steps=config.optim.max_steps)
 
     def code(self, config: TrainConfig) -> CodeTree:
-        """Return the source files of this project, which include the launcher."""
+        """Return the files of code of a run: those of this project, with the launcher."""
         return CodeTree(ROOT, source_files, has_launcher=True)
 
     def checkpoints(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
-        """Yield the checkpoints of a run, newest first."""
+        """Yield descriptions of the checkpoints of a run, newest first."""
         return saved_checkpoints(folder.checkpoints)
 
     def copies(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
-        """Yield the remote copies of a run's checkpoints, newest first.
+        """Yield descriptions of the copies of a run's checkpoints, newest first.
 
         Raises:
-            ConfigError: the run makes no copies, or they are unreachable.
+            ConfigError: the run makes no copies, or they cannot be read.
         """
         return saved_copies(read_config(folder, TrainConfig).checkpoint.copy_to, folder.path)
 
 
 def saves_more_often(config: TrainConfig) -> str:
-    """Return a value for ``checkpoint.interval``: half the present interval; a tenth of the run's steps if it has no
-    length."""
+    """Return a value for ``checkpoint.interval``: half of the present interval, or a tenth of the run's steps if
+    checkpoints are saved at the end only."""
     every = config.checkpoint.every()
     if every.minutes is not None:
         return f"{every.minutes / 2:g}min"

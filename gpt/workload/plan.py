@@ -1,4 +1,4 @@
-"""Plan of a point: hardware of its nodes, text and facts, and checks. Imports no torch."""
+"""Plan of a run for the launcher: hardware of its nodes, text, JSON, warnings and checks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ from launch.workload import PlanRequest, StepTime
 
 
 def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
-    """True if the ranks will compute on CPUs, as far as this machine can determine."""
+    """Return True if the ranks will compute on CPUs, as far as this machine can find out."""
     if config.device is not Device.auto:
         return config.device is Device.cpu
     if request.is_local:
@@ -70,7 +70,7 @@ def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
 
 
 def gpu_memory(request: PlanRequest) -> int | None:
-    """Return the memory of one GPU in bytes; None if the config does not state it and the GPU is unknown."""
+    """Return the memory of one GPU in bytes; None if the config does not state it and the kind of GPU is unknown."""
     cluster = request.cluster
     if cluster.gpu_memory_gib is not None:
         return int(cluster.gpu_memory_gib * GIB)
@@ -79,18 +79,18 @@ def gpu_memory(request: PlanRequest) -> int | None:
 
 
 def gpu_name(request: PlanRequest) -> str | None:
-    """Return the full name of the GPUs: stated by the config, detected on this machine or reported by Slurm; None if
-    unknown. Of several variants of a GPU it is the one with the least memory, because their peaks are equal."""
+    """Return the whole name of the GPUs: stated by the config, found on this machine, or reported by Slurm; None if
+    unknown. If Slurm's name means several GPUs, the one with the least memory is returned; their peaks are equal."""
     said = known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
     told = expand(request.gpu_type) if said is None and request.gpu_type is not None else []
     return said or min(told, key=lambda name: memory_bytes(name) or 0, default=None)
 
 
 def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
-    """Return the hardware that the estimates assume of the nodes of a cluster.
+    """Return the hardware of the requested nodes, for estimates.
 
     Raises:
-        ConfigError: the description of the nodes is incomplete.
+        ConfigError: the config does not describe the nodes completely.
     """
     cluster, ranks = request.cluster, request.ranks_per_node
     rates = matmul_rates(config, request)
@@ -118,8 +118,8 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
 
 
 def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest) -> Machine:
-    """Return ``machine`` with the bandwidth of the config, with measured rates and links, and corrected by the factors
-    for computing and communication of ``request``.
+    """Return ``machine`` with what is known better: the network bandwidth of the config, the measured ``rates`` of
+    matrix products, measured links, and the correction factors of ``request`` for computing and communication.
 
     Raises:
         ConfigError: the file ``cluster.network`` is no measurement of a network.
@@ -141,12 +141,11 @@ def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest)
 
 
 def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | None:
-    """Return the measured rates of matrix products on the requested devices, in the precision of the run.
-
-    The rates are in the file ``cluster.matmul_rates``; None if no file is set.
+    """Return the rates of matrix products in the file ``cluster.matmul_rates``, in the precision of the run; None if no
+    file is set.
 
     Raises:
-        ConfigError: the file is invalid, is of another device, or lacks the precision.
+        ConfigError: the file is invalid, of another device, or has no rates in this precision.
     """
     if request.cluster.matmul_rates is None:
         return None
@@ -166,15 +165,15 @@ def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | Non
 
 
 def host_memory(request: PlanRequest) -> int | None:
-    """Return the share of one rank in a node's memory, in bytes; None if unknown."""
+    """Return the memory of a node, divided by its number of ranks, in bytes; None if unknown."""
     if request.is_local:
         return free_memory() // request.world_size
     return None if request.cluster.mem_gb is None else int(request.cluster.mem_gb * GIB) // request.ranks_per_node
 
 
 def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> StepTime | None:
-    """Return the time of a step by the cost model of the layouts; None for CPUs of this machine, or if the
-    description of the nodes is incomplete."""
+    """Return the estimated time of a step; None for CPUs of this machine, or if the config does not describe the nodes
+    completely."""
     if request.is_local and on_cpus(config, request):
         return None
     matmul_rates(config, request)  # refuses a file of another device; an incomplete description is no error here
@@ -190,12 +189,15 @@ def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, reques
 
 
 def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
-    """Return the keys of ``parallel`` as values of JSON and YAML."""
+    """Return the keys of ``parallel`` with plain values, for JSON and YAML."""
     return {key: value.name if isinstance(value, Enum) else value for key, value in asdict(parallel).items()}
 
 
 def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: RankMemory, corpus: str) -> dict[str, str]:
-    """Return the rows of the plan that the launcher prints: title -> text."""
+    """Return rows of the plan that the launcher prints: title -> text.
+
+    ``needed`` is the memory of a rank, and ``corpus`` the description of the corpus.
+    """
     counted, steps = count(config.model), config.optim.max_steps
     active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
     active += f", {counted.trained:,} trained" if counted.frozen else ""
@@ -218,7 +220,8 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Ran
 
 
 def muon_row(config: TrainConfig, flops: float) -> dict[str, str]:
-    """Return the printed row on the cost of Muon, compared with the ``flops`` of a step; empty for other optimizers."""
+    """Return the row of the plan on the FLOPs of the optimizer Muon: title -> text; empty for other optimizers.
+    ``flops`` are those of the model in a step."""
     if config.optim.optimizer != MUON:
         return {}
     hidden = count_hidden(config.model)
@@ -230,7 +233,8 @@ def muon_row(config: TrainConfig, flops: float) -> dict[str, str]:
 
 
 def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str:
-    """Describe when checkpoints are saved, whether training waits for them, and how much host memory they need."""
+    """Return text on checkpoints: their interval, whether training waits for them, and the host memory that they
+    need."""
     every, staging = str(config.checkpoint.every()), staging_bytes(config, world_size)
     copied = f"; copied to {config.checkpoint.copy_to}" if config.checkpoint.copy_to else ""
     if not staging:
@@ -242,7 +246,7 @@ def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str
 
 
 def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
-    """Describe checkpoints in memory: their interval, location and GiB for each rank; empty without them."""
+    """Return text on checkpoints in memory: interval, place, and GiB for each rank; empty if there are none."""
     if not config.checkpoint.in_memory:
         return ""
     held = in_memory_bytes(config, world_size, nodes)
@@ -255,8 +259,8 @@ def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
 
 
 def execution_rows(config: TrainConfig, precision: Precision, request: PlanRequest) -> dict[str, str]:
-    """Return the printed row on precision and compilation, with a note if the precision depends on GPUs that are
-    still unknown."""
+    """Return the row of the plan on precision and compilation: title -> text. ``precision`` is ``auto`` if the GPUs are
+    unknown."""
     name = "bf16, where the GPUs compute in it" if precision is Precision.auto else precision.name
     compiled = choose_compile(config, request.world_size, on_cpus(config, request))
     known = find(gpu_name(request) or "")
@@ -267,8 +271,8 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
 
 
 def schedule_text(config: TrainConfig, batch: Batch, folder: RunFolder) -> str:
-    """Describe the learning rate, also near the former end if the run in ``folder`` is finished and is
-    extended."""
+    """Return text on the learning rate. If the run in ``folder`` is finished and is extended, also on the rates near
+    its former end."""
     text, events = describe_schedule(config.optim), folder.read_events()
     steps = planned_steps(events)
     if steps is None or steps >= config.optim.max_steps or not is_finished(events):
@@ -278,8 +282,8 @@ def schedule_text(config: TrainConfig, batch: Batch, folder: RunFolder) -> str:
 
 
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
-    """Return the lines on the chosen parallelism and its alternatives; empty if the command line sets the
-    strategy."""
+    """Return notes of the plan on the parallelism that ``parallel=auto`` has chosen, and on its alternatives: title ->
+    lines; empty without ``parallel=auto``."""
     if not choice.why:
         return {}
     return {"chosen": (choice.why, *table([layout.as_dict() for layout in choice.best]), *choice.left_out)}
@@ -288,7 +292,8 @@ def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
 def plan_warnings(
     config: TrainConfig, batch: Batch, corpus: Corpus, request: PlanRequest, step_s: float | None
 ) -> Iterator[str]:
-    """Yield warnings of settings that work, but are hardly intended."""
+    """Yield warnings, as text, of settings that work but are hardly intended. ``step_s`` are the estimated seconds of a
+    step; None if unknown."""
     if not on_cpus(config, request):
         compiled = choose_compile(config, request.world_size, on_cpus=False)
         settled = replace(config, tf32=choose_tf32(config, on_cpus=False), compile=compiled)
@@ -301,11 +306,12 @@ def plan_warnings(
 
 
 DISK_BYTES_PER_S = 1e9
-"""Rate of a shared filesystem for one run, with which the plan judges the interval of checkpoints."""
+"""Assumed rate at which a run can write to a shared filesystem, for a warning about the interval of checkpoints."""
 
 
 def frequent_saves(config: TrainConfig, step_s: float) -> Iterator[str]:
-    """Warn if writing a checkpoint takes longer than the steps until the next one: training waits for the disk."""
+    """Yield a warning if writing a checkpoint takes longer than the steps until the next one, so that training waits
+    for the disk. ``step_s`` are the estimated seconds of a step."""
     steps = config.checkpoint.every().steps
     size = checkpoint_bytes(config)
     if steps and steps * step_s < size / DISK_BYTES_PER_S:
@@ -319,7 +325,10 @@ def frequent_saves(config: TrainConfig, step_s: float) -> Iterator[str]:
 def plan_facts(
     config: TrainConfig, dims: ParallelDims, batch: Batch, needed: RankMemory, corpus: str, choice: ParallelChoice
 ) -> dict[str, Any]:
-    """Return the plan as JSON values, for ``plan.json``; sizes are in tokens, sequences or bytes."""
+    """Return the plan as plain JSON, for ``plan.json``. Memory is in bytes, batches in sequences.
+
+    ``needed`` is the memory of a rank, and ``corpus`` the description of the corpus.
+    """
     counted = count(config.model)
     tokens = batch.global_batch * config.model.block_size
     return {
@@ -350,7 +359,8 @@ def plan_facts(
 
 
 def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> Batch:
-    """Return the split of the global batch. A ConfigError names nodes and ranks."""
+    """Return the split of the global batch. Raise ConfigError, with the numbers of nodes and ranks, if the batch cannot
+    be divided equally."""
     total, ranks = config.optim.global_batch, dims.data_ranks
     if not config.optim.weak_scaling and total % ranks:
         found = (
@@ -372,10 +382,9 @@ def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: Pla
 
 
 def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
-    """Raise ConfigError if a partly trained run cannot continue with the ranks of ``request``.
+    """Raise ConfigError if a run that has begun cannot continue with the number of ranks of ``request``.
 
-    Micro-batches, accumulation and shards follow from the number of ranks. The values of tp, cp, pp and ep stay the
-    same, and so does a dp_shard of the command line.
+    Micro-batches, accumulation and shards follow from the number of ranks. Other values of the parallelism stay.
     """
     if config.optim.weak_scaling:
         raise ConfigError(
@@ -389,8 +398,8 @@ def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
 
 
 def refuse_what_does_not_fit(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
-    """Raise ConfigError if ranks that need the memory ``needed`` each exceed the nodes, as far as the nodes are
-    known."""
+    """Raise ConfigError if the run needs more GPUs or memory than the nodes have, as far as that is known. ``needed``
+    is the memory of a rank."""
     if request.is_local:
         refuse_too_few_gpus(config, request)
     refuse_too_little_memory(config, needed, request)
@@ -398,7 +407,7 @@ def refuse_what_does_not_fit(config: TrainConfig, needed: RankMemory, request: P
 
 
 def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
-    """Raise ConfigError if local ranks would share GPUs, or cuda is requested without GPUs."""
+    """Raise ConfigError if a run on this machine has more ranks than GPUs, and must or may use GPUs."""
     gpus = request.local_gpus
     if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
         return
@@ -412,7 +421,8 @@ def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
 
 
 def refuse_too_little_memory(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
-    """Raise ConfigError if the run needs more memory than is known to be available."""
+    """Raise ConfigError if the ranks need more memory than a GPU, or than this machine if they compute on its CPUs.
+    ``needed`` is the memory of a rank."""
     if on_cpus(config, request) and request.is_local:
         have, ranks, where = free_memory(), request.world_size, "free on this machine"
         wanted = needed.total + needed.host + staging_bytes(config, request.world_size)
@@ -435,7 +445,8 @@ def refuse_too_little_memory(config: TrainConfig, needed: RankMemory, request: P
 
 
 def smaller(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> Iterator[str]:
-    """Yield overrides with which the run needs less memory; first those that cost the least speed."""
+    """Yield overrides, as text, with which the run needs less memory: first those that cost the least speed. ``needed``
+    is the memory of a rank."""
     if config.checkpoint.in_memory and on_cpus(config, request):
         yield "checkpoint.memory_interval=0"
     known = find(gpu_name(request) or "")
@@ -457,7 +468,8 @@ def smaller(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> It
 
 
 def refuse_too_little_host(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
-    """Raise ConfigError if the data that GPUs offload exceeds the memory of their node, as far as it is known."""
+    """Raise ConfigError if the ranks need more host memory than their node has, as far as that is known: for offload
+    and for checkpoints. ``needed`` is the memory of a rank."""
     have, staging = host_memory(request), staging_bytes(config, request.world_size)
     held = in_memory_bytes(config, request.world_size, request.nodes)
     computing = needed.total if on_cpus(config, request) and held else 0  # on GPUs this is not in host memory
