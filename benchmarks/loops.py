@@ -15,11 +15,11 @@ from launch import worker
 from launch.runs.process import Phase
 
 FOR_EVER = "optim.max_steps=1000000"
-"""Override for a run that is stepped as long as somebody likes."""
+"""Override for a run without a last step."""
 
 
 def open_run(words: Sequence[str], world: World) -> Run:
-    """Build the run that these overrides of ``gpt.train`` ask for, as ``gpt.train`` does."""
+    """Build the run that the overrides ``words`` describe, as ``gpt.train`` does."""
     request = parse_request(parse_arguments([*words]))
     folder = agree_on_folder(request, world)
     rank = worker.Run(world.rank, world.local_rank, world.size)
@@ -27,7 +27,9 @@ def open_run(words: Sequence[str], world: World) -> Run:
 
 
 def our_turn(run: Run) -> Callable[[], None]:
-    """Return one turn of the loop of ``gpt.train``: it queues a step, and reads and records the one before."""
+    """Return a function that runs one iteration of ``gpt.train``'s loop: it starts a step, and then reads and records
+    the figures of the step before.
+    """
     run.engine.module.train()
     gradients = Gradients(run.config.model, run.world.device)
     writers = MetricWriters(run.folder, run.world, run.worker, run.config, 0, gradients.names)

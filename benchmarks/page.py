@@ -17,7 +17,9 @@ UNCHANGED = hashlib.sha256(b"").hexdigest()
 
 
 def chosen(words: str, known: Sequence[str]) -> list[str]:
-    """Return the names in ``words`` (NAME,NAME), or all ``known`` names if it is empty. Exits at an unknown name."""
+    """Return the names in ``words`` (NAME,NAME), or all ``known`` names if ``words`` is empty. Exits if a name is not
+    known.
+    """
     names = words.split(",") if words else list(known)
     if strangers := [name for name in names if name not in known]:
         sys.exit(
@@ -27,7 +29,7 @@ def chosen(words: str, known: Sequence[str]) -> list[str]:
 
 
 def cores() -> str:
-    """Return a text with the number and the model of the cores on which this process may run."""
+    """Return the number and the model of the cores that this process may use, as text."""
     return f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}"
 
 
@@ -41,11 +43,10 @@ def stamp(machine: str) -> str:
 
 
 def keep(script: Path, title: str, document: str | None, text: str, words: str = "--write") -> None:
-    """Write the page of a script beside the script: ``title``, the command, what the page shows, and the result
-    ``text``.
+    """Write the result page of a benchmark next to its script.
 
-    ``words`` are the options of the command. What the page shows is the paragraph after the commands in the script's
-    docstring, ``document``.
+    The page contains ``title``, the command with the options ``words``, the paragraphs after the commands in the
+    script's docstring ``document``, and the result ``text``.
     """
     about = (document or "").split("\n\n")[2].strip()
     page = f"# {title}\n\n`python -m benchmarks.{script.parent.name}.{script.stem} {words}`.\n\n{about}\n\n{text}"
@@ -53,9 +54,8 @@ def keep(script: Path, title: str, document: str | None, text: str, words: str =
 
 
 def keep_parts(script: Path, title: str, document: str | None, parts: Mapping[str, str]) -> None:
-    """Write the page of a script as ``keep`` does.
-
-    ``parts`` is heading -> text. Text under other headings of the page stays.
+    """Write the result page as ``keep`` does, with a section for each entry of ``parts``: heading -> text. The page
+    keeps its other sections.
     """
     page = script.with_suffix(".md")
     older = (page.read_text() if page.is_file() else "").split("\n## ")[1:]
@@ -64,10 +64,8 @@ def keep_parts(script: Path, title: str, document: str | None, parts: Mapping[st
 
 
 def merged(script: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table of ``rows`` and of the older rows that the page of a script has.
-
-    A new row replaces the older row with the same first cell; other new rows come last. The page gives no older rows if
-    its table has other titles.
+    """Return a Markdown table of ``rows`` and of the rows on the script's page. A new row replaces the old row with the
+    same first cell; other new rows come last. If the table on the page has other titles, its rows are dropped.
     """
     page = script.with_suffix(".md")
     lines = page.read_text().splitlines() if page.is_file() else []
@@ -85,7 +83,7 @@ def line_of(cells: Sequence[str]) -> str:
 
 
 def commit() -> str:
-    """Return the date and the commit, as a cell of a table whose rows were measured one by one."""
+    """Return the date and the commit, as a table cell for a row that is measured separately from the others."""
     state = code_state()
     changes = "" if state.get("diff_sha256") in (None, UNCHANGED) else " with changes"
     return f"{time.strftime('%Y-%m-%d')}, {state.get('commit', 'unknown')[:7]}{changes}"

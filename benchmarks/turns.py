@@ -24,25 +24,28 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 WARM = 4
-"""Steps before the first turn: kernels are chosen, graphs compiled, buckets settled."""
+"""Number of steps before the first turn, in which kernels are chosen and graphs are compiled."""
 
 
 @dataclass
 class Contestant:
-    """One process that steps when it is told to."""
+    """A process that trains when the referee asks for steps."""
 
     name: str
     process: subprocess.Popen[str]
     told: dict[str, Any] = field(default_factory=dict)
-    """What it said of itself when it was warm."""
+    """Properties that the process has reported after its warm-up."""
     failure: str = ""
+    """Reason why the process failed; empty: it has not failed."""
     wall: list[float] = field(default_factory=list)
-    """Seconds of a step, by round."""
+    """Wall time of a step in seconds, one value for each round."""
     cpu: list[float] = field(default_factory=list)
-    """Processor seconds of a step, by round."""
+    """Processor time of a step in seconds, one value for each round."""
 
     def answer(self, limit_s: float) -> dict[str, Any]:
-        """Read its next answer; none where it has failed, or takes longer than ``limit_s`` seconds."""
+        """Return the next answer of the process; an empty dict if the process fails or does not answer within
+        ``limit_s`` seconds.
+        """
         assert self.process.stdout is not None
         if select.select([self.process.stdout], [], [], max(0.0, limit_s))[0]:
             told: dict[str, Any] = json.loads(self.process.stdout.readline() or '{"failure": "ended without a word"}')
@@ -52,7 +55,7 @@ class Contestant:
         return {} if self.failure else told
 
     def ask(self, word: str, limit_s: float) -> dict[str, Any]:
-        """Send it a line, and read its answer."""
+        """Send a line to the process and return the answer."""
         assert self.process.stdin is not None
         try:
             print(word, file=self.process.stdin, flush=True)
@@ -62,7 +65,7 @@ class Contestant:
         return self.answer(limit_s)
 
     def turn(self, steps: int, limit_s: float) -> None:
-        """Have it step ``steps`` times, and keep wall and processor seconds of one step."""
+        """Let the process make ``steps`` steps. Append the wall time and the processor time of one step."""
         told = self.ask(str(steps), limit_s)
         if told:
             self.wall.append(told["wall"])
@@ -73,14 +76,14 @@ class Contestant:
 def opened(
     name: str, command: Sequence[str], environment: Mapping[str, str], *, log: Path | None = None, verbose: bool = False
 ) -> Iterator[Contestant]:
-    """Start a contestant by a command of this checkout, and end it in the end.
+    """Start a contestant's process, yield the contestant, and kill the process at the end.
 
     Args:
-        name: of the contestant.
-        command: to start.
-        environment: beside that of this process.
-        log: file for what the contestant and its libraries print; None drops it, with ``verbose`` it is shown.
-        verbose: see ``log``.
+        name: name of the contestant.
+        command: command line to run in the folder of this checkout.
+        environment: environment variables in addition to those of this process.
+        log: file for standard error; None: ``verbose`` decides.
+        verbose: without ``log``: True prints standard error, False drops it.
     """
     with contextlib.ExitStack() as stack:
         stderr: Any = None if verbose else subprocess.DEVNULL
@@ -107,20 +110,20 @@ def opened(
 
 
 def python_path() -> str:
-    """The module path of a contestant: this checkout first, then what this process was given."""
+    """Return PYTHONPATH for a contestant: this checkout, then the PYTHONPATH of this process."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def take_turns(
     contestants: Sequence[Contestant], rounds: int, steps: Callable[[Contestant], int], left_s: Callable[[], float]
 ) -> None:
-    """Let the contestants take turns, in another order in each round, for as long as there is time.
+    """Let each contestant make its steps in each round, in a different order in each round, until the time is over.
 
     Args:
-        contestants: those that are warm; one that fails stays away from then on.
-        rounds: in each of which everybody has one turn.
-        steps: of a contestant's turn.
-        left_s: seconds that are left for all.
+        contestants: contestants after their warm-up. One that fails takes no further turn.
+        rounds: number of rounds.
+        steps: gives the number of steps in a turn of a contestant.
+        left_s: gives the seconds that are left.
     """
     there = [one for one in contestants if not one.failure]
     for number in range(rounds):
@@ -133,28 +136,29 @@ def take_turns(
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """Median over the rounds of their time over ours."""
+    """Return the median over the rounds of the time ``theirs`` divided by the time ``ours``."""
     return statistics.median(their / our for their, our in zip(theirs, ours, strict=False))
 
 
 @dataclass
 class Served:
-    """What a contestant's process has built."""
+    """The training step that a contestant's process runs, and the requests that it answers."""
 
     step: Callable[[], object]
     told: dict[str, Any]
-    """What the referee is to know of it."""
+    """Properties that the process reports after its warm-up."""
     device: str
     commands: Mapping[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)
-    """Other lines than a number of steps, and what answers them."""
+    """Request -> function that returns the answer, in addition to the number of steps."""
     hear: Callable[[], str] = sys.stdin.readline
-    """Next line of the referee; with several ranks all must hear the same."""
+    """Returns the next line of the referee. With several ranks, every rank gets the same line."""
 
 
 def serve(build: Callable[[], Served]) -> None:
-    """Build the contestant, step ``WARM`` times, then step as often as each line says. Only rank 0 answers.
+    """Call ``build``, make ``WARM`` steps, then make as many steps as each input line says. Only rank 0 answers.
 
-    The process had better leave by ``os._exit`` afterwards: process group and threads of a run are given up.
+    The caller ends the process by ``os._exit``, because this function ends neither the process group nor the threads of
+    a run.
     """
     talk = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is not part of the conversation
@@ -182,7 +186,9 @@ def serve(build: Callable[[], Served]) -> None:
 
 
 def timed(served: Served, steps: int) -> tuple[float, float]:
-    """Wall and processor seconds of a step, of so many that are done on the device before the clock is read."""
+    """Make ``steps`` steps, and return the mean wall time and processor time of one step, in seconds. The clock stops
+    after the device has finished.
+    """
     if served.device == "cuda":
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()

@@ -12,7 +12,7 @@ STEPS = r"""for step in $(seq 30); do
     if [ "$RANK" = 0 ]; then printf 'iter %d: loss %d.5, time %d.25ms\n' "$step" $((40 - step)) $((20 + step % 3)); fi
 done
 """
-"""Program that prints steps."""
+"""Shell script that prints 30 training steps."""
 
 FILES = {
     "train.py": "print('no step')\n",
@@ -22,7 +22,7 @@ FILES = {
     "corpus.txt": "to be or not to be\n" * 5_000,
     "empty/.keep": "",
 }
-"""Files in the folder of every command line: name -> content."""
+"""File name -> content of the files in the folder of every command line."""
 
 H100 = "cluster=slurm cluster.gpus_per_node=8 'cluster.gpu_name=NVIDIA H100 80GB HBM3' launch.check_limits=false"
 A100 = "cluster=slurm cluster.gpus_per_node=4 cluster.gpu_name=A100-80GB launch.check_limits=false"
@@ -86,7 +86,7 @@ PLANS = {
     "script in a placement": f"""nodes=2 {SCRIPT} script.weak_scaling=true {CPU}
         cluster.placement='[{{partition: a, gpus_per_node: 2}}, {{partition: b, gpus_per_node: 4}}]'""",
 }
-"""Name -> arguments of ``python -m launch``; ``dry_run=true`` is added to each."""
+"""Name -> arguments of ``python -m launch``. ``same_results`` adds ``dry_run=true`` to each."""
 
 ON_A_CLUSTER = {
     "limits of a partition": "-m nodes=1,2 cluster.partition=low",
@@ -94,26 +94,28 @@ ON_A_CLUSTER = {
     "places it refuses": "nodes=2 'cluster.placement=[{partition: short},{partition: low},{partition: closed}]'",
     "script on a cluster": f"-m nodes=1,2 {SCRIPT} cluster.timeout_min=100 cluster.constraint=fast",
 }
-"""The same, where the commands of Slurm answer for a small cluster (``SCONTROL``)."""
+"""Like ``PLANS``, for command lines that need a Slurm cluster. Replacements of Slurm's commands answer with the limits
+of a small cluster (``SCONTROL``).
+"""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A wrong command line, and the words of it that the refusal has to name."""
+    """A wrong command line, and the words that the refusal must contain."""
 
     line: str
     key: str
-    """Key, option, file or word as it was typed."""
+    """Key, option, file or word, as it was typed."""
     value: str = ""
-    """Value that was typed, or the one that is at fault; empty where the refusal need not repeat it."""
+    """Wrong value; empty if the refusal need not contain a value."""
     on_a_cluster: bool = False
-    """True where the commands of Slurm answer for a small cluster (``SCONTROL``)."""
+    """True if the command line needs the replacements of Slurm's commands (``SCONTROL``)."""
     parts: bool = True
-    """False where the message need not have the three parts."""
+    """False if the message need not have the three parts "found", "expected" and "type next"."""
 
 
 RENAMED = {"-m launch.agent.after_step": "-m gpt_launch launch.agent.after_step"}
-"""Former words of a batch script -> those of today: the only differences that do not count."""
+"""Former text of a batch script -> today's text. ``same_results`` ignores these differences only."""
 
 GONE = {
     f"{key}: null"
@@ -127,7 +129,7 @@ GONE = {
         "hang_timeout_slow_s",
     )
 } | {"attainable: null", "links:", "links: []", "bind_cpus: true"}
-"""Lines of former keys in a config that the first checkout composed, and that the second one does not know."""
+"""Lines of a composed config with keys that the second checkout no longer has."""
 
 REFUSALS = (
     # Keys
@@ -266,21 +268,23 @@ done ;;
 esac
 """
 OTHERS_OF_SLURM = ("sbatch", "srun", "sinfo", "squeue", "sacct", "scancel", "sacctmgr")
-"""Commands that have to be there, and answer nothing."""
+"""Slurm commands that must exist and print nothing."""
 
 TINY = (
     "model.n_layer=2 model.n_embd=64 model.n_head=4 model.n_kv_head=2 model.block_size=32 data.max_bytes=200000 "
     "optim.global_batch=8 optim.max_micro_batch=2 optim.max_steps=12 eval.sequences=6 eval.interval=6 "
     "checkpoint.interval=6 device=cpu"
 )
-"""Training run of seconds, with accumulation, grouped queries and evaluations that no number of ranks divides."""
+"""Overrides of a training run of a few seconds, with gradient accumulation and grouped queries. No number of ranks
+divides its evaluation sequences.
+"""
 
 RECORDED = {
     "training": f"launch -m nodes=1,2 name=swept {HERE} {TINY}",
     "script": f"launch -m nodes=1,2 name=swept cluster=local workload=script 'script.command=[sh,steps.sh]' {PROGRESS} "
     "script.work_per_step=64",
 }
-"""Name -> command line of a sweep ``swept`` that is run by the checkout from before, and reported by both."""
+"""Name -> command line of a sweep named ``swept``. The first checkout runs the sweep, and both checkouts report it."""
 
 READERS = {
     "report": "launch.report runs --files md,csv,json",
@@ -289,7 +293,7 @@ READERS = {
     "logs": "launch.logs runs/nodes=2 --rank 0",
     "checkpoints": "launch.verify runs",
 }
-"""Name -> command line that reads a copy of each of the recorded runs, ``runs``."""
+"""Name -> command line that reads a copy of the recorded run folders, ``runs``."""
 
 LOSSES = {
     "ddp": "parallel=ddp",
@@ -301,4 +305,4 @@ LOSSES = {
     "DeepSpeed's ZeRO 2": "parallel=zero2",
     "DeepSpeed's ZeRO 3": "parallel=zero3",
 }
-"""Name -> arguments of ``gpt.train`` on two ranks, after ``TINY``."""
+"""Name -> overrides of ``gpt.train`` on two ranks, in addition to ``TINY``."""

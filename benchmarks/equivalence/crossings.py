@@ -30,8 +30,9 @@ from tests.support.learning import MODELS, save, start, step
 TOLERANCE = 1e-5
 RANKS = 4
 AT_ONCE = 8
-"""Number of runs that one process makes. The process groups of each run keep threads awake, so later runs become
-slower."""
+"""Largest number of runs that one process makes. The process groups of each run keep their threads, which slow later
+runs down.
+"""
 LAYOUTS = {
     "ddp": "parallel=ddp",
     "zero1": "parallel=zero1",
@@ -60,8 +61,9 @@ SIZE = ("model.n_layer=4", "optim.max_micro_batch=2")
 
 @dataclass(frozen=True)
 class Table:
-    """A model, the layouts that save and resume it on four ranks, and layouts on other numbers of ranks that resume it,
-    too."""
+    """A model, the layouts that save and resume a checkpoint of this model on four ranks, and layouts on other numbers
+    of ranks that resume the checkpoint, too.
+    """
 
     model: str
     layouts: Sequence[str]
@@ -91,9 +93,8 @@ TABLES = (
 
 
 def losses(rank: int, size: int, folder: Path, model: str, layouts: Sequence[str], saves: bool) -> list[list[float]]:
-    """Return the losses of two steps under each layout.
-
-    If ``saves`` is True, two earlier steps and a checkpoint come before these steps; otherwise a run resumes from it.
+    """Return the losses of two steps under each layout of ``layouts``. If ``saves`` is True, the run first makes two
+    steps and saves a checkpoint. Otherwise the run resumes from the checkpoint in ``folder``.
     """
     found = []
     for name in layouts:
@@ -108,7 +109,7 @@ def losses(rank: int, size: int, folder: Path, model: str, layouts: Sequence[str
 
 
 def row(name: str, table: Table, folder: Path) -> list[str]:
-    """Return the cells of the row of layout ``name``."""
+    """Return the cells of the table's row for the layout ``name``."""
     cells: dict[tuple[str, int], str] = {}
     try:
         to_come = run_distributed(losses, RANKS, folder, table.model, [name], True, timeout_s=600)[0][0]
@@ -123,7 +124,9 @@ def row(name: str, table: Table, folder: Path) -> list[str]:
 
 
 def shown(found: Sequence[float], expected: Sequence[float]) -> str:
-    """Return the largest relative difference as text, in bold if it exceeds ``TOLERANCE``."""
+    """Return the largest relative difference between two lists of losses as text, in bold if the difference exceeds
+    ``TOLERANCE``.
+    """
     error = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
     if error == 0:
         return "="
@@ -131,7 +134,7 @@ def shown(found: Sequence[float], expected: Sequence[float]) -> str:
 
 
 def lines_of(table: Table, names: Sequence[str]) -> list[str]:
-    """Return the lines of a table in Markdown, with the rows ``names``."""
+    """Return the lines of the Markdown table with the rows ``names``."""
     heads = [name if ranks == RANKS else f"{name}, {ranks}" for name, ranks in table.columns]
     lines = [f"| {table.model} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     with tempfile.TemporaryDirectory() as place:

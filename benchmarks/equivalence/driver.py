@@ -21,7 +21,7 @@ from typing import Any
 
 
 def become(job: dict[str, Any]) -> None:
-    """Make this process, a fork, the command of a job: its folder, its search paths and its streams."""
+    """Set the folder, the search paths and the standard streams of this forked process to those of a job."""
     os.setsid()
     signal.alarm(job["seconds"])
     os.chdir(job["cwd"])
@@ -35,10 +35,12 @@ def become(job: dict[str, Any]) -> None:
 
 
 def run(job: dict[str, Any], names: Path | None = None) -> int:
-    """Fork, run the command of a job and return its exit status.
+    """Fork a process that runs the command of a job. Return its exit status.
 
     Args:
-        names: file for the names of the modules that the command has imported.
+        job: job of JOBS.json.
+        names: file in which the process writes the names of the modules that the command has imported; None: the
+            process writes no names.
     """
     pid = os.fork()
     if pid == 0:
@@ -57,7 +59,7 @@ def run(job: dict[str, Any], names: Path | None = None) -> int:
 
 
 def preload(names: list[str]) -> None:
-    """Import modules that commands need, so that their forks need not."""
+    """Import modules, so that processes that are forked later need not import them."""
     for name in names:
         if not name.endswith("__main__"):
             with suppress(Exception):
@@ -65,7 +67,7 @@ def preload(names: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the jobs of a file. What the first one has imported is imported before the rest."""
+    """Run all jobs of the file. After the first job, import the modules that this job has imported."""
     path = Path(sys.argv[1])
     imported = path.with_suffix(".modules")
     for number, job in enumerate(json.loads(path.read_text())):

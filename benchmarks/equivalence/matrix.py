@@ -46,7 +46,7 @@ ON_THE_LOGIN_NODE = (
     ("slurm.sandbox", "--help"),
 )
 A_LAUNCH = ("launch", "nodes=2", "optim.max_steps=20")
-"""A run of two nodes on this machine: agents, their rendezvous, ranks, checkpoints and the report."""
+"""Command line of a run of two nodes on this machine, with agents, ranks, checkpoints and a report."""
 SUITE = (
     "tests/model/test_gpt.py",
     "tests/model/test_moe.py",
@@ -56,16 +56,17 @@ SUITE = (
     "tests/checkpoint/test_save.py",
     "tests/launch/test_sweep.py",
 )
-"""Tests beside the quick ones: what changes between versions of torch (FSDP2, DTensor, pipelines, stages of the
-compiler, sharded checkpoints, elastic agents), run by ranks over gloo, and a launch of the README's sweep."""
+"""Test files to run in addition to the quick tests. They test what changes between versions of torch: FSDP2, DTensor,
+pipelines, the compiler, sharded checkpoints and elastic agents. The last file launches the sweep of the README.
+"""
 LIMIT_S = 4 * 3600
 CLEAN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-"""Variables by which another environment would get in."""
+"""Environment variables that would add packages of another environment."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Result of one combination."""
+    """Result of one combination of a Python version and a torch version."""
 
     python: str
     torch: str
@@ -74,7 +75,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Try the combinations and print the table; 1 where a test or a command failed."""
+    """Try the combinations and print the table. Returns the exit status: 1 if a test or a command fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="*", type=pair, metavar="PYTHON=TORCH", help="in place of --python and --torch")
     parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="VERSION")
@@ -98,13 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pair(words: str) -> tuple[str, str]:
-    """Split a combination such as 3.12=2.13.0."""
+    """Return the Python version and the torch version of text such as 3.12=2.13.0."""
     python, _, torch = words.partition("=")
     return python, torch or "none"
 
 
 def attempt(python: str, torch: str, any_build: bool, runs: Sequence[Sequence[str]]) -> Row:
-    """Try one combination in an environment that is deleted afterwards."""
+    """Return the result of one combination, tried in a virtual environment that is deleted afterwards."""
     interpreter = find_interpreter(python)
     if interpreter is None:
         return Row(python, torch, "not tried: no such interpreter on this machine")
@@ -123,7 +124,9 @@ def attempt(python: str, torch: str, any_build: bool, runs: Sequence[Sequence[st
 
 
 def find_interpreter(version: str) -> Path | None:
-    """The newest interpreter of a version such as 3.12: this one, of pyenv's, or on the PATH."""
+    """Return the newest interpreter of a version such as 3.12: this interpreter, one of pyenv, or one on the PATH.
+    None: this machine has none.
+    """
     if platform.python_version().startswith(f"{version}."):
         return Path(sys.executable)
     places = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*/bin/python")
@@ -134,7 +137,7 @@ def find_interpreter(version: str) -> Path | None:
 
 
 def install(python: str, torch: str, any_build: bool, folder: Path) -> str:
-    """Install torch and what the project needs; what stood against it, or an empty string."""
+    """Install torch and the packages that the project needs. Return an empty string, or the reason why this fails."""
     # Of torch's modules a tenth is ever imported, and Python compiles those as it imports them.
     pip = (python, "-m", "pip", "install", "-q", "--prefer-binary", "--no-compile")
     builds = [f"torch=={torch}+cpu"] + [f"torch=={torch}"] * any_build
@@ -151,7 +154,9 @@ def install(python: str, torch: str, any_build: bool, folder: Path) -> str:
 
 
 def requirements(with_torch: bool) -> Iterator[str]:
-    """Requirements of setup.cfg: with the tests, or without all that needs torch."""
+    """Yield the requirements in setup.cfg. With torch, also those of the tests; without torch, only packages that do
+    not need torch.
+    """
     text = (ROOT / "setup.cfg").read_text()
     keys = ("install_requires", "test") if with_torch else ("install_requires",)
     for key in keys:
@@ -163,7 +168,7 @@ def requirements(with_torch: bool) -> Iterator[str]:
 
 
 def type_commands(python: str, commands: Sequence[Sequence[str]], kind: str) -> str:
-    """Type commands one after another until one fails."""
+    """Run commands one after another until one fails. Return the result as text."""
     for command in commands:
         done = run(python, "-m", *command, check=False)
         if done.returncode:
@@ -172,7 +177,7 @@ def type_commands(python: str, commands: Sequence[Sequence[str]], kind: str) -> 
 
 
 def run_tests(python: str, words: Sequence[str]) -> str:
-    """Run tests of the checkout; pytest's last line, and to standard error what failed."""
+    """Run tests of this checkout and return pytest's last line. Failures are printed to standard error."""
     done = run(python, "-m", "pytest", "-q", "-n", "2", *words, check=False)
     if done.returncode:
         print(done.stdout, file=sys.stderr, flush=True)
@@ -180,7 +185,7 @@ def run_tests(python: str, words: Sequence[str]) -> str:
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command in the checkout, with the packages of its own environment only."""
+    """Run a command in this checkout, with the packages of the command's own environment only."""
     environment = {key: value for key, value in os.environ.items() if key not in CLEAN}
     return subprocess.run(
         command, cwd=ROOT, env=environment, check=check, timeout=LIMIT_S, text=True,
@@ -189,12 +194,12 @@ def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line with text that a command has printed."""
+    """Return the last line that a command has printed and that is not blank."""
     return next((text.strip() for text in reversed(done.stdout.splitlines()) if text.strip()), "")
 
 
 def versions(python: str) -> str:
-    """Versions as they were installed."""
+    """Return the versions of Python and of the most important packages as text."""
     names = "('torch', 'numpy', 'hydra-core', 'deepspeed')"
     code = f"""
 import platform
@@ -206,12 +211,12 @@ print(", ".join([f"Python {{platform.python_version()}}", *found]))
 
 
 def line(row: Row) -> str:
-    """A row of the table."""
+    """Return a row as a line of the Markdown table."""
     return f"| {row.python} | {row.torch} | {row.result} | {row.versions} |"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The table, with what it was made of."""
+    """Return the page: the table, the commit, the date and the platform."""
     commit = run("git", "describe", "--always", "--dirty", check=False).stdout.strip()
     head = [
         "# Versions that were tried",

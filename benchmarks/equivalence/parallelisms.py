@@ -57,12 +57,14 @@ OPTIONS = {
         *f"data=text data.path={argparse.__file__} data.max_bytes=null data.stream=true eval.sequences=7".split(),
     ],
 }
-"""Column of the third table -> overrides of its runs, and of the run of one process that they are compared with."""
+"""Column of the third table -> overrides of the runs in this column, and overrides of the one-process run that they are
+compared with.
+"""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A model and a way to train it."""
+    """A model and training options."""
 
     name: str
     model: str
@@ -82,17 +84,19 @@ EXECUTIONS = ("recompute=selective", "recompute=full", "compile=default", "compi
 
 @dataclass(frozen=True)
 class Row:
-    """A topology, and the numbers of ranks on which it is tried."""
+    """A topology, and the numbers of ranks on which this topology is tried."""
 
     name: str
     words: str
     ranks: tuple[int, ...] = (2, 4)
     executed: bool = False
-    """True if the row is also in the other tables, there only on the smallest of its numbers of ranks."""
+    """True if the second table (compiled and recomputed blocks) also has this row, on the smallest of the numbers of
+    ranks.
+    """
 
 
 Line = tuple[Row, int, list[Column]]
-"""Line of a table: a topology, its number of ranks, and the models and ways to train that are tried."""
+"""Line of a table: a topology, a number of ranks, and the columns to try."""
 Cell = dict[str, Any] | str
 """Result of a run, or the reason why there is no result."""
 
@@ -166,7 +170,9 @@ def cell(rank: int, size: int, folder: Path, words: str, column: Column) -> Cell
 
 @contextmanager
 def in_fp32(is_muon: bool) -> Iterator[None]:
-    """Let Muon compute in fp32 instead of bf16. Nothing else in a run in fp32 uses bf16."""
+    """Context in which Muon computes in fp32 instead of bf16, if ``is_muon`` is True. Nothing else in an fp32 run uses
+    bf16.
+    """
     with ExitStack() as stack:
         if is_muon:
             stack.enter_context(patch.object(torch, "bfloat16", torch.float32))
@@ -175,12 +181,12 @@ def in_fp32(is_muon: bool) -> Iterator[None]:
 
 
 def cells(rank: int, size: int, folder: Path, words: str, columns: Sequence[Column]) -> list[Cell]:
-    """Return this rank's cells of a topology."""
+    """Return this rank's results of all columns for one topology."""
     return [cell(rank, size, folder / str(place), words, column) for place, column in enumerate(columns)]
 
 
 def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    """Return the largest relative error of losses, norms, gradients and weights."""
+    """Return the largest relative error of losses, gradient norms, gradients and parameters."""
     errors = [
         abs(a - b) / abs(b) for what in ("losses", "norms") for a, b in zip(found[what], expected[what], strict=True)
     ]
@@ -192,7 +198,7 @@ def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def table(lines: Sequence[Line], heads: Sequence[str], alone: dict[str, dict[str, Any]]) -> tuple[list[str], bool]:
-    """Return the lines of a table with its footnotes, and True if no error is too large and no run failed."""
+    """Return the Markdown lines of a table with its footnotes, and True if all runs end and no error is too large."""
     text = [f"| topology | ranks | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     notes: dict[str, int] = {}
     good = True
@@ -215,7 +221,7 @@ def table(lines: Sequence[Line], heads: Sequence[str], alone: dict[str, dict[str
 
 
 def measured(row: Row, size: int, folder: Path, columns: Sequence[Column]) -> list[Cell]:
-    """Return the cells of a row on ``size`` ranks. If one rank fails, all cells say so."""
+    """Return the cells of a row on ``size`` ranks. If a rank fails, every cell contains the reason."""
     try:
         found: list[Cell] = run_distributed(cells, size, folder, row.words, columns, timeout_s=1800)[0]
     except RankFailedError as failure:
@@ -225,11 +231,11 @@ def measured(row: Row, size: int, folder: Path, columns: Sequence[Column]) -> li
 
 
 HEADINGS = {"models": "Models", "execution": "Compiled and recomputed", "options": "Optimizers, adapters, data"}
-"""Name of a table -> its heading on the page."""
+"""Name of a table -> heading of the table on the page."""
 
 
 def tables(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, str], bool]:
-    """Return heading -> text of the tables in ``names`` with ``rows``, and True if no cell of them fails."""
+    """Return heading -> text for the tables in ``names``, and True if no cell fails."""
     columns = [Column(name, name, 1) for name in MODELS_ALONE]
     with tempfile.TemporaryDirectory() as place:
         found = run_distributed(cells, 1, Path(place) / "alone" / "runs", "parallel=ddp", columns, timeout_s=600)[0]
@@ -250,7 +256,9 @@ def tables(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, str], b
 
 
 def model_of(row: Row) -> str:
-    """Return the model for compilation and recomputation: one with experts if the row distributes experts."""
+    """Return the model for the table of compiled and recomputed blocks: a mixture of experts if the row distributes
+    experts, else a dense model.
+    """
     return "experts" if "parallel.ep=" in row.words else "untied, GQA"
 
 

@@ -12,39 +12,43 @@ from pathlib import Path
 from typing import Any
 
 BEGIN = 1.7e9
-"""Unix time in seconds. The run of a point of N nodes begins N hours later: no two points share a machine."""
+"""Unix time in seconds at which the recorded runs begin. The run of a point on N nodes begins N hours later, so that no
+two points use a machine at the same time.
+"""
 BLOCK = 1024
-"""Tokens of a sequence."""
+"""Number of tokens in a sequence."""
 
 
 GPT = (
     "model=gpt2_124m optim=gpt2 optim.global_batch=96 optim.max_steps=60 precision=bf16 cluster=slurm "
     "'cluster.gpu_name=NVIDIA H100 80GB HBM3'"
 )
-"""Config of the written runs of the GPT library."""
+"""Arguments that describe the written runs of the GPT library."""
 Times = Callable[[int, int], float]
 Fields = Callable[[int, int], dict[str, Any]]
 
 
 def lasting(seconds: float, warm_up: int = 0) -> Times:
-    """Return step times: ten times as long in the first ``warm_up`` steps."""
+    """Return a function that gives step times: ``seconds``, or ten times as long in the first ``warm_up`` steps."""
     return lambda step, rank: seconds * (10 if step <= warm_up else 1)
 
 
 def only_at(at: int, **fields: float) -> Fields:
-    """Return further fields of the records of one step."""
+    """Return a function that gives additional record fields for step ``at`` only."""
     return lambda step, rank: fields if step == at else {}
 
 
 class Recorder:
-    """Writes one run folder. ``now`` is the clock of the run, in Unix seconds.
+    """Writes one run folder.
 
     Args:
         folder: the run folder.
-        nodes: nodes of the point.
-        per_node: ranks of a node, each with a GPU.
+        nodes: number of nodes of the point.
+        per_node: number of ranks of a node, each with one GPU.
         overrides: overrides of the point.
-        known: further entries of environment.json.
+        known: additional entries of environment.json.
+
+    ``now`` is the time of the run in Unix seconds.
     """
 
     def __init__(self, folder: Path, nodes: int, per_node: int, overrides: tuple[str, ...], **known: Any) -> None:
@@ -64,18 +68,20 @@ class Recorder:
             file.write(text)
 
     def event(self, event: str, after_s: float = 0.0, **details: Any) -> None:
-        """Enter an event ``after_s`` seconds later."""
+        """Advance the clock by ``after_s`` seconds and append an event to the event log."""
         self.now += after_s
         self.write("events.jsonl", json.dumps({"time": self.now, "event": event, **details}) + "\n")
 
     def allocated(self, job: str, after_s: float) -> None:
-        """Enter the start of an allocation, which is paid for since 5 s before."""
+        """Advance the clock by ``after_s`` seconds and append the start of an allocation that is paid for since 5 s."""
         self.now += after_s
         details: dict[str, Any] = {"job": job, "nodes": self.nodes, "gpus": self.ranks, "price_per_gpu_hour": 2.5}
         self.event("agent_started", **details, allocated_at=self.now - 5, limit_s=36000.0)
 
     def attempt(self, number: int, after_s: float = 10.0, nodes: int | None = None, from_step: int = 0) -> None:
-        """Start an attempt, on fewer nodes where ``nodes`` says so."""
+        """Advance the clock by ``after_s`` seconds and start an attempt: write environment.json and append the event.
+        ``nodes`` is the number of nodes of the attempt; None: all nodes of the point.
+        """
         size = (nodes or self.nodes) * self.per_node
         (self.folder / f"attempts/{number:04d}/logs").mkdir(parents=True)
         self.now += after_s
@@ -97,7 +103,7 @@ class Recorder:
         self.event("started", attempt=number, world_size=size, from_step=from_step)
 
     def place(self, rank: int) -> dict[str, Any]:
-        """Return where a rank runs."""
+        """Return the host, device and process of a rank, as in environment.json."""
         node, local = divmod(rank, self.per_node)
         return {
             **{"rank": rank, "local_rank": local, "node": node, "host": f"n{node + 1}", "machine": f"boot-{node}"},
@@ -114,15 +120,15 @@ class Recorder:
         more: Fields = lambda step, rank: {},
         ranks: int | None = None,
     ) -> None:
-        """Record steps of all ranks of an attempt.
+        """Append the step records of all ranks of an attempt.
 
         Args:
-            attempt: its number.
-            first: the first step.
-            last: the last step.
-            seconds: step time by step and rank; up to 2 % of chance is added.
-            more: further fields of a record, by step and rank.
-            ranks: number of ranks that record, where it is not that of the point.
+            attempt: number of the attempt.
+            first: first step.
+            last: last step.
+            seconds: gives the step time of a step and rank in seconds; the records add up to 2 % of random noise.
+            more: gives additional record fields of a step and rank.
+            ranks: number of ranks that write records; None: all ranks of the point.
         """
         size = ranks or self.ranks
         share = 96 // size
@@ -142,7 +148,7 @@ class Recorder:
                 self.write(f"metrics/rank_{rank:05d}.jsonl", json.dumps({**record, **more(step, rank)}) + "\n")
 
     def samples(self, node: int, begin: float, seconds: int, throttled: float = 0.0) -> None:
-        """Record telemetry of the GPUs of a node every 5 s."""
+        """Append GPU telemetry of a node, one sample every 5 s."""
         energy = [1000.0 * gpu for gpu in range(self.per_node)]
         for after in range(0, seconds, 5):
             power = [round(self.chance.uniform(300, 700), 1) for _ in energy]
@@ -156,13 +162,13 @@ class Recorder:
             self.write(f"telemetry/node_{node:05d}.jsonl", json.dumps(line) + "\n")
 
     def failed(self, attempt: int, rank: int, step: int, cause: str) -> None:
-        """Enter the failure of a rank."""
+        """Append the failure of a rank to the event log."""
         at = {"attempt": attempt, "rank": rank, "host": f"n{rank // self.per_node + 1}", "step": step}
         log = f"attempts/{attempt:04d}/logs/rank_{rank:05d}.log"
         self.event("rank_failed", after_s=1, **at, cause=cause, traceback="", log=log, echo=False)
 
     def finished(self, attempt: int, step: int, job: str | None = None) -> None:
-        """Enter the end of a run that has made all its steps."""
+        """Append the end of a run that has made all its steps."""
         self.event("finished", attempt=attempt, step=step, after_s=1)
         if job is not None:
             self.event("attempt_ended", attempt=attempt, cause="finished", step=step, job=job, after_s=1)
@@ -170,7 +176,7 @@ class Recorder:
 
 
 def strong_scaling(folder: Path) -> None:
-    """Three points of 1, 2 and 4 nodes of two GPUs."""
+    """Write runs on 1, 2 and 4 nodes with two GPUs each."""
     for nodes, base in ((1, 1.0), (2, 0.52), (4, 0.29)):
         run = Recorder(folder / f"nodes={nodes}", nodes, 2, (f"nodes={nodes}", "parallel=fsdp"), strategy="fsdp")
         run.event("submitted", cluster="slurm", job_id=str(nodes), nodes=nodes, candidate=0)
@@ -182,7 +188,9 @@ def strong_scaling(folder: Path) -> None:
 
 
 def storm(folder: Path) -> None:
-    """One run of four nodes: a crash, a restart in place, a lost node, fewer nodes, a preemption, a way back."""
+    """Write a run of four nodes with a crash, a restart in place, a lost node, fewer nodes, a preemption, and all nodes
+    again.
+    """
     run = Recorder(folder / "nodes=4", 4, 2, ("nodes=4",))
     run.event("submitted", cluster="slurm", job_id="1", nodes=4, candidate=0)
     run.allocated("slurm-1", after_s=256)
@@ -219,10 +227,10 @@ def storm(folder: Path) -> None:
 
 
 def stragglers(folder: Path) -> None:
-    """Two points of 1 and 2 nodes of eight GPUs: a slow rank, waits by cause, and GPU telemetry."""
+    """Write runs on 1 and 2 nodes with eight GPUs each: a slow rank, waits by cause, and GPU telemetry."""
 
     def waits(step: int, rank: int) -> dict[str, Any]:
-        """Return parts of a step, and figures that rank 0 gathers of all ranks."""
+        """Return the wait times of a step, and the figures that rank 0 gathers from all ranks."""
         parts = {"data_wait_s": 0.002, "forward_backward_s": 0.3, "comm_s": 0.05 + 0.001 * rank, "optimizer_s": 0.01}
         parts |= {"comm_dp_s": 0.02, "comm_fsdp_s": 0.03, "bubble_s": 0.004 * (rank % 4)}
         return parts | ({"own_min_s": 0.4, "own_max_s": 0.5, "slowest_rank": 5} if rank == 0 else {})
@@ -241,7 +249,7 @@ def stragglers(folder: Path) -> None:
 
 
 def script_with_progress(folder: Path) -> None:
-    """Points of a script that counts samples: one finished, one failed, and one with the same script's other option."""
+    """Write runs of a script that counts samples: one finished, one failed, and one with another value of an option."""
     for nodes, base, is_whole in ((1, 2.0, True), (2, 1.1, True), (4, 0.7, False)):
         words = (f"nodes={nodes}", "workload=script")
         run = Recorder(folder / f"nodes={nodes}", nodes, 1, words, unit="samples", work_per_step=512)
@@ -262,4 +270,4 @@ WRITTEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "stragglers": (stragglers, f"{GPT} parallel=ddp cluster.gpus_per_node=8"),
     "script with progress": (script_with_progress, "workload=script script.path=train.py script.work_per_step=512"),
 }
-"""Name -> writer of a folder of runs, and the arguments of ``python -m launch`` that its config is composed of."""
+"""Name -> function that writes run folders, and the arguments of ``python -m launch`` for the config of these runs."""

@@ -57,59 +57,59 @@ from benchmarks.equivalence.recorded_runs import WRITTEN
 
 DRIVER = Path(__file__).with_name("driver.py")
 PROGRAMS = ("git", "sh", "cat", "printf", "seq", "sleep")
-"""Programs of this machine that command lines may find. Its Slurm is not among them."""
+"""Programs of this machine that a command line may use. The Slurm commands of this machine are not among them."""
 FIELDS = ("step", "attempt", "loss", "grad_norm", "lr", "val_loss", "tokens", "samples")
 """Fields of a step record that do not depend on the clock."""
 LONGEST = 60
-"""Lines that are printed of one comparison."""
+"""Largest number of lines that are printed for one comparison."""
 REFUSED = "exit status 2"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A command line to run in a checkout: ``python -m`` and ``words``."""
+    """A command line to run in a checkout: ``python -m`` followed by ``words``."""
 
     words: tuple[str, ...]
     on_a_cluster: bool = False
-    """True where the commands of Slurm are there and answer for a small cluster."""
+    """True if replacements of Slurm's commands answer for a small cluster."""
     runs: Path | None = None
-    """Folder that is copied to ``runs``."""
+    """Folder that is copied to ``runs`` before the command starts; None: no such folder."""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Comparison of one thing in two checkouts."""
+    """Result of one comparison between two checkouts."""
 
     name: str
     differences: Sequence[str] = ()
-    """Lines that say what differs; empty where both are the same."""
+    """Lines that describe the differences; empty: the results are equal."""
     notes: Sequence[str] = ()
-    """Lines to show that are no difference."""
+    """Lines to print that are not differences."""
     size: str = ""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A checkout, and the folder that its command lines run in."""
+    """A checkout, and the folder in which its command lines run."""
 
     checkout: Path
     folder: Path
 
     @property
     def python(self) -> str:
-        """Interpreter of the checkout's own environment, where it has one."""
+        """Return the interpreter of the checkout's virtual environment, or that of this script if there is none."""
         own = self.checkout / ".venv" / "bin" / "python"
         return str(own if own.exists() else sys.executable)
 
     def environment(self) -> dict[str, str]:
-        """Return the variables of a user who is in no job."""
+        """Return environment variables of a user outside of any job."""
         job = ("SLURM", "SBATCH", "SUBMITIT", "LAUNCH_", "GPT_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "HYDRA_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith((*job, "TORCHELASTIC"))}
         fixed = {"PYTHONPATH": str(self.checkout), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         return {**kept, **fixed, "TZ": "UTC", "HOME": str(self.folder), "GIT_CEILING_DIRECTORIES": str(self.folder)}
 
     def plain(self, text: str) -> str:
-        """Replace the paths of this side, which differ between two sides."""
+        """Return ``text`` with fixed words instead of the paths of this side, which differ between the sides."""
         for path, name in ((self.python, "PYTHON"), (self.folder, "FOLDER"), (self.checkout, "CHECKOUT")):
             text = text.replace(str(path), name)
         for former, name in RENAMED.items():
@@ -122,7 +122,7 @@ T = TypeVar("T")
 
 
 def make_programs(folder: Path) -> None:
-    """Make two folders of programs for the PATH: ``bin``, and ``slurm`` with the commands of a small cluster."""
+    """Make two folders of programs for the PATH: ``bin``, and ``slurm`` with replacements of Slurm's commands."""
     for name in ("bin", "slurm"):
         (folder / name).mkdir(parents=True)
     for name in PROGRAMS:
@@ -135,7 +135,7 @@ def make_programs(folder: Path) -> None:
 
 
 def drop_gone_keys(runs: Path) -> None:
-    """Take the former keys out of the configs of run folders: each line of a key that has no value."""
+    """Remove the lines in ``GONE`` from the configs of the run folders."""
     for config in runs.rglob(".hydra/config.yaml"):
         lines = config.read_text().splitlines(keepends=True)
         gone = [number for number, line in enumerate(lines) if line.strip() in GONE]
@@ -149,11 +149,11 @@ def run_lines(sides: Sequence[Side], lines: Sequence[Line], seconds: int = 120) 
 
     Args:
         sides: the checkouts.
-        lines: the command lines, each run in an empty folder with ``FILES`` in it.
-        seconds: time after which a command line is killed.
+        lines: the command lines. Each runs in a folder that contains only ``FILES``.
+        seconds: time limit of a command line in seconds.
 
     Returns:
-        For each side the texts: what a line printed, its exit status, and the files that it left behind.
+        For each side one text for each line: the output, the exit status, and the files that the command has written.
     """
     if not lines:
         return [[] for _ in sides]
@@ -184,7 +184,7 @@ def run_lines(sides: Sequence[Side], lines: Sequence[Line], seconds: int = 120) 
 
 
 def collected(side: Side, number: int) -> str:
-    """Return what a command line printed, its exit status, and the files that it left behind."""
+    """Return the output of command line ``number``, its exit status, and the files that the command has written."""
     cwd = side.folder / f"{number:03d}"
     left = sorted(str(path.relative_to(cwd)) for path in cwd.rglob("*") if path.is_file())
     left = [name for name in left if name not in FILES and not name.startswith("runs/")]
@@ -193,12 +193,12 @@ def collected(side: Side, number: int) -> str:
 
 
 def matching(cases: Mapping[str, T], args: argparse.Namespace) -> dict[str, T]:
-    """Return the cases whose names ``--match`` finds."""
+    """Return the cases whose names match ``--match``."""
     return {name: case for name, case in cases.items() if re.search(args.match, name)}
 
 
 def differences(before: str, after: str) -> list[str]:
-    """Return the unified diff of two texts; nothing where they are equal."""
+    """Return the unified diff of two texts; an empty list if they are equal."""
     return list(difflib.unified_diff(before.splitlines(), after.splitlines(), "before", "after", lineterm="", n=1))
 
 
@@ -209,17 +209,17 @@ def compare_plans(lines: Mapping[str, str], before: Sequence[str], after: Sequen
 
 
 def status_of(text: str) -> str:
-    """Return the line with the exit status."""
+    """Return the line of a collected text that contains the exit status."""
     return next((line for line in text.splitlines()[::-1] if line.startswith("exit status ")), "no exit status")
 
 
 def names(message: str, word: str) -> bool:
-    """Tell whether a word stands in a message as a whole, and not as a part of another word or number."""
+    """Return True if ``message`` contains ``word`` as a whole word or number."""
     return re.search(rf"(?<![\w-]){re.escape(word)}(?!\w)", message) is not None
 
 
 def unnamed(case: Refusal, text: str) -> list[str]:
-    """Return what a refusal lacks: a word that it has to name, or one of its three parts."""
+    """Return what is missing in a refusal: words that it must contain, or one of the three parts."""
     message = text.rpartition("exit status ")[0]
     words = [f"it does not name {word}" for word in (case.key, case.value) if word and not names(message, word)]
     parts = ("found: ", "expected: ", "type next: ") if case.parts else ()
@@ -230,13 +230,13 @@ def unnamed(case: Refusal, text: str) -> list[str]:
 def compare_refusals(
     cases: Sequence[Refusal], before: Sequence[str], after: Sequence[str], texts: bool = False
 ) -> Iterator[Golden]:
-    """Compare the exit statuses of wrong command lines, and check what their messages name.
+    """Compare the exit statuses of wrong command lines, and check the words of the messages.
 
     Args:
         cases: the command lines.
-        before: their texts in the checkout from before.
-        after: their texts in the checkout from after.
-        texts: show how the texts differ.
+        before: their collected texts in the first checkout.
+        after: their collected texts in the second checkout.
+        texts: True also shows the differences between the texts.
     """
     for case, one, other in zip(cases, before, after, strict=True):
         found = [f"before: {lack}" for lack in unnamed(case, one)] + [f"after: {lack}" for lack in unnamed(case, other)]
@@ -251,7 +251,7 @@ def compare_refusals(
 
 
 def plans_and_refusals(sides: Sides, parts: set[str], args: argparse.Namespace) -> Iterator[Golden]:
-    """Run dry runs and wrong command lines, and compare them."""
+    """Run dry runs and wrong command lines in both checkouts, and yield the comparisons."""
     plans = matching({**PLANS, **ON_A_CLUSTER}, args) if "plans" in parts else {}
     cases = {case.line: case for case in REFUSALS} if "refusals" in parts else {}
     refusals = list(matching(cases, args).values())
@@ -265,9 +265,8 @@ def plans_and_refusals(sides: Sides, parts: set[str], args: argparse.Namespace) 
 
 
 def make_runs(checkout: Path, folder: Path, args: argparse.Namespace) -> dict[str, Path]:
-    """Write the run folders of ``WRITTEN``, and record those of ``RECORDED`` with a checkout; each with its name.
-
-    The checkout also composes the configs of the written ones.
+    """Write the run folders of ``WRITTEN``, and run the sweeps of ``RECORDED`` with ``checkout``. Returns name ->
+    folder. ``checkout`` also composes the configs of the written runs.
     """
     found, configs = {}, {}
     for name, (write, words) in matching(WRITTEN, args).items():
@@ -291,7 +290,7 @@ def make_runs(checkout: Path, folder: Path, args: argparse.Namespace) -> dict[st
 
 
 def written(side: Side, number: int, runs: Path) -> dict[str, str]:
-    """Return the tables and texts that a command has written into its copy of ``runs``, by the names of the files."""
+    """Return file name -> text of the tables and texts that a command has written into its copy of ``runs``."""
     copy = side.folder / f"{number:03d}" / "runs"
     found = {}
     for path in sorted(path for path in copy.rglob("*") if path.suffix in (".csv", ".json", ".md")):
@@ -303,7 +302,9 @@ def written(side: Side, number: int, runs: Path) -> dict[str, str]:
 
 
 def values(name: str, text: str) -> dict[str, str]:
-    """Return the values of a CSV or JSON file, exactly as they are written, by the names of rows, columns and keys."""
+    """Return name -> value of a CSV or JSON file. A name consists of row, column and key names; a value is the text in
+    the file.
+    """
 
     def flat(value: Any, at: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
@@ -323,18 +324,18 @@ def values(name: str, text: str) -> dict[str, str]:
 
 
 def named(keys: Iterable[str]) -> list[str]:
-    """Return names of columns and keys, each once, without the numbers of rows and items."""
+    """Return the distinct names of columns and keys, without the numbers of rows and list items."""
     return list(dict.fromkeys(re.sub(r"\[\d*\]", "", key).lstrip(".") for key in keys))
 
 
 def compare_values(name: str, before: str, after: str, strict: bool = False) -> Golden:
-    """Compare two CSV or JSON files value by value, by their names and not by their order.
+    """Compare two CSV or JSON files value by value. The order of the values does not count.
 
     Args:
-        name: name of the comparison, which ends as the file does.
-        before: text of the file in the checkout from before.
-        after: text of the file in the checkout from after; empty where there is none.
-        strict: names that are gone are a difference.
+        name: name of the comparison, which ends with the file's suffix.
+        before: text of the file in the first checkout.
+        after: text of the file in the second checkout; empty: there is no such file.
+        strict: True counts missing names as differences.
     """
     if not after:
         return Golden(name, ["after: there is no such file"])
@@ -347,7 +348,7 @@ def compare_values(name: str, before: str, after: str, strict: bool = False) -> 
 
 
 def compare_figures(sides: Sides, parts: set[str], args: argparse.Namespace) -> Iterator[Golden]:
-    """Report the same runs with both checkouts, and compare what is printed and written."""
+    """Report the same runs with both checkouts, and yield comparisons of the output and the written files."""
     runs = make_runs(sides[0].checkout, sides[0].folder.parent / "runs", args)
     cases = [(name, folder, reader) for name, folder in runs.items() for reader in READERS]
     lines = [Line(tuple(shlex.split(READERS[reader])), on_a_cluster=True, runs=folder) for _, folder, reader in cases]
@@ -365,7 +366,7 @@ def compare_figures(sides: Sides, parts: set[str], args: argparse.Namespace) -> 
 
 
 def losses(side: Side, layout: str) -> subprocess.Popen[str]:
-    """Start a training run of two ranks."""
+    """Start a training run of two ranks with the layout ``layout``."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gpt.train", "run_dir=run"]
     folder = side.folder / layout
     folder.mkdir(parents=True)
@@ -380,7 +381,7 @@ def losses(side: Side, layout: str) -> subprocess.Popen[str]:
 
 
 def step_records(side: Side, layout: str, printed: str) -> str:
-    """Return the step records of a run without what depends on the clock; what it printed where it has failed."""
+    """Return the step records of a run without fields that depend on the clock. If the run fails, return its output."""
     files = sorted((side.folder / layout / "run" / "metrics").glob("rank_*.jsonl"))
     if len(files) != 2:
         return side.plain(printed)
@@ -389,7 +390,7 @@ def step_records(side: Side, layout: str, printed: str) -> str:
 
 
 def compare_losses(sides: Sides, parts: set[str], args: argparse.Namespace) -> Iterator[Golden]:
-    """Train with every layout, both sides at the same time, and compare the step records."""
+    """Train with every layout in both checkouts at the same time, and yield comparisons of the step records."""
     for layout in matching(LOSSES, args):
         runs = [losses(side, layout) for side in sides]
         printed = [run.communicate()[0] for run in runs]
@@ -408,7 +409,7 @@ PARTS: dict[str, Callable[[Sides, set[str], argparse.Namespace], Iterator[Golden
 
 
 def show(golden: Golden) -> None:
-    """Print the line of a comparison, and below it what differs."""
+    """Print the line of a comparison, followed by the differences."""
     size = f" ({golden.size})" if golden.size else ""
     print(f"{golden.name}: {'DIFFERS' if golden.differences else 'the same'}{size}", flush=True)
     for lines in (golden.differences, golden.notes):
@@ -419,7 +420,7 @@ def show(golden: Golden) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all is the same, 1 something differs."""
+    """Run the comparisons. Returns the exit status: 0 if all results are equal, else 1."""
     parser = argparse.ArgumentParser(description="Show that two checkouts behave alike.")
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)

@@ -45,24 +45,24 @@ GPT = (*TINY, f"optim.max_steps={GPT_STEPS}", "eval.interval=0", "checkpoint.int
 
 @dataclass(frozen=True)
 class Loss:
-    """Seconds of one loss of the head node."""
+    """Result of one loss of the head node, in seconds."""
 
     to_notice: float
-    """From the cut to the notice."""
+    """Time from the power cut to the notice."""
     to_ranks: float
-    """From the notice to the start of the ranks."""
+    """Time from the notice to the start of the ranks."""
     to_step: float
-    """From the cut to the first new step."""
+    """Time from the power cut to the first new step."""
 
 
 def train_whole(folder: Path) -> Path:
-    """Train the GPT of ``--two`` on this machine without a fault. Returns its run folder."""
+    """Train the GPT of ``--two`` on this machine without a fault. Returns the run folder."""
     run("launch", *GPT, "nodes=4", "cluster=local", f"run_dir={folder / 'whole'}", cwd=folder)
     return folder / "whole"
 
 
 def start_run(sandbox: Cluster, folder: Path, two: bool) -> tuple[StormyRun, Path]:
-    """Start a run, and return the run and the file that ends its pauses between steps."""
+    """Start a run. Returns the run, and the path of a file that ends the pauses between steps once it exists."""
     if two:
         slowly, hurry = paced(folder)
         return StormyRun(sandbox, folder, *GPT, *slowly, *WORDS, "spare_nodes=2", nodes=4), hurry
@@ -72,14 +72,15 @@ def start_run(sandbox: Cluster, folder: Path, two: bool) -> tuple[StormyRun, Pat
 
 
 def lose_head(sandbox: Cluster, folder: Path, wait_s: float, other: int = 0, whole: Path | None = None) -> Loss:
-    """Make one run, cut the power of its head node ``wait_s`` seconds after its first save, and measure.
+    """Start a run, cut the power of its head node ``wait_s`` seconds after its first save, and return the measured
+    times.
 
     Args:
         sandbox: cluster of the run.
         folder: folder for the run and its log.
         wait_s: seconds from the first save to the cut.
         other: index of a second node of the run that loses power together with the head node; 0: none.
-        whole: run folder of an undisturbed run with the same final weights; None for the program that counts.
+    whole: run folder of an undisturbed run whose final weights must be equal; None: run the program that counts.
     """
     run, hurry = start_run(sandbox, folder, two=whole is not None)
     run.wait(lambda: run.of("saved"), "a checkpoint")
@@ -109,7 +110,7 @@ def lose_head(sandbox: Cluster, folder: Path, wait_s: float, other: int = 0, who
 
 
 def main() -> int:
-    """Return the exit status: 1 if a run did not survive."""
+    """Run all losses. Returns the exit status: 1 if a run did not survive."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--times", type=int, default=10, metavar="N", help="losses (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (%(default)s)")

@@ -51,7 +51,7 @@ from tests.support.commands import ROOT, end_servers, environment, wait_for
 PROGRAM = ROOT / "benchmarks" / "faults" / "league_program.py"
 OTHERS = ROOT / "benchmarks" / "faults" / "league_others.py"
 LIMIT_S = 300.0
-"""Seconds after the fault in which a run has to survive."""
+"""Time limit in seconds from the fault to the end of a run that survives."""
 
 TORCHRUN = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append --time=60
@@ -82,14 +82,14 @@ AGENTS = {
     "lightning": "league_others",
     "submitit": "submitit",
 }
-"""Engine -> a word in the command of its process on each node."""
+"""Engine -> word in the command line of its process on each node."""
 
 
 class LeagueRun:
     """A run of one engine on a sandbox."""
 
     def __init__(self, sandbox: Cluster, engine: str, folder: Path, python: str) -> None:
-        """Submit the run. ``python`` is the interpreter that has the engine's packages."""
+        """Submit the run. ``python`` is an interpreter that has the packages of the engine."""
         self.sandbox, self.engine, self.folder = sandbox, engine, folder
         self.env = environment(PYTHONPATH=str(ROOT), **sandbox.env)
         self.follower: subprocess.Popen[bytes] | None = None
@@ -125,33 +125,35 @@ class LeagueRun:
 
     @property
     def job(self) -> str:
-        """Slurm's id of the job."""
+        """Return Slurm's id of the job."""
         if self._job:
             return self._job
         submitted = [e for e in read_json_lines(self.folder / "run" / "events.jsonl") if e["event"] == "submitted"]
         return str(submitted[-1]["job_id"])
 
     def steps(self) -> list[dict[str, Any]]:
-        """Return the records of the steps so far, in the order in which they were written."""
+        """Return the step records so far, in the order in which the ranks have written them."""
         return list(read_json_lines(self.folder / "steps.jsonl"))
 
     def new_steps(self, moment: float) -> list[dict[str, Any]]:
-        """Return the records of steps that no process made that had started before ``moment``, a Unix time."""
+        """Return the records of new steps after ``moment``, a Unix time. A step is new if no process that started
+        before ``moment`` has made it.
+        """
         steps = self.steps()
         before = max((r["step"] for r in steps if r["start"] < moment), default=0)
         return [r for r in steps if r["step"] > before and r["start"] > moment]
 
     def field(self, name: str) -> str:
-        """Return a field of the job from scontrol; empty if Slurm does not tell it."""
+        """Return the value of a field in ``scontrol show job``; empty if Slurm does not print the field."""
         text = self.sandbox.slurm("scontrol", "show", "job", "-o", self.job)
         return next((word.partition("=")[2] for word in text.split() if word.startswith(f"{name}=")), "")
 
     def hosts(self) -> list[str]:
-        """Return the nodes of the job; the batch host is the first."""
+        """Return the nodes of the job. The first one runs the batch script."""
         return self.sandbox.slurm("scontrol", "show", "hostnames", self.field("NodeList")).split()
 
     def rank(self, number: int) -> psutil.Process:
-        """Return the process of a rank: the youngest one of the program whose environment has its number."""
+        """Return the process of a rank: the youngest process of the program with this rank in its environment."""
         found = []
         for process in psutil.process_iter(["cmdline", "environ", "create_time"]):
             known: Mapping[str, str] = process.info["environ"] or {}
@@ -162,7 +164,9 @@ class LeagueRun:
         return max(found, key=lambda process: process.info["create_time"])
 
     def agent(self, number: int) -> psutil.Process:
-        """Return the process of the engine on the node of a rank; the rank itself for an engine without one."""
+        """Return the process of the engine on the node of a rank. An engine without such a process: the process of the
+        rank.
+        """
         rank = self.rank(number)
         word = AGENTS[self.engine]
         return next((p for p in rank.parents() if word in " ".join(p.cmdline())), rank)
@@ -172,7 +176,7 @@ class LeagueRun:
         return str(self.rank(number).environ()["SLURMD_NODENAME"])
 
     def end(self) -> None:
-        """Cancel the job, and end the process that follows it."""
+        """Cancel the job, and end the process that shows its output."""
         self.sandbox.slurm("scancel", self.job)
         if self.follower is not None:
             self.follower.send_signal(signal.SIGTERM)
@@ -183,7 +187,7 @@ class LeagueRun:
 
 
 def reboot(run: LeagueRun) -> None:
-    """Cut the power of the node of rank 1 for 8 seconds."""
+    """Cut the power of rank 1's node for 8 seconds."""
     host = run.host_of(1)
     power_cut(run.sandbox, host)
     time.sleep(8)
@@ -191,7 +195,9 @@ def reboot(run: LeagueRun) -> None:
 
 
 def shorten(run: LeagueRun) -> None:
-    """Let the job reach its time limit: one minute while it runs, and an hour again for its next start."""
+    """Set the job's time limit to one minute, wait until Slurm ends the job, and set the limit to one hour for its next
+    start.
+    """
     job = run.job
     run.sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
     wait_for(lambda: run.field("JobState") != "RUNNING", "the time limit", timeout_s=180)
@@ -218,15 +224,15 @@ class Result:
     engine: str
     fault: str
     seconds: float | None
-    """Seconds from the fault to the first new step; None if there was none."""
+    """Seconds from the fault to the first new step; None: there was no new step."""
     again: int
-    """Steps that were done more than once."""
+    """Number of steps that were made more than once."""
     end: str
-    """``survived``, or what a person found."""
+    """``survived``, or the state in which the run ended."""
 
 
 def take(sandbox: Cluster, engine: str, fault: str, wait_s: float, python: str, whole: str) -> Result:
-    """Run one case to its end. ``whole`` is the sum of the weights of an undisturbed run."""
+    """Run one case and return its result. ``whole`` is the hash of the final weights of an undisturbed run."""
     folder = Path(tempfile.mkdtemp(prefix=f"league-{engine}-"))
     run = LeagueRun(sandbox, engine, folder, python)
     seconds = None
@@ -256,7 +262,7 @@ def take(sandbox: Cluster, engine: str, fault: str, wait_s: float, python: str, 
 
 
 def undisturbed(python: str) -> str:
-    """Return the sum of the weights of a run of two ranks without faults, on this machine."""
+    """Run two ranks without faults on this machine, and return the hash of the final weights."""
     folder = Path(tempfile.mkdtemp(prefix="league-whole-"))
     (folder / "hurry").touch()
     words = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(PROGRAM)]
@@ -267,7 +273,7 @@ def undisturbed(python: str) -> str:
 
 
 def take_engine(engine: str, faults: list[str], seeds: int, python: str, whole: str) -> Iterator[Result]:
-    """Yield the results of all cases of an engine, one after another on one sandbox."""
+    """Yield the results of all cases of an engine, which run one after another on one sandbox."""
     with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as sandbox:
         sandbox.up(timeout_s=180)
         for seed in range(seeds):
@@ -277,7 +283,7 @@ def take_engine(engine: str, faults: list[str], seeds: int, python: str, whole: 
 
 
 def table(results: list[Result]) -> str:
-    """Return the two tables of the page: a summary of each engine, and a row for each fault."""
+    """Return the two tables of the page: a summary of each engine, and one row for each fault."""
     engines = list(dict.fromkeys(result.engine for result in results))
     lines = ["| engine | survived | seconds to a new step, median | worst | steps done again, mean |"]
     lines += ["|---|---|---|---|---|"]
@@ -301,7 +307,7 @@ def table(results: list[Result]) -> str:
 
 
 def main() -> int:
-    """Return the exit status: 1 if a run of ours did not survive."""
+    """Run the cases. Returns the exit status: 1 if a run of this project did not survive."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--engines", default="", metavar="NAMES", help=f"NAME,NAME of {', '.join(ENGINES)} (all)")
     parser.add_argument("--only", default="", metavar="WORD", help="the faults with this word in their names")

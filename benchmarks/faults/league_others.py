@@ -14,24 +14,26 @@ from benchmarks.faults.league_program import SAVE_EVERY, START, STEP_S, STEPS, t
 
 
 class Training:
-    """A training that submitit requeues: the same call again, which resumes from the newest checkpoint."""
+    """A training function for submitit. After a requeue, submitit calls it again, and the training resumes from the
+    newest checkpoint.
+    """
 
     def __call__(self, folder: str) -> None:
-        """Train on a rank."""
+        """Train on this rank."""
         import submitit
 
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         train(Path(folder))
 
     def checkpoint(self, folder: str) -> object:
-        """Return the job that continues this one."""
+        """Return the submitit job that continues this one."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, folder)
 
 
 def submit(folder: Path) -> None:
-    """Submit the training by submitit, and print the id of its job."""
+    """Submit the training with submitit, and print the id of the job."""
     import submitit
 
     executor = submitit.AutoExecutor(folder=folder / "submitit", cluster="slurm", slurm_max_num_timeout=10)
@@ -40,7 +42,7 @@ def submit(folder: Path) -> None:
 
 
 def train_by_lightning(folder: Path) -> None:
-    """Train the program's model by a Trainer of Lightning on two nodes of Slurm, as its documentation recommends."""
+    """Train the program's model with Lightning's Trainer on two Slurm nodes, as its documentation recommends."""
     import lightning
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -92,7 +94,7 @@ def train_by_lightning(folder: Path) -> None:
 
 
 def main() -> int:
-    """Run one part: submit by submitit, or be a rank of Lightning."""
+    """Submit with submitit, or run as a rank of Lightning. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=("submitit", "lightning"))
     parser.add_argument("--folder", type=Path, required=True, help="folder of the run, shared by all ranks")

@@ -22,13 +22,13 @@ START = time.time()
 STEPS = 3000
 SAVE_EVERY = 10
 STEP_S = 0.1
-"""Seconds that a step sleeps, until the file ``hurry`` exists."""
+"""Seconds that each step sleeps until the file ``hurry`` exists."""
 TIMEOUT_S = 30
-"""Seconds after which a collective fails."""
+"""Timeout of a collective, in seconds."""
 
 
 def weights_sum(model: torch.nn.Module) -> str:
-    """Return the SHA-256 sum of the parameters in their order."""
+    """Return the SHA-256 hash of all parameters, in the order of the model."""
     found = hashlib.sha256()
     for tensor in model.state_dict().values():
         found.update(tensor.numpy().tobytes())
@@ -38,12 +38,13 @@ def weights_sum(model: torch.nn.Module) -> str:
 def train(folder: Path, *, heartbeats: bool = False) -> None:
     """Train from the newest checkpoint in ``folder`` to the last step.
 
-    Rank 0 adds a line to ``steps.jsonl`` for each step (step, Unix time of the step and of
-    the start of the process), and writes ``end.json`` at the end.
+    Rank 0 appends a line to ``steps.jsonl`` for each step: step, Unix time of the step, Unix time at which the process
+    started. At the end rank 0 writes ``end.json``.
 
     Args:
         folder: folder of the run, shared by all ranks.
-        heartbeats: report each step to the rank monitor of nvidia-resiliency-ext, as its documentation recommends.
+        heartbeats: True reports each step to the rank monitor of nvidia-resiliency-ext, as its documentation
+            recommends.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))

@@ -43,23 +43,23 @@ from tests.support.commands import ROOT, wait_for
 ON_SLURM = ("workload=script", "cluster=slurm", "cluster.gpus_per_node=0", "ranks_per_node=1", "cluster.mem_gb=4")
 TITLES = ("program", "commit", "nodes", "attempts", "resumed at step", "last loss", "undisturbed", "note")
 END_S = 1200.0
-"""Longest time of a run, seconds."""
+"""Time limit of a run, in seconds."""
 
 
 def nanogpt_text(code: Path, _data: Path) -> None:
-    """Write the text that nanoGPT prepares by characters: random words, from a fixed seed."""
+    """Write random words from a fixed seed as the text for nanoGPT's character-level preparation."""
     words(code / "data" / "shakespeare_char" / "input.txt")
 
 
 def words(path: Path, count: int = 40_000) -> None:
-    """Write a text of ``count`` random words, from a fixed seed."""
+    """Write a text of ``count`` random words from a fixed seed."""
     draw = random.Random(0)
     letters = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(500)]
     path.write_text("\n".join(" ".join(draw.choices(letters, k=12)) for _ in range(count // 12)))
 
 
 def images(_code: Path, data: Path) -> None:
-    """Write folders of images, 64 pixels wide, of four classes, each with a color of its own."""
+    """Write images of 64 x 64 pixels in four classes. Each class has a folder and a color of its own."""
     from PIL import Image
 
     draw = random.Random(0)
@@ -87,7 +87,7 @@ def boxes(code: Path, data: Path) -> None:
 
 
 def llama2c_tokens(code: Path, _data: Path) -> None:
-    """Write shards of random tokens, from a fixed seed, where llama2.c looks for tokens of a vocabulary of 512."""
+    """Write random tokens from a fixed seed where llama2.c looks for token files with a vocabulary of 512."""
     folder = code / "data" / "tok512"
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
@@ -130,8 +130,7 @@ def nanochat_shards(_code: Path, data: Path) -> None:
 
 
 def digits(_code: Path, data: Path) -> None:
-    """Write files of MNIST's format with images of noise from a fixed seed: 2,048 to train on and 256 to validate
-    on."""
+    """Write files in MNIST's format with random images from a fixed seed: 2,048 for training and 256 for validation."""
     folder = data / "MNIST" / "raw"
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
@@ -165,8 +164,9 @@ def sounds(_code: Path, data: Path) -> None:
 
 
 def torchtune_files(_code: Path, data: Path) -> None:
-    """Write lines of text, a SentencePiece tokenizer that is trained on them, a model of two layers, and a recipe's
-    config."""
+    """Write lines of text, a SentencePiece tokenizer that is trained on this text, a model of two layers, and the
+    config of a recipe.
+    """
     import sentencepiece
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -197,17 +197,17 @@ def last_loss(folder: RunFolder) -> float | None:
 
 
 def last_step(folder: RunFolder) -> int:
-    """Return the last step that rank 0 has printed, 0 before the first."""
+    """Return the last step that rank 0 has printed; 0: none."""
     recent = recent_records(folder.metrics(0))
     return recent[-1]["step"] if recent else 0
 
 
 class Trial:
-    """One program: its checkout, its data, and its runs on the sandbox.
+    """One program with its checkout, its data and its runs on the sandbox.
 
     Args:
         name: name of the program.
-        about: its entry in programs.yaml.
+        about: entry of the program in programs.yaml.
         checkouts: folder of the checkouts.
         python: interpreter that has the packages of the program.
         scratch: folder for data and runs.
@@ -224,10 +224,10 @@ class Trial:
         self._data.mkdir(parents=True)
 
     def row(self) -> tuple[str, ...]:
-        """Run the program undisturbed and preempted, and return its row of the table.
+        """Run the program once without a preemption and once with one. Return the table row.
 
         Raises:
-            AssertionError: the checkout is of another commit or was changed, or a run does not finish or resume.
+            AssertionError: the checkout has another commit or local changes, or a run does not finish or resume.
         """
         commit = self._git("rev-parse", "HEAD")
         assert commit.startswith(self.about["commit"]), f"a checkout of {commit}, not of {self.about['commit']}"
@@ -257,7 +257,9 @@ class Trial:
         return done.stdout.strip()
 
     def _launch(self, kind: str, *words: str, preempted: RunFolder | None = None) -> None:
-        """Launch the program and wait for its end; preempt the run in the folder ``preempted`` in the middle."""
+        """Launch the program and wait for its end. If ``preempted`` is the folder of a run, preempt this run in the
+        middle.
+        """
         data, code = str(self._data), str(self._code)
         given = [word.replace("{data}", data).replace("{code}", code) for word in self.about["words"]]
         line = [sys.executable, "-m", "gpt_launch", *words, *ON_SLURM, f"script.python={self._python}", *given]
@@ -279,7 +281,7 @@ class Trial:
 
 
 def main() -> int:
-    """Run the chosen programs, and print the outcome of each. Returns the exit status, 1 if a program fails."""
+    """Run the chosen programs and print the result of each. Returns the exit status: 1 if a program fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkouts", type=Path, help="folder of the checkouts")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the packages of the programs")

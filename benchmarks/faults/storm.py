@@ -50,19 +50,21 @@ from tests.support.commands import ON_SLURM, ROOT, TINY, environment
 SPARE = ("spare_nodes=1", "resilience.node_timeout_s=5")
 PROGRAM = ROOT / "tests" / "support" / "programs" / "checkpointing.py"
 STEPS_PER_FAULT = 600
-"""Steps of half a minute of sleeping, so that the run is not done before all faults have come."""
+"""Number of steps for each fault. They sleep for half a minute in all, so that the run lasts until all faults have
+occurred.
+"""
 STEP_S = 0.05
 SAVE_EVERY = 25
 
 
 def gpt_words(faults: int) -> tuple[str, ...]:
-    """A run of the GPT on one core a rank that is long enough for so many faults."""
+    """Return overrides of a GPT run, one core for each rank, that lasts long enough for ``faults`` faults."""
     words = (*TINY, "ranks_per_node=1", f"optim.max_steps={200 * faults}", "eval.interval=0", "model.dropout=0.1")
     return (*words, "checkpoint.interval=25", "checkpoint.keep_last=4")
 
 
 def chain_words(faults: int, calm: Path) -> tuple[str, ...]:
-    """A run of the chain of hashes, which does not sleep any more once the file ``calm`` is there."""
+    """Return overrides of a run of the chain of hashes. Its steps no longer sleep once the file ``calm`` exists."""
     arguments = f"{STEPS_PER_FAULT * faults} {SAVE_EVERY} {STEP_S} {calm}"
     script = ("workload=script", "ranks_per_node=1", f"script.path={PROGRAM}", f"script.args='{arguments}'")
     return (*script, "script.resumes=true", f"script.env.PYTHONPATH={ROOT}")
@@ -71,10 +73,10 @@ def chain_words(faults: int, calm: Path) -> tuple[str, ...]:
 def drill(
     scratch: Path, words: Sequence[str], faults: int, seed: int, kinds: str = "", quiet: Path | None = None
 ) -> int:
-    """Make one drill on a sandbox of its own; ``scratch`` gets its folder and the logs of Slurm's daemons.
+    """Make one drill on a new sandbox. Return the exit status of ``launch.storm``.
 
-    Returns:
-        Exit status of ``launch.storm``.
+    ``scratch`` receives the folder of the drill and the logs of Slurm's daemons. ``quiet`` is the run folder of an
+    undisturbed run; None: ``launch.storm`` runs it.
     """
     with Cluster(scratch / "sandbox") as sandbox:
         sandbox.up(timeout_s=300.0)
@@ -87,7 +89,7 @@ def drill(
 def storm(
     scratch: Path, options: Sequence[str], words: Sequence[str], faults: int, seed: int, quiet: Path | None
 ) -> int:
-    """Run ``launch.storm`` into ``scratch/drill``; returns its exit status."""
+    """Run ``launch.storm`` into ``scratch/drill``. Return its exit status."""
     words = [*ON_SLURM, "nodes=2", "resilience.heartbeat_timeout_s=10", *words]
     compared = ["--quiet", str(quiet)] if quiet else []
     options = ["--faults", str(faults), "--seed", str(seed), "--output", str(scratch / "drill"), *options, *compared]
@@ -98,7 +100,9 @@ def storm(
 
 
 def chain_drill(scratch: Path, faults: int, seed: int, *, here: bool = False) -> bool:
-    """Make one drill of the chain of hashes, and what the page tells of it; whether it passed."""
+    """Make one drill of the chain of hashes, and write the file ``told.json`` for the page. Return True if the drill
+    passes. ``here`` uses the Slurm of this machine instead of a sandbox.
+    """
     calm, quiet = scratch / "calm", scratch / "quiet"
     words = chain_words(faults, calm)
     calm.touch()
@@ -135,12 +139,12 @@ def chain_drill(scratch: Path, faults: int, seed: int, *, here: bool = False) ->
 
 
 def slurm_version() -> str:
-    """Version of the Slurm that is installed."""
+    """Return the version of the installed Slurm."""
     return subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def cluster_in_words() -> str:
-    """Version of the cluster of this machine, and what of its configuration a drill meets."""
+    """Return the version of this machine's Slurm cluster and the settings that affect a drill, as text."""
     limits = read_limits()
     names = ("SelectType", "SelectTypeParameters", "ProctrackType", "SlurmdTimeout", "KillWait", "MinJobAge")
     told = [limits.config.get(name, "unknown").rpartition("/")[2] for name in names]
@@ -153,7 +157,7 @@ def cluster_in_words() -> str:
 
 
 def page(folders: Sequence[Path]) -> str:
-    """The result of some drills: one line each, and their faults by kind."""
+    """Return the result of the drills as Markdown: a row for each drill, and the faults by kind."""
     drills = [(read_json(folder / "told.json"), read_json(folder / "drill" / "verdict.json")) for folder in folders]
     passed = sum(found["passed"] for _, found in drills)
     count = sum(len(found["faults"]) for _, found in drills)
@@ -181,7 +185,9 @@ def page(folders: Sequence[Path]) -> str:
 
 
 def _roads(kind: str, costs: Sequence[dict[str, Any]]) -> str:
-    """Seconds that the faults of a kind cost, by the road on which the run went on."""
+    """Return the recovery times of one kind of fault as text: for each kind of restart, the median and the largest time
+    in seconds.
+    """
     roads: dict[str, list[float]] = {}
     for cost in costs:
         if cost["kind"] == kind:
@@ -202,9 +208,10 @@ def _row(folder: Path, told: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Return the goodput without the first start, and that of Young and Daly's model; None with too few figures.
+    """Return the measured goodput without the first start, and the goodput that Young and Daly's model predicts. None:
+    the run has too few figures.
 
-    The model gets saves and steps until the last fault: later the run may go on for long at another speed.
+    The model gets the saves and steps until the last fault, because the steps are faster after it.
     """
     events = stormy.read_events()
     goodput = measure_goodput(stormy, events)
@@ -226,7 +233,7 @@ def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> t
 
 
 def main() -> int:
-    """Exit status 1 where a drill does not pass."""
+    """Run the drills. Returns the exit status: 1 if a drill does not pass."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--faults", type=int, default=50, metavar="N", help="of each drill (%(default)s)")
     parser.add_argument("--seeds", default="1", metavar="N,...", help="one drill for each (%(default)s)")

@@ -7,7 +7,8 @@ NEEDED = {
     **{name: name for name in ("torch", "numpy", "packaging", "fsspec", "rich", "tqdm", "safetensors", "msgspec")},
     **{"tensorboard": "tensorboard", "yaml": "PyYAML", "hydra": "hydra-core", "omegaconf": "omegaconf"},
 }
-"""Module -> package of everything that the programs import; transformers is optional."""
+"""Module -> package that provides this module, for all imports of the programs except transformers, which is optional.
+"""
 
 if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
     print(f"found: a Python without {', '.join(missing)}", file=sys.stderr)

@@ -44,15 +44,15 @@ from launch.errors import ConfigError
 NAMES = ("models", "peers", "engines", "changes", "experts", "float8")
 TURN_S = 1.0
 MOST_STEPS = 20
-"""Of a turn."""
+"""Largest number of steps in a turn."""
 AT_ONCE = 7
-"""Contestants on a GPU at once: each compiles, and holds a context of half a gigabyte."""
+"""Largest number of contestants that share the GPUs. Each of them compiles, and its CUDA context takes half a GiB."""
 SQUARE = {"cuda": 8192, "cpu": 512}
-"""Sides of the matrices whose product gives the measured rate."""
+"""Device -> number of rows and columns of the square matrices whose product gives the measured rate."""
 ASKED_S = 10.0
-"""Limit of an answer that takes no step."""
+"""Time limit in seconds for an answer of a contestant that needs no training step."""
 CPU_GIB = 8.0
-"""What rehearsals count with."""
+"""Memory in GiB that ``--device cpu`` assumes for each device."""
 TITLES = (
     *("contestant", "ranks", "micro-batch", "step, ms", "best, ms", "tokens/s", "MFU", "of the measured rate"),
     *("memory, GiB", "planned, GiB", "ratio", "waits", "outcome"),
@@ -61,22 +61,22 @@ TITLES = (
 
 @dataclass
 class Row:
-    """What was found of one entry."""
+    """Row of the result table: what is measured of one entry. A figure is None if it is not measured."""
 
     group: str
     entry: Entry
     outcome: str = "ok"
     told: dict[str, Any] = field(default_factory=dict)
-    """By the contestant, of itself."""
+    """Properties that the contestant reports about itself: model, device, FLOPs per token, planned memory."""
     step_s: float | None = None
-    """Median over the rounds."""
+    """Median step time over the rounds, in seconds."""
     best_s: float | None = None
     peak_gib: float | None = None
     ratio: float | None = None
     waits: dict[str, int] | None = None
 
     def cells(self, rates: dict[str, float]) -> list[str]:
-        """Cells of its line; ``rates`` are measured ones by precision, FLOP/s."""
+        """Return the cells of this row. ``rates`` is precision -> measured FLOP/s."""
         told = self.told
         cells = [self.entry.name, str(self.entry.ranks), str(self.entry.micro_batch)]
         if self.step_s is None or self.best_s is None:
@@ -96,25 +96,25 @@ class Row:
 
 @dataclass
 class Measurement:
-    """All that is found, and its page."""
+    """The results of this program so far. The class writes the result page."""
 
     machine: Machine
     typed: str
     deadline: float
-    """By the clock of ``time.monotonic``."""
+    """Time of ``time.monotonic`` after which no new measurement starts."""
     to: Path
     rounds: int
     nanogpt: Path | None = None
     rates: dict[str, float] = field(default_factory=dict)
-    """Precision -> rate of a large product, FLOP/s."""
+    """Precision -> measured rate of a product of two large matrices, in FLOP/s."""
     rows: list[Row] = field(default_factory=list)
 
     def left_s(self) -> float:
-        """Seconds that are left."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def add(self, row: Row) -> None:
-        """Keep a row, and write what there is."""
+        """Append a row, print it, and write the page and its JSON."""
         self.rows.append(row)
         print(f"{row.group}: {line_of(row.cells(self.rates))}", flush=True)
         self.to.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class Measurement:
         (self.to / "gpu.json").write_text(json.dumps(kept, indent=1, default=str))
 
     def page(self) -> str:
-        """The rows so far as Markdown."""
+        """Return the rows so far as a Markdown page."""
         first = next((row.told for row in self.rows if row.told), {})
         device = f"{self.machine.ranks} x {first.get('device', self.machine.device)}"
         versions = {name: first.get("software", {}).get(name) for name in ("cuda", "nccl", "driver")}
@@ -144,7 +144,7 @@ class Measurement:
 
 
 def measure_rates(found: Measurement, folder: Path) -> None:
-    """Measure the rate of a large product in each precision that the device has."""
+    """Measure the rate of a product of two large matrices in each precision that the device supports."""
     side, output = SQUARE[found.machine.device], folder / "matmul.json"
     words = [f"--device={found.machine.device}", f"--sizes={side}", f"--output={output}", "--budget-s=0.3"]
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -156,7 +156,7 @@ def measure_rates(found: Measurement, folder: Path) -> None:
 
 
 def command(entry: Entry, group: Group, found: Measurement, folder: Path) -> list[str]:
-    """Return the command that starts a contestant."""
+    """Return the command line that starts the process of a contestant."""
     kept = [f"data.cache_dir={folder / 'data'}", f"output_dir={folder}"]
     shape = None if group.shape is None else asdict(replace(group.shape, batch=entry.micro_batch))
     told = {
@@ -177,7 +177,7 @@ def command(entry: Entry, group: Group, found: Measurement, folder: Path) -> lis
 
 
 def measure_pack(group: Group, pack: Sequence[Entry], found: Measurement, folder: Path) -> None:
-    """Let the entries of a pack take turns, and add a row for each that has none yet."""
+    """Run the contestants of the entries in ``pack`` in turns, and add a row for each entry that has no row yet."""
     known = {row.entry.name for row in found.rows if row.group == group.name}
     with contextlib.ExitStack() as stack:
         everybody = {
@@ -202,12 +202,14 @@ def measure_pack(group: Group, pack: Sequence[Entry], found: Measurement, folder
 
 
 def steps_of_turn(one: Contestant) -> int:
-    """Steps that take about ``TURN_S`` seconds."""
+    """Return the number of steps that take about ``TURN_S`` seconds."""
     return max(1, min(MOST_STEPS, round(TURN_S / one.told["step_s"])))
 
 
 def row_of(group: Group, entry: Entry, one: Contestant, base: Contestant | None, found: Measurement) -> Row:
-    """Put together what is known of a contestant, and ask it for the rest."""
+    """Return the row of an entry. Asks the contestant for its peak memory and its waits. ``base`` is the contestant
+    that the entry is compared with; None: the entry has no ratio.
+    """
     first = {} if base is None else base.told
     if entry.peer and one.told and first:
         if one.told["parameters"] != first["parameters"]:
@@ -227,14 +229,16 @@ def row_of(group: Group, entry: Entry, one: Contestant, base: Contestant | None,
 
 
 def outcome_of(one: Contestant, found: Measurement) -> str:
-    """Say in words how it went so far."""
+    """Return the outcome as text: ``ok``, the failure, or that no time was left."""
     if found.left_s() <= 0 and (one.failure or not one.wall):
         return "no time was left"
     return f"failed: {one.failure}" if one.failure else "ok"
 
 
 def measure(group: Group, found: Measurement, folder: Path, at_once: int) -> None:
-    """Measure a group, for as long as there is time; what is left out is told."""
+    """Measure the entries of a group until the deadline. Adds a row with the reason for each entry that is not
+    measured.
+    """
     entries = []
     for entry in group.entries:
         try:
@@ -254,7 +258,9 @@ def measure(group: Group, found: Measurement, folder: Path, at_once: int) -> Non
 
 
 def this_machine(device: str, ranks: int) -> Machine:
-    """Describe the GPUs, or the CPU that stands for them."""
+    """Return the properties of the GPUs of this machine, or those that ``--device cpu`` assumes. ``ranks`` 0 takes all
+    GPUs, or two CPU ranks.
+    """
     if device == "cpu":
         return Machine(device, ranks or 2, CPU_GIB)
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -262,7 +268,7 @@ def this_machine(device: str, ranks: int) -> Machine:
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses with tiny sizes")
     parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of it; else left out")
@@ -278,7 +284,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure; see the top for the exit status."""
+    """Run all measurements. Returns the exit status, which the docstring of the module explains."""
     words = parse()
     only = chosen(words.only, NAMES)
     if words.device == "cuda" and not torch.cuda.is_available():

@@ -40,20 +40,22 @@ from launch.runs.environment import raise_open_files, set_defaults
 from launch.runs.process import die_with_parent
 
 WATCHED = 10
-"""Steps in which waits are looked for: the gradients are measured by layer in one of them."""
+"""Number of steps in which this program looks for waits. One of these steps also measures the gradients by layer."""
 WAITS = "called a synchronizing CUDA operation"
-"""What torch says of one."""
+"""Text in each of torch's warnings about a wait."""
 
 
 class BatchesInTurn:
-    """Batches that the training thread reads itself when it needs them, from memory that is not pinned."""
+    """Source of batches without a prefetch thread. The training thread reads each batch at the start of its step, into
+    memory that is not pinned.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run, self._ahead = run, run.batches
         self.passed_over = run.batches.passed_over
 
     def take(self, step: int) -> StepBatch:
-        """Return the batch of a step, counted from 1."""
+        """Return the batch of step ``step``; the first step is 1."""
         run, started = self._run, time.perf_counter()
         number = self.passed_over.batch_of(step)
         indices = train_indices(number, run.dims.data_rank(run.world.rank), run.batch)
@@ -62,24 +64,24 @@ class BatchesInTurn:
         return StepBatch(tokens_BT, targets_BT, int(indices[0]), int(indices[-1]), waited_s)
 
     def close(self) -> None:
-        """End the thread that is not needed."""
+        """End the prefetch thread that ``run`` has started."""
         self._ahead.close()
 
 
 def with_whole_logits(run: Run, step: Callable[[], None]) -> Callable[[], None]:
-    """Compute the loss as torch writes it, operation by operation, with all logits in fp32."""
+    """Replace the fused loss by a loss that holds all logits in fp32. Returns ``step``."""
     vars(run.engine)["criterion"] = partial(plain_cross_entropy, vocab_size=run.config.model.vocab_size)
     return step
 
 
 def with_batches_in_turn(run: Run, step: Callable[[], None]) -> Callable[[], None]:
-    """Read each batch when it is needed."""
+    """Replace the prefetched batches of ``run`` by ``BatchesInTurn``. Returns ``step``."""
     vars(run)["batches"] = BatchesInTurn(run)
     return step
 
 
 def with_a_wait(run: Run, step: Callable[[], None]) -> Callable[[], None]:
-    """Wait for the device after each step, as a loop does that reads its loss at once."""
+    """Return a step that waits for the device after ``step``, like a loop that reads its loss at once."""
 
     def waiting() -> None:
         step()
@@ -90,7 +92,7 @@ def with_a_wait(run: Run, step: Callable[[], None]) -> Callable[[], None]:
 
 
 def as_it_is(run: Run, step: Callable[[], None]) -> Callable[[], None]:
-    """Change nothing."""
+    """Return ``step`` unchanged."""
     return step
 
 
@@ -101,11 +103,11 @@ WITHOUT: dict[str, Callable[[Run, Callable[[], None]], Callable[[], None]]] = {
     "running ahead": with_a_wait,
     "cuDNN attention": as_it_is,  # by leaving out a context
 }
-"""What a comparison may leave out, and how."""
+"""Name of a part of the training loop -> function that removes this part from a run and returns the new step."""
 
 
 def serve_run(words: Sequence[str], without: str, folder: Path) -> Served:
-    """Build a run of ours as ``gpt.train`` does, without one thing."""
+    """Build a run as ``gpt.train`` does, without the part ``without``. ``words`` are its overrides."""
     raise_open_files()
     set_defaults()
     config = parse_request(parse_arguments([*words])).config
@@ -132,7 +134,9 @@ def serve_run(words: Sequence[str], without: str, folder: Path) -> Served:
 
 
 def told_of(run: Run) -> dict[str, Any]:
-    """What the referee is to know of a run: sizes, the device and its peak, the plan's memory."""
+    """Return the properties of a run for the result table: parameters, tokens of a step, device, peak FLOP/s, planned
+    memory.
+    """
     config = run.config
     device = describe_rank(run.world)["device_name"]
     return {
@@ -151,17 +155,18 @@ def told_of(run: Run) -> dict[str, Any]:
 
 
 def memory_peak(device: str) -> dict[str, Any]:
-    """The most memory of this rank so far: in tensors on the GPU, or of RAM by the process."""
+    """Return the peak memory of this rank in GiB: tensors on the GPU, or the RAM of the process on a CPU."""
     if device == "cuda":
         return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def waits(step: Callable[[], None]) -> dict[str, Any]:
-    """Find the places in which the host waits for the device in ``WATCHED`` steps: each with how often it does.
+    """Return the source lines at which the host waits for the device, each with its number of waits in ``WATCHED``
+    steps.
 
-    First torch warns of them, so that all are found; where it warns of none, as many steps are done under its mode
-    ``error``. None on a CPU, where nothing is to be waited for.
+    The function first lets torch warn about each wait. If there is no warning, the function runs as many steps in
+    torch's mode ``error``, which raises at a wait. On a CPU the value is None.
     """
     if not torch.cuda.is_available():
         return {"waits": None}
@@ -186,12 +191,12 @@ def waits(step: Callable[[], None]) -> dict[str, Any]:
 
 
 def place(file: Path, line: int) -> str:
-    """Name a line of this project by its path in it, another by its file."""
+    """Return file and line as text: the path inside the checkout, or the file name alone for a file outside of it."""
     return f"{file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name}:{line}"
 
 
 def serve_other(told: dict[str, Any]) -> Served:
-    """Build the step of another library."""
+    """Build the training step of another library."""
     checkout = None if told["checkout"] is None else Path(told["checkout"])
     shape, device = Shape(**told["shape"]), told["device"]
     served = serve_peer(told["peer"], shape, checkout, told["compiled"], True, device, told["data"])
@@ -200,7 +205,7 @@ def serve_other(told: dict[str, Any]) -> Served:
 
 
 def main() -> None:
-    """Serve what the only argument describes, in JSON."""
+    """Build the contestant that the only argument describes in JSON, and run its turns."""
     die_with_parent(os.getppid())
     told = json.loads(sys.argv[1])
     with tempfile.TemporaryDirectory(prefix="gpu_") as folder:

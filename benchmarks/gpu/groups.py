@@ -21,72 +21,78 @@ COMMON = (
     *("optim.lr=6e-4", "optim.min_lr=6e-4"),
 )
 DATA = {"cuda": ("data=synthetic", "data.synthetic.vocab_size=4096"), "cpu": ("data=synthetic",)}
-"""Ids that are spread over thousands of rows of the embedding: bytes would crowd into 256."""
+"""Device -> overrides for the data. On a GPU the tokens spread over 4,096 rows of the embedding; bytes would use only
+256 rows.
+"""
 TINY = (
     *("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "model.vocab_size=256"),
     *("model.n_kv_head=null", "model.ffn_hidden=64"),
 )
-"""Sizes of every model on CPUs, where the lists are rehearsed."""
+"""Sizes of every model on a CPU, where ``--device cpu`` only tries the lists."""
 WHOLE_LOGITS = 12
-"""Bytes a logit that a loss takes beyond ours: fp32 copies of the logits, of their log-softmax and of its gradient."""
+"""Additional bytes for each logit in a loss that is not fused: fp32 copies of the logits, of their log-softmax, and of
+the gradient.
+"""
 FULLEST = 0.85
-"""Share of a GPU's memory that plans may fill: contexts, NCCL and the gaps between tensors need the rest."""
+"""Largest share of a GPU's memory that plans may use. CUDA contexts, NCCL and fragmentation need the rest."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One contestant."""
+    """One training step to measure: a configuration of this project, or another library."""
 
     name: str
     words: tuple[str, ...] = ()
-    """Overrides of gpt.train."""
+    """Overrides of ``gpt.train``."""
     without: str = ""
-    """What is left out of our loop (``contestant.WITHOUT``)."""
+    """Name of the part of our training loop that the contestant leaves out (``contestant.WITHOUT``); empty: none."""
     peer: str = ""
-    """Another library, instead of ours."""
+    """Name of the other library whose step is measured; empty: this project."""
     environment: tuple[tuple[str, str], ...] = ()
+    """Environment variables of the process, as pairs of name and value."""
     micro_batch: int = 16
-    """Sequences; half as many where they do not fit."""
+    """Sequences in a micro-batch. ``planned`` halves this number until the plan fits into the memory."""
     ranks: int = 1
     planned_gib: float = 0.0
-    """Memory of a rank by the plan."""
+    """Planned memory of a rank, in GiB."""
     target: str = ""
-    """What is asked of it on one H100."""
+    """Demanded result on one H100, as text for the table; empty: no demand."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Contestants that belong together."""
+    """Entries that share one table."""
 
     name: str
     entries: tuple[Entry, ...]
     compares: bool = True
-    """Whether the others are compared with the first."""
+    """True if the table compares each entry with the first one."""
     shape: Shape | None = None
-    """Of the model where another library's stands beside ours."""
+    """Shape of the model if the group has another library; None if the group has only this project."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the lists are made for."""
+    """Device type, number of ranks and memory for which the lists are made."""
 
     device: str
     """``cuda`` or ``cpu``."""
     ranks: int
     memory_gib: float
-    """Of one device."""
+    """Memory of one device, in GiB."""
 
     @property
     def room_gib(self) -> float:
-        """What plans may fill."""
+        """Memory of one device that plans may use, in GiB."""
         return FULLEST * self.memory_gib
 
 
 def planned(machine: Machine, entry: Entry) -> Entry:
-    """Return an entry with its batch and its plan, its micro-batch halved as often as it takes to fit.
+    """Return the entry with its batch sizes and its planned memory. Halves the micro-batch until the plan fits.
 
     Raises:
-        ConfigError: the overrides do not go together, or on no such number of ranks; or one sequence is too many.
+        ConfigError: the overrides are not valid together or on this number of ranks, or one sequence needs more memory
+            than a device has.
     """
     dims = check_parallel_dims(to_schema(compose_train(entry.words), TrainConfig), entry.ranks)
     micro = entry.micro_batch
@@ -109,7 +115,7 @@ def planned(machine: Machine, entry: Entry) -> Entry:
 
 
 def groups(machine: Machine, with_nanogpt: bool) -> Iterator[Group]:
-    """All groups, the most important first; what does not go on this machine is left out."""
+    """Yield all groups, the most important first. Leaves out what this machine cannot run."""
     yield Group("models", tuple(models(machine)), compares=False)
     yield peers(machine, with_nanogpt)
     yield Group("engines", tuple(engines(machine)))
@@ -120,7 +126,7 @@ def groups(machine: Machine, with_nanogpt: bool) -> Iterator[Group]:
 
 
 def words_of(machine: Machine, model: str, *more: str) -> tuple[str, ...]:
-    """Overrides of a model on this machine."""
+    """Return the overrides of ``gpt.train`` for a model on this machine, followed by ``more``."""
     tiny = TINY if machine.device == "cpu" else ()
     gated = model != "gpt2_124m"
     sizes = (word for word in tiny if gated or "ffn_hidden" not in word)
@@ -128,7 +134,7 @@ def words_of(machine: Machine, model: str, *more: str) -> tuple[str, ...]:
 
 
 def models(machine: Machine) -> Iterator[Entry]:
-    """The three models at their defaults, on all GPUs."""
+    """Yield an entry for each of the three models at its default settings, on all GPUs."""
     ranks = machine.ranks
     sharded = "parallel=fsdp" if ranks > 1 else "parallel=ddp"
     for name, micro, way, target in (
@@ -140,7 +146,9 @@ def models(machine: Machine) -> Iterator[Entry]:
 
 
 def peers(machine: Machine, with_nanogpt: bool) -> Group:
-    """Ours beside nanoGPT and transformers, in GPT-2 small's shape, compiled on GPUs; on one of them."""
+    """Return the group that compares this project with nanoGPT and transformers on one device, in the shape of GPT-2
+    small. On GPUs all are compiled.
+    """
     sizes = {"layers": 12, "width": 768, "heads": 12, "block": 1024, "vocab": 50304, "batch": 16}
     if machine.device == "cpu":
         sizes = {"layers": 2, "width": 32, "heads": 2, "block": 32, "vocab": 256, "batch": 16}
@@ -152,7 +160,9 @@ def peers(machine: Machine, with_nanogpt: bool) -> Group:
 
 
 def engines(machine: Machine) -> Iterator[Entry]:
-    """Each engine in eager mode on all GPUs, with dimensions of two ranks, where they and the packages are there."""
+    """Yield an entry for each engine in eager mode on all GPUs. Each dimension of a preset has two ranks. Leaves out
+    engines that do not fit this machine or whose package is missing.
+    """
     dims = {"tp": "tp", "pp": "pp", "cp": "cp", "ep": "ep", "hsdp": "dp_shard"}
     names = ["ddp", "zero1", "fsdp", "hsdp", "tp", "fsdp_tp", "pp", "pp_fsdp", "cp", "fsdp_cp", "ep", "fsdp_ep"]
     if is_importable("deepspeed"):
@@ -168,7 +178,7 @@ def engines(machine: Machine) -> Iterator[Entry]:
 
 
 def changes(machine: Machine) -> Iterator[Entry]:
-    """What each default is worth on one GPU: the default first, then the same without it."""
+    """Yield entries on one device: the default settings, then the same model with one of the settings changed."""
     words = words_of(machine, "gpt2_124m")
     yield Entry("gpt2_124m", words)
     yield Entry("compile=none", (*words, "compile=none"))
@@ -185,7 +195,7 @@ def changes(machine: Machine) -> Iterator[Entry]:
 
 
 def expert_changes(machine: Machine) -> Iterator[Entry]:
-    """What the grouped product of the experts is worth."""
+    """Yield entries that measure what the grouped matrix product of experts gains."""
     words = words_of(machine, "moe_200m")
     yield Entry("moe_200m", words, micro_batch=8)
     yield Entry("compile=none", (*words, "compile=none"), micro_batch=8)
@@ -194,7 +204,7 @@ def expert_changes(machine: Machine) -> Iterator[Entry]:
 
 
 def float8_changes(machine: Machine) -> Iterator[Entry]:
-    """What 8 bits win, or on a CPU cost, since they are emulated there."""
+    """Yield entries that measure what float8 gains. A CPU emulates float8, which makes it slower there."""
     words = words_of(machine, "llama_1p36b", *(["float8_emulate=true"] if machine.device == "cpu" else []))
     yield Entry("llama_1p36b", words_of(machine, "llama_1p36b"), micro_batch=2)
     for name in ("tensorwise", "rowwise"):
@@ -202,7 +212,9 @@ def float8_changes(machine: Machine) -> Iterator[Entry]:
 
 
 def packs(group: Group, machine: Machine, at_once: int) -> Iterator[list[Entry]]:
-    """Split a group into entries that are on the GPUs at once, by their plans; the first is in all that compare."""
+    """Yield lists of entries whose plans fit into the memory together. If the group compares, each list begins with the
+    first entry where this entry fits, too.
+    """
     base = group.entries[0] if group.compares else None
     pack: list[Entry] = []
     for entry in group.entries:

@@ -41,9 +41,11 @@ from launch.runs.compose import to_schema
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300
-"""Of one entry."""
+"""Time limit of one entry, in seconds."""
 FP32, BF16 = 1e-3, 2e-2
-"""Relative tolerances: what other kernels and orders of summation make of a few steps in fp32, and what bf16 does."""
+"""Relative tolerances for runs in fp32 and in bf16. They allow for other kernels and other orders of summation in a few
+steps.
+"""
 COMMON = (
     *("logging.tensorboard=false", "logging.gradients_interval=0", "checkpoint.interval=0", "eval.interval=0"),
     "checkpoint.give_up_after_min=0",  # the last step is saved, and a full disk must not keep an entry waiting
@@ -67,7 +69,7 @@ MODELS = {
     "experts": ("model=moe_200m",),
 }
 FP32_WORDS = ("precision=fp32", "tf32=false")
-"""Without them a GPU takes bf16, or rounds factors to TF32."""
+"""Overrides for fp32 arithmetic. Without them a GPU computes in bf16, or rounds the factors of products to TF32."""
 PLAIN = ("parallel=ddp", *FP32_WORDS, "model.attention=manual", "compile=none")
 ONE_BY_ONE = ("model.expert_matmul=loop",)
 
@@ -82,18 +84,20 @@ class Entry:
     model: str = "dense"
     ranks: int = 1
     micro_batch: int = 4
-    """At most."""
+    """Largest number of sequences in a micro-batch."""
 
 
 @dataclass
 class Result:
-    """Outcome and measurement; None where that is not known."""
+    """Outcome and measurements of one entry."""
 
     entry: Entry
     outcome: str
-    """``ok``, ``off`` (too far from the plain path), ``refused`` (by the program, in words) or ``failed``."""
+    """``ok``, ``off`` (the error exceeds the tolerance), ``refused`` (the program refused the overrides) or ``failed``.
+    """
     why: str = ""
     error: float | None = None
+    """Largest relative error against the reference run; None if there is no comparison."""
     summary: dict[str, Any] = field(default_factory=dict)
     startup: dict[str, Any] = field(default_factory=dict)
 
@@ -116,9 +120,9 @@ KERNELS = (
 
 
 def presets(gpus: int) -> Iterator[Entry]:
-    """Each way of configs/parallel that fits, in fp32 and as it is used: bf16 with the flash kernel where there is one.
+    """Yield entries for each preset in ``configs/parallel`` that fits ``gpus`` devices, in fp32 and in bf16.
 
-    The numbers of a preset are kept where they fit, else each of its dimensions gets two ranks.
+    An entry keeps the sizes of the preset if they fit. Otherwise each dimension of the preset gets two ranks.
     """
     ranks = 1 << (gpus.bit_length() - 1)
     for path in sorted((ROOT / "configs" / "parallel").glob("*.yaml")):
@@ -141,7 +145,7 @@ def presets(gpus: int) -> Iterator[Entry]:
 
 
 def command(entry: Entry, device: str, folder: Path) -> list[str]:
-    """The words to type for an entry; its micro-batch is what is left for a data rank at most."""
+    """Return the command line of an entry. The micro-batch is at most the number of sequences that a data rank gets."""
     words = [*MODELS[entry.model], *SIZES[device], *COMMON, f"device={device}", *entry.words]
     config = to_schema(compose_train(words), TrainConfig)
     micro = min(entry.micro_batch, config.optim.global_batch // check_parallel_dims(config, entry.ranks).data_ranks)
@@ -159,7 +163,7 @@ def command(entry: Entry, device: str, folder: Path) -> list[str]:
 
 
 def run(entry: Entry, device: str, folder: Path) -> Result:
-    """Run an entry to its end."""
+    """Run an entry and wait for its end. Return its outcome and measurements."""
     try:
         words = command(entry, device, folder)
     except ConfigError as error:
@@ -191,7 +195,9 @@ def run(entry: Entry, device: str, folder: Path) -> Result:
 
 
 def compare(result: Result, plain: Result) -> None:
-    """Put in how far a result is from the plain path."""
+    """Set ``result.error`` to the largest relative error against the run ``plain``, and ``result.outcome`` to ``off``
+    if the error exceeds the tolerance.
+    """
     if not (result.summary and plain.summary):
         return
     pairs = [*zip(result.summary["losses"], plain.summary["losses"], strict=True)]
@@ -202,7 +208,7 @@ def compare(result: Result, plain: Result) -> None:
 
 
 def row(result: Result) -> str:
-    """One line of the table."""
+    """Return the line of the Markdown table for a result."""
     entry, summary = result.entry, result.summary
     figures = [
         f"{summary[name] * factor:{form}}" if name in summary else ""
@@ -220,7 +226,7 @@ def row(result: Result) -> str:
 
 
 def page(results: Sequence[Result], commands: str) -> str:
-    """The results as Markdown."""
+    """Return the Markdown page with the results. ``commands`` is the command line that was typed."""
     known = next(result.startup for result in results if result.startup)
     ranks = known["ranks"][0]
     versions = ", ".join(f"{name} {version}" for name, version in known["software"].items())
@@ -244,19 +250,21 @@ def page(results: Sequence[Result], commands: str) -> str:
 
 
 def entries(ranks: int, only: Sequence[str]) -> list[Entry]:
-    """Entries that are compared with the plain paths."""
+    """Return the entries on ``ranks`` devices whose names begin with a word of ``only``; all entries if ``only`` is
+    empty.
+    """
     every = [*KERNELS, *presets(ranks)]
     return [e for e in every if not only or any(e.name.startswith(word) for word in only)]
 
 
 def plain_paths(chosen: Sequence[Entry]) -> list[Entry]:
-    """Entries that the chosen ones are compared with: one for each model."""
+    """Return the reference entries for the chosen entries: one for each model."""
     names = dict.fromkeys(entry.model for entry in chosen)
     return [Entry(f"plain {name}", PLAIN + ONE_BY_ONE * (name == "experts"), 0, name) for name in names]
 
 
 def main() -> int:
-    """Run the list; see the top for the exit status."""
+    """Run the list. Returns the exit status, which the docstring of the module explains."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=list(SIZES), default="cuda", help="cpu rehearses the list with tiny sizes")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="entries whose names begin so; default: all")

@@ -45,7 +45,7 @@ EACH = 128
 QUIET_S = 10.0
 LOOK_S = 0.05
 SWITCH_S = 0.0005
-"""Seconds for which a thread of Python may keep the others of its process waiting."""
+"""Longest time in seconds for which a Python thread keeps the other threads of its process waiting."""
 TITLES = (
     "agents",
     "meet, s",
@@ -67,7 +67,7 @@ def config_of(count: int) -> Config:
 
 
 def join(folder: RunFolder, index: int, config: Config) -> rendezvous.AgentGroup:
-    """Return the group of all agents, as agent ``index`` sees it."""
+    """Connect agent ``index`` to the store of the head node. Returns the group of all agents."""
     node = Node(index, config.nodes, "job", is_slurm=False)
     limits = config.resilience
     endpoint = exchange.open_endpoint(folder, node, limits.rendezvous_timeout_s, limits.node_timeout_s)
@@ -75,16 +75,17 @@ def join(folder: RunFolder, index: int, config: Config) -> rendezvous.AgentGroup
 
 
 def attach_rank(folder: RunFolder, group: rendezvous.AgentGroup, index: int, rdzv: RendezvousRound) -> HeartbeatFile:
-    """Give agent ``index`` a rank, and its part in the agreements of a round. Returns the rank's file."""
+    """Give agent ``index`` a rank, and register the rank for the agreements of a round. Returns the heartbeat file of
+    the rank.
+    """
     file = HeartbeatFile(folder.path / f"rank_{index}")
     group.heartbeat.agreement = Agreement(rdzv.number, index, rdzv.members, [file])
     return file
 
 
 def follow(folder: RunFolder, first: int, end: int, count: int) -> None:
-    """Run the agents ``first`` to ``end - 1`` until the head node ends the run.
-
-    Writes the monotonic time at which the last one has the stop, and the time of the last message of agent 1.
+    """Run the agents ``first`` to ``end - 1`` until the head node ends the run. Writes two monotonic times: when the
+    last agent has received the stop, and when agent 1 has sent its last message.
     """
     config, files = config_of(count), dict[int, HeartbeatFile]()
     sys.setswitchinterval(SWITCH_S)
@@ -115,7 +116,7 @@ def follow(folder: RunFolder, first: int, end: int, count: int) -> None:
 
 
 def lead(folder: RunFolder, count: int) -> None:
-    """Run the agent of the head node, and print what it took as JSON."""
+    """Run the agent of the head node, and print its measurements as JSON."""
     raise_open_files()
     folder.record_event("agent_started", job="job")
     process, config = psutil.Process(), config_of(count)

@@ -50,14 +50,16 @@ READ_S, COMPUTE_S = 0.005, 0.1
 
 @contextmanager
 def fake_ranks(ranks: int) -> Iterator[DeviceMesh]:
-    """The mesh of ``ranks`` of which only the first is there."""
+    """Context with a device mesh of ``ranks`` ranks in torch's fake process group. Only rank 0 exists."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     yield init_device_mesh("cpu", (ranks,))
     dist.destroy_process_group()
 
 
 def host_waits_of_a_step() -> tuple[str, bool]:
-    """A1: clipping of shards and of a replica, gradient statistics, and the plan of a dispatch to experts."""
+    """Return row A1: how often the host waits for the device while it clips gradients, computes gradient statistics,
+    and plans a dispatch to experts.
+    """
     clip = len(host_waits(waits.clip_shards)) + len(host_waits(waits.clip_replica))
     sums = len(host_waits(lambda device: waits.Gradients(small(n_layer=24), device).sums(waits.sharded(device))))
     reads = []
@@ -78,7 +80,7 @@ def host_waits_of_a_step() -> tuple[str, bool]:
 
 
 def fsdp_gathers() -> tuple[str, bool]:
-    """A2, of an untied Llama of five blocks."""
+    """Return row A2: the all-gathers of FSDP for a Llama of five blocks whose head has its own matrix."""
     model = small(**LLAMA, n_layer=fsdp.BLOCKS)
     with fake_ranks(fsdp.RANKS) as mesh:
         forward, backward = fsdp.gathers(fsdp.sharded(model, mesh))
@@ -88,7 +90,9 @@ def fsdp_gathers() -> tuple[str, bool]:
 
 
 def loss_traffic() -> tuple[str, bool]:
-    """A3, of the loss in chunks and eager; the compiled one is a kernel of Inductor, and no operation is seen."""
+    """Return row A3: the memory traffic of the chunked loss in eager mode. The compiled loss is one Inductor kernel,
+    whose operations the measurement cannot see.
+    """
     logits = torch.randn(2, 24, 700) * 5
     (found, grad), (expected, expected_grad) = (computed(f, logits, 0.003) for f in (layers.cross_entropy, torchs))
     off = max(float((found / expected - 1).abs()), float((grad - expected_grad).norm() / expected_grad.norm()))
@@ -101,13 +105,15 @@ def loss_traffic() -> tuple[str, bool]:
 
 
 def watched_loop() -> dict[str, Any]:
-    """Findings of a run of 200 steps of two ranks, of which one is asked to save and to stop."""
+    """Return the measurements of a run of 200 steps on two ranks. One rank is asked to save and to stop."""
     with tempfile.TemporaryDirectory() as folder:
         return dict(run_distributed(loop.watch, 2, Path(folder) / "run")[0])
 
 
 def messages_of_steps() -> tuple[str, bool]:
-    """A4: messages through the control group in the first 100 steps; steps until the stop was obeyed."""
+    """Return row A4: the messages through the control group in the first 100 steps, and the steps from the request to
+    stop until the stop.
+    """
     found = watched_loop()
     messages = len([step for step in found["messages"] if step <= 100])
     steps = found["step"] - loop.STOP_AT
@@ -115,14 +121,16 @@ def messages_of_steps() -> tuple[str, bool]:
 
 
 def collections() -> tuple[str, bool]:
-    """A14: collections during the steps, by the step before them."""
+    """Return row A14: the garbage collections during steps that do not occur at multiples of ``GC_INTERVAL``."""
     during = [step for step, _ in watched_loop()["collected"] if 0 < step < loop.SAVE_AT]
     others = [step for step in during if step % GC_INTERVAL]
     return f"{len(others)}, others after steps {', '.join(map(str, during))}", not others and bool(during)
 
 
 def sharded_state(mesh: DeviceMesh, layers: int = 24, width: int = 2048) -> dict[str, Any]:
-    """Model and optimizer of 1.3 billion parameters, sharded over ``mesh``; shapes alone."""
+    """Return a checkpoint state of a model with 1.3 billion parameters and its optimizer, sharded over ``mesh``. The
+    tensors have shapes but no values.
+    """
 
     def shard(*shape: int) -> DTensor:
         local = torch.empty(-(-shape[0] // mesh.size()), *shape[1:], device="meta")
@@ -141,7 +149,7 @@ def sharded_state(mesh: DeviceMesh, layers: int = 24, width: int = 2048) -> dict
 
 
 def plan_of_rank(plan: SavePlan, rank: int) -> SavePlan:
-    """The plan of another rank: the same with its shards further down."""
+    """Return the save plan of another rank: ``plan`` with the shard offsets of this rank."""
     items = []
     for item in plan.items:
         data = item.tensor_data
@@ -155,7 +163,7 @@ def plan_of_rank(plan: SavePlan, rank: int) -> SavePlan:
 
 
 def checkpoint_plans(ranks: int = 256) -> tuple[str, bool]:
-    """A9: what rank 0 does before anything is written, of a state that is saved twice."""
+    """Return row A9: the CPU time that rank 0 needs to plan the first and the second save of the same state."""
     with fake_ranks(ranks) as mesh:
         state = sharded_state(mesh)
 
@@ -178,13 +186,13 @@ def checkpoint_plans(ranks: int = 256) -> tuple[str, bool]:
 
 
 def memory_gib(name: str) -> float:
-    """A figure of this process's memory, as the kernel counts it."""
+    """Return a value of /proc/self/status, such as VmRSS, in GiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")) / GIB
 
 
 def build_and_look(rank: int, size: int, folder: Path) -> float:
-    """Growth of the peak from before the model is constructed until it is sharded and drawn, GiB."""
+    """Return how much the peak memory of this rank grows while it builds, shards and initializes the model, in GiB."""
     from gpt import train as module
 
     config = config_from([*BUILT, "data.max_bytes=60000"])
@@ -208,14 +216,16 @@ def build_and_look(rank: int, size: int, folder: Path) -> float:
 
 
 def memory_of_a_start() -> tuple[str, bool]:
-    """A11: four real ranks; tests/parallel/test_engines.py compares the bits."""
+    """Return row A11, measured on four real ranks. tests/parallel/test_engines.py compares the weights."""
     with tempfile.TemporaryDirectory() as folder:
         grown = max(run_distributed(build_and_look, 4, Path(folder) / "built" / "run", timeout_s=600)) * GIB / 1e9
     return f"{grown:.2f} GB", grown <= 0.3
 
 
 def slow_steps(rank: int, size: int, folder: Path) -> list[float]:
-    """Waits for the data of the steps of a run whose reading and computing take as long as is said."""
+    """Return for each step the seconds that the step waits for its batch. Reading a window takes ``READ_S`` seconds,
+    and computing takes ``COMPUTE_S`` seconds.
+    """
     run: Run = start(rank, size, folder, "parallel=ddp", "optim.max_steps=40", "eval.interval=0")
     read = Windows.read
     waited = []
@@ -240,7 +250,7 @@ def slow_steps(rank: int, size: int, folder: Path) -> list[float]:
 
 
 def data_wait() -> tuple[str, bool]:
-    """A12, of the loop itself, one rank with 16 windows a step."""
+    """Return row A12: the median wait for a batch on one rank with 16 windows in each step."""
     with tempfile.TemporaryDirectory() as folder:
         waited = run_distributed(slow_steps, 1, Path(folder) / "runs" / "run")[0]
     median = statistics.median(waited)
@@ -248,7 +258,7 @@ def data_wait() -> tuple[str, bool]:
 
 
 def zero1_gathers() -> tuple[str, bool]:
-    """A18: of a Llama of 24 layers over eight ranks."""
+    """Return row A18: the all-gathers of ZeRO-1 for a Llama of 24 layers on eight ranks."""
     with torch.device("meta"):
         shapes = [p.shape for p in GPT(small(**LLAMA, n_layer=24)).parameters()]
 

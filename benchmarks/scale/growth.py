@@ -28,12 +28,14 @@ from benchmarks.scale import engines, launcher, records
 from benchmarks.turns import ROOT
 
 LIMIT_S = 900.0
-"""A row that takes longer was not measured."""
+"""Time limit of a row, in seconds. A row that takes longer counts as not measured."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A measure, what it was, what is demanded, and how it is found: text, and whether that is enough."""
+    """A measure, its value before, the demanded value, and a function that returns the measured value as text and True
+    if it meets the demand.
+    """
 
     what: str
     before: str
@@ -137,7 +139,9 @@ ROWS = {
 
 
 def measured(name: str) -> tuple[str, bool]:
-    """Measure a row in a process of its own; what failed is told instead."""
+    """Return the value of a row, measured in a process of its own, and True if it meets the demand. If the process
+    fails, the value is the reason.
+    """
     command = [sys.executable, "-m", "benchmarks.scale.growth", "--row", name]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     try:
@@ -152,7 +156,7 @@ def measured(name: str) -> tuple[str, bool]:
 
 
 def main() -> int:
-    """Exit status: 0 where every row is reached, else 1."""
+    """Measure and print the rows. Returns the exit status: 0 if every row meets its demand, else 1."""
     parser = argparse.ArgumentParser(description="Acceptance measures of scale, measured on this machine.")
     parser.add_argument("--only", default="", metavar="ROW,ROW", help="rows; default: all")
     parser.add_argument("--write", action="store_true", help="keep the page, benchmarks/scale/growth.md")

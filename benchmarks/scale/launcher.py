@@ -48,16 +48,18 @@ sys.stdout.flush()
 os._exit(0)
 """
 GPUS = ("model=gpt2_124m", "optim=gpt2", "cluster=slurm", "cluster.partition=gpu", "cluster.gpus_per_node=8")
-"""README's command for GPUs."""
+"""Arguments of the README's command for GPUs."""
 
 
 def limit_files() -> None:
-    """Give a process the soft limit of open files of a login shell that is stingy."""
+    """Set the soft limit of open files of this process to ``FILES``, as strict login shells do."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 def open_files() -> tuple[str, bool]:
-    """A5: what a rank of a launched script finds in its environment, and whether that lets 16 ranks meet."""
+    """Return row A5: the limit of open files that a rank of a launched script gets, and whether 16 gloo ranks start
+    under it.
+    """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with tempfile.TemporaryDirectory() as name:
         script, told = Path(name) / "rank.py", Path(name) / "told"
@@ -86,9 +88,9 @@ def dry_run(folder: str, *words: str) -> str:
 
 
 def precision_of_the_readme() -> tuple[str, bool]:
-    """A13: the plan's line about the execution, and warnings that name the precision.
+    """Return row A13: the precision in the plan, and whether the plan warns of fp32 on H100s.
 
-    The factor is that of a device. Slurm tells its name, which here there is none to ask.
+    The second dry run sets ``cluster.gpu_name``, which Slurm reports on a cluster.
     """
     with tempfile.TemporaryDirectory() as name:
         asked = re.search(r"execution +(\w+)", dry_run(name, "nodes=1", *GPUS))
@@ -100,13 +102,15 @@ def precision_of_the_readme() -> tuple[str, bool]:
 
 
 def opened_files() -> tuple[str, bool]:
-    """A15, by strace, of a whole command, forked as by default."""
+    """Return row A15: how many files a start opens on a node of eight ranks, relative to one rank. strace counts them,
+    and ranks are forked.
+    """
     one, eight = opened(1, forked=True), opened(8, forked=True)
     return f"{eight / one:.2f} x ({one:,} and {eight:,})", eight <= 1.5 * one
 
 
 def dry_run_of_100() -> tuple[str, bool]:
-    """A19: a sweep over 100 learning rates."""
+    """Return row A19: the CPU seconds of a dry run of a sweep over 100 learning rates."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as name:
         rates = ",".join(f"{1e-4 * (i + 1):.4f}" for i in range(100))

@@ -39,12 +39,13 @@ from tests.support.commands import run
 NODES = 4
 STEPS = 14
 LINKS = "links"
-"""Name of the measurement of the links alone."""
+"""Name of the step that only measures the links."""
 BUDGET_S = "2"
-"""Time for each size of a collective, so long that messages follow one another as in a run: a shaped link lets a burst
-of 64 KiB pass at once after each pause."""
+"""Time in seconds for each size of a collective. It is long, because a shaped link lets a burst of 64 KiB pass at once
+after each pause; in a run, messages follow one another.
+"""
 DEMANDED = 0.10
-"""Error of a held-out point that is demanded on limited links."""
+"""Largest relative error of a predicted point that is accepted on limited links."""
 ON_SANDBOX = ("cluster=slurm", "launch.poll_s=1", "launch.sequential=true", "ranks_per_node=1", "device=cpu")
 MODEL = (
     *("model.n_layer=2", "model.n_embd=192", "model.n_head=4", "model.block_size=32", "data=synthetic"),
@@ -56,16 +57,18 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "pp": ("2,4", ("parallel=pp", "parallel.pp=2", "optim.global_batch=32", "optim.max_micro_batch=4")),
     "tp": ("2,4", ("parallel=tp", "parallel.tp=2", "optim.global_batch=32", "optim.max_micro_batch=16")),
 }
-"""Parallelism -> nodes, and overrides. With pp and tp a pair of nodes is the least; four are two such pairs."""
+"""Parallelism -> numbers of nodes, and overrides. With pp and tp the smallest run has two nodes; four nodes are two
+such pairs.
+"""
 
 
 @dataclass(frozen=True)
 class Cables:
-    """Limits of the cables of all nodes."""
+    """Bandwidth and latency of the cables of all nodes."""
 
     bandwidth_mbit: float = 20.0
     latency_ms: float = 2.0
-    """Each way."""
+    """Latency in each direction, in milliseconds."""
 
     def __str__(self) -> str:
         return f"{self.bandwidth_mbit:g} Mbit/s, {self.latency_ms:g} ms"
@@ -73,18 +76,18 @@ class Cables:
 
 @dataclass(frozen=True)
 class Result:
-    """The held-out point of one parallelism on some cables."""
+    """The predicted and the measured step of one parallelism on four nodes."""
 
     name: str
     cables: Cables
     is_blind: bool
     held_out: HeldOut
     link_share: float
-    """Share of the predicted step in which ranks wait for the links."""
+    """Share of the predicted step in which ranks wait for the links, 0 to 1."""
 
     @property
     def cells(self) -> list[str]:
-        """The line of the table."""
+        """Return the cells of the table's row."""
         point, predicted = self.held_out.point, self.held_out.predicted_s
         low, high = (100 * (predicted / measured - 1) for measured in (point.high_s, point.low_s))
         return [
@@ -113,7 +116,7 @@ TITLES = (
 
 
 def main() -> int:
-    """Measure, predict and print; the exit status is 1 where an error is larger than demanded."""
+    """Measure, predict and print. Returns the exit status: 1 if an error exceeds ``DEMANDED``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--only", default="", help=f"{LINKS}, and parallelisms: " + ",".join(CASES))
     parser.add_argument(
@@ -138,19 +141,26 @@ def main() -> int:
 
 
 def read_cables(text: str) -> Cables:
-    """Read the limits of the cables, as typed."""
+    """Return the limits of the cables in text such as 40,5 (Mbit/s and ms)."""
     bandwidth_mbit, latency_ms = map(float, text.split(","))
     return Cables(bandwidth_mbit, latency_ms)
 
 
 def has_row(name: str, cables: Cables) -> bool:
-    """Tell whether the page has the row of a parallelism on these cables, whatever it says."""
+    """Return True if the page has a row of this parallelism on these cables."""
     page = Path(__file__).with_suffix(".md")
     return page.is_file() and f"| {name} at {cables} |" in page.read_text()
 
 
 def measure_cases(names: list[str], cables: Cables, known: Path | None, kept: Path | None) -> list[Result]:
-    """Measure the links, unless they are ``known``, and some parallelisms; the runs go to ``kept``, where that is."""
+    """Measure the links and the given parallelisms, and return the results.
+
+    Args:
+        names: parallelisms.
+        cables: limits of the cables.
+        known: file with measured links; None: measure the links.
+        kept: folder that keeps the runs; None: delete the runs.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="projection-"))
     results = []
     with Cluster(scratch / "sandbox") as sandbox:
@@ -179,7 +189,9 @@ def measure_cases(names: list[str], cables: Cables, known: Path | None, kept: Pa
 def predict(
     name: str, folder: Path, network: Path | None, cables: Cables = Cables(), *, is_blind: bool = False
 ) -> Result:
-    """Predict the largest point of a sweep from the others, although its nodes share the cores of one machine."""
+    """Predict the largest point of a sweep from the smaller points. The cost model takes no account of nodes that share
+    cores.
+    """
     points = label_points([*map(read_point, select(folder).runs)])
     (series,) = split(points)
     members = tuple(one for one in series.members if one.figures is not None)

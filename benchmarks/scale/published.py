@@ -33,23 +33,26 @@ MEGATRON = (
     (128, 20480, 105, 8, 35, 2520, 2520, 163),
     (160, 25600, 128, 8, 64, 3072, 3072, 163),
 )
-"""Heads, width, layers, tensor and pipeline parallel ranks, A100s, batch, and TFLOP/s of a GPU, recomputation included:
-Narayanan et al., Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM, arXiv 2104.04473,
-table 1."""
+"""Rows of table 1 of Narayanan et al., Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM,
+arXiv 2104.04473: heads, width, layers, tensor parallel size, pipeline parallel size, number of A100s, batch, and
+TFLOP/s of a GPU with recomputation included.
+"""
 SEQUENCE, VOCABULARY = 2048, 51200
-"""Of all models of that table (section 5.1)."""
+"""Sequence length and vocabulary size of all models in ``MEGATRON`` (section 5.1 of the paper)."""
 TORCHTITAN = {"eager": {8: 5762, 128: 5605}, "torch.compile": {8: 6667, 128: 6514}}
-"""Tokens a second and GPU of Llama 3.1 8B by FSDP on so many H100s, two sequences of 8192 on each, selective
-recomputation, bf16: github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3. Its
-H100s have 96 GB and draw 500 W at most."""
+"""Mode -> number of H100s -> published tokens per second and GPU of Llama 3.1 8B with FSDP, two sequences of 8192
+tokens on each GPU, selective recomputation, bf16. Source: github.com/pytorch/torchtitan,
+benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3. These H100s have 96 GB and draw at most 500 W.
+"""
 LLAMA_8B = (
     *("model=llama_1p36b", "model.n_layer=32", "model.n_embd=4096", "model.n_head=32", "model.n_kv_head=8"),
     *("model.ffn_hidden=14336", "model.vocab_size=128256", "model.block_size=8192", "parallel=fsdp"),
     *("recompute=selective", "optim.max_micro_batch=2"),
 )
 SMALL = {1: (100.0, 68), 2: (96.0, 36), 4: (92.0, 19), 8: (89.0, 10)}
-"""GPUs -> efficiency in percent, and days, of a GPT of 117M parameters: the figures of the projects that this one grew
-from. Neither the devices nor the batch are known."""
+"""Number of GPUs -> efficiency in percent, and days of training, of a GPT with 117 million parameters. The projects
+that this one grew from report these figures; devices and batch are not known.
+"""
 SEQUENCES_EACH = (1, 2, 4, 8)
 SMALL_GPUS = ("Tesla V100-SXM2-16GB", "NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 3090")
 
@@ -69,7 +72,7 @@ UNKNOWN = """## What remains unknown
 
 @dataclass(frozen=True)
 class Case:
-    """A run as the launcher would compose it: overrides, nodes, and the GPUs of each."""
+    """A run as the launcher would compose it."""
 
     words: tuple[str, ...]
     nodes: int
@@ -77,7 +80,7 @@ class Case:
     device: str
 
     def step(self) -> StepTime:
-        """Time of a step by the workload's cost model."""
+        """Return the step time that the cost model predicts."""
         words = [*self.words, f"nodes={self.nodes}", "cluster=slurm", f"cluster.gpus_per_node={self.gpus}"]
         config = typed_config(compose_launch([*words, f"cluster.gpu_name='{self.device}'"]))
         workload: Any = workload_of(config)
@@ -96,31 +99,32 @@ class Case:
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows))
 
 
 def error(predicted: float, published: float) -> str:
-    """Predicted over published, less one."""
+    """Return ``predicted / published - 1`` as text."""
     return f"{100 * (predicted / published - 1):+.0f} %"
 
 
 WHOLE = ("parallel.sequence_parallel=false",)
-"""Overrides for rows without a pipeline: the paper is older than sequence parallelism."""
+"""Overrides for rows without a pipeline. The paper is older than sequence parallelism."""
 
 
 def interleaved(layers: int) -> tuple[str, ...]:
-    """Return the schedule of the paper's section 5.1, with as few stages a rank as divide its layers.
+    """Return overrides for the interleaved schedule of the paper's section 5.1, with the smallest number of stages of a
+    rank that divides its layers.
 
-    Sequence parallelism stands for the scatter and gather of what is sent between stages (section 4.1): a rank sends
-    its part of the hidden states, and the bytes of tensor parallelism are the same.
+    Sequence parallelism stands for the scatter and gather between stages (section 4.1): a rank sends only its part of
+    the hidden states, and tensor parallelism sends the same number of bytes.
     """
     stages = next(count for count in range(2, layers + 1) if layers % count == 0)
     return ("parallel.schedule=interleaved", f"parallel.stages_per_rank={stages}", "parallel.sequence_parallel=true")
 
 
 def megatron() -> str:
-    """TFLOP/s of a GPU, by the FLOPs that the paper counts (its equation 3)."""
+    """Return the table for ``MEGATRON``: TFLOP/s of a GPU, with the FLOPs of the paper's equation 3."""
     rows = []
     for heads, width, layers, tp, pp, gpus, batch, published in MEGATRON:
         words = (
@@ -142,7 +146,7 @@ def megatron() -> str:
 
 
 def torchtitan() -> str:
-    """Tokens a second and GPU, and what is left of them on 16 times as many GPUs."""
+    """Return the table for ``TORCHTITAN``: tokens per second and GPU, and the ratio to 1/16 of the GPUs."""
     rates = {}
     for gpus in (8, 128):
         words = (*LLAMA_8B, f"optim.global_batch={2 * gpus}", "precision=bf16")
@@ -158,7 +162,7 @@ def torchtitan() -> str:
 
 
 def small() -> str:
-    """Efficiency, and days from those of one GPU."""
+    """Return the table for ``SMALL``: efficiency, and days in relation to one GPU."""
     rows = []
     for device in SMALL_GPUS:
         precision = "fp16" if "V100" in device else "bf16"
@@ -185,7 +189,7 @@ def small() -> str:
 
 
 def small_batches() -> str:
-    """Efficiency where each GPU gets as many sequences a step as its own, by their number: no batch is known."""
+    """Return a table of the efficiency for several batch sizes, because the published batch is not known."""
     several = [gpus for gpus in SMALL if gpus > 1]
     rows = [["published", "unknown", *(f"{SMALL[gpus][0]:.0f} %" for gpus in several)]]
     for device in SMALL_GPUS:
@@ -200,7 +204,7 @@ def small_batches() -> str:
 
 
 def main() -> int:
-    """Print the tables."""
+    """Print the tables. With ``--write``, also write the page. Returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--write", action="store_true", help="keep the result beside this program")
     given = parser.parse_args()

@@ -22,21 +22,25 @@ from tests.support.commands import ROOT, TINY, environment
 
 STEPS = 1000
 RECORDED_S = 23.5
-"""Just before a rank above 0 writes again: the waits of its writer begin with a quarter second and double, up to 8."""
+"""Time in seconds until a rank is killed, just before its writer writes again. The writer of a rank above 0 waits a
+quarter second first; each wait is twice as long as the one before, up to 8 s.
+"""
 HANG_S = 5.0
 BASE_S, SLOW_S = 0.5, 0.03
 SEQUENCES, TOKENS, PER_NODE = 8, 2048, 8
 
 
 def train_command(folder: Path, *words: str) -> list[str]:
-    """A run of a tiny GPT in this process alone."""
+    """Return the arguments of ``gpt.train`` for a run of a tiny GPT on one rank."""
     tiny = [*TINY, "model.n_layer=1", "model.n_embd=16", "model.block_size=16", "optim.max_micro_batch=8"]
     quiet = ["eval.interval=0", "checkpoint.interval=0", "logging.tensorboard=false", "device=cpu"]
     return [*tiny, *quiet, f"run_dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}", *words]
 
 
 def system_calls() -> tuple[str, bool]:
-    """A6, by strace, of gpt.train itself: the calls that name its file of records."""
+    """Return row A6: how often ``gpt.train`` opens, locks and writes the file of its step records. strace counts the
+    calls.
+    """
     with tempfile.TemporaryDirectory() as name:
         words = train_command(Path(name), f"optim.max_steps={STEPS}")
         trace = ["strace", "-f", "-y", "-qq", "-e", "trace=openat,fcntl,write,pwrite64,writev", "-o", f"{name}/trace"]
@@ -67,7 +71,9 @@ while True:
 
 
 def lost_by_a_kill() -> tuple[str, bool]:
-    """A6: a rank that records 20 steps a second is killed."""
+    """Return row "A6 killed": the seconds of records that are lost when a rank that records 20 steps a second is
+    killed.
+    """
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "log"
         with log.open("w") as out:
@@ -94,7 +100,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def no_locks() -> tuple[str, bool]:
-    """A6: the whole of a short run, with its events and its checkpoint."""
+    """Return row "A6 locks": whether a short run with a checkpoint finishes where ``lockf`` fails."""
     with tempfile.TemporaryDirectory() as name:
         words = train_command(Path(name), "optim.max_steps=3", "optim.warmup_steps=1")
         command = [sys.executable, "-c", WITHOUT_LOCKS, *words]
@@ -106,7 +112,7 @@ def no_locks() -> tuple[str, bool]:
 
 
 def hung_filesystem() -> tuple[str, bool]:
-    """A6: the time of each call that hands a record over, while the thread's write does not return."""
+    """Return row "A6 hung": the time of each call that records a step while the write of the writer thread hangs."""
 
     def hang(descriptor: int, data: bytes) -> None:
         time.sleep(HANG_S)
@@ -129,9 +135,10 @@ def hung_filesystem() -> tuple[str, bool]:
 
 
 def write_run(folder: Path, ranks: int, steps: int, slow_rank: int = -1) -> None:
-    """Write the folder of a run that never was, as before ranks above 0 wrote short records.
+    """Write the folder of a synthetic run in which all ranks write complete step records.
 
-    A step takes 0.5 s, 1 ms x (step mod 7) and 0.1 ms x (rank mod 5); on ``slow_rank`` 30 ms more.
+    A step takes 0.5 s + 1 ms * (step mod 7) + 0.1 ms * (rank mod 5), and 30 ms more on ``slow_rank``; -1: no rank is
+    slow.
     """
     run, began = RunFolder(folder), 1.7e9
     batch = ranks * SEQUENCES
@@ -180,7 +187,7 @@ def write_run(folder: Path, ranks: int, steps: int, slow_rank: int = -1) -> None
 
 
 def host_of(rank: int) -> str:
-    """Name of the node of a rank."""
+    """Return the host name of a rank."""
     return f"gpu{rank // PER_NODE:04d}"
 
 
@@ -192,12 +199,13 @@ with open(sys.argv[1], "w") as file:
     print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=file)
 sys.exit(code)
 """
-"""Runs a command and says what it took. A process of its own, as small as can be: to Linux the memory of a process that
-starts another one is also that one's until it executes its program, and so its peak."""
+"""Program that runs a command and writes its CPU seconds and peak memory. It is a small process of its own, because
+Linux counts the memory of the starting process as memory of the command until the command replaces it.
+"""
 
 
 def report(folder: Path) -> tuple[str, float, float]:
-    """Output of `python -m launch.report` on a run folder, its CPU seconds, and the peak of a process in MB."""
+    """Return the output of `python -m launch.report` on a run folder, its CPU seconds, and its peak memory in MB."""
     with tempfile.TemporaryDirectory() as name:
         env = environment(PYTHONPATH=str(ROOT), COLUMNS="250")
         command = [sys.executable, "-c", USED, f"{name}/used", sys.executable, "-m", "launch.report", str(folder)]
@@ -212,7 +220,9 @@ def report(folder: Path) -> tuple[str, float, float]:
 
 
 def report_of_many() -> tuple[str, bool]:
-    """A7: 1,024 ranks and 64, 2,000 steps each."""
+    """Return row A7: the CPU time and the memory of a report on 1,024 ranks with 2,000 steps each, also relative to 64
+    ranks.
+    """
     peaks = {}
     with tempfile.TemporaryDirectory() as name:
         for ranks in (64, 1024):
@@ -226,7 +236,7 @@ def report_of_many() -> tuple[str, bool]:
 
 
 def slow_rank() -> tuple[str, bool]:
-    """A8: 256 ranks; what of rank, host, milliseconds and share the report names."""
+    """Return row A8: which of rank, host, delay and share a report on 256 ranks names."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "nodes=32"
         write_run(folder, 256, 300, slow_rank=17)

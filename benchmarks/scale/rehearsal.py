@@ -28,7 +28,7 @@ from gpt.accounting import GIB
 from gpt.rehearse import parse_words, rehearse, settle
 
 SIZES = {8: "gpt2_124m", 64: "llama_1p36b", 512: "llama_1p36b"}
-"""Ranks -> model. The layout with experts has the model of experts at each size."""
+"""Number of ranks -> model. The layout with experts uses the mixture-of-experts model at each size."""
 LAYOUTS = {
     "ddp": "parallel=ddp",
     "fsdp": "parallel=fsdp",
@@ -40,19 +40,19 @@ LAYOUTS = {
     "3d": "parallel=3d optim.max_micro_batch=1",
 }
 SEQUENCES = 4
-"""Sequences of a step for each rank."""
+"""Number of sequences in a step for each rank."""
 TITLES = ("layout and ranks", "model", "taken", "peak GiB", "plan", "hangs", "waits", "s", "GiB here")
 
 
 def command(layout: str, ranks: int) -> str:
-    """The words for ``gpt.rehearse``."""
+    """Return the arguments of ``gpt.rehearse`` for a layout on ``ranks`` ranks."""
     model = "moe_200m" if layout == "ep" else SIZES[ranks]
     batch = f"optim.global_batch={SEQUENCES * ranks} optim.max_micro_batch={SEQUENCES}"
     return f"--ranks {ranks} model={model} precision=bf16 {batch} {LAYOUTS[layout]}"
 
 
 def row(name: str, processes: int) -> list[str]:
-    """Rehearse a set-up; return its row."""
+    """Rehearse a set-up and return its row of the table."""
     layout, _, ranks = name.partition("-")
     began = time.monotonic()
     config, _ = settle(parse_words(shlex.split(command(layout, int(ranks)))))
@@ -73,7 +73,7 @@ def row(name: str, processes: int) -> list[str]:
 
 
 def main() -> int:
-    """Print the table, and with ``--write`` keep it."""
+    """Print the table. With ``--write``, also write the page. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--only", default="", metavar="LAYOUT-RANKS,...", help="some set-ups")
     parser.add_argument("--write", action="store_true", help="keep the result beside this program")

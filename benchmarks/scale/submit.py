@@ -48,15 +48,15 @@ status=$?
 [ "$1" = --version ] || date +%s.%N >> {log}
 exit $status
 """
-"""Every call that is asked to submit writes a line when it returns."""
+"""Replacement of sbatch: it calls the real sbatch and writes a line when a submission has returned."""
 
 
 class Submissions:
-    """A sandbox whose nodes are taken, and a folder for the commands that submit to it.
+    """Measures commands that submit to a sandbox whose nodes are all busy.
 
     Args:
-        folder: an empty one.
-        sandbox: one that is up.
+        folder: empty folder for the measurements.
+        sandbox: running cluster.
     """
 
     def __init__(self, folder: Path, sandbox: Cluster) -> None:
@@ -72,22 +72,23 @@ class Submissions:
         self._blocker = sandbox.slurm("sbatch", "--parsable", *everything).strip()
 
     def ended(self) -> list[float]:
-        """When each sbatch of the current command returned."""
+        """Return the times at which the sbatch calls of the current command returned."""
         return [float(line) for line in self._log.read_text().splitlines()] if self._log.exists() else []
 
     def queued(self) -> list[str]:
-        """Points in the queue, by Slurm's id."""
+        """Return Slurm's ids of the points in the queue."""
         lines = self._sandbox.slurm("squeue", "--noheader", "--array", "--format=%i").split()
         return [line for line in lines if line != self._blocker]
 
     def time(self, words: list[str], *, calls: int, points: int, ends: bool) -> float:
-        """Seconds from the start of a command to the end of its last sbatch; its jobs are cancelled.
+        """Return the seconds from the start of a command to the end of its last sbatch. Cancels the jobs of the command
+        afterwards.
 
         Args:
-            words: of the command.
-            calls: of sbatch that it makes.
-            points: that are in the queue then.
-            ends: True for a command that ends by itself; another one waits for the jobs, and is killed.
+            words: the command line.
+            calls: number of sbatch calls that the command makes.
+            points: number of points in the queue after the last call.
+            ends: True if the command ends by itself. Otherwise it waits for the jobs, and this method kills it.
         """
         self._log.unlink(missing_ok=True)
         with (self.folder / "output").open("w+b") as output:
@@ -112,17 +113,17 @@ class Submissions:
         return self.ended()[-1] - began
 
     def ours(self, name: str) -> float:
-        """Seconds of our sweep."""
+        """Return the seconds of our sweep."""
         return self.time(["-m", "launch", *OURS, f"name={name}"], calls=3, points=66, ends=True)
 
     def stock(self, name: str) -> float:
-        """Seconds of the sweep of the stock launcher."""
+        """Return the seconds of the sweep by Hydra's submitit launcher."""
         return self.time(
             ["app.py", *(STOCK[:-1]), f"hydra.sweep.dir={name}", f"+{STOCK[-1]}"], calls=1, points=64, ends=False
         )
 
     def dry_run(self, name: str) -> float:
-        """Seconds of the dry run, to its end."""
+        """Return the seconds of a dry run of 100 points, from start to end."""
         began = time.time()
         words = [sys.executable, "-m", "launch", *DRY_RUN, f"name={name}"]
         subprocess.run(words, cwd=self.folder, env=self._env, check=True, stdout=subprocess.DEVNULL)
@@ -130,7 +131,7 @@ class Submissions:
 
 
 def measure(rounds: int) -> str:
-    """A table of all commands, after a round that fills the caches of files and bytecode."""
+    """Return a table with the times of all commands in ``rounds`` rounds, after one round that fills the caches."""
     # Not deeper: paths of Unix sockets are short.
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "sandbox") as sandbox:
         sandbox.up(timeout_s=180.0)
@@ -164,7 +165,7 @@ def measure(rounds: int) -> str:
 
 
 def main() -> None:
-    """Measure and print; with ``--write``, keep the page."""
+    """Measure and print. With ``--write``, also write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="write benchmarks/scale/submit.md")

@@ -17,14 +17,14 @@ RUNS = 7
 
 
 def seconds(words: list[str], folder: str) -> float:
-    """Wall time of one command, the whole process."""
+    """Return the wall time of one command in seconds."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "launch", *words], cwd=folder, capture_output=True, check=False)
     return time.perf_counter() - started
 
 
 def main() -> None:
-    """Run every command once to warm the file cache, then ``RUNS`` times."""
+    """Run each command once without measuring it, then ``RUNS`` times, and print the table."""
     print("| command | median | slowest |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, words in COMMANDS.items():

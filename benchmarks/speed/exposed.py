@@ -61,7 +61,9 @@ dist.destroy_process_group()
 
 
 def main() -> int:
-    """Measure and print; the exit status is 1 where the growth is further off than demanded."""
+    """Measure and print. Returns the exit status: 1 if the growth differs from the expected growth by more than
+    demanded.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--write", action="store_true", help="keep the result beside this program")
     given = parser.parse_args()
@@ -91,16 +93,18 @@ def main() -> int:
 
 
 def seconds_of(of_ranks: list[list[float]]) -> float:
-    """Median over the steps of what the rank waited that waited least: the other one also waited for that rank."""
+    """Return the median over the steps of the shortest wait among the ranks, in seconds. The longer wait includes the
+    time for which a rank waits for the other rank.
+    """
     return statistics.median(map(min, zip(*(seconds[WARMUP:] for seconds in of_ranks), strict=True)))
 
 
 def table(takes: dict[float, float], waits: dict[float, float]) -> tuple[str, float]:
-    """Return the result as Markdown, and the relative error of the growth of ``comm_s`` against that of the loop.
+    """Return the result as Markdown, and the relative error of the growth of ``comm_s``.
 
     Args:
-        takes: seconds of both all-reduces by themselves, by the delay of a cable in milliseconds.
-        waits: seconds of exposed communication in a step, likewise.
+        takes: delay of a cable in milliseconds -> seconds of the two all-reduces in the separate loop.
+        waits: delay of a cable in milliseconds -> seconds of exposed communication in a step.
     """
     alone, exposed = (1e3 * (measured[SLOW_MS] - measured[QUICK_MS]) for measured in (takes, waits))
     by_arithmetic = ALL_REDUCES * MESSAGES * WAYS * CABLES * (SLOW_MS - QUICK_MS)

@@ -28,23 +28,25 @@ from tests.support.distributed import run_distributed
 from tests.support.learning import TINY, held_bytes, start, step
 
 SIZE = ("model.n_layer=4", "model.n_embd=512", "model.n_head=8", "model.vocab_size=4096", "optim.max_micro_batch=2")
-"""Wide enough that DeepSpeed's stage 3 shares the matrices: it leaves those of less than 100,000 elements whole. Each
-rank takes its part of the 16 sequences of a step in several passes, between which stage 1 keeps whole gradients."""
+"""Overrides of the model size. The matrices are so large that DeepSpeed's stage 3 shards them; it does not shard
+tensors of less than 100,000 elements. A rank has several micro-batches in a step, between which stage 1 keeps whole
+gradients.
+"""
 STRATEGIES = ("ddp", "zero1", "fsdp", "ds_zero1", "zero2", "zero3")
 RANKS = (1, 2, 4)
 MIB = 2**20
 PARTS = {"parameters": "#2A6F97", "gradients": "#61A5C2", "optimizer": "#C9D6DF"}
 Held = dict[str, list[int]]
-"""Bytes of parameters, gradients and optimizer state under each strategy."""
+"""Strategy -> bytes of parameters, of gradients and of optimizer state."""
 
 
 def words_of(strategy: str) -> list[str]:
-    """Overrides of a row."""
+    """Return the overrides of a strategy."""
     return [*SIZE, f"parallel={strategy}"]
 
 
 def hold(rank: int, size: int, folder: Path, strategies: list[str]) -> dict[str, tuple[int, int, int]]:
-    """Bytes that this rank holds under each strategy."""
+    """Return, for each strategy, the bytes of parameters, gradients and optimizer state that this rank holds."""
     found = {}
     for strategy in strategies:
         run = start(rank, size, folder / strategy, *words_of(strategy))
@@ -55,20 +57,20 @@ def hold(rank: int, size: int, folder: Path, strategies: list[str]) -> dict[str,
 
 
 def planned(strategy: str, size: int) -> RankMemory:
-    """Planned memory of a rank under a strategy."""
+    """Return the planned memory of a rank."""
     config = to_schema(compose_train([*TINY, *words_of(strategy)]), TrainConfig)
     dims = check_parallel_dims(config, size)
     return per_rank(config, dims, split_batch(config.optim, dims.data_ranks))
 
 
 def measured(strategies: list[str], size: int, folder: Path) -> Held:
-    """Bytes by kind on the rank that holds most, for each strategy."""
+    """Return the bytes of each kind for each strategy, on the rank that holds the most of this kind."""
     held = run_distributed(hold, size, folder, strategies, timeout_s=1200)
     return {name: [max(rank[name][part] for rank in held) for part in range(3)] for name in strategies}
 
 
 def rows(most: Held, size: int) -> tuple[list[str], bool]:
-    """The rows of one number of ranks, and whether the plan is right in all of them."""
+    """Return the table rows for ``size`` ranks, and True if all planned values are right."""
     strategies = list(most)
     lines, good = [], True
     for name in strategies:
@@ -83,7 +85,9 @@ def rows(most: Held, size: int) -> tuple[list[str], bool]:
 
 
 def draw(found: dict[int, Held], file: Path) -> None:
-    """A panel for each number of ranks, a bar for each strategy, labelled with what it saves against the first."""
+    """Draw a panel for each number of ranks, with a bar for each strategy. A label shows the difference from the first
+    strategy.
+    """
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = figure.subplots(1, len(found), sharey=True)
     for axes, (size, most) in zip(panels, found.items(), strict=True):
@@ -105,7 +109,7 @@ def draw(found: dict[int, Held], file: Path) -> None:
 
 
 def main() -> int:
-    """Exit status: 0, or 1 where a figure is not the plan's."""
+    """Measure and print. Returns the exit status: 1 if a measured value differs from the plan."""
     parser = argparse.ArgumentParser(description="Memory of each strategy, measured and planned.")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="strategies; default: all")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what was measured")

@@ -37,14 +37,14 @@ STEPS = 10
 ROUNDS = 12
 ALONE = 300
 WAITS = 100
-"""Waits for other ranks in a step; fsdp over 30 blocks has about as many."""
+"""Number of waits for other ranks in a step; fsdp over 30 blocks has about as many."""
 RANKS = 1024
 STEP_S = 0.2
-"""Step that the parts are compared with."""
+"""Step time in seconds that the cost of the parts is compared with."""
 
 
 def block(run: Run, writers: MetricWriters | None, gradients: Gradients) -> tuple[float, float]:
-    """Wall and CPU seconds of ``STEPS`` steps, with or without being watched."""
+    """Return wall time and CPU time of ``STEPS`` steps, in seconds. ``writers`` None: only the loss is read."""
     started, used = time.perf_counter(), time.process_time()
     queued: list[QueuedStep] = []
     since = started
@@ -62,7 +62,9 @@ def block(run: Run, writers: MetricWriters | None, gradients: Gradients) -> tupl
 
 
 def finish(queued: QueuedStep, since: float, writers: MetricWriters | None, evaluated: bool) -> float:
-    """Read the figures of a step and show them, if somebody watches."""
+    """Read the figures of a step, and write them with ``writers`` unless this is None. Returns the time at which the
+    step ended.
+    """
     record, ended = queued.finish(since)
     if writers is not None:
         record.val_loss = record.loss if evaluated else None  # so that run.json is written, as it would be
@@ -71,7 +73,7 @@ def finish(queued: QueuedStep, since: float, writers: MetricWriters | None, eval
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure and print the tables."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*sys.argv[1:], f"run_dir={folder}/run", f"optim.max_steps={2 * STEPS * (ROUNDS + 1)}"]
         request = parse_request(parse_arguments(words))
@@ -104,7 +106,7 @@ def main() -> None:
 
 
 def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, float]:
-    """CPU seconds that each part takes for one step, by itself, many times over."""
+    """Return the CPU time of each part for one step, in seconds. Each part runs alone and many times."""
     record, _ = queue_step(run, None, Phase.training).finish(0.0)
     judge = StragglerJudge(STRAGGLER_FACTOR, STRAGGLER_WINDOW)
     own_times = [0.1 + 1e-5 * (rank % 7) for rank in range(RANKS)]
@@ -131,7 +133,7 @@ def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, f
 
 
 def time_phases(run: Run) -> None:
-    """Mark the phases of a step, and read them, as often as a step does."""
+    """Mark and read the phases of a step as often as a step does."""
     timeline = Timeline(run.world.device)
     with recorded(timeline):
         for _ in range(WAITS):
@@ -145,7 +147,7 @@ def time_phases(run: Run) -> None:
 
 
 def size_mb(folder: Path) -> float:
-    """Megabytes of all files but the corpus."""
+    """Return the size of all files in a folder, in MB."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 

@@ -29,7 +29,7 @@ from tests.support.distributed import run_distributed
 from tests.support.learning import held_bytes, start
 
 RATES = {"adamw": ("3e-3", "6e-3", "1.2e-2"), "muon": ("4e-3", "8e-3", "1.6e-2")}
-"""Learning rates that are tried."""
+"""Optimizer -> learning rates to try."""
 TRAINING = (
     *("+experiment=shakespeare_char_cpu", "optim.max_steps=200", "optim.warmup_steps=20", "optim.min_lr=1e-4"),
     *("eval.interval=20", "checkpoint.interval=0", "compile=none", "logging.tensorboard=false"),
@@ -38,11 +38,11 @@ ENGINES = ("ddp", "zero1", "fsdp")
 STEPS = 8
 COLORS = {"adamw": "#61A5C2", "muon": "#C8553D"}
 Curve = tuple[list[int], list[float]]
-"""Steps that were evaluated, and their validation losses in nats a character."""
+"""Evaluated steps, and their validation losses in nats per character."""
 
 
 def train(optimizer: str, rate: str, data: list[str], folder: Path) -> Curve:
-    """Train one run on the prepared ``data``; return its validation losses."""
+    """Train one run on the prepared ``data``, and return its validation losses."""
     words = [
         *TRAINING,
         *data,
@@ -56,7 +56,9 @@ def train(optimizer: str, rate: str, data: list[str], folder: Path) -> Curve:
 
 
 def draw(curves: dict[tuple[str, str], Curve], file: Path) -> None:
-    """Draw the validation losses: the best learning rate of each optimizer strong, the others faint."""
+    """Draw the validation losses. The best learning rate of each optimizer has a strong line, the others have faint
+    lines.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for optimizer, color in COLORS.items():
@@ -74,7 +76,9 @@ def draw(curves: dict[tuple[str, str], Curve], file: Path) -> None:
 
 
 def cost(rank: int, size: int, folder: Path) -> dict[str, tuple[float, int]]:
-    """Median seconds of an update and bytes of the optimizer's state, by engine and optimizer."""
+    """Return, for each engine and optimizer, the median seconds of an update and the bytes of optimizer state on this
+    rank.
+    """
     found = {}
     for engine in ENGINES:
         for optimizer in RATES:
@@ -87,7 +91,7 @@ def cost(rank: int, size: int, folder: Path) -> dict[str, tuple[float, int]]:
 
 
 def main() -> int:
-    """Exit status: 0."""
+    """Run all measurements and print the table. Returns 0."""
     parser = argparse.ArgumentParser(description="Loss, step time and memory of AdamW and Muon.")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to train on; default: only time and memory")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the validation losses")

@@ -42,7 +42,9 @@ WARM = 3
 
 
 def bare_loop(config: TrainConfig, run: Run, engine: str, mean_loss: bool) -> Step:
-    """The loop that one would write by hand for one engine; the batches lie ready."""
+    """Return the training step that a user writes by hand for one engine. Its batches are in memory before the first
+    step.
+    """
     model = GPT(config.model).to(run.world.device)
     initialize(model, config.seed)
     per_rank = run.batch.global_batch // run.world.size
@@ -104,8 +106,9 @@ def bare_loop(config: TrainConfig, run: Run, engine: str, mean_loss: bool) -> St
 
 
 def fully_shard_as_torchtitan(model: GPT) -> None:
-    """Shard a model in the groups of torchtitan: the embedding, each block, and norm with head; or, where the embedding
-    is the head too, each block, and the rest."""
+    """Shard a model in torchtitan's groups: the embedding, each block, and norm with head. If the embedding is also the
+    head: each block, and the rest.
+    """
     *blocks, last = model.blocks
     if not model.config.tie_embeddings:
         fully_shard([module for module in (model.token_embedding, model.position) if module is not None])
@@ -118,7 +121,7 @@ def fully_shard_as_torchtitan(model: GPT) -> None:
 
 
 def measure(step: Step) -> tuple[float, float]:
-    """Wall and processor seconds of one step, from a moment at which all ranks are there."""
+    """Return wall time and processor time of one step in seconds. The clock starts when all ranks have arrived."""
     dist.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
     step()
@@ -128,7 +131,7 @@ def measure(step: Step) -> tuple[float, float]:
 
 
 def compare(engine: str, words: list[str], rounds: int, mean_loss: bool, world: World, folder: str) -> str:
-    """Let both loops take turns; returns a line of the table."""
+    """Run both loops in turns, and return a line of the table."""
     run = open_run([*words, f"parallel={engine}", f"run_dir={folder}/{engine}", FOR_EVER], world)
     loops = {"ours": our_turn(run), "bare": bare_loop(run.config, run, engine, mean_loss)}
     for step in [*loops.values()] * WARM:
@@ -146,7 +149,7 @@ def compare(engine: str, words: list[str], rounds: int, mean_loss: bool, world: 
 
 
 def main() -> None:
-    """Compare each engine, and print the table on rank 0."""
+    """Compare the loops for each engine, and print the table on rank 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--engines", default=",".join(ENGINES), metavar="NAME,NAME")
     parser.add_argument("--rounds", type=int, default=20)

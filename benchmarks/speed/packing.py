@@ -27,7 +27,7 @@ WORDS = ("optim.global_batch=4", "optim.max_micro_batch=4", "device=cpu", FOR_EV
 
 
 def main() -> None:
-    """Measure steps on packed and on unpacked windows in turn, and print a table."""
+    """Measure steps on packed and on unpacked windows in turns, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("words", nargs="*", help="overrides of gpt.train, the same for both sides")

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Mean loss of tokens and targets, (B, T) each."""
+"""Function of tokens and targets, (B, T) each, that returns the mean loss, ()."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one comparison; the same for every contestant."""
+    """Sizes of one comparison, the same for every library."""
 
     kind: str
-    """``gpt2``, ``llama`` or ``mixture``."""
+    """``gpt2``, ``llama`` or ``mixture`` (mixture of experts)."""
     layers: int = 6
     width: int = 384
     heads: int = 6
@@ -38,12 +38,14 @@ class Shape:
 
     @property
     def inner(self) -> int:
-        """Inner width of a gated feed-forward layer: 8/3 of the width, in multiples of 64; of an expert half of it."""
+        """Hidden size of a gated feed-forward layer: 8/3 of the width, rounded to a multiple of 64; half of it for an
+        expert.
+        """
         whole = (8 * self.width // 3 + 63) // 64 * 64
         return (whole // 2 + 63) // 64 * 64 if self.kind == "mixture" else whole
 
     def words(self) -> list[str]:
-        """The overrides that give our model this shape."""
+        """Return the overrides that give our model this shape."""
         preset = {"gpt2": "gpt2_124m", "llama": "llama_124m", "mixture": "moe_200m"}[self.kind]
         # nanoGPT has the exact GELU only, so all have it.
         gelu, gated = ["model.activation=gelu"], [f"model.ffn_hidden={self.inner}", "model.tie_embeddings=false"]
@@ -60,7 +62,7 @@ class Shape:
 
 
 def nanogpt(shape: Shape, checkout: Path | None) -> tuple[nn.Module, Loss]:
-    """Build nanoGPT's model, which computes its loss itself."""
+    """Build nanoGPT's model and its loss."""
     sys.path.insert(0, str(checkout))
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 
@@ -79,7 +81,9 @@ def nanogpt(shape: Shape, checkout: Path | None) -> tuple[nn.Module, Loss]:
 
 
 def transformers(shape: Shape, checkout: Path | None) -> tuple[nn.Module, Loss]:
-    """Build the model of transformers, with SDPA; it shifts labels itself, so its last logits are computed here too."""
+    """Build the model of transformers with SDPA attention, and its loss. The library shifts the labels itself and
+    therefore computes one more position of logits.
+    """
     import transformers as hf
 
     common: dict[str, Any] = {"vocab_size": shape.vocab, "use_cache": False, "attn_implementation": "sdpa"}
@@ -120,7 +124,7 @@ def transformers(shape: Shape, checkout: Path | None) -> tuple[nn.Module, Loss]:
 
 
 def litgpt(shape: Shape, checkout: Path | None) -> tuple[nn.Module, Loss]:
-    """Build litgpt's model; its pre-training takes torch's cross-entropy of all logits at once."""
+    """Build litgpt's model and its loss: torch's cross-entropy of all logits at once, as in its pre-training."""
     sys.path.insert(0, str(checkout))
     from litgpt.config import Config  # type: ignore[import-not-found]
     from litgpt.model import GPT  # type: ignore[import-not-found]
@@ -153,17 +157,17 @@ BUILDERS: dict[str, Callable[[Shape, Path | None], tuple[nn.Module, Loss]]] = {
     "litgpt": litgpt,
 }
 KINDS = {"nanoGPT": ("gpt2",), "transformers": ("gpt2", "llama", "mixture"), "litgpt": ("llama", "mixture")}
-"""The shapes that each library has. litgpt has no learned positions and no tied matrix, so no GPT-2."""
+"""Library -> shapes that it has. litgpt has neither learned positions nor tied embeddings, so it has no GPT-2."""
 
 
 class PeerStep:
-    """One step of another library: forward, backward, clipping and AdamW, as its training script has them.
+    """A training step of another library: forward, backward, clipping and AdamW as in its training script.
 
     Args:
-        loss: of the model.
-        model: its parameters are stepped.
-        fused: take torch's fused AdamW.
-        device: autocasts to bf16 where it is a GPU.
+        loss: loss function of the model.
+        model: model whose parameters are updated.
+        fused: True uses torch's fused AdamW.
+        device: device type; on ``cuda`` the step autocasts to bf16.
     """
 
     def __init__(self, loss: Loss, model: nn.Module, fused: bool, device: torch.device) -> None:
@@ -175,7 +179,7 @@ class PeerStep:
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], 6e-4, (0.9, 0.95), 1e-8, fused=fused)
 
     def __call__(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Step, and return the mean loss, ()."""
+        """Make one step, and return the mean loss, ()."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self.loss(tokens_BT, targets_BT)
         loss.backward()
@@ -186,7 +190,9 @@ class PeerStep:
 
 
 def build_step(name: str, shape: Shape, checkout: Path | None, compiled: bool, fused: bool, device: str) -> PeerStep:
-    """Build the training step of a library; compiled, the model and its loss are one graph where it can be."""
+    """Build the training step of a library. If ``compiled``, model and loss are compiled as one graph where this is
+    possible.
+    """
     torch.manual_seed(0)
     model, loss = BUILDERS[name](shape, checkout)
     model.to(device).train()

@@ -46,12 +46,14 @@ SIZES = {
     "batch": ("sequences of a step", 8),
 }
 START_S = 900
-"""Longest start of a contestant; a mixture whose graph breaks at each expert compiles for minutes."""
+"""Time limit for the start of a contestant, in seconds. A mixture whose graph breaks at each expert compiles for
+minutes.
+"""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One comparison: a shape, eager or compiled, and a number of threads."""
+    """One comparison: a shape, eager or compiled mode, and a number of threads."""
 
     shape: Shape
     mode: str
@@ -60,7 +62,9 @@ class Setting:
     device: str
 
     def fuses(self, name: str) -> bool:
-        """Tell whether a peer takes the fused AdamW: as its own training script does, unless all shall."""
+        """Return True if the library ``name`` uses fused AdamW: all do with ``--fused``, else as in its own training
+        script.
+        """
         return self.fused or self.device == "cuda" or name == "transformers"
 
 
@@ -68,7 +72,7 @@ class Setting:
 
 
 def serve_ours(shape: Shape, compiled: bool, device: str, folder: Path) -> Served:
-    """Build our run; its step is one turn of the loop of ``gpt.train``."""
+    """Build our run. Its step is one iteration of ``gpt.train``'s loop."""
     from benchmarks.loops import FOR_EVER, open_run, our_turn
     from gpt.config import Device
     from gpt.model.attention import prefer_fast_kernels
@@ -92,7 +96,7 @@ def serve_peer(
     device: str,
     data: Sequence[str] = (),
 ) -> Served:
-    """Build a peer; its step takes the next of a few batches that lie ready, read from ``data`` as ours are."""
+    """Build the training step of another library. Its batches are read in advance, from the same ``data`` as ours."""
     from gpt.config import TrainConfig, compose_train
     from gpt.data.corpus import ensure_tokens
     from gpt.data.loader import Samples
@@ -116,12 +120,12 @@ def serve_peer(
 
 
 def parameters_of(module: torch.nn.Module) -> int:
-    """Count the elements of a module's parameters."""
+    """Return the number of elements of all parameters."""
     return sum(p.numel() for p in module.parameters())
 
 
 def serve_as_told(words: argparse.Namespace) -> None:
-    """Build the contestant that the command line names, then step as often as each line of the input says."""
+    """Build the contestant that the command line names, and run its turns."""
     torch.set_num_threads(words.one_thread_count)
     shape, compiled = Shape(**json.loads(words.shape)), words.mode == "compiled"
     checkout = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt}.get(words.serve)
@@ -137,7 +141,7 @@ def serve_as_told(words: argparse.Namespace) -> None:
 
 
 def command(name: str, setting: Setting, words: argparse.Namespace) -> list[str]:
-    """Return the command that starts a contestant."""
+    """Return the command line that starts a contestant's process."""
     arguments = ["--serve", name, "--shape", json.dumps(vars(setting.shape)), "--mode", setting.mode]
     arguments += ["--one-thread-count", str(setting.threads), "--device", setting.device]
     arguments += ["--fused"] * setting.fuses(name)
@@ -148,7 +152,7 @@ def command(name: str, setting: Setting, words: argparse.Namespace) -> list[str]
 
 
 def compare(setting: Setting, names: Sequence[str], words: argparse.Namespace) -> list[Contestant]:
-    """Let the contestants take turns; those that cannot be built stay away."""
+    """Run the contestants in turns. A contestant that cannot be built takes no turn."""
     threads = {"OMP_NUM_THREADS": str(setting.threads)}
     with contextlib.ExitStack() as stack:
         everybody = [
@@ -165,7 +169,7 @@ def compare(setting: Setting, names: Sequence[str], words: argparse.Namespace) -
 
 
 def rows(setting: Setting, found: Sequence[Contestant]) -> list[str]:
-    """Lines of the table for one comparison."""
+    """Return the lines of the table for one comparison."""
     ours = found[0]
     lines = []
     for one in found:
@@ -183,13 +187,13 @@ def rows(setting: Setting, found: Sequence[Contestant]) -> list[str]:
 
 
 def contestants(kind: str, words: argparse.Namespace) -> list[str]:
-    """Ours first, then every library that has the shape and was given."""
+    """Return the names of our loop and of each library that has the shape and is available."""
     given = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt, "transformers": Path()}
     return [OURS, *(name for name, kinds in KINDS.items() if kind in kinds and given[name] is not None)]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of it; else left out")
     parser.add_argument(
@@ -213,7 +217,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Compare, and print the table."""
+    """Run all comparisons and print the table. Returns the exit status."""
     words = parse()
     if words.serve:
         serve_as_told(words)
@@ -244,7 +248,7 @@ def main() -> int:
 
 
 def write(about: str, lines: Sequence[str]) -> None:
-    """Write the page beside this script."""
+    """Write the result page next to this script."""
     said = (__doc__ or "").split("\n\n")
     typed = " ".join(["python -m benchmarks.speed.peers", *sys.argv[1:]])
     text = "\n\n".join(["# Our step beside those of others", f"`{typed}`", *said[2:], about, "\n".join(lines)])

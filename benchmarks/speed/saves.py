@@ -50,13 +50,13 @@ WORDS = [
 WAYS = ("waited for", "in the background", "in the background, 10 s late")
 LATE_S = 10.0
 QUIET = 8
-"""Undisturbed steps before each save, and after its commit."""
+"""Number of undisturbed steps before each save, and after its commit."""
 SHARE, LATE_LIMIT_S = 0.1, 0.3
 
 
 @dataclass(frozen=True)
 class Stall:
-    """What one save cost, seconds."""
+    """Measured cost of one save, in seconds."""
 
     way: str
     held_s: float
@@ -67,13 +67,13 @@ class Stall:
 
 
 def write_late(content: part.RankPart, folder: Path) -> None:
-    """Write as always, ten seconds later."""
+    """Write the part of this rank ten seconds late."""
     time.sleep(LATE_S)
     part.write_part(content, folder)
 
 
 def writer_of(way: str) -> Writer:
-    """Make the writer of one way to save."""
+    """Return the checkpoint writer for one way to save."""
     if way == WAYS[0]:
         return Writer()
     with mock.patch("gpt.checkpoint.writer.write_part", write_late if way == WAYS[2] else part.write_part):
@@ -81,7 +81,7 @@ def writer_of(way: str) -> Writer:
 
 
 def step(run: Run, saving: CheckpointSchedule) -> float:
-    """Take one step; returns its seconds."""
+    """Make one step, and return its time in seconds."""
     started = time.perf_counter()
     queued = queue_step(run, None, Phase.training, saving.poll())
     queued.finish(started)
@@ -90,7 +90,7 @@ def step(run: Run, saving: CheckpointSchedule) -> float:
 
 
 def measure(run: Run, saving: CheckpointSchedule, way: str) -> Stall:
-    """Save once between steps."""
+    """Save once between steps, and return the cost."""
     quiet = [step(run, saving) for _ in range(QUIET)]
     started = time.perf_counter()
     held = saving.save(None, is_last=False, is_stop=False)
@@ -114,7 +114,9 @@ def run_of(rank: int, size: int, folder: Path, config: TrainConfig, writer: Writ
 
 
 def measure_ways(rank: int, size: int, root: Path, rounds: int, threads: int) -> tuple[int, list[Stall]]:
-    """Measure every way in turns, after a first save of each; returns bytes of the state, and the stalls."""
+    """Measure all ways to save in turns. Returns the bytes of the training state, and the costs. The first save of each
+    way does not count.
+    """
     config = compose(*WORDS)
     config.data.cache_dir = str(root / "cache")
     bytes_of_state = count(config.model).total * 12
@@ -147,7 +149,7 @@ TITLES = (
 
 
 def rows_of(found: list[Stall], threads: int) -> tuple[list[list[str]], dict[str, float]]:
-    """Return a row for each way, and its median stall."""
+    """Return a table row for each way to save, and way -> median stall in seconds."""
     rows, stalls = [], {}
     for way in WAYS:
         own = [stall for stall in found if stall.way == way]
@@ -163,7 +165,9 @@ def rows_of(found: list[Stall], threads: int) -> tuple[list[list[str]], dict[str
 
 
 def main() -> int:
-    """Measure, print, and write the page where that is asked for; exit status 1 where it is not as demanded."""
+    """Measure and print. Returns the exit status: 1 if a stall exceeds its demand. With ``--write``, also write the
+    page.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--rounds", type=int, default=3, help="saves of each way (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="with which steps compute (%(default)s)")

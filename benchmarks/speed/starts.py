@@ -44,7 +44,7 @@ LONG = (*TINY, "cluster=local", "nodes=1", "optim.max_steps=1000000", "eval.inte
 
 
 def first_record(folder: RunFolder, attempt: int) -> dict[str, Any]:
-    """Wait for the first step of an attempt."""
+    """Wait for the first step of an attempt, and return its record."""
     found: list[dict[str, Any]] = []
 
     def look() -> bool:
@@ -56,7 +56,7 @@ def first_record(folder: RunFolder, attempt: int) -> dict[str, Any]:
 
 
 def processor_seconds(pids: list[int]) -> float:
-    """Processor time of processes so far."""
+    """Return the processor time that processes have used so far, in seconds."""
     ticks = 0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -65,7 +65,7 @@ def processor_seconds(pids: list[int]) -> float:
 
 
 def measure(forked: bool) -> dict[str, float]:
-    """Seconds of one start and one restart in place: on the clock, and of the two ranks' processors."""
+    """Return the seconds of one start and of one restart in place: wall time, and processor time of the two ranks."""
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(Path(name) / "run")
         words = [
@@ -90,7 +90,7 @@ def measure(forked: bool) -> dict[str, float]:
 
 
 def opened(ranks: int, forked: bool) -> int:
-    """Files that the processes of one node open, or look for, in a run of two steps."""
+    """Return the number of files that the processes of one node open or try to open in a run of two steps."""
     with tempfile.TemporaryDirectory() as name:
         words = [*TINY, "cluster=local", "nodes=1", f"ranks_per_node={ranks}", "optim.max_steps=2", "eval.interval=0"]
         words += [f"resilience.engine={'fork' if forked else 'exec'}", f"run_dir={name}/run", "optim.max_micro_batch=1"]
@@ -105,11 +105,13 @@ ROADS = {
     "memory": ((*SPARE, "checkpoint.memory_interval=10"), ("sigkill_rank", "sigkill_agent")),
     "fewer": (("resilience.min_nodes=1", "resilience.node_timeout_s=5"), ("sigkill_agent",)),
 }
-"""Drill -> words that it adds to those of a run, and its kinds of faults."""
+"""Drill -> overrides in addition to those of a run, and kinds of faults."""
 CUT_S = 14.0
-"""Longest power cut of a drill; from shorter ones the node is back before it counts as lost, and ends the step."""
+"""Longest power cut of a drill, in seconds. After a shorter cut the node is back before it counts as lost, and the job
+step ends.
+"""
 MOST_STEPS = 20
-"""Most steps between a save and a fault, as ``launch.storm`` has it."""
+"""Largest number of steps between a save and a fault, as in ``launch.storm``."""
 PARTS = {
     "total_s": "to a new step",
     "noticed_s": "until noticed",
@@ -121,9 +123,9 @@ TITLES = ("road, state from", "faults", *PARTS.values(), "measured")
 
 
 def seed_of(kinds: Sequence[str], count: int) -> int:
-    """Return the first seed of which all faults meet the node that is not the head, and all power cuts are long.
+    """Return the first seed whose faults all hit the node that is not the head node, and whose power cuts are all long.
 
-    The loss of the head node ends the job, which is the road of ``requeue``.
+    The loss of the head node ends the job, which the kind ``requeue`` measures.
     """
 
     def fits(seed: int) -> bool:
@@ -134,7 +136,7 @@ def seed_of(kinds: Sequence[str], count: int) -> int:
 
 
 def roads(names: list[str], runs: int, writes: bool) -> int:
-    """Print what a fault costs by the road on which the run goes on; exit status 1 where it did not come through."""
+    """Print the recovery times for each kind of restart. Returns the exit status: 1 if a drill fails."""
     good, rows = True, []
     for name in names:
         words, kinds = ROADS[name]
@@ -161,7 +163,7 @@ def roads(names: list[str], runs: int, writes: bool) -> int:
 
 
 def main() -> int:
-    """Measure, and print the medians."""
+    """Measure and print. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("runs", nargs="?", type=int, help="of each kind (2 faults of each road, 5 starts)")
     parser.add_argument("--roads", action="store_true", help="faults, by the road on which a run goes on")
@@ -175,7 +177,7 @@ def main() -> int:
 
 
 def starts(runs: int) -> None:
-    """Measure starts of ranks, executed and forked by turns, and print the medians."""
+    """Measure starts of ranks without and with forking, in turns, and print the medians."""
     times: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for _ in range(runs):
         for forked in times:
