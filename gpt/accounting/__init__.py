@@ -37,9 +37,9 @@ class Accelerator:
     memory_gb: float
     """Memory in GB (10^9 bytes)."""
     link_gb: float
-    """Bandwidth to other devices of its node, in one direction, in GB/s."""
+    """Bandwidth from a device to the other devices of its node, in one direction, in GB/s."""
     network_gb: float | None
-    """Bandwidth of its share of a node's network, in one direction, in GB/s; None if unknown."""
+    """Bandwidth of a device's share of the network of its node, in one direction, in GB/s; None if unknown."""
     has_float8: bool
     """True if the device multiplies 8-bit floating point numbers."""
     words: set[str]
@@ -164,17 +164,19 @@ class Parameters:
     """Number of parameters by component. A tied output matrix counts once, as embedding."""
 
     embedding: int
-    """Token embedding, with the padding of the vocabulary."""
+    """Parameters of the token embedding, with the padding of the vocabulary."""
     position: int
-    """Table of positions."""
+    """Parameters of the table of positions."""
     attention: int
-    """Attention of all blocks, with the norms of queries and keys."""
+    """Parameters of the attention of all blocks, with the norms of queries and keys."""
     ffn: int
-    """Feed-forward layers of all blocks. In a mixture of experts: the router, all experts, and the shared experts."""
+    """Parameters of the feed-forward layers of all blocks. In a mixture of experts: the router, all experts, and the
+    shared experts.
+    """
     norm: int
-    """Norms of all blocks, and the last norm."""
+    """Parameters of the norms of all blocks and of the last norm."""
     head: int
-    """Output matrix; 0 if it is tied to the token embedding."""
+    """Parameters of the output matrix; 0 if it is tied to the token embedding."""
     idle: int = 0
     """Of ``ffn``, the parameters of the experts that do not compute a given token."""
     frozen: int = 0
@@ -389,17 +391,18 @@ class Flops:
     """FLOPs of matrix products, by component of the model."""
 
     projections: int
-    """Query, key, value and output projections of attention."""
+    """FLOPs of the query, key, value and output projections of attention."""
     attention: int
-    """Scores Q K^T and the weighted sum of V, for the number of pairs that ``attention_pairs`` returns."""
+    """FLOPs of the scores Q K^T and of the weighted sum of V, for the number of pairs that ``attention_pairs`` returns.
+    """
     ffn: int
-    """Feed-forward layers. In a mixture of experts: the chosen and the shared experts of each token."""
+    """FLOPs of the feed-forward layers. In a mixture of experts: the chosen and the shared experts of each token."""
     logits: int
-    """Output matrix, with the padding of the vocabulary."""
+    """FLOPs of the output matrix, with the padding of the vocabulary."""
     router: int = 0
-    """Routers of mixtures of experts."""
+    """FLOPs of the routers of mixtures of experts."""
     adapters: int = 0
-    """Products of the adapters (LoRA)."""
+    """FLOPs of the products of the adapters (LoRA)."""
     custom: int = 0
     """Measured FLOPs of the user's attention, norms and positions. Causal attention is not halved."""
 

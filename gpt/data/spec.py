@@ -217,9 +217,9 @@ class PreprocessingSpec:
 
     config: DataConfig
     kind: str
-    """Kind of its source: ``text``, ``jsonl``, ``jsonl.gz``, ``parquet``, ``dataset``, ``synthetic`` or ``custom``."""
+    """Kind of the source: ``text``, ``jsonl``, ``jsonl.gz``, ``parquet``, ``dataset``, ``synthetic`` or ``custom``."""
     files: tuple[CorpusFile, ...]
-    """Its files; empty for a dataset, a Markov chain or a user's source."""
+    """Files of the source; empty for a dataset, a Markov chain or a user's source."""
     identity: dict[str, Any]
     """The inputs as plain JSON, which the manifest has under the key ``spec``. Equal identities mean equal tokens."""
     val_files: tuple[CorpusFile, ...] = ()
