@@ -51,10 +51,10 @@ PROGRAM = ROOT / "tests" / "support" / "programs" / "faulty.py"
 CGROUPS = Path("/sys/fs/cgroup")
 MEMORY_BYTES = 1600 << 20
 THAW_S = 20.0
-"""Seconds after which what a fault has frozen goes on: a frozen process cannot be killed."""
+"""Seconds after which a frozen process or filesystem continues, because a frozen process cannot be killed."""
 STEPS = range(3, 10)
 LIMIT_S = 5
-"""Seconds without progress after which a rank counts as hung: the smallest value that the launcher takes."""
+"""Seconds without progress after which a rank counts as hung: the smallest value that the launcher accepts."""
 RANKS = (2, 3)
 PLANTED = "planted.json"
 
@@ -80,12 +80,12 @@ FAULTS = {
     "segfault": Fault(("crash",), line="ctypes.string_at(0)"),
     "none": Fault(()),
 }
-"""Those of ``PROGRAM``. Another program has a table of this name itself."""
+"""Name -> fault of ``PROGRAM``. Another program has a table of its own with this name."""
 
 
 @dataclass(frozen=True)
 class Planted:
-    """What is planted in one run; its folder keeps it as ``PLANTED``."""
+    """The fault that is planted in one run, and how the command ended. The run's folder has the file ``PLANTED``."""
 
     program: str
     fault: str
@@ -93,35 +93,35 @@ class Planted:
     rank: int
     ranks: int
     kinds: list[str]
-    """Kinds of verdict that are right; none for a quiet run."""
+    """Expected kinds of the verdict; empty for a quiet run."""
     has_rank: bool
     places: list[str]
-    """The lines where the fault is, as ``faulty.py:40``; none if no line of the program has it."""
+    """Program lines that have the fault, such as ``faulty.py:40``; empty if no line has it."""
     status: int | None = None
     """Exit status of the command; None before its end."""
     printed: str = ""
-    """The last two lines that the command printed."""
+    """Last two lines that the command printed."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run, and what the launcher said."""
+    """One run, and the verdict of the launcher."""
 
     planted: Planted
     folder: Path
     kind: str
-    """Kind of the verdict; ``-`` without one."""
+    """Kind of the verdict; ``-`` if there is no verdict."""
     sentence: str = ""
     is_rank_right: bool = False
     is_place_right: bool = False
     is_printed: bool = False
-    """True if the failed command printed the sentence in its last lines."""
+    """True if the last lines of the failed command contain the sentence of the verdict."""
     diagnose_s: float = 0.0
-    """Seconds to find the verdict in the run folder."""
+    """Time to find the verdict in the run folder, in seconds."""
 
     @property
     def outcome(self) -> str:
-        """``right``, ``unknown`` or ``wrong``."""
+        """Return ``right``, ``unknown`` or ``wrong``."""
         if not self.planted.kinds:
             return "right" if self.kind == "-" and self.planted.status == 0 else "wrong"
         if self.kind in ("unknown", "-"):
@@ -145,7 +145,7 @@ class Trial:
 
 @contextmanager
 def small_disk(files: Path) -> Iterator[str]:
-    """Mount a tmpfs of 16 MiB."""
+    """Context with a tmpfs of 16 MiB that is mounted at ``files``."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(files)], check=True)
     try:
         yield ""
@@ -155,7 +155,7 @@ def small_disk(files: Path) -> Iterator[str]:
 
 @contextmanager
 def frozen_disk(files: Path) -> Iterator[str]:
-    """Mount an ext4 in a file, which the fault freezes."""
+    """Context with an ext4 filesystem that is mounted at ``files`` and that the fault freezes."""
     image = files.with_suffix(".img")
     with image.open("wb") as file:
         file.truncate(16 << 20)
@@ -174,7 +174,7 @@ def frozen_disk(files: Path) -> Iterator[str]:
 
 @contextmanager
 def small_memory(files: Path) -> Iterator[str]:
-    """Make a cgroup (version 1) of ``MEMORY_BYTES`` for the command."""
+    """Context with a cgroup (version 1) for the command that is limited to ``MEMORY_BYTES``."""
     group = CGROUPS / "memory" / files.parent.name
     group.mkdir()
     try:
@@ -186,7 +186,7 @@ def small_memory(files: Path) -> Iterator[str]:
 
 @contextmanager
 def freezer(files: Path) -> Iterator[str]:
-    """Make a cgroup (version 1) in which the fault freezes its rank, which finds it as ``$FREEZER``."""
+    """Context with a cgroup (version 1) in which the fault freezes its rank. ``$FREEZER`` is the path of the cgroup."""
     group = CGROUPS / "freezer" / files.parent.name
     group.mkdir()
     timer = threading.Timer(THAW_S, (group / "freezer.state").write_text, ["THAWED"])
@@ -200,7 +200,7 @@ def freezer(files: Path) -> Iterator[str]:
 
 
 def remove(group: Path) -> None:
-    """Remove a cgroup, once its processes have ended."""
+    """Remove a cgroup after its processes have ended."""
     for _ in range(100):
         with suppress(OSError):
             group.rmdir()
@@ -231,7 +231,7 @@ def faults_of(program: Path) -> Mapping[str, Fault]:
 
 
 def places_of(fault: Fault, program: Path) -> list[str]:
-    """Return the lines of ``program`` where the fault is."""
+    """Return the lines of ``program`` that have the fault."""
     if not fault.line:
         return []
     lines = list(enumerate(program.read_text().splitlines(), 1))
@@ -247,9 +247,8 @@ def places_of(fault: Fault, program: Path) -> list[str]:
 
 
 def run_planted(planted: Planted, fault: Fault, folder: Path, limit_s: int = LIMIT_S) -> None:
-    """Run the program with a fault, in ``folder``, and keep there what was planted and how the command ended.
-
-    A rank that makes no progress for ``limit_s`` counts as hung.
+    """Run the program with a fault in ``folder``, and write there what was planted and how the command ended. A rank
+    without progress for ``limit_s`` seconds counts as hung.
     """
     (files := folder / "files").mkdir(parents=True)
     told = folder / PLANTED
@@ -280,7 +279,7 @@ def run_planted(planted: Planted, fault: Fault, folder: Path, limit_s: int = LIM
 
 
 def judge(folder: Path) -> Trial:
-    """Find the verdict of a kept run with the rules as they are now."""
+    """Find the verdict of a kept run with today's rules, and return the trial."""
     planted = Planted(**json.loads((folder / PLANTED).read_text()))
     began = time.perf_counter()
     verdict = find_verdict(RunFolder(folder / "run"))
@@ -300,13 +299,13 @@ def judge(folder: Path) -> Trial:
 
 
 def is_as_recorded(trial: Trial) -> bool:
-    """Tell whether the event log of the run has the same verdict."""
+    """Return True if the event log of the run has the same verdict."""
     told = select_events(RunFolder(trial.folder / "run").read_events(), "verdict")
     return (told[-1]["kind"] if told else "-") == trial.kind
 
 
 def page(trials: Sequence[Trial]) -> str:
-    """Return the results: one row of the confusion matrix for each fault, and a summary."""
+    """Return the results as Markdown: the confusion matrix with one row for each fault, and a summary."""
     planted, quiet = [t for t in trials if t.planted.kinds], [t for t in trials if not t.planted.kinds]
     rows = [line_of(("planted", "expected", "runs", "verdicts", "kind right", "rank right", "place right"))]
     rows.append(line_of(["---"] * 7))
@@ -336,7 +335,7 @@ def page(trials: Sequence[Trial]) -> str:
 
 
 def plan(args: argparse.Namespace, program: Path) -> list[tuple[Planted, Fault]]:
-    """Draw the runs: ``--runs`` of each fault, and ``--quiet`` of the quiet programs in turn."""
+    """Return the runs to make: ``--runs`` of each fault, and ``--quiet`` runs without a fault."""
     faults = faults_of(program)
     draw = random.Random(args.seed)
     loud = [name for name, fault in faults.items() if fault.kinds]
@@ -355,7 +354,7 @@ def plan(args: argparse.Namespace, program: Path) -> list[tuple[Planted, Fault]]
 
 
 def run_all(args: argparse.Namespace, folder: Path) -> list[Trial]:
-    """Make all runs, and return them with their verdicts. A copy of the program is kept with the runs."""
+    """Make all runs, and return them with their verdicts. Writes a copy of the program next to the runs."""
     program = Path(shutil.copy(args.program, folder))
     drawn = plan(args, program if args.program != PROGRAM else PROGRAM)
     commands.fork_server()
@@ -373,7 +372,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> list[Trial]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Return the exit status: 1 if a quiet run has a verdict."""
+    """Make or judge the runs. Returns the exit status: 1 if a quiet run has a verdict."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=4, metavar="N", help="of each fault (%(default)s)")
     parser.add_argument("--quiet", type=int, default=30, metavar="N", help="runs without a fault (%(default)s)")

@@ -74,7 +74,9 @@ def images(_code: Path, data: Path) -> None:
 
 
 def boxes(code: Path, data: Path) -> None:
-    """Write images with a label file next to each, the dataset's file, and the font that YOLOv5 would download."""
+    """Write images with a label file for each, the file that describes the dataset, and the font that YOLOv5 would
+    download.
+    """
     from matplotlib import get_data_path
 
     images(code, data)
@@ -111,7 +113,7 @@ def litgpt_text(_code: Path, data: Path) -> None:
 
 
 def nanochat_shards(_code: Path, data: Path) -> None:
-    """Write two shards of texts, the second to validate on, and a tokenizer of single bytes."""
+    """Write two shards of texts, the second one for validation, and a tokenizer of single bytes."""
     import pyarrow
     import pyarrow.parquet
     import tiktoken
@@ -144,7 +146,9 @@ def digits(_code: Path, data: Path) -> None:
 
 
 def sounds(_code: Path, data: Path) -> None:
-    """Write half a second of a tone per file, noises to add to them, and manifests, for SpeechBrain's template."""
+    """Write files with half a second of a tone each, noises to add to the tones, and manifests, for SpeechBrain's
+    template.
+    """
     draw = np.random.default_rng(0)
     (data / "noise").mkdir()
     (data / "noise" / "data.zip").touch()  # with this file, the template downloads no noises

@@ -211,7 +211,7 @@ def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> t
     """Return the measured goodput without the first start, and the goodput that Young and Daly's model predicts. None:
     the run has too few figures.
 
-    The model gets the saves and steps until the last fault, because the steps are faster after it.
+    The model gets the saves and steps until the last fault. After it the run may continue at another speed.
     """
     events = stormy.read_events()
     goodput = measure_goodput(stormy, events)

@@ -39,12 +39,12 @@ from tests.support.runs import StormyRun
 STEPS = 250
 WORDS = (f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=50", "model.dropout=0.1")
 SLOW_START = ("resilience.engine=exec",)
-"""Ranks that import for seconds, so that they can be preempted before their first step."""
+"""Overrides that let ranks import for seconds, so that a preemption can come before their first step."""
 END_S = 900.0
 
 
 def reboot(storm: StormyRun, index: int, seconds: float) -> None:
-    """Cut the power of the job's node ``index`` and switch it on after so many seconds."""
+    """Cut the power of node ``index`` of the job for ``seconds`` seconds."""
     storm.wait_for_steps(attempt=1)
     name = storm.hosts()[index]
     power_cut(storm.sandbox, name)
@@ -53,13 +53,13 @@ def reboot(storm: StormyRun, index: int, seconds: float) -> None:
 
 
 def kill_srun(storm: StormyRun, *, alone: bool) -> None:
-    """Kill the srun of the batch script while the ranks train."""
+    """Kill the srun of the batch script while the ranks train; ``alone`` False: its helper process, too."""
     storm.wait_for_steps(attempt=1)
     storm.kill_srun(alone=alone)
 
 
 def stop_controller(storm: StormyRun, seconds: float) -> None:
-    """Have the agents decide while nobody answers them, for so many seconds."""
+    """Stop Slurm's controller, ask the agents to stop, and start the controller again after ``seconds`` seconds."""
     storm.wait_for_steps(attempt=1)
     storm.sandbox.stop_controller()
     try:
@@ -71,7 +71,7 @@ def stop_controller(storm: StormyRun, seconds: float) -> None:
 
 
 def preempt_early(storm: StormyRun) -> None:
-    """Preempt three attempts before they make a step."""
+    """Preempt each of three attempts before its first step."""
     for attempt in (1, 2, 3):
         storm.wait_for_ranks(attempt)
         preempt(storm.sandbox, storm.job, seconds=1)
@@ -91,11 +91,11 @@ CASES: dict[str, Case] = {
 
 
 Row = tuple[str, str, str, str, str]
-"""Name of a case, outcome, restarts by cause, whether the end is bit-identical, seconds."""
+"""Name of a case, outcome, restarts by cause, "yes" if the final weights are bit-identical, and seconds."""
 
 
 def weather(folder: Path, name: str, whole: dict[str, torch.Tensor]) -> Row:
-    """Take one case to its end, on a sandbox of its own."""
+    """Run one case on a new sandbox, and return its row. ``whole`` has the weights of an undisturbed run."""
     words, fault = CASES[name]
     began, same, restarts = time.monotonic(), "no", "none"
     with Cluster(folder / "sandbox") as sandbox:
@@ -121,7 +121,7 @@ def weather(folder: Path, name: str, whole: dict[str, torch.Tensor]) -> Row:
 
 
 def main() -> int:
-    """Exit status 1 where a case fails."""
+    """Run the cases. Returns the exit status: 1 if a case fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", metavar="WORDS", help="the cases with one of these words: WORD,WORD")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="cases side by side, each on its sandbox")
@@ -160,7 +160,7 @@ def main() -> int:
 
 
 def chosen_cases(words: str) -> list[str]:
-    """The cases whose names contain one of the words; ends the program where there is none."""
+    """Return the cases whose names contain one of the words in ``words``. Exits if there is no such case."""
     found = [name for name in CASES if any(word in name for word in words.split(","))]
     return found or chosen(words, list(CASES))
 
