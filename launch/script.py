@@ -28,6 +28,7 @@ from launch.runs.overrides import RANK_VALUES, in_shell, quoted
 from launch.runs.progress import check_pattern
 from launch.worker.call import REQUEUE_EXIT
 from launch.workload import (
+    PLACEHOLDER,
     CodeTree,
     PlanRequest,
     RankCommand,
@@ -35,6 +36,7 @@ from launch.workload import (
     Workload,
     WorkloadPlan,
     code_files,
+    fill,
     possible_sizes,
 )
 
@@ -42,7 +44,6 @@ from launch.workload import (
 # import torch.
 
 
-PLACEHOLDER = re.compile(r"%\{(\w+)\}")
 IN_RUN = "%{run_dir}"
 """Beginning of a path inside the run folder. The path of the run folder is known only when ranks start."""
 REFERENCE = re.compile(r"(?<!\\)\$\{(\w+)\}")
@@ -146,11 +147,6 @@ def keep_values(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: keep_values(item) for key, item in value.items()}
     return value
-
-
-def fill(text: str, values: Mapping[str, Any]) -> str:
-    """Return an argument with each ``%{NAME}`` replaced by ``values[NAME]``. Unknown names are not replaced."""
-    return PLACEHOLDER.sub(lambda found: str(values.get(found.group(1), found.group(0))), text)
 
 
 # Keys that ``workload=script`` adds to the config: a program, its arguments, and its abilities. Does not import torch.

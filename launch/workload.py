@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -159,12 +160,24 @@ class SetUp:
     """Overrides to type after ``python -m launch``."""
 
 
+PLACEHOLDER = re.compile(r"%\{(\w+)\}")
+
+
+def fill(text: str, values: Mapping[str, Any]) -> str:
+    """Return an argument with each ``%{NAME}`` replaced by ``values[NAME]``. Unknown names are not replaced."""
+    return PLACEHOLDER.sub(lambda found: str(values.get(found.group(1), found.group(0))), text)
+
+
 @dataclass(frozen=True)
 class RankCommand:
     """Command of a rank, equal for all ranks. Environment variables such as RANK distinguish the ranks."""
 
     args: tuple[str, ...]
-    """Program and arguments."""
+    """Program and arguments.
+
+    In these and in ``env``, each rank has its own values of ``%{rank}`` and ``%{local_rank}``. ``%{coordinator}`` is
+    the address and a free port of the node of rank 0.
+    """
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables that are added to those of the agent."""
     defaults: Mapping[str, str] = field(default_factory=dict)

@@ -131,6 +131,31 @@ def nanochat_shards(_code: Path, data: Path) -> None:
     torch.save(torch.tensor([1] * 256 + [0]), data / "tokenizer" / "token_bytes.pt")
 
 
+def easylm_text(code: Path, data: Path) -> None:
+    """Write the texts and the tokenizer of ``litgpt_text``, and the first text as lines of JSON."""
+    litgpt_text(code, data)
+    lines = (data / "text" / "0.txt").read_text().splitlines()
+    (data / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+
+
+def argon(_code: Path, data: Path) -> None:
+    """Write clusters of four argon atoms near a tetrahedron, with the energies and forces of a Lennard-Jones
+    potential."""
+    draw = np.random.default_rng(0)
+    corners = np.array([(0, 0, 0), (3.8, 0, 0), (0, 3.8, 0), (0, 0, 3.8)])
+    with (data / "argon.xyz").open("w") as file:
+        for _ in range(60):
+            atoms = corners + draw.normal(0, 0.2, corners.shape)
+            apart = atoms[:, None] - atoms[None]
+            squares = (apart**2).sum(-1) + np.diag([np.inf] * 4)
+            sixth = (3.4**2 / squares) ** 3
+            energy = 2 * 0.0104 * (sixth**2 - sixth).sum()  # each pair counts twice
+            forces = (24 * 0.0104 * ((2 * sixth**2 - sixth) / squares)[..., None] * apart).sum(1)
+            print(f'4\nProperties=species:S:1:pos:R:3:REF_forces:R:3 REF_energy={energy:.9f} pbc="F F F"', file=file)
+            for place, force in zip(atoms, forces, strict=True):
+                print("Ar", *(f"{value:.9f}" for value in (*place, *force)), file=file)
+
+
 def digits(_code: Path, data: Path) -> None:
     """Write files in MNIST's format with random images from a fixed seed: 2,048 for training and 256 for validation."""
     folder = data / "MNIST" / "raw"

@@ -50,6 +50,12 @@ def open_tcp_store(address: str, timeout: timedelta) -> dist.TCPStore:
     )
 
 
+def free_port(address: str) -> int:
+    """Return a port of ``address`` that no process uses now."""
+    with socket.create_server((address, 0)) as server:
+        return int(server.getsockname()[1])
+
+
 class SignedStore:
     """Store of signed messages between agents. Each key has one writer.
 

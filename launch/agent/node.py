@@ -349,6 +349,8 @@ class RendezvousRound(msgspec.Struct, frozen=True):
     address: str
     port: int
     """Port of the ranks' store on the head node. Each round has a new port."""
+    coordinator_port: int = 0
+    """Port on the head node that was free at the start of the round, for a server that rank 0 opens itself."""
 
 
 @dataclass(frozen=True)

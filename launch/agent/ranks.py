@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from launch.runs.measured import UsageMeter, usage_file
 from launch.runs.process import ENVIRONMENT, set_default_threads
 from launch.worker import STORE_PREFIX
 from launch.worker.memory import SECRET, STORE
-from launch.workload import CodeTree
+from launch.workload import CodeTree, fill
 
 # The program of the ranks: its fork server, its code, and its environment.
 
@@ -122,6 +123,17 @@ def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
     same = folder.tracker_id(rank)
     ids = dict.fromkeys(("LAUNCH_TRACKER_ID", "WANDB_RUN_ID", "NEPTUNE_CUSTOM_RUN_ID", "COMET_EXPERIMENT_KEY"), same)
     return {**ids, "WANDB_RESUME": "allow"}
+
+
+def own_words(args: Sequence[str], coordinator: str) -> Sequence[str]:
+    """Return a command in which each rank has its own values of ``%{rank}`` and ``%{local_rank}``.
+
+    A shell takes them from the variables of the rank, so that the command is the same for all ranks.
+    """
+    args = [fill(word, {"coordinator": coordinator}) for word in args]
+    shell = {"rank": "'\"$RANK\"'", "local_rank": "'\"$LOCAL_RANK\"'"}
+    line = fill(shlex.join(args), shell)
+    return args if line == shlex.join(args) else ("/bin/sh", "-c", f"exec {line}")
 
 
 class MemoryStore:
@@ -294,14 +306,15 @@ class RankAgent:
         """True if ranks have left with the exit status that means: the run is saved, requeue the job."""
 
     def _make_engine(self) -> Engine:
-        attempt, command = self._attempt, self._attempt.command
-        variables = {
-            rank: {**tracker_variables(attempt.folder, rank), **torchrun_variables(attempt, local)}
-            for local, rank in enumerate(attempt.ranks)
-        }
+        attempt, command, variables = self._attempt, self._attempt.command, {}
+        coordinator = f"{attempt.rdzv.address}:{attempt.rdzv.coordinator_port}"
+        for local, rank in enumerate(attempt.ranks):
+            values = {"rank": rank, "local_rank": local, "coordinator": coordinator}
+            own = {name: fill(text, values) for name, text in command.env.items()}
+            variables[rank] = {**tracker_variables(attempt.folder, rank), **own, **torchrun_variables(attempt, local)}
         workdir, logs = str(command.workdir or Path.cwd()), attempt.log(0).parent
         (scratch := attempt.heartbeats / "engine").mkdir()
-        ranks = NodeRanks(command.args, variables, workdir, logs, scratch)
+        ranks = NodeRanks(own_words(command.args, coordinator), variables, workdir, logs, scratch)
         kind = engine_class(attempt.config.resilience)
         return ProcessEngine(ranks, self._ready_server()) if kind is ProcessEngine else kind(ranks)
 

@@ -20,6 +20,7 @@ from launch.agent.exchange import (
     Message,
     RendezvousEndpoint,
     SignedStore,
+    free_port,
     next_endpoint,
     open_tcp_store,
 )
@@ -257,7 +258,7 @@ class AgentGroup:
         self._stores.append(store)
         with writing_into(folder.path):
             attempt = folder.create_attempt()
-        rdzv = RendezvousRound(number, attempt, members, self.address, store.port)
+        rdzv = RendezvousRound(number, attempt, members, self.address, store.port, free_port(self.address))
         self.heartbeat.publish(round=rdzv)
         hosts = [self._host(i) for i in members]
         spares = [self._host(i) for i in healthy if i not in members]

@@ -97,7 +97,7 @@ NOT_IN_POINT = (*PLACE_KEYS, *(key for key in LAUNCHER_KEYS if key not in ("node
 """Keys that are not part of the name of a run's folder, because they only set where and how the run is submitted."""
 RANK_VALUES = (
     *("nodes", "ranks_per_node", "world_size", "run_dir", "checkpoint_dir", "attempt", "name"),
-    *("newest", "newest_step"),
+    *("newest", "newest_step", "rank", "local_rank", "coordinator"),
 )
 """Names that ``${...}`` in the arguments of a program can have. The values are known only when a rank starts."""
 NOTHING_TYPED = "default"

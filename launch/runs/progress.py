@@ -33,12 +33,13 @@ GROUPS = (
     *COUNTS,
     *("loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
     *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),
+    "begin",
 )
 """Names that groups of the pattern ``script.progress`` may have: fields of a step record.
 
 If a pattern has ``epoch`` (counted from 0) or ``epoch_from_1`` (counted from 1), and ``steps_per_epoch``, then ``step``
 counts the steps of this epoch only. A line that has an epoch and no step gives the epoch of the lines after it. Other
-figures in a line without a step are those of the last step.
+figures in a line without a step are those of the last step, or of the next one after a line that has ``begin``.
 
 ``steps`` is the total of a progress bar. Lines with another total than the first are of another bar, such as that of an
 evaluation, and a bar at 0 has made no step.
@@ -164,6 +165,8 @@ class _RankLog:
         self._work = contract.work_per_step if rank == 0 else None
         self._epoch: dict[str, str] = {}
         """Epoch of the last line that matched without a step, as group -> text."""
+        self._begun: dict[str, Any] | None = None
+        """Figures since a line with the group ``begin``; None after the line with their step."""
         self._last: dict[str, Any] | None = None
         """Record of the last step; None before the first match. Its time is that of the step's first line."""
         self._step: int | None = None
@@ -203,6 +206,8 @@ class _RankLog:
     def _fields(self, match: Mapping[str, str | Any]) -> dict[str, Any] | None:
         """Return the fields of a step record from ``match``, group -> text; None if they are of no known step."""
         texts = {name: text for name, text in match.items() if text}
+        if texts.pop("begin", None):
+            self._begun = {}
         fields = numbers({**self._epoch, **texts})
         if (steps := fields.pop("steps", None)) is not None:
             self._steps = self._steps or steps
@@ -210,9 +215,14 @@ class _RankLog:
                 return None
         if "step" not in fields:
             self._epoch = {name: text for name, text in texts.items() if name in COUNTS} or self._epoch
+            if self._begun is not None:
+                self._begun |= fields
+                return None
             if self._step is None or not fields:
                 return None
         self._step = fields.setdefault("step", self._step)
+        if self._begun is not None:
+            fields, self._begun = self._begun | fields, None
         return fields
 
     def _append(self, found: Sequence[dict[str, Any]], printed_at: float) -> None:

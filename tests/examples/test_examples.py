@@ -340,6 +340,40 @@ def test_a_checkpoint_that_two_starts_cannot_load_is_left_for_an_older_one(tmp_p
     assert given == [f"attempt {number} {args}\n" for number, args in enumerate(([], ["2"], ["2"], ["1"]), start=1)]
 
 
+COORDINATED = """
+import os, socket, sys
+rank, local_rank, place = sys.argv[1:]
+assert (rank, local_rank) == (os.environ["RANK"], os.environ["LOCAL_RANK"]), sys.argv
+assert place == os.environ["PLACE"] and not place.endswith(":" + os.environ["MASTER_PORT"])
+host, port = place.split(":")
+if rank == "0":
+    with socket.create_server((host, int(port))) as server:
+        print(sorted(server.accept()[0].recv(1) for _ in range(3)))
+else:
+    while True:
+        try:
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(rank.encode())
+                break
+        except ConnectionRefusedError:  # Rank 0 starts later.
+            pass
+"""
+
+
+def test_rank_0_opens_a_server_of_its_own_where_all_ranks_find_it(tmp_path: Path) -> None:
+    write_script(tmp_path, COORDINATED, "coordinated.py")
+    folder = RunFolder(tmp_path / "run")
+    words = ["script.args='${rank} ${local_rank} ${coordinator}'", "script.env.PLACE=${coordinator}"]
+    run(
+        f"launch nodes=2 script.path=coordinated.py run_dir={folder.path}",
+        *LOCAL,
+        "ranks_per_node=2",
+        *words,
+        cwd=tmp_path,
+    )
+    assert printed(folder) == "[b'1', b'2', b'3']\n"
+
+
 def test_a_copy_of_the_code_is_that_of_the_programs_repository(tmp_path: Path) -> None:
     project = tmp_path / "project"
     (project / "theirs").mkdir(parents=True)
