@@ -207,7 +207,7 @@ class ScriptOptions:
     progress: Optional[str] = key(
         None,
         "Regular expression that finds step records in the output of a rank by named groups: step, and any of epoch,"
-        " epoch_from_1, steps_per_epoch, loss, lr, grad_norm, step_time_s, step_time_ms, tokens, samples,"
+        " epoch_from_1, steps_per_epoch, loss, perplexity, lr, grad_norm, step_time_s, step_time_ms, tokens, samples,"
         " tokens_per_s.",
     )
     work_per_step: Optional[float] = key(

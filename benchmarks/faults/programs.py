@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import wave
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,12 @@ def litgpt_text(_code: Path, data: Path) -> None:
     tokenizer.save(str(data / "tokenizer" / "tokenizer.json"))
     kinds = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (data / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(kinds))
+
+
+def translation(_code: Path, data: Path) -> None:
+    """Write a text to train on and one to validate on. The task is to copy a line."""
+    words(data / "train.txt", 24_000)
+    words(data / "dev.txt", 1_200)
 
 
 def nanochat_shards(_code: Path, data: Path) -> None:
@@ -265,7 +271,8 @@ class Trial:
         if "data" in self.about:
             globals()[self.about["data"]](self._code, self._data)
         if "prepare" in self.about:
-            subprocess.run([self._python, *self.about["prepare"]], cwd=self._code, check=True, capture_output=True)
+            line = [self._python, *self._filled(self.about["prepare"])]
+            subprocess.run(line, cwd=self._code, check=True, capture_output=True)
         points = self.about["nodes"]
         self._launch("quiet", "-m", f"nodes={','.join(map(str, points))}")
         log = (self._scratch / "quiet.log").read_text()
@@ -285,13 +292,15 @@ class Trial:
         done = subprocess.run(["git", "-C", str(self._code), *words], check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
+    def _filled(self, words: Sequence[str]) -> list[str]:
+        return [word.replace("{data}", str(self._data)).replace("{code}", str(self._code)) for word in words]
+
     def _launch(self, kind: str, *words: str, preempted: RunFolder | None = None) -> None:
         """Launch the program and wait for its end. If ``preempted`` is the folder of a run, preempt this run in the
         middle.
         """
-        data, code = str(self._data), str(self._code)
-        given = [word.replace("{data}", data).replace("{code}", code) for word in self.about["words"]]
-        line = [sys.executable, "-m", "gpt_launch", *words, *ON_SLURM, f"script.python={self._python}", *given]
+        given = [f"script.python={self._python}", *self._filled(self.about["words"])]
+        line = [sys.executable, "-m", "gpt_launch", *words, *ON_SLURM, *given]
         env = {**os.environ, **self._sandbox.env, "PYTHONPATH": str(ROOT)}
         path = self._scratch / f"{kind}.log"
         with path.open("wb") as log:

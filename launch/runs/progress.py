@@ -6,6 +6,7 @@ time and bytes, because the calling agent also watches the ranks.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -31,7 +32,7 @@ RESOLUTION = "step_time_resolution_s"
 COUNTS = ("step", "steps", "epoch", "epoch_from_1", "steps_per_epoch")
 GROUPS = (
     *COUNTS,
-    *("loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
+    *("loss", "perplexity", "lr", "grad_norm", "step_time_s", "step_time_ms"),
     *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),
     "begin",
 )
@@ -277,6 +278,9 @@ def numbers(match: Mapping[str, str | Any]) -> dict[str, Any]:
     earlier = epochs * fields.pop("steps_per_epoch", 0)
     if "step" in fields:
         fields["step"] += earlier
+    if "perplexity" in fields:
+        perplexity = fields.pop("perplexity")
+        fields["loss"] = math.log(perplexity) if perplexity > 0 else math.nan
     if "step_time_ms" in fields:
         fields["step_time_s"] = fields.pop("step_time_ms") / 1000
     return fields

@@ -136,6 +136,10 @@ PRINTED = {
         "2026-11-27 12:32:50.638 INFO: Epoch 5: head: Default, loss=0.00454662, RMSE_E_per_atom=    6.45 meV, RMSE_F= ",
         {"step": 5, "loss": 0.00454662},
     ),
+    "sockeye": (
+        "[INFO:sockeye.training] E=3 B=200\ts/sec=197.90 tok/sec=3166.39 u/sec=12.37\tppl=410.166298 ",
+        {"step": 200, "loss": 6.016563},
+    ),
     "speechbrain": (
         " 88%|████████▊ | 21/24 [00:00<00:00, 27.04it/s, train_loss=0.0842]",
         {"step": 21, "loss": 0.0842},
