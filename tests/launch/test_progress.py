@@ -119,6 +119,11 @@ PRINTED = {
         "Epoch 2 - loss: 0.8123 - lr: 0.0050:  47%|████▋     | 30/64 [00:03<00:03,  9.71it/s]",
         {"step": 94, "loss": 0.8123, "lr": 0.005},
     ),
+    "mmengine": (
+        "11/27 12:51:36 - mmengine - INFO - Epoch(train) [3][2/6]  lr: 1.0000e-01  eta: 0:00:02  time: 0.6606"
+        "  data_time: 0.0258  loss: 0.0404",
+        {"step": 14, "lr": 0.1, "loss": 0.0404},
+    ),
     "nanochat": (
         "step 00021/00040 (52.50%) | loss: 6.205037 | lrm: 0.55 | dt: 16.85ms | tok/sec: 30,389 | bf16_mfu: 0.00",
         {"step": 21, "loss": 6.205037, "step_time_s": 0.01685, "tokens_per_s": 30389},
