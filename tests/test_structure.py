@@ -367,7 +367,7 @@ TOKENS = {
     "launch/plan": 9_080,
     "launch/project": 6_840,
     "launch/report": 29_450,
-    "launch/runs": 24_860,
+    "launch/runs": 24_900,
     "launch/slurm": 21_890,
     "launch/storm": 6_520,
     "launch/trace": 1_370,

@@ -280,7 +280,7 @@ def numbers(match: Mapping[str, str | Any]) -> dict[str, Any]:
         fields["step"] += earlier
     if "perplexity" in fields:
         perplexity = fields.pop("perplexity")
-        fields["loss"] = math.log(perplexity) if perplexity > 0 else math.nan
+        fields["loss"] = round(math.log(perplexity), 6) if perplexity > 0 else math.nan
     if "step_time_ms" in fields:
         fields["step_time_s"] = fields.pop("step_time_ms") / 1000
     return fields
