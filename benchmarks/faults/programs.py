@@ -88,6 +88,45 @@ def boxes(code: Path, data: Path) -> None:
     shutil.copy(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", data / "Arial.ttf")
 
 
+def diffusers_files(code: Path, data: Path) -> None:
+    """Write images, and the config of a model of two blocks."""
+    images(code, data)
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    sizes = {"sample_size": 16, "layers_per_block": 1, "block_out_channels": [32, 32]}
+    (data / "config.json").write_text(json.dumps({**blocks, **sizes}))
+
+
+ACCURACY = """import datasets
+import evaluate
+
+class Accuracy(evaluate.Metric):
+    def _info(self):
+        kinds = {name: datasets.Value("int32") for name in ("predictions", "references")}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(kinds))
+
+    def _compute(self, predictions, references):
+        return {"accuracy": sum(a == b for a, b in zip(predictions, references)) / len(references)}
+"""
+
+
+def glue_files(code: Path, data: Path) -> None:
+    """Write labeled lines of text, a small BERT with its tokenizer, and the metric that the program would download."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    litgpt_text(code, data)
+    lines = (data / "text" / "0.txt").read_text().splitlines()
+    for split, part in (("train", lines[:512]), ("validation", lines[-64:])):
+        labeled = [json.dumps({"sentence1": line, "label": len(line) % 2}) for line in part]
+        (data / f"{split}.json").write_text("\n".join(labeled))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    BertForSequenceClassification(config).save_pretrained(data / "tokenizer")
+    (data / "accuracy").mkdir()
+    (data / "accuracy" / "accuracy.py").write_text(ACCURACY)
+
+
 def llama2c_tokens(code: Path, _data: Path) -> None:
     """Write random tokens from a fixed seed where llama2.c looks for token files with a vocabulary of 512."""
     folder = code / "data" / "tok512"
@@ -198,22 +237,13 @@ def sounds(_code: Path, data: Path) -> None:
         (data / f"{split}.json").write_text(json.dumps(manifest))
 
 
-def torchtune_files(_code: Path, data: Path) -> None:
-    """Write lines of text, a SentencePiece tokenizer that is trained on this text, a model of two layers, and the
-    config of a recipe.
-    """
-    import sentencepiece
+def llama(folder: Path, vocab_size: int) -> None:
+    """Write a model of two layers into ``folder``, as transformers saves it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    words(data / "text.txt", 3_000)
-    lines = (data / "text.txt").read_text().splitlines()
-    (data / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines[:128]))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(data / "text.txt"), model_prefix=str(data / "tokenizer"), vocab_size=300, minloglevel=2
-    )
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -221,7 +251,32 @@ def torchtune_files(_code: Path, data: Path) -> None:
         num_key_value_heads=4,
         max_position_embeddings=128,
     )
-    LlamaForCausalLM(config).save_pretrained(data / "model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def peft_files(code: Path, data: Path) -> None:
+    """Write lines of text to train and to test on, and a model of two layers with its tokenizer."""
+    litgpt_text(code, data)
+    lines = (data / "text" / "0.txt").read_text().splitlines()
+    (data / "lines").mkdir()
+    for split, part in (("train", lines[:1024]), ("test", lines[-16:])):
+        (data / "lines" / f"{split}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in part))
+    llama(data / "tokenizer", 500)
+
+
+def torchtune_files(_code: Path, data: Path) -> None:
+    """Write lines of text, a SentencePiece tokenizer that is trained on this text, a model of two layers, and the
+    config of a recipe.
+    """
+    import sentencepiece
+
+    words(data / "text.txt", 3_000)
+    lines = (data / "text.txt").read_text().splitlines()
+    (data / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines[:128]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(data / "text.txt"), model_prefix=str(data / "tokenizer"), vocab_size=300, minloglevel=2
+    )
+    llama(data / "model", 300)
     text = (Path(__file__).parent / "torchtune.yaml").read_text()
     (data / "config.yaml").write_text(text.replace("{data}", str(data)))
 

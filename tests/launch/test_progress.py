@@ -94,6 +94,7 @@ def test_figures_of_a_mapping_over_several_lines_are_those_of_its_step(folder: R
 
 
 PRINTED = {
+    "accelerate": (" 31%|███▏      | 40/128 [00:03<00:06, 13.09it/s]", {"step": 40, "steps": 128}),
     "nanogpt": ("iter 6: loss 2.6927, time 8.07ms, mfu 0.01%", {"step": 6, "loss": 2.6927, "step_time_s": 0.00807}),
     "llama2c": (
         "6 | loss 6.1392 | lr 3.000000e-06 | 43.29ms | mfu 0.00%",
@@ -152,6 +153,10 @@ PRINTED = {
     "litgpt": (
         "Epoch 1 | iter 128 step 64 | loss train: 5.917, val: n/a | iter time: 84.21 ms (step) remaining time: 0:00:12",
         {"step": 64, "loss": 5.917, "step_time_s": 0.08421},
+    ),
+    "diffusers": (
+        "Epoch 3:  71%|███████   | 17/24 [00:02<00:00,  7.15it/s, loss=0.976, lr=1.78e-5, step=89]",
+        {"step": 89, "loss": 0.976, "lr": 1.78e-5},
     ),
     "trainer": (
         " 68%|██████▊   | 41/60 [00:00<00:00, 48.93it/s]\n"
