@@ -26,7 +26,7 @@ from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples
 from gpt.data.prepared import find_document_end
 from gpt.data.tokenizers import load_tokenizer
-from gpt.model.layers import summed_loss
+from gpt.model.gpt import summed_loss
 from gpt.parallel.distributed import World, open_world
 from gpt.training.loop import EvaluationShare, mean_loss
 from gpt.training.run import prepare_tokens

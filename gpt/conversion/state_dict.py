@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gpt import checkpoint as folders
-from gpt.checkpoint import DEEPSPEED, DamagedError, Manifest, find_damage, formats, read_manifest, sum_file
+from gpt.checkpoint import DEEPSPEED, DamagedError, find_damage, formats, read_manifest, sum_file
 from gpt.config import LoraConfig, ModelConfig, TrainConfig
 from gpt.conversion import Rule, StateDictAdapter
 from gpt.conversion.source import (
@@ -329,7 +329,9 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
     damaged = []
     for path in reversed(wanted):
         try:
-            verify_checkpoint(path)
+            for name, entry in read_manifest(path).files.items():
+                if text := find_damage(path / name, entry):
+                    raise DamagedError(text)
         except DamagedError as damage:
             if path.exists():  # the run itself may have deleted it meanwhile
                 log.warning("checkpoint %s is damaged (%s): passed over", path, damage)
@@ -339,17 +341,6 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
     raise ConfigError(
         f"damaged: {'; '.join(damaged)}", "a checkpoint that is as it was saved", "the same command with another step"
     )
-
-
-def verify_checkpoint(checkpoint: Path) -> Manifest:
-    """Compare every file of a checkpoint with its manifest, and return the manifest. Raise DamagedError if one
-    differs."""
-    manifest = read_manifest(checkpoint)
-    for name, entry in manifest.files.items():
-        damage = find_damage(checkpoint / name, entry)
-        if damage:
-            raise DamagedError(damage)
-    return manifest
 
 
 def read_weights(config: TrainConfig, checkpoint: Path, device: torch.device | str = "cpu") -> GPT:

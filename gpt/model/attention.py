@@ -1,4 +1,4 @@
-"""Causal self-attention (MHA, GQA, MQA; arXiv 2305.13245), its key-value cache, and attention by blocks of keys."""
+"""Causal self-attention (MHA, GQA, MQA; arXiv 2305.13245), its cache, packed documents, and attention by blocks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from gpt.config import AttentionBackend, ModelConfig
-from gpt.model.layers import Documents, Linear, build_norm, build_rotation
+from gpt.config import NEXT_DOCUMENT, AttentionBackend, ModelConfig, Pack, TrainConfig
+from gpt.model.layers import COMPUTE_DTYPES, Linear, build_norm, build_rotation
 
 # Key-value cache of attention: generation computes the keys and values of each token once.
 #
@@ -118,6 +118,33 @@ def attend_block(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, f
         return y[..., : q_BHTC.size(-1)], lse_BHT
     y_BHTC, lse_BHT = aten._scaled_dot_product_flash_attention_for_cpu(q_BHTC, k_BHSC, v_BHSC, 0.0, causal, scale=scale)
     return y_BHTC, lse_BHT
+
+
+class Documents(NamedTuple):
+    """Positions and attention bias for packed documents, of a batch of sequences."""
+
+    positions: Tensor
+    """Position of each token in its document, (B, T) integers."""
+    bias: Tensor
+    """Tensor that is added to the scores of attention, (B, 1, T, T): 0 if the key is in the same document as the query
+    and not after it, else minus infinity. It has the dtype of queries and keys, so that no layer has to convert it."""
+
+
+def find_documents(config: TrainConfig, targets_BT: Tensor) -> Documents | None:
+    """Return positions and attention bias for the packed documents of a batch; None if documents are not packed.
+
+    A document ends at a target ``NEXT_DOCUMENT``. A new document begins at each sequence's first token. The bias has
+    B x T x T numbers.
+    """
+    if config.data.pack is Pack.none:
+        return None
+    ends_BT = targets_BT == NEXT_DOCUMENT
+    index_T = torch.arange(ends_BT.size(1), device=ends_BT.device)
+    starts_BT = F.pad(ends_BT[:, :-1], (1, 0))
+    first_BT = (index_T * starts_BT).cummax(1).values
+    hidden_BTT = (first_BT.unsqueeze(2) != first_BT.unsqueeze(1)) | (index_T > index_T.unsqueeze(1))
+    bias_BTT = torch.zeros(hidden_BTT.shape, dtype=COMPUTE_DTYPES[config.precision], device=ends_BT.device)
+    return Documents(index_T - first_BT, bias_BTT.masked_fill_(hidden_BTT, -math.inf).unsqueeze(1))
 
 
 class Attended(NamedTuple):

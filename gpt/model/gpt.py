@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from gpt.components import load_part, owner_of
-from gpt.config import Ffn, ModelConfig, NormPosition
-from gpt.model.attention import Attention, Cache, LatentAttention, LayerCache, softcap
+from gpt.config import Ffn, LoraConfig, ModelConfig, NormPosition, TrainConfig
+from gpt.model.attention import Attention, Cache, Documents, LatentAttention, LayerCache, find_documents, softcap
 from gpt.model.ffn import DenseFfn, MixtureOfExperts
 from gpt.model.layers import (
     INIT_STD,
-    Documents,
     Linear,
-    LoraLinear,
+    autocast,
     build_norm,
     build_position,
     chunked_loss,
+    cross_entropy,
     linear,
     loss_and_gradient,
 )
@@ -204,6 +204,24 @@ class Head(Linear):
         return super().forward(x_BTD) if loss is None else loss(x_BTD, self.weight)
 
 
+class LoraLinear(Linear):
+    """Linear layer with an adapter: W x + alpha / rank B A dropout(x) (LoRA, arXiv 2106.09685, section 4.1).
+
+    The adapter has two matrices, ``lora_a`` (rank, I) and ``lora_b`` (O, rank). The layer keeps the names of its weight
+    and bias.
+    """
+
+    def __init__(self, whole: nn.Linear, lora: LoraConfig) -> None:
+        super().__init__(whole.in_features, whole.out_features, whole.bias is not None)
+        self.lora_a = nn.Parameter(torch.empty(lora.rank, whole.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(whole.out_features, lora.rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.dropout, self.scale = nn.Dropout(lora.dropout), lora.alpha / lora.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.scale * linear(linear(self.dropout(x), self.lora_a), self.lora_b)
+
+
 class GPT(nn.Module):
     """Decoder-only transformer (GPT-2; Radford et al. 2019, section 2.3), whose parts the config chooses."""
 
@@ -333,6 +351,33 @@ class Stage(GPT):
         for block in self.blocks:
             x = block(x) if past is None else block(x, past)
         return self.logits(x) if self.last else x
+
+
+def summed_loss(
+    module: nn.Module,
+    config: TrainConfig,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    device: torch.device,
+    criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> Tensor:
+    """Run a forward pass of ``module``, and return its loss in nats, summed over the tokens, ().
+
+    Args:
+        module: the model, or a wrapper of it.
+        config: config of the run.
+        tokens_BT: tokens, on any device.
+        targets_BT: next tokens, on any device; those below 0 do not count.
+        device: device of the model.
+        criterion: returns the summed loss of logits and targets. Unused with a chunked loss, which the model computes.
+    """
+    targets_BT = targets_BT.to(device, non_blocking=True)
+    documents = find_documents(config, targets_BT)
+    targets = {"targets_BT": targets_BT} if config.chunked_loss else {}
+    with autocast(config, device):
+        past = [] if documents is None else [documents]
+        result: Tensor = module(tokens_BT.to(device, non_blocking=True), *past, **targets)
+    return result if targets else criterion(result, targets_BT)
 
 
 # Drawing of tokens from the logits, one after another, with a cache of keys and values.

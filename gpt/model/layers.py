@@ -1,4 +1,4 @@
-"""Normalization layers, positions of tokens, and the cross-entropy loss.
+"""Linear and normalization layers, positions of tokens, and the cross-entropy loss.
 
 Shapes as in gpt/model/gpt.py; in a norm D is the normalized dimension, and N the product of all other dimensions.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,8 @@ from gpt.components import load_part
 from gpt.config import (
     LOGITS_AT_ONCE,
     LOSS_CHUNK,
-    NEXT_DOCUMENT,
-    LoraConfig,
     ModelConfig,
     Norm,
-    Pack,
     Position,
     Precision,
     RopeScaling,
@@ -121,24 +118,6 @@ class LinearOnCpu(torch.autograd.Function):
             rows_RO.mT @ x.flatten(0, -2) if needs_weight else None,
             rows_RO.sum(0) if needs_bias else None,
         )
-
-
-class LoraLinear(Linear):
-    """Linear layer with an adapter: W x + alpha / rank B A dropout(x) (LoRA, arXiv 2106.09685, section 4.1).
-
-    The adapter has two matrices, ``lora_a`` (rank, I) and ``lora_b`` (O, rank). The layer keeps the names of its weight
-    and bias.
-    """
-
-    def __init__(self, whole: nn.Linear, lora: LoraConfig) -> None:
-        super().__init__(whole.in_features, whole.out_features, whole.bias is not None)
-        self.lora_a = nn.Parameter(torch.empty(lora.rank, whole.in_features))
-        self.lora_b = nn.Parameter(torch.zeros(whole.out_features, lora.rank))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        self.dropout, self.scale = nn.Dropout(lora.dropout), lora.alpha / lora.rank
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * linear(linear(self.dropout(x), self.lora_a), self.lora_b)
 
 
 # The product as an operation of this package: torch.compile knows its shape, and FlopCounterMode its arithmetic.
@@ -292,33 +271,6 @@ def set_positions(module: nn.Module, positions_T: Tensor) -> None:
     for part in module.modules():
         if isinstance(part, LearnedPosition | Rope):
             part.positions_T = positions_T
-
-
-class Documents(NamedTuple):
-    """Positions and attention bias for packed documents, of a batch of sequences."""
-
-    positions: Tensor
-    """Position of each token in its document, (B, T) integers."""
-    bias: Tensor
-    """Tensor that is added to the scores of attention, (B, 1, T, T): 0 if the key is in the same document as the query
-    and not after it, else minus infinity. It has the dtype of queries and keys, so that no layer has to convert it."""
-
-
-def find_documents(config: TrainConfig, targets_BT: Tensor) -> Documents | None:
-    """Return positions and attention bias for the packed documents of a batch; None if documents are not packed.
-
-    A document ends at a target ``NEXT_DOCUMENT``. A new document begins at each sequence's first token. The bias has
-    B x T x T numbers.
-    """
-    if config.data.pack is Pack.none:
-        return None
-    ends_BT = targets_BT == NEXT_DOCUMENT
-    index_T = torch.arange(ends_BT.size(1), device=ends_BT.device)
-    starts_BT = F.pad(ends_BT[:, :-1], (1, 0))
-    first_BT = (index_T * starts_BT).cummax(1).values
-    hidden_BTT = (first_BT.unsqueeze(2) != first_BT.unsqueeze(1)) | (index_T > index_T.unsqueeze(1))
-    bias_BTT = torch.zeros(hidden_BTT.shape, dtype=COMPUTE_DTYPES[config.precision], device=ends_BT.device)
-    return Documents(index_T - first_BT, bias_BTT.masked_fill_(hidden_BTT, -math.inf).unsqueeze(1))
 
 
 def rotation_rates(config: ModelConfig) -> Tensor:
@@ -557,30 +509,3 @@ def chunk_elements(device: torch.device) -> int:
     """Return the largest number of logits that are converted to fp32 at a time on a device. On a CPU they fit into the
     caches of its cores."""
     return LOSS_CHUNK if device.type != "cpu" else min(LOSS_CHUNK, CACHED_LOGITS * torch.get_num_threads())
-
-
-def summed_loss(
-    module: nn.Module,
-    config: TrainConfig,
-    tokens_BT: Tensor,
-    targets_BT: Tensor,
-    device: torch.device,
-    criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
-) -> Tensor:
-    """Run a forward pass of ``module``, and return its loss in nats, summed over the tokens, ().
-
-    Args:
-        module: the model, or a wrapper of it.
-        config: config of the run.
-        tokens_BT: tokens, on any device.
-        targets_BT: next tokens, on any device; those below 0 do not count.
-        device: device of the model.
-        criterion: returns the summed loss of logits and targets. Unused with a chunked loss, which the model computes.
-    """
-    targets_BT = targets_BT.to(device, non_blocking=True)
-    documents = find_documents(config, targets_BT)
-    targets = {"targets_BT": targets_BT} if config.chunked_loss else {}
-    with autocast(config, device):
-        past = [] if documents is None else [documents]
-        result: Tensor = module(tokens_BT.to(device, non_blocking=True), *past, **targets)
-    return result if targets else criterion(result, targets_BT)

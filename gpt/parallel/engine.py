@@ -17,7 +17,8 @@ from gpt.checkpoint.formats import TensorFiles
 from gpt.config import Pack, Precision, TrainConfig
 from gpt.config.optim import SCHEDULE_FREE
 from gpt.model.ffn import set_auxiliary_scale
-from gpt.model.layers import cross_entropy, summed_loss
+from gpt.model.gpt import summed_loss
+from gpt.model.layers import cross_entropy
 from gpt.parallel.distributed import WORLD, World
 from gpt.parallel.modules import compile_loss, inverse_replicas, local_tensor
 from gpt.parallel.optimizer import build_optimizer, skipping

@@ -28,8 +28,9 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from gpt.config import Pack, Schedule
+from gpt.model.attention import find_documents
 from gpt.model.gpt import GPT, Stage, Weights
-from gpt.model.layers import COMPUTE_DTYPES, autocast, find_documents
+from gpt.model.layers import COMPUTE_DTYPES, autocast
 from gpt.parallel.distributed import BUBBLE, mesh_without, receiving, scheduling, waiting, working
 from gpt.parallel.engine import RunLayout
 from gpt.parallel.modules import local_tensor, replace_forward

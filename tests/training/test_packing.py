@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.config import TrainConfig
-from gpt.model.gpt import GPT, initialize
-from gpt.model.layers import summed_loss
+from gpt.model.gpt import GPT, initialize, summed_loss
 from tests.support.distributed import run_distributed
 from tests.support.learning import Case, compose, evaluated, learn, start, start_case, step
 

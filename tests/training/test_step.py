@@ -21,8 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.config import OptimConfig
 from gpt.model import layers
-from gpt.model.gpt import GPT, initialize
-from gpt.model.layers import summed_loss
+from gpt.model.gpt import GPT, initialize, summed_loss
 from gpt.parallel import engine, nd
 from gpt.parallel import engine as module
 from gpt.parallel.distributed import PendingSum, World
