@@ -24,20 +24,19 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_launch import as_typed
+from gpt_launch.__main__ import COMMANDS
 from launch import __version__
 from launch.config import Config
 from launch.config.compose import (
     not_in_point,
     prepare_overrides,
     register,
-    require_folder,
+    require_config_dir,
     schema_of,
     target_of,
 )
 from launch.errors import ConfigError, refusing
 from launch.plan.remote import remote_of, run_remotely
-from launch.runner import SweepFailedError, print_failure
 from launch.runs.compose import CONFIG_ERRORS, refuse_file_of_config
 from launch.runs.folder import deny_others_writing
 from launch.runs.overrides import point_name, unknown_flag
@@ -89,24 +88,6 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
     return flags, given
 
 
-COMMANDS = (
-    "status",
-    "logs",
-    "cancel",
-    "attach",
-    "report",
-    "fleet",
-    "project",
-    "verify",
-    "doctor",
-    "move",
-    "keys",
-    "batch",
-    "why",
-)
-"""Other commands, each in a module of its own."""
-
-
 def refuse_command(argv: Sequence[str]) -> None:
     """Raise ConfigError if the first argument is another command of the launcher."""
     if argv and argv[0] in COMMANDS:
@@ -125,7 +106,7 @@ def prepare(argv: Sequence[str]) -> list[str]:
     refuse_command(argv)
     flags, given = split_flags(argv)
     typed = given.overrides
-    config_dir = None if given.config_dir is None else require_folder("--config-dir", given.config_dir)
+    config_dir = require_config_dir(given.config_dir)
     if not given.shell_completion:  # the last word of a line that the shell completes may be incomplete
         typed = prepare_overrides(typed, config_dir)
     register(typed, config_dir)
@@ -157,10 +138,7 @@ def main() -> int:
         sys.argv[1:] = prepare(sys.argv[1:])
         run_point()
     except CONFIG_ERRORS as error:
-        print(as_typed(str(refuse_file_of_config(error))), file=sys.stderr)
-        return 2
-    except SweepFailedError as error:
-        return print_failure(error)
+        raise refuse_file_of_config(error) from error
     except KeyboardInterrupt:
         return 130
     return 0

@@ -279,9 +279,7 @@ class Job:
         error = self.exception(timeout)
         if error is not None:
             raise error
-        values = [
-            found.value for rank in calls.result_ranks(self.run_dir) if (found := calls.read_result(self.run_dir, rank))
-        ]
+        values = [result.value for result in calls.read_results(self.run_dir)]
         return values if ranks else values[0] if values else None
 
     def add_done_callback(self, callback: Callable[[Job], Any]) -> None:
@@ -513,16 +511,13 @@ def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -
 @refusing
 def main() -> int:
     """Run the points in a file that ``start_in_background`` has written. Returns the exit status of the command."""
-    from launch.runner import SweepFailedError, print_failure, run_sweep
+    from launch.runner import run_sweep
 
     parser = CommandParser(prog="launch.api", description="Run the points that launch.submit has planned.")
     parser.add_argument("points", type=Path, metavar="FILE", help="JSON list with the overrides of each point")
     typed = json.loads(parser.parse_args().points.read_text())
     deny_others_writing()
-    try:
-        run_sweep([(compose_launch(words), words) for words in typed])
-    except SweepFailedError as error:
-        return print_failure(error)
+    run_sweep([(compose_launch(words), words) for words in typed])
     return 0
 
 

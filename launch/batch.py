@@ -25,7 +25,7 @@ import gpt_launch.own_names  # noqa: F401
 from gpt_launch.agent import run as run_agent
 from launch.agent.node import Node
 from launch.config import CHAIN, ClusterKind, Config
-from launch.config.compose import compose_launch, read_point, require_folder, typed_config
+from launch.config.compose import compose_launch, read_point, require_config_dir, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import agent_words
 from launch.plan.plan import Plan, is_recorded, make_plan, record_found, record_submitted, write_run
@@ -226,7 +226,7 @@ def main() -> int:
             if not is_recorded(RunFolder(run_dir).read_events(), [job_id]):
                 record_found(RunFolder(run_dir), job_id, 1, by="launch.batch")
         return 0
-    folder = None if words.config_dir is None else require_folder("--config-dir", words.config_dir)
+    folder = require_config_dir(words.config_dir)
     if words.nodes is not None:
         job = {"SLURM_JOB_NUM_NODES": words.nodes, "SLURM_GPUS_ON_NODE": words.gpus_per_node or ""}
         job |= {name: os.environ[name] for name in ("SBATCH_PARTITION",) if name in os.environ}

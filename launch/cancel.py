@@ -17,7 +17,6 @@ import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.find import add_paths, find_runs, plain_console
 from launch.runs.folder import deny_others_writing
-from launch.slurm.client import SlurmError
 from launch.slurm.follow import leaving_text, others_in_job, outcome_text, stop_points
 from launch.slurm.jobs import ACTIVE
 from launch.slurm.status import adopt_found, find_run_statuses, poll
@@ -68,9 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deny_others_writing()
     try:
         return 0 if cancel(args.paths, plain_console(), now=args.now) else 1
-    except SlurmError as error:
-        print(error, file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("not waiting any longer; the cancel is on its way", file=sys.stderr)
         return 130

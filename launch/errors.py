@@ -67,16 +67,25 @@ class RepeatedFailureError(RuntimeError):
     """Raised if a failure came again after each roll-back of the ranks. The program is not started again."""
 
 
+class CommandFailedError(RuntimeError):
+    """Raised if a command cannot do its work. ``status`` is the exit status of the command."""
+
+    status = 1
+
+
 def refusing(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate the ``main`` of a command: a ConfigError is printed on standard error and gives exit status 2.
 
-    The same is done for a file that cannot be read or written.
+    The same is done for a file that cannot be read or written. A CommandFailedError gives its own exit status.
     """
 
     @functools.wraps(main)
     def with_refusals(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs)
+        except CommandFailedError as error:
+            print(as_typed(str(error)), file=sys.stderr, flush=True)
+            return error.status
         except ConfigError as error:
             refusal = error
         except OSError as error:

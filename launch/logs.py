@@ -17,7 +17,7 @@ import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.runs.find import find_runs, labels_inside
 from launch.runs.folder import read_json
-from launch.slurm.client import SlurmError, output_file
+from launch.slurm.client import output_file
 from launch.slurm.jobs import SlurmJob, agent_logs
 from launch.slurm.status import RunStatus, adopt_found, find_run_statuses, outcome, poll
 
@@ -177,9 +177,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--agent", action="store_true", help="of the agent that started the rank, over all attempts")
     try:
         print_logs(parser.parse_args(arguments))
-    except SlurmError as error:
-        print(error, file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # The reader, such as `| head`, has closed the pipe.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rich.console import Console
 from gpt_launch import as_typed
 from launch.config import DEEP, Config, LaunchConfig, ReportFile
 from launch.config.compose import workload_of
+from launch.errors import CommandFailedError
 from launch.plan.placement import copy_code
 from launch.plan.plan import Plan, record_submitted, unfinished, write_run, write_settled
 from launch.plan.preflight import announce_plans
@@ -58,7 +58,7 @@ Composed = tuple[DictConfig, Sequence[str]]
 """Composed config of a point, and its overrides."""
 
 
-class SweepFailedError(RuntimeError):
+class SweepFailedError(CommandFailedError):
     """Raised if at least one point did not finish. ``status`` is the exit status of the command."""
 
     def __init__(self, message: str, status: int) -> None:
@@ -260,9 +260,3 @@ def report_sweep(plans: Sequence[Plan], sweep: Sweep | None, console: Console, f
     except OSError as error:  # The display has failed; the results are still printed.
         later = f"python -m launch.report {quote(str(folder))}"
         console.print(f"the report is not written: {error}; later: {as_typed(later)}")
-
-
-def print_failure(error: SweepFailedError) -> int:
-    """Print the message of an error, and return its exit status."""
-    print(f"\n{error}", file=sys.stderr)
-    return error.status

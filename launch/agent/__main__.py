@@ -358,11 +358,7 @@ def main() -> int:
     """Run the agent of this node. Returns the exit status: 0, 1 if the run failed, 2 if the run cannot start."""
     parser = CommandParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, on a filesystem all nodes share")
-    try:
-        run_agent(str(Path(parser.parse_args().run_dir).absolute()))
-    except RunFailedError as error:
-        print(error, file=sys.stderr)
-        return 1
+    run_agent(str(Path(parser.parse_args().run_dir).absolute()))
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.agent.node import RunContext, is_replaced, start_time
 from launch.config import ClusterKind, ResilienceConfig
-from launch.errors import ConfigError, RepeatedFailureError
+from launch.errors import CommandFailedError, ConfigError, RepeatedFailureError
 from launch.plan.budget import (
     caps,
     command_folders,
@@ -248,7 +248,7 @@ def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
     return Cause.hung if failure is not None and failure.get("hung") else Cause.crashed
 
 
-class RunFailedError(RuntimeError):
+class RunFailedError(CommandFailedError):
     """Raised if the run ends without being finished, and without a request to end."""
 
 

@@ -30,7 +30,7 @@ from launch.errors import CommandParser, ConfigError, ranges, refusing
 from launch.logs import find_run
 from launch.runs.events import last_event, select_events
 from launch.runs.folder import RunFolder
-from launch.slurm.client import SlurmError, job_fields
+from launch.slurm.client import job_fields
 from launch.slurm.status import RunStatus, poll
 from launch.storm.injection import rank_processes
 
@@ -196,11 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.here:
         act_here(args)
         return 0
-    try:
-        return attach(args)
-    except SlurmError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return attach(args)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
-from launch.config.compose import compose_launch, require_folder, typed_config
+from launch.config.compose import compose_launch, require_config_dir, typed_config
 from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.report.series import fit_not_negative
-from launch.runner import SweepFailedError, print_failure, run_sweep
+from launch.runner import run_sweep
 from launch.runs.environment import ROOT
 from launch.runs.find import print_table
 from launch.runs.folder import RunFolder, deny_others_writing, read_json, write_json
@@ -65,12 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not output.parent.is_dir() or output.is_dir():
         raise ConfigError(f"--output {output}", "a file in an existing folder", "--output network.json")
     deny_others_writing()
-    config_dir = None if typed.config_dir is None else require_folder("--config-dir", typed.config_dir)
     options = {"budget-s": f"{typed.budget_s:g}", **({"max-mib": typed.max_mib} if typed.max_mib else {})}
-    try:
-        measured = run_measurement(typed.overrides, config_dir, options)
-    except SweepFailedError as error:
-        return print_failure(error)
+    measured = run_measurement(typed.overrides, require_config_dir(typed.config_dir), options)
     if measured:
         samples = [Sample(**sample) for sample in measured["samples"]]
         network = fit_network(samples, measured["ranks_per_node"])

@@ -36,16 +36,16 @@ CUSTOM = "custom"
 """Option of the group ``workload`` for a class that ``workload._target_`` names."""
 
 
-def require_folder(flag: str, path: str) -> Path:
-    """Return the folder of the user's own config files. ``flag`` is the option that named it, for the error message.
+def require_config_dir(path: str | None) -> Path | None:
+    """Return the absolute path of the folder that the option ``--config-dir`` names; None if the option is absent.
 
     Raises:
         ConfigError: the folder does not exist.
     """
-    folder = Path(path).expanduser().absolute()
-    if not folder.is_dir():
+    folder = None if path is None else Path(path).expanduser().absolute()
+    if folder and not folder.is_dir():
         expected = "a folder laid out as configs/ is, such as FOLDER/cluster/mysite.yaml"
-        raise ConfigError(f"{flag} {path}, which is no folder", expected, f"{flag} FOLDER")
+        raise ConfigError(f"--config-dir {path}, which is no folder", expected, "--config-dir FOLDER")
     return folder
 
 

@@ -25,11 +25,12 @@ from submitit.core.utils import FailedJobError
 import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch, require_folder, sweep_points, typed_config
+from launch.config.compose import compose_launch, require_config_dir, sweep_points, typed_config
 from launch.doctor import findings, job
 from launch.doctor.findings import Facts
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.plan import Plan, make_plan
+from launch.runs.find import plain_console
 from launch.runs.folder import deny_others_writing
 from launch.slurm import checks
 from launch.slurm.checks import Finding, Level, Request, fail, has_errors, warn
@@ -58,7 +59,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; with --json, print only JSON on standard output. Returns the exit status."""
     given = arguments(argv)
-    console = Console(soft_wrap=True, stderr=given.json)
+    console = plain_console(stderr=given.json)
     deny_others_writing()
     try:
         found, results = diagnose(given, console)
@@ -77,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(Text(f"{'':8}why   {as_typed(one.why)}{unless}", "dim"))
             console.print(Text(f"{'':8}type  {as_typed(one.fix)}"))
     count = Counter(one.level for one in found)
-    console.print(
-        f"{count[Level.error]} errors, {count[Level.warning]} warnings, {count[Level.ok]} ok", highlight=False
-    )
+    console.print(f"{count[Level.error]} errors, {count[Level.warning]} warnings, {count[Level.ok]} ok")
     return status
 
 
@@ -88,7 +87,7 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
 
     ``given`` has the arguments of the command line.
     """
-    config_dir = None if given.config_dir is None else require_folder("--config-dir", given.config_dir)
+    config_dir = require_config_dir(given.config_dir)
     points = sweep_points(given.overrides, config_dir)
     of_machine, of_request, requests, seen = examine(points, config_dir)
     if not given.on_cluster:
@@ -167,15 +166,12 @@ def run_on_cluster(
     if placed.possible:
         largest = replace(largest, plan=largest.plan.replace_placement(placed))
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
-
     try:
-        results = job.measure_nodes(largest, Path(seen.output.path), wait_min, say)
+        results = job.measure_nodes(largest, Path(seen.output.path), wait_min, console.print)
     except (SlurmError, FailedJobError) as error:
         why = "a run with the same resources would be refused too"
         return [fail("job", refusal_text(SlurmError(str(error))), why, "python -m launch dry_run=true ...")], None
-    say(f"wrote {results['folder']}/results.json")
+    console.print(f"wrote {results['folder']}/results.json")
     return findings.check_results(results), results
 
 

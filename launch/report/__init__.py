@@ -103,11 +103,11 @@ def show_and_write(table: ScalingTable, console: Console, files: Collection[Repo
     """
     show(table, console)
     for path in write(table, files=files):
-        console.print(f"wrote {path}", highlight=False, markup=False)
+        console.print(f"wrote {path}")
     if len(table.rows) > 1 and table.selection.dashboard is not None and ReportFile.tensorboard in files:
-        console.print(f"dashboard: tensorboard --logdir {table.selection.folder}", highlight=False, markup=False)
+        console.print(f"dashboard: tensorboard --logdir {table.selection.folder}")
     for line in table.selection.others():
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
 
 
 # The page: a first line of tiles with figures, and the content of ``page.html.j2`` below.

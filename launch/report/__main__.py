@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from rich.console import Console
-
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.report import ALL_FILES, ScalingTable, select, show, show_and_write, tabulate_selection, write
 from launch.report.points import PointState
 from launch.report.selection import compare_selections, writing_to
-from launch.runs.find import ARCHIVE
+from launch.runs.find import ARCHIVE, plain_console
 from launch.runs.folder import ReportFile, deny_others_writing
 
 WATCH_S = 30.0
@@ -70,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "an earlier sweep by its own folder",
             f"python -m launch.report {again}",
         )
-    console = Console(soft_wrap=True)
+    console = plain_console()
 
     def make() -> ScalingTable:
         chosen = [select(folder, typed.sweep, every=typed.all) for folder in folders]
@@ -90,8 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(table, console)
             # A browser reloads the page at the same interval.
             written = write(table, reload_s=None if is_over else typed.watch, files=typed.files)
-            names = f"wrote {', '.join(path.name for path in written)} in {table.selection.folders[0]}"
-            console.print(names, highlight=False, markup=False)  # Brackets in a path are not markup.
+            console.print(f"wrote {', '.join(path.name for path in written)} in {table.selection.folders[0]}")
             if is_over:
                 break
             console.print(f"again in {typed.watch:g} s; Ctrl-C ends this, and the runs continue")

@@ -9,9 +9,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+
+from launch.errors import CommandFailedError
 
 # The parser of ``scontrol show ... --oneliner``, which prints ``Key=value`` pairs. Values may contain spaces.
 
@@ -54,16 +57,20 @@ BUSY = (
 )
 """Parts of Slurm's errors, in lower case, after which the same command may succeed later."""
 
-GONE = "invalid job id"
-"""Part of Slurm's error about a job that it has forgotten."""
+GONE = ("invalid job id", "already completing or completed")
+"""Parts of Slurm's errors, in lower case, about a job that is over or forgotten."""
 
 
-class SlurmError(RuntimeError):
+class SlurmError(CommandFailedError):
     """Raised if a Slurm command fails. The message contains the output of the command."""
 
 
 class SlurmBusyError(SlurmError):
     """Raised if a controller did not answer. The same command may succeed later."""
+
+
+class JobGoneError(SlurmError):
+    """Raised if a job is over, or if Slurm has forgotten the job."""
 
 
 def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> str:
@@ -76,6 +83,7 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
 
     Raises:
         SlurmBusyError: the controller did not answer in time in any try.
+        JobGoneError: the job is over, or Slurm has forgotten it.
         SlurmError: the command is not installed, or fails for another reason.
     """
     if shutil.which(command[0]) is None:
@@ -100,7 +108,8 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
         # scontrol ping reports on standard output which controllers are down.
         problem = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
         if not any(text in problem.lower() for text in BUSY):
-            raise SlurmError(f"{' '.join(command)}: {problem}")
+            is_gone = any(text in problem.lower() for text in GONE)
+            raise (JobGoneError if is_gone else SlurmError)(f"{' '.join(command)}: {problem}")
     raise SlurmBusyError(f"{' '.join(command)}: {problem}")
 
 
@@ -221,10 +230,8 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobS
     options = ("--noheader", "--array", "--states=all", "--format=%i|%A|%T|%r|%N|%S|%P|%V")
     try:
         text = run("squeue", *options, "--jobs", ",".join(roots), retries=retries)
-    except SlurmError as error:
-        if GONE in str(error).lower():
-            return {}
-        raise
+    except JobGoneError:
+        return {}
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.count("|") == 7]
     return {
         job: JobState(state, reason.replace("None", ""), nodes, start.replace("N/A", ""), partition, unix_time(since))
@@ -250,10 +257,8 @@ def output_file(job_id: str) -> Path | None:
     """Return the path of the output of a job's batch script; None if Slurm has forgotten the job or the path."""
     try:
         found = job_fields(job_id).get("StdOut")
-    except SlurmError as error:
-        if GONE in str(error).lower():
-            return None
-        raise
+    except JobGoneError:
+        return None
     return Path(found) if found else None
 
 
@@ -262,11 +267,8 @@ def scancel(job_id: str, *options: str, retries: int = RETRIES) -> None:
 
     Raises SlurmError if scancel fails, but not if the job is over or forgotten.
     """
-    try:
+    with suppress(JobGoneError):
         run("scancel", *options, job_id, retries=retries)
-    except SlurmError as error:
-        if not any(text in str(error).lower() for text in (GONE, "already completing or completed")):
-            raise
 
 
 def host_names(hosts: str) -> set[str]:

@@ -9,7 +9,6 @@ candidate.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import math
 import signal
@@ -28,7 +27,7 @@ import gpt_launch.own_names  # noqa: F401
 from gpt_launch.agent import run_spare
 from launch.agent.node import Node
 from launch.agent.policy import hosts_to_avoid
-from launch.errors import duration_text
+from launch.errors import CommandParser, duration_text, refusing
 from launch.plan.placement import decide, waiting_since
 from launch.plan.plan import Plan, record_next_job, record_submitted
 from launch.runs.events import events_since_submission, last_event
@@ -284,22 +283,21 @@ def submit_spare_job(folder: RunFolder, job_id: str, node: Node) -> None:
     folder.record_event("spare_job_submitted", job=node.job, node=node.index, job_id=job.job_id)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Submit a further job of a run. If Slurm does not accept the job, print Slurm's message and exit with status 1."""
-    parser = argparse.ArgumentParser(description="Submit a further job of a run.")
+@refusing
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Submit a further job of a run. Returns the exit status: 0, 1 if Slurm does not accept it, 2 if refused."""
+    parser = CommandParser(prog="launch.slurm.failover", description="Submit a further job of a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     parser.add_argument("job", metavar="JOB", help="the present job of the run")
     parser.add_argument("--spare", metavar="NODE", help="submit a spare job with this identity, as JSON")
     args = parser.parse_args(arguments)
     deny_others_writing()
-    try:
-        if args.spare is None:
-            submit_next_job(RunFolder(args.run), args.job)
-        else:
-            submit_spare_job(RunFolder(args.run), args.job, msgspec.json.decode(args.spare, type=Node))
-    except SlurmError as error:
-        raise SystemExit(str(error)) from error
+    if args.spare is None:
+        submit_next_job(RunFolder(args.run), args.job)
+    else:
+        submit_spare_job(RunFolder(args.run), args.job, msgspec.json.decode(args.spare, type=Node))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

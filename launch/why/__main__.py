@@ -16,7 +16,7 @@ from gpt_launch import as_typed
 from launch.attach.__main__ import stacks_of
 from launch.errors import CommandParser, refusing
 from launch.logs import find_run
-from launch.slurm.client import SlurmError, accounted_state
+from launch.slurm.client import accounted_state
 from launch.slurm.jobs import SlurmJob
 from launch.slurm.status import RunStatus, poll, verdict_of
 from launch.why.facts import job_event
@@ -47,11 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("path", type=Path, metavar="RUN", help="a run folder, or the label of a run")
     args = parser.parse_args(arguments)
     point = find_run(args.path)
-    try:
-        verdict = verdict_now(point)
-    except SlurmError as error:
-        print(error, file=sys.stderr)
-        return 1
+    verdict = verdict_now(point)
     if verdict is None:
         print(f"{point.name}: no verdict: it is {point.state}, and nothing of its newest attempt has failed")
         return 0

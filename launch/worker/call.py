@@ -118,9 +118,10 @@ def read_result(run_dir: Path, rank: int) -> Result | None:
     return Result(**load(path)) if path.exists() else None
 
 
-def result_ranks(run_dir: Path) -> list[int]:
-    """Return the numbers of the ranks that have a result, ascending."""
-    return numbers_in(run_dir / RESULTS, "rank_", ".pkl")
+def read_results(run_dir: Path) -> list[Result]:
+    """Return the results of all ranks that have one, in the order of the ranks."""
+    ranks = numbers_in(run_dir / RESULTS, "rank_", ".pkl")
+    return [result for rank in ranks if (result := read_result(run_dir, rank))]
 
 
 def store_result(run_dir: Path, rank: int, result: Result) -> None:

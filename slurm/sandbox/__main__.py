@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.errors import CommandParser, ConfigError, refusing
 from slurm.sandbox.cluster import Cluster, cut_link, freeze, heal, link, power_cut, preempt
-from slurm.sandbox.state import SandboxError, Settings, default_directory
+from slurm.sandbox.state import Settings, default_directory
 
 EXAMPLES = """examples:
   python -m slurm.sandbox up --nodes 4 --gpus-per-node 2
@@ -54,9 +54,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for line in _run(Cluster(options.dir), options):
             print(line, flush=True)
-    except SandboxError as error:
-        print(f"slurm.sandbox: {error}", file=sys.stderr)
-        return 1
     except ConfigError as error:
         if options.command != "status":
             raise

@@ -18,10 +18,10 @@ from typing import Any
 import msgspec
 import psutil
 
-from launch.errors import ConfigError
+from launch.errors import CommandFailedError, ConfigError
 
 
-class SandboxError(RuntimeError):
+class SandboxError(CommandFailedError):
     """Raised if a program or daemon of this machine failed. The message ends with its output."""
 
 
