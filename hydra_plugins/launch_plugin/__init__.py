@@ -170,7 +170,7 @@ class PerPointSweeper(BasicSweeper):
     """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Check a batch as Hydra does, unless the project's launcher will check it.
+        """Check a batch of points as Hydra does. Does nothing if the project's launcher runs the batch and checks it.
 
         Raises:
             ConfigError: a stock launcher would start another number of agents than a point has nodes.

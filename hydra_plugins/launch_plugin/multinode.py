@@ -46,7 +46,7 @@ REFUSED = {
         "hydra.launcher.submitit_folder=null",
     ),
 }
-"""Keys of hydra-submitit-launcher without a counterpart -> what is expected in their place, and what to type."""
+"""Key of hydra-submitit-launcher without a counterpart -> what is expected in its place, and what to type."""
 
 
 def run_task(

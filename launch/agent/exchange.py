@@ -69,7 +69,7 @@ class SignedStore:
         self._store = dist.PrefixStore(derive(token, f"keys of {name}"), store)
         self._secret = derive(token, f"messages of {name}").encode()
         self.foreign = ""
-        """Key of a value that was ignored because it is not signed; empty if there was none."""
+        """Key of a value that was ignored because no agent of this job has signed it; empty if there was none."""
 
     def set(self, key: str, message: str) -> None:
         """Sign ``message`` and write it under ``key``."""
@@ -215,7 +215,10 @@ class RequestState(msgspec.Struct, frozen=True):
 
 
 class Ticket(msgspec.Struct, frozen=True):
-    """Decision of the head node on one request (stop or save): all ranks obey the request at the same poll."""
+    """Decision of the head node on one request (stop or save): all ranks obey the request at the same poll.
+
+    A poll is one look of a rank for requests, between two steps.
+    """
 
     number: int = 0
     at: int = 0
@@ -225,7 +228,10 @@ class Ticket(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """State of one agent. Only the head node sets ``tickets``, ``round``, ``again``, ``over`` and ``failure``."""
+    """State of one agent, which it sends to the other agents.
+
+    Only the head node sets ``tickets``, ``round``, ``again``, ``over`` and ``failure``.
+    """
 
     beat: int = -1
     """Number of this message, from 0; -1 if none was sent."""
@@ -241,7 +247,9 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     left: int = -1
     """Newest round in which all ranks of this node have left without a failure; -1 if none."""
     all_left: int = -1
-    """Newest round in which the ranks of all members have left without a failure; -1 if none, and on other nodes."""
+    """Newest round in which the ranks of all members have left without a failure. -1 if none, and on all but the head
+    node.
+    """
     bye: bool = False
     """True if the agent is leaving."""
     agreement: int = -1
@@ -422,7 +430,7 @@ class Agreement:
         self._ranks = ranks
         self._stop_signal = 0
         self._held = dict.fromkeys(Request, (0, 0.0))
-        """By kind of request: number of the ticket for which this node's ranks wait, and the time when they began to
+        """Kind of request -> number of the ticket for which this node's ranks wait, and the time when they began to
         wait.
         """
         self._tickets = dict.fromkeys(Request, Ticket())

@@ -35,7 +35,7 @@ LOOK_S = 0.2
 EARLY = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_")
 """Prefixes of variables that Python and its libraries read at their start. A forked process sets them too late."""
 LATE = ("PYTHONUNBUFFERED", "PYTHONFAULTHANDLER", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
-"""Prefixes of exceptions from ``EARLY``: variables that take effect even if a forked rank sets them."""
+"""Prefixes of variables that take effect even if a forked rank sets them: exceptions from ``EARLY``."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -359,7 +359,7 @@ def exit_status(program: Callable[..., object], *args: object) -> int:
 
 
 def leave() -> int:
-    """Do what Python does at its exit, except for destroying objects. Returns 120 if output is lost, else 0."""
+    """Do what Python does at its exit, without destroying objects. Returns 120 if output is lost, else 0."""
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does it in its own forks
     atexit._run_exitfuncs()
     status = 0

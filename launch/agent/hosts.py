@@ -44,7 +44,8 @@ OF_THIS_PROCESS = (TOKEN, OWNER, "CUDA_VISIBLE_DEVICES")
 
 
 def run_step(run_dir: str, job: str, shares: bool) -> None:
-    """Run the agents of a run as a step of a job, and pass each SIGTERM on to them. Returns when the step has ended.
+    """Run the agents of a run as a step of a Slurm job, and send each SIGTERM on to the agents. Returns after the
+    step's end.
 
     Args:
         run_dir: folder of the run.
@@ -171,7 +172,7 @@ KEEP = (
     ' && exec 3<&0 && { { trap "" TERM USR2; while read -r number <&3; do kill -"$number" $$; done; kill -s KILL $$; }'
     ' >/dev/null 2>&1 & } && exec "$@" </dev/null 3<&-'
 )
-"""Text after ``RECEIVE`` for an agent: a helper sends it signals, and the shell becomes the agent (process ``$$``)."""
+"""Text after ``RECEIVE`` for an agent: the shell becomes the agent, and a helper process sends signals to the agent."""
 
 
 def start_on(

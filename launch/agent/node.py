@@ -143,7 +143,10 @@ class StopRequest:
         """True while a signal raises InterruptedError in the agent, because no ranks run that could save."""
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGUSR2 here. Submitit's handlers would requeue by themselves, and on rank 0 only."""
+        """Handle SIGTERM and SIGUSR2 in this object.
+
+        Submitit's handlers would requeue by themselves, and on rank 0 only.
+        """
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
         for number in (signal.SIGHUP, signal.SIGQUIT):  # The agent ends its ranks before it leaves.
@@ -422,7 +425,7 @@ class AgentContext(RunContext):
     stop: StopRequest
     """The requests to stop that this agent has received."""
     meter: Meter
-    """Meter of the allocation's use, which compares it with the budget."""
+    """Meter of the allocation's use, which is compared with the budget."""
     server: ForkServer | None
     """Server that forks the ranks; None if ranks are executed."""
     store: MemoryStore
@@ -441,7 +444,7 @@ class Attempt(AgentContext):
     """Name of the workload."""
     command: RankCommand
     contract: RankContract
-    """Contract with the ranks: events that they record themselves, signals and exit statuses that they understand."""
+    """What the ranks do themselves: events that they record, signals and exit statuses that they understand."""
     tree: CodeTree
     """Files of the code that the ranks run."""
     heartbeats: Path

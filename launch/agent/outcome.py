@@ -258,9 +258,9 @@ def cancel_next_job(context: RunContext) -> None:
 
 
 def request_spare_jobs(context: AgentContext, rdzv: RendezvousRound) -> None:
-    """On the head node, submit a job of one node for each node that a round lacks, at most ``spare_jobs`` of them.
+    """On the head node, submit one job of one node for each node that a round lacks, at most ``spare_jobs`` in all.
 
-    The jobs are submitted in the background. If Slurm does not accept one, the event log says why.
+    The jobs are submitted in the background. If Slurm does not accept a job, the event log says why.
     """
     node, lacking = context.node, context.config.nodes - len(rdzv.members)
     if lacking == 0 or node.late == 0:
@@ -284,9 +284,9 @@ def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedErro
 
 
 def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Cause) -> Decision:
-    """On the head node: find the cause of the end of an attempt, decide, and carry the decision out.
+    """On the head node, find the cause of the end of an attempt, decide what follows, and do it. Returns the decision.
 
-    ``ended`` is the cause that every node can see (``observed_end``). Returns the decision.
+    ``ended`` is the cause that every node can see (``observed_end``).
 
     Raises:
         RunFailedError: the run ends without being finished, and no user requested that.
@@ -333,7 +333,7 @@ def apply_decision(
     context: RunContext, attempt: int | None, cause: Cause, text: str, *,
     left: int | None = None, step_has_ended: bool = False,
 ) -> Decision:  # fmt: skip
-    """Record the end of an attempt, decide what follows, and carry the decision out.
+    """Record the end of an attempt, decide what follows, and do it. Returns the decision.
 
     Args:
         context: run and node.
@@ -422,7 +422,7 @@ def handle_early_stop(context: RunContext, why: str) -> None:
 
 
 def close_lost_attempts(context: RunContext) -> None:
-    """Record the end of the last attempt if it was killed with an earlier start of the job.
+    """Record the end of the last attempt if that attempt was killed together with an earlier start of the job.
 
     Raises:
         RunFailedError: the limits of the run do not allow another attempt.

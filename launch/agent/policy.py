@@ -67,7 +67,7 @@ class Cause(StrEnum):
     requested = "requested"
     """The ranks left with the exit status that means: the run is saved, requeue the job."""
     repeated = "repeated"
-    """The ranks left after they had rolled back and repeated steps as often as allowed."""
+    """The ranks left because the run had diverged again after as many roll-backs as allowed."""
     refused = "refused"
     """The ranks refused to work, mostly before the first step. A new start would be refused too."""
 
@@ -100,7 +100,7 @@ FINAL = {
     Cause.refused: "it would be refused again",
     Cause.repeated: "the ranks have tried again by themselves, and it came again",
 }
-"""Causes after which a new start would end in the same way -> reason for people."""
+"""Cause after which a new start would end in the same way -> reason for people."""
 LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out, Cause.requested)
 """Causes that end the allocation. The run needs the queue to get nodes again."""
 FROM_OUTSIDE = (Cause.preempted, Cause.node_failed)
@@ -114,11 +114,11 @@ NO_CHECKPOINT = (
     "(script.resumes=true where it looks for its own checkpoint when it starts)"
 )
 BATCH_SCRIPT_ENDED = ("NonZeroExitCode", "JobLaunchFailure", "RaisedSignal")
-"""Slurm's reasons for the end of a job whose batch script ended. A cancelled job has none of them."""
+"""Slurm's reasons for the end of a job whose batch script has ended. A cancelled job has another reason."""
 
 
 def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes: bool = True) -> Decision:
-    """Decide what follows the attempt that just ended for ``cause``.
+    """Return the decision on what follows the attempt that just ended for ``cause``.
 
     Args:
         events: the event log, the ``attempt_ended`` of this attempt included.
@@ -387,7 +387,7 @@ class Meter:
             self._context.record("spare_ended", job=node.job, node=node.index, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool = False) -> str | None:
-        """Write a heartbeat. If a cap of the budget is reached, record this and return it as text; else return None.
+        """Write a heartbeat. Returns a text if a cap of the budget is reached, which is also recorded; else None.
 
         Acts at most every ``budget_poll_s`` seconds, and returns None in between. Returns None also if ``is_leaving``:
         the ranks are already leaving.

@@ -194,7 +194,8 @@ class AgentGroup:
         self.heartbeat.publish(over=True, failure=failure)
 
     def find_silent(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """Mark members of a round that were silent longer than ``resilience.node_timeout_s`` as lost; return them.
+        """Return the members of a round that were silent longer than ``resilience.node_timeout_s``, and mark them as
+        lost.
 
         Raises:
             AlreadyDecidedError: another node has become the head node.
@@ -318,7 +319,7 @@ class AgentGroup:
         raise TooFewNodesError(f"{len(self._remaining())} nodes left, and {self._sizes[-1]} are needed")
 
     def _present(self) -> dict[int, Message]:
-        """Return the messages of the other nodes that have sent one and are not lost."""
+        """Return index -> message of each other node that has sent a message and is not lost."""
         return {i: message for i, message in list(self.heartbeat.received.items()) if i not in self.lost}
 
     def _silence(self, index: int) -> float:

@@ -54,7 +54,7 @@ NEARLY = 0.8
 
 @dataclass(frozen=True)
 class StuckRank:
-    """A rank that makes no progress, with the reason ``why`` it counts as stuck."""
+    """A rank that makes no progress. ``why`` is the reason for which it counts as stuck."""
 
     rank: int
     pid: int
@@ -184,7 +184,7 @@ STOP_FILE_S = 1.0  # Each poll queries a shared filesystem.
 
 
 class Watch:
-    """Conditions that an agent checks several times a second while its ranks run, in addition to their exit."""
+    """Checks that an agent makes several times a second while its ranks run: stop requests, hung ranks, lost nodes."""
 
     def __init__(self, attempt: Attempt) -> None:
         config, contract, rdzv = attempt.config, attempt.contract, attempt.rdzv
@@ -233,10 +233,10 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _finds_stop_file(self) -> bool:
-        """Return whether there is a file STOP in the run folder that this node's ranks do not look for themselves.
+        """Return whether the run folder has a file STOP that this node's ranks do not look for themselves.
 
-        Ranks with a heartbeat look for the file. The agent looks at most every ``STOP_FILE_S`` seconds, and the
-        method returns False in between.
+        Ranks with a heartbeat look for the file. The agent looks at most every ``STOP_FILE_S`` seconds, and the method
+        returns False in between.
         """
         now = time.monotonic()
         if now - self._looked_for_file < STOP_FILE_S:
@@ -272,7 +272,7 @@ class Watch:
     def record_stacks(self, pids: Mapping[int, int], stuck: Sequence[StuckRank] = ()) -> None:
         """Record the ranks in ``stuck`` as failed, with their stacks, and the stacks of all other ranks in ``pids``.
 
-        A rank without a heartbeat gets no signal, and has no stacks.
+        ``pids`` is rank -> process id. A rank without a heartbeat gets no signal, and has no stacks.
         """
         attempt = self._attempt
         paths = {rank: attempt.heartbeats / str(rank) for rank in pids}

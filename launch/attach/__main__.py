@@ -131,7 +131,7 @@ def enter(process: psutil.Process, command: list[str]) -> NoReturn:
 
 
 def act_here(args: argparse.Namespace) -> None:
-    """Do on this host what the command line says: print stacks or the node of a rank, or run a command."""
+    """Print stacks, print the node of a rank, or run a command, on this host, as the command line says."""
     process = rank_processes(args.path).get(args.rank)
     if args.stacks:
         for rank, text in stacks_here(args.path).items():

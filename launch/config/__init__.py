@@ -222,7 +222,7 @@ class BudgetConfig:
 
 @dataclass
 class LaunchConfig:
-    """Behavior of the command before and after it submits."""
+    """What the command does before and after it submits."""
 
     check_limits: bool = key(True, "On Slurm, read its partitions and nodes, and refuse what could never start there.")
     detach: bool = key(

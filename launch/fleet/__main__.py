@@ -273,7 +273,7 @@ def samples(point: RunStatus, now: float) -> Iterator[Sample]:
 
 
 def openmetrics_text(points: Sequence[RunStatus], now: float) -> str:
-    """Return the metrics of all runs as OpenMetrics text. ``now`` as for ``samples``."""
+    """Return the metrics of all runs as OpenMetrics text. ``now`` is Unix seconds, as in ``samples``."""
     escapes = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
     lines: dict[str, list[str]] = {family: [] for family in FAMILIES}
     for point in points:

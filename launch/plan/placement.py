@@ -102,7 +102,10 @@ def decide(placement: Placement, at: int, here_s: float, all_s: float) -> tuple[
 
 
 def next_candidate(placement: Placement, at: int) -> int | None:
-    """Return the index of the next possible candidate after ``at``, cyclically; None if there is no other."""
+    """Return the index of the next possible candidate after ``at``; after the last, the first.
+
+    None if there is no other.
+    """
     others = [index for index in placement.possible if index != at]
     return next((index for index in others if index > at), min(others, default=None))
 
@@ -268,7 +271,7 @@ AS_IN_CLUSTER = (
     *("partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task"),
     "array_parallelism",
 )
-"""Parameters of submitit with the same name and value as a key of ``cluster``."""
+"""Parameters of submitit that have the name and the value of a key of ``cluster``."""
 
 
 # Container: the words by which srun starts the agent of each node inside an image (``cluster.container``).
@@ -342,7 +345,7 @@ def copy_path(run_dir: Path, tree: CodeTree) -> Path:
 
 
 def copy_code(target: Path, tree: CodeTree) -> None:
-    """Copy the files of a code tree to ``target``, unless the copy exists.
+    """Copy the files of a code tree to ``target``. Does nothing if the copy exists.
 
     Raises:
         ConfigError: a file changed meanwhile, or the copy cannot be written.

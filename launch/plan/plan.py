@@ -298,7 +298,7 @@ def refuse_exposed(run_dir: Path) -> None:
 
 
 def refuse_writable(folder: Path, bits: int, unless: int = 0) -> None:
-    """Raise ConfigError if an existing folder has one of the mode ``bits`` and none of ``unless``."""
+    """Raise ConfigError if an existing folder has one of the permission ``bits``, and none of the bits ``unless``."""
     try:
         mode = folder.stat().st_mode
     except OSError:  # The folder is missing or unreadable: writing to it is refused later.

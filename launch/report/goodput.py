@@ -32,14 +32,14 @@ PARTS = {
     "shutdown": "shutdown",
     "other": "between steps",
 }
-"""Part of the time -> its name for people, in the order in which they are shown.
+"""Part of a run's time -> its name for people, in the order of display.
 
 ``waiting``: from the submission, or the end of the previous allocation, to the allocation; 0 on the local machine,
 where points of a sweep only wait for each other. ``start``: from the allocation to the first step. ``compile``,
-``restore``: as far as step records have these times; otherwise they are part of steps and starts. ``lost``: steps
-that were lost with their attempt and done again. ``restarts``: from the last step of an attempt to the first of the
-next, and starts of later allocations. ``shutdown``: from the last step, or its save, to the end of the allocation.
-``other``: time between steps for which no record has a reason.
+``restore``: as far as step records have these times; otherwise they are part of steps and starts. ``lost``: steps that
+were lost with their attempt and done again. ``restarts``: from the last step of an attempt to the first of the next,
+and starts of later allocations. ``shutdown``: from the last step, or its save, to the end of the allocation. ``other``:
+time between steps for which no record has a reason.
 """
 CAUSES = {
     "crashed": "crashed",

@@ -127,7 +127,7 @@ def _sources(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _unread(point: Point) -> Iterator[str]:
-    """Report damaged lines among the step records and in the event log, with their number."""
+    """Report how many lines of the step records and of the event log are damaged."""
     if point.unread:
         found = sorted(point.unread, key=lambda rank: -point.unread[rank])
         files = [f"{point.unread[rank]} of rank {rank}" for rank in found]

@@ -90,7 +90,7 @@ class _Gpu:
 
 
 def energy_between(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> float | None:
-    """Return the energy of one GPU between two samples in joules; None if the samples do not show it.
+    """Return the energy of one GPU between two samples in joules; None if the samples do not have the needed values.
 
     The energy counter is used if both samples have it and the driver did not reset it, else the mean power.
     """
@@ -108,7 +108,7 @@ def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | 
     """
     found: dict[str, dict[str, _Gpu]] = defaultdict(lambda: defaultdict(_Gpu))
     sampled_by: dict[tuple[int, str, str], int] = {}
-    """Attempt, host, GPU address -> node. Agents on one machine may sample the same GPU."""
+    """(attempt, host, GPU address) -> node whose samples are used. Agents on one machine may sample the same GPU."""
     for node in telemetry_nodes(run):
         for sample in read_samples(run, node):
             for bus, gauges in sample.gauges.items():
@@ -147,7 +147,7 @@ def _figures(gpus: Sequence[_Gpu]) -> dict[str, Any]:
 
 
 class PointState(StrEnum):
-    """State of a point: how its run ended, or that it has not ended or started."""
+    """How the run of a point has ended; or that it has not ended, or not started."""
 
     FINISHED = "finished"
     FAILED = "failed"
@@ -205,7 +205,7 @@ class Point(StepReading):
 
     @property
     def is_gpt(self) -> bool:
-        """True if the GPT library made the point. More figures are known then."""
+        """True if the GPT library made the records of the point. More figures are known then."""
         return self.environment is not None and self.environment.workload == "gpt"
 
     @property
@@ -273,7 +273,7 @@ class Point(StepReading):
         return self.figures is not None and not self.crowded and not self.is_coarse
 
     def host(self, rank: int) -> str | None:
-        """Return the host of a rank; None if it was not recorded."""
+        """Return the host name of a rank; None if it was not recorded."""
         places = () if self.environment is None else self.environment.ranks
         return places[rank].host if rank < len(places) else None
 
@@ -351,7 +351,7 @@ def _end(event_log: Events, last: int) -> PointState | None:
 
 
 def disturbs(other: Point, point: Point) -> bool:
-    """Return True if ``other`` shared cores, a GPU or a job with ``point`` while both made steps."""
+    """Return whether ``other`` shared cores, a GPU or a job with ``point`` while both made steps."""
     if other.path == point.path or point.environment is None or other.environment is None:
         return False
     if point.span is None or other.span is None or point.span[0] >= other.span[1] or other.span[0] >= point.span[1]:

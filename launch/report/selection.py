@@ -76,7 +76,7 @@ class Selection:
 
     @property
     def shown(self) -> Path:
-        """Path that selects the same runs again: the folder, or the record of an earlier sweep."""
+        """Path with which a command selects the same runs again: the folder, or the record of an earlier sweep."""
         kept = None if self.sweep is None or self.is_current else self.sweep.folder(self.folder)
         return kept or self.folder
 

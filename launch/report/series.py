@@ -225,7 +225,7 @@ def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]
 SEED = 20_240_229
 REPLICATES = 400
 NORMAL = 1.959964
-"""Quantile of the normal distribution that leaves 2.5 % above it."""
+"""97.5 % quantile of the standard normal distribution."""
 
 
 def efficiency_intervals(series: Series) -> dict[str, tuple[float, float]]:

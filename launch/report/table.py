@@ -37,6 +37,7 @@ class Row:
     throughput: float | None = None
     """Work per second in ``unit``. In the CSV file, the column is named for the unit, such as tokens_per_s."""
     throughput_per_rank: float | None = None
+    """Throughput divided by the number of ranks."""
     step_time_s: float | None = None
     """Median step time of the slowest rank in seconds, over the steps after warm-up."""
     step_time_s_spread: float | None = None
@@ -54,7 +55,7 @@ class Row:
     efficiency_low: float | None = None
     """Lower end of the 95 % interval of the efficiency, by a block bootstrap over the steps of both points."""
     efficiency_high: float | None = None
-    """Upper end of the 95 % interval."""
+    """Upper end of the 95 % interval of the efficiency."""
     noisy: bool | None = None
     """True if step times of this or the smallest point vary too much, or are too coarse, for an exact efficiency.
 
@@ -81,7 +82,10 @@ class Row:
     throughput_high: float | None = None
     """Throughput at the first quartile of the step time."""
     throughput_ideal: float | None = None
-    """Throughput if each rank were as fast as in the smallest point; None if ranks there shared cores or a GPU."""
+    """Throughput that this number of ranks would have if each were as fast as at the smallest point.
+
+    None if ranks of the smallest point shared cores or a GPU.
+    """
     unit: str | None = None
     """Unit of the throughput: tokens, samples or images; None if unknown."""
     run_time_s: float | None = None

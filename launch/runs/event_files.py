@@ -35,7 +35,7 @@ GROUPS = {
     "efficiency": "tflops_per_s mfu_palm mfu_bf16 mfu_causal hfu",
     "memory": "memory_allocated_gib memory_peak_gib memory_reserved_gib",
 }
-"""Group of TensorBoard -> fields of a step record whose curves it shows."""
+"""Group of curves in TensorBoard -> names of the fields of step records that it shows, separated by blanks."""
 PREFIXES = {"gradients": "grad_", "eval": "val_", "breakdown": "breakdown_", "memory": "memory_"}
 """Group of TensorBoard -> beginning of the names of its fields that tags leave out."""
 TAGS = {

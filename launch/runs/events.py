@@ -109,7 +109,7 @@ def is_finished(events: Events) -> bool:
 
 
 def fewer_nodes(events: Events) -> dict[int, dict[str, Any]]:
-    """Return attempt -> event (``nodes``, ``asked``, ``cause``) for the attempts with fewer nodes than requested.
+    """Return attempt -> its event (``nodes``, ``asked``, ``cause``), for the attempts with fewer nodes than requested.
 
     Steps of these attempts take longer, and must not be compared with steps of other attempts.
     """
@@ -262,9 +262,10 @@ def enter_failure(
 
 
 def first_failure(events: Events, attempt: int) -> dict[str, Any] | None:
-    """Return the event of the first failure in an attempt, an echo only if there is no other; None without a failure.
+    """Return the event of the first failure in an attempt; None if no rank failed.
 
-    Of several hung ranks, the rank with the earliest last progress failed first: the other ranks waited for this rank.
+    An echo, the failure of a rank that only lost another rank, is returned only if there is no other failure. Of
+    several hung ranks, the rank with the earliest last progress failed first: the other ranks waited for this rank.
     """
     failures = select_events(events, "rank_failed", attempt=attempt)
     first = min(failures, key=lambda e: (bool(e.get("echo")), e.get("since", e["time"])), default=None)

@@ -116,9 +116,9 @@ class StepRecord:
     breakdown_idle_s: float | None = None
     """Time in which the device was idle. Compute, exposed communication, copies and idle add up to the step time."""
     own_min_s: float | None = None
-    """Shortest own time of all ranks in a recent step: step time without waits for other ranks."""
+    """Shortest own time of all ranks in a recent step. The own time is the step time without waits for other ranks."""
     own_max_s: float | None = None
-    """Longest own time of all ranks in the same step."""
+    """Longest own time of all ranks in the step of ``own_min_s``."""
     slowest_rank: int | None = None
     """Rank that took ``own_max_s``."""
     straggler: str | None = None
@@ -144,7 +144,10 @@ class StepRecord:
     mfu_palm: float | None = None
     """Model FLOPs utilization by the PaLM convention, as a share of the device's peak in the precision of the run."""
     mfu_bf16: float | None = None
-    """The same as a share of the peak in bf16, whatever the precision, so that runs in two precisions compare."""
+    """Model FLOPs utilization as a share of the peak in bf16, whatever the precision of the run.
+
+    Two runs in different precisions can be compared by it.
+    """
     mfu_causal: float | None = None
     """Model FLOPs utilization with causal attention counted by half."""
     hfu: float | None = None

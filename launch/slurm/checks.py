@@ -118,7 +118,7 @@ def excluded(config: Config, facts: SlurmFacts) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """One request at one partition: what a check examines."""
+    """One request at one partition. The checks below receive it."""
 
     limits: Limits
     partition: Partition
@@ -326,7 +326,7 @@ def check_resources(case: Case) -> Iterator[Finding]:
 
 
 def check_defaults(case: Case) -> Iterator[Finding]:
-    """Warn of too few CPUs for the ranks of a node, and of memory that the site's default would limit."""
+    """Warn of too few CPUs for the ranks of a node, and of the site's default memory, which would limit the job."""
     limits, partition, cluster = case.limits, case.partition, case.config.cluster
     ranks = case.config.ranks_on_node
     if gives_whole_nodes(partition, cluster):

@@ -173,7 +173,7 @@ def record_stay(point: RunStatus) -> None:
 
 
 def is_current(point: RunStatus) -> bool:
-    """Return whether no other process has moved or cancelled the point since the last poll."""
+    """Return whether no other process has moved or cancelled the point since this process last read its state."""
     submitted = last_event(point.events(), "submitted")
     return not point.is_cancelled and point.job is not None and str(submitted["job_id"]) == point.job.job_id
 

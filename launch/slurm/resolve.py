@@ -61,7 +61,7 @@ class OpenPoint:
     """``local``, ``slurm``, ``allocation`` or ``hosts``; never ``auto``."""
     overrides: Sequence[str] = ()
     config: Config = field(init=False)
-    """The same config as a Config object."""
+    """The content of ``document`` as a Config object."""
 
     def __post_init__(self) -> None:
         self.config = typed_config(self.document)
@@ -408,7 +408,7 @@ GPUs come first, because they set the number of ranks on a node, which decides t
 
 
 def says_gpus(config: Config) -> bool:
-    """Return whether the config sets a number of GPUs, including 0, for all candidates or for one of them."""
+    """Return whether the config sets a number of GPUs (0 included), for all candidates or for one of them."""
     return any(
         there.cluster.gpus_per_node is not None
         or any(part.name == "gpu" for part in gres(there.cluster.gres or ""))

@@ -43,7 +43,7 @@ INIT = Path(__file__).with_name("node_init.sh")
 
 
 def ip(words: str) -> str:
-    """Run ``ip`` with these arguments and return its output."""
+    """Run the program ``ip`` (iproute2) with these arguments, separated by blanks, and return its output."""
     return run_program(["ip", *words.split()])
 
 

@@ -92,7 +92,10 @@ def missing_packages(needs: Mapping[str, str]) -> list[str]:
 
 
 def require_packages(needs: Mapping[str, str]) -> None:
-    """Raise ConfigError, with the command that installs them, if Debian packages are missing."""
+    """Raise ConfigError if a Debian package of ``needs`` is not installed.
+
+    The error has the command that installs it.
+    """
     if packages := missing_packages(needs):
         raise ConfigError(
             found=f"this machine lacks Debian's {', '.join(packages)}",
