@@ -18,6 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).absolute().parents[1]
 """Folder that contains the project's packages: the checkout, or site-packages."""
 
+COMMANDS = (
+    *("status", "why", "logs", "cancel", "attach", "report", "verify", "doctor", "project", "keys", "storm"),
+    *("bench_network", "fleet", "trace", "agent", "batch", "move"),
+)
+"""Names of the launcher's commands. Each is the module ``launch.NAME``."""
+
 # Makes the folder launch importable as gpt_launch.launch. Only the modules that a rank needs can be imported by that
 # name, because they import each other relatively; all others are imported as launch.
 __path__.append(str(ROOT))

@@ -11,14 +11,8 @@ import runpy
 import sys
 
 import gpt_launch.own_names  # noqa: F401  # before anything else of the project
+from gpt_launch import COMMANDS
 
-COMMANDS = {
-    name: f"launch.{name}"
-    for name in (
-        *("status", "why", "logs", "cancel", "attach", "report", "verify", "doctor", "project", "keys", "storm"),
-        *("bench_network", "fleet", "trace", "agent", "batch", "move"),
-    )
-}
 OF_THE_LAUNCHER = ("agent", "batch", "move")
 """Commands that the launcher itself starts, on the machine that runs jobs."""
 PACKAGES = ("launch.", "gpt.", "slurm.")
@@ -31,7 +25,7 @@ def module_of(word: str) -> str | None:
     """
     if "=" in word:
         return None
-    return word if word.startswith(PACKAGES) else COMMANDS.get(word)
+    return f"launch.{word}" if word in COMMANDS else word if word.startswith(PACKAGES) else None
 
 
 def main() -> int:

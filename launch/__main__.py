@@ -24,7 +24,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_launch.__main__ import COMMANDS
+from gpt_launch import COMMANDS
 from launch import __version__
 from launch.config import Config
 from launch.config.compose import (

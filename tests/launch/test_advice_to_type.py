@@ -21,8 +21,9 @@ from omegaconf import OmegaConf
 from gpt.config import TrainConfig, compose_train
 from gpt.training.run import parse_arguments
 from gpt.workload import GptWorkload
+from gpt_launch import COMMANDS
 from launch import keys, status
-from launch.__main__ import COMMANDS, prepare, refuse_command, split_flags
+from launch.__main__ import prepare, refuse_command, split_flags
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, not_in_point, typed_config
 from launch.errors import check_ranges, key
