@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return 0 if cancel(args.paths, plain_console(), now=args.now) else 1
     except KeyboardInterrupt:
-        print("not waiting any longer; the cancel is on its way", file=sys.stderr)
+        print("not waiting any longer; the runs still leave", file=sys.stderr)
         return 130
 
 

@@ -40,7 +40,7 @@ def move(folders: Sequence[RunFolder], console: Console) -> None:
         problem = poll(points, retries=1)
         points = [point for point in points if not point.is_over]
         if not points:
-            console.print("nothing waits any more")
+            console.print("all runs are over")
             return
         problem = problem or fail_over(points, console)
         if problem is not None and not said:

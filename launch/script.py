@@ -242,7 +242,7 @@ class ScriptOptions:
         if self.elastic and not self.resumes:
             raise ConfigError(
                 "script.elastic=true without script.resumes=true",
-                "a script that goes on from its own checkpoint: with another number of ranks it starts anew",
+                "a script that continues from its own checkpoint; without one it begins again",
                 "script.resumes=true script.elastic=true, or script.elastic=false",
             )
         if "%{newest" in str(self.resume_args) and self.checkpoint is None:
@@ -261,7 +261,7 @@ class ScriptOptions:
         if self.resume_args is not None and not self.resumes:
             raise ConfigError(
                 "script.resume_args without script.resumes=true",
-                "arguments for a new start of a script that goes on from its own checkpoint",
+                "arguments for a new start of a script that continues from its own checkpoint",
                 "script.resumes=true, or no script.resume_args",
             )
 
@@ -344,7 +344,7 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
     # Other finders, such as that of an editable install, may know the package.
     if not elsewhere and not any(finder.find_spec(part, None) for finder in sys.meta_path if part):
         found = f"{typed}, and there is no {part} in {workdir} nor among the installed packages"
-        raise ConfigError(found, EXPECTED, "script.workdir=PATH of the folder it lies in, or script.path=FILE")
+        raise ConfigError(found, EXPECTED, "script.workdir=PATH of its folder, or script.path=FILE")
 
 
 # Refusal of a script that cannot start, as far as the login node can see. Does not import torch.
@@ -446,7 +446,7 @@ class ScriptWorkload(Workload):
         work = total_work(script, request.world_size)
         command = shlex.join(self._args(config))
         again = (
-            "a new start goes on from the script's own checkpoint"
+            "a new start continues from the script's own checkpoint"
             if script.resumes
             else "none: an interrupted script is not started again (script.resumes=true where it has checkpoints)"
         )
@@ -568,7 +568,7 @@ def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
     """Raise ConfigError unless the script can resume with another number of ranks (script.elastic)."""
     if not script.elastic:
         raise ConfigError(
-            f"a script that is not said to go on with {request.world_size} ranks",
+            f"a script that is not known to continue with {request.world_size} ranks",
             "a script that reads WORLD_SIZE, and loads a checkpoint of another number of ranks",
             "script.resumes=true script.elastic=true",
         )

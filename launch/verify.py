@@ -62,7 +62,7 @@ def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool,
         sound = sound and not broken
         text = f"{whole} whole, {broken} damaged" if found else "no checkpoint yet"
         if broken:
-            refused = "a new start would be refused: restore one from a backup, or fresh=true begins anew"
+            refused = "a new start would be refused: restore one from a backup, or fresh=true begins again"
             text += f"; {'a new start passes over what is damaged' if whole else refused}"
         console.print(f"{title}: {text}")
     return sound

@@ -416,7 +416,7 @@ def possible_sizes(request: PlanRequest, check: Callable[[PlanRequest], object])
         most = request.smaller[0]
         raise ConfigError(
             f"resilience.min_nodes={request.min_nodes}, and with nodes={most}: {refusals[0].found}",
-            f"a number of nodes up to {most} with which the run can go on at the same global batch",
+            f"a number of nodes up to {most} with which the run can continue at the same global batch",
             f"{refusals[0].fix.split(', or ')[0]}, or resilience.min_nodes=null",
         )
     return tuple(possible)

@@ -128,7 +128,7 @@ def refuse_without_values(config: DictConfig, target: str) -> None:
     if config.objective is None:
         raise ConfigError(
             f"{sweeper}, which chooses points by the results of others, with objective=null",
-            "the figure of the step records that it is to go by",
+            "the figure of the step records by which it chooses",
             "objective=val_loss",
         )
     for key in [key for key in ("dry_run", "launch.detach") if OmegaConf.select(config, key)]:

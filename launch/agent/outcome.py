@@ -459,7 +459,7 @@ def handle_too_few_nodes(context: AgentContext, error: TooFewNodesError) -> None
     is_shared = all(one.is_shared for one in error.sick)
     hosts = ",".join(sorted({one.host for one in error.sick}))
     leave = f"cluster.exclude={hosts}, or spare_nodes=1; " if context.node.is_slurm else ""
-    fix = f"{leave}resilience.health_check=false starts the ranks all the same"
+    fix = f"{leave}resilience.health_check=false starts the ranks without the check"
     if is_shared:
         fix = f"df -h {shlex.quote(str(context.folder.path))}; or output_dir=FOLDER"
     needed = context.config.resilience.min_nodes or context.config.nodes

@@ -100,7 +100,7 @@ class Watchdog:
     def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
         """Return the ranks of ``ranks`` that were silent for more than ``share`` of a limit, longest silence first.
 
-        After a pause of this process itself, every limit begins anew (``scontrol suspend`` stops all processes alike).
+        After a pause of this process itself, every limit begins again (``scontrol suspend`` stops all processes alike).
 
         Args:
             ranks: rank -> process id.

@@ -181,7 +181,7 @@ def attach(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status of the command; 0 for stacks, 1 if Slurm does not answer, 2 if there is no such rank."""
     parser = CommandParser(
-        prog="python -m launch.attach", description="Open a shell beside a rank of a run, or print its Python stacks."
+        prog="python -m launch.attach", description="Open a shell on the node of a rank, or print its Python stacks."
     )
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--stacks", action="store_true", help="print the stacks of all ranks, equal ones together")

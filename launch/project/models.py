@@ -243,7 +243,7 @@ def cost_model(costs: Costs, rate: float, links: float) -> Model:
         bubble = {"bubble": found.bubble_s} if found.bubble_s else {}
         return StepParts(found.step_s, found.compute_s, {"compute": found.compute_s, **bubble, **waits})
 
-    text = f"ranks at {rate:.3g} times the rate that it assumes, and links at {links:.3g} times theirs"
+    text = f"ranks at {rate:.3g} times the assumed rate, and links at {links:.3g} times the assumed bandwidth"
     return Model(f"the workload's cost model, with {text}", at)
 
 
@@ -501,5 +501,5 @@ def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures
     if not saves or start_s is None:
         return None, [f"no goodput: {sweep.base.title} recorded no save or no start, so a failure has no known cost"]
     save_s = statistics.median(saves)
-    told = f"a save holds the steps up for {save_s:.3g} s, a restart takes {start_s:.3g} s, as at {sweep.base.title}"
+    told = f"a save stops the steps for {save_s:.3g} s, a restart takes {start_s:.3g} s, as at {sweep.base.title}"
     return Failures(mtbf_node_h, save_s, start_s), [f"goodput: {told}; saves at Young's interval"]

@@ -193,7 +193,7 @@ def read_document(folder: RunFolder) -> DictConfig:
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise unreadable(folder.config, error) from error
     if not isinstance(document, DictConfig) or not document:
-        raise damaged(folder.config, "it holds no keys")
+        raise damaged(folder.config, "it has no keys")
     return document
 
 
@@ -341,7 +341,7 @@ def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude:
     if len(newest) > 1:
         raise ConfigError(
             f"several runs of this point, of different lengths: {', '.join(run.point for run in newest.values())}",
-            "the folder of the one that is to go on",
+            "the folder of the run to continue",
             shlex.quote(f'run_dir="{next(iter(newest.values())).path}"'),
         )
     return next(iter(newest.values()), None)
@@ -399,8 +399,8 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
             return
         raise ConfigError(
             f"{folder.path} with {' and '.join(left)} of a run, but no {folder.config.relative_to(folder.path)}",
-            "the config of that run, to go on with it",
-            "fresh=true, for a new folder beside it; or the file from a backup",
+            "the config of that run, to continue the run",
+            "fresh=true, for a new folder next to it; or the file from a backup",
         )
     values = dataclasses.asdict(config)
     there = flatten(dataclasses.asdict(read_config(folder, schema)))
@@ -411,7 +411,7 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
     if changed:
         key = changed[0]
         raise ConfigError(
-            f"{folder.path} holds a run with {key}={plain(there.get(key))}, and now {key}={plain(here[key])}",
-            "the same settings, to go on with that run",
-            f"fresh=true, for a new folder beside it (or {key}={plain(there.get(key))}, to go on)",
+            f"{folder.path} has a run with {key}={plain(there.get(key))}, and now {key}={plain(here[key])}",
+            "the same settings, to continue that run",
+            f"fresh=true, for a new folder next to it (or {key}={plain(there.get(key))}, to continue)",
         )

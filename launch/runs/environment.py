@@ -427,7 +427,7 @@ def refuse_change(folder: RunFolder, since: int, what: str) -> None:
     raise ConfigError(
         f"since attempt {since} of {folder.path}: {what}",
         "the code and the libraries of that attempt, as require_same_code=true demands",
-        f"{back}require_same_code=false to go on with what has changed, or fresh=true for a new folder",
+        f"{back}require_same_code=false to continue with what has changed, or fresh=true for a new folder",
     )
 
 

@@ -127,7 +127,7 @@ def unread_text(folder: RunFolder) -> str | None:
     unread = folder.unread_events()
     if not unread:
         return None
-    return f"{counted(unread, 'line')} of {folder.events} could not be read; what they told of the run is missing here"
+    return f"{counted(unread, 'line')} of {folder.events} could not be read; their content is missing here"
 
 
 def straggling_ranks(events: Events) -> list[dict[str, Any]]:
@@ -382,7 +382,7 @@ def refuse_resume_from(value: Any, fresh: bool) -> None:
     if fresh:
         raise ConfigError(
             f"resume_from={value} with fresh=true",
-            "a run that goes on from a checkpoint, or one that begins in a new folder",
+            "a run that continues from a checkpoint, or one that begins in a new folder",
             f"resume_from={value} alone; or fresh=true init_from=RUN_DIR, for a new run with the weights of another",
         )
 
@@ -410,7 +410,7 @@ def plan_continuation(
     back_to = last if resume_from is None else find_step(folder, resume_from, checkpoints)
     if max_steps is not None and max_steps < back_to:
         raise ConfigError(
-            f"{folder.path} has made {back_to} steps, and now it is to have {max_steps}",
+            f"{folder.path} has made {back_to} steps, and {max_steps} are requested now",
             f"at least {back_to} steps in all, or a checkpoint that is not beyond them to go back to",
             f"optim.max_steps={back_to}, or resume_from=STEP with a step up to {max_steps}, or fresh=true",
         )

@@ -427,10 +427,10 @@ def is_newest_attempt(folder: RunFolder, attempt: int) -> bool:
 
 
 FIXES = {
-    "config.yaml": "the same command with fresh=true, for a new folder beside it; or the file from a backup",
-    "plan.json": "the same command again when no job of the run is left, which writes it anew",
+    "config.yaml": "the same command with fresh=true, for a new folder next to it; or the file from a backup",
+    "plan.json": "the same command again when no job of the run is left, which writes the file again",
     "overrides.yaml": "rm {path}; without it a report names the point by its folder",
-    "sweep.json": "rm {path}; sweeps/ beside it has every sweep, and without it a report takes all runs",
+    "sweep.json": "rm {path}; the folder sweeps/ next to it has every sweep, and without it a report takes all runs",
     "events.jsonl": "the file from a backup; without it, squeue --me and scancel JOB for a job that still runs",
 }
 """Name of a file -> what a user can type if the file is damaged."""
@@ -475,7 +475,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Return the mapping in a JSON or YAML file. Raises ConfigError if the file has no mapping."""
     value = read_strictly(path)
     if not isinstance(value, dict) or not value:
-        raise damaged(path, "it is empty" if not value else "it holds no keys")
+        raise damaged(path, "it is empty" if not value else "it has no keys")
     return value
 
 

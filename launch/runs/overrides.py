@@ -79,7 +79,7 @@ def read_overrides(folder: RunFolder) -> tuple[str, ...]:
         return ()
     found = read_strictly(folder.overrides)
     if not isinstance(found, list):  # of a run without overrides it is an empty list
-        raise damaged(folder.overrides, "it is empty" if not found else "it holds no list")
+        raise damaged(folder.overrides, "it is empty" if not found else "it has no list")
     return tuple(str(override) for override in found)
 
 
@@ -199,7 +199,7 @@ def _checked(typed: str, schema: type, folders: tuple[Path, ...]) -> str:
         raise _incomplete(typed, schema)
     if typed.startswith("~") and name in config_groups() - {"experiment", "workload"}:
         expected = f"one option of {name}, which every run has"
-        raise ConfigError(f"{typed}, which takes it away", expected, f"the same without {typed}")
+        raise ConfigError(f"{typed}, which removes it", expected, f"the same without {typed}")
     is_group = name in config_groups() or any((folder / name).is_dir() for folder in folders)
     if is_group and name not in ("experiment", "workload", "hydra"):
         _check_option(typed, name, folders)
@@ -270,7 +270,7 @@ def parse_override(typed: str, schema: type) -> Override:
         return OverridesParser.create().parse_override(typed)
     except HydraException as error:
         fix = fitting_value(typed, schema)[1]
-        expected = "KEY=VALUE, quoted where it holds []{}:, or ="
+        expected = "KEY=VALUE, quoted if it contains []{}:, or ="
         raise ConfigError(f"{typed}, which cannot be read", expected, fix) from error
 
 

@@ -215,8 +215,8 @@ def check_partition_state(case: Case) -> Iterator[Finding]:
     fixes = [f"cluster.partition={other.name}" for other in case.limits.partitions if other.state == "UP"]
     fix, found = [*fixes, f"scontrol show partition {name}"][0], f"partition {name} is {state}"
     if state == "DOWN":
-        why = "jobs wait there until somebody brings it up"
-        yield doubt(fail("partition", found, why, fix), "somebody does")
+        why = "jobs wait there until an administrator brings it up"
+        yield doubt(fail("partition", found, why, fix), "an administrator does")
     elif state != "UP":
         yield fail("partition", found, REFUSES, fix)
 
@@ -321,7 +321,7 @@ def check_resources(case: Case) -> Iterator[Finding]:
         found = f"{key}={kind}{amount:.12g}, and the best node of {name} has {most:.4g} {unit}{there}"
         yield fail("resources", found, PENDS, f"{key}={f'{kind}{int(most)}' if most else 'null'}")
     if len(enough) < config.nodes_asked:
-        found = f"nodes={config.nodes}, and {len(enough)} of {name} have all that is asked of each"
+        found = f"nodes={config.nodes}, and {len(enough)} of {name} have all that each node must have"
         yield fail("resources", found, PENDS, f"nodes={max(1, len(enough) - config.spare_nodes)}")
 
 
@@ -523,7 +523,7 @@ def check_before_submitting(
         ConfigError: a point could start nowhere.
     """
     if facts.limits is None:
-        said = f"warning: {facts.slurm_problem}: what is asked of Slurm was not compared with what it has"
+        said = f"warning: {facts.slurm_problem}: the requests were not compared with Slurm's limits"
         console.print(said)
         return list(plans)
     by_folder = {plan.run_dir: config for plan, config in zip(plans, configs, strict=True)}

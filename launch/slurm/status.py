@@ -103,7 +103,7 @@ def state_between_places(events: Events, is_out: bool) -> tuple[str, str] | None
     if last.get("event") == "gave_up":
         return "placement_timeout", str(last["cause"])
     if last.get("event") == "moved" and is_out and not select_events(events, "cancelled"):
-        return "pending", f"on its way to {last['to']}"
+        return "pending", f"moves to {last['to']}"
     return None
 
 

@@ -407,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = (args.output or Path("outputs") / "storm" / time.strftime("%Y-%m-%d_%H-%M-%S")).absolute()
     if out.exists() and any(out.iterdir()):
         expected = "a new folder, as a drill changes no other run"
-        raise ConfigError(f"{out}, which holds files", expected, "--output FOLDER")
+        raise ConfigError(f"{out}, which has files", expected, "--output FOLDER")
     out.mkdir(parents=True, exist_ok=True)
     site = Site(RunFolder(out / "stormy"), is_slurm, args.sandbox and args.sandbox.absolute())
     if quiet is None:

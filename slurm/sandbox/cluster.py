@@ -219,7 +219,7 @@ class Cluster:
         if old is None:
             if any(self.directory.iterdir()):
                 raise ConfigError(
-                    found=f"{self.directory} holds files that are no sandbox's",
+                    found=f"{self.directory} has files that belong to no sandbox",
                     expected="a directory that is empty, or does not exist yet",
                     fix=f"--dir {self.directory / 'slurm-sandbox'}",
                 )
@@ -380,7 +380,7 @@ def heal(cluster: Cluster, name: str) -> str:
             done.append("switched on")
         else:
             done += [] if node.link_is_up else ["link up again"]
-            done += ["processes go on"] if node.is_frozen else []
+            done += ["processes continue"] if node.is_frozen else []
             node.set_link(up=True)
             node.limit(CableLimits())
             node.set_frozen(frozen=False)

@@ -217,7 +217,7 @@ def test_a_submission_without_its_cluster_and_job_leaves_the_state_unknown(tmp_p
     folder.create_attempt()
     assert "unknown" in output_of(status.main, folder.path)
     assert "nothing to cancel, unknown" in output_of(cancel.main, folder.path, status=1)
-    assert "nothing waits any more" in output_of(move.main, folder.path)
+    assert "all runs are over" in output_of(move.main, folder.path)
     assert "no log of rank 0" in output_of(logs.main, folder.path, status=2)
 
 

@@ -86,7 +86,7 @@ def test_what_cannot_run_is_an_error_and_what_it_says_to_type_repairs_it(
 
 def test_nodes_count_if_they_have_everything_and_are_neither_drained_nor_excluded() -> None:
     (error,) = [f for f in complaints(FACTS, "nodes=3", "cluster.gpus_per_node=4") if f.level is Level.error]
-    assert "2 of low have all that is asked of each" in error.found and error.fix == "nodes=2"
+    assert "2 of low have all that each node must have" in error.found and error.fix == "nodes=2"
     found = [f for f in complaints(FACTS, "nodes=3") if f.check == "nodes"]
     assert found[0].level is Level.warning and "n2 DRAIN+MIXED bad fan" in found[0].found
     asking = replace(request("nodes=2"), excluded=frozenset({"n1", "n2"}))
@@ -145,7 +145,7 @@ def test_limits_of_a_partition_are_certain_unless_a_qos_may_lift_them() -> None:
 
 def test_what_the_checks_cannot_see_puts_their_errors_in_doubt() -> None:
     assert unless(FACTS, "nodes=8") == [""]
-    assert unless(FACTS, "cluster.partition=closed") == ["somebody does"]
+    assert unless(FACTS, "cluster.partition=closed") == ["an administrator does"]
     hidden = limits.parse_limits(CONFIG, PARTITIONS.replace("TotalNodes=3", "TotalNodes=64"), NODES)
     for words in ("nodes=8", "cluster.cpus_per_task=99"):
         assert unless(replace(FACTS, limits=hidden), words) == ["61 nodes that Slurm does not show have it"]

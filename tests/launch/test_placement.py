@@ -96,7 +96,7 @@ def test_a_wait_begins_anew_only_after_the_point_has_run(words: list[str], since
 
 OUT, RUNS = JobState("CANCELLED", "None"), JobState("RUNNING", "None")
 STATES = [
-    (["submitted", "moved"], None, ("pending", "on its way to p1")),
+    (["submitted", "moved"], None, ("pending", "moves to p1")),
     (["submitted", "moved", "stayed"], OUT, ("failed", "CANCELLED")),
     (["submitted", "moved", "cancelled"], OUT, ("cancelled", "")),
     (["submitted", "moved", "started", "finished"], None, ("finished", "")),

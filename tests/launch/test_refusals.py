@@ -60,7 +60,7 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
         "the same without experiment=weak_scaling",
     ),
     ("parallel=[ddp,fsdp]", "parallel=[ddp,fsdp], a list of options", "python -m launch -m parallel=ddp,fsdp"),
-    ("~model", "~model, which takes it away", "the same without ~model"),
+    ("~model", "~model, which removes it", "the same without ~model"),
     ("resilience.max_restart.crashed=1", "unknown key resilience.max_restart", "resilience.max_restarts.crashed=1"),
     ("nodes==2", "nodes==2, which cannot be read", "nodes=NUMBER"),
     (["cluster.gpu=NVIDIA H100"], "unknown key cluster.gpu", "'cluster.gpu_name=NVIDIA H100'"),

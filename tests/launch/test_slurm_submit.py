@@ -340,7 +340,8 @@ def test_what_is_in_doubt_is_submitted_with_a_warning() -> None:
     assert look(("nodes=1",), ("nodes=2", "cluster.mem_gb=200"))[1] == "", "what fits passes without a word"
     plans, text = look(("cluster.partition=closed",))
     assert plans[0].slurm["partition"] == "closed"
-    assert text.startswith("warning: partition closed is DOWN: jobs wait there until somebody brings it up, unless")
+    waits = "jobs wait there until an administrator brings it up"
+    assert text.startswith(f"warning: partition closed is DOWN: {waits}, unless")
     listed = "cluster.placement=[{partition: closed}, {partition: low}]"
     plans, text = look((listed,))
     assert plans[0].slurm["partition"] == "low" and "partition=closed is skipped" in text

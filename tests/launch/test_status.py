@@ -56,7 +56,7 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
     assert told[-5:] == ["saved", "stopped", "attempt_ended", "decided", "agent_ended"] and told.count("stopped") == 1
     assert [r["state"] for r in states(folder.path, cwd=tmp_path)] == ["cancelled"]
     assert "nothing to cancel, cancelled" in run(f"launch.cancel {folder.path}", cwd=tmp_path)
-    assert "nothing waits any more" in run(f"launch.move {folder.path}", cwd=tmp_path)
+    assert "all runs are over" in run(f"launch.move {folder.path}", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_drill_that_is_refused_touches_nothing(tmp_path: Path) -> None:
     (tmp_path / "run" / "attempts").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     for options, found in (
-        (["--output", "full", *words(20, 0)], "which holds files"),
+        (["--output", "full", *words(20, 0)], "which has files"),
         (["--quiet", "run", *words(20, 0)], "which has not finished"),
         (["--sandbox", "nowhere", *words(20, 0)], "which is not there"),
     ):

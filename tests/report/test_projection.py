@@ -209,7 +209,7 @@ def test_measured_links_are_used(gpt_sweep: Path, tmp_path: Path) -> None:
     links = tmp_path / "network.json"
     links.write_text(json.dumps(network_document(Network(1, {"inter_node": fits}), {"nodes": 2})))
     words = (gpt_sweep, "--nodes", 8, "--network", links)
-    assert "links at 1 times theirs" in call(main, *words)
+    assert "links at 1 times the assumed bandwidth" in call(main, *words)
     assert abs(json.loads((gpt_sweep / "projection.json").read_text())["held_out"]["error"]) < 0.02
     result = predict("ddp", gpt_sweep, links)  # as benchmarks/scale/projection.py does for its runs
     assert abs(result.held_out.error) < 0.02 and result.held_out.fitted_to == (1, 2)

@@ -452,7 +452,7 @@ def test_the_command_line_says_what_it_did(sandbox: Cluster, capsys: pytest.Capt
         with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} {value}"):
             faults.link(sandbox, "n1", **{option: value})
     sound = "n1: nothing to heal; its link has no limits"
-    assert said("heal") == [sound, "n2: link up again, drained no more", "n3: switched on", "n4: processes go on"]
+    assert said("heal") == [sound, "n2: link up again, drained no more", "n3: switched on", "n4: processes continue"]
     assert said("heal", "n1") == [sound]
 
 

@@ -405,4 +405,4 @@ def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_
     shutil.rmtree(source)
     assert "already finished" in run("gpt.train", *words, cwd=tmp_path)
     config.init_from = None
-    refused(refuse_other_run, RunFolder(new), config, TrainConfig, RESUMABLE, said="holds a run with init_from=")
+    refused(refuse_other_run, RunFolder(new), config, TrainConfig, RESUMABLE, said="has a run with init_from=")
