@@ -155,8 +155,14 @@ def keep_values(value: Any) -> Any:
 # OmegaConf 2.3 reads the annotations of a schema at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
 
-STOP_SIGNALS = ("SIGTERM", "SIGUSR2", "SIGINT", "SIGUSR1")
-"""Signals that a program can catch, and that torch's launcher and Slurm do not use otherwise."""
+
+class StopSignal(Enum):
+    """Signal that a program can catch, and that torch's launcher and Slurm do not use otherwise."""
+
+    SIGTERM = "SIGTERM"
+    SIGUSR2 = "SIGUSR2"
+    SIGINT = "SIGINT"
+    SIGUSR1 = "SIGUSR1"
 
 
 class Unit(Enum):
@@ -194,8 +200,8 @@ class ScriptOptions:
     checkpoint: Optional[str] = key(
         None, "Pattern of the paths of its complete checkpoints; without such a path a restart has no resume_args."
     )
-    stop_signal: str = key(
-        "SIGTERM",
+    stop_signal: StopSignal = key(
+        StopSignal.SIGTERM,
         "Signal to every rank before the time limit, at preemption and by launch.cancel: the script saves and leaves.",
     )
     silence_timeout_s: Optional[float] = key(
@@ -229,10 +235,6 @@ class ScriptOptions:
             raise ConfigError("script.command=[]", "a program and its arguments", "'script.command=[./train,--fast]'")
         split_args("script.args", self.args)
         split_args("script.resume_args", self.resume_args)
-        if self.stop_signal not in STOP_SIGNALS:
-            likely = (closest(self.stop_signal, STOP_SIGNALS) or STOP_SIGNALS)[0]
-            expected = f"one of {', '.join(STOP_SIGNALS)}, which a program can catch"
-            raise ConfigError(f"script.stop_signal={self.stop_signal}", expected, f"script.stop_signal={likely}")
         if self.progress is not None:
             check_pattern(self.progress)
         for name in self.env:
@@ -507,7 +509,7 @@ class ScriptWorkload(Workload):
         script = config.script
         return RankContract(
             records_events=False,
-            stop_signal=script.stop_signal,
+            stop_signal=script.stop_signal.name,
             requeue_exit=REQUEUE_EXIT,
             resumes=script.resumes,
             silence_timeout_s=script.silence_timeout_s,
