@@ -18,13 +18,13 @@ from launch.config import DEEP, Config, LaunchConfig, ReportFile
 from launch.config.compose import workload_of
 from launch.errors import CommandFailedError
 from launch.plan.placement import copy_code
-from launch.plan.plan import Plan, record_submitted, unfinished, write_run, write_settled
+from launch.plan.plan import Plan, unfinished, write_run, write_settled
 from launch.plan.preflight import announce_plans
 from launch.runs.find import Sweep, plain_console, record_sweep, sweep_overrides
 from launch.runs.folder import RunFolder
 from launch.runs.records import objective_value
 from launch.slurm.client import SlurmError
-from launch.slurm.failover import start_in_background
+from launch.slurm.failover import record_accepted, start_in_background
 from launch.slurm.follow import stop_on_ctrl_c, watch_points
 from launch.slurm.jobs import LocalQueueEntry, SlurmJob, refuse_running
 from launch.slurm.resolve import plan_sweep
@@ -208,16 +208,7 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
             raise kind(f"{explain_refusal(group[0], error)}{rest}", 1) from error
         before = done.jobs
         for plan, job in zip(group, done.jobs, strict=True):
-            point = by_folder[plan.run_dir]
-            point.job = job
-            record_submitted(plan, job.job_id, done.candidate)
-            for refused, why in done.refused.items():
-                point.folder.record_event("refused", candidate=refused, cause=why)
-                text = f"{point.name}: {plan.placement.candidates[refused].name} is skipped: {why}"
-                console.print(text)
-            place = plan.placement.candidates[done.candidate].name
-            at = f" at {place}" if place else ""
-            console.print(f"{point.name}: job {job.job_id}{at}")
+            record_accepted(by_folder[plan.run_dir], plan, job, done, console)
     for point in points:
         if point.job is None:
             LocalQueueEntry(point.folder).enter(point.events_before)

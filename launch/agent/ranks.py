@@ -144,7 +144,7 @@ class MemoryStore:
         self._place = ""
 
     def close(self) -> None:
-        """End the process. Its checkpoints are lost."""
+        """End the process of the memory store. The checkpoints in its memory are lost."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()

@@ -190,7 +190,7 @@ class AgentGroup:
     # On the head node.
 
     def end(self, failure: str | None = None) -> None:
-        """Publish that there are no further rounds. ``failure`` is the reason if the run has failed, else None."""
+        """Tell the other agents that the run is over. ``failure`` is the reason if the run has failed, else None."""
         self.heartbeat.publish(over=True, failure=failure)
 
     def find_silent(self, rdzv: RendezvousRound) -> list[NodeProblem]:

@@ -147,11 +147,11 @@ class ProjectedRow:
     high_s: float | None = None
     """Upper end of the interval of ``step_s``; the third quartile for a measured size."""
     throughput: float | None = None
-    """Work per second in the unit of the sweep."""
+    """Work per second in the unit of the sweep; None if unknown."""
     efficiency: float | None = None
-    """Throughput per rank divided by the throughput per rank of the smallest measured point."""
+    """Throughput per rank divided by the throughput per rank of the smallest measured point; None if unknown."""
     memory_bytes: int | None = None
-    """Planned memory of one rank in bytes."""
+    """Planned memory of one rank in bytes; None if unknown."""
     goodput: float | None = None
     """Expected share (0 to 1) of the time in steps that are not lost to failures; None without ``--mtbf-hours``."""
     gpu_hours_per_giga: float | None = None

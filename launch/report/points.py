@@ -43,7 +43,7 @@ class GpuFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class HostGpus(GpuFigures):
-    """Figures of the GPUs of one host."""
+    """Measurements of the GPUs of one host during a run."""
 
     host: str
 
@@ -190,9 +190,10 @@ class Point(StepReading):
     gpu_use: GpuUse | None = None
     """Energy, power and throttling of the GPUs; None if no GPU was sampled."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
-    """Number of nodes -> number of steps on so few nodes, if a loss of nodes left fewer than requested.
+    """Number of nodes -> number of steps that the run made on so many nodes, for each number below the requested one.
 
-    These steps are in ``steps`` only if the run has no others.
+    Nodes that were lost and not replaced leave fewer nodes. ``steps`` contains these steps only if the run has no
+    others.
     """
     cluster: str | None = None
     """Cluster of the last submission, ``local`` or ``slurm``; None if the run was not submitted."""

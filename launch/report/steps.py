@@ -38,7 +38,10 @@ The range does not shrink with the number of steps, as a standard error would. A
 these steps are not independent samples.
 """
 MIN_STEPS = 5
-"""Smallest number of steps for quartiles and an efficiency; also of readings of a log that give step times."""
+"""Smallest number of steps for which quartiles and an efficiency are reported.
+
+If step times come from readings of a log, the smallest number of readings.
+"""
 WAITS = ("comm_s", "bubble_s")
 """Fields of a step record with the time that a rank waited for other ranks."""
 RECORDED = {

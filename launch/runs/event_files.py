@@ -37,7 +37,7 @@ GROUPS = {
 }
 """Group of curves in TensorBoard -> names of the fields of step records that it shows, separated by blanks."""
 PREFIXES = {"gradients": "grad_", "eval": "val_", "breakdown": "breakdown_", "memory": "memory_"}
-"""Group of TensorBoard -> beginning of the names of its fields that tags leave out."""
+"""Group of TensorBoard -> prefix of its field names, which the tags leave out."""
 TAGS = {
     name: f"{group}/{name.removeprefix(PREFIXES.get(group, ''))}"
     for group, names in GROUPS.items()

@@ -84,18 +84,18 @@ class StepRecord:
     all ranks are in no group.
     """
     comm_fsdp_s: float | None = None
-    """All-gathers and reduce-scatters of FSDP, with the copies into and out of their buffers."""
+    """Part of ``comm_s`` in all-gathers and reduce-scatters of FSDP, with copies into and out of their buffers."""
     comm_tp_s: float | None = None
-    """Communication of tensor parallelism."""
+    """Part of ``comm_s`` in the groups of tensor parallelism."""
     comm_pp_s: float | None = None
     """Time of the sends of a pipeline stage.
 
     The time of its receives is in ``bubble_s``, because they wait for another stage.
     """
     comm_cp_s: float | None = None
-    """Communication of context parallelism."""
+    """Part of ``comm_s`` in the groups of context parallelism."""
     comm_ep_s: float | None = None
-    """Communication of expert parallelism."""
+    """Part of ``comm_s`` in the groups of expert parallelism."""
     bubble_s: float | None = None
     """Time in which all stages of this rank waited for other stages of the pipeline."""
     optimizer_s: float | None = None

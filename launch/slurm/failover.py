@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -36,7 +37,7 @@ from launch.slurm.client import SlurmBusyError, SlurmError, job_details
 from launch.slurm.jobs import ACTIVE, SlurmJob, ask_queue, slurm_folder
 from launch.slurm.limits import OWN_WISH
 from launch.slurm.status import RunStatus, find_run_status, last_placed
-from launch.slurm.submit import depend, submit_calls, submit_somewhere
+from launch.slurm.submit import Submission, depend, submit_calls, submit_somewhere
 
 LEAVE_S = 30.0
 LEAVE_POLL_S = 0.5
@@ -109,7 +110,6 @@ def submit_moved(point: RunStatus, plan: Plan, to: int, since: float, console: C
     Raises:
         SlurmBusyError: the controller did not answer.
     """
-    candidates = plan.placement.candidates
     try:
         done = submit_somewhere([plan], to)
     except SlurmBusyError:
@@ -118,15 +118,27 @@ def submit_moved(point: RunStatus, plan: Plan, to: int, since: float, console: C
         cause = f"sbatch refuses it everywhere; at last: {error}"
         point.folder.record_event("gave_up", waiting_since=since, cause=cause)
         return
+    (job,) = done.jobs
+    record_accepted(point, plan, job, done, console, moved=True)
+    if point.is_cancelled:  # The job started at the moment of its move.
+        job.kill()
+
+
+def record_accepted(
+    point: RunStatus, plan: Plan, job: SlurmJob, done: Submission, console: Console, **more: Any
+) -> None:
+    """Record and print that sbatch accepted ``job`` for a point, and which candidates it refused before.
+
+    ``more`` are further fields of the event ``submitted``.
+    """
+    point.job = job
+    record_submitted(plan, job.job_id, done.candidate, **more)
+    candidates = plan.placement.candidates
     for refused, why in done.refused.items():
         point.folder.record_event("refused", candidate=refused, cause=why)
         console.print(f"{point.name}: {candidates[refused].name} is skipped from now on: {why}")
-    (moved,) = done.jobs
-    record_submitted(plan, moved.job_id, done.candidate, moved=True)
-    point.job = moved
-    console.print(f"{point.name}: job {moved.job_id} at {candidates[done.candidate].name}")
-    if point.is_cancelled:  # The job started at the moment of its move.
-        moved.kill()
+    place = candidates[done.candidate].name
+    console.print(f"{point.name}: job {job.job_id}" + (f" at {place}" if place else ""))
 
 
 def has_left(job: SlurmJob) -> bool:

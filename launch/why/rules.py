@@ -102,7 +102,7 @@ def elsewhere(pattern: str) -> Find:
 
 
 def mismatched(facts: AttemptFacts) -> RankFacts | None:
-    """Return a rank if all ranks hang in collectives that differ by name, place or sizes; else None."""
+    """Return the last waiting rank if all ranks hang in collectives that differ by name, place or sizes; else None."""
     # A send and the receive that fits it differ, too.
     waiting = [rank for rank in facts.waiting if not re.search("send|recv", rank.collective)]
     different = {(rank.collective, rank.place, str(rank.dump.get("sizes"))) for rank in waiting}
@@ -110,7 +110,7 @@ def mismatched(facts: AttemptFacts) -> RankFacts | None:
 
 
 def all_wait(facts: AttemptFacts) -> RankFacts | None:
-    """Return a rank if all ranks of the attempt wait in one collective, or lost each other there; else None."""
+    """Return the first waiting rank if all ranks wait in one collective, or lost each other there; else None."""
     size = max([event.get("world_size", 0) for event in select_events(facts.events, "started")], default=0)
     return facts.waiting[0] if 1 < size == len(facts.waiting) and not facts.others else None
 
