@@ -39,7 +39,7 @@ from launch.runs.compose import flatten
 from launch.runs.find import find_runs, plain_console
 from launch.runs.folder import RunFolder, deny_others_writing, make_folder
 from launch.script import hydra_text
-from launch.slurm.jobs import LocalQueueEntry
+from launch.slurm.jobs import LocalQueueEntry, start_launcher
 from launch.slurm.resolve import plan_sweep
 from launch.slurm.status import OVER, RunStatus, explain_end, find_run_status, poll
 from launch.slurm.submit import show_plans
@@ -490,14 +490,8 @@ def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -
     points = log.with_name("points.json")
     points.write_text(json.dumps([list(words) for words in typed]))
     known = {plan.run_dir: len(RunFolder(plan.run_dir).read_events()) for plan in unfinished(plans)}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gpt_launch", "launch.api", str(points)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+    log.unlink(missing_ok=True)
+    process = start_launcher(["launch.api", str(points)], log)
     for run_dir, count in known.items():
         folder = RunFolder(run_dir)
         while LocalQueueEntry(folder).events_before() is None and len(folder.read_events()) <= count:

@@ -24,9 +24,9 @@ from launch.runs.find import Sweep, plain_console, record_sweep, sweep_overrides
 from launch.runs.folder import RunFolder
 from launch.runs.records import objective_value
 from launch.slurm.client import SlurmError
-from launch.slurm.failover import record_accepted, start_in_background
+from launch.slurm.failover import record_accepted
 from launch.slurm.follow import stop_on_ctrl_c, watch_points
-from launch.slurm.jobs import LocalQueueEntry, SlurmJob, refuse_running
+from launch.slurm.jobs import LocalQueueEntry, SlurmJob, refuse_running, start_launcher
 from launch.slurm.resolve import plan_sweep
 from launch.slurm.status import RunStatus, explain_end, new_run_status
 from launch.slurm.submit import (
@@ -228,11 +228,12 @@ def leave_failover(plans: Sequence[Plan], console: Console) -> None:
 
     Does nothing if no point has another candidate or a time after which it is given up.
     """
-    watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]
+    watched = [plan.run_dir for plan in plans if plan.placement.is_watched]
     if watched:
-        log = watched[0].parent / ".launch" / "move.log"
-        process = start_in_background(watched, log)
-        whole = watched[0].parent if len(plans) > 1 else watched[0]
+        folder = Path(watched[0]).parent
+        log = folder / ".launch" / "move.log"
+        process = start_launcher(["move", *watched], log)
+        whole = folder if len(plans) > 1 else watched[0]
         console.print(
             f"process {process.pid} on {os.uname().nodename} stays in the background and moves what waits to its next "
             f"place (log: {log}).\nWithout it, say after a reboot, jobs keep their places; to have them moved again:\n"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import math
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -220,22 +219,6 @@ def no_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if asked:
         raise KeyboardInterrupt
-
-
-def start_in_background(folders: Sequence[Path], log: Path) -> subprocess.Popen[bytes]:
-    """Start ``launch.move`` for runs without a launcher, as a process that survives the end of the terminal.
-
-    The output of the process is appended to ``log``.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-u", "-m", "gpt_launch", "move", *map(str, folders)],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
 
 
 # Further jobs of a run, which its agents submit (``launch.agent.outcome``). On a cluster that does not requeue jobs,

@@ -121,6 +121,19 @@ class LocalJob:
 Job = SlurmJob | LocalJob
 
 
+def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start ``python -m gpt_launch`` with ``words``, as a process that survives the end of the terminal.
+
+    The output of the process is appended to ``log``.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-u", "-m", "gpt_launch", *words]
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+
 def job_of(event: Mapping[str, Any]) -> Job:
     """Return the handle of the job that a ``submitted`` event records."""
     job_id = str(event.get("job_id"))

@@ -37,7 +37,7 @@ from launch.runs.folder import RunFolder, append_json_lines, deny_others_writing
 from launch.runs.overrides import read_overrides
 from launch.runs.records import is_record, read_records, recent_records
 from launch.slurm import client as scheduler
-from launch.slurm.jobs import SlurmJob, ask_queue
+from launch.slurm.jobs import SlurmJob, ask_queue, start_launcher
 from launch.storm.injection import (
     KINDS,
     MILD,
@@ -132,15 +132,6 @@ class LastFault:
 
 class StuckError(RuntimeError):
     """Raised if the run makes no progress any more."""
-
-
-def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start the command of a run in its own session, with ``words`` as arguments. The output goes to ``log``."""
-    command = [sys.executable, "-m", "gpt_launch", *words]
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
 
 
 @dataclass
