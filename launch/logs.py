@@ -49,6 +49,11 @@ class Log:
         sys.stdout.buffer.flush()
 
 
+def add_run(parser: CommandParser) -> None:
+    """Add the argument ``path``, one run, to a command that calls ``find_run``."""
+    parser.add_argument("path", type=Path, metavar="RUN", help="a run folder, or the label of a run")
+
+
 def find_run(path: Path) -> RunStatus:
     """Return the status of the one run in ``path``. Raises ConfigError if ``path`` has several runs, or none."""
     runs = find_runs([path])
@@ -170,7 +175,7 @@ def print_logs(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 0, 1 if Slurm did not answer, 2 if there is no such log."""
     parser = CommandParser(prog="python -m launch.logs", description="Print what a rank of a run printed.")
-    parser.add_argument("path", type=Path, metavar="PATH", help="a run folder, or the label of a run")
+    add_run(parser)
     parser.add_argument("-f", "--follow", action="store_true", help="print new output until the run is over")
     parser.add_argument("--rank", type=int, metavar="N", help="default: the rank that failed first, else rank 0")
     parser.add_argument("--attempt", type=int, metavar="N", help="default: the newest")

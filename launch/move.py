@@ -9,13 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
-from launch.runs.find import find_runs, plain_console
+from launch.runs.find import add_paths, find_runs, plain_console
 from launch.runs.folder import RunFolder, deny_others_writing
 from launch.slurm.client import SlurmError
 from launch.slurm.failover import fail_over, promised
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Move waiting runs to the next candidate of their cluster.placement, until they are over. "
         "python -m launch does so itself while it watches; with launch.detach=true it leaves this command running.",
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
+    add_paths(parser)
     args = parser.parse_intermixed_args(arguments)
     deny_others_writing()
     try:

@@ -27,7 +27,7 @@ import psutil
 import gpt_launch.own_names  # noqa: F401
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, ranges, refusing
-from launch.logs import find_run
+from launch.logs import add_run, find_run
 from launch.runs.events import last_event, select_events
 from launch.runs.folder import RunFolder
 from launch.slurm.client import job_fields
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stacks", action="store_true", help="print the stacks of all ranks, equal ones together")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # on a node of the run
     parser.add_argument("--find", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("path", type=Path, metavar="RUN", help="a run folder, or the label of a run")
+    add_run(parser)
     parser.epilog = "After -- comes a command to run in place of the shell: ... --rank 3 -- nvidia-smi"
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)

@@ -62,10 +62,7 @@ def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
 
 
 def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
-    """Return the number of CPUs that a rank may use (``cores``), and their numbers in the format of Linux:
-
-    ``0-3,8``.
-    """
+    """Return the number of CPUs that a rank may use (``cores``), and their numbers as Linux writes them (``0-3,8``)."""
     numbers = sorted(cpus)
     return {"cores": len(numbers), "cpus": ranges(numbers).replace(" ", "")}
 

@@ -212,8 +212,6 @@ class LinkFit:
             return line
         # The curve is interpolated in logarithms; outside of it, its nearest value counts.
         near, known = between([point for point, _ in self.curve], share * size / messages), dict(self.curve)
-        if len(near) < 2:
-            return line * known[near[0][0]]
         return line * math.exp(sum(weight * math.log(known[point]) for point, weight in near))
 
 

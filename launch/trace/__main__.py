@@ -20,7 +20,7 @@ from typing import Any
 
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, ranges, refusing
-from launch.logs import find_run
+from launch.logs import add_run, find_run
 from launch.report.goodput import PARTS, Goodput, measure_goodput
 from launch.report.read import Environment, read_environment
 from launch.runs.environment import read_samples, telemetry_nodes
@@ -128,7 +128,7 @@ def gpu_events(run: RunFolder, hosts: Collection[str]) -> Iterator[Fields]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the file. Returns the exit status: 0, or 2 if there is no such run, or no such rank with step records."""
     parser = CommandParser(prog="python -m launch.trace", description="The times of a run as a file for Perfetto.")
-    parser.add_argument("path", type=Path, metavar="RUN", help="a run folder, or the label of a run")
+    add_run(parser)
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: trace.json in the run folder")
     which = f"ranks to show; default: at most {MOST_RANKS} at equal distances, and those that events name as slow"
     parser.add_argument("--ranks", type=int, nargs="+", metavar="RANK", help=which)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
 from launch.attach.__main__ import stacks_of
 from launch.errors import CommandParser, refusing
-from launch.logs import find_run
+from launch.logs import add_run, find_run
 from launch.slurm.client import accounted_state
 from launch.slurm.jobs import SlurmJob
 from launch.slurm.status import RunStatus, poll, verdict_of
@@ -44,7 +43,7 @@ def verdict_now(point: RunStatus) -> Verdict | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 0, 1 if Slurm did not answer, 2 if there is no such run."""
     parser = CommandParser(prog="python -m launch.why", description="Say why a run failed, or why it hangs.")
-    parser.add_argument("path", type=Path, metavar="RUN", help="a run folder, or the label of a run")
+    add_run(parser)
     args = parser.parse_args(arguments)
     point = find_run(args.path)
     verdict = verdict_now(point)
