@@ -36,6 +36,7 @@ from launch.config.compose import compose_launch, schema_of, target_of
 from launch.errors import CommandParser, ConfigError, closest, refusing, schema_keys
 from launch.plan.plan import Plan, unfinished
 from launch.runs.compose import flatten
+from launch.runs.environment import digest
 from launch.runs.find import find_runs, plain_console
 from launch.runs.folder import RunFolder, deny_others_writing, make_folder
 from launch.script import hydra_text
@@ -168,7 +169,7 @@ def text_of_argument(value: Any) -> str:
     if is_short or isinstance(value, int | float | None):
         return hydra_text(value)
     kind = type(value).__name__
-    return f"{kind}-{calls.digest(calls.pickled(value, f'a {kind} as an argument'))[:8]}"
+    return f"{kind}-{digest(calls.pickled(value, f'a {kind} as an argument'))[:8]}"
 
 
 # Runs.
@@ -455,7 +456,7 @@ def prepare_points(
         if call is not None:
             content = calls.dumped(call)
             folder = Path(compose_launch([*words, "call.file=x"]).output_dir).absolute()
-            path = folder / ".calls" / f"{calls.digest(content)}.pkl"  # equal calls have the same file
+            path = folder / ".calls" / f"{digest(content)[:20]}.pkl"  # equal calls have the same file
             files[path] = content
             words = [*words, *overrides_of("call.file", str(path))]
         typed.append(words)

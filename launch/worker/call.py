@@ -10,7 +10,6 @@ not import torch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import signal
@@ -80,11 +79,6 @@ def pickled(value: Any, what: str) -> bytes:
             "open files, locks, sockets and generators inside the function",
         ) from error
     return content
-
-
-def digest(content: bytes) -> str:
-    """Return 20 hexadecimal digits of the SHA-256 of ``content``, as a short name of the content."""
-    return hashlib.sha256(content).hexdigest()[:20]
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -179,7 +179,7 @@ def test_the_dry_run_shows_every_candidate() -> None:
     words = ("cluster=slurm", "dry_run=true", "cluster.give_up_after_min=90", LISTED)
     text = run("launch", *words, cwd=Path.cwd(), PATH="")
     for said in (
-        "1. partition=short", "2. partition=low, 1.5 per GPU-hour", "was not compared with what it has",
+        "1. partition=short", "2. partition=low, 1.5 per GPU-hour", "the requests were not compared",
         "to the next after 30 min in the queue, round and round; given up after 90 min",
     ):  # fmt: skip
         assert said in text

@@ -128,7 +128,7 @@ def test_a_sweep_is_refused_and_leaves_nothing_behind(words: tuple[str, ...], tm
     if not words:
         assert list(tmp_path.iterdir()) == []
         planned = run("launch dry_run=true", *asked, cwd=tmp_path, SLURM_CONF=str(tmp_path / "gone.conf"))
-        assert "was not compared with what it has" in planned and planned.count("#!/bin/bash") == 3
+        assert "the requests were not compared with Slurm's limits" in planned and planned.count("#!/bin/bash") == 3
 
 
 def test_only_what_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
@@ -358,9 +358,9 @@ def test_a_limit_that_a_qos_may_lift_is_a_warning_before_the_submission() -> Non
 def test_a_controller_that_does_not_answer_refuses_nothing(tmp_path: Path) -> None:
     plans, text = look(("nodes=8",), seen=replace(SEEN, limits=None, slurm_problem="scontrol ping: no answer in 10 s"))
     assert len(plans) == 1
-    assert "warning: scontrol ping: no answer in 10 s: what is asked of Slurm was not compared" in text
+    assert "warning: scontrol ping: no answer in 10 s: the requests were not compared" in text
     text = run("launch cluster=slurm nodes=8 dry_run=true launch.check_limits=false", cwd=tmp_path, PATH="")
-    assert "#SBATCH --nodes=8" in text and "was not compared" not in text
+    assert "#SBATCH --nodes=8" in text and "not compared" not in text
 
 
 # Names, paths and arguments with characters that mean something to a shell: they stay what they are.

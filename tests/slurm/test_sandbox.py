@@ -260,7 +260,7 @@ def test_up_refuses_a_directory_that_is_in_use(sandbox: Cluster) -> None:
     with tempfile.TemporaryDirectory(prefix="sandbox-") as name:  # short, as sockets would lie in it
         folder = Path(name)
         (folder / "thesis.txt").write_text("three years")
-        refused(Cluster(folder).up, said="files that are no sandbox's")
+        refused(Cluster(folder).up, said="files that belong to no sandbox")
         assert not Cluster(folder).down()
         assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
