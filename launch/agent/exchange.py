@@ -154,7 +154,9 @@ ALONE_S = 2.0
 
 
 def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s: float) -> RendezvousEndpoint:
-    """After the loss of the head node, claim the next term, or connect to the node that has claimed the term first.
+    """Return the connection to the next head node, after the loss of the head node.
+
+    Claims the next term for this node, or connects to the node that has claimed the term first.
 
     Args:
         folder: folder of the run.

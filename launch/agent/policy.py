@@ -65,7 +65,7 @@ class Cause(StrEnum):
     node_joined = "node_joined"
     """The agents requested the end, so that the ranks start again with the node of a spare job."""
     requested = "requested"
-    """The ranks left with the exit status that means: the run is saved, requeue the job."""
+    """The ranks left with the exit status that requests a requeue of the job, after they had saved."""
     repeated = "repeated"
     """The ranks left because the run had diverged again after as many roll-backs as allowed."""
     refused = "refused"

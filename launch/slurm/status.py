@@ -233,7 +233,10 @@ def find_run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
 
 
 def find_run_status(folder: RunFolder) -> RunStatus:
-    """Return the status of a run since its last submission, also since one that its launcher is about to make."""
+    """Return the status of a run since its last submission.
+
+    A run that waits in the queue of a local launcher counts, too.
+    """
     events, damage = folder.read_events(), ""
     plan: dict[str, Any] = {}
     try:
