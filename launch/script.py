@@ -543,10 +543,10 @@ class ScriptWorkload(Workload):
 
 
 def newest_checkpoint(pattern: str, folder: RunFolder) -> str | None:
-    """Return the newest path that matches ``pattern``, a file with content before an empty one; None without a path.
+    """Return the newest path that matches ``pattern``, or an older path after crashes; None if no path matches.
 
-    Two starts in a row that crash before their first step cannot load it, so that the next one gets an older path. A
-    program that is killed while it saves can leave such a file.
+    Empty files come last. After every second attempt in a row that crashed before its first step, the next older path
+    is returned, because a program that is killed during a save can leave a checkpoint that cannot be loaded.
     """
     matches = (Path(path) for path in glob(pattern))  # noqa: PTH207 (may be absolute)
     paths = sorted(matches, key=lambda path: (path.stat().st_size > 0, _modified(path)), reverse=True)

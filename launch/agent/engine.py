@@ -1,7 +1,7 @@
-"""Engines: they start the ranks of a node as processes, and report which ranks have left.
+"""Engines, which start the ranks of a node as processes and report the ends of these processes.
 
-The agent decides when ranks start and stop; ``resilience.engine`` chooses what starts them. docs/resilience.md compares
-the engines.
+The agent decides when ranks start and stop. The key ``resilience.engine`` chooses the engine. docs/resilience.md
+compares the engines.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ line.
 ``exec`` leaves no shell behind, and the rank keeps the process id that the engine knows.
 """
 END_S = 30.0
-"""Seconds between SIGTERM and SIGKILL for ranks that an engine ends."""
+"""Seconds between SIGTERM and SIGKILL, when an engine ends ranks."""
 
 
 @dataclass(frozen=True)
 class NodeRanks:
-    """The ranks of one node in one attempt, which an engine starts."""
+    """What an engine needs to start the ranks of one node in one attempt."""
 
     args: Sequence[str]
     """Program and arguments, the same for each rank."""
     variables: Mapping[int, Mapping[str, str]]
-    """Rank -> its variables, besides those of the agent's environment: RANK, MASTER_ADDR and the others that torchrun
-    sets. In the order of the local ranks."""
+    """Rank -> environment variables, in the order of the local ranks.
+
+    RANK, MASTER_ADDR and the others that torchrun sets. They are added to the environment of the agent.
+    """
     workdir: str
     """Working directory of the ranks."""
     logs: Path
-    """Folder of the logs. The engine appends the output of each rank to a file that ``log`` names."""
+    """Folder of the logs. The engine appends the output of each rank to the file that the method ``log`` returns."""
     scratch: Path
-    """Folder on this node for files of the engine; it is removed after the attempt."""
+    """Folder on this node for files of the engine. The agent removes the folder after the attempt."""
 
     def log(self, rank: int) -> Path:
         """Return the path of the log of a rank."""
@@ -56,32 +58,39 @@ class NodeRanks:
 
     @property
     def shell(self) -> tuple[str, ...]:
-        """Return the command that starts any rank: a shell that opens the log by the variable RANK."""
+        """Command that starts a rank: a shell, which opens the log of the rank that the variable RANK names."""
         return ("/bin/sh", "-c", START_RANK, "sh", self.workdir, str(self.logs), *self.args)
 
 
 class Engine(Protocol):
-    """Starts the ranks of one node in one attempt. ``resilience.engine=PACKAGE.MODULE.CLASS`` names a class of yours.
+    """Methods that every engine has. An engine starts the ranks of one node in one attempt.
 
-    An agent makes an object with a ``NodeRanks`` for each attempt. It calls ``start`` once, the other methods several
-    times a second, and ``stop`` at the end. It sends signals to the process ids that ``ranks`` returns.
+    ``resilience.engine=PACKAGE.MODULE.CLASS`` names a class of the user. For each attempt, an agent makes an object of
+    the class with a ``NodeRanks``. The agent calls ``start`` once, ``stop`` at the end, and the other methods several
+    times a second. It sends signals to the process ids that ``ranks`` returns.
     """
 
     def start(self) -> None:
         """Start all ranks of the node."""
 
     def ranks(self) -> Mapping[int, int]:
-        """Return rank -> process id for the ranks that run."""
+        """Return rank -> process id, for the ranks that run."""
 
     def statuses(self) -> Mapping[int, int | None]:
-        """Return rank -> exit status, negative for a signal; None while a rank runs, or if the engine has ended it."""
+        """Return rank -> exit status, negative for a signal.
+
+        None while a rank runs, and for a rank that the engine itself has killed.
+        """
 
     def stop(self) -> None:
-        """End the ranks that still run, and wait for their end. Also called if ``start`` fails."""
+        """End the ranks that still run, and wait for their end.
+
+        The agent calls this method even if ``start`` has failed.
+        """
 
 
 class ProcessEngine:
-    """Executes each rank as a child of the agent, or forks it from ``server``: ``exec`` and ``fork``."""
+    """Engine for ``exec`` and ``fork``: executes each rank as a child of the agent, or forks it from ``server``."""
 
     def __init__(self, ranks: NodeRanks, server: ForkServer | None = None) -> None:
         self._ranks, self._server = ranks, server
@@ -96,7 +105,7 @@ class ProcessEngine:
             self._processes[rank] = forked or subprocess.Popen(ranks.shell, env=env, start_new_session=True)
 
     def ranks(self) -> Mapping[int, int]:
-        """Return rank -> process id for the ranks that run."""
+        """Return rank -> process id, for the ranks that run."""
         return {rank: process.pid for rank, process in self._processes.items() if process.poll() is None}
 
     def statuses(self) -> Mapping[int, int | None]:
@@ -104,14 +113,15 @@ class ProcessEngine:
         return {rank: process.poll() for rank, process in self._processes.items()}
 
     def stop(self) -> None:
-        """End the sessions of ranks that still run."""
+        """End the ranks that still run, with all processes of their sessions."""
         end_sessions(self._processes.values())
 
 
 def end_sessions(processes: Iterable[subprocess.Popen[bytes] | ForkedProcess]) -> None:
-    """Send SIGTERM to the sessions of processes that still run, and after ``END_S`` seconds SIGKILL.
+    """End processes that still run, with their sessions: by SIGTERM, and after ``END_S`` seconds by SIGKILL.
 
-    Returns after ``END_S`` further seconds in any case: a process that waits for a device cannot end.
+    After SIGKILL, the function waits at most ``END_S`` seconds for each process, because a process that waits for a
+    device cannot end.
     """
     running = [process for process in processes if process.poll() is None]
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -127,13 +137,14 @@ def end_sessions(processes: Iterable[subprocess.Popen[bytes] | ForkedProcess]) -
 SET_VARIABLES = '. "$1/$LOCAL_RANK.sh" && shift && '
 """Beginning of a shell script that sets the variables of a rank by its local rank."""
 FAILED_RANK = re.compile(r"local_rank[:=] ?(\d+)\)?,?\s+(?:pid=\d+, )?exitcode\s*[:=] ?(-?\d+)")
-"""Local rank and exit status of a failed rank in what torchrun, or ft_launcher, prints at its end."""
+"""Pattern of a failed rank in the output of torchrun or ft_launcher at its end: local rank and exit status."""
 
 
 class TorchrunEngine:
-    """Runs torchrun on the node, which starts, watches and ends the ranks. The agents still decide on restarts.
+    """Engine that runs torchrun on the node. torchrun starts, watches and ends the ranks; agents decide on restarts.
 
-    A torchrun knows one node. The ranks get the variables of the whole run, and meet in the agents' store.
+    Each torchrun knows only its own node. The ranks get the variables of the whole run, and connect to the agents'
+    store.
     """
 
     module: ClassVar[str] = "torch.distributed.run"
@@ -148,7 +159,7 @@ class TorchrunEngine:
         self._ends: Mapping[int, int | None] = {}
 
     def start(self) -> None:
-        """Start torchrun. Its output goes into a file beside the logs of the ranks."""
+        """Start torchrun. Its output goes into a file in the folder of the ranks' logs."""
         ranks = self._ranks
         for local, variables in enumerate(ranks.variables.values()):
             lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
@@ -164,7 +175,7 @@ class TorchrunEngine:
             )
 
     def ranks(self) -> Mapping[int, int]:
-        """Return rank -> process id for the ranks that run: the children of torchrun with a variable LOCAL_RANK."""
+        """Return rank -> process id, for the ranks that run: the children of torchrun with a variable LOCAL_RANK."""
         if self._process is not None and len(self._found) < len(self._numbers):
             with suppress(psutil.Error):
                 for child in psutil.Process(self._process.pid).children():
@@ -173,10 +184,11 @@ class TorchrunEngine:
         return {rank: child.pid for rank, child in self._found.items() if is_running(child)}
 
     def statuses(self) -> Mapping[int, int | None]:
-        """Return rank -> exit status by the table that torchrun prints at its end; None before.
+        """Return rank -> exit status, from the table that torchrun prints if ranks have failed.
 
-        A rank that torchrun has ended, because another rank failed, has None. If torchrun fails without such a table,
-        each rank gets the exit status of torchrun, and the end of its output goes into the log of the first rank.
+        All are None while torchrun runs, and 0 if torchrun has succeeded. A rank that torchrun has killed, because
+        another rank failed, has None. If torchrun fails without such a table, each rank gets the exit status of
+        torchrun, and the end of torchrun's output goes into the log of the first rank.
         """
         status = None if self._process is None else self._process.poll()
         if not status:
@@ -198,7 +210,7 @@ class TorchrunEngine:
         return {rank: None if rank in ended else failed.get(rank, 0) for rank in self._numbers}
 
     def stop(self) -> None:
-        """End torchrun, which ends the ranks; kill ranks that are left."""
+        """End torchrun, which ends the ranks. Ranks that still run afterwards are killed."""
         if self._process is not None:
             end_sessions([self._process])
         for pid in self.ranks().values():
@@ -214,7 +226,10 @@ def is_running(process: psutil.Process) -> bool:
 
 
 class NvrxEngine(TorchrunEngine):
-    """Runs ft_launcher of nvidia-resiliency-ext on the node, which also monitors ranks that send it heartbeats."""
+    """Engine that runs ft_launcher of nvidia-resiliency-ext on the node.
+
+    ft_launcher also monitors ranks that send it heartbeats.
+    """
 
     module = f"{NVRX}.fault_tolerance.launcher"
 

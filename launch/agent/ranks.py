@@ -251,7 +251,7 @@ def cpus_of_ranks(
 
 
 def torchrun_variables(attempt: Attempt, local: int) -> dict[str, str]:
-    """Return the variables that torchrun sets for a rank.
+    """Return the environment variables that torchrun sets for a rank.
 
     Their list is at https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables. ``local`` is the rank
     on this node, from 0.
@@ -285,7 +285,7 @@ def bind_ranks(pids: Mapping[int, int]) -> None:
 
 
 class RankAgent:
-    """Agent for the ranks of one node in one attempt: starts the ranks by an engine and waits for their end.
+    """Agent for the ranks of one node in one attempt. It starts the ranks by an engine, and waits for their end.
 
     While ranks run, the agent polls the conditions in ``watch``, and lets ``records`` read the logs of the ranks.
     """
@@ -303,7 +303,7 @@ class RankAgent:
         self.is_given_up = False
         """True if waiting for other nodes is useless: a node has failed or is lost, or the grace period is over."""
         self.asks_for_requeue = False
-        """True if ranks have left with the exit status that means: the run is saved, requeue the job."""
+        """True if ranks have left with the exit status that requests a requeue of the job, after they had saved."""
 
     def _make_engine(self) -> Engine:
         attempt, command, variables = self._attempt, self._attempt.command, {}
@@ -333,10 +333,10 @@ class RankAgent:
         return server
 
     def run(self) -> Mapping[int, int]:
-        """Start the ranks and wait until they and those of the other nodes have left.
+        """Start the ranks, and wait until the ranks of all nodes have left.
 
         Returns:
-            rank -> exit status, negative for a signal, of the ranks that have failed; empty if none has.
+            Rank -> exit status, negative for a signal, of this node's ranks that have failed; empty if none has.
         """
         engine = self._engine
         try:

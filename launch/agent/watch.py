@@ -459,7 +459,7 @@ def log_end(log: Path) -> str:
 
 
 def uncaught_exception(log: Path) -> str:
-    """Return the exception in Python for which a rank was leaving when it ended; empty if the log ends otherwise."""
+    """Return the uncaught Python exception with which a rank's log ends; empty if the log ends otherwise."""
     found = UNCAUGHT.search(log.read_text(errors="replace")) if log.exists() else None
     return found[1] if found else ""
 

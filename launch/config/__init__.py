@@ -162,10 +162,10 @@ class ResilienceConfig:
 
     @property
     def own_engine(self) -> Any:
-        """Return the class of the user that ``engine`` names; None for an engine of the launcher.
+        """Class of the user that ``engine`` names; None for an engine of the launcher.
 
         Raises:
-            ConfigError: there is no such class here, it is no engine, or a package is missing.
+            ConfigError: the class cannot be imported or lacks a method, or a package is missing.
         """
         name, fix = f"resilience.engine={self.engine}", "resilience.engine=fork"
         if self.engine == "nvrx" and importlib.util.find_spec(NVRX) is None:
