@@ -100,7 +100,7 @@ def test_changed_code_gives_a_warning_or_a_refusal(checkout: Path, tmp_path: Pat
     edit(checkout, "# and again\n")
     write_json(folder.environment(2), {**environment(folder, 2), "git": {"commit": "a" * 40}})
     text = run("launch require_same_code=true", *words, status=2, **there)
-    assert "since attempt 2 of" in text and "git checkout aaaaaaaaaaaa, require_same_code=false to continue with" in text
+    assert "since attempt 2 of" in text and "git checkout aaaaaaaaaaaa, require_same_code=false to continue" in text
     assert folder.attempts() == [1, 2]
     text = run("gpt.train require_same_code=true", *words, status=2, **there)  # torchrun's road has no login node
     assert "gpt/parallel/engine.py changed" in text
