@@ -134,8 +134,6 @@ def end_sessions(processes: Iterable[subprocess.Popen[bytes] | ForkedProcess]) -
         running = [process for process in running if process.poll() is None]
 
 
-SET_VARIABLES = '. "$1/$LOCAL_RANK.sh" && shift && '
-"""Beginning of a shell script that sets the variables of a rank by its local rank."""
 FAILED_RANK = re.compile(r"local_rank[:=] ?(\d+)\)?,?\s+(?:pid=\d+, )?exitcode\s*[:=] ?(-?\d+)")
 """Pattern of a failed rank in the output of torchrun or ft_launcher at its end: local rank and exit status."""
 
@@ -164,10 +162,11 @@ class TorchrunEngine:
         for local, variables in enumerate(ranks.variables.values()):
             lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
             (ranks.scratch / f"{local}.sh").write_text("\n".join(lines))
+        script = ranks.scratch / "start.sh"  # torchrun takes options of the program for its own, such as --run.
+        script.write_text(f'. {shlex.quote(str(ranks.scratch))}/"$LOCAL_RANK.sh"\nexec {shlex.join(ranks.shell)}\n')
         command = [
             *(sys.executable, "-m", self.module, "--standalone", f"--nproc-per-node={len(ranks.variables)}"),
-            *("--max-restarts=0", "--no-python", "/bin/sh", "-c", SET_VARIABLES + START_RANK, "sh"),
-            *(str(ranks.scratch), ranks.workdir, str(ranks.logs), *ranks.args),
+            *("--max-restarts=0", "--no-python", "/bin/sh", str(script)),
         ]
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(

@@ -305,7 +305,6 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
         cause = named.get(stop.name) or cause_of_stop(context, attempt)
     elif ended is Cause.crashed:
         failure = first_failure(folder.read_events(), attempt)
-        text = failure_text(failure) if failure else ""
         dumped = dumped_ranks(folder.attempt(attempt))
         if dumped:
             how = f"torchfrtrace --prefix {DUMP_PREFIX} {shlex.quote(str(folder.attempt(attempt)))}"
@@ -316,6 +315,8 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
             silent = group.find_reason(rdzv)
             context.record_problems("node_lost", attempt, silent)
             is_lost = bool(silent)
+            failure = first_failure(folder.read_events(), attempt)  # other nodes may have recorded theirs meanwhile
+        text = failure_text(failure) if failure else ""
         cause = Cause.node_failed if is_lost else cause_of_failure(failure)
         text = problems_text("lost", group.lost.values()) if is_lost else text
         if verdict := find_verdict(folder):

@@ -212,9 +212,9 @@ class AgentGroup:
         """After a connection between ranks broke, mark members without two further heartbeats as lost, and return these
         members.
 
-        Waits for the heartbeats at most ``ECHO_S`` seconds.
+        Then waits until the other members have recorded how their ranks ended. Waits ``ECHO_S`` seconds at most.
         """
-        heartbeat = self.heartbeat
+        heartbeat, number = self.heartbeat, rdzv.number
         waiting = {index: heartbeat.of(index).beat for index in rdzv.members[1:] if index not in self.lost}
         limit = min(ECHO_S, self._limits.node_timeout_s)
         deadline = time.monotonic() + limit
@@ -222,7 +222,12 @@ class AgentGroup:
             time.sleep(POLL_S)
             waiting = {index: beat for index, beat in waiting.items() if heartbeat.of(index).beat < beat + 2}
         silent = f"no answer in {limit:.0f} s after a connection between the ranks was lost"
-        return self._lose({index: f"{silent}, {self._silence_text(index)}" for index in waiting})
+        lost = self._lose({index: f"{silent}, {self._silence_text(index)}" for index in waiting})
+        others = [heartbeat.of(index) for index in rdzv.members[1:] if index not in self.lost]
+        while any(max(one.failed, one.left) < number for one in others) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            others = [heartbeat.of(index) for index in rdzv.members[1:] if index not in self.lost]
+        return lost
 
     @property
     def next_size(self) -> int | None:
