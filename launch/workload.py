@@ -175,8 +175,8 @@ class RankCommand:
     args: tuple[str, ...]
     """Program and arguments.
 
-    In these and in ``env``, each rank has its own values of ``%{rank}`` and ``%{local_rank}``. ``%{coordinator}`` is
-    the address and a free port of the node of rank 0.
+    In these and in the values of ``env``, ``%{rank}`` and ``%{local_rank}`` are replaced by the rank's own numbers, and
+    ``%{coordinator}`` by ``ADDRESS:PORT``: the node of rank 0, and a port that was free there when the start began.
     """
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables that are added to those of the agent."""

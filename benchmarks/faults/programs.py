@@ -45,6 +45,9 @@ TITLES = ("program", "commit", "nodes", "attempts", "resumed at step", "last los
 END_S = 1200.0
 """Time limit of a run, in seconds."""
 
+# Functions that write the data of a program; ``data`` in programs.yaml names one. Each receives the folder of the
+# program in its checkout, and an empty folder for data.
+
 
 def nanogpt_text(code: Path, _data: Path) -> None:
     """Write random words from a fixed seed as the text for nanoGPT's character-level preparation."""
@@ -184,8 +187,8 @@ def easylm_text(code: Path, data: Path) -> None:
 
 
 def argon(_code: Path, data: Path) -> None:
-    """Write clusters of four argon atoms near a tetrahedron, with the energies and forces of a Lennard-Jones
-    potential."""
+    """Write 60 clusters of four argon atoms near a tetrahedron as ``argon.xyz`` (extended XYZ), with the energies and
+    forces of a Lennard-Jones potential."""
     draw = np.random.default_rng(0)
     corners = np.array([(0, 0, 0), (3.8, 0, 0), (0, 3.8, 0), (0, 0, 3.8)])
     with (data / "argon.xyz").open("w") as file:

@@ -113,17 +113,18 @@ class Submissions:
         return self.ended()[-1] - began
 
     def ours(self, name: str) -> float:
-        """Return the seconds of our sweep."""
+        """Return the seconds until all 66 points of our sweep are in the queue. ``name`` names the runs."""
         return self.time(["-m", "launch", *OURS, f"name={name}"], calls=3, points=66, ends=True)
 
     def stock(self, name: str) -> float:
-        """Return the seconds of the sweep by Hydra's submitit launcher."""
+        """Return the seconds until all 64 points of the sweep by Hydra's submitit launcher are in the queue. ``name``
+        names the folder of the sweep."""
         return self.time(
             ["app.py", *(STOCK[:-1]), f"hydra.sweep.dir={name}", f"+{STOCK[-1]}"], calls=1, points=64, ends=False
         )
 
     def dry_run(self, name: str) -> float:
-        """Return the seconds of a dry run of 100 points, from start to end."""
+        """Return the seconds of a dry run of 100 points, from start to end. ``name`` names the runs."""
         began = time.time()
         words = [sys.executable, "-m", "launch", *DRY_RUN, f"name={name}"]
         subprocess.run(words, cwd=self.folder, env=self._env, check=True, stdout=subprocess.DEVNULL)

@@ -62,7 +62,7 @@ class Upkeep:
         self._copying: int | None = None
         """Step of the checkpoint that is being copied, which must not be deleted; else None."""
         self._back_to: int | None = None
-        """Step after which copies still have to be deleted; else None."""
+        """Step from which the run continues, if copies of later steps still have to be deleted; else None."""
         self._target: Target | None = None
         self._failures = 0
         self._is_ending = False
@@ -75,7 +75,7 @@ class Upkeep:
 
         Args:
             committed: step of a newly committed checkpoint; None if there is none.
-            back_to: step after which copies are deleted; None if there are none to delete.
+            back_to: step from which the run continues: copies of later steps are deleted. None if it does not go back.
         """
         if committed is not None:
             # Deletion waits until a new checkpoint is known to be whole. If the reading is behind, the checkpoints

@@ -123,7 +123,7 @@ def tend_saved(
         keeps: rule for the checkpoints to keep.
         plan: settings of the upkeep. With None, only the checkpoints that ``keeps`` does not keep are deleted.
         committed: step of a newly committed checkpoint; None if there is none.
-        back_to: step after which copies are deleted; None if there are none to delete.
+        back_to: step from which the run continues: copies of later steps are deleted. None if it does not go back.
         state: state of the writer.
     """
     if plan is None:

@@ -115,7 +115,7 @@ def pattern_files(pattern: str, key: str = "data.path") -> tuple[CorpusFile, ...
 
 
 def file_kind(path: Path) -> str:
-    """Return the kind of a file by its name: ``text``, ``jsonl``, ``jsonl.gz`` or ``parquet``.
+    """Return the kind of a file by the end of its name: ``jsonl``, ``jsonl.gz`` or ``parquet``, else ``text``.
 
     Raises:
         ConfigError: the compression of the file is not supported.

@@ -57,7 +57,7 @@ class Estimate:
     """Axis of the mesh -> seconds of communication that no computing overlaps. ``world`` is for sums of a few numbers
     over all ranks, ``host`` for copies from and to host memory."""
     tokens: int
-    """Number of tokens of a step."""
+    """Number of tokens of the global batch."""
 
     @property
     def step_s(self) -> float:

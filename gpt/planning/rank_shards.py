@@ -243,10 +243,10 @@ def activation_bytes(
     recompute: Recompute = Recompute.none,
     factors: ParallelFactors = SINGLE_RANK,
 ) -> ActivationBytes:
-    """Return the bytes of activations that a forward pass over ``sequences`` sequences saves, without logits and
-    weights.
+    """Return the bytes of activations that a forward pass over ``sequences`` sequences keeps for the backward pass,
+    without logits and weights.
 
-    A recomputed block saves its input, and with ``selective`` the results of its matrix products.
+    A recomputed block keeps its input, and with ``selective`` the results of its matrix products.
     """
     width = BF16 if precision.is_half else FP32
     layer = LayerBytes(model, sequences, width, factors)
@@ -345,28 +345,31 @@ class LayerBytes:
         return self.tokens * (attention + mixture) + self.rows * width * results
 
     def adapters(self) -> int:
-        """Return the bytes per token that adapters (LoRA) save: the results of their first matrices, and with dropout
-        the noise and the results of dropout."""
+        """Return the bytes per token that adapters (LoRA) keep for the backward pass: the results of their first
+        matrices, and with dropout the noise and the results of dropout."""
         model, width = self.model, self.width
         inputs = [shape[1] for name, shape in block_shapes(model).items() if name.endswith("lora_a")]
         noise = 2 * width * sum(inputs) if model.lora.dropout else 0
         return width * model.lora.rank * len(inputs) + noise
 
     def custom(self, part: str, products: bool = False) -> int:
-        """Return the bytes per token that a user's class for ``part`` saves; with ``products``, only those of results
-        of matrix products."""
+        """Return the bytes per token that a user's class keeps for the backward pass; with ``products``, only those of
+        results of matrix products.
+
+        ``part`` is the part of the model that the class replaces, such as ``attention``.
+        """
         counts = part_counts(self.model)[part]
         counted = (counts.products if products else counts.saved)["half" if self.width == BF16 else "fp32"]
         return -(-counted // self.model.block_size)
 
     def norm(self) -> int:
-        """Return the bytes per token that a norm over the width of the model saves."""
+        """Return the bytes per token that a norm over the width of the model keeps for the backward pass."""
         is_custom = isinstance(self.model.norm, str)
         return -(-(self.custom("norm") if is_custom else self.norm_over(self.model.n_embd)) // self.factors.hidden)
 
     def norms(self) -> int:
-        """Return the bytes per token that the norms over the width of the model save, of attention or of the
-        feed-forward layer."""
+        """Return the bytes per token that the norms over the width of the model keep for the backward pass, those of
+        attention or those of the feed-forward layer."""
         if self.model.norm_position is not NormPosition.both:
             return self.norm()
         # LayerNorm keeps its input in the dtype that it receives: here that of a result.
@@ -374,22 +377,24 @@ class LayerBytes:
         return 2 * self.norm() - narrow * self.model.n_embd // self.factors.hidden
 
     def norm_over(self, width: int) -> int:
-        """Return the bytes per token that a built-in norm over ``width`` numbers saves, in fp32."""
+        """Return the bytes per token that a built-in norm over ``width`` numbers keeps for the backward pass, in
+        fp32."""
         return FP32 * (2 * width + 1 if self.model.norm is Norm.rmsnorm else width + 2)
 
     def dropout(self, width: int) -> int:
-        """Return the bytes per token that one dropout of the residual stream saves: ``width`` bytes a number; 0 without
-        dropout."""
+        """Return the bytes per token that one dropout of the residual stream keeps for the backward pass: ``width``
+        bytes a number; 0 without dropout."""
         return -(-width * self.model.n_embd // self.factors.hidden) if self.model.dropout else 0
 
     def read(self, readers: int) -> int:
-        """Return the bytes per token that ``readers`` matrices save of the hidden states that they all read: in 16 bits
-        one copy for each matrix, in fp32 one copy. Each matrix needs whole hidden states, also with tp."""
+        """Return the bytes per token of the hidden states that ``readers`` matrices all read and keep for the backward
+        pass: in 16 bits one copy for each matrix, in fp32 one copy. Each matrix needs whole hidden states, also with
+        tp."""
         return (readers if self.width == BF16 else 1) * self.width * self.model.n_embd
 
     def attention(self) -> int:
-        """Return the bytes per token that attention saves, with its norms: queries, keys, values, the result, and the
-        attention weights if they are written to memory."""
+        """Return the bytes per token that attention keeps for the backward pass, with its norms: queries, keys, values,
+        the result, and the attention weights if they are written to memory."""
         model, width, factors = self.model, self.width, self.factors
         around = self.norms() + self.dropout(width)
         if isinstance(model.attention, str):
@@ -423,9 +428,9 @@ class LayerBytes:
         return around + self.read(2) + bytes_
 
     def ffn(self) -> int:
-        """Return the bytes per token that the feed-forward layer saves, with its norms.
+        """Return the bytes per token that the feed-forward layer keeps for the backward pass, with its norms.
 
-        A mixture of experts saves the tensors of the router in fp32, results and indices of the chosen experts, and
+        A mixture of experts keeps the tensors of the router in fp32, results and indices of the chosen experts, and
         tensors of the shared experts. ``experts`` counts the rest.
         """
         model, width = self.model, self.width
@@ -443,11 +448,13 @@ class LayerBytes:
         return bytes_
 
     def dense(self, inner: int) -> int:
-        """Return the bytes per token that a dense feed-forward layer with the inner width ``inner`` saves."""
+        """Return the bytes per token that a dense feed-forward layer with the inner width ``inner`` keeps for the
+        backward pass."""
         return self.read(2 if self.model.gated else 1) + self.width * self.inner_tensors * inner
 
     def experts(self) -> int:
-        """Return the bytes per micro-batch that the experts save of their rows and inner tensors; 0 without experts.
+        """Return the bytes per micro-batch of the rows and inner tensors that the experts keep for the backward pass; 0
+        without experts.
 
         Routing is assumed to be balanced: with expert parallelism a rank receives as many rows as it sends.
         """

@@ -98,7 +98,11 @@ def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def replace_values() -> None:
-    """Replace code in this process that reads values of tensors, or that needs data from another rank."""
+    """Replace, in this process and until its end, code of torch and of ``gpt`` that a rehearsal cannot run.
+
+    That is code that reads values of tensors or needs data from another rank. The replacements need neither: a model
+    gets no initial values, and tokens are distributed evenly over experts, for example.
+    """
     distributed.BACKENDS["cpu"] = FAKE
     for name in ("__init__", "__getitem__", "_flatten", "_unflatten"):
         setattr(DeviceMesh, name, without_fakes(getattr(DeviceMesh, name)))

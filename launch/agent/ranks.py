@@ -126,9 +126,10 @@ def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
 
 
 def own_words(args: Sequence[str], coordinator: str) -> Sequence[str]:
-    """Return a command in which each rank has its own values of ``%{rank}`` and ``%{local_rank}``.
+    """Return a command in which ``%{coordinator}`` is replaced, and each rank replaces ``%{rank}`` and
+    ``%{local_rank}`` by its own numbers.
 
-    A shell takes them from the variables of the rank, so that the command is the same for all ranks.
+    A shell takes the numbers from the variables of the rank, so that the command is the same for all ranks.
     """
     args = [fill(word, {"coordinator": coordinator}) for word in args]
     shell = {"rank": "'\"$RANK\"'", "local_rank": "'\"$LOCAL_RANK\"'"}

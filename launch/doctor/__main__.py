@@ -108,7 +108,11 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
 
 
 def configs_of(points: Sequence[Sequence[str]], config_dir: Path | None = None) -> list[Config]:
-    """Return the config of each point. Raises ConfigError if an override is unknown or wrong."""
+    """Return the config of each point. Raises ConfigError if an override is unknown or wrong.
+
+    ``points`` has the overrides of each point. ``config_dir`` is the folder of the user's own config files; None if
+    there is none.
+    """
     return [typed_config(compose_launch(overrides, config_dir)) for overrides in points]
 
 
@@ -117,7 +121,12 @@ def examine(
 ) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
     """Run the checks that need no job.
 
-    Returns the findings about the machine, the findings about the requests, the requests, and the facts of ``gather``.
+    Args:
+        points: overrides of each point.
+        config_dir: folder of the user's own config files; None if there is none.
+
+    Returns:
+        The findings about the machine, the findings about the requests, the requests, and the facts of ``gather``.
     """
     configs = configs_of(points, config_dir)
     seen = findings.gather(configs)

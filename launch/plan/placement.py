@@ -1,4 +1,5 @@
-"""Placement of a job: its candidates in order, resources for Slurm, container, and copy of the code."""
+"""Placement of a job: the places that are tried one after another, with the resources to request from Slurm; the
+job's container, and its copy of the code."""
 
 from __future__ import annotations
 

@@ -308,7 +308,7 @@ def sentences(found: Projection) -> list[str]:
 
 
 def contents(found: Projection) -> dict[str, bytes]:
-    """Return file extension -> content of the file, for each file of a projection."""
+    """Return file extension without its dot -> content of the file, for each file of a projection."""
     document, file = asdict(found), io.StringIO()
     del document["label"]
     names = [name for name in document["rows"][0] if name != "parts"]

@@ -1,4 +1,4 @@
-"""The scaling table: one row for each point, and the limits of its figures."""
+"""The scaling table: one row for each point, properties that the points share, and notes that explain the figures."""
 
 from __future__ import annotations
 

@@ -153,11 +153,11 @@ class StepRecord:
     hfu: float | None = None
     """Hardware FLOPs utilization: recomputed operations count, too."""
     memory_allocated_gib: float | None = None
-    """Memory of tensors on the GPU in GiB, when the step was queued."""
+    """Memory of tensors on the GPU in GiB, when the step was queued; None on CPUs."""
     memory_peak_gib: float | None = None
-    """Peak memory of this attempt in GiB: tensors on the GPU, or RAM of the process."""
+    """Peak memory of this attempt in GiB: tensors on the GPU, or RAM of the process on CPUs. Every written record has it."""
     memory_reserved_gib: float | None = None
-    """Memory in GiB that torch's allocator has reserved on the GPU."""
+    """Memory in GiB that torch's allocator has reserved on the GPU; None on CPUs."""
     time: float = field(default_factory=time.time)
     """Time of the record, Unix seconds."""
 

@@ -222,7 +222,7 @@ def choose_resources(points: Sequence[OpenPoint], console: Console) -> SlurmFact
     """Choose the nodes, GPUs, ranks and CPUs that a command leaves open, and print the choices.
 
     Returns:
-        Slurm's facts; None if no point needs them.
+        Slurm's limits, or why they are not known. None if no point runs on Slurm, or ``launch.check_limits`` is false.
 
     Raises:
         ConfigError: a point requests more ranks on a node than GPUs.
@@ -421,7 +421,7 @@ def says_gpus(config: Config) -> bool:
 
 
 def plan_points(points: Sequence[OpenPoint], slurm: SlurmFacts | None = None) -> list[Plan]:
-    """Return the plans of all points of a command. ``slurm`` has Slurm's limits; None if no point needs them.
+    """Return the plans of all points of a command. ``slurm`` is the result of ``choose_resources``.
 
     Raises:
         ConfigError: a point cannot work.
@@ -458,6 +458,12 @@ def refuse_same_folder(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) ->
 
 def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts | None, console: Console) -> list[Plan]:
     """Compare the plans with Slurm's limits. Returns the plans with budget, expected times and warnings.
+
+    Args:
+        plans: plan of each point.
+        configs: config of each point.
+        slurm: result of ``choose_resources``. With None, the comparison is left out.
+        console: console for what the comparison finds.
 
     Raises:
         ConfigError: Slurm would refuse a point, or never start it; or a detached run would lose its launcher.
