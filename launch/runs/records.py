@@ -155,7 +155,7 @@ class StepRecord:
     memory_allocated_gib: float | None = None
     """Memory of tensors on the GPU in GiB, when the step was queued; None on CPUs."""
     memory_peak_gib: float | None = None
-    """Peak memory of this attempt in GiB: tensors on the GPU, or RAM of the process on CPUs. Every written record has it."""
+    """Peak memory of this attempt in GiB: tensors on the GPU, or RAM of the process on CPUs. Set in every record."""
     memory_reserved_gib: float | None = None
     """Memory in GiB that torch's allocator has reserved on the GPU; None on CPUs."""
     time: float = field(default_factory=time.time)
