@@ -86,12 +86,24 @@ def start_time(pid: int) -> str | None:
     return None if fields is None else fields[19]
 
 
+NO_FILE = re.compile(r"^0|sleep|poll|select|futex|pause|do_wait$|sig")
+"""Pattern of the kernel functions that wait for something else than one file."""
+
+
 def describe_wait(pid: int) -> str:
-    """Return the state of a process and the kernel function in which it waits, such as ``S pipe_read`` or ``R 0``."""
+    """Return the state of a process, the kernel function in which it waits, and the file for which it waits.
+
+    For example ``R 0``, ``S anon_pipe_read pipe:[1234]`` or ``D folio_wait_bit_common /data/tokens.bin``.
+    """
+    parts, proc = [process_state(pid)], Path("/proc", str(pid))
     try:
-        return f"{process_state(pid)} {Path(f'/proc/{pid}/wchan').read_text()}"
-    except OSError:
-        return process_state(pid)
+        parts.append((proc / "wchan").read_text())
+        if not NO_FILE.search(parts[1]):
+            number = int((proc / "syscall").read_text().split()[1], 16)  # of the file, in the calls that have one
+            parts.append(str((proc / "fd" / str(number)).readlink()))
+    except (OSError, LookupError, ValueError):
+        pass
+    return " ".join(parts)
 
 
 def count_oom_kills() -> int:

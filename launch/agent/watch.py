@@ -30,6 +30,7 @@ from launch.runs.folder import has_written, read_json
 from launch.runs.process import HeartbeatFile, Phase, RankHeartbeat, read_heartbeat
 from launch.runs.progress import Progress
 from launch.runs.records import recent_records
+from launch.runs.tracebacks import PREFIX, exceptions_in, failure_in
 
 if TYPE_CHECKING:
     from launch.agent.ranks import RankAgent
@@ -312,17 +313,16 @@ class Watch:
 
 
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
-"""Pattern of the line in a Python traceback that names the exception."""
-
-
+"""Pattern of the line that names an exception in a log without a traceback of Python's own form."""
 WHAT = re.compile(r"^ *what\(\)(:.*)", re.MULTILINE)
 """Pattern of the message that C++ prints for an uncaught exception."""
-UNCAUGHT = re.compile(rf"^\[rank\d+\]: {LAST_LINE.pattern[1:]}\s*(?:\Z|^terminate called)", re.MULTILINE)
-"""Pattern of the uncaught exception with which torch ends the log of a rank that leaves. The prefix stands only there.
+TOP = "in <module>"
+"""Frame with which the traceback of an exception begins that nobody has caught."""
+UNCAUGHT = re.compile(r"((?:^\[rank\d+\]:(?: .*)?\n?)+)\s*(?:\Z|^terminate called)", re.MULTILINE)
+"""Pattern of the traceback with which torch ends the log of a rank that leaves. The prefix stands only there.
 
 The process may abort afterwards, while threads still run, or be killed before it has left.
 """
-PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 
 
 class RankRecords:
@@ -448,20 +448,25 @@ class RankRecords:
 
 
 def log_end(log: Path) -> str:
-    """Return the last 30 lines of a log; after a crash in compiled code, the text around the crash; "" without a log.
+    """Return the last 30 lines of a log, or a longer traceback that ends there; "" without a log.
 
-    The prefix ``[rank0]: `` of torch's tracebacks is left out.
+    After a crash in compiled code, return the text around the crash. The prefix ``[rank0]: `` of torch's tracebacks is
+    left out.
     """
     text = PREFIX.sub("", log.read_text(errors="replace")) if log.exists() else ""
     crash = text.rfind("Fatal Python error")
     # C++ prints its exception before that line. The text is cut because stacks of many threads are long.
-    return "\n".join(text.splitlines()[-30:]) if crash < 0 else text[max(0, crash - 500) :][:20_000]
+    if crash >= 0:
+        return text[max(0, crash - 500) :][:20_000]
+    end, failure = "\n".join(text.splitlines()[-30:]), failure_in(text)[-20_000:].rstrip()
+    return failure if len(failure) > len(end) and exceptions_in(text)[-1].line in end else end
 
 
 def uncaught_exception(log: Path) -> str:
     """Return the uncaught Python exception with which a rank's log ends; empty if the log ends otherwise."""
     found = UNCAUGHT.search(log.read_text(errors="replace")) if log.exists() else None
-    return found[1] if found else ""
+    raised = exceptions_in(found[1]) if found else []
+    return raised[-1].line if raised else ""
 
 
 def failure_message(status: int, log: Path, error: Mapping[str, Any]) -> tuple[str, str]:
@@ -480,5 +485,8 @@ def failure_message(status: int, log: Path, error: Mapping[str, Any]) -> tuple[s
         name, raised = signal.Signals(-status).name, uncaught_exception(log)
         what = "".join(WHAT.findall(end)[-1:])
         return f"{raised} (then ended by {name})" if raised else f"killed by {name}{what}", end
-    last = LAST_LINE.findall(end)
+    chain = exceptions_in(end)
+    last = [one.line for one in chain] or LAST_LINE.findall(end)
+    if status == 1 and chain and not any(TOP in one.stack for one in chain):
+        last = []  # The program printed an exception that it caught, and left later.
     return (f"{last[-1]} (exit status {status})" if last else f"exit status {status}"), end

@@ -19,6 +19,7 @@ from launch.runs.environment import DUMP_PREFIX, dumped_ranks
 from launch.runs.events import Events, events_since_submission, first_failure, select_events
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.runs.tracebacks import exceptions_in
 
 # Stacks and tracebacks as text -> frames.
 
@@ -44,7 +45,7 @@ def parse_stack(text: str) -> list[Frame]:
     In stacks of faulthandler, this is the main thread, which comes last; after a crash, the thread that crashed. In a
     Python traceback, it is the last exception.
     """
-    block = text.rpartition("Traceback (most recent call last)")[2]
+    block = next((one.stack for one in reversed(exceptions_in(text))), text)
     if "(most recent call first)" in text:
         crashed = text.partition("Fatal Python error")[2].partition("Current thread")[2].partition("\n\n")[0]
         block = crashed or text.rpartition("(most recent call first)")[2]
@@ -79,7 +80,7 @@ class RankFacts:
     since: float = math.inf
     """Time of the last progress of a hung rank, Unix seconds."""
     state: str = ""
-    """State of the process, and the kernel function in which it waits, such as ``S pipe_read``."""
+    """State of the process, and kernel function and file in which it waits, as ``S pipe_read pipe:[7]``."""
     dump: Mapping[str, Any] = field(default_factory=dict)
     """Last collective in torch's flight recorder, as ``read_dump`` returns it. Empty without a dump."""
 
@@ -87,6 +88,26 @@ class RankFacts:
     def frames(self) -> list[Frame]:
         """Frames of the thread that shows the cause, innermost first; empty if the rank gave no stack."""
         return parse_stack(self.traceback)
+
+    @cached_property
+    def said(self) -> str:
+        """Lines of text on why the rank failed, which rules search for patterns.
+
+        The lines are: the cause; ``raised`` and each exception that led to it, with the code of an assertion;
+        ``handled`` and each exception that the program was handling when it raised another one.
+        """
+        lines = [self.cause]
+        if not self.hung and not self.cause.startswith(("killed", "exit")):
+            for one in exceptions_in(self.traceback):
+                code = one.stack.rstrip("\n ^~").rpartition("\n")[2] if one.line.startswith("AssertionError") else ""
+                lines.append(f"{'handled' if one.is_handled else 'raised'} {one.text}{code}")
+        return "\n".join(lines)
+
+    @property
+    def file(self) -> str:
+        """Path of the file for which the process waits; empty if not known, or if it is no file."""
+        found = re.search(r" (/(?!dev/).*)", self.state)
+        return found[1] if found else ""
 
     @property
     def own(self) -> Frame | None:
@@ -171,6 +192,13 @@ def read_dump(path: Path) -> dict[str, Any]:
 # All facts.
 
 
+OWN_CAUSE = re.compile(
+    r"^raised (?!RuntimeError|torch\.|Dist).*(connect|Errno 32|timed out)|No space left|out of memory|Cannot allocate",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""Pattern of what a rank says that did not fail only because it lost another rank."""
+
+
 @dataclass(frozen=True)
 class AttemptFacts:
     """Facts about the newest attempt of a run."""
@@ -199,7 +227,9 @@ class AttemptFacts:
         If there are none: waiting ranks whose last collective in the flight recorder is earlier than that of another
         rank in the same group.
         """
-        busy = [rank for rank in self.ranks if rank.frames and not rank.collective and not rank.echo]
+        silent = re.compile(r"stopped|frozen.*\nstate [SD] .*free?z|.*\nstate D")  # these cannot give a stack
+        able = [rank for rank in self.ranks if rank.frames or silent.match(rank.activity)]
+        busy = [rank for rank in able if not rank.collective and not rank.echo]
         seqs = [(rank.dump["group"], rank.dump["seq"], rank) for rank in self.waiting if rank.dump]
         behind = [rank for group, seq, rank in seqs if any(g == group and s > seq for g, s, _ in seqs)]
         return sorted(busy or behind, key=lambda rank: rank.since)
@@ -287,6 +317,8 @@ def job_event(state: str) -> dict[str, Any]:
 def _rank_facts(folder: RunFolder, attempt: int, event: Mapping[str, Any]) -> RankFacts:
     """Return the facts that an event contains about its rank."""
     names = {one.name for one in fields(RankFacts)}
-    return RankFacts(
+    one = RankFacts(
         folder.log(attempt, event["rank"]), **{k: v for k, v in event.items() if k in names and v is not None}
     )
+    # The event only has the words of a lost connection: it may be one of the program's own, or torch may say why.
+    return replace(one, echo=False) if one.echo and OWN_CAUSE.search(one.said) else one

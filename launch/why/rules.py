@@ -63,16 +63,16 @@ class Rule:
 # Conditions of rules.
 
 
-def failed_with(pattern: str) -> Find:
-    """Return a function that finds a rank whose cause of failure contains ``pattern``.
+def failed_with(pattern: str, only_first: bool = False) -> Find:
+    """Return a function that finds a rank with ``pattern`` in what it ``said``, or only looks at the first that failed.
 
     Ranks that hung, or failed only because another rank did (an echo), are left out.
     """
-    wanted = re.compile(pattern, re.IGNORECASE)
+    wanted = re.compile(pattern, re.IGNORECASE | re.MULTILINE)
 
     def find(facts: AttemptFacts) -> RankFacts | None:
-        own = (rank for rank in (facts.first, *facts.ranks) if rank and not rank.echo and not rank.hung)
-        return next((rank for rank in own if wanted.search(rank.cause)), None)
+        own = [rank for rank in (facts.first, *facts.ranks) if rank and not rank.echo and not rank.hung]
+        return next((rank for rank in own[: 1 if only_first else None] if wanted.search(rank.said)), None)
 
     return find
 
@@ -117,7 +117,7 @@ def all_wait(facts: AttemptFacts) -> RankFacts | None:
 
 def diverged(facts: AttemptFacts) -> RankFacts | None:
     """Return the first rank with a number that is not finite, if a rank failed for such a number; else None."""
-    failed = failed_with(r"FloatingPoint|RepeatedFailure|\bnan\b|\binf\b|not finite|non-?finite")(facts)
+    failed = failed_with(NOT_FINITE)(facts)
     return failed and (facts.not_finite or failed)
 
 
@@ -127,8 +127,47 @@ def diverged(facts: AttemptFacts) -> RankFacts | None:
 LOGS = "python -m launch.logs {run} --rank {rank}"
 AGAIN = "the same command, which continues from the last checkpoint if there is one"
 MEMORY = "cluster.mem_gb=N with a larger N, or fewer loader workers"
-LOCKS = r"^at .*(\.acquire\(|\bwith\b.*lock|\.join\(|\.wait\(|\.get\()|^in .*/(threading|queue)\.py$"
-READS = r"^state D|^state [^R](?! futex).*\nat .*(open\(|read|recv|write|load\(|fsync|flush\(|stat\()"
+# What libraries and the kernel say: Python, torch, NumPy, SQLite, Arrow, requests, Rust ("os error").
+FULL = (
+    r"No space left|Errno 28\b|os error 28\b|quota exceeded|Errno 122|disk is full|Not enough free space|"
+    r"\d+ requested and \d+ written|iostream error|unexpected pos \d+ vs|StreamWriter failed writing"
+)
+NO_MEMORY = (
+    r"MemoryError\b|bad_alloc|(can't|cannot|unable to) allocate|Errno 12\b|os error 12\b|malloc of size|"
+    r"^memory allocation of \d+ bytes failed"
+)
+GPU_MEMORY = (
+    r"(CUDA|HIP|XPU)( error:)? out of memory|OutOfMemoryError|ERROR_OUT_OF_MEMORY|_ALLOC_FAILED|RESOURCE_EXHAUSTED|"
+    r"failure 2 'out of memory'"
+)
+NOT_FINITE = (
+    r"FloatingPoint|RepeatedFailure|(?<![\w/'\".-])(nans?|infs?|infinity)(?![\w/'\"-]|\.\w)|not finite|non-?finite|"
+    r"(loss|training|gradients?)\b.*(diverged|exploded)|isfinite|isnan|isinf"
+)
+NO_WORKER = (
+    r"DataLoader worker.*(killed by signal|exited unexpectedly)|BrokenProcessPool|TerminatedWorkerError|WorkerLost|"
+    r"subprocesses has abruptly died"
+)
+NO_FILE = r"^(?!handled).*(FileNotFoundError|No such file|NoSuchKey|unable to open database file|os error 2\b)"
+SERVICE = (
+    r"^(?!handled).*(\bConnect\w*(Error|Timeout)|Disconnected|Max retries|ReadTimeout|gaierror|name resolution|"
+    r"Name or service|No route to host|Network is unreachable|Connection timed out|TimeoutError: .*timed out)"
+)
+# Lines of stacks and states of a rank that waits. State R, which runs, waits for nothing.
+FILE_LOCK = r"^state \S .*(lock_inode|fcntl_setlk|flock|nlmclnt_block)"
+SOCKET = (
+    r"^state S (?!unix).*socket:|^state S (?!.* [/p])(wait_woken|inet_|__inet|__skb_wait|sk_wait|sk_stream)|"
+    r"^state (S .*poll|$)(.*\n)*(at .*\.(recv|recv_into|recvfrom|sendall|accept|connect)\(|in .*/(socket|ssl)\.py$)"
+)
+PROCESS = (
+    r"^state S .*(\bdo_wait$|unix_stream|pipe:)|"
+    r"^state S .*(poll|read).*(\n.*)*^in .*/(subprocess|multiprocessing/\w+)\.py$"
+)
+LOCKS = (
+    r"^state (?!R).*\n(.*\n)*"
+    r"(at .*(\.acquire\(|\bwith\b.*lock|\.join\(|\.wait\(|\.get\()|in .*/(threading|queue|queues)\.py$)"
+)
+READS = r"^state [^R](?! futex).*\nat .*(open\(|read|write|load\(|fsync|flush\(|stat\()"
 RULES = (
     Rule("refused", has_event("start_refused"), "the ranks were not started: {cause}", "what the refusal names"),
     Rule("node_lost", has_event("node_lost"), "node {host} was lost: {cause}", "sinfo --nodes={host}"),
@@ -144,18 +183,18 @@ RULES = (
     Rule("preempted", has_event(JOB, "attempt_ended", cause="(?i)preempted"), "the job was preempted", AGAIN),
     Rule(
         "full_disk",
-        failed_with(r"No space left|Errno 28|quota exceeded|Errno 122"),
-        "{failed}: a filesystem is full",
+        failed_with(FULL),
+        "{failed}: a filesystem is full, or a quota is used up",
         "df -h {run} /tmp /dev/shm, on {host}",
     ),
     Rule(
         "gpu_memory",
-        failed_with(r"(CUDA|HIP) out of memory|OutOfMemoryError"),
+        failed_with(GPU_MEMORY),
         "{failed}",
         "optim.max_micro_batch=N with a smaller N; for a script, a smaller batch",
     ),
     Rule("oom_kill", failed_with("^killed by SIGKILL.*out of memory"), "{failed}", MEMORY),
-    Rule("memory_error", failed_with("^MemoryError|bad_alloc|cannot allocate memory"), "{failed}: no memory", MEMORY),
+    Rule("memory_error", failed_with(NO_MEMORY), "{failed}: no memory", MEMORY),
     Rule(
         "mismatched_collective",
         failed_with(r"preamble\.length|collective mismatch|between collectives"),
@@ -164,9 +203,9 @@ RULES = (
     ),
     Rule(
         "dead_loader_worker",
-        failed_with("DataLoader worker.*(killed by signal|exited unexpectedly)"),
-        "{failed}: a loader worker died, mostly for memory",
-        "df -h /dev/shm, on {host}; fewer loader workers",
+        failed_with(NO_WORKER),
+        "{failed}: a worker process died, mostly for memory",
+        "df -h /dev/shm, on {host}; fewer workers",
     ),
     Rule(
         "not_finite",
@@ -174,16 +213,47 @@ RULES = (
         "{who} has the first loss or gradient that is not finite, in step {step}",
         "the samples of rank {rank} in step {step}; optim.lr=N with a smaller N",
     ),
-    Rule("crash", failed_with("^killed by SIG(SEGV|BUS|ILL|FPE|ABRT)"), "{failed}: a crash in compiled code", LOGS),
-    Rule("missing_file", failed_with("FileNotFoundError|No such file"), "{failed}", "ls -ld of that path, on {host}"),
+    Rule(
+        "crash",
+        failed_with("^killed by SIGBUS"),
+        "{failed}: a crash in compiled code; a mapped file was cut off, or its filesystem is full",
+        "df -h /dev/shm, on {host}",
+    ),
+    Rule("crash", failed_with("^killed by SIG(SEGV|ILL|FPE|ABRT)"), "{failed}: a crash in compiled code", LOGS),
+    Rule(
+        "exit_status",
+        failed_with(r"\Aexit status \d+\Z|\A.*\(exit status (?!1\))\d+\)$"),
+        "{failed}: the program chose this status",
+        LOGS,
+    ),
+    Rule("missing_file", failed_with(NO_FILE), "{failed}", "ls -ld of that path, on {host}"),
     Rule("killed", failed_with("^killed by SIG"), "{failed}, by a process outside of the run", "dmesg -T, on {host}"),
-    Rule("exit_status", failed_with(r"^exit status \d+"), "{failed}: the program chose this status", LOGS),
+    Rule(
+        "network",
+        failed_with(SERVICE, only_first=True),
+        "{failed}: a connection of the program's own, to a service",
+        LOGS,
+    ),
     Rule("exception", failed_with("."), "{failed}", LOGS),
-    Rule("stopped", elsewhere("^stopped"), "{who} is stopped (SIGSTOP){since}{at}", "ps -o stat,cmd, on {host}"),
+    Rule(
+        "stopped",
+        elsewhere(r"^stopped|^state . .*(refrigerator|freezer)"),
+        "{who} is stopped, by a signal, a debugger or its cgroup{since}{at}",
+        "ps -o stat,wchan,cmd, on {host}",
+    ),
+    Rule("slow_disk", elsewhere("^state D"), "{scene}: a file{file}, not network", "ls -l of that file, on {host}"),
     Rule("gil_held", elsewhere("^frozen"), "{scene}: none of its threads runs, so compiled code holds the GIL", LOGS),
     Rule("data", elsewhere("/torch/utils/data/"), "{scene}: data, not network", LOGS),
+    Rule(
+        "deadlock",
+        elsewhere(FILE_LOCK),
+        "{scene}: a lock of a file{file}, which another process holds, not network",
+        "lslocks, on {host}",
+    ),
+    Rule("network", elsewhere(SOCKET), "{scene}: a connection of the program's own, no collective", LOGS),
     Rule("deadlock", elsewhere(LOCKS), "{scene}: a lock, queue or thread of its own, not network", LOGS),
-    Rule("slow_disk", elsewhere(READS), "{scene}: a file, not network", "ls -l of that file, on {host}"),
+    Rule("elsewhere", elsewhere(PROCESS), "{scene}: another process of the program, not network", "ps fx, on {host}"),
+    Rule("slow_disk", elsewhere(READS), "{scene}: a file{file}, not network", "ls -l of that file, on {host}"),
     Rule(
         "slow_cpu",
         elsewhere("^state R"),
@@ -247,6 +317,7 @@ def _texts(facts: AttemptFacts, blamed: RankFacts) -> dict[str, object]:
     return {
         **vars(blamed),
         "who": blamed.who,
+        "file": blamed.file and f" ({blamed.file})",
         "at": at,
         "since": since,
         "cause": cause,

@@ -106,7 +106,8 @@ def test_an_engine_that_cannot_be_used_is_refused() -> None:
 
 
 def test_an_abort_at_the_exit_does_not_hide_the_exception(tmp_path: Path) -> None:
-    end = "[rank3]: KeyError: 'lost sheep'\n"
+    stack = 'Traceback (most recent call last):\n[rank3]:   File "a.py", line 2, in <module>'
+    end = f"[rank3]: {stack}\n[rank3]: KeyError: 'lost sheep'\n"
     (log := tmp_path / "log").write_text(
         f"{end}terminate called without an active exception\nFatal Python error: Aborted"
     )
@@ -115,6 +116,23 @@ def test_an_abort_at_the_exit_does_not_hide_the_exception(tmp_path: Path) -> Non
     assert failure_message(-signal.SIGKILL, log, {})[0] == "KeyError: 'lost sheep' (then ended by SIGKILL)"
     log.write_text(f"{end}and the program went on")
     assert failure_message(-signal.SIGKILL, log, {})[0] == "killed by SIGKILL"
+
+
+def test_a_failure_is_the_whole_traceback_that_ended_the_program(tmp_path: Path) -> None:
+    head, frame = "Traceback (most recent call last):\n", '  File "a.py", line {}, in {}\n'
+    frames = "".join(frame.format(number, "<module>" if number == 0 else "f") for number in range(50))
+    pool = f"{head}{frames}concurrent.futures.process.BrokenProcessPool: A process ended"
+    joint = "\n\nThe above exception was the direct cause of the following exception:\n\n"
+    chain = f"{head}{frames}KeyError: 'a'{joint}{pool}"
+    (log := tmp_path / "log").write_text(f"step 1\n{chain}\n")
+    cause = "concurrent.futures.process.BrokenProcessPool: A process ended (exit status 1)"
+    assert failure_message(1, log, {}) == (cause, chain)
+    group = f"  + Exception Group {head}  | {frame.format(1, '<module>')}  | ExceptionGroup: two (1 sub-exception)\n"
+    group += f"  +-+---------------- 1 ----------------\n    | {head}    | {frame.format(2, 'f')}    | KeyError: 'a'\n"
+    log.write_text(f"{group}    +------------------------------------\n")
+    assert failure_message(1, log, {})[0] == "ExceptionGroup: two (1 sub-exception) (exit status 1)"
+    log.write_text(f"{head}{frame.format(3, 'caught')}KeyError: 'a'\nlicense has run out\n")
+    assert failure_message(1, log, {})[0] == "exit status 1"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,22 @@ IN_LOCK = STACK.format('  File "/usr/lib/python3.11/threading.py", line 1 in joi
 IN_CODE = STACK.format('  File "/home/me/a.py", line 9 in g')
 
 
+JOINED = "\n\nThe above exception was the direct cause of the following exception:\n\n"
+HANDLED = "\n\nDuring handling of the above exception, another exception occurred:\n\n"
+
+
+def raises(rank: int, *errors: str, joint: str = JOINED, line: str = "run()", **more: Any) -> dict[str, Any]:
+    """A rank whose log ends with a traceback of these exceptions, causes first."""
+    head = f'Traceback (most recent call last):\n  File "/home/me/a.py", line 9, in <module>\n    {line}\n'
+    trace = joint.join(head + error for error in errors)
+    return failed(rank, f"{errors[-1].splitlines()[0]} (exit status 1)", traceback=trace, **more)
+
+
+def waits(state: str, file: str = "/home/me/a.py") -> list[dict[str, Any]]:
+    """Rank 0 waits in a collective for rank 1, whose process is in ``state``."""
+    return [hung(0, IN_REDUCE), hung(1, STACK.format(f'  File "{file}", line 9 in g'), state=state)]
+
+
 def failed(rank: int, cause: str, **more: Any) -> dict[str, Any]:
     return {"event": "rank_failed", "attempt": 1, "rank": rank, "host": f"n{rank}", "cause": cause, "step": 7, **more}
 
@@ -158,7 +174,7 @@ TABLE: list[tuple[str, list[dict[str, Any]], str]] = [
     (
         "dead_loader_worker",
         [failed(1, "RuntimeError: DataLoader worker (pid 7) exited unexpectedly")],
-        "a loader worker",
+        "a worker process died",
     ),
     ("crash", [failed(1, "killed by SIGSEGV")], "a crash in compiled code"),
     ("missing_file", [failed(1, "FileNotFoundError: [Errno 2] No such file or directory: 'x'")], "'x'"),
@@ -190,6 +206,132 @@ TABLE: list[tuple[str, list[dict[str, Any]], str]] = [
     ("unknown", [failed(0, **LOST)], "unknown: rank 0 on n0 failed first"),
     ("unknown", [hung(0, ""), hung(1, IN_REDUCE)], "unknown: rank 1"),
     ("unknown", [ended("crashed")], "unknown: crashed, and no rank recorded why"),
+    # What libraries really say.
+    *(
+        ("full_disk", [raises(1, error)], "a filesystem is full")
+        for error in (
+            "OSError: [Errno 122] Disk quota exceeded",
+            "OSError: 1048576 requested and 1048048 written",
+            "OSError: Not enough free space to write 134217728 bytes after offset 0",
+            "sqlite3.OperationalError: database or disk is full",
+            "OSError: [Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device",
+            "RuntimeError: write(): fd 3 failed with No space left on device",
+            "RuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598",
+            "safetensors._safetensors_rust.SafetensorError: Error while serializing: I/O error: (os error 28)",
+        )
+    ),
+    ("full_disk", [failed(1, "killed by SIGABRT: [enforce fail] . unexpected pos 704 vs 598")], "SIGABRT"),
+    (
+        "full_disk",
+        [
+            raises(
+                1, "OSError: [Errno 28] No space left on device", "ValueError: Can't close the ZIP file", joint=HANDLED
+            )
+        ],
+        "ValueError",
+    ),
+    *(
+        ("memory_error", [raises(1, *errors)], "no memory")
+        for errors in (
+            ["numpy._core._exceptions._ArrayMemoryError: Unable to allocate 128. TiB for an array"],
+            ["pyarrow.lib.ArrowMemoryError: malloc of size 8589934592 failed"],
+            ["RuntimeError: [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"],
+            ["OSError: [Errno 12] Cannot allocate memory", "RuntimeError: the cache was not made"],
+        )
+    ),
+    ("memory_error", [failed(1, "killed by SIGABRT: std::bad_alloc")], "no memory"),
+    ("gpu_memory", [raises(1, "torch.AcceleratorError: CUDA error: out of memory")], "out of memory"),
+    (
+        "full_disk",
+        [
+            raises(
+                1,
+                "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:77, unhandled system error\n"
+                "Last error:\nError while creating shared memory segment /dev/shm/nccl-x: No space left on device (28)",
+                echo=True,
+            )
+        ],
+        "NCCL",
+    ),
+    *(
+        ("dead_loader_worker", [raises(1, error)], "a worker process died")
+        for error in (
+            "concurrent.futures.process.BrokenProcessPool: A process in the process pool was terminated abruptly",
+            "joblib.externals.loky.process_executor.TerminatedWorkerError: A worker process was terminated",
+            "RuntimeError: One of the subprocesses has abruptly died during map operation.",
+        )
+    ),
+    *(
+        ("missing_file", [raises(1, *errors)], "rank 1 on n1 failed first")
+        for errors in (
+            ["FileNotFoundError: /data/x.parquet"],
+            ["sqlite3.OperationalError: unable to open database file"],
+            ["OSError: libnone.so: cannot open shared object file: No such file or directory"],
+            ["FileNotFoundError: [Errno 2] No such file or directory: 'index.json'", "RuntimeError: no data set"],
+            [
+                "FileNotFoundError: Caught an error in worker 0.\nOriginal Traceback (most recent call last):\n"
+                '  File "/home/me/data.py", line 6, in __getitem__\nFileNotFoundError: [Errno 2]'
+            ],
+        )
+    ),
+    (
+        "exception",
+        [raises(1, "FileNotFoundError: [Errno 2] No such file: 'cache'", "KeyError: 'vocabulary'", joint=HANDLED)],
+        "KeyError",
+    ),
+    ("exit_status", [failed(1, "FileNotFoundError: x (exit status 3)")], "the program chose this status"),
+    ("exception", [raises(1, "__main__.f.<locals>.Odd: a value")], "Odd: a value"),
+    ("exception", [raises(1, "KeyError: 'nan'")], "KeyError"),
+    ("missing_file", [raises(1, "FileNotFoundError: [Errno 2] No such file or directory: '/data/inf/x'")], "/data/inf"),
+    ("crash", [failed(1, "killed by SIGBUS")], "a mapped file was cut off"),
+    *(
+        ("network", [raises(1, error, echo="efused" in error)], "a connection of the program's own")
+        for error in (
+            "ConnectionRefusedError: [Errno 111] Connection refused",
+            "TimeoutError: timed out",
+            "urllib.error.URLError: <urlopen error [Errno -2] Name or service not known>",
+            "requests.exceptions.ConnectionError: HTTPConnectionPool(host='h', port=9): Max retries exceeded",
+        )
+    ),
+    # The server of the connection has failed.
+    ("exception", [raises(0, "KeyError: 'a'"), raises(1, "ConnectionResetError: reset by peer", echo=True)], "rank 0"),
+    # States of processes, from a kernel 6.18; older kernels say flock_lock_inode_wait and pipe_read.
+    ("deadlock", waits("S locks_lock_inode_wait /data/lock"), "a lock of a file (/data/lock)"),
+    ("deadlock", waits("S fcntl_setlk /data/lock"), "which another process holds"),
+    ("network", waits("S wait_woken socket:[808845]"), "a connection of the program's own"),
+    ("network", waits("S wait_woken"), "a connection of the program's own"),
+    ("network", waits("S __skb_wait_for_more_packets socket:[7]"), "a connection of the program's own"),
+    ("network", waits("S poll_schedule_timeout.constprop.0", "/usr/lib/python3.11/ssl.py"), "of the program's own"),
+    ("elsewhere", waits("S wait_woken /dev/ptmx"), "not network"),
+    ("elsewhere", waits("S hrtimer_nanosleep"), "not network"),
+    ("elsewhere", waits("S do_wait"), "another process of the program"),
+    ("elsewhere", waits("S anon_pipe_read pipe:[809087]"), "another process of the program"),
+    ("elsewhere", waits("S unix_stream_read_generic socket:[809084]"), "another process"),
+    ("elsewhere", waits("S poll_schedule_timeout", "/usr/lib/python3.11/subprocess.py"), "another process"),
+    ("deadlock", waits("S anon_pipe_read", "/usr/lib/python3.11/multiprocessing/queues.py"), "a lock, queue"),
+    ("slow_cpu", waits("R 0", "/usr/lib/python3.11/queue.py"), "it computes"),
+    ("slow_disk", waits("D folio_wait_bit_common /data/tokens.bin"), "a file (/data/tokens.bin), not network"),
+    (
+        "slow_disk",  # a page of a mapped file, for which the rank holds the GIL
+        [
+            hung(0, IN_REDUCE),
+            {**hung(1, "", state="D folio_wait_bit_common"), "cause": "frozen: the process has not run for 9 s"},
+        ],
+        "rank 0 on n0 waits in all_reduce",
+    ),
+    *(
+        (
+            "stopped",
+            [hung(0, IN_REDUCE), {**hung(1, "", state=state), "cause": "frozen: the process has not run for 9 s"}],
+            "rank 1 on n1 is stopped",
+        )
+        for state in ("D __refrigerator", "S do_freezer_trap")
+    ),
+    (
+        "unknown",
+        [hung(0, IN_REDUCE), {**hung(1, "", state="R 0"), "cause": "frozen: the process has not run for 9 s"}],
+        "unknown: rank 1",
+    ),
 ]
 
 
@@ -218,6 +360,22 @@ def test_the_table_above_has_every_kind_of_rule_with_a_sentence() -> None:
 @pytest.mark.parametrize("cause", ["finished", "cancelled", "budget"])
 def test_an_end_that_somebody_wanted_has_no_verdict(cause: str, tmp_path: Path) -> None:
     assert find_verdict(folder_with(tmp_path / "run", [failed(0, "killed by SIGTERM"), ended(cause)])) is None
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        raises(0, "AssertionError", line="assert torch.isfinite(loss)"),
+        raises(0, "ValueError: Expected parameter loc, but found invalid values:\ntensor([nan])"),
+        raises(0, "RuntimeError: probability tensor contains either `inf`, `nan` or element < 0"),
+        raises(0, "ValueError: cannot convert float NaN to integer"),
+        raises(0, "FloatingPointError: the loss is nan", "RuntimeError: stopped"),
+    ],
+    ids=lambda event: event["cause"][:20],
+)
+def test_a_number_that_is_not_finite_is_named(event: dict[str, Any], tmp_path: Path) -> None:
+    verdict = find_verdict(folder_with(tmp_path / "run", [event]))
+    assert verdict is not None and verdict.kind == "not_finite", verdict
 
 
 def test_the_first_rank_with_a_loss_that_is_not_finite_is_blamed(tmp_path: Path) -> None:
