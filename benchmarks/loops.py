@@ -1,4 +1,4 @@
-"""Our training loop as benchmarks step it: a run that is ready, and one turn of its loop at a time."""
+"""The training loop of ``gpt.train`` for benchmarks: build a run, then make one iteration of its loop for each call."""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ Curve = npt.NDArray[np.float64]
 
 
 Differences = dict[str, dict[str, list[str]]]
-"""Heading of the table -> key of the config -> its value in each run, as text."""
+"""Heading of a section of the table (``architecture`` or ``settings``) -> dotted key of the config -> its value in each
+run, as text."""
 
 
 @dataclass
@@ -178,8 +179,8 @@ def add_equal_losses(runs: Sequence[RunMetrics]) -> str | None:
 
 
 def interpolate(losses: Curve, tokens: int) -> float | None:
-    """Return the loss of a curve after ``tokens`` tokens, linearly interpolated, in nats per token; None outside of its
-    points."""
+    """Return the loss of a curve after ``tokens`` tokens, linearly interpolated, in nats per token. None if
+    ``tokens`` is below the first or above the last number of tokens of the curve."""
     if not len(losses) or not losses[0, 0] <= tokens <= losses[-1, 0]:
         return None
     return float(np.interp(tokens, *losses.T))
@@ -202,7 +203,8 @@ def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[s
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Return a name for each run: its folder, relative to the folder that has all runs, and its overrides."""
+    """Return a name for each run: the folder of the run, relative to the common parent folder of all runs, and the
+    label of the run, made of its overrides."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
     groups: dict[Path, list[Path]] = {}
     for run in runs:

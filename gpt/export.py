@@ -43,8 +43,11 @@ from launch.runs.folder import RunFolder, read_json
 
 
 def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_size: int) -> None:
-    """Write the tokenizer of a run into ``folder``, as transformers loads it if possible. ``block_size`` is the length
-    of the model's sequences."""
+    """Write the tokenizer of a run into ``folder``, in files that transformers loads. Files of sentencepiece and
+    tiktoken are copied into the subfolder ``tokenizer`` instead; only their own libraries read them.
+
+    ``block_size`` is the number of tokens in a sequence of the model.
+    """
     if tokenizer.kind in (TokenizerKind.sentencepiece, TokenizerKind.tiktoken):
         # Only the library of such a tokenizer reads its file.
         shutil.copytree(run.tokenizer, folder / "tokenizer")

@@ -86,10 +86,10 @@ def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
 
 
 def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[str]:
-    """Yield one line of text if ranks wait for each other in different groups. The collectives inside each group are
-    equal.
+    """Yield one line of text if ranks wait for each other in different groups.
 
-    A rank waits in its oldest collective until the other rehearsed ranks of its group have reached it.
+    Call this only if all ranks of each group issue the same collectives in it (see ``unequal_collectives``). A rank
+    waits in its oldest collective until the other rehearsed ranks of its group have reached it.
     """
     left = {rank: deque(one for one in own if one.peer is None) for rank, own in issued.items()}
     waiting = [rank for rank in left if left[rank]]

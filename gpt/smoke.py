@@ -2,8 +2,8 @@
 
     python -m gpt.smoke                    # or on a GPU: python -m gpt.smoke device=cuda
 
-Trains the model of 116 thousand parameters on the running Python's own source, resumes it from a checkpoint, and writes
-with it. Each line names one check. The exit status is 0 if all checks pass.
+Trains the model of 116 thousand parameters on the running Python's own source, resumes it from a checkpoint, and
+generates text with it. Each printed line names one check. The exit status is 0 if all checks pass.
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ ROWS = (
 
 
 def cell(rank: int, size: int, folder: Path, words: str, column: Column) -> Cell:
-    """Return the result of one run, on rank 0, or the reason why the config is refused."""
+    """Return the result of one run, or the reason why the config is refused. Ranks other than 0 return an empty
+    result."""
     case = Case(f"{words} {column.words}", column.model, column.accumulation)
     try:
         with in_fp32(column.model == "Muon"):

@@ -43,7 +43,7 @@ class Recorder:
 
     Args:
         folder: the run folder.
-        nodes: number of nodes of the point.
+        nodes: number of nodes of the point (one run of a sweep).
         per_node: number of ranks of a node, each with one GPU.
         overrides: overrides of the point.
         known: additional entries of environment.json.
@@ -73,7 +73,8 @@ class Recorder:
         self.write("events.jsonl", json.dumps({"time": self.now, "event": event, **details}) + "\n")
 
     def allocated(self, job: str, after_s: float) -> None:
-        """Advance the clock by ``after_s`` seconds and append the start of an allocation that is paid for since 5 s."""
+        """Advance the clock by ``after_s`` seconds and append an event: the agent starts in a job whose nodes were
+        allocated 5 s before."""
         self.now += after_s
         details: dict[str, Any] = {"job": job, "nodes": self.nodes, "gpus": self.ranks, "price_per_gpu_hour": 2.5}
         self.event("agent_started", **details, allocated_at=self.now - 5, limit_s=36000.0)
@@ -148,7 +149,14 @@ class Recorder:
                 self.write(f"metrics/rank_{rank:05d}.jsonl", json.dumps({**record, **more(step, rank)}) + "\n")
 
     def samples(self, node: int, begin: float, seconds: int, throttled: float = 0.0) -> None:
-        """Append GPU telemetry of a node, one sample every 5 s."""
+        """Append GPU telemetry of a node, one sample every 5 s.
+
+        Args:
+            node: index of the node.
+            begin: Unix time of the first sample, in seconds.
+            seconds: length of the telemetry in seconds.
+            throttled: probability, 0 to 1, that a GPU reports in a sample that its clock is throttled.
+        """
         energy = [1000.0 * gpu for gpu in range(self.per_node)]
         for after in range(0, seconds, 5):
             power = [round(self.chance.uniform(300, 700), 1) for _ in energy]
@@ -230,7 +238,8 @@ def stragglers(folder: Path) -> None:
     """Write runs on 1 and 2 nodes with eight GPUs each: a slow rank, waits by cause, and GPU telemetry."""
 
     def waits(step: int, rank: int) -> dict[str, Any]:
-        """Return the wait times of a step, and the figures that rank 0 gathers from all ranks."""
+        """Return record fields of a step: wait times of the rank in seconds, and on rank 0 also the shortest and the
+        longest time of any rank, and the number of the slowest rank."""
         parts = {"data_wait_s": 0.002, "forward_backward_s": 0.3, "comm_s": 0.05 + 0.001 * rank, "optimizer_s": 0.01}
         parts |= {"comm_dp_s": 0.02, "comm_fsdp_s": 0.03, "bubble_s": 0.004 * (rank % 4)}
         return parts | ({"own_min_s": 0.4, "own_max_s": 0.5, "slowest_rank": 5} if rank == 0 else {})

@@ -193,7 +193,7 @@ def collected(side: Side, number: int) -> str:
 
 
 def matching(cases: Mapping[str, T], args: argparse.Namespace) -> dict[str, T]:
-    """Return the cases whose names match ``--match``."""
+    """Return the cases whose names match the regular expression ``--match`` (``re.search``)."""
     return {name: case for name, case in cases.items() if re.search(args.match, name)}
 
 
@@ -290,7 +290,8 @@ def make_runs(checkout: Path, folder: Path, args: argparse.Namespace) -> dict[st
 
 
 def written(side: Side, number: int, runs: Path) -> dict[str, str]:
-    """Return file name -> text of the tables and texts that a command has written into its copy of ``runs``."""
+    """Return path in ``runs`` -> text of the CSV, JSON and Markdown files that a command has changed or written in its
+    copy of ``runs``."""
     copy = side.folder / f"{number:03d}" / "runs"
     found = {}
     for path in sorted(path for path in copy.rglob("*") if path.suffix in (".csv", ".json", ".md")):

@@ -80,7 +80,7 @@ def lose_head(sandbox: Cluster, folder: Path, wait_s: float, other: int = 0, who
         folder: folder for the run and its log.
         wait_s: seconds from the first save to the cut.
         other: index of a second node of the run that loses power together with the head node; 0: none.
-    whole: run folder of an undisturbed run whose final weights must be equal; None: run the program that counts.
+        whole: run folder of an undisturbed run whose final weights must be equal; None: run the program that counts.
     """
     run, hurry = start_run(sandbox, folder, two=whole is not None)
     run.wait(lambda: run.of("saved"), "a checkpoint")

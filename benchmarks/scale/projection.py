@@ -39,7 +39,7 @@ from tests.support.commands import run
 NODES = 4
 STEPS = 14
 LINKS = "links"
-"""Name of the step that only measures the links."""
+"""Value of ``--only`` that measures the links and runs no training."""
 BUDGET_S = "2"
 """Time in seconds for each size of a collective. It is long, because a shaped link lets a burst of 64 KiB pass at once
 after each pause; in a run, messages follow one another.

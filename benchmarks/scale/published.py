@@ -109,7 +109,7 @@ def error(predicted: float, published: float) -> str:
 
 
 WHOLE = ("parallel.sequence_parallel=false",)
-"""Overrides for rows without a pipeline. The paper is older than sequence parallelism."""
+"""Overrides for rows of ``MEGATRON`` without a pipeline: no sequence parallelism, which is newer than the paper."""
 
 
 def interleaved(layers: int) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ RANKS = (1, 2, 4)
 MIB = 2**20
 PARTS = {"parameters": "#2A6F97", "gradients": "#61A5C2", "optimizer": "#C9D6DF"}
 Held = dict[str, list[int]]
-"""Strategy -> bytes of parameters, of gradients and of optimizer state."""
+"""Strategy -> bytes of parameters, of gradients and of optimizer state, each on the rank that holds the most of it."""
 
 
 def words_of(strategy: str) -> list[str]:

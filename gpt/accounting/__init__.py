@@ -64,7 +64,7 @@ class Accelerator:
 VENDOR_WORDS = ("nvidia", "tesla", "geforce", "rtx", "amd", "instinct", "oam")
 """Words that are ignored when names of devices are compared."""
 VARIANTS = {"ti", "super", "d"}
-"""Words that make another device of a name: an RTX 4080 is no RTX 4080 SUPER."""
+"""Words that distinguish devices whose names are otherwise equal: an RTX 4080 is not an RTX 4080 SUPER."""
 SXM = "sxm"
 """Word for the SXM form of a device, as opposed to a PCIe card. A short name without a form, such as H100, means
 SXM."""
@@ -209,7 +209,7 @@ class Parameters:
         return self.non_embedding - self.idle
 
     def as_dict(self) -> dict[str, int]:
-        """Return the counts of the components, and the sums that are properties here, by name."""
+        """Return the numbers of parameters by name: those of the components, and the sums, such as ``total``."""
         sums = ("total", "trained", "active", "non_embedding", "active_non_embedding")
         return {**asdict(self), **{name: getattr(self, name) for name in sums}}
 
@@ -303,7 +303,7 @@ def attention_matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def norms_per_block(model: ModelConfig) -> int:
-    """Return the number of norms of a block over the width of the model."""
+    """Return the number of norms of a block that normalize hidden states. Norms of queries and keys do not count."""
     return 4 if model.norm_position is NormPosition.both else 2
 
 

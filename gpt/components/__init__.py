@@ -127,7 +127,7 @@ def load_object(key: str, name: str) -> Any:
 
 
 def split_name(key: str, name: str) -> tuple[str, str]:
-    """Return the module and the attribute that ``name`` means. A name without a colon is that of an entry point.
+    """Return the module and the attribute that ``name`` means: ``module:attribute``, or the name of an entry point.
 
     Raises:
         ConfigError: the name has no colon, and no installed package has an entry point of this name.
@@ -275,7 +275,7 @@ def count_part(model: ModelConfig, key: str, shape: tuple[int, ...], *arguments:
     Args:
         model: the config of the model.
         key: field of the config that names the part.
-        shape: shape of the input of one sequence, without B.
+        shape: shape of the input for one sequence, without the batch dimension.
         arguments: arguments of the constructor after the config.
 
     Raises:
@@ -320,8 +320,8 @@ def count_part(model: ModelConfig, key: str, shape: tuple[int, ...], *arguments:
 
 
 def check_state(part: str, module: Any) -> None:
-    """Raise ConfigError if a parameter has no dimension, or if a buffer is not saved and the class has no method
-    ``reset_buffers``. ``part`` is ``KEY=NAME`` of the class, for messages."""
+    """Raise ConfigError if a parameter of ``module`` is a scalar tensor, or if a buffer is not in the state dict and
+    the class has no method ``reset_buffers``. ``part`` is ``KEY=NAME`` of the class, for messages."""
     scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise ConfigError(

@@ -46,7 +46,7 @@ YARN: dict[str, list[Any]] = {
     **{"beta_fast": [32], "beta_slow": [1], "truncate": [True]},
     **{key: [None] for key in ("attention_factor", "mscale", "mscale_all_dim")},
 }
-"""Key of config.json with rope_scaling=yarn -> the values of it that are supported here."""
+"""Key of config.json with rope_scaling=yarn -> its values that are supported here."""
 NULLABLE = ("window", "attention_softcap", "logit_softcap", "q_lora_rank")
 """Fields of ModelConfig for which null in config.json does not mean the default, but None."""
 EXPERT_FIELDS = {
@@ -55,8 +55,8 @@ EXPERT_FIELDS = {
 
 
 def architecture_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields of a ModelConfig that change the output of a trained model, name -> value. Defaults are
-    replaced by their values."""
+    """Return the fields of a ModelConfig that change the output of a trained model, name -> value. A field that is None
+    and follows from other fields, such as ``n_kv_head``, has the value that follows."""
     idle = set(NOT_LEARNED)
     if config.position is not Position.rope:
         idle |= {"rope_base", "rope_scaling"}
@@ -111,7 +111,7 @@ class StateDictAdapter:
     architecture: str
     """Class of transformers that loads the model."""
     prefix: str
-    """Prefix of the names of all tensors except lm_head, which some files leave out."""
+    """Prefix of the names of all tensors except lm_head. Some files leave the prefix out."""
     parts: str
     """Text on the parts of the architecture, as settings of ModelConfig, for messages."""
     keys: dict[str, list[Any]]
@@ -120,7 +120,7 @@ class StateDictAdapter:
     dropout: list[str]
     """Keys of config.json for dropout."""
     only: dict[str, list[Any]]
-    """Key of config.json -> the values of it that are supported here, as is a missing key."""
+    """Key of config.json -> its values that are supported here. A missing key is also supported."""
     activations: dict[str, str]
     """Name of an activation in config.json -> its name here. If several names mean the same activation, the first one
     is written."""
@@ -141,7 +141,7 @@ class StateDictAdapter:
     """True if every layer of the architecture has a bias. A model without biases is written with biases of zeros."""
 
     def canonical(self, name: str) -> str:
-        """Return the name of a tensor of transformers with ``prefix``, which some files leave out."""
+        """Return the name of a tensor of transformers with ``prefix``. ``name`` may be without it, as in some files."""
         return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
@@ -347,8 +347,8 @@ def write_plain(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_phi3(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a Phi-3's config.json that architectures.yaml does not have. It has no scaling that is
-    supported here."""
+    """Return the keys of a Phi-3's config.json that architectures.yaml does not have. ``rope_scaling`` is null,
+    because no scaling of Phi-3 is supported here."""
     return write_plain(config) | {"rope_scaling": None}
 
 

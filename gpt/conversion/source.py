@@ -103,8 +103,8 @@ class WeightSource:
 
 
 def find_source(init_from: str) -> WeightSource:
-    """Return the source of weights that a value of ``init_from`` names. With ``hf:PATH`` it must be a folder of
-    transformers.
+    """Return the source of weights that a value of ``init_from`` names. If the value is ``hf:PATH``, PATH must
+    be a folder that transformers or peft has written.
 
     Raises:
         ConfigError: the path has no weights of a known kind, or is incomplete.

@@ -150,11 +150,12 @@ def to_peft(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Ite
 def read_peft(folder: Path, adapter: StateDictAdapter, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
     """Return the tensors of the adapters (LoRA) in a folder of peft, in fp32, with their names here.
 
-    The adapter of stacked matrices is split into one for each matrix, the reverse of ``to_peft``. If it has the rank of
-    a single adapter, each of them gets a copy of its first matrix.
+    The adapter of stacked matrices is split into one for each matrix, the reverse of ``to_peft``. If the adapter of the
+    stack has the rank ``lora.rank``, each split adapter gets a copy of the first matrix (``lora_A``) of that adapter.
 
     Raises:
-        ConfigError: the rows of an adapter are not those of its stack, or its second matrix is not block-diagonal.
+        ConfigError: the rows of an adapter are not those of its stacked matrices, or its second matrix is not
+            block-diagonal.
     """
     rank = config.lora.rank
     state: State = {}
@@ -193,8 +194,8 @@ class VerifiedSource:
 
 
 def verify_source(source: WeightSource) -> VerifiedSource:
-    """Read all files of a source of weights, and return it with their checksums. Of a run, an undamaged checkpoint is
-    chosen.
+    """Read all files of a source of weights, and return it with their checksums. If the source is a run without
+    a step, choose the newest undamaged checkpoint.
 
     Raises:
         ConfigError: the source is damaged.
@@ -276,17 +277,17 @@ log = logging.getLogger(__name__)
 def load_model(
     run_folder: str | os.PathLike[str], step: int | None = None, device: torch.device | str = "cpu"
 ) -> tuple[TrainConfig, GPT]:
-    """Load the config of a run and its model, fp32 and in eval mode, from the newest whole checkpoint.
+    """Load the config of a run and its model, fp32 and in eval mode, from the newest undamaged checkpoint.
 
         config, model = load_model("outputs/quick_test/default")
 
     Args:
         run_folder: the folder of one run.
-        step: step of the checkpoint to load; None for the newest.
+        step: step of the checkpoint to load; None for the newest that is undamaged.
         device: the device of the returned model.
 
     Raises:
-        ConfigError: the run is missing, or has no whole checkpoint.
+        ConfigError: the run is missing, or has no undamaged checkpoint.
     """
     folder, config = open_run(run_folder)
     return config, read_weights(config, find_checkpoint(folder, step), device)

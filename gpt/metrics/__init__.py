@@ -1,4 +1,4 @@
-"""Startup summary of an attempt, and ``run.json``, the whole run in one value. Does not import torch."""
+"""Startup summary of an attempt, and ``run.json``, one JSON file with the records of a run. Does not import torch."""
 
 from __future__ import annotations
 
@@ -126,7 +126,8 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
 
 
 def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """Return the rows of the summary on the FLOPs of a step and the limits of the devices: label -> text."""
+    """Return the rows of the summary on the FLOPs of a step, the planned memory of a rank, and the peak FLOP/s of the
+    devices with the tokens/s that it allows: label -> text."""
     flops, peak, ranks = record["flops_per_token"], record["peak_flops_per_s"], len(record["ranks"])
     step = flops * record["global_batch"] * record["block_size"]
     count = training_flops_per_token(config.model)
@@ -217,8 +218,8 @@ def read_startup(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a run in a few numbers, by name. Unknown ones are left out. Speeds are medians without the first steps of
-    each attempt.
+    """Return the summary of a run, name -> value: state, number of attempts and steps, losses, and speeds of rank 0.
+    Unknown values are left out. Speeds are medians without the first ``WARM_UP_STEPS`` steps of each attempt.
 
     ``records`` are the step records of rank 0, and ``events`` the event log.
     """

@@ -55,7 +55,7 @@ class Link:
     """Collective -> its measured latency in seconds, and bandwidth in bytes a second (``launch.runs.measured``)."""
 
     curves: Mapping[str, Curve] = field(default_factory=dict, hash=False)
-    """Collective -> measured deviation from the time by latency and bandwidth, by the bytes of a message."""
+    """Collective -> pairs of the bytes of a message, and measured time / time by latency and bandwidth."""
 
     def rates(self, collective: str) -> tuple[float, float]:
         """Return latency in seconds and bandwidth in bytes a second of a collective: as measured, or else those of the

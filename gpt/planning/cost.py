@@ -419,7 +419,8 @@ class RankStep:
 
     @property
     def stage_group(self) -> Group:
-        """Group of two neighboring pipeline ranks, with the link inside of a node if one node has all ranks."""
+        """Group of two neighboring pipeline ranks. Its link is the one inside of a node if all ranks of the run are on
+        one node, else the one between nodes."""
         machine, dims = self.machine, self.dims
         is_inside = dims.pp * dims.data_ranks * dims.cp * dims.tp <= machine.ranks_per_node
         return Group(2, machine.intra_node if is_inside else machine.inter_node)
@@ -431,7 +432,7 @@ def in_pieces(collective: Callable[[float], float], size: float, parts: Sequence
     Args:
         collective: returns the seconds of a collective with a number of bytes.
         size: number of bytes of all collectives together.
-        parts: proportions of their sizes.
+        parts: relative sizes of the collectives, in any unit.
     """
     whole = sum(parts)
     return sum(collective(size * part / whole if whole else 0.0) for part in parts)

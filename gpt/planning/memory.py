@@ -118,7 +118,10 @@ def optimizer_bytes(config: TrainConfig, shards: ParameterShards, ranks: int | N
 
 
 def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> RankMemory:
-    """Return the bytes of state under ZeRO-1 and 2: sharded masters and moments, and in ZeRO-2 sharded gradients."""
+    """Return the memory of a rank for weights, gradients and optimizer state with ZeRO-1 or 2 over ``ranks`` ranks.
+
+    Master weights and moments are sharded, in ZeRO-2 also gradients.
+    """
     parallel, bf16 = config.parallel, config.precision.is_half
     multiple = ALIGNMENT * ranks
     groups = [-(-size // multiple) * multiple for size in group_sizes(shards)]
@@ -170,10 +173,11 @@ def group_sizes(shards: ParameterShards) -> list[int]:
 
 
 def staging_bytes(config: TrainConfig, world_size: int) -> int:
-    """Return the bytes of host memory that a rank needs to save in the background; 0 if training waits for saves.
+    """Return the bytes of host memory that the rank with the most needs to save in the background; 0 if training waits
+    for saves.
 
     Each rank saves an equal part of the state. With DeepSpeed's own files, the first rank also saves the weights that
-    the forward pass uses.
+    the forward pass uses, so it needs the most.
 
     Args:
         config: config of the run.

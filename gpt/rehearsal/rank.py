@@ -205,7 +205,7 @@ def plan_balanced_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, 
 # One rank.
 
 IN_LAYERS = ("tp", "cp", "ep", "pp")
-"""Groups that reduce activations, in the precision of the run."""
+"""Labels of the groups of ranks (``RankGroup.label``) that reduce activations, in the precision of the run."""
 
 
 class FakeBatches:

@@ -220,9 +220,11 @@ def grouped_matmul_fits(model: ModelConfig, tp: int) -> bool:
 
 
 def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if sequences cannot be divided evenly over the ranks, or dropout meets replicated activations.
+    """Raise ConfigError if sequence parallelism cannot divide sequences evenly over the ranks, or if dropout is used
+    with tensor parallelism but without sequence parallelism.
 
-    Each rank draws its own dropout noise, so ranks with the same activations would drop different elements.
+    Without sequence parallelism, ranks have the same activations. Each rank draws its own dropout noise, so the ranks
+    would drop different elements.
     """
     model, ranks = config.model, dims.tp * dims.cp
     wish = f"model.block_size={-(-model.block_size // ranks) * ranks}"
@@ -288,7 +290,7 @@ def check_lora(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_schedule_free(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if schedule-free AdamW is used with anything but data parallelism on the devices."""
+    """Raise ConfigError if schedule-free AdamW is used with tp, pp, cp or ep, or with CPU offload."""
     sharing = [f"parallel.{name}=1" for name in ("tp", "pp", "cp", "ep") if getattr(dims, name) > 1]
     sharing += ["parallel.cpu_offload=false"] if config.parallel.cpu_offload else []
     if config.optim.optimizer == SCHEDULE_FREE and sharing:

@@ -86,7 +86,8 @@ from launch.workload import (
 
 
 GOAL_WORDS = ("model=llama_1p36b", "parallel=auto", "precision=bf16", "recompute=selective", "optim=gpt2")
-"""Overrides that ``launch.project`` adds: a family of models, and usual settings of large models."""
+"""Overrides that ``launch.project`` adds to plan the training of a model of a given size, unless the user sets their
+keys: a family of models, and usual settings of large models."""
 ASPECT = 110
 """Desired width / number of layers of models of a given size: 128 in Llama 2 7B, 102 in Llama 2 70B (arXiv
 2307.09288)."""
@@ -302,8 +303,8 @@ class GptWorkload(Workload):
         return RankCommand(args, defaults=defaults, preload=PRELOAD, wants_memory_store=config.checkpoint.in_memory)
 
     def contract(self, config: TrainConfig, world_size: int) -> RankContract:
-        """Return what the launcher's agent must know about the ranks: the unit of their work, and the number of
-        steps."""
+        """Return what the launcher's agent must know about the ranks: the unit in which their work is counted
+        (tokens), and the number of steps of the run."""
         if config.optim.max_tokens is not None:
             batch = split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
             config = settle_steps(config, batch)
@@ -318,10 +319,10 @@ class GptWorkload(Workload):
         return saved_checkpoints(folder.checkpoints)
 
     def copies(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
-        """Yield descriptions of the copies of a run's checkpoints, newest first.
+        """Yield descriptions of the checkpoints that the run has copied to ``checkpoint.copy_to``, newest first.
 
         Raises:
-            ConfigError: the run makes no copies, or they cannot be read.
+            ConfigError: ``checkpoint.copy_to`` is not set, or the copies cannot be read.
         """
         return saved_copies(read_config(folder, TrainConfig).checkpoint.copy_to, folder.path)
 

@@ -246,7 +246,8 @@ def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str
 
 
 def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
-    """Return text on checkpoints in memory: interval, place, and GiB for each rank; empty if there are none."""
+    """Return text on checkpoints in memory: interval in steps, the nodes that keep them, and GiB of host memory for
+    each rank; empty if the run keeps no checkpoints in memory."""
     if not config.checkpoint.in_memory:
         return ""
     held = in_memory_bytes(config, world_size, nodes)
@@ -407,7 +408,8 @@ def refuse_what_does_not_fit(config: TrainConfig, needed: RankMemory, request: P
 
 
 def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
-    """Raise ConfigError if a run on this machine has more ranks than GPUs, and must or may use GPUs."""
+    """Raise ConfigError if a run on this machine has more ranks than GPUs, and ``device`` is ``cuda``, or ``auto`` on a
+    machine with GPUs."""
     gpus = request.local_gpus
     if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
         return
