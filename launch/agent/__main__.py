@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 
 def run_agent(run_dir: str, spare: Node | None = None) -> None:
-    """Start and watch this node's ranks until the run ends, over as many attempts as the limits of the run allow.
+    """Start and watch this node's ranks until the run ends, over as many attempts as ``resilience`` allows.
 
     Args:
         run_dir: the run folder.
@@ -255,7 +255,7 @@ OWN_NAME = (
     *("started", "requeued", "requeue_failed", "node_lost", "node_sick", "budget_reached"),
     *("save_failed", "rolled_back", FEWER_NODES),
 )
-"""Events for which the user's command runs under the name of the event. Its other names are those of ``decided``."""
+"""Events whose own names the user's command receives. ``event_name`` derives the names of other events."""
 
 
 def event_name(event: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """Requeue from the batch script after srun has failed: a run that a fault interrupted is requeued.
 
     python -m launch.agent.after_step STATUS RUN_DIR              STATUS: the exit status of srun
-    python -m launch.agent.after_step STATUS FOLDER --submitit    FOLDER: submitit's, with the job's pickle
+    python -m launch.agent.after_step STATUS FOLDER --submitit    FOLDER: submitit's folder with the job's pickle
 
 Slurm ends a step with its agents if a node reboots before Slurm has declared it DOWN ("io error and missing step").
 srun itself can also be killed; the agents then continue. This module distinguishes both cases from an end that the
@@ -104,7 +104,10 @@ def is_alive(context: RunContext, last: dict[str, Any], events: Sequence[dict[st
 
 
 def submitted_run_dirs(folder: str, node: Node) -> list[str]:
-    """Return the run folders from submitit's pickle of this job, or of this element of a job array."""
+    """Return the run folders that submitit's pickle of this job, or of this element of a job array, names.
+
+    ``folder`` is submitit's folder with the pickle.
+    """
     return [*DelayedSubmission.load(JobPaths(folder, node.slurm_job).submitted_pickle).args]
 
 

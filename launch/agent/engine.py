@@ -90,7 +90,10 @@ class Engine(Protocol):
 
 
 class ProcessEngine:
-    """Engine for ``exec`` and ``fork``: executes each rank as a child of the agent, or forks it from ``server``."""
+    """Engine for ``resilience.engine=exec`` and ``fork``: starts each rank as a child process of the agent.
+
+    The fork server ``server`` forks the ranks; None: the agent executes the program of each rank.
+    """
 
     def __init__(self, ranks: NodeRanks, server: ForkServer | None = None) -> None:
         self._ranks, self._server = ranks, server
@@ -150,7 +153,7 @@ class TorchrunEngine:
     def __init__(self, ranks: NodeRanks) -> None:
         self._ranks = ranks
         self._numbers = [*ranks.variables]
-        """The ranks of this node, by local rank."""
+        """Numbers of this node's ranks, in the order of their local ranks."""
         self._process: subprocess.Popen[bytes] | None = None
         self._found: dict[int, psutil.Process] = {}
         self._output = ranks.logs / f"engine_{self._numbers[0]:05d}.log"

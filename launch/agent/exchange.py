@@ -326,7 +326,7 @@ class Heartbeat:
         self.received: dict[int, Message] = {}
         """Index of a node -> its newest message.
 
-        On the head node, of all other nodes; on the other nodes, only of the head node.
+        The head node has the messages of all other nodes. The other nodes have only those of the head node.
         """
         self._when: dict[int, float] = {}
         self._clock = RunningClock()

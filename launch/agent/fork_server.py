@@ -89,7 +89,8 @@ class ForkServer:
 
     Args:
         preload: modules that the server imports.
-        code: state of the imported code, kept for the caller, who compares it with the files.
+        code: state of the code files at the time of the imports, from ``state_of``. The server does not use it. The
+            agent compares it with the present state of the files before it forks ranks.
     """
 
     def __init__(self, preload: Sequence[str], code: object = None) -> None:

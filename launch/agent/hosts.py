@@ -40,7 +40,7 @@ from launch.slurm import client as scheduler
 
 
 OF_THIS_PROCESS = (TOKEN, OWNER, "CUDA_VISIBLE_DEVICES")
-"""Environment variables of the process that starts a step which the step must not inherit."""
+"""Environment variables that a step must not inherit from the process that starts the step."""
 
 
 def run_step(run_dir: str, job: str, shares: bool) -> None:
@@ -80,10 +80,11 @@ def run_step(run_dir: str, job: str, shares: bool) -> None:
 
 
 def take_part(run_dirs: Sequence[str]) -> str:
-    """Return the run folder of this task. If several points share the job, limit this process to its part of the node.
+    """Return the run folder of this Slurm task. If several runs share the job, limit this process to its part of the
+    node.
 
-    ``run_dirs`` has one folder for each point. The process binds itself to its part of the job's CPUs, and sets
-    environment variables that describe a job with this part alone.
+    ``run_dirs`` has one folder for each run. Each task of the job is the agent of one of these runs. The process binds
+    itself to its part of the job's CPUs, and sets environment variables that describe a job with this part alone.
     """
     if len(run_dirs) == 1:
         return run_dirs[0]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TICK_S = 0.5
 PAUSED_S = 5.0
-"""Seconds between two ticks above which this process counts as stopped, not only as waiting for a processor."""
+"""Seconds between two ticks of ``RunningClock`` from which the process counts as stopped (SIGSTOP) in between."""
 
 
 class RunningClock:
@@ -144,7 +144,7 @@ class StopRequest:
     """Request to the ranks to save and leave, after SIGTERM or SIGUSR2. The signal handler only sets a flag.
 
     Without Slurm, a second signal ends the ranks at once (Ctrl-C twice). Slurm sends several signals by itself, so
-    under Slurm only the deadline ends the ranks.
+    under Slurm the ranks are ended only after ``resilience.grace_period_s``.
     """
 
     def __init__(self) -> None:
@@ -189,11 +189,11 @@ class StopRequest:
 
 
 VISIBLE_GPUS = "LAUNCH_VISIBLE_GPUS"
-"""Environment variable with the GPUs of all agents of a local point, as CUDA_VISIBLE_DEVICES names them."""
+"""Environment variable with the GPUs of all agents of a local run, as CUDA_VISIBLE_DEVICES names them."""
 TOKEN = "LAUNCH_TOKEN"
-"""Environment variable of the agents of a local run: a random name of this start. A process id could be used again."""
+"""Environment variable of the agents of a local run: a random name that identifies this start of the run."""
 SHARES_JOB = "LAUNCH_SHARES_JOB"
-"""Environment variable that is set if several points share the agent's Slurm job (``cluster.points_per_job``)."""
+"""Environment variable that is set if several runs share the agent's Slurm job (``cluster.points_per_job``)."""
 HOSTS = "LAUNCH_HOSTS"
 """Environment variable of the agents on hosts of a hostfile: the names of these hosts, separated by commas."""
 LOOPBACK = "127.0.0.1"
@@ -222,7 +222,10 @@ class Node:
     head: int = 0
     """Index of the head node, which decides for all nodes: the first node, until it is lost (``Term``)."""
     late: int = 0
-    """Number of nodes that may join from spare jobs (``spare_jobs``). The indices of these nodes begin at ``count``."""
+    """Number of nodes that may join from spare jobs (``spare_jobs``).
+
+    The indices of these nodes begin at ``count``, the number of nodes of the job.
+    """
 
     @property
     def is_head(self) -> bool:
@@ -235,7 +238,7 @@ class Node:
         return self.host_of(self.index)
 
     def host_of(self, index: int) -> str:
-        """Return the host name of node ``index`` of the job; a description for another node of a spare job."""
+        """Return the host name of node ``index``; ``of spare job 1`` and so on for a node of another spare job."""
         if self.index >= self.count and index == self.index:  # The name by which Slurm knows this node.
             return os.environ.get("SLURMD_NODENAME", socket.gethostname())
         if index >= self.count:
@@ -283,7 +286,7 @@ def address_towards(peer: str) -> str:
 
 ROOM_POLL_S = 2.0
 WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
-"""Errors of filesystems without hard links, such as some object stores. There, a new folder replaces the link."""
+"""Error numbers of filesystems without hard links. There, ``claim_term`` makes a folder in place of a hard link."""
 
 
 class Term(msgspec.Struct, frozen=True):
@@ -334,13 +337,16 @@ def claim_term(folder: RunFolder, job: str, term: Term) -> bool:
 
 
 def is_replaced(folder: RunFolder, node: Node) -> bool:
-    """Return whether the newest term of the job belongs to another node."""
+    """Return whether the newest term of the job has another head node than ``node``."""
     term = newest_term(folder, node.job)
     return term is not None and term.head != node.index
 
 
 def presence_file(folder: RunFolder, job: str, head: int, index: int) -> Path:
-    """Return the path of the file with which node ``index`` shows that it runs, but has lost head node ``head``."""
+    """Return the path of the file with which node ``index`` shows that it runs, but has lost head node ``head``.
+
+    Both are indices of nodes; ``job`` is the name of this start of the job.
+    """
     return folder.path / ".launch" / f"{job}.without-{head}.{index}"
 
 

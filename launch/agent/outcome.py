@@ -275,7 +275,10 @@ def request_spare_jobs(context: AgentContext, rdzv: RendezvousRound) -> None:
 
 
 def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedError:
-    """Record why a run cannot continue, and return the error with that reason, for the caller to raise."""
+    """Record why a run cannot continue, and return the error with that reason, for the caller to raise.
+
+    ``text`` is the failure of the attempt; ``why`` is the reason for which the run cannot continue.
+    """
     context.record("requeue_failed", job_id=context.node.slurm_job or None, cause=why)
     return RunFailedError(f"{text}\nnot started again: {why}")
 
@@ -326,7 +329,10 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
 
 
 def stop_details(stop: StopRequest) -> dict[str, str | None]:
-    """Return the fields ``signal`` and ``file`` of the event ``stopped``, which name the request to stop."""
+    """Return the fields ``signal`` and ``file`` of the event ``stopped``, which name the request to stop.
+
+    ``signal`` is None if nothing requested a stop. ``file`` is None unless the file STOP requested it.
+    """
     return {"signal": stop.name or None, "file": STOP_FILE if stop.name == STOP_FILE else None}
 
 
@@ -426,7 +432,7 @@ def close_lost_attempts(context: RunContext) -> None:
     """Record the end of the last attempt if that attempt was killed together with an earlier start of the job.
 
     Raises:
-        RunFailedError: the limits of the run do not allow another attempt.
+        RunFailedError: ``resilience`` does not allow another attempt.
     """
     lost = open_attempts(context.events())
     # "moved": a preempted run that waited for long, or the next job of a chain, continues as another job.
@@ -447,7 +453,7 @@ def handle_too_few_nodes(context: AgentContext, error: TooFewNodesError) -> None
     """Record, on the head node, that too few nodes are healthy, and requeue the job to get other nodes.
 
     Raises:
-        RunFailedError: there is no queue, all nodes have the same fault, or the run has used up its limits.
+        RunFailedError: there is no queue, all nodes have the same fault, or ``resilience`` allows no further start.
     """
     if not error.sick:
         lost = context.group.lost.values()

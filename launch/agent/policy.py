@@ -387,7 +387,9 @@ class Meter:
             self._context.record("spare_ended", job=node.job, node=node.index, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool = False) -> str | None:
-        """Write a heartbeat. Returns a text if a cap of the budget is reached, which is also recorded; else None.
+        """Write a heartbeat, and compare the use with the budget.
+
+        Returns a text that names the cap if a cap is reached, and records the event ``budget_reached``; else None.
 
         Acts at most every ``budget_poll_s`` seconds, and returns None in between. Returns None also if ``is_leaving``:
         the ranks are already leaving.
@@ -422,7 +424,10 @@ class Meter:
             self._context.record("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
     def _allocation(self) -> dict[str, Any]:
-        """Return the allocation's nodes, GPUs, price per GPU-hour, start (Unix seconds) and time limit (seconds)."""
+        """Return the allocation's nodes, GPUs, price per GPU-hour, start (Unix seconds) and time limit (seconds).
+
+        The number of GPUs and the price are None if they are not known.
+        """
         config, node = self._context.config, self._context.node
         begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
         if node.is_slurm and not is_inside_job(self._folder):

@@ -288,7 +288,8 @@ def bind_ranks(pids: Mapping[int, int]) -> None:
 class RankAgent:
     """Agent for the ranks of one node in one attempt. It starts the ranks by an engine, and waits for their end.
 
-    While ranks run, the agent polls the conditions in ``watch``, and lets ``records`` read the logs of the ranks.
+    While ranks run, the agent polls ``watch``, which finds hung ranks and lost nodes, and ``records``, which records
+    the steps that ranks print into their logs.
     """
 
     def __init__(self, attempt: Attempt, watch: Watch, records: RankRecords) -> None:

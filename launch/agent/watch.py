@@ -96,7 +96,7 @@ class Watchdog:
         self._silence_timeout_s = silence_timeout_s
         self._started = self._polled = time.monotonic()
         self._printed: dict[int, tuple[int, float]] = {}
-        """Rank -> size of its log, and time of the log's last growth."""
+        """Rank -> size of its log in bytes, and time of the log's last growth in monotonic seconds."""
 
     def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
         """Return the ranks of ``ranks`` that were silent for more than ``share`` of a limit, longest silence first.
@@ -202,7 +202,7 @@ class Watch:
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._has_signalled = False
         self.asked_for_stacks: set[int] = set()
-        """Ranks that got ``STACK_SIGNAL``, which ends a process that is at its exit."""
+        """Ranks that got ``STACK_SIGNAL``. A rank that is already at its exit is killed by this signal."""
         self.kill_reason: str | None = None
         """Reason for which this agent ended its ranks; None if the agent did not end them."""
 
@@ -317,7 +317,7 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 WHAT = re.compile(r"^ *what\(\)(:.*)", re.MULTILINE)
 """Pattern of the message that C++ prints for an uncaught exception."""
 TOP = "in <module>"
-"""Frame with which the traceback of an exception begins that nobody has caught."""
+"""Text in the first frame of a traceback, if the exception left the program without being caught."""
 UNCAUGHT = re.compile(r"((?:^\[rank\d+\]:(?: .*)?\n?)+)\s*(?:\Z|^terminate called)", re.MULTILINE)
 """Pattern of the traceback with which torch ends the log of a rank that leaves. The prefix stands only there.
 

@@ -1,4 +1,7 @@
-"""Config schema of the launcher: place and number of nodes of a run, for any program."""
+"""Config schema of the launcher: the keys that every run has, whatever its program.
+
+The classes contain the keys for nodes and ranks, restarts (``resilience``), ``budget``, and the command (``launch``).
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,9 @@ SIGNAL_MARGIN_S = 20
 
 @dataclass
 class RestartLimits:
-    """Largest number of restarts by cause; null: no limit. A failure counts for an hour.
+    """Largest number of restarts by cause; null: no limit.
+
+    After ``forgive_after_s``, a failure no longer counts if the run has saved a newer checkpoint since.
 
     A run that was preempted, timed out, or left with the exit status REQUEUE_EXIT is requeued without a limit.
     """
@@ -189,7 +194,7 @@ class ResilienceConfig:
 class BudgetConfig:
     """Caps on what all points of a command use together, over all their attempts.
 
-    A GPU counts from the start of its job to its end.
+    A GPU counts from the start of its job to the end of the job, even while no ranks run.
     """
 
     gpu_hours: Optional[float] = key(
@@ -222,7 +227,7 @@ class BudgetConfig:
 
 @dataclass
 class LaunchConfig:
-    """What the command does before and after it submits."""
+    """What the command ``gpt-launch`` does before and after it submits a run."""
 
     check_limits: bool = key(True, "On Slurm, read its partitions and nodes, and refuse what could never start there.")
     detach: bool = key(
@@ -355,7 +360,7 @@ class Config(RunConfig):
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """Number of ranks of the run, on all nodes together."""
         return self.nodes * self.ranks_on_node
 
     def validate(self) -> None:

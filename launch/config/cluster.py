@@ -50,7 +50,11 @@ class ContainerRuntime(Enum):
 
 @dataclass
 class PlacementConfig:
-    """A place for a job. In a candidate of ``cluster.placement`` a key that is null has the value of ``cluster``."""
+    """Where a job can run, such as a partition, and the resources that it requests there.
+
+    These keys exist under ``cluster`` and in each candidate of ``cluster.placement``. A key that is null in a candidate
+    has the value of ``cluster``.
+    """
 
     partition: Optional[str] = key(None, "Partition; null: Slurm's default.")
     account: Optional[str] = key(None, "Account; null: the user's default.")
@@ -72,7 +76,10 @@ class PlacementConfig:
 
 @dataclass
 class ClusterConfig(PlacementConfig):
-    """Source of the nodes. All keys except ``kind`` and the times are for Slurm."""
+    """The keys under ``cluster``: where the nodes of a run come from.
+
+    All keys except ``kind`` and the times are for Slurm.
+    """
 
     kind: ClusterKind = key(MISSING, "Where the nodes come from.")
     timeout_min: int = key(MISSING, "Time limit of a job (sbatch --time).", unit="min", above=0)

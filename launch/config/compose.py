@@ -1,4 +1,4 @@
-"""Typed configs from overrides: for one run, and for each point of a sweep."""
+"""Configs as ``Config`` objects, from the overrides that a user types: for one run, and for each run of a sweep."""
 
 from __future__ import annotations
 

@@ -66,7 +66,10 @@ class EventLog:
 
 @dataclass(frozen=True)
 class Rates:
-    """Number of GPUs on a node and price of a GPU-hour, for allocations whose event log does not have them."""
+    """Number of GPUs on a node and price of a GPU-hour, for allocations whose event log does not have them.
+
+    They are None if the config does not set them.
+    """
 
     gpus_per_node: int | None = None
     price_per_gpu_hour: float | None = None
@@ -214,7 +217,7 @@ def read_event_logs(folders: Sequence[RunFolder]) -> list[EventLog]:
 
 
 def rates_of(config: Config) -> Rates:
-    """Return the GPUs and the price of this command, for event logs that do not have them."""
+    """Return the GPUs per node and the price of a GPU-hour in ``config``, for event logs that do not have them."""
     return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget_poll_s)
 
 

@@ -28,7 +28,7 @@ from launch.workload import CodeTree
 
 
 OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
-"""Events that the event log of a point may get while its job is pending."""
+"""Names of the events that are recorded while the job of a point is pending: it moves, stays, or is given up."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Plan:
     workload: str
     """Name of the workload."""
     promised: WorkloadPlan
-    """What the workload plans, such as steps and memory. Its facts are at the root of ``plan.json``."""
+    """What the workload plans, such as steps and memory. Its ``facts`` are keys at the root of ``plan.json``."""
     spare_jobs: int = 0
     """Largest number of jobs of one node that may replace lost nodes."""
     command_run_dirs: tuple[str, ...] = ()
@@ -81,9 +81,9 @@ class Plan:
     """How the run continues; by default from its newest checkpoint."""
 
     expected_s: float | None = None
-    """Expected time of the next start in seconds; None if unknown."""
+    """Expected duration in seconds of the steps that are left, without start-up; None if not known."""
     expected_by: str = ""
-    """Source of the expected time, as text for people."""
+    """Text for people on how ``expected_s`` was found: measured in this run, or estimated."""
 
     @property
     def title(self) -> str:
@@ -107,11 +107,11 @@ class Plan:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Figures of the workload's plan, for programs that read ``plan.json``."""
+        """Values that the workload adds to the plan (name -> value), for programs that read ``plan.json``."""
         return self.promised.facts
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the content of ``plan.json``: the facts of the workload, then the fields of the plan."""
+        """Return the content of ``plan.json``: ``facts``, which the workload adds, then the fields of the plan."""
         known = asdict(self)
         return {"max_steps": self.max_steps, **known["promised"].pop("facts"), **known}
 

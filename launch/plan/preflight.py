@@ -175,7 +175,7 @@ def _used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Use]:
 def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
     """Return the sum of the uses as text: node-hours, GPU-hours and cost.
 
-    If all points run on this machine, its hours replace the node-hours.
+    If all points run on this machine, the text has the hours of their runs in place of node-hours.
     """
     total = sum(uses, Use())
     if any(plan.cluster != "local" for plan in plans):
@@ -186,7 +186,7 @@ def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
 
 
 def expected_text(plans: Sequence[Plan]) -> str:
-    """Return a text on the expected use of all points, and the longest time; "" if no time is known."""
+    """Return a text on the expected use of all points, and the duration of the longest run; "" if none is known."""
     known = [plan for plan in plans if plan.expected_s is not None]
     if not known:
         return ""

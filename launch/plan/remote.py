@@ -4,8 +4,9 @@
     gpt-launch status launch.on=ssh:login.site outputs/train
     gpt-launch report launch.on=ssh:login.site outputs/train
 
-The code of this folder is copied to a folder of the login node, where the command runs. Files of reports are copied
-back. ``ssh`` is the user's own, with its configuration and keys. It never asks for a password here.
+The code of the project, the git checkout around the working directory, is copied to a folder of the login node, where
+the command runs. Files of reports are copied back. ``ssh`` is the user's own, with its configuration and keys. It never
+asks for a password here.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def require_launcher(remote: Remote) -> None:
 
 
 def copy_code(remote: Remote) -> None:
-    """Copy the code of this folder to the login node. Raises ConfigError if the copy fails."""
+    """Copy the code of ``project()`` to the login node. Raises ConfigError if the copy fails."""
     root = project()
     names = [name for name, _ in code_files(root)]
     try:

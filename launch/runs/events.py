@@ -144,12 +144,12 @@ def straggling_ranks(events: Events) -> list[dict[str, Any]]:
 
 
 def uncopied_text(events: Events) -> str | None:
-    """Return a text on since when checkpoints cannot be copied, and why; None if the last copy succeeded."""
+    """Return a text on since when checkpoints cannot be copied to ``checkpoint.copy_to``, and why; else None."""
     return _failing_text(events, "no checkpoint could be copied", failure="copy_failed", success="copied")
 
 
 def unsaved_text(events: Events) -> str | None:
-    """Return a text on since when checkpoints cannot be written, and why; None if the last save succeeded."""
+    """Return a text on since when checkpoints cannot be written, and why; else None."""
     return _failing_text(events, "no checkpoint could be written", failure="save_failed", success="saved")
 
 
@@ -200,8 +200,8 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
 def failure_kind(cause: str, trace: str) -> str:
     """Return a key for the kind of a failure: of failures with equal keys, one traceback is enough.
 
-    Such failures have the same source lines, and are all echoes or have the same type of exception. The messages of the
-    exceptions are left out, since they may name the rank.
+    Such failures have the same source lines, and are all echoes (of ranks that only lost another rank) or have the same
+    type of exception. The messages of the exceptions are left out, since they may name the rank.
     """
     places = re.findall(r'File "[^"]*", line \d+', trace)
     return "\n".join(["echo" if ECHO.search(cause) else cause.partition(":")[0], *places])

@@ -243,7 +243,7 @@ def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
 
 
 def typed_for(run: Path) -> Sequence[str]:
-    """Return the overrides that were typed for a run; if their file is damaged, its folder as ``run_dir``."""
+    """Return the overrides that were typed for a run; if their file is damaged, only ``run_dir=`` and its folder."""
     try:
         return read_overrides(RunFolder(run))
     except ConfigError:
@@ -341,7 +341,8 @@ def print_table(
         rows: cells of each row.
         left: titles of columns that are aligned left, and whose cells a terminal may wrap. A wrapped number is
             unreadable, so the other columns are aligned right and are not wrapped.
-        optional: ends of titles of columns that a narrow terminal does not show, first to be hidden first.
+        optional: columns that are hidden if the terminal is too narrow, first to be hidden first. Each text hides all
+            columns whose title ends with the text.
         styles: style of each row.
 
     Returns:

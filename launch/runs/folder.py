@@ -1,4 +1,4 @@
-"""The run folder: the path of each file of a run, its event log, and refusals of damaged files.
+"""The run folder: paths of the files of a run, functions that read and write them, and errors for damaged files.
 
 Files are JSON that is replaced as a whole, and JSON lines that are appended.
 """
@@ -31,7 +31,8 @@ from ..errors import ConfigError
 class ReportFile(Enum):
     """Format of a report's file.
 
-    ``tensorboard`` is a run in TensorBoard: Scaling for a sweep, Summary for a single run.
+    ``tensorboard`` is a folder of event files. TensorBoard shows it as a run named Scaling (of a sweep) or Summary (of
+    a single run).
     """
 
     md = "md"
@@ -316,23 +317,23 @@ class RunFolder:
         self.point = self.path.name
         """Name of this point of the sweep."""
         self.config = self.path / ".hydra" / "config.yaml"
-        """Composed config of the run, Hydra's own file."""
+        """YAML file with the composed config of the run, at the path where Hydra writes it."""
         self.overrides = self.path / ".hydra" / "overrides.yaml"
-        """Overrides of this point, a YAML list."""
+        """YAML file with the list of the overrides of this run."""
         self.plan = self.path / "plan.json"
-        """Plan of the run, written before its start."""
+        """JSON file with the plan of the run, written before its start."""
         self.events = self.path / "events.jsonl"
-        """Event log."""
+        """JSONL file of the event log."""
         self.tensorboard = self.path / "tensorboard"
-        """Event files of rank 0 for TensorBoard."""
+        """Folder of rank 0's event files for TensorBoard."""
         self.steps_csv = self.path / "steps.csv"
-        """Step records of rank 0 as a CSV table."""
+        """CSV file with the step records of rank 0."""
         self.run_json = self.path / "run.json"
-        """The whole run as one JSON document."""
+        """JSON file with the config, steps, evaluations, checkpoints and summary of the run."""
         self.checkpoints = self.path / "checkpoints"
         """Folder of the checkpoints, with a folder for each saved step."""
         self.tokenizer = self.path / "tokenizer"
-        """Tokenizer of the run, if the data names one."""
+        """Folder with the tokenizer of the run; absent if the data names none."""
         self.aside = self.path / "aside"
         """Folder for later records and checkpoints, in a numbered folder for each return to an earlier checkpoint."""
 
@@ -353,11 +354,11 @@ class RunFolder:
         return self.attempt(attempt) / "logs" / log_name(rank)
 
     def metrics(self, rank: int) -> Path:
-        """Return the path of the file with the step records of a rank, over all attempts."""
+        """Return the path of the JSONL file with the step records of a rank, over all attempts."""
         return self.path / "metrics" / f"rank_{rank:05d}.jsonl"
 
     def telemetry(self, node: int) -> Path:
-        """Return the path of the file with the GPU samples of a node, over all attempts."""
+        """Return the path of the JSONL file with the GPU samples of a node, over all attempts."""
         return self.path / "telemetry" / f"node_{node:05d}.jsonl"
 
     def attempts(self) -> list[int]:

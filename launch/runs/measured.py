@@ -1,4 +1,4 @@
-"""Measurements: rates of matrix products, the links between ranks, and the resources that a run used."""
+"""Files of measurements: rates of matrix products, links between ranks, and the memory and CPUs that a run used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launch.runs.records import recent_records
 
 
 FORMAT = 1
-"""Number of the file format, for matmul rates and for links."""
+"""Version of the format of the files, for matmul rates and for links."""
 Measured = TypeVar("Measured")
 Size = TypeVar("Size", int, float)
 
@@ -169,8 +169,8 @@ FASTEST = 1e13
 
 
 def terms(collective: str, ranks: int) -> tuple[float, float]:
-    """Return the number of consecutive messages of a collective, and its bytes on a rank's link as a share of the
-    tensor.
+    """Return two numbers of a collective: the messages that are sent one after another, and the bytes on a rank's
+    link divided by the bytes of the tensor.
 
     The tensor is the result of an all-gather, the input of a reduce-scatter, and the input of each rank of an
     all-to-all.
@@ -301,11 +301,11 @@ def _fit(tier: str, name: str, document: Mapping[str, Any], samples: Sequence[Ma
 
 
 FIRST_S, SAMPLE_S = 1.0, 10.0
-"""Seconds until the first sample, and between samples."""
+"""Seconds until the first sample of the ranks' memory and CPU time, and between two samples."""
 WASTED = 0.5
-"""Share of a request below which the use of a run leads to the proposal of a smaller request."""
+"""If a job used a smaller share than this of what it requested from Slurm, a smaller request is proposed."""
 ROOM = 1.25
-"""Factor from the measured use of a run to the proposed request."""
+"""Factor from the memory, CPUs or time that a job used to the request to Slurm that is proposed."""
 GIB = 2**30
 
 
@@ -327,7 +327,7 @@ class UsageMeter:
     def poll(self, ranks: Collection[int]) -> None:
         """Sample memory and CPU time of the ranks.
 
-        ``ranks`` has their process ids. Does nothing within ``SAMPLE_S`` seconds.
+        ``ranks`` has their process ids. Does nothing if the last sample is less than ``SAMPLE_S`` seconds old.
         """
         if time.monotonic() < self._next or not ranks:
             return
@@ -346,7 +346,7 @@ class UsageMeter:
         self._memory = max(self._memory, own + shared)
 
     def write(self, path: Path) -> None:
-        """Write the use, and the resources that Slurm gave, unless there was no sample.
+        """Write the use, and the resources that Slurm gave, to the JSON file ``path``. Without a sample, write nothing.
 
         Errors of the disk are ignored.
         """
@@ -365,9 +365,10 @@ class UsageMeter:
 
 
 def usage_text(folder: RunFolder) -> str:
-    """Return a text on how much of its request a finished Slurm job used on its busiest node; "" for other runs.
+    """Return a text on the memory, CPUs and time that a finished Slurm job used and had requested; "" for other runs.
 
-    If less than half of a request was used, the text ends with a smaller request to type.
+    Memory and CPUs are those of the node that used most. If less than half of a request was used, the text ends with a
+    smaller request to type.
     """
     events, last = folder.read_events(), max(folder.attempts(), default=0)
     newest = {event["event"]: event for event in events}

@@ -27,7 +27,7 @@ from typing import TypeVar
 def lasting_imports() -> Iterator[None]:
     """Pause the garbage collector during a ``with`` block that imports large libraries.
 
-    After the block, the collector never visits the objects that exist at its end.
+    After the block, the collector never visits the objects that existed when the block ended (``gc.freeze``).
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -176,7 +176,7 @@ class HeartbeatFile:
         self._times = view.cast("d")
         self._words = view.cast("q")
         self._requests = [self._words[first : first + 4] for first in (REQUESTS, REQUESTS + 4)]
-        """CALLS, WANTS, HOLD and AT of each kind of request."""
+        """For each kind of request, its four numbers in the file, at the indices CALLS, WANTS, HOLD and AT."""
         self._tired_of = 0
 
     # The rank's side.

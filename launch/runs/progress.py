@@ -40,7 +40,7 @@ GROUPS = (
 
 If a pattern has ``epoch`` (counted from 0) or ``epoch_from_1`` (counted from 1), and ``steps_per_epoch``, then ``step``
 counts the steps of this epoch only. A line that has an epoch and no step gives the epoch of the lines after it. Other
-figures in a line without a step are those of the last step, or of the next one after a line that has ``begin``.
+values in a line without a step belong to the last step; after a line that has ``begin``, to the next step.
 
 ``steps`` is the total of a progress bar. Lines with another total than the first are of another bar, such as that of an
 evaluation, and a bar at 0 has made no step.
@@ -103,7 +103,7 @@ class Progress:
         self._is_slow = False
 
     def poll(self) -> None:
-        """Append the step records in new lines of the logs.
+        """Append the step records that new lines of the logs contain to the ranks' files of step records.
 
         Does nothing within ``POLL_S`` seconds after the last poll.
         """
@@ -167,7 +167,7 @@ class _RankLog:
         self._epoch: dict[str, str] = {}
         """Epoch of the last line that matched without a step, as group -> text."""
         self._begun: dict[str, Any] | None = None
-        """Figures since a line with the group ``begin``; None after the line with their step."""
+        """Values of the lines since a line with the group ``begin``; None after the line with their step."""
         self._last: dict[str, Any] | None = None
         """Record of the last step; None before the first match. Its time is that of the step's first line."""
         self._step: int | None = None
@@ -205,7 +205,7 @@ class _RankLog:
         return True
 
     def _fields(self, match: Mapping[str, str | Any]) -> dict[str, Any] | None:
-        """Return the fields of a step record from ``match``, group -> text; None if they are of no known step."""
+        """Return the fields of a step record from ``match``, group -> text; None if their step is not known."""
         texts = {name: text for name, text in match.items() if text}
         if texts.pop("begin", None):
             self._begun = {}
@@ -229,8 +229,9 @@ class _RankLog:
     def _append(self, found: Sequence[dict[str, Any]], printed_at: float) -> None:
         """Append a step record for each of ``found``, which has the fields of one step each.
 
-        If they add to those of the last step, its record is appended again with all of them, which readers take for
-        one step. ``printed_at`` is the Unix time when the last of these lines was printed.
+        If the first of ``found`` has further fields of the last recorded step, a second record of that step, with all
+        its fields, is appended. Readers use the newest record of a step. ``printed_at`` is the Unix time when the last
+        of these lines was printed.
         """
         last, new = self._last, found
         for fields in found:
@@ -258,7 +259,7 @@ class _RankLog:
         append_lines(self._records, records)
 
     def _add_rate(self, fields: dict[str, Any]) -> None:
-        """Add the throughput of the stated work to fields with a step time, unless it was printed."""
+        """Add the throughput, ``work_per_step`` over the step time, to ``fields``, unless the program printed it."""
         if self._unit and self._work and fields.get("step_time_s"):
             fields.setdefault(f"{self._unit}_per_s", self._work / fields["step_time_s"])
 
@@ -299,7 +300,7 @@ class _Curves:
         self._reader = NewLines(folder.metrics(0), re.compile(rb"\n"), LOOK_BYTES, skip=True)
         self._writer: EventWriter | None = None
         self._drawn: tuple[int, dict[str, float]] = (0, {})
-        """Last step, and its points."""
+        """Last step that was written to TensorBoard, and its values: tag of a curve -> value."""
 
     def poll(self) -> bool:
         """Write the next part of the new records to TensorBoard. Returns whether the file of records has grown."""

@@ -47,7 +47,10 @@ class StepRecord:
     tokens: int
     """This rank's share of the tokens of this step. The sum over ranks counts each token once."""
     samples: tuple[int, int]
-    """First and last sample index of this rank in this step; equal for ranks that work on the same samples."""
+    """Indices of this rank's first and last sample of the step, counted through the whole run.
+
+    They are equal on ranks that work on the same samples.
+    """
     step_time_s: float
     """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this step."""
     loss_variance: float | None = None
@@ -81,7 +84,7 @@ class StepRecord:
     """Part of ``comm_s`` in the reduction of gradients over replicas.
 
     The next fields are for other groups of ranks. The field of a group that the run does not have is absent. Waits for
-    all ranks are in no group.
+    all ranks of the run are a part of ``comm_s``, but not of these fields.
     """
     comm_fsdp_s: float | None = None
     """Part of ``comm_s`` in all-gathers and reduce-scatters of FSDP, with copies into and out of their buffers."""
@@ -136,7 +139,7 @@ class StepRecord:
     val_bits_per_byte: float | None = None
     """Validation loss in bits per byte of text, comparable between tokenizers; absent if the text is not known."""
     tasks: dict[str, float] | None = None
-    """Figures of ``eval.tasks`` after this step, by ``task/metric``; absent without such an evaluation."""
+    """Results of ``eval.tasks`` after this step: ``task/metric`` -> value; absent without such an evaluation."""
     tokens_per_s: float | None = None
     """Throughput of the whole run: tokens of the global batch over step_time_s."""
     tflops_per_s: float | None = None
@@ -149,7 +152,7 @@ class StepRecord:
     Two runs in different precisions can be compared by it.
     """
     mfu_causal: float | None = None
-    """Model FLOPs utilization with causal attention counted by half."""
+    """Model FLOPs utilization that counts half the FLOPs of attention, because a causal mask makes the rest useless."""
     hfu: float | None = None
     """Hardware FLOPs utilization: recomputed operations count, too."""
     memory_allocated_gib: float | None = None
@@ -175,7 +178,7 @@ class StepRecord:
 
 
 TOLD_ONCE = "straggler"
-"""Name of the text field, which is printed and not written: files of records contain numbers only."""
+"""Field of a StepRecord that contains a text. It is printed, and not written to files, which contain numbers only."""
 OF_THE_RUN = frozenset(
     {
         *("loss", "loss_variance", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
@@ -183,7 +186,7 @@ OF_THE_RUN = frozenset(
         *("memory_allocated_gib", "memory_reserved_gib", "own_min_s", "own_max_s", "slowest_rank"),
     }
 )
-"""Fields that only rank 0 writes: figures of the whole run, figures derived from ``step_time_s``, and some memory.
+"""Fields that only rank 0 writes: values of the whole run, values derived from ``step_time_s``, and some of memory.
 
 On all of a thousand ranks they would double the size of the records.
 """
@@ -307,7 +310,7 @@ def recent_records(path: Path) -> list[dict[str, Any]]:
 
 
 class ObjectiveOf(Enum):
-    """Which of the values of all steps is the objective: the smallest, the largest or the last."""
+    """Which value of a field of the step records is the objective: the smallest, largest or last of all steps."""
 
     minimum = "minimum"
     maximum = "maximum"
@@ -315,12 +318,12 @@ class ObjectiveOf(Enum):
 
 
 def objective_value(folder: RunFolder, name: str, of: ObjectiveOf) -> float | None:
-    """Return the objective of a run, from the step records of the first rank that has the figure.
+    """Return the objective of a run, from the step records of the lowest rank whose records have the field.
 
     Args:
         folder: folder of the run.
-        name: figure of the records, such as val_loss.
-        of: which value is returned.
+        name: field of the step records, such as ``val_loss``.
+        of: which of the values of all steps is returned: the smallest, largest or last.
 
     Returns:
         The value; None if no record has a finite value.
@@ -334,7 +337,7 @@ def objective_value(folder: RunFolder, name: str, of: ObjectiveOf) -> float | No
 
 
 def step_figures() -> tuple[str, ...]:
-    """Return the names of the figures in a GPT's step records that are single numbers."""
+    """Return the names of the fields in step records of ``gpt`` that are single numbers: the possible objectives."""
     hints = get_type_hints(StepRecord)
     kinds = {name: set(get_args(hint)) or {hint} for name, hint in hints.items()}
     return tuple(
@@ -343,12 +346,12 @@ def step_figures() -> tuple[str, ...]:
 
 
 def refuse_unknown_figure(name: str | None, figures: Sequence[str] | None, typed: str = "objective={}") -> None:
-    """Raise ConfigError for a figure that no step will record, before the run is trained.
+    """Raise ConfigError, before the run is trained, if no step record will have the field ``name``.
 
     Args:
-        name: requested figure; None without an objective.
-        figures: figures that the program records; None if only the program knows them.
-        typed: override whose value is the figure, with ``{}`` for the figure.
+        name: requested field of the step records; None without an objective.
+        figures: fields that the program records; None if only the program knows them.
+        typed: override whose value is the name of the field, with ``{}`` in place of the name.
     """
     if name is None or figures is None or name in figures:
         return

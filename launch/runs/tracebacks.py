@@ -9,7 +9,7 @@ HEADER = "Traceback (most recent call last)"
 PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 """Pattern of the start of each line of a traceback that torch prints."""
 MARGIN = re.compile(r"^ *[|+]-?\+? ?", re.MULTILINE)
-"""Pattern of the margin of an exception group."""
+"""Pattern of the characters that Python prints before each line of the traceback of an exception group."""
 RAISED = re.compile(r"^[A-Za-z_][\w.<>]*(?:: ?.*)?$", re.MULTILINE)
 """Pattern of the line of a traceback that names the exception, whatever its class is called."""
 JOINT = re.compile(
@@ -37,7 +37,7 @@ class Raised(NamedTuple):
     is_member: bool
     """True if the exception is in a group."""
     stack: str
-    """Frames as text."""
+    """Frames of the traceback as text, without the line that names the exception."""
 
 
 def exceptions_in(text: str) -> list[Raised]:

@@ -1,7 +1,7 @@
 """``python -m launch.storm KEY=VALUE...``: a chaos drill, which repeats a run with injected faults and compares the
 two.
 
-The arguments are those of ``python -m launch``, or the folder of a finished run, which the drill repeats. The seed
+The arguments are those of ``python -m launch``, or the folder of a finished run, which the drill repeats. ``--seed``
 decides the faults. The run with faults must end with the same state and samples as the undisturbed run. The drill
 repeats the run's command whenever the command ends before the run. ``faults.jsonl`` records the faults.
 """
@@ -67,14 +67,14 @@ A checkpoint that was saved before such an event does not show that the next sta
 FELT_S = 180.0
 """Seconds after which a fault without an effect counts as harmless.
 
-By default, a silent rank or node is lost earlier.
+With the default timeouts, a silent rank or node counts as lost earlier.
 """
 TRIES = 3
 """Largest number of tries to inject a fault. Its target process may just have ended."""
 SAME = ("loss", "samples", "tokens", "images")
-"""Figures that must be equal in two records of the same step.
+"""Fields of step records that must be equal in the undisturbed run and in the run with faults, for the same step.
 
-They depend only on the training state and the samples.
+Their values depend only on the training state and the samples.
 """
 
 
@@ -123,7 +123,10 @@ def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_
 
 @dataclass(frozen=True)
 class LastFault:
-    """Unix times at which the last fault began (``struck``) and ended (``over``), and whether it ends an attempt."""
+    """Unix times at which the last fault began (``struck``) and ended (``over``).
+
+    ``ends_attempt`` is True if a fault of this kind always ends an attempt.
+    """
 
     struck: float
     over: float
@@ -140,7 +143,7 @@ class Drill:
 
     Attributes:
         words: overrides of the run.
-        site: the run and its surroundings.
+        site: the run's folder, and whether the run is in Slurm or in a sandbox.
         out: folder of the drill.
         patience_s: seconds without an event after which the run is stuck.
         say: function that prints a line.
@@ -267,7 +270,7 @@ def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float)
 
 
 def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
-    """Yield the differences between the files of the final checkpoints of two runs."""
+    """Yield the differences between the final checkpoints of the undisturbed run and of the run with faults."""
     newest = [checkpoints(run)[:1] for run in (quiet, stormy)]
     if [] in newest:
         yield "no final checkpoint"
@@ -283,7 +286,10 @@ def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
 
 
 def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
-    """Yield a line for each rank whose steps are missing or surplus, or have a different loss or different samples."""
+    """Yield a line for each rank whose step records differ between the undisturbed run and the run with faults.
+
+    Steps are missing, surplus, or have a different loss or different samples.
+    """
     for rank in sorted({*quiet.metric_ranks(), *stormy.metric_ranks()}):
         one, other = ({r["step"]: r for r in read_records(run.metrics(rank))} for run in (quiet, stormy))
         missing, more = sorted(one.keys() - other), sorted(other.keys() - one)
@@ -315,7 +321,7 @@ class Recovery:
     first_step_s: float = 0.0
     """Seconds from the start of the ranks to the first step."""
     again_s: float = 0.0
-    """Seconds of repeated steps."""
+    """Seconds for steps that had been made before the fault, and were lost."""
 
 
 def recoveries(
@@ -355,7 +361,10 @@ def recoveries(
 
 
 def _road(events: Sequence[Mapping[str, Any]], end: float, until: float) -> str:
-    """Return how the run continued after the end of an attempt."""
+    """Return how the run continued after an attempt: a value of ``Recovery.road``.
+
+    ``end`` is the Unix time of the end of the attempt; ``until`` is that of the first new step.
+    """
     names = {event["event"] for event in events if end <= event["time"] <= until}
     for name, road in (("submitted", "typed again"), ("requeued", "requeue"), (FEWER_NODES, "fewer nodes")):
         if name in names:

@@ -29,7 +29,7 @@ from launch.slurm.jobs import SUBMISSION
 AGENTS = ({SUBMISSION}, {"gpt_launch", "agent"})
 """Words in the command line of an agent that submitit started, and of an agent that a plain batch script started."""
 PATIENCE_S = 120.0
-"""Longest wait in seconds for a process to signal, and for the begin of a save."""
+"""Longest wait in seconds for a process to signal, and for the start of a save."""
 RESTART_S = 300.0
 """Longest wait in seconds for the next start of a requeued job, and for an answer of a Slurm command."""
 BOOKKEEPING = "manifest.json"
@@ -107,7 +107,7 @@ def of_job(job: str, program: str, conf: str | None) -> list[psutil.Process]:
     Args:
         job: Slurm's id of the job.
         program: beginning of the program's name: ``srun``, or ``python`` for agents.
-        conf: the job's SLURM_CONF, as jobs of other clusters have the same ids.
+        conf: the job's SLURM_CONF, None if it is not set. Jobs of other clusters may have the same ids.
     """
     found = [
         process
@@ -200,7 +200,7 @@ def files_of(checkpoint: Path) -> list[Path]:
 
 @dataclass
 class Site:
-    """A run that a drill disturbs, and where the run is."""
+    """The run that a drill disturbs: its folder, and whether the run is in Slurm or in a sandbox."""
 
     folder: RunFolder
     is_slurm: bool = False
@@ -342,7 +342,7 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
 
 
 def _in_sandbox(fault: PlannedFault, site: Site) -> str:
-    """Inject a fault into the node of the rank, or into the controller, by the sandbox. Undo it after its seconds."""
+    """Inject a fault into the node of the rank, or the controller, by the sandbox. Undo it after ``fault.seconds``."""
     host = [] if fault.kind == "stop_controller" else [site.host_of(0 if fault.kind in OF_HEAD else fault.rank)]
     try:
         done = site.in_sandbox(fault.kind.removesuffix("_head").replace("_", "-"), *host)
@@ -359,14 +359,14 @@ def _in_sandbox(fault: PlannedFault, site: Site) -> str:
 SLURM, SANDBOX = "Slurm", "a sandbox (--sandbox DIR)"
 """Texts for ``Kind.needs``: what a run needs so that a kind of fault can hit it."""
 REBOOTS = (2.0, 3.0, 8.0, 14.0)
-"""Seconds without power.
+"""Durations of a power cut in seconds, from which that of a fault is chosen.
 
-Only the last one is longer than Slurm waits before the node is down; srun then ends the step.
+Only the last one is so long that Slurm marks the node as down, after which srun ends the step.
 """
 OUTAGES = (2.0, 8.0, 40.0)
-"""Seconds without any message of a node: a moment, less than ``resilience.node_timeout_s``, and more."""
+"""Seconds for which a node sends no message: a moment, less than ``resilience.node_timeout_s``, and more than that."""
 ABSENCES = (20.0, 75.0, 300.0)
-"""Seconds without a controller."""
+"""Durations in seconds for which Slurm's controller does not run, from which that of a fault is chosen."""
 OF_HEAD = ("power_cut_head",)
 """Kinds of faults that hit the head node, which is the node of rank 0, whatever the rank of the fault."""
 MILD = {"sigstop_agent", "kill_srun", "freeze", "cut_link"}
@@ -432,7 +432,7 @@ KINDS = {
 
 
 def inject(fault: PlannedFault, site: Site) -> str:
-    """Inject a fault, and undo it after its seconds. Returns a text on what was done.
+    """Inject a fault, and undo it after ``fault.seconds``. Returns a text on what was done.
 
     Raises:
         FaultError: the fault cannot be injected.

@@ -140,10 +140,10 @@ def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
 
 
 def plain_figure(value: object) -> Any:
-    """Return a figure as a value that JSON can hold.
+    """Return a value of a step record as a value that JSON can hold.
 
     Raises:
-        TypeError: the figure is neither a real number nor a list or mapping of real numbers.
+        TypeError: ``value`` is neither a real number nor a list or mapping of real numbers.
     """
     if isinstance(value, (bool, int, float)):
         return value
@@ -321,18 +321,18 @@ class Run:
     def is_current(self) -> bool:
         """Return whether this is still the newest attempt.
 
-        The call reads the filesystem; use it right before a commit.
+        The call reads the filesystem. Use it right before a checkpoint is made valid, for example renamed.
         """
         return self.folder is None or is_newest_attempt(RunFolder(self.folder), self.attempt)
 
     # Events, which rank 0 records.
 
     def saved(self, step: int, seconds: float | None = None, **details: Any) -> None:
-        """Record that the run can continue from the checkpoint of ``step``. ``seconds`` is the time of the save.
+        """Record that the run can continue from the checkpoint of ``step``. ``seconds`` is the duration of the save.
 
-        Limits of restarts count from this checkpoint. On rank 0, the files SAVE and STOP are removed if they requested
-        this save, so that the next start does not obey them again. Every rank first writes its queued records, because
-        no later attempt repeats these steps.
+        ``details`` are further fields of the event. Limits of restarts count from this checkpoint. On rank 0, the files
+        SAVE and STOP are removed if they requested this save, so that the next start does not obey them again. Every
+        rank first writes its queued records, because no later attempt repeats these steps.
 
         Raises:
             OutdatedAttemptError: on rank 0, if a later attempt of the run has begun.
@@ -354,7 +354,8 @@ class Run:
     def stopped(self, step: int, **details: Any) -> None:
         """Record that this attempt left early because of a request, with the signal or file of the request.
 
-        If the script does not call this method, the exit of the process records the stop.
+        ``step`` is the last step; ``details`` are further fields of the event. If the script does not call this method,
+        the exit of the process records the stop.
         """
         self._end("stopped", step, details)
 

@@ -193,6 +193,8 @@ class StoreClient:
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and return the answer.
 
+        ``op`` is the name of a method of ``Store``, with its ``arguments``.
+
         Raises:
             StoreError: the store cannot do the request; the message says why.
         """
