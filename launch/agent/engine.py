@@ -120,14 +120,16 @@ class ProcessEngine:
         end_sessions(self._processes.values())
 
 
-def end_sessions(processes: Iterable[subprocess.Popen[bytes] | ForkedProcess]) -> None:
-    """End processes that still run, with their sessions: by SIGTERM, and after ``END_S`` seconds by SIGKILL.
+def end_sessions(
+    processes: Iterable[subprocess.Popen[bytes] | ForkedProcess], first: signal.Signals = signal.SIGTERM
+) -> None:
+    """End processes that still run, with their sessions: by ``first``, and after ``END_S`` seconds by SIGKILL.
 
     After SIGKILL, the function waits at most ``END_S`` seconds for each process, because a process that waits for a
     device cannot end.
     """
     running = [process for process in processes if process.poll() is None]
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (first, signal.SIGKILL):
         for process in running:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
@@ -139,6 +141,22 @@ def end_sessions(processes: Iterable[subprocess.Popen[bytes] | ForkedProcess]) -
 
 FAILED_RANK = re.compile(r"local_rank[:=] ?(\d+)\)?,?\s+(?:pid=\d+, )?exitcode\s*[:=] ?(-?\d+)")
 """Pattern of a failed rank in the output of torchrun or ft_launcher at its end: local rank and exit status."""
+
+
+SHIELD = """
+import runpy, signal, sys
+
+shielded, set_handler = (signal.SIGTERM, signal.SIGUSR2), signal.signal
+for number in shielded:
+    set_handler(number, lambda *_: None)
+signal.signal = lambda number, handler: None if number in shielded else set_handler(number, handler)
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+"""Program that runs a module without an end at the signals that Slurm sends to all processes of a job before a stop.
+
+The ranks get these signals, too, and have time to save. A handler, unlike SIG_IGN, is not inherited by the ranks.
+"""
 
 
 class TorchrunEngine:
@@ -168,7 +186,7 @@ class TorchrunEngine:
         script = ranks.scratch / "start.sh"  # torchrun takes options of the program for its own, such as --run.
         script.write_text(f'. {shlex.quote(str(ranks.scratch))}/"$LOCAL_RANK.sh"\nexec {shlex.join(ranks.shell)}\n')
         command = [
-            *(sys.executable, "-m", self.module, "--standalone", f"--nproc-per-node={len(ranks.variables)}"),
+            *(sys.executable, "-c", SHIELD, self.module, "--standalone", f"--nproc-per-node={len(ranks.variables)}"),
             *("--max-restarts=0", "--no-python", "/bin/sh", str(script)),
         ]
         with self._output.open("ab") as output:
@@ -214,7 +232,7 @@ class TorchrunEngine:
     def stop(self) -> None:
         """End torchrun, which ends the ranks. Ranks that still run afterwards are killed."""
         if self._process is not None:
-            end_sessions([self._process])
+            end_sessions([self._process], signal.SIGHUP)
         for pid in self.ranks().values():
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
