@@ -56,7 +56,7 @@ def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
 
 
 SHOWING = ("help", "hydra_help", "cfg", "info", "shell_completion", "run")
-"""Flags of Hydra for one run, which exclude -m."""
+"""Flags of Hydra that only work for one run, so that they cannot be combined with -m."""
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
@@ -89,7 +89,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
 
 
 def refuse_command(argv: Sequence[str]) -> None:
-    """Raise ConfigError if the first argument is another command of the launcher."""
+    """Raise ConfigError if the first argument is another command of the launcher, such as ``status``."""
     if argv and argv[0] in COMMANDS:
         raise ConfigError(
             f"python -m launch {argv[0]}",
@@ -101,7 +101,8 @@ def refuse_command(argv: Sequence[str]) -> None:
 def prepare(argv: Sequence[str]) -> list[str]:
     """Return the arguments for Hydra, flags first, with checked overrides.
 
-    Also registers with Hydra the schema of the config, and the two functions that ``configs/config.yaml`` uses.
+    Also registers with Hydra the schema of the config, and the two resolvers that ``configs/config.yaml`` uses:
+    ``sweep_dir`` and ``point_name``.
     """
     refuse_command(argv)
     flags, given = split_flags(argv)

@@ -181,7 +181,8 @@ class Job:
     Args:
         run_dir: the run folder.
         launcher: process that runs the local points of a command; None for other runs.
-        known_events: number of events before the submission by this process. Ends in these events are ignored.
+        known_events: number of events before the submission by this process. While the event log has no more events,
+            the run is ``pending``: the end of an earlier submission does not count.
     """
 
     def __init__(
@@ -284,7 +285,7 @@ class Job:
         return values if ranks else values[0] if values else None
 
     def add_done_callback(self, callback: Callable[[Job], Any]) -> None:
-        """Call ``callback`` with this job, in a thread, when the run has ended."""
+        """Call ``callback`` with this job, in a new thread, when the run has ended; soon if it has ended already."""
 
         def follow() -> None:
             self.wait()
@@ -332,7 +333,7 @@ class Sweep(list[Job]):
         return list(csv.DictReader(io.StringIO(csv_text(self._tabulated()))))
 
     def report(self) -> Path:
-        """Write the report, and return the path of its HTML page."""
+        """Write the report of these runs into their folder, and return the path of its HTML page."""
         from launch.report import write
 
         return next(path for path in write(self._tabulated()) if path.suffix == ".html")
@@ -484,7 +485,7 @@ def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -
         typed: overrides of each point.
 
     Raises:
-        JobFailedError: the process ended before that. The message has its output.
+        JobFailedError: the process ended before it had queued or started each point. The message has its output.
     """
     log = log_of(Path(plans[0].run_dir))
     make_folder(log.parent)

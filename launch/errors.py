@@ -1,4 +1,4 @@
-"""Problems that a user can fix, the keys of a config with their ranges, and numbers for people. Imports no torch."""
+"""Errors that a user can fix, keys of a config with their ranges, and numbers as text in messages. Imports no torch."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
-"""Key -> value to propose if training fails with the usual proposal, 1."""
+"""Key -> value that an error message proposes. The usual proposal, 1, would make training fail for these keys."""
 
 
 def require_positive(key: str, value: float) -> None:

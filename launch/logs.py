@@ -35,7 +35,7 @@ class Log:
         self._read = 0
 
     def copy(self) -> None:
-        """Print the text that was written since the last call. The first text follows a line with title and path."""
+        """Print the text that was written since the last call, after a first line with title and path of the log."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)
@@ -50,7 +50,7 @@ class Log:
 
 
 def add_run(parser: CommandParser) -> None:
-    """Add the argument ``path``, one run, to a command that calls ``find_run``."""
+    """Add the argument ``path``, which names one run, to the parser of a command that calls ``find_run``."""
     parser.add_argument("path", type=Path, metavar="RUN", help="a run folder, or the label of a run")
 
 
@@ -83,7 +83,10 @@ def refuse_absent_rank(point: RunStatus, rank: int) -> None:
 
 
 def agent_of(point: RunStatus, rank: int) -> list[Log]:
-    """Return the logs of a rank's agent, which all attempts of a job share. Empty if the run has no job or no log."""
+    """Return the logs of a rank's agent; empty if the run has no job, or no log.
+
+    The agent writes one output and one error log for all attempts of a job.
+    """
     if point.job is None:
         return []
     newest_first = (read_json(point.folder.environment(number)) for number in reversed(point.folder.attempts()))

@@ -1,4 +1,4 @@
-"""Order of a whole command: plan every point, submit the points or print the plan, watch, and report."""
+"""The steps of ``python -m launch`` in order: plan every point, submit the points or print the plan, watch, report."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def submit_and_watch(
     Args:
         plans: plan of each point.
         console: console for progress.
-        after: group ``launch`` of the config.
+        after: keys under ``launch`` in the config, which say how to submit, watch and report.
         typed: overrides of the command, for the record of the sweep.
         with_report: True to write the report.
 

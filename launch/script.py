@@ -157,7 +157,7 @@ def keep_values(value: Any) -> Any:
 
 
 class StopSignal(Enum):
-    """Signal that a program can catch, and that torch's launcher and Slurm do not use otherwise."""
+    """Signal that requests the program to save and leave: one that torch's launcher and Slurm do not use otherwise."""
 
     SIGTERM = "SIGTERM"
     SIGUSR2 = "SIGUSR2"

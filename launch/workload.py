@@ -40,7 +40,7 @@ class PlanRequest:
     overrides: tuple[str, ...]
     """Arguments that were typed for this point, ``key=value``."""
     folder: RunFolder
-    """Folder of the run, which may contain an earlier attempt."""
+    """Folder of the run, which may contain files of earlier attempts."""
     is_local: bool
     """True if agents on this machine stand for nodes; False for nodes of Slurm."""
     nodes: int
@@ -268,7 +268,7 @@ class Workload:
     figures: Sequence[str] | None = None
     """Names of the figures in step records that ``objective`` may name; None if not known."""
     goal_words: Sequence[str] = ()
-    """Overrides with which ``launch.project --fit`` starts."""
+    """Overrides of ``launch.project --fit`` for keys that the user does not set; empty if it cannot size a model."""
 
     def make_paths_absolute(self, document: DictConfig) -> None:
         """Make the paths in the config absolute, because ranks do not run in the folder of the command.

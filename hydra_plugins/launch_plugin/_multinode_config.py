@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 
 @dataclass
 class MultinodeConf:
-    """Keys under ``hydra.launcher``. None leaves a value to the launcher's own default."""
+    """Keys under ``hydra.launcher``. None, unless described otherwise: the default of this project's launcher."""
 
     _target_: str = "hydra_plugins.launch_plugin.multinode.MultinodeLauncher"
     kind: str = "auto"

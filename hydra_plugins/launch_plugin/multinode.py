@@ -4,8 +4,8 @@
     python app.py -m n=1,2,4 hydra/launcher=multinode 'hydra.launcher.nodes=${n}'    # own resources for each point
     python app.py -m lr=1e-3,3e-4 hydra/launcher=multinode_local                # processes of this machine
 
-Keys of hydra-submitit-launcher mean the same. Hydra imports this module in every app of the environment, also in a
-project with its own ``launch.py``; so the launcher itself is imported only when a job is launched.
+Keys that hydra-submitit-launcher has too mean the same here. Hydra imports this module in every app of the environment,
+also in a project with its own ``launch.py``; so the launcher itself is imported only when a job is launched.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def partner(node: int, turn: int, count: int) -> int | None:
 
 
 def measure_rank(path: Path) -> None:
-    """Take part in all measurements, and write this rank's figures into ``path``."""
+    """Measure this rank for the doctor's job, and write its record into ``path``, JSON: device, speed and links."""
     torch.set_num_threads(1)
     bench = LinkBench()
     on_gpus = bench.backend == "nccl"
@@ -294,7 +294,8 @@ def measure_rank(path: Path) -> None:
 def main() -> None:
     """Measure links if the arguments have a RECORD, else collectives.
 
-    For collectives, rank 0 writes the samples, with the software and hardware of the measurement.
+    For links, every rank writes its RECORD. For collectives, rank 0 writes the samples, with the software and hardware
+    of the measurement.
     """
     parser = argparse.ArgumentParser(description="One rank of python -m launch.bench_network, or of the doctor's job.")
     parser.add_argument("record", type=Path, nargs="?")

@@ -292,10 +292,11 @@ Results = dict[str, Any]
 SLOW = 0.5
 """Share of the usual bandwidth below which a link or node is reported.
 
+Usual is, for a node, the median of all nodes; for a link, the bandwidth that both its nodes have on their best links.
 An oversubscribed network tree gives about half.
 """
 BROKEN = 0.1
-"""Share of the usual bandwidth below which the finding is an error."""
+"""Share of the usual bandwidth (as for ``SLOW``) below which the finding is an error, not a warning."""
 SLOW_GPU = 0.8
 SKEW_S = 1.0
 WAITS = "every collective of a run waits for it"
@@ -342,7 +343,10 @@ def check_job(results: Results) -> Iterator[Finding]:
 
 
 def check_node_records(results: Results) -> Iterator[Finding]:
-    """Report errors of nodes, faults that the agents of a run would find, and nodes with different software."""
+    """Report what the records of nodes show: errors, faults, missing parts, skipped measurements, different software.
+
+    A fault is what the health check of a run's agents would find: of a disk, network link, GPU or the run folder.
+    """
     nodes = results["nodes"]
     for node in nodes:
         if node.get("error"):
@@ -398,8 +402,9 @@ def check_ports(results: Results) -> Iterator[Finding]:
 
 
 def check_clocks(results: Results) -> Iterator[Finding]:
-    """Check that the clock of each node differs from that of the first node by at most SKEW_S seconds, beyond the
-    error.
+    """Check that the clock of each node differs from that of the first node by at most SKEW_S seconds.
+
+    The error of the measurement is subtracted from the difference.
     """
     measured = [node for node in results["nodes"] if "clock_offset_s" in node]
     for node in measured:
@@ -413,7 +418,7 @@ def check_clocks(results: Results) -> Iterator[Finding]:
 
 
 def check_cpus(results: Results) -> Iterator[Finding]:
-    """Check that agents may use the requested number of CPUs."""
+    """Check that the agent of each node may use as many CPUs as ``cluster.cpus_per_task`` requests."""
     asked = results["asked"]["cpus_per_task"]
     if few := [node for node in results["nodes"] if asked and node["cpus"] < asked]:
         least = min(node["cpus"] for node in few)

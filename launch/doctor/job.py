@@ -1,9 +1,9 @@
-"""The doctor's job: submission, the part of each node, and the results.
+"""The doctor's job: its submission, the measurement on each node, and the collection of the results.
 
 The job has a folder, ``<output_dir>/.doctor/<time>-<random>/``. Each node writes ``nodes/00000.json`` and each rank
-``ranks/00000.json``. The login node joins them in ``results.json``, which ``launch.doctor.findings`` reads. A node uses
-the rendezvous, addresses and interfaces of the agents. The login node submits ``measure_node`` by name, and so does not
-import torch.
+``ranks/00000.json``. The login node joins them in ``results.json``, which ``launch.doctor.findings`` reads. A node
+finds the other nodes, its address and its network interfaces in the same way as the agents of a run. The login node
+submits ``measure_node`` by name, and so does not import torch.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ POLL_S = 1.0
 LATE_S = 5.0
 """Seconds for which the login node waits for files of the nodes. NFS may show them late."""
 ARRIVAL_S = 60
-"""Seconds in which all nodes of the job must meet."""
+"""Seconds within which all nodes of the job must have joined the rendezvous."""
 RANKS_S = 180
 """Seconds after which ranks that still measure are killed."""
 CONNECT_S = 5.0
@@ -161,7 +161,10 @@ def wait_for_job(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> 
 
 
 def measure_node(root: str) -> None:
-    """Measure this node for the job whose folder is ``root``. Errors are recorded, not raised."""
+    """Measure this node for the job whose folder is ``root``, and write ``nodes/00000.json`` (here for node 0).
+
+    An error of a measurement is not raised, but written into this file.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)  # submitit would ignore the first signal, and requeue at the second.
     folder, node = RunFolder(root), Node.from_env()
@@ -344,7 +347,7 @@ def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
 def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
     """Run this node's ranks with torchrun's environment variables, for at most RANKS_S seconds.
 
-    Returns the errors as text.
+    Returns one text on the ranks that failed or were killed; "" if there are none.
     """
     each, problems, started = config.ranks_on_node, [], []
     shared = {"WORLD_SIZE": str(each * node.count), "LOCAL_WORLD_SIZE": str(each)}

@@ -40,14 +40,14 @@ from launch.slurm.status import RunStatus, find_run_statuses, poll, update_from_
 OF_MACHINES = ("crashed", "hung", "out_of_memory", "node_failed", "node_sick")
 """Causes of interruptions for which a time between failures is meaningful. Other causes are decisions of people."""
 CONFIDENCE = 0.9
-"""Probability with which an interval contains the true rate."""
+"""Probability with which the interval of a failure rate contains the true rate."""
 SUSPECT = 0.05
-"""Probability that chance gives any host of the fleet so many failures, below which a host is suspect."""
+"""A host is suspect if the probability of its failures by chance (``Fleet.suspects``) is below this value."""
 
 
 @dataclass
 class Fleet:
-    """Sums over runs."""
+    """Totals of a group of runs: time by part, interruptions by cause, and failures by host."""
 
     runs: int = 0
     node_hours: float = 0.0
@@ -135,7 +135,11 @@ def seconds_of_hosts(folder: RunFolder, events: Events, now: float) -> dict[str,
 
 
 def rate_interval(count: int, exposure: float) -> tuple[float, float]:
-    """Return the ends of the exact interval of a Poisson rate: ``count`` events in ``exposure`` (Garwood 1936)."""
+    """Return the ends of the exact interval that contains a Poisson rate with probability ``CONFIDENCE``.
+
+    The rate is ``count`` events in the time ``exposure``. The ends are per unit of this time. The method is from
+    Garwood (1936).
+    """
     tail = (1 - CONFIDENCE) / 2
 
     def mean_where(most: int, probability: float) -> float:

@@ -56,7 +56,10 @@ NODES = sorted(2**a * 3**b for a in range(13) for b in (0, 1) if 2**a * 3**b <= 
 CLUSTER = ("cluster=slurm", "cluster.gpus_per_node=8")
 """Default overrides of ``--fit``: Slurm nodes with 8 GPUs each, as in DGX and HGX systems."""
 DROPPED_FIRST = ("memory a rank", "ranks", "interval", "goodput", "stragglers")
-"""Columns that a narrow terminal leaves out, in this order. The files have all columns."""
+"""Last words of the titles of columns that a narrow terminal leaves out, the first of these columns first.
+
+The files have all columns.
+"""
 
 
 @refusing

@@ -58,8 +58,9 @@ ALL_FILES = frozenset(ReportFile)
 def write(table: ScalingTable, reload_s: float | None = None, files: Collection[ReportFile] = ALL_FILES) -> list[Path]:
     """Write the files of a report. They replace the files of an earlier report.
 
-    The files of a sweep's report are ``scaling.*``, in the folder of its points until the next sweep, and permanently
-    in the folder of its record. The report of one run is ``summary.*``, that of all runs of a folder ``all_runs.*``.
+    The files of a sweep's report are ``scaling.*``. They are written twice: into the folder of the points, where the
+    next sweep replaces them, and into the folder of the sweep's record, such as ``sweeps/0001``, where they remain. The
+    report of one run is ``summary.*``, that of all runs of a folder ``all_runs.*``.
 
     Args:
         table: the report.
@@ -67,7 +68,8 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
         files: kinds of files to write. Files of other kinds stay unchanged.
 
     Returns:
-        Paths of the files in the first folder, then the other folders, and the folder of the TensorBoard run.
+        Path of each file in the first folder, of each further folder with the same files, and of the folder of the
+        TensorBoard run.
     """
     selection = table.selection
     pictures: dict[str, bytes] = {}
@@ -114,9 +116,9 @@ def show_and_write(table: ScalingTable, console: Console, files: Collection[Repo
 
 
 MAX_FALLS = 6
-"""Largest number of waterfall panels of lost efficiency on the page. The points with the most ranks have one.
+"""Largest number of waterfall panels of lost efficiency on the page.
 
-The table of losses has all points.
+The points with the most ranks have a panel. The table of losses has all points.
 """
 MAX_RUNS = 8
 """Largest number of runs whose ranks and step times are drawn, because each drawing takes some 50 ms and 20 kB."""
@@ -253,7 +255,7 @@ def _kind(share: float) -> str:
 
 RUN, RUN_OF_ONE = "Scaling", "Summary"
 IDEAL = "ideal"
-"""Name of the subfolder with the ideal curves."""
+"""Name of the subfolder with the ideal curves, in the folder of a TensorBoard run or of one of its series."""
 SUFFIX = ".scaling"  # marks the event files that a report owns
 
 
@@ -291,11 +293,11 @@ def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
 def _write_curves(table: ScalingTable, whole: EventWriter, root: Path) -> None:
     """Write charts over the number of ranks. Each series has its own curves.
 
-    TensorBoard's step is the number of ranks. Without known throughputs, there is no chart of them.
+    TensorBoard's step is the number of ranks. If no throughput is known, the chart of the throughput is left out.
 
     Args:
         table: report of several points.
-        whole: writer of the files in ``root``.
+        whole: open writer of the event file in ``root``.
         root: folder of the TensorBoard run.
     """
     from launch.runs.event_files import Curve, EventWriter

@@ -293,7 +293,7 @@ PART_COLORS = {
 }
 """Part of the time -> name of its color in ``PALETTE``. Other parts have colors of their own names."""
 MAX_BARS = 16
-"""Largest number of runs with a bar of their time. The table and scaling.csv have all runs."""
+"""Largest number of runs in the bar chart of ``times_panels``. The table and scaling.csv have all runs."""
 LEAST_LABELLED = 0.09
 """Smallest share (0 to 1) of a bar in which the percentage is written as text."""
 

@@ -125,7 +125,8 @@ class Goodput:
     stretches: Sequence[Stretch] = ()
     """Sections of the time in ``seconds``, in the order in which they happened.
 
-    Steps come before the time between them, and a save before the evaluation of the same step.
+    Successive steps are one section, which the unexplained time between these steps (``other``) follows as one section.
+    A save is before the evaluation of the same step.
     """
 
     @property
@@ -266,7 +267,7 @@ class _Division:
                 self._fewer.add(attempt)
         records: list[_Record] = []
         aside: list[_Record] = []
-        """Records that a command has discarded."""
+        """Records of steps after the checkpoint of a ``resume_from``, which moved these records aside."""
         for rank in run.metric_ranks():
             if records := self._records_in(run.metrics(rank)):
                 aside = [record for path in aside_records(run, rank) for record in self._records_in(path)]
@@ -316,7 +317,7 @@ class _Division:
 
         Args:
             records: records of the run.
-            aside: records that a command has discarded.
+            aside: records that a ``resume_from`` moved aside.
             ends: attempt -> the interruption that ended it.
         """
         first: dict[int, int] = {}

@@ -336,7 +336,7 @@ def _attempt_times(events: Events) -> dict[int, tuple[float, float | None]]:
 def _end(event_log: Events, last: int) -> PointState | None:
     """Return the state of a point by the end of attempt number ``last``; None if no event records an end.
 
-    An event without attempt counts for every attempt.
+    An event that names no attempt counts as an event of attempt ``last``.
     """
     ends = [event for event in select_events(event_log, *ENDS) if event.get("attempt", last) >= last]
     failures, reasons = select_events(ends, "rank_failed"), select_events(events_since_submission(event_log), *REASONS)

@@ -1,4 +1,7 @@
-"""Read the files of a run folder: step records as columns of numbers, and the environment of an attempt."""
+"""Read the files of a run folder: step records as columns of numbers, and the environment of an attempt.
+
+``read_ahead`` reads many files in several processes.
+"""
 
 from __future__ import annotations
 
@@ -183,9 +186,10 @@ MUCH = 128 << 20
 
 
 def read_ahead(read: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterator[Result]:
-    """Yield ``read(item)`` for each item in order. If ``size`` is large, forked processes read the next items ahead.
+    """Yield ``read(item)`` for each item in order.
 
-    A process with threads is not forked, because a lock that one of its threads has would stay locked.
+    If ``size`` is ``MUCH`` or more, forked processes read the next items ahead. A process with threads is not forked,
+    because a lock that one of its threads has would stay locked.
 
     Args:
         read: pure function that reads a file and returns a value that can be pickled.

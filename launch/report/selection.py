@@ -157,7 +157,10 @@ def _sweep_numbered(folder: Path, number: int, command: str) -> Sweep:
 
 
 def _proposal(folder: Path, command: str) -> str:
-    """Return the command that an error message proposes: on the newest folder with runs, or to make runs."""
+    """Return the command that an error message proposes: ``command`` with the newest folder that has runs.
+
+    If there is no such folder, return the command that starts a sweep.
+    """
     near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if not fitting:

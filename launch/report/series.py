@@ -293,7 +293,7 @@ class Medians:
         # Student's quantile, corrected for the correlation that is lost at the ends of blocks.
         cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
         self.widening = student(max(1.0, steps / length - 1)) / math.sqrt(1 - cut) / NORMAL
-        """Factor that widens a bootstrap interval of the run."""
+        """Factor that widens a bootstrap interval of the run, which few or correlated steps make too narrow."""
 
 
 def correlation(times: Floats) -> float:

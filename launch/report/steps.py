@@ -280,7 +280,7 @@ class StepReading:
     """Results of reading the step records of a run."""
 
     steps: Steps = NO_STEPS
-    """Steps of all attempts whose environment equals that of ``attempt``."""
+    """Steps of all attempts whose environment equals that of the attempt whose number is in the field ``attempt``."""
     rank_times: RankTimes | None = None
     """Times of each rank relative to the other ranks; None if fewer than two ranks recorded the same steps."""
     unit: str | None = None
@@ -362,7 +362,10 @@ def step_times(columns: RecordColumns) -> Floats:
 
 
 TIMES, WORK, MFU, READ = range(4)
-"""Indices of the first figures of a reduction: step time, own work, MFU, resolution of a log. ``RECORDED`` follows."""
+"""Indices of the first figures in the arrays of ``_Reduction``: step time, work of the rank, MFU, resolution of a log.
+
+The figures after these are the fields of ``RECORDED``, in order.
+"""
 
 
 class _Reduction:

@@ -225,7 +225,7 @@ def slowest_table(found: RunDetail) -> Cells:
 
 
 DROPPED_FIRST = ("topology", "per rank", "spread", "nodes", "speedup", "loss")
-"""Ends of the titles of columns that a narrow terminal leaves out, in this order."""
+"""Last words of the titles of columns that a narrow terminal leaves out, the first of these columns first."""
 
 
 def show(table: ScalingTable, console: Console) -> None:

@@ -190,7 +190,10 @@ def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
 
 
 def request_fewer_nodes(config: Config, most: int) -> str:
-    """Return the overrides that request at most ``most`` nodes: fewer spares if that is enough, else fewer nodes."""
+    """Return the overrides that request at most ``most`` nodes, spare nodes included.
+
+    They reduce ``spare_nodes`` if that is enough, else ``nodes``; both if ``most`` is not above ``spare_nodes``.
+    """
     if config.spare_nodes and config.nodes <= most:
         return f"spare_nodes={most - config.nodes}"
     return f"nodes={max(1, most - config.spare_nodes)}" if most > config.spare_nodes else f"nodes={most} spare_nodes=0"
@@ -287,8 +290,9 @@ def check_node_count(case: Case) -> Iterator[Finding]:
 def wants(case: Case) -> Iterator[tuple[str, str, float, str, Callable[[NodeLimits], float]]]:
     """Yield the resources that a job requests on each node.
 
-    Each has its key, the beginning of its value (as in ``cluster.gres=gpu:a100:4``), its amount, its unit, and a
-    function that returns the amount that a node can give to a job.
+    Each is (key, beginning of the value, requested amount, unit, function). The beginning is the text before the
+    amount: ``gpu:a100:`` for ``cluster.gres=gpu:a100:4``, mostly empty. The function returns the amount that a node can
+    give to a job.
     """
     cluster, partition = case.config.cluster, case.partition
     if cluster.gpus_per_node:
@@ -499,7 +503,10 @@ def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, er
 
 
 def room_in(limits: Limits, partition: Partition) -> str:
-    """Return a text on the largest job that a partition accepts: nodes, time, and the resources of the best node."""
+    """Return a text on the largest job that a partition accepts.
+
+    The text has the number of nodes, the time, and the most CPUs and memory that any node of the partition has.
+    """
     nodes = limits.nodes_of(partition)
     if not nodes:
         return f"partition {partition.name} has no nodes"

@@ -280,7 +280,10 @@ def submit_spare_job(folder: RunFolder, job_id: str, node: Node) -> None:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submit a further job of a run. Returns the exit status: 0, 1 if Slurm does not accept it, 2 if refused."""
+    """Submit the next job of a chain; with ``--spare``, a spare job.
+
+    Returns the exit status: 0, 1 if Slurm does not accept the job, 2 if the arguments are wrong.
+    """
     parser = CommandParser(prog="launch.slurm.failover", description="Submit a further job of a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     parser.add_argument("job", metavar="JOB", help="the present job of the run")

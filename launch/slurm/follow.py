@@ -266,8 +266,9 @@ class Stop:
 
 
 def grace_period_s(point: RunStatus) -> float:
-    """Return the seconds that the agents of a run give their ranks to save; the default if the config is damaged or
-    missing.
+    """Return the seconds that the agents of a run give their ranks to save (``resilience.grace_period_s``).
+
+    If the config is damaged or missing, return the default of this key.
     """
     try:
         return read_config(point.folder, Config).resilience.grace_period_s

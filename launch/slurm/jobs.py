@@ -40,7 +40,10 @@ class SlurmJob:
 
     job_id: str
     points: tuple[str, ...] = ()
-    """Names of the run folders of the points that share the job, by number of their task; empty for one point."""
+    """Names of the run folders of the points that share the job, in the order of the numbers of their tasks.
+
+    Empty for a job of one point.
+    """
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
         """Return the state of the job in ``queue`` (job id -> state); GONE if the queue does not have the job.
@@ -75,7 +78,7 @@ class LocalJob:
     job_id: str
     """Process id of the controller."""
     host: str
-    """Machine of the controller."""
+    """Host name of the machine on which the controller runs."""
     started: str | None = None
     """Start time of the controller, since the kernel reuses process ids; None if the controller ended at once."""
     process: subprocess.Popen[bytes] | None = None
@@ -122,9 +125,9 @@ Job = SlurmJob | LocalJob
 
 
 def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start ``python -m gpt_launch`` with ``words``, as a process that survives the end of the terminal.
+    """Start ``python -m gpt_launch`` with the arguments ``words``.
 
-    The output of the process is appended to ``log``.
+    The process survives the end of the terminal. The output of the process is appended to ``log``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-u", "-m", "gpt_launch", *words]

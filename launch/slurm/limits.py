@@ -255,7 +255,10 @@ def torch_version() -> str:
 
 
 OWN_WISH = ("JobHeldUser", "Dependency", "BeginTime", "JobArrayTaskLimit")
-"""Reasons that the user chose, such as a dependency. The launcher does not move such a job to another place."""
+"""Slurm's reasons for jobs that are pending because the user wants it, for example because of a dependency.
+
+The launcher does not move such a job to another candidate of its placement.
+"""
 
 FITS = "python -m launch.cancel {run}; python -m launch.doctor, with the same arguments, says what fits"
 """Text to type for a job whose request the cluster can never meet."""
@@ -287,7 +290,7 @@ LASTING = (
         "sinfo -R names nodes with their reasons; ask the site, or python -m launch.cancel {run}",
     ),
 )
-"""Regular expression for the beginning of Slurm's reason, its meaning, and the text to type."""
+"""Reasons that waiting does not change: (pattern for the beginning of the reason, its meaning, the text to type)."""
 
 
 def advice(reason: str, job: str = "JOB", run: str = "RUN") -> Problem | None:
@@ -296,7 +299,7 @@ def advice(reason: str, job: str = "JOB", run: str = "RUN") -> Problem | None:
     Args:
         reason: reason as squeue prints it.
         job: id of the job.
-        run: argument of ``launch.cancel``.
+        run: run folder, as an argument of ``launch.cancel``.
     """
     said = reason.replace("_", " ")
     for pattern, meaning, fix in LASTING:

@@ -466,7 +466,8 @@ def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts 
         console: console for what the comparison finds.
 
     Raises:
-        ConfigError: Slurm would refuse a point, or never start it; or a detached run would lose its launcher.
+        ConfigError: Slurm would refuse a point, or never start it; the controller does not answer; ``launch.detach`` is
+            set, and a run is not on Slurm; or ``launch.parallel`` is too large.
     """
     if slurm is not None:
         if slurm.is_away and unfinished(plans) and not configs[0].dry_run:

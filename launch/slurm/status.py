@@ -49,7 +49,7 @@ The agents need longer to be sure that a node is lost (``resilience.node_timeout
 DECISIVE = ("submitted", "moved", "requeued", "agent_started", "started", "agent_ended")
 """Events of which the last one shows whether an agent works on the run, or will do so."""
 PLACED = ("submitted", "moved", "gave_up", "stayed")
-"""Events on where a point waits in the queue. The last of them is valid."""
+"""Events on the candidate at which a point waits in the queue. The last of these events is the current state."""
 
 
 def outcome(events: Events) -> str:
@@ -142,7 +142,7 @@ class RunStatus:
     events_before: int = 0
     """Number of events before this submission."""
     found: Job | None = None
-    """Pending job of the run that the event log does not name; None if there is none."""
+    """Active Slurm job of the run that the event log does not name (``find_unrecorded``); None if there is none."""
     state: str = "pending"
     """State of the run: ``pending``, ``running``, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
@@ -204,7 +204,7 @@ class RunStatus:
         return event and {key: event[key] for key in ("nodes", "asked", "cause")}
 
     def failure(self, attempt: int | None = None) -> dict[str, Any] | None:
-        """Return the first failure of an attempt, by default of the newest attempt; None if there is none."""
+        """Return the event of the first failure of an attempt; None if there is none. ``attempt`` None: the newest."""
         attempt = attempt or max(self.attempts(), default=None)
         return None if attempt is None else first_failure(self.folder.read_events(), attempt)
 

@@ -113,7 +113,7 @@ def depend(plan: Plan, dependency: str, **options: str) -> Plan:
     Args:
         plan: plan of a point.
         dependency: text for sbatch --dependency, such as ``afterany:12:13``.
-        options: further options of sbatch, if the user did not set them.
+        options: further options of sbatch, each used only if the user has not set it.
     """
 
     def add(slurm: dict[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class SlurmState:
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """State of a node: ``slurm`` as Slurm reports it, the other fields as this machine sees them."""
+    """State of a node: ``slurm`` as Slurm reports it, the other fields as found in the processes and cables."""
 
     name: str
     address: str
@@ -180,7 +180,7 @@ class Cluster:
     def slurm(self, *args: str, timeout_s: float = 30.0) -> str:
         """Run a Slurm command on this sandbox, as a user does, and return its output.
 
-        Raises SandboxError if it fails.
+        Raises SandboxError if the command fails.
         """
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
         return run_program(args, timeout_s=timeout_s, env={**clean, **self.env})
@@ -323,7 +323,10 @@ class Cluster:
 
 @contextlib.contextmanager
 def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxNode]:
-    """Yield the node ``name`` for a fault. Raises ConfigError if the node cannot have the fault."""
+    """Yield the node ``name`` for a fault.
+
+    Raises ConfigError if there is no such node, or if it is off; only ``heal`` accepts a node that is off.
+    """
     with opened(cluster.directory) as state:
         if name not in state.nodes:
             names = ", ".join(state.nodes)

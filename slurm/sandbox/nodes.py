@@ -82,7 +82,10 @@ def assign_addresses(state: SandboxState) -> None:
 
 
 def _mac(address: str) -> str:
-    """Return the hardware address for an IP address. A node that returns keeps it, because other nodes remember it."""
+    """Return the hardware address for an IP address.
+
+    A node that is switched on again gets the same hardware address, because other nodes remember the first one.
+    """
     return ":".join(f"{byte:02x}" for byte in (2, 0, *ipaddress.IPv4Address(address).packed))
 
 

@@ -256,9 +256,9 @@ class SandboxState:
 
     @property
     def bridge(self) -> str:
-        """Name of the sandbox's network bridge, with which the names of its cables begin.
+        """Name of the sandbox's network bridge, unique to the sandbox's folder.
 
-        It is unique to the folder.
+        The names of the sandbox's cables begin with this name.
         """
         return f"ssb{hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]}"
 
