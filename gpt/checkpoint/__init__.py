@@ -35,7 +35,7 @@ class Votes:
     two phases: all ranks write, then rank 0 commits."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Name -> number. While a save is in flight, ``done`` and ``failed`` are 1 if this rank has completed its work of
-    the phase with or without success, else 0. All ranks have the same names."""
+    the phase with or without success, else 0. The names are the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ class LoadedCheckpoint:
     is_from_memory: bool = False
     """True if the checkpoint was loaded from the memory of the nodes."""
     fetched_for: str | None = None
-    """Reason why a copy was fetched from ``checkpoint.copy_to``; None if the checkpoint was on the disk."""
+    """Reason why a copy was fetched from ``checkpoint.copy_to``; None if the checkpoint was on the disk or
+    in memory."""
     memory_damage: str | None = None
-    """Text: why no checkpoint in memory was loaded, or which copies of its parts were damaged. None if there is nothing
-    to report."""
+    """Text: for a checkpoint from disk, why none in memory was loaded; for one from memory, which copies of its parts
+    were damaged. None if no copy was damaged, or if checkpoints in memory are not used."""
 
 
 # The manifest of a checkpoint: the size and checksum of every file, and its run and step.
@@ -253,7 +254,8 @@ class Retention:
     """Number of checkpoints with the lowest validation loss to keep. Only checkpoints of evaluated steps count."""
 
     def with_more(self, more: int) -> Retention:
-        """Return a rule with ``last`` larger by ``more``, which may be negative, but at least 1."""
+        """Return a rule with ``last`` larger by ``more``, which may be negative. The new ``last`` is at least 1; a
+        ``last`` of None stays None."""
         return self if self.last is None else dataclasses.replace(self, last=max(1, self.last + more))
 
 

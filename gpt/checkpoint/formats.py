@@ -87,7 +87,7 @@ def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
 
 
 def require_reader(folder: Path) -> None:
-    """Raise ConfigError if DeepSpeed is not installed, which alone can read the checkpoint in ``folder``."""
+    """Raise ConfigError if DeepSpeed is not installed: only DeepSpeed can read the checkpoint in ``folder``."""
     if not is_importable("deepspeed"):
         raise ConfigError(
             f"{folder}, a checkpoint in files of DeepSpeed's own, and no package deepspeed in {sys.executable}",
@@ -99,7 +99,8 @@ def require_reader(folder: Path) -> None:
 def to_universal(original: Path, out: Path) -> Path:
     """Join the shards of the DeepSpeed checkpoint ``original`` to a universal checkpoint in ``out``; return ``out``.
 
-    DeepSpeed runs in another process, because it starts workers, and must not find the environment of this rank.
+    DeepSpeed runs in another process, because it starts workers, and must not find the environment variables of this
+    rank, such as RANK.
 
     Raises:
         RuntimeError: DeepSpeed failed; the message has the end of its output.

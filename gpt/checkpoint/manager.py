@@ -3,7 +3,7 @@
 At most one save is in flight. Its state is staged while all ranks wait, and written and committed during training:
 
     step n        every rank   start: the writer gets a copy of this rank's part, and writes it
-    step n + 1    every rank   poll: this rank's votes, which the step sums over all ranks with its figures
+    step n + 1    every rank   poll: returns this rank's votes; step n + 1 sums the votes of all ranks
                   every rank   advance: once all ranks have written, rank 0's writer commits
     step n + 2    every rank   advance: the commit is done, and the save has an outcome
 

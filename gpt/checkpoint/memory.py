@@ -230,10 +230,10 @@ def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
 
 
 def open_memory(group: dist.ProcessGroup | None, writer: Writer | None) -> MemoryStores | None:
-    """Return the memory stores of all nodes; None if some nodes have no store. Collective.
+    """Return the memory stores of all nodes; None if only some of the nodes have a store. Collective.
 
     Raises:
-        ConfigError: no node has a memory store, or ``writer`` is not a process of its own.
+        ConfigError: no node has a memory store; or ``writer`` is None, or writes in this process.
     """
     own = own_store()
     found = messages.all_gather(own is not None, group)
@@ -278,7 +278,7 @@ class HeldFiles(FileSystem):
     Args:
         held: the checkpoint.
         stores: the memory stores of all nodes.
-        stack: gets the connections, and closes them.
+        stack: closes the connections to the stores when the caller closes the stack.
     """
 
     def __init__(self, held: _HeldSave, stores: MemoryStores, stack: ExitStack) -> None:

@@ -48,8 +48,8 @@ def broadcast(message: bytes, group: dist.ProcessGroup | None) -> bytes:
 
 
 def gather_bytes(message: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
-    """Return the messages of all ranks of a gloo group, in the order of ranks, on every rank. Collective. They may
-    differ in length."""
+    """Return the messages of all ranks of a gloo group, in the order of ranks, on every rank. Collective. The
+    messages may differ in length."""
     ranks = dist.get_world_size(group)
     sizes = [torch.zeros((), dtype=torch.int64) for _ in range(ranks)]
     dist.all_gather(sizes, torch.tensor(len(message)), group=group)
@@ -225,7 +225,9 @@ def run_on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) 
 
 
 def first_failure(own: str | None, group: dist.ProcessGroup | None) -> str:
-    """Return ``rank N: ERROR`` for the lowest rank that has failed, on every rank. Collective. Some rank has failed.
+    """Return ``rank N: ERROR`` for the lowest rank that has failed, on every rank. Collective.
+
+    Call this only if at least one rank has failed.
 
     Args:
         own: error of this rank as text; None if this rank has not failed.

@@ -233,7 +233,7 @@ class Target:
 
 
 def target_of(url: str, run_folder: Path) -> Target:
-    """Return the place of a run's copies: below ``url``, in a folder ``NAME/POINT`` like the end of the run's path."""
+    """Return the target for the copies of a run: a folder below ``url`` with the last two names of ``run_folder``."""
     return Target(url, f"{run_folder.parent.name}/{run_folder.name}")
 
 
@@ -343,6 +343,6 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
 
 
 def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
-    """Return ``damage``; or None if the folder ``path`` no longer exists, because then its deletion looked like
-    damage."""
+    """Return ``damage``; or None if the folder ``path`` no longer exists: then files were missing because the
+    checkpoint was deleted, not because it is damaged."""
     return damage if path.exists() else None

@@ -324,7 +324,8 @@ class ProcessWriter(Writer):
 def open_writer(asynchronous: bool, beat: Callable[[], None]) -> Iterator[Writer]:
     """Return a context that yields this rank's writer of checkpoints, and closes it at its end.
 
-    With ``asynchronous`` the writer is a process of its own, on Linux. ``beat`` is called about once a second while the
+    With ``asynchronous`` the writer is a process of its own on Linux; otherwise, and on other systems, this process
+    writes while training waits. ``beat`` is called about once a second while the
     end of the context waits for submitted jobs and for the upkeep of checkpoints.
     """
     writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else Writer()

@@ -461,8 +461,8 @@ def check_tf32(config: TrainConfig) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Return True if a Python package is installed with its metadata. A leftover folder of its name, such as wandb
-    leaves, does not count."""
+    """Return True if a Python package is installed with its metadata. A folder that only has the name of the
+    package does not count, such as the folder ``wandb`` with the files of runs."""
     try:
         return bool(version(package))
     except PackageNotFoundError:

@@ -122,8 +122,8 @@ LORA_TARGETS = {
 }
 """Value of ``lora.targets`` -> module of a block."""
 CACHED = 2**16
-"""Size of the caches of functions that take a model config, in results. A search for layouts calls such functions
-thousands of times with the same few models."""
+"""Largest number of results that each cached function of a model config keeps. A search for layouts calls such
+functions thousands of times with the same few models."""
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
 # ruff: noqa: UP007, UP045
@@ -314,8 +314,8 @@ class ModelConfig:
         return self.window is not None and (self.global_every is None or (layer + 1) % self.global_every > 0)
 
     def of_layer(self, layer: int) -> ModelConfig:
-        """Return the config of the layer with this number, from 0: without a window for a global layer, and with
-        ``rope_base_local`` for a layer with a window."""
+        """Return the config of the layer with this number, from 0: without a window for a global layer. For a
+        layer with a window, ``rope_base_local``, if it is set, is the ``rope_base``, without ``rope_scaling``."""
         if not self.is_local(layer):
             return self if self.window is None else replace(self, window=None)
         if self.rope_base_local is None:

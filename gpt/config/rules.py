@@ -123,8 +123,8 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_custom_parts(model: ModelConfig) -> None:
-    """Raise ConfigError unless every part is built in or can be the name of a class of the user. The module of the
-    class is not imported."""
+    """Raise ConfigError unless every part is built in or can be the name of a class of the user; also if ``options`` is
+    set and no part is a class of the user. The module of the class is not imported."""
     for key, name in model.custom_parts.items():
         check_custom_name(f"model.{key}", name, PARTS[key].__members__)
     if model.options and not model.custom_parts:
@@ -176,7 +176,8 @@ def check_latent(model: ModelConfig) -> None:
 
 
 def check_rope(model: ModelConfig) -> None:
-    """Raise ConfigError if the head width is odd with rotary embeddings, or keys of their scaling are missing."""
+    """Raise ConfigError if the head width is odd with rotary embeddings, or if keys of the scaling of their frequencies
+    are missing or contradict each other."""
     if model.position is Position.rope and model.rotary_width % 2:
         raise ConfigError(
             f"model.position=rope with heads {model.rotary_width} wide",
@@ -214,7 +215,8 @@ def check_rope(model: ModelConfig) -> None:
 
 
 def check_window(model: ModelConfig) -> None:
-    """Raise ConfigError if keys of layers with a window are set without a window, or without rotary positions."""
+    """Raise ConfigError if ``global_every`` or ``rope_base_local`` is set without ``window``, or ``rope_base_local``
+    without rotary positions."""
     check_numbers("model.", model, ("window", "rope_base_local"), global_every=(2, INF))
     if model.window is None:
         for key in ("global_every", "rope_base_local"):
@@ -261,7 +263,8 @@ def check_block(model: ModelConfig) -> None:
 
 
 def check_activation(model: ModelConfig) -> None:
-    """Raise ConfigError unless the activation is the one that ``swiglu`` or ``geglu`` implies."""
+    """Raise ConfigError if the feed-forward layer is ``swiglu`` or ``geglu``, and the activation is not one that
+    belongs to it."""
     # The names of these layers imply their activations (arXiv 2002.05202). With another activation, the layer would
     # have the name of a different known layer.
     fitting = {

@@ -184,8 +184,10 @@ def _val_samples(corpus: Corpus, block_size: int) -> int:
 
 
 def ensure_tokens(config: DataConfig, cache: Path, val_tokens: int = 0) -> Tokens:
-    """Return the tokens of the corpus. A small corpus that is not prepared yet is prepared in ``cache``; of a stream,
-    its first ``val_tokens`` validation tokens.
+    """Return the tokens of the corpus. A small corpus that is not prepared yet is prepared in ``cache``.
+
+    The training tokens of a stream are made during training. Only its first ``val_tokens`` validation tokens are made
+    by this call, in ``cache``.
 
     Raises:
         ConfigError: the text is missing or changed during reading, the corpus must be prepared before training, or

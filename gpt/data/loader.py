@@ -224,7 +224,7 @@ class Samples:
     def val_bytes(self, sequences: int) -> float | None:
         """Return an estimate of the bytes of text in the first ``sequences`` validation samples; None if unknown.
 
-        It uses the mean bytes per token of the validation split of each source.
+        The estimate uses the mean bytes per token of the validation split of each source.
         """
         total = 0.0
         for count, source in zip(samples_per_source(sequences, self._weights), self._sources, strict=True):
@@ -280,8 +280,8 @@ class BatchPrefetcher:
 
     Args:
         samples: source of the batches.
-        batch: split of the global batch.
-        data_rank: index of this rank's part of each batch.
+        batch: sizes of the global batch, and of the part of it that each rank gets.
+        data_rank: index of this rank's part of each batch, from 0.
         last_step: last step of the run.
         device: device of the training. For a GPU the batches are in pinned memory, and are copied asynchronously.
     """

@@ -214,7 +214,8 @@ class TextPlace(NamedTuple):
 class Stream:
     """Training samples of a corpus that is tokenized while it is read.
 
-    Samples with ascending indices are read quickly. For a lower index, reading begins again at an earlier buffer.
+    ``data.shuffle_buffer`` consecutive windows of the text are a buffer: its samples are shuffled together. Samples
+    with ascending indices are read quickly. For a lower index, reading begins again at an earlier buffer.
 
     Args:
         spec: the text to read.

@@ -165,8 +165,8 @@ def tokenize_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Pat
 def _has_enough_text(spec: PreprocessingSpec, shard: Shard, before: int) -> bool:
     """Return True if a shard is not needed, because the shards before it have ``data.max_bytes`` bytes of text.
 
-    ``before`` is the number of bytes in the shards from ``shard.first`` up to this one. False for a source without
-    documents, because ``build_spec`` has already cut its text.
+    ``before`` is the number of bytes in the shards from ``shard.first`` up to this one. The result is False for a
+    source without documents, because ``build_spec`` has already cut its text.
     """
     if spec.config.max_bytes is None or not spec.splits_documents or shard.split is VAL:
         return False

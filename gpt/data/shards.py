@@ -149,7 +149,7 @@ class TextPart(NamedTuple):
     start: int
     """First byte of a text or jsonl file, row group of a parquet file, file of a dataset, or walk of a Markov chain."""
     stop: int
-    """First one after the part; for a dataset the number of its files."""
+    """First byte, row group or walk after the part; for a dataset the number of files of the split."""
     split: int | None = None
     """TRAIN or VAL; None if the split is chosen for each document."""
     size: int = SHARD_BYTES
@@ -168,7 +168,8 @@ class Shard:
     """Number of the shard in the order of the corpus, from 0."""
     parts: tuple[TextPart, ...]
     first: int = 0
-    """Number of the first shard of the same files: of ``data.val_path``, which come first, or of the others."""
+    """Number of the first shard of the same files: 0 for the files of ``data.val_path``, whose shards come first; for
+    other files the number of shards of ``data.val_path``."""
 
     @property
     def split(self) -> int | None:

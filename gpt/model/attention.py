@@ -424,7 +424,7 @@ class LatentAttention(Attention):
     section 2.1).
 
     A head has a part that is not rotated, and a part that is. All heads share the rotated part of the keys. A cache
-    keeps only the latent and this shared part. R width of the latent, P width of the rotated part.
+    keeps only the latent and this shared part. In shapes, R is the width of the latent, and P that of the rotated part.
     """
 
     def add_inputs(self, config: ModelConfig) -> None:

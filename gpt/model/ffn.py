@@ -261,7 +261,8 @@ class MixtureOfExperts(nn.Module):
         return self.experts(x_RD, ends_E, self.has_fixed_places)
 
     def auxiliary_loss(self, logits_BTE: Tensor, scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
-        """Compute the sum of balance loss and z-loss, (): each weighted, summed over the sequences, and scaled.
+        """Compute the sum of balance loss and z-loss, (): each is multiplied by its weight in the config, summed over
+        the sequences, and multiplied by the factors of ``set_auxiliary_scale``.
 
         The balance loss of a sequence is the sum over experts of (share of the choices x E) x (mean score). It is 1 if
         all experts are chosen equally often (arXiv 2412.19437, equations 17 to 20). The z-loss is the mean square of

@@ -1,6 +1,7 @@
 """Linear and normalization layers, positions of tokens, and the cross-entropy loss.
 
-Shapes as in gpt/model/gpt.py; in a norm D is the normalized dimension, and N the product of all other dimensions.
+The letters of shapes are listed above the class ``GPT`` in gpt/model/gpt.py. In a norm D is the normalized dimension,
+and N the product of all other dimensions.
 """
 
 from __future__ import annotations
@@ -405,7 +406,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     The inputs are hidden states (N, D), the matrix (V, D), targets (N,), ``loss_and_gradient`` with a bound vocabulary
     size, maybe compiled, and a bool. The bool is False in an evaluation, which needs no gradients: the forward pass of
-    a Function cannot find out.
+    a Function cannot find out whether gradients are needed.
     """
 
     @staticmethod

@@ -189,7 +189,7 @@ class SequenceShard:
         return (self.rank + 1) * chunk, length - self.rank * chunk
 
     def mean(self, x: Tensor) -> Tensor:
-        """Return the mean of ``x`` over the ranks, without a gradient."""
+        """Return the mean of ``x`` over the ranks that share the same sequences, without a gradient. Collective."""
         mean = x.detach().clone()
         with waiting("cp"):
             dist.all_reduce(mean, group=self.group)

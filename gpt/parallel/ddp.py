@@ -30,8 +30,8 @@ from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, ParallelDims
 
 
 GATHER_BYTES = 256 * 2**20
-"""Largest number of bytes that one all-gather gathers. They need memory between two steps, when there are no
-activations."""
+"""Largest number of bytes that one all-gather gathers. This memory is used between two steps, when no activations are
+in memory."""
 
 collectives = torch.ops._c10d_functional
 """torch's functional collectives; those of torch.distributed have new names in torch 2.13."""

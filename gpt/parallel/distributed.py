@@ -75,7 +75,8 @@ class Timeline:
         """Forward and backward passes of pipeline stages, as (name, begin, end). The name is ``bubble`` if the pass
         begins with data from another rank, else ``pp``."""
         self.schedules: list[tuple[str, Moment, Moment]] = []
-        """Runs of a pipeline's schedule, as (name, begin, end)."""
+        """Runs of a pipeline's schedule, as (name, begin, end). The name is ``bubble`` if this rank was receiving data
+        from another rank at the end of the run, else ``pp``."""
         self.is_waiting = False
         """True during a recorded wait: waits inside another wait are not recorded."""
         self.receives = False
@@ -83,7 +84,7 @@ class Timeline:
         self._events: list[torch.cuda.Event] = []
         self.start = self.now()
         self.marks = [self.start]
-        """Three moments: the begin of the step, the end of computing gradients, and the end of the optimizer's
+        """Three moments: the beginning of the step, the end of computing gradients, and the end of the optimizer's
         update."""
 
     def now(self) -> Moment:
@@ -229,7 +230,8 @@ def scheduling() -> Iterator[None]:
 
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-"""Type of device -> backend of the process groups of a mesh. ``set_timeouts`` sets the timeout of the groups."""
+"""Type of device -> backend of the process groups of a mesh. ``set_timeouts`` sets the timeout of these
+groups later."""
 
 
 def build_mesh(dims: ParallelDims, device_type: str) -> DeviceMesh:
@@ -337,8 +339,8 @@ class World:
         return self.rank == 0
 
     def all_reduce(self, values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-        """All-reduce (sum) a tensor in place over the ranks of ``group``, and return it; None means all ranks. A GPU
-        queues it, and the host does not wait."""
+        """All-reduce (sum) a tensor in place over the ranks of ``group``, and return the tensor. A ``group`` of None
+        means all ranks. On a GPU the sum is queued, and the host does not wait."""
         with waiting(WORLD):
             dist.all_reduce(values, group=group)
         return values

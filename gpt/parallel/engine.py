@@ -115,8 +115,8 @@ GROWTH, BACKOFF = 2.0, 0.5
 """Numbers by which the loss scale is multiplied: after ``GROWTH_INTERVAL`` steps without overflow, and after an
 overflow. They are powers of two, so that scaling causes no rounding."""
 GROWTH_INTERVAL = 2000
-"""Number of consecutive steps without overflow after which the scale grows. This number and the three above are those
-of torch."""
+"""Number of consecutive steps without overflow after which the scale grows. This number, ``INITIAL``,
+``GROWTH`` and ``BACKOFF`` have the values of torch's GradScaler."""
 MINIMUM = 1.0
 """Smallest loss scale. Gradients that overflow at this scale are too large without scaling: the run has diverged."""
 

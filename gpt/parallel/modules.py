@@ -191,7 +191,10 @@ def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -
 
 
 def inverse_replicas(grad: Tensor, ranks: int) -> float:
-    """Return 1 / (number of ranks that have the same shard of ``grad`` as this rank). ``ranks`` ranks have shards."""
+    """Return 1 / (number of ranks that have the same shard of ``grad`` as this rank).
+
+    ``ranks`` is the number of all ranks that have ``grad`` or a shard of it.
+    """
     if not isinstance(grad, DTensor):
         return 1 / ranks
     placements = list(enumerate(grad.placements))

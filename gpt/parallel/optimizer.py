@@ -162,8 +162,11 @@ class Exchange:
     def _send(self, given: Sequence[Tensor], taken: Sequence[Tensor], there: list[int], back: list[int]) -> None:
         """Send the tensors ``given`` to other ranks, and fill the tensors ``taken`` with those that arrive. Collective.
 
-        Both are in the order of the other rank; ``there`` and ``back`` are the numbers of elements sent to and received
-        from each rank.
+        Args:
+            given: tensors to send, in the order of the ranks that receive them.
+            taken: tensors to fill, in the order of the ranks that send them.
+            there: number of elements that this rank sends to each rank.
+            back: number of elements that this rank receives from each rank.
         """
         collectives, group = torch.ops._c10d_functional, dist.group.WORLD
         assert group is not None

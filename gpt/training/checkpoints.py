@@ -193,8 +193,11 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
 
 
 def locate(run: Run, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
-    """Return ``batches`` -> and ``samples`` -> ranges of the numbers that the steps ``first`` to ``last`` have used,
-    each a pair of the first and the last number."""
+    """Return the batches and the samples that the steps ``first`` to ``last`` have used.
+
+    The keys of the result are ``batches`` and ``samples``. A value is a list of ranges, each a pair of the first and
+    the last number. Batches are counted from 1, samples from 0.
+    """
     numbers = [run.batches.passed_over.batch_of(step) for step in range(first, last + 1)]
     batches, each = PassedOver().including(numbers).ranges, run.batch.global_batch
     return {"batches": list(batches), "samples": [((a - 1) * each, b * each - 1) for a, b in batches]}
@@ -288,8 +291,8 @@ class CheckpointSchedule:
         self._next_at = time.monotonic() + self._interval_s()
 
     def poll(self) -> Votes:
-        """Return the status of the save in flight on this rank, and on rank 0 whether the next one is due by time. The
-        next step sums these numbers over all ranks."""
+        """Return the status of the save in flight on this rank. If the interval is in minutes or ``auto``, also return
+        ``is_due``: 1 on rank 0 if the next save is due, else 0. The next step sums these numbers over all ranks."""
         votes = self._manager.poll()
         if self._every.steps is not None:
             return votes

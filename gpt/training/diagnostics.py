@@ -27,7 +27,7 @@ from launch.runs.records import StepRecord
 
 
 Interval = tuple[float, float]
-"""(begin, end) of an activity; empty if end <= begin."""
+"""(begin, end) of an activity, in any unit of time; empty if end <= begin."""
 
 MARK = "gpt.training.diagnostics: step"
 WARMUP_STEPS = 2
@@ -78,8 +78,9 @@ def activities(on_gpus: bool) -> list[ProfilerActivity]:
 def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
     """Return the kind of an event of torch's profiler: ``compute``, ``communication``, ``copies``, or an empty text.
 
-    If the run is on GPUs, only events on the GPU count: kernels of NCCL are communication, other kernels compute. On
-    CPUs, torch's operations compute, also copies; gloo's events are communication.
+    If the run is on GPUs, only events on the GPU count: kernels of NCCL are communication, Memcpy and Memset are
+    copies, and other kernels are compute. On CPUs, torch's operations are compute, also those that copy; gloo's events
+    are communication. Other events have no kind, an empty text.
 
     Args:
         name: name of the event.

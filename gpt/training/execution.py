@@ -309,9 +309,9 @@ def state() -> dict[str, str | bool | None]:
 FIRST = 2
 """Number of first steps whose times are not used for the timeout, because they compile and fill caches."""
 MEASURED = 3
-"""Number of steps after these whose times are used."""
+"""Number of steps after the ``FIRST`` ones; the timeout follows from their times."""
 FACTOR = 20
-"""Timeout as a multiple of the longest of these times."""
+"""Timeout as a multiple of the longest time of the ``MEASURED`` steps."""
 LEAST_S = 100.0
 """Shortest timeout in seconds, as in torchtitan: ranks may wait for one that writes a profile or waits for files."""
 

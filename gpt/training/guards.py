@@ -222,11 +222,11 @@ class EarlyStop:
     best: float = math.inf
     """Lowest validation loss so far, in nats per token."""
     best_step: int = 0
-    """Step of this loss; 0 before the first evaluation."""
+    """Step of the loss ``best``; 0 before the first evaluation."""
     waited: int = 0
-    """Number of evaluations since this loss."""
+    """Number of evaluations after ``best_step``."""
     best_per_byte: float | None = None
-    """This loss in nats per byte of text; None if the size of the text is unknown."""
+    """The loss ``best`` in nats per byte of text; None if the size of the text is unknown."""
 
     def add(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
         """Add the validation loss of a step: ``loss`` in nats per token, and in bits per byte of text, or None if the
@@ -263,7 +263,7 @@ class EarlyStop:
         return {"waited": self.waited, **(best if self.best_step else {})}  # JSON has no infinity
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore a result of the method ``state``. The config does not change."""
+        """Restore a result of the method ``state``. The settings of this attempt, in ``config``, stay."""
         self.best, self.best_step = state.get("best", math.inf), state.get("best_step", 0)
         self.waited = state["waited"]
         self.best_per_byte = state.get("best_per_byte")
@@ -315,8 +315,9 @@ factor."""
 STRAGGLER_WINDOW = 20
 """Number of steps over which the times of ranks are averaged to find slow ones."""
 ENDS_AT = 0.5
-"""Share of ``factor - 1`` below which the excess of a slow rank over the median must fall to count as recovered. Below
-1, so that a rank near the limit is not reported again and again."""
+"""A slow rank has recovered if its time per step, without waits for other ranks, is below 1 + ``ENDS_AT`` *
+(``STRAGGLER_FACTOR`` - 1) times the median of the others. ``ENDS_AT`` is below 1, so that a rank near the limit is not
+reported again and again."""
 
 
 @dataclass(frozen=True)

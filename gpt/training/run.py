@@ -239,8 +239,10 @@ def prepare_tokens(config: TrainConfig) -> Tokens:
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
-    """Return the number of this attempt: that of the launcher, or without it the next free number. ``launched`` then
-    writes its records into the run folder. Collective."""
+    """Return the number of this attempt: that of the launcher, or the next free number without the launcher.
+
+    Collective. ``launched``, the launcher's client on this rank, writes its records into the run folder from then on.
+    """
     attempt = launched.attempt if launched.folder is not None else world.on_first(folder.create_attempt)
     launched.open_folder(folder.path, attempt)
     return attempt
@@ -331,7 +333,8 @@ def first_weights(
     Args:
         model: the whole model, which may be on the meta device.
         config: config of the run.
-        folder: folder of the run. If it has a checkpoint, which will replace all weights, they are zeros.
+        folder: folder of the run. If it has a checkpoint, the returned weights are zeros, because the checkpoint will
+            replace them.
         world: all ranks.
 
     Returns:

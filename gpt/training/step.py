@@ -135,7 +135,8 @@ def keep_freed_memory() -> bool:
 
 
 Requests = frozenset[str]
-"""Requests to the run from outside: ``stop`` to end the run, ``save`` to save a checkpoint, both or none."""
+"""Requests to the run from outside: ``stop`` to end the run, ``save`` to save a checkpoint. The set has
+one of them, both or none."""
 
 
 @dataclass
