@@ -359,7 +359,7 @@ TOKENS = {
     "gpt/metrics": 4_750,
     "gpt_launch": 740,
     "hydra_plugins": 2_500,
-    "launch/agent": 32_230,
+    "launch/agent": 32_250,
     "launch/bench_network": 3_710,
     "launch/config": 4_220,
     "launch/doctor": 7_050,
@@ -371,7 +371,7 @@ TOKENS = {
     "launch/slurm": 21_940,
     "launch/storm": 6_450,
     "launch/trace": 1_360,
-    "launch/why": 3_880,
+    "launch/why": 3_940,
     "launch/worker": 6_300,
     "slurm": 7_200,
 }

@@ -316,8 +316,8 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 """Pattern of the line that names an exception in a log without a traceback of Python's own form."""
 WHAT = re.compile(r"^ *what\(\)(:.*)", re.MULTILINE)
 """Pattern of the message that C++ prints for an uncaught exception."""
-TOP = "in <module>"
-"""Text in the first frame of a traceback, if the exception left the program without being caught."""
+TOP = re.compile("in <module>|HYDRA_FULL_ERROR")
+"""Pattern in a traceback, if the exception left the program without being caught. Hydra leaves that frame out."""
 UNCAUGHT = re.compile(r"((?:^\[rank\d+\]:(?: .*)?\n?)+)\s*(?:\Z|^terminate called)", re.MULTILINE)
 """Pattern of the traceback with which torch ends the log of a rank that leaves. The prefix stands only there.
 
@@ -487,6 +487,6 @@ def failure_message(status: int, log: Path, error: Mapping[str, Any]) -> tuple[s
         return f"{raised} (then ended by {name})" if raised else f"killed by {name}{what}", end
     chain = exceptions_in(end)
     last = [one.line for one in chain] or LAST_LINE.findall(end)
-    if status == 1 and chain and not any(TOP in one.stack for one in chain):
+    if status == 1 and chain and not TOP.search(failure_in(end)) and not end.rstrip().endswith(chain[-1].line):
         last = []  # The program printed an exception that it caught, and left later.
     return (f"{last[-1]} (exit status {status})" if last else f"exit status {status}"), end

@@ -178,7 +178,7 @@ def skipped_text(events: Events) -> str | None:
 
 ECHO = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|connect timeout|recv.*timed? ?out|DistBackendError|"
-    r"NCCL|socket.*error|ProcessGroup.*(abort|timeout)|timed out waiting|connectFullMesh|DistNetworkError|"
+    r"NCCL|socket.*error|ProcessGroup.*(abort|timeout)|timed out waiting|connectFullMesh|Dist(Network|Store)Error|"
     r"rank .* failed",
     re.IGNORECASE,
 )

@@ -120,6 +120,11 @@ class RankFacts:
         return "" if self.own is None else f"{Path(self.own.file).name}:{self.own.line}"
 
     @property
+    def code(self) -> str:
+        """Innermost line of the stack; empty if it is not known."""
+        return linecache.getline(self.frames[0].file, self.frames[0].line).strip() if self.frames else ""
+
+    @property
     def collective(self) -> str:
         """Name of the collective in which the rank waits; empty if the rank waits in none."""
         if self.cause.startswith(("stopped", "frozen")):
@@ -129,6 +134,8 @@ class RankFacts:
             return inside[-1]
         if not self.frames:
             return "" if self.dump.get("done", True) else str(self.dump["name"])
+        if ".wait(" in self.code and self.own == self.frames[0]:  # Python's own waits have a frame of their own
+            return "an asynchronous collective"
         # DDP reduces gradients inside the backward pass.
         in_backward = self.frames[0].function == "_engine_run_backward" and not self.state.startswith("R")
         return "backward" if in_backward else ""
@@ -140,8 +147,8 @@ class RankFacts:
         The lines are: the cause; ``state`` and the process state; ``at`` and the innermost line of the stack; ``in``
         and the file of each frame.
         """
-        sources = [f"at {linecache.getline(frame.file, frame.line).strip()}" for frame in self.frames[:1]]
-        return "\n".join([self.cause, f"state {self.state}", *sources, *(f"in {frame.file}" for frame in self.frames)])
+        code = [f"at {self.code}"] if self.frames else []
+        return "\n".join([self.cause, f"state {self.state}", *code, *(f"in {frame.file}" for frame in self.frames)])
 
     @property
     def who(self) -> str:

@@ -132,10 +132,7 @@ FULL = (
     r"No space left|Errno 28\b|os error 28\b|quota exceeded|Errno 122|disk is full|Not enough free space|"
     r"\d+ requested and \d+ written|iostream error|unexpected pos \d+ vs|StreamWriter failed writing"
 )
-NO_MEMORY = (
-    r"MemoryError\b|bad_alloc|(can't|cannot|unable to) allocate|Errno 12\b|os error 12\b|malloc of size|"
-    r"^memory allocation of \d+ bytes failed"
-)
+NO_MEMORY = r"MemoryError\b|bad_alloc|(can't|cannot|unable to) allocate|Errno 12\b|os error 12\b|malloc of size"
 GPU_MEMORY = (
     r"(CUDA|HIP|XPU)( error:)? out of memory|OutOfMemoryError|ERROR_OUT_OF_MEMORY|_ALLOC_FAILED|RESOURCE_EXHAUSTED|"
     r"failure 2 'out of memory'"
@@ -150,7 +147,7 @@ NO_WORKER = (
 )
 NO_FILE = r"^(?!handled).*(FileNotFoundError|No such file|NoSuchKey|unable to open database file|os error 2\b)"
 SERVICE = (
-    r"^(?!handled).*(\bConnect\w*(Error|Timeout)|Disconnected|Max retries|ReadTimeout|gaierror|name resolution|"
+    r"^(?!handled).*(Connect\w*(Error|Timeout)|Disconnected|Max retries|ReadTimeout|gaierror|name resolution|"
     r"Name or service|No route to host|Network is unreachable|Connection timed out|TimeoutError: .*timed out)"
 )
 # Lines of stacks and states of a rank that waits. State R, which runs, waits for nothing.

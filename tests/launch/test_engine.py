@@ -133,6 +133,9 @@ def test_a_failure_is_the_whole_traceback_that_ended_the_program(tmp_path: Path)
     assert failure_message(1, log, {})[0] == "ExceptionGroup: two (1 sub-exception) (exit status 1)"
     log.write_text(f"{head}{frame.format(3, 'caught')}KeyError: 'a'\nlicense has run out\n")
     assert failure_message(1, log, {})[0] == "exit status 1"
+    for end in ("", "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.\n"):
+        log.write_text(f"{head}{frame.format(3, 'main')}KeyError: 'a'\n{end}")
+        assert failure_message(1, log, {})[0] == "KeyError: 'a' (exit status 1)"
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,7 @@ TABLE: list[tuple[str, list[dict[str, Any]], str]] = [
     *(
         ("network", [raises(1, error, echo="efused" in error)], "a connection of the program's own")
         for error in (
+            "botocore.exceptions.EndpointConnectionError: Could not connect to the endpoint URL",
             "ConnectionRefusedError: [Errno 111] Connection refused",
             "TimeoutError: timed out",
             "urllib.error.URLError: <urlopen error [Errno -2] Name or service not known>",
@@ -351,6 +352,14 @@ def test_facts_and_their_verdict(kind: str, events: list[dict[str, Any]], part: 
     assert part in verdict.sentence
     assert not re.search(r"\{|None", verdict.sentence + verdict.fix)
     assert len(verdict.evidence) > 0 and all(text for text, _ in verdict.evidence)
+
+
+def test_a_wait_for_an_asynchronous_collective_is_no_lock(tmp_path: Path) -> None:
+    (program := tmp_path / "train.py").write_text("work = dist.all_reduce(x, async_op=True)\nwork.wait()\n")
+    stack = STACK.format(f'  File "{program}", line 2 in step')
+    verdict = find_verdict(folder_with(tmp_path / "run", [hung(0, stack), hung(1, IN_CODE, state="R 0")]))
+    assert verdict is not None and (verdict.kind, verdict.rank) == ("slow_cpu", 1)
+    assert "rank 0 on n0 waits in an asynchronous collective (train.py:2)" in verdict.sentence
 
 
 def test_the_table_above_has_every_kind_of_rule_with_a_sentence() -> None:
