@@ -408,8 +408,27 @@ def main(words: Sequence[str] | None = None) -> int:
     return int(any(trial.outcome != "right" for trial in trials if not trial.planted.kinds))
 
 
-FALLS_SHORT = """The rules of all kinds were written before the program with the faults, by the same author, and were
-not fitted to single faults. Two findings of the first trials changed what the agents record: the prefix `[rank0]: ` of
+FALLS_SHORT = """Two further programs have faults that were written from docs/troubleshooting.md without a look
+at the rules, and the rules were written without a look at these faults. Several faults allow two or three kinds.
+They ran on 2026-11-27 on 2 cores of AMD EPYC that had other work (load 5 to 20), with 2 or 3 ranks:
+
+| program, unseen | rules of | faults | kind right | none, `unknown` | wrong | rank right | line right | healthy |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| held_out.py | 2bb6ea0 | 150 | 128 (85 %) | 5 | 17 | 134 of 134 | 92 of 96 | 20 of 22 |
+| held_out_two.py | 10f4c9d | 74 | 69 (93 %) | 1 | 4 | 66 of 67 | 43 of 50 | 9 of 9 |
+
+Healthy: runs without a fault that ended without a verdict. The first row has runs with a limit of 5 s; 24
+programs that the load or their own mistakes had disturbed ran again,
+with 12 or 20 s, which is to the advantage of this row. Two healthy programs had a mistake, and really lost their
+weights to NaN. Then the rules were widened, and the second program ran, once for each fault, with a limit of 12 s.
+Wrong in it: two exceptions whose text has words of a full disk or of NaN, and two reads of a pipe that nobody fills or
+empties, which were expected as `slow_disk` and called `elsewhere`, "not network". A process that was suspended for a
+while made no failure, and so no verdict. A step of the clock was not planted. The goal of 95 % is missed by one or two
+runs.
+
+For the table above, the rules of all kinds were written before the program with the faults, by the same
+author, and were not fitted to single faults. Two
+findings of the first trials changed what the agents record: the prefix `[rank0]: ` of
 torch's tracebacks hid exceptions of scripts, and the message of an exception in C++ (`size`) was not part of the cause.
 A third one changed the rule `network`: it overlooked ranks whose traceback equals that of another one (`lost_link`).
 While these runs went on, reads of fields that an event log may lack were made tolerant; no rule changed.
