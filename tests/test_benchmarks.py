@@ -202,10 +202,11 @@ def test_a_refusal_has_to_keep_its_status_and_to_name_the_value_as_a_word_of_its
     assert golden.differences[0] == "before: exit status 2, after: exit status 1"
 
 
-HELD_OUT = sorted((ROOT / "tests" / "support" / "programs").glob("held_out*.py"))
+PROGRAMS = ROOT / "tests" / "support" / "programs"
+OTHERS = [*sorted(PROGRAMS.glob("held_out*.py")), PROGRAMS / "public.py"]
 
 
-@pytest.mark.parametrize("program", [causes.PROGRAM, *HELD_OUT], ids=lambda path: path.stem)
+@pytest.mark.parametrize("program", [causes.PROGRAM, *OTHERS], ids=lambda path: path.stem)
 def test_planted_faults_expect_kinds_of_the_page_and_have_the_lines_that_they_name(program: Path) -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     table = page.partition("| kind | what it means |")[2].partition("\n\n")[0]

@@ -343,7 +343,7 @@ def plan(args: argparse.Namespace, program: Path) -> list[tuple[Planted, Fault]]
     if args.only:
         names = chosen(args.only, list(faults)) * args.runs
     else:
-        names = loud * args.runs + [quiet[number % len(quiet)] for number in range(args.quiet)]
+        names = loud * args.runs + [quiet[number % len(quiet)] for number in range(args.quiet if quiet else 0)]
     drawn = []
     for name in names:
         fault, ranks = faults[name], draw.choice(RANKS)

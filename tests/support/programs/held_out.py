@@ -818,8 +818,7 @@ class Samples(Dataset[torch.Tensor]):
         return row if changed is None else changed
 
 
-def train(name: str, at: int, where: int, folder: Path) -> None:
-    known = FAULTS[name]
+def train(known: Fault, at: int, where: int, folder: Path) -> None:
     assert known.make is not None
     run = worker.attach(handle_signals=known.options.get("handle_signals", True))
     torch.manual_seed(1)
@@ -863,4 +862,4 @@ def train(name: str, at: int, where: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    train(FAULTS[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
