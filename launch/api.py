@@ -232,9 +232,12 @@ class Job:
     def wait(self, timeout: float | None = None) -> str:
         """Wait until the run ends, at most ``timeout`` seconds (None: no limit), and return its state.
 
+        The state is one of ``launch.slurm.status.OVER``, such as ``finished``, ``failed`` and ``cancelled``. A failed
+        run raises nothing here.
+
         Raises:
             TimeoutError: the run has not ended in time.
-            JobFailedError: the process that should start the ranks ended before the run.
+            JobFailedError: the process that starts the ranks ended before it could start them.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while (state := self.status) not in OVER:

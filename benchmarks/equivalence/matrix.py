@@ -177,7 +177,10 @@ def type_commands(python: str, commands: Sequence[Sequence[str]], kind: str) -> 
 
 
 def run_tests(python: str, words: Sequence[str]) -> str:
-    """Run tests of this checkout and return pytest's last line. Failures are printed to standard error."""
+    """Run tests of this checkout and return pytest's last line. Failures are printed to standard error.
+
+    ``words`` are further arguments of pytest, such as files and ``-k NAME``.
+    """
     done = run(python, "-m", "pytest", "-q", "-n", "2", *words, check=False)
     if done.returncode:
         print(done.stdout, file=sys.stderr, flush=True)

@@ -80,7 +80,10 @@ def host_waits_of_a_step() -> tuple[str, bool]:
 
 
 def fsdp_gathers() -> tuple[str, bool]:
-    """Return row A2: the all-gathers of FSDP for a Llama of five blocks whose head has its own matrix."""
+    """Return row A2, and whether it is as expected: the number of all-gathers of FSDP, and the size of the first.
+
+    The model is a Llama of five blocks whose head has its own matrix.
+    """
     model = small(**LLAMA, n_layer=fsdp.BLOCKS)
     with fake_ranks(fsdp.RANKS) as mesh:
         forward, backward = fsdp.gathers(fsdp.sharded(model, mesh))

@@ -415,9 +415,9 @@ def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) ->
 
 
 def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
-    """Return split of a shard -> largest number of bytes of text that the corpus uses. Other shards have no limit.
+    """Return split -> largest number of bytes of text that the corpus uses, of all shards of this split together.
 
-    The key None is for shards whose documents are divided between training and validation.
+    The keys are TRAIN, VAL, and None for shards whose documents are divided between both. Other splits have no limit.
     """
     limit = spec.config.max_bytes  # the spec already limits single texts
     if limit is None or not spec.splits_documents:

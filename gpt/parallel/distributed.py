@@ -215,7 +215,10 @@ def receiving() -> None:
 
 @contextmanager
 def scheduling() -> Iterator[None]:
-    """Return a context that is recorded as one run of a pipeline's schedule."""
+    """Return a context for one run of a pipeline's schedule. The step's timeline records begin and end of the context.
+
+    Nothing is recorded if no timeline is active.
+    """
     timeline = _current
     if timeline is None:
         yield

@@ -62,7 +62,7 @@ class RankMemory:
     """
 
     parameters: int = 0
-    """Weights in fp32; with DeepSpeed in bf16, the bf16 weights."""
+    """Bytes of the weights in fp32; with DeepSpeed in bf16, of the bf16 weights."""
     gradients: int = 0
     """Gradients of these weights, sharded as the strategy shards them."""
     optimizer: int = 0
@@ -155,8 +155,10 @@ def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> R
 
 
 def pieces(shards: ParameterShards) -> list[tuple[ParameterShard, int]]:
-    """Return for each parameter of a block, and for each outside of the blocks: its shard, and the number of such
-    parameters on the rank."""
+    """Return the shard of each parameter, and how many equal parameters the rank has.
+
+    The parameters of one block stand for those of all blocks of the rank. A parameter outside of the blocks has 1.
+    """
     return [(p, shards.layers) for p in shards.block] + [(p, 1) for p in shards.around]
 
 

@@ -217,7 +217,7 @@ class TorchrunEngine:
         return self._ends
 
     def _read_ends(self, status: int) -> Mapping[int, int | None]:
-        """Return the exit statuses of the ranks after torchrun has failed with ``status``."""
+        """Return rank -> exit status, after torchrun has failed with ``status``; None for a rank that it has killed."""
         printed = self._output.read_text(errors="replace")
         failed = {self._numbers[int(local)]: int(code) for local, code in FAILED_RANK.findall(printed)}
         if not failed:

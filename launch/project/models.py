@@ -168,7 +168,7 @@ class StepParts:
 
 @dataclass(frozen=True)
 class Model:
-    """A fitted model of the time of a step."""
+    """A model of the time of a step on any number of nodes, fitted to measured numbers of nodes."""
 
     text: str
     """Sentence about the fit, for people."""

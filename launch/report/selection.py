@@ -37,7 +37,7 @@ class Selection:
     parts: tuple[Selection, ...] = ()
     """In a comparison, the selections to compare, in the order of the command; else empty."""
     out: Path | None = None
-    """Folder for the files of the report; None for the usual folders."""
+    """Folder for the files of the report; None for the folder of the run or sweep."""
 
     @property
     def stem(self) -> str:

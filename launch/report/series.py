@@ -44,7 +44,7 @@ def batch_text(environment: Environment) -> str | None:
 
 
 def work_text(work: float, unit: str | None) -> str:
-    """Return an amount of work as text for people, such as 1,024 samples."""
+    """Return an amount of work as text for people, such as 1,024 samples. Without a unit: units of work."""
     number = f"{work:,.0f}" if work == round(work) or work >= 1000 else f"{work:.3g}"
     return f"{number} {unit or 'units of work'}"
 

@@ -203,9 +203,9 @@ class HeartbeatFile:
     def ask(self, request: Request, limit_s: float) -> bool:
         """Count a poll of ``request``, and return whether the rank must obey the request now.
 
-        A stop returns True from the agreed poll on, a save only at the agreed poll. While the agents still agree on the
-        poll, this method waits at most ``limit_s`` seconds. After that it returns True for a stop, which is certain,
-        and False for a save.
+        A stop returns True from the agreed poll on, a save only at the agreed poll. If the agents have not yet agreed
+        on a poll, this method waits for them, at most ``limit_s`` seconds. After that it returns True for a stop,
+        because the rank has to stop in any case, and False for a save.
         """
         words = self._requests[request]
         calls = words[CALLS] + 1
@@ -250,7 +250,10 @@ class HeartbeatFile:
         self._requests[request][HOLD] = ticket
 
     def set_at(self, request: Request, call: int, cause: int = 0) -> None:
-        """Set the number of the poll at which the rank obeys ``request``, and the ``cause`` of a stop."""
+        """Set the poll at which the rank obeys ``request``. ``call`` is the number of the poll, from 1.
+
+        ``cause`` of a stop is the number of its signal, or FROM_FILE; 0 for a save.
+        """
         if request is Request.stop:
             self._words[CAUSE] = cause
         self._requests[request][AT] = call

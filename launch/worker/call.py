@@ -155,7 +155,10 @@ def requeue_by_checkpoint(call: Call, run_dir: Path, rank: int) -> None:
 
 
 def main() -> int:
-    """Make the call as one rank, and store its result. An exception of the function ends the process."""
+    """Call the function of ``launch.api.submit`` as one rank, and store its result in the run folder.
+
+    Returns the exit status, 0. An exception of the function is stored, too, and then ends the process.
+    """
     run_dir, rank = Path(os.environ["LAUNCH_RUN_DIR"]), int(os.environ["RANK"])
     attempt = int(os.environ["LAUNCH_ATTEMPT"])
     requeued = run_dir / RESULTS / NEXT_CALL
