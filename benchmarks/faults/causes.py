@@ -426,6 +426,10 @@ empties, which were expected as `slow_disk` and called `elsewhere`, "not network
 while made no failure, and so no verdict. A step of the clock was not planted. The goal of 95 % is missed by one or two
 runs.
 
+Healthy programs ran 240 times more at commit f7f4c54, in a clean clone, three at a time, with a limit of 20 s
+(`--only none --runs 80 --seed 7`, and each healthy program of the two files 8 times): all ended with status 0 and
+without a verdict.
+
 For the table above, the rules of all kinds were written before the program with the faults, by the same
 author, and were not fitted to single faults. Two
 findings of the first trials changed what the agents record: the prefix `[rank0]: ` of
