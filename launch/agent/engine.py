@@ -36,7 +36,7 @@ END_S = 30.0
 
 @dataclass(frozen=True)
 class NodeRanks:
-    """What an engine needs to start the ranks of one node in one attempt."""
+    """The ranks of one node in one attempt: program, variables and folders, with which an engine starts them."""
 
     args: Sequence[str]
     """Program and arguments, the same for each rank."""
@@ -225,7 +225,7 @@ class TorchrunEngine:
                 log.write("\n".join(printed.splitlines()[-30:]) + "\n")
             return dict.fromkeys(self._numbers, status)
         ended = {rank for rank, code in failed.items() if code == -signal.SIGTERM}
-        if len(ended) == len(failed):  # A SIGTERM of somebody else was the failure.
+        if len(ended) == len(failed):  # A SIGTERM from outside was the failure.
             ended = set()
         return {rank: None if rank in ended else failed.get(rank, 0) for rank in self._numbers}
 

@@ -239,8 +239,8 @@ def enter_failure(
         trace: traceback, or the end of the rank's log.
         step: last step of the rank; None if unknown.
         more: further fields: for a hung rank ``hung=True`` and ``since``, the Unix time of its last progress;
-            ``same_as``,
-            the rank of this host that has recorded the same traceback, which is then left out; None if there is none.
+            ``same_as``, the rank of this host that has recorded the same traceback, which is then left out; None if
+            there is none.
     """
     more = {name: value for name, value in more.items() if value is not None}
     if cause.startswith(f"{ConfigError.__name__}: found:"):

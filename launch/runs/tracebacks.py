@@ -64,5 +64,5 @@ def exceptions_in(text: str) -> list[Raised]:
 
 def failure_in(text: str) -> str:
     """Return the part of ``text`` with its last failure: the tracebacks of an exception and of all its causes."""
-    blocks = text[-LONGEST:].split(HEADER)
-    return HEADER.join(["", *blocks[-len(exceptions_in(text)) :]]) if exceptions_in(text) else ""
+    number, blocks = len(exceptions_in(text)), text[-LONGEST:].split(HEADER)
+    return HEADER.join(["", *blocks[-number:]]) if number else ""

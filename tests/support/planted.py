@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from launch import worker
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,22 @@ class Fault:
     """Options of the program itself for this fault."""
     words: tuple[str, ...] = ()
     """Words for the command line of the launcher."""
+
+
+@dataclass
+class Scene:
+    """What a fault can change in the rank that it comes on: the state of the program at the step of the fault."""
+
+    run: worker.Run
+    is_faulty: bool
+    """True on the rank of the fault."""
+    step: int
+    """Step of the fault, from 1."""
+    folder: Path
+    """Folder for files of the fault."""
+    model: torch.nn.Module
+    loss: torch.Tensor | None = None
+    """Loss of the present step; None before the first."""
 
 
 def register(faults: dict[str, Fault], *kinds: str, **given: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

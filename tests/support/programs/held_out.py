@@ -34,7 +34,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,7 +44,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from launch import worker
-from tests.support.planted import Fault, register
+from tests.support.planted import Fault, Scene, register
 
 FAULTS: dict[str, Fault] = {}
 fault = partial(register, FAULTS)
@@ -55,18 +54,6 @@ STEPS = 12
 WIDTH = 8
 FOREVER_S = 120.0
 """Longer than any limit of the launcher here; a process that is left behind ends some time."""
-
-
-@dataclass
-class Scene:
-    """What a fault can touch."""
-
-    run: worker.Run
-    is_faulty: bool
-    step: int
-    folder: Path
-    model: torch.nn.Module
-    loss: torch.Tensor | None = None
 
 
 # A worker of the data loader dies.

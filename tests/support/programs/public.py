@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.support.planted import Fault, register
-from tests.support.programs.held_out import WIDTH, Scene, train
+from tests.support.planted import Fault, Scene, register
+from tests.support.programs.held_out import WIDTH, train
 
 FAULTS: dict[str, Fault] = {}
 fault = partial(register, FAULTS)
