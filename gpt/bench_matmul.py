@@ -30,7 +30,8 @@ SIZES = {"cpu": "64,256,1024,2048", "cuda": "64,256,1024,4096,16384"}
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command: measure the rates, and write them. Return the exit status: 0, or 2 if it was refused."""
+    """Run the command: measure the rates, and write them into the file ``--output``. Return the exit status: 0, or 2 if
+    the arguments are refused."""
     parser = CommandParser(
         prog="python -m gpt.bench_matmul",
         description="Measure the rate of matrix products by size on this machine's GPU, or else on its CPUs.",
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budget_s: float) -> float:
-    """Return the median seconds of a product of an (m, k) and a (k, n) matrix, measured for ``budget_s`` seconds."""
+    """Return the median seconds of a product of an (m, k) and a (k, n) matrix. The product is repeated for ``budget_s``
+    seconds."""
     left, right = (torch.randn(shape, device=device).to(DTYPES[precision]) for shape in ((m, k), (k, n)))
     given = {"mm": torch.mm, "left": left, "right": right, "result": left @ right}
     before = torch.backends.cuda.matmul.allow_tf32
@@ -86,7 +88,7 @@ def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budg
 
 
 def circumstances() -> dict[str, Any]:
-    """Return name -> value of the circumstances of a measurement: host, versions, threads and date."""
+    """Return a description of this measurement for its file, name -> value: host, versions, threads and date."""
     return {
         "host": platform.node(),
         "python": platform.python_version(),

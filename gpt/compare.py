@@ -87,7 +87,7 @@ class RunMetrics:
     val_losses: Curve
     """Validation losses."""
     data_sha256: str | None
-    """Checksum of the tokens; None if unknown."""
+    """Checksum of the tokens of the run's corpus; None if unknown."""
     config: dict[str, Any]
     """Config of the run: dotted key -> value."""
     values: dict[str, Any]

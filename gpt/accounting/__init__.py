@@ -43,7 +43,7 @@ class Accelerator:
     has_float8: bool
     """True if the device multiplies 8-bit floating point numbers."""
     words: set[str]
-    """Words that may stand in a short name of the device, in lower case."""
+    """Words, in lower case, that a short name of the device may contain."""
 
     @property
     def half(self) -> Precision:
@@ -66,8 +66,8 @@ VENDOR_WORDS = ("nvidia", "tesla", "geforce", "rtx", "amd", "instinct", "oam")
 VARIANTS = {"ti", "super", "d"}
 """Words that distinguish devices whose names are otherwise equal: an RTX 4080 is not an RTX 4080 SUPER."""
 SXM = "sxm"
-"""Word for the SXM form of a device, as opposed to a PCIe card. A short name without a form, such as H100, means
-SXM."""
+"""Word for the form factor SXM of a device, as opposed to a PCIe card. A short name without a form factor, such as
+H100, means SXM."""
 
 
 def words_of(name: str) -> list[str]:
@@ -99,7 +99,7 @@ def read_accelerators() -> dict[str, Accelerator]:
 
 ACCELERATORS = read_accelerators()
 KNOWN = tuple(device.name for device in ACCELERATORS.values())
-"""Names of known devices, for suggestions."""
+"""Whole names of all devices in ``accelerators.csv``, for suggestions in error messages."""
 
 
 def find(device_name: str) -> Accelerator | None:
@@ -111,8 +111,8 @@ def expand(short_name: str) -> list[str]:
     """Return the whole names of the devices that a short name can mean, such as ``H100``, ``A100-80GB`` or Slurm's
     ``nvidia_h100_80gb_hbm3``.
 
-    Several names if devices differ in memory and the short name does not state it; an empty list for an unknown name.
-    A name without a form, such as ``H100``, means the SXM form.
+    Several names if devices differ in memory and the short name does not state it; an empty list for an unknown name. A
+    name without a form factor, such as ``H100``, means SXM.
     """
     if known := find(short_name):
         return [known.name]
@@ -180,7 +180,7 @@ class Parameters:
     idle: int = 0
     """Of ``ffn``, the parameters of the experts that do not compute a given token."""
     frozen: int = 0
-    """Of all components, the parameters that are not trained with LoRA."""
+    """Of all components, the parameters that training does not change: with LoRA all but those of adapters, else 0."""
 
     @property
     def total(self) -> int:
@@ -261,7 +261,7 @@ def size(shapes: Shapes, prefix: str = "") -> int:
 
 
 def frozen_size(model: ModelConfig, shapes: Shapes) -> int:
-    """Return the number of elements of the tensors that are not trained."""
+    """Return the number of elements of those tensors in ``shapes`` that training does not change, because of LoRA."""
     return size({name: shape for name, shape in shapes.items() if not model.trains(name)})
 
 
@@ -419,7 +419,8 @@ class Flops:
 
     @property
     def causal(self) -> int:
-        """Sum with attention halved, since a causal kernel skips the masked half (as Megatron-LM counts)."""
+        """Sum of all components, with attention halved: a causal kernel skips the masked half (as Megatron-LM
+        counts)."""
         return self.palm - self.attention // 2
 
 
@@ -526,17 +527,16 @@ def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
 
 @dataclass(frozen=True)
 class Utilization:
-    """Rate of computing of one rank, and its share of the peak of the device. Shares are None if the peak is
-    unknown."""
+    """Rate at which one rank computes, and shares of the peak of its device. Shares are None if the peak is unknown."""
 
     tflops_per_s: float
     """Model TFLOP/s by the PaLM convention."""
     mfu_palm: float | None
     """Model FLOPs utilization by the PaLM convention (arXiv 2204.02311, appendix B), 0 to 1."""
     mfu_causal: float | None
-    """MFU with causal attention halved."""
+    """Model FLOPs utilization, 0 to 1, if the FLOPs of causal attention are halved."""
     hfu: float | None
-    """Hardware FLOPs utilization, 0 to 1: includes recomputation (PaLM, as above)."""
+    """Hardware FLOPs utilization by the PaLM convention, 0 to 1: it also counts the FLOPs of recomputation."""
 
 
 def utilization(

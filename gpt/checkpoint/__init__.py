@@ -31,11 +31,11 @@ class Votes:
     """Status of the save in flight on one rank, as numbers. Each training step sums them over all ranks."""
 
     phase: int = 0
-    """Number of the phase to which the numbers belong, counted over all saves; 0 if no save is in flight. A save has
+    """Number of the phase to which ``figures`` belong, counted over all saves; 0 if no save is in flight. A save has
     two phases: all ranks write, then rank 0 commits."""
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Name -> number. While a save is in flight, ``done`` and ``failed`` are 1 if this rank has completed its work of
-    the phase with or without success, else 0. The names are the same on all ranks."""
+    """Name -> number. While a save is in flight, ``done`` is 1 if this rank has completed its work of the phase, and
+    ``failed`` is 1 if its work has failed; otherwise they are 0. The names are the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class LoadedCheckpoint:
     """Reason why a copy was fetched from ``checkpoint.copy_to``; None if the checkpoint was on the disk or
     in memory."""
     memory_damage: str | None = None
-    """Text: for a checkpoint from disk, why none in memory was loaded; for one from memory, which copies of its parts
-    were damaged. None if no copy was damaged, or if checkpoints in memory are not used."""
+    """For a checkpoint from disk: the reason why no checkpoint in memory was loaded. For a checkpoint from memory: the
+    damaged copies of its parts, as text. None if no copy was damaged, or if the run keeps no checkpoints in memory."""
 
 
 # The manifest of a checkpoint: the size and checksum of every file, and its run and step.
@@ -118,7 +118,8 @@ class Manifest:
     time: float
     """Unix time of the save, in seconds."""
     meta: dict[str, Any]
-    """Plain JSON of the caller of the save."""
+    """State of the run that the caller of the save stores with the tensors, as plain JSON: config, position in the
+    data."""
     files: dict[str, FileSum]
     """Path in the folder of the checkpoint -> size and checksum."""
     contents: dict[str, Any] = field(default_factory=lambda: dict(TENSORS))
@@ -210,14 +211,15 @@ def sync_folder(path: Path) -> None:
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    """Return a manifest as JSON, with a checksum of its other keys, which shows damage of the manifest itself."""
+    """Return a manifest as JSON. The key ``sha256`` is the checksum of all other keys; it shows damage of the manifest
+    itself."""
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body | {"sha256": digest}, indent=1) + "\n").encode()
 
 
 def damage_or_raise(error: OSError, name: str) -> str:
-    """Return text on the damage of the file ``name`` that an error of reading shows. Raise ``error`` if it may be
-    temporary."""
+    """Return text on the damage of the file ``name`` if ``error``, raised by reading it, means damage: the file is
+    missing or unreadable. Raise ``error`` if it may be temporary."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
     if error.errno == errno.EIO:  # the disk cannot return the bytes, now or later
@@ -364,8 +366,8 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
 
 
 def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
-    """Delete the checkpoints in ``folder`` that the rule ``keeps`` does not keep. Checkpoints of the steps ``spared``
-    stay."""
+    """Delete the checkpoints in ``folder`` that the rule ``keeps`` does not keep, except those of the steps
+    ``spared``."""
     saved = steps(folder)
     kept = spared | kept_steps(saved, keeps, lambda step: read_manifest(final_for(folder, step)))
     for step in saved:

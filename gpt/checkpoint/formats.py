@@ -194,8 +194,8 @@ class TensorFiles:
     The state is a nested dict of tensors and DTensors. Other formats override the methods. ``collect`` and ``read`` are
     collective.
 
-    Rank 0 plans which rank writes which tensors, while the other ranks wait; the time grows with the number of ranks.
-    The plan is made at the first save, and again if names or shapes change.
+    Rank 0 plans which rank writes which tensors, while the other ranks wait. Planning takes longer with more ranks. The
+    plan is made at the first save, and again if names or shapes change.
     """
 
     _keys = itertools.count()

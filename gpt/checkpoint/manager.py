@@ -41,7 +41,8 @@ from launch.errors import ConfigError
 from launch.runs.folder import NO_ROOM
 
 RETRY_S = 5.0
-"""Seconds from the first failed try of a save to the next one. Each later wait is twice as long."""
+"""Seconds from the first failed try of a save to the next one. Each later wait is twice as long, at most
+``LONGEST_RETRY_S``."""
 LONGEST_RETRY_S = 300.0
 HURRIED_RETRY_S = 1.0
 """Seconds from a failed try of a save to the next one while training waits for the save."""
@@ -243,7 +244,7 @@ class CheckpointManager:
         self._pending = None
 
     def _submit(self, pending: InFlight) -> None:
-        """Make this rank's writer write what this rank saves."""
+        """Make this rank's writer write this rank's part, to the disk or to the memory of the nodes."""
         pending.submit_at = None
         if pending.part is None:
             pending.result = Result(failure=pending.failure)
@@ -370,8 +371,8 @@ class CheckpointManager:
         return folders.steps(self.folder)
 
     def is_new(self) -> bool:
-        """Return True if there cannot be a checkpoint: the folder is empty, and neither checkpoints in memory nor
-        copies are used."""
+        """Return True if the run certainly has no checkpoint to load: the folder is empty, and the run uses neither
+        checkpoints in memory nor copies."""
         if self.memory is not None or self.connect is not None:
             return False
         return run_on_first_rank(lambda: not any(self.folder.glob("*")), self.group)

@@ -28,9 +28,9 @@ from launch.errors import ConfigError
 from launch.worker.memory import Place, StoreClient, Upload, own_store
 
 REPORT = "report.json"
-"""Name of the file, in the part of each rank, with the positions of its tensors in its files. That of rank 0 also has
-the ``meta`` of the save and the index of all tensors. The stores themselves record step, number of ranks, files and
-checksums."""
+"""Name of the file, in the part of each rank, with the positions of the rank's tensors in its files. The report of rank
+0 also has the ``meta`` of the save and the index of all tensors. The stores themselves record step, number of ranks,
+files and checksums."""
 
 
 # Saving: the jobs of a rank's writer.
@@ -46,7 +46,7 @@ class MemorySave:
     world_size: int
     """Number of ranks that save."""
     meta: dict[str, Any]
-    """Plain JSON of the caller of the save."""
+    """``Manifest.meta`` of the checkpoint, as plain JSON."""
     places: tuple[Place, ...]
     """Addresses of the memory stores that get this rank's part."""
     secret: str
@@ -119,8 +119,8 @@ class MemoryStores:
         """Load the newest checkpoint in memory into ``state``, and delete all other checkpoints in memory.
 
         Returns:
-            The description of the checkpoint, and None. If no checkpoint of step ``at_least`` or later can be loaded:
-            None, and the reason as text.
+            (description of the checkpoint, None); or (None, reason as text) if no checkpoint of the step ``at_least``
+            or a later step can be loaded.
         """
         try:
             held = self._find()
@@ -307,7 +307,8 @@ class HeldFiles(FileSystem):
 
 
 class HeldReader(FileSystemReader):
-    """torch's reader of checkpoints, with the index as an argument ``metadata`` instead of a file."""
+    """torch's reader of checkpoints for checkpoints in memory: it gets the index as the argument ``metadata`` instead
+    of a file."""
 
     def __init__(self, metadata: Metadata, files: FileSystem) -> None:
         super().__init__(".")
@@ -315,6 +316,6 @@ class HeldReader(FileSystemReader):
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index."""
+        """Return the argument ``metadata`` of the constructor; other arguments are ignored."""
         self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return self._metadata

@@ -73,20 +73,21 @@ class Target:
         return self._decode(step, self.fs.cat_file(self._file(step, NAME)))
 
     def put(self, path: Path, may_commit: Callable[[], bool]) -> int | None:
-        """Copy a checkpoint, its manifest last. Each file is verified before it is sent; then the sizes of the copies
-        are compared.
+        """Copy a checkpoint, its manifest last. Each file is verified before it is sent; after all files are sent, the
+        sizes of the copies are compared with the manifest.
 
         Args:
             path: folder of the checkpoint.
             may_commit: called just before the manifest is written. If it returns False, the copy stays incomplete.
 
         Returns:
-            The number of bytes of the copied files; 0 if there already is this copy; None if the checkpoint no longer
+            The number of bytes of the copied files; 0 if this copy already exists; None if the checkpoint no longer
             exists.
 
         Raises:
             DamagedError: a file of the checkpoint is damaged.
             PermissionError: ``may_commit`` returned False.
+            OSError: the size of a copy is wrong, or the filesystem failed.
         """
         step = folders.step_of(path)
         try:
@@ -142,7 +143,7 @@ class Target:
             told: called with the number of bytes that were read since the last call.
 
         Returns:
-            One line for each damaged file; None if the copy was deleted in the meantime.
+            One line for each damaged file, empty if there is none; None if the copy was deleted in the meantime.
         """
         try:
             manifest = self.manifest(step)
@@ -186,7 +187,8 @@ class Target:
                 self.remove(later)
 
     def probe(self) -> None:
-        """Write, read and delete a small file in the place of the copies. Any error of the filesystem is raised."""
+        """Write, read and delete a small file in the folder of the copies, as a test. Any error of the filesystem is
+        raised."""
         place = f"{self.root}/.probe_{os.urandom(4).hex()}"
         self._make_folder(self.root)
         self.fs.pipe_file(place, b"probe")
@@ -196,7 +198,7 @@ class Target:
         self._remove_folder(self.root)
 
     def _begun(self) -> list[int]:
-        """Return the steps that have a copy, also an incomplete one, ascending."""
+        """Return the steps that have a complete or an incomplete copy, ascending."""
         self.fs.invalidate_cache()
         try:
             names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=False)]
@@ -241,7 +243,7 @@ T = TypeVar("T")
 
 
 def start_aside(action: Callable[[], T]) -> Future[T]:
-    """Start ``action`` in a thread. Return the future of its result. The thread does not keep the process alive."""
+    """Start ``action`` in a thread. Return the future of its result. The process may end before the thread does."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -343,6 +345,6 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
 
 
 def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
-    """Return ``damage``; or None if the folder ``path`` no longer exists: then files were missing because the
-    checkpoint was deleted, not because it is damaged."""
+    """Return ``damage`` if the folder ``path`` still exists; else None, because files are then missing from a deleted
+    checkpoint, not from a damaged one."""
     return damage if path.exists() else None

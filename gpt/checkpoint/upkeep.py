@@ -24,7 +24,8 @@ from launch.runs.folder import RunFolder, is_newest_attempt, say
 FINISHED_S = 600.0
 """Longest time, in seconds, for which the end of a finished run waits for the copy of the last checkpoint."""
 FIRST_RETRY_S = 5.0
-"""Seconds from the first failed try of a copy to the next one. Each later wait is twice as long."""
+"""Seconds from the first failed try of a copy to the next one. Each later wait is twice as long, at most
+``LONGEST_RETRY_S``."""
 LONGEST_RETRY_S = 300.0
 LAST_TRIES = 3
 """Number of consecutive failed tries of a copy, at the end of training, after which the copy is given up."""
@@ -109,7 +110,8 @@ class Upkeep:
                 return
 
     def _take_requests(self) -> None:
-        """Wait for work, or for the time of the next try of a copy. Take over all work that was added."""
+        """Wait for a request of ``add`` or ``close``, or for the time of the next try of a copy. Then read all waiting
+        requests."""
         wait_s = None
         if self._failures:
             wait_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** (self._failures - 1))
@@ -169,7 +171,7 @@ class Upkeep:
 
     def _copy(self, url: str) -> None:
         """Copy the newest checkpoint to ``url``, and delete copies there, as requested. If this fails, the requests
-        stay for the next try."""
+        stay for the next try, unless the checkpoint is damaged."""
         step = self._copying = self._uncopied
         may_commit = partial(is_newest_attempt, self._plan.folder, self._plan.attempt)
         try:

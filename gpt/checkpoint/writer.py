@@ -1,5 +1,5 @@
-"""Jobs of a save that write to the disk, and the writers that do these jobs: this process, or a second one during
-training."""
+"""Jobs of a save that write to the disk, and writers that do these jobs: in this process while training waits, or in a
+second process during training."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ from launch.runs.process import die_with_parent
 
 @dataclass
 class WriterState:
-    """State that a writer keeps between jobs."""
+    """Objects that a writer keeps between jobs."""
 
     staged: SharedMemory | None = None
-    """Shared memory with the tensors of a staged part; None before the first."""
+    """Shared memory with the tensors of the newest staged part; None before the first staged part."""
     plan: WritePlan | None = None
-    """Newest plan of the tensors that this rank writes; None before the first."""
+    """Newest plan of the tensors that this rank writes; None before the first plan."""
     upkeep: Upkeep | None = None
     """Thread for the upkeep of committed checkpoints, in rank 0's writer; None before the first upkeep."""
 
     def whole(self, part: RankPart | StagedPart) -> RankPart:
-        """Return a part with its tensors. Those of a staged part are views of the shared memory."""
+        """Return a part with its tensors. The tensors of a staged part become views of the shared memory."""
         if isinstance(part, RankPart):
             return part
         assert self.staged is not None
@@ -65,8 +65,8 @@ Job = Callable[[WriterState], Any]
 
 
 def write_rank(temporary: Path, step: int, part: RankPart | StagedPart, is_first: bool, state: WriterState) -> None:
-    """Write what one rank saves into the folder ``temporary``. On rank 0 (``is_first``), first delete the temporary
-    folders of killed saves. ``state`` is that of the writer."""
+    """Write the part of one rank for the checkpoint of ``step`` into the folder ``temporary``. On rank 0
+    (``is_first``), first delete the temporary folders of killed saves. ``state`` is the state of the writer."""
     if is_first:
         folders.begin(temporary, step)
     else:
@@ -105,7 +105,7 @@ def remove_save(temporary: Path, keeps: Retention, frees: bool, state: WriterSta
     """Delete the folder of a failed save. For rank 0, after all ranks have stopped writing into it.
 
     ``frees`` is True if the disk is full. Then one checkpoint fewer than the rule ``keeps`` is kept, but at least one.
-    ``state`` is that of the writer.
+    ``state`` is the state of the writer.
     """
     folders.remove_folder(temporary)
     if frees:
@@ -325,8 +325,8 @@ def open_writer(asynchronous: bool, beat: Callable[[], None]) -> Iterator[Writer
     """Return a context that yields this rank's writer of checkpoints, and closes it at its end.
 
     With ``asynchronous`` the writer is a process of its own on Linux; otherwise, and on other systems, this process
-    writes while training waits. ``beat`` is called about once a second while the
-    end of the context waits for submitted jobs and for the upkeep of checkpoints.
+    writes while training waits. ``beat`` is called about once a second while the end of the context waits for submitted
+    jobs and for the upkeep of checkpoints.
     """
     writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else Writer()
     writer.beat = beat
@@ -340,7 +340,8 @@ def open_writer(asynchronous: bool, beat: Callable[[], None]) -> Iterator[Writer
 
 
 def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None:
-    """Do jobs in the forked writer process, until the rank ends it. This function never returns."""
+    """Do the jobs from ``connection`` in the forked writer process, until the rank ends it. Never returns. ``theirs``
+    is the end of the connection that belongs to the rank, and ``parent`` the process id of the rank."""
     try:
         die_with_parent(parent)
         theirs.close()
@@ -360,7 +361,8 @@ def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None
 
 
 def serve(connection: Connection) -> None:
-    """Receive jobs from a connection and do them, one after another, until the connection is closed."""
+    """Receive jobs from a connection and do them, one after another, until the connection is closed or the rank
+    requests the end."""
     state = WriterState()
     while True:
         try:

@@ -52,9 +52,11 @@ class PartCounts:
     flops: int = 0
     """FLOPs of a forward pass."""
     saved: dict[str, int] = field(default_factory=dict)
-    """``fp32`` or ``half`` -> bytes of activations that the backward pass needs, including the part's input."""
+    """``fp32`` or ``half`` (16 bits), the precision of products -> bytes of activations that the backward pass needs,
+    including the part's input."""
     products: dict[str, int] = field(default_factory=dict)
-    """``fp32`` or ``half`` -> bytes of the results of matrix products."""
+    """``fp32`` or ``half`` (16 bits), the precision of products -> bytes of the results of matrix products, which
+    selective recomputation keeps."""
     parallel: tuple[str, ...] = ()
     """Kinds of parallelism that the class declares to support."""
     on_heads: bool = False
@@ -66,12 +68,12 @@ NOTHING = PartCounts()
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of an optimizer's state."""
+    """Size of an optimizer's state, which grows with the elements and with the number of parameters."""
 
     per_element: float
     """Bytes for each element of a matrix."""
     per_tensor: int
-    """Bytes for each parameter, of any size: a count of steps."""
+    """Bytes for each parameter tensor, whatever its size: a count of steps."""
 
 
 # Import of a part by its name, with a ConfigError if no class fits. Imports the user's module, and torch with it.

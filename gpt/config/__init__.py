@@ -263,7 +263,7 @@ class TrainConfig(RunConfig):
     losses."""
     compile: CompileMode = CompileMode["auto"]
     """Compile every block, the last norm, the output matrix and the loss with torch.compile; needs a C++ compiler on
-    CPUs. Changes the last bits."""
+    CPUs. This changes the last bits of the losses."""
     compile_fullgraph: bool = False
     """End the run if torch.compile cannot compile a whole block, instead of running the rest of the block eagerly."""
     chunked_loss: bool = False
@@ -273,7 +273,8 @@ class TrainConfig(RunConfig):
     """Recompute activations in the backward pass: less memory, and up to a third more computing. The loss does not
     change."""
     deterministic: bool = False
-    """Refuse operations whose result depends on scheduling (torch.use_deterministic_algorithms); costs time on GPUs."""
+    """Refuse operations whose result depends on the order in which threads run (torch.use_deterministic_algorithms).
+    This costs time on GPUs."""
     profile: bool = False
     """Write a trace of three steps of rank 0, from step 5 on, and a table of their time by operation, into the folder
     of the attempt."""
@@ -288,7 +289,8 @@ class TrainConfig(RunConfig):
 
     @property
     def compiles(self) -> bool:
-        """True if ``torch.compile`` is used; False also as long as ``compile`` is ``auto``."""
+        """True if ``compile`` names a mode of ``torch.compile``; False for ``none``, and for ``auto`` as long as the
+        mode is not chosen."""
         return self.compile.name not in ("none", "auto")
 
     @property
@@ -525,7 +527,8 @@ def make_paths_absolute(config: DictConfig) -> None:
 
 
 def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
-    """Set the keys of ``parallel`` to ``values``, and ``optim.max_micro_batch`` to ``micro_batch``, in place."""
+    """Write a chosen parallelism into ``config``, in place: keys of ``parallel`` with ``values``, and ``micro_batch``
+    (sequences) as ``optim.max_micro_batch``."""
     config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
     config.optim.max_micro_batch = micro_batch
 

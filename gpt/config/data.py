@@ -111,7 +111,7 @@ class DataConfig:
     """Corpus of a run: its source, its tokenizer, and its validation split."""
 
     name: Optional[str] = None
-    """Short name of the corpus: the name of its file in configs/data. null takes the name of the source."""
+    """Short name of the corpus, such as the name of its file in configs/data. null takes the name of the source."""
     source: Union[Source, str] = MISSING
     """Name of a built-in source. Or a function of your own, as ``package.module:function`` or as an entry point of the
     group ``gpt.source``: it receives this config and yields documents. See docs/components.md."""
@@ -134,7 +134,7 @@ class DataConfig:
     Not for a folder."""
     val_split: Optional[str] = None
     """source=dataset only: name of the split to validate on. null keeps ``val_fraction`` of the documents of the split
-    ``train`` for validation, and trains on the others."""
+    ``train`` for validation, and trains on the other documents."""
     text_key: str = "text"
     """Field (jsonl), column (parquet) or feature (dataset) with a document's text, or a conversation's messages."""
     conversation_tokens: Optional[int] = None

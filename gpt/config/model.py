@@ -131,7 +131,7 @@ functions thousands of times with the same few models."""
 
 @dataclass
 class LoraConfig:
-    """Adapters of low rank beside frozen weights (LoRA, arXiv 2106.09685)."""
+    """Adapters of low rank, added to frozen weights (LoRA, arXiv 2106.09685)."""
 
     rank: int = 0
     """Rank of the two matrices of each adapter, which alone are trained. 0 adds no adapters, and trains all weights."""
@@ -192,8 +192,8 @@ class ModelConfig:
     rope_original_block_size: Optional[int] = None
     """Sequence length before the scaling; rope_scaling=llama3 and yarn only."""
     window: Optional[int] = None
-    """Number of tokens that a token attends to, itself included and the nearest first (arXiv 2004.05150, section 3.1);
-    null means all. Attention then computes blocks of this many queries."""
+    """Number of tokens that a token attends to: itself and the nearest earlier tokens (arXiv 2004.05150, section 3.1).
+    null means all earlier tokens. Attention then computes blocks of this many queries."""
     global_every: Optional[int] = None
     """With a window: layers whose number, counted from 1, is a multiple of this have no window (global layers). null
     means that all layers have the window (Mistral); 6 makes five layers with a window for each global one (Gemma 3)."""
@@ -314,8 +314,9 @@ class ModelConfig:
         return self.window is not None and (self.global_every is None or (layer + 1) % self.global_every > 0)
 
     def of_layer(self, layer: int) -> ModelConfig:
-        """Return the config of the layer with this number, from 0: without a window for a global layer. For a
-        layer with a window, ``rope_base_local``, if it is set, is the ``rope_base``, without ``rope_scaling``."""
+        """Return the config of the layer with this number, from 0: without a window for a global layer. If
+        ``rope_base_local`` is set, the config of a layer with a window has it as ``rope_base``, and no
+        ``rope_scaling``."""
         if not self.is_local(layer):
             return self if self.window is None else replace(self, window=None)
         if self.rope_base_local is None:
@@ -330,7 +331,8 @@ class ModelConfig:
 
     @property
     def dense_ffn(self) -> Ffn:
-        """Kind of the feed-forward layer, or of one expert; ``Ffn.standard`` for a class of the user's own."""
+        """Kind of the feed-forward layer, or of one expert; ``Ffn.standard`` if the feed-forward layer is a class of
+        the user."""
         if isinstance(self.ffn, str):
             return Ffn.standard
         return self.expert_ffn if self.ffn is Ffn.moe else self.ffn

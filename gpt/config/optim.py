@@ -341,8 +341,8 @@ class CheckpointConfig:
     keep_last: Optional[int] = MISSING
     """Number of the newest checkpoints to keep; null keeps all."""
     keep_best: int = 0
-    """Number of additional checkpoints to keep: those with the lowest validation losses. Only checkpoints of evaluated
-    steps count."""
+    """Number of checkpoints with the lowest validation losses to keep, even if they are older than those of
+    ``keep_last``. Only checkpoints of evaluated steps count."""
     asynchronous: bool = True
     """Copy the state to host memory, and write it to disk in a second process of each rank while training continues.
     false makes training wait for each checkpoint."""

@@ -32,7 +32,8 @@ Schedule = Enum("Schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"]
 """Order in which the stages of a pipeline work on the micro-batches: ``gpipe`` (all forward passes, then all backward
 ones; arXiv 1811.06965), ``1f1b`` (in turn, which keeps fewer activations; arXiv 2006.09503), ``interleaved`` (1F1B with
 several stages on each rank, which idles less and sends more; arXiv 2104.04473), ``zbv`` (zero bubble: the backward pass
-is split, and its second half fills the gaps; arXiv 2401.10241) or ``dualpipev`` (arXiv 2412.19437, cut in half)."""
+is split, and its second half fills the gaps; arXiv 2401.10241) or ``dualpipev`` (DualPipe of arXiv 2412.19437, cut in
+half: each stage is on one rank instead of two)."""
 
 
 class CpMethod(Enum):
@@ -89,13 +90,13 @@ class ParallelConfig:
     """tp > 1 only: each of the tp ranks computes norms, dropout and the residual stream on a slice of the sequence.
     This needs less memory for activations and sends as many bytes as with false. Dropout with tp needs this key."""
     pp: int = 1
-    """Pipeline parallelism: number of ranks that the layers are split over. ``batch.accumulation`` micro-batches pass
-    through the pipeline."""
+    """Pipeline parallelism: number of ranks that the layers are split over. The micro-batches of a step, which a rank
+    would otherwise accumulate, pass through the pipeline."""
     schedule: Schedule = Schedule["1f1b"]
     """pp > 1 only: order in which the stages compute the micro-batches."""
     stages_per_rank: Optional[int] = None
     """pp > 1 only: number of pipeline stages on each rank. The schedule decides: interleaved allows 2 or more, zbv and
-    dualpipev have 2, the others 1. null takes the smallest of these numbers."""
+    dualpipev have 2, gpipe and 1f1b have 1. null takes the smallest number that the schedule allows."""
     cp: int = 1
     """Context parallelism: ranks that share each sequence. 2 x cp divides model.block_size."""
     cp_method: CpMethod = CpMethod.allgather

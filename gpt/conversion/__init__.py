@@ -126,7 +126,7 @@ class StateDictAdapter:
     is written."""
     names: dict[str, str]
     """Name of a module here -> its name in transformers; for modules of a block, inside the block. Modules with the
-    same name in transformers are one tensor there, stacked by rows. ``{}`` stands for the number of an expert."""
+    same name in transformers are one tensor there, stacked by rows. ``{}`` is replaced by the number of an expert."""
     layers: str
     """Beginning of the names of the tensors of blocks in transformers, before the number of the block."""
     buffers: str
@@ -341,8 +341,8 @@ def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
 
 
 def write_plain(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json that architectures.yaml does not have, for an architecture like Llama that has no
-    keys for biases."""
+    """Return the keys of config.json that architectures.yaml does not have, with values, for an architecture like Llama
+    that has no keys for biases."""
     return {key: value for key, value in write_llama(config).items() if not key.endswith("_bias")}
 
 
@@ -378,7 +378,7 @@ def read_qwen3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 def write_deepseek(config: ModelConfig) -> dict[str, Any]:
     """Return the keys of a DeepSeek V3's config.json that architectures.yaml does not have, for a model without
-    experts."""
+    experts, with values."""
     widths = dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), config.value_width)
     return write_plain(config) | widths | {"first_k_dense_replace": config.n_layer, "num_nextn_predict_layers": 0}
 
@@ -397,12 +397,14 @@ def read_deepseek(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_kinds(config: ModelConfig) -> list[str]:
-    """Return the kind of each layer under its name in transformers: with or without a window."""
+    """Return transformers' name for the kind of each layer: ``sliding_attention`` with a window, ``full_attention``
+    without."""
     return ["sliding_attention" if config.is_local(layer) else "full_attention" for layer in range(config.n_layer)]
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json that architectures.yaml does not have, for a Gemma 2 or a Gemma 3 of text."""
+    """Return the keys of config.json that architectures.yaml does not have, with values, for a Gemma 2, or a Gemma 3
+    for text only."""
     base = 1e4 if config.rope_base_local is None else config.rope_base_local
     kinds = {"layer_types": layer_kinds(config), "query_pre_attn_scalar": config.head_dim}
     return write_plain(config) | kinds | ({"rope_local_base_freq": base} if config.qk_norm else {})
@@ -411,7 +413,8 @@ def write_gemma(config: ModelConfig) -> dict[str, Any]:
 def read_gemma2(hf: dict[str, Any], fields: dict[str, Any], every: int = 2) -> dict[str, Any]:
     """Return the fields of ModelConfig from a Gemma 2's config.json, as ``read_llama``.
 
-    If config.json has no layer_types, the layers whose number is a multiple of ``every`` have no window.
+    If config.json has no layer_types, the layers whose number, counted from 1, is a multiple of ``every`` have no
+    window.
     """
     # The scores are divided by the root of this number, here by that of the width of a head.
     refuse_others({"query_pre_attn_scalar": 256, **hf}, {"query_pre_attn_scalar": [fields["head_width"]]})
@@ -427,7 +430,7 @@ def read_gemma2(hf: dict[str, Any], fields: dict[str, Any], every: int = 2) -> d
 
 
 def read_gemma3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of ModelConfig from the config.json of a Gemma 3 of text, as ``read_llama``."""
+    """Return the fields of ModelConfig from the config.json of a Gemma 3 for text only, as ``read_llama``."""
     parts = read_gemma2(hf, fields, hf.get("sliding_window_pattern") or 6) | read_rope(hf, 1e6)
     local = (hf.get("rope_parameters") or {}).get("sliding_attention", {})
     refuse_others({**hf, **local}, {"rope_type": ["default"]})

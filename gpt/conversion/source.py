@@ -237,7 +237,8 @@ def inspect_adapter(folder: Path) -> WeightSource:
 
 
 def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, names: set[str]) -> None:
-    """Raise ConfigError unless ``names``, the tensors in ``folder``, are exactly those of the model."""
+    """Raise ConfigError unless ``names``, the names of the tensors in ``folder``, are exactly those of the model
+    ``config``."""
     wanted = {name for rule in adapter.rules(config) for name in rule.hf_names}
     found = {name for name in map(adapter.canonical, names) if not re.fullmatch(adapter.buffers, name)}
     if config.tie_embeddings:
@@ -253,11 +254,11 @@ def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, na
 
 
 def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
-    """Return the overrides that make the model ``asked`` equal to ``found``; empty if weights of ``found`` fit
-    ``asked``.
+    """Return the overrides that make the requested model ``asked`` equal to ``found``, the model of existing weights;
+    empty if these weights fit ``asked``.
 
-    They also fit if ``asked`` has a larger vocabulary, shorter sequences, or longer ones without a table of positions.
-    An adapter (LoRA) of ``found`` must equal that of ``asked``, unless ``asked`` has none.
+    The weights also fit if ``asked`` has a larger vocabulary, shorter sequences, or longer sequences and no table of
+    positions. An adapter (LoRA) of ``found`` must equal that of ``asked``, unless ``asked`` has none.
     """
     there = architecture_fields(found)
     if asked.vocab_size >= found.vocab_size:

@@ -94,9 +94,10 @@ def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, 
 def fit_shapes(state: State, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
     """Return ``state`` with a vocabulary and a table of positions of the sizes in ``shapes``.
 
-    The table of positions may be shortened, and the vocabulary extended. A new token gets the mean of the existing
-    tokens, so that it gets little probability. With zeros it could get nearly all, if all logits are far below zero (J.
-    Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021). Padding rows are 0.
+    The table of positions may be shortened, and the vocabulary extended. The row of a new token is the mean of the rows
+    of existing tokens, so that the new token has little probability. With a row of zeros it could have nearly all, if
+    all other logits are far below zero (J. Hewitt, Initializing New Word Embeddings for Pretrained Language Models,
+    2021). Padding rows are 0.
 
     Raises:
         ConfigError: a tensor has another shape; the message names all such tensors.
@@ -118,7 +119,7 @@ def fit_shapes(state: State, config: ModelConfig, shapes: dict[str, torch.Size])
 
 
 def wrong_shapes_error(wrong: list[str]) -> ConfigError:
-    """Return the error for tensors that do not fit the model; ``wrong`` has a text for each."""
+    """Return the error for tensors that do not fit the model; ``wrong`` has a line of text for each tensor."""
     return ConfigError("; ".join(wrong), "tensors of the model that is described beside them", "another copy of it")
 
 
@@ -294,10 +295,12 @@ def load_model(
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
-    """Return folder and config of the run at ``path``. If ``path`` does not exist, it may be the label of a run.
+    """Return folder and config of the run at ``path``. If ``path`` does not exist, it may be FOLDER/LABEL, with the
+    label of a run in the launcher's reports.
 
     Raises:
-        ConfigError: the run is missing, or another program made it. For a sweep, the message names its runs.
+        ConfigError: the run is missing, another program made it, or several runs have this label. For a sweep, the
+            message names its runs.
     """
     given = Path(path).expanduser()
     if not given.exists():  # may be the label of a run, as in every command of the launcher

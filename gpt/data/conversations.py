@@ -1,4 +1,5 @@
-"""Conversations as tokens, by the chat template of a tokenizer. The loss counts only the assistant's answers.
+"""Conversations as tokens, by the chat template of a tokenizer. The loss counts only the assistant's answers: the high
+bits of a token have its kind, such as answer or other text (``gpt.data.prepared.KIND_BIT``).
 
     messages -> text and places of answers -> tokens with kinds, in sequences -> token files -> targets of the loss
 
@@ -32,7 +33,8 @@ SIGN = "\ufdd0"
 """Character that is inserted before and after each answer to find it in the rendered text. Unicode assigns no character
 to it, and messages that contain it are refused."""
 PADDING = NEW_DOCUMENT << KIND_BIT
-"""Token that fills the rest of a sequence: id 0 with the kind ``NEW_DOCUMENT``, a document of its own."""
+"""Token that fills the rest of a sequence: id 0, with the kind ``NEW_DOCUMENT`` in its high bits. Each such token is a
+document of its own."""
 Messages = list[dict[str, str]]
 Places = list[tuple[int, int]]
 """Beginning and end of each answer in a text, as offsets in characters."""
@@ -128,7 +130,8 @@ class ChatTemplate:
 def encode_conversations(
     pieces: Iterable[Piece], tokenizer: Tokenizer | None, length: int
 ) -> Iterator[tuple[int, Ids, int, int]]:
-    """Yield for each conversation: its split, its tokens with kinds, the number of bytes of its row, and a code.
+    """Yield for each conversation: its split (TRAIN or VAL), its tokens with kinds, the number of bytes of its row in
+    the corpus, and a code.
 
     The code is 1; 2 if the conversation was cut at ``length`` tokens; or 0 if these tokens have no answer, and the
     conversation is left out, with no tokens.

@@ -47,7 +47,8 @@ class Corpus:
     entropy: float | None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
     sequence: int = 1
-    """Number that must divide ``block_size``: the tokens of a sequence of conversations; 1 for texts."""
+    """Number that must divide ``block_size``: the length, in tokens, of the sequences that conversations were packed
+    into; 1 for texts."""
 
     @property
     def train_tokens(self) -> int:
@@ -234,7 +235,7 @@ def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
 
 
 TEXTLESS = ("synthetic", "unknown", "char")
-"""Kinds of tokenizers that cannot encode any text."""
+"""Kinds of tokenizers that cannot encode every text, so that tasks of lm-eval cannot use them."""
 
 
 def check_tasks(tasks: Sequence[str], tokenizer: str) -> None:

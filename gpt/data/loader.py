@@ -174,8 +174,8 @@ class Samples:
     def split_ids(self, ids_BT1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens and targets, both (B, T), from ids (B, T + 1), on the same device.
 
-        In conversations, only tokens of answers are targets. Other targets are replaced by their negative kind, which
-        the loss ignores.
+        In conversations, only tokens of answers are targets. Other targets are replaced by their kind (``KIND_BIT``)
+        with a minus sign; the loss ignores negative targets.
         """
         tokens_BT, targets_BT = ids_BT1[:, :-1].clone(), ids_BT1[:, 1:].clone()  # parts of one row would share memory
         if self._has_kinds:
@@ -297,7 +297,8 @@ class BatchPrefetcher:
         self._ahead: tuple[int, Future[dict[int, Tensor]]] | None = None
         """Number of the first batch of the next group, and the future of its batches; None if no group follows."""
         self.passed_over = PassedOver()
-        """Batches that no step uses. It may be replaced between two steps."""
+        """Batches that no step uses, because the run has rolled back. A roll-back replaces the object between two
+        steps."""
 
     def take(self, step: int) -> StepBatch:
         """Return the batch of a step, counted from 1, and start to read the next group if necessary.

@@ -135,8 +135,8 @@ def samples_per_source(samples: int, weights: Sequence[int]) -> list[int]:
 
 
 def max_samples(available: Sequence[int], weights: Sequence[int]) -> int:
-    """Return the largest number of first samples of a mixture that need at most ``available`` samples of each
-    source."""
+    """Return the largest n for which the first n samples of a mixture need at most ``available[i]`` samples of each
+    source i."""
     low, high = 0, sum(available)  # bisection works, because the need of each source never falls as the samples grow
     while low < high:
         middle = (low + high + 1) // 2
@@ -157,7 +157,8 @@ class PassedOver:
 
     @classmethod
     def of(cls, ranges: Iterable[Sequence[int]]) -> PassedOver:
-        """Return the object with these ranges, each a list of two numbers, as JSON has them."""
+        """Return the object with these ranges: pairs of a first and a last batch, as a checkpoint or an event stores
+        them."""
         return cls(tuple((first, last) for first, last in ranges))
 
     def batch_of(self, step: int) -> int:
@@ -170,7 +171,7 @@ class PassedOver:
         return number
 
     def including(self, batches: Iterable[int]) -> PassedOver:
-        """Return an object that has these batches and those with the numbers ``batches``."""
+        """Return an object that passes over the batches of this one, and those with the numbers ``batches``."""
         numbers = sorted({*batches, *(number for first, last in self.ranges for number in range(first, last + 1))})
         ranges: list[tuple[int, int]] = []
         for number in numbers:

@@ -395,7 +395,8 @@ class _SplitRows:
 
 
 def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) -> list[_SplitRows]:
-    """Return the pieces that the corpus uses, up to ``data.max_bytes`` of text: of training, then of validation."""
+    """Return the pieces that the corpus uses, up to ``data.max_bytes`` of text: an item for training, then one for
+    validation."""
     limits, used = _split_limits(spec), Counter[int | None]()
     found: list[list[tuple[Shard, Rows]]] = [[], []]
     for shard in shards:

@@ -197,11 +197,11 @@ def glob_files(pattern: str) -> list[Path]:
 
 FORMAT = 2
 KIND_BIT = 28
-"""Number of the bits of a token's id in a file of conversations. The bits above have the kind of the token: 0 for
-tokens of answers."""
+"""Number of bits of a token's id in a file of conversations. The higher bits of the token have its kind: 0 for tokens
+of answers, else ``NEW_DOCUMENT`` or ``CONTEXT``."""
 NEW_DOCUMENT, CONTEXT = 1, 2
 """Kinds of tokens that the loss ignores as targets: the first token of a conversation, and other tokens outside of
-answers. The target is then the negative kind."""
+answers. As a target such a token is replaced by its kind with a minus sign."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "val")

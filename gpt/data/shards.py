@@ -136,8 +136,8 @@ PIECE_BYTES = 1 << 20
 """Approximate size, in bytes, of the pieces in which a text is tokenized. A piece ends at the end of a line."""
 SHARD_BYTES = 64 << 20  # large enough to pay for a process, and small enough to lose when killed
 LINE_SEARCH_BYTES = 1 << 16
-"""Number of bytes in which the end of a line is searched for the end of a piece. Without one, a piece may end at any
-character."""
+"""Number of bytes in which the end of a line is searched, where a piece can end. If no line ends within them, the piece
+ends between two characters."""
 TRAIN, VAL = 0, 1
 
 
@@ -147,15 +147,16 @@ class TextPart(NamedTuple):
     path: str
     """Path of the file; for a dataset its split, for a user's source its name, empty for a Markov chain."""
     start: int
-    """First byte of a text or jsonl file, row group of a parquet file, file of a dataset, or walk of a Markov chain."""
+    """Index of the first byte of a text or jsonl file, of the first row group of a parquet file, of the file of a
+    dataset, or of the first walk of a Markov chain."""
     stop: int
-    """First byte, row group or walk after the part; for a dataset the number of files of the split."""
+    """Index of the first byte, row group or walk after the part; for a dataset the number of files of the split."""
     split: int | None = None
     """TRAIN or VAL; None if the split is chosen for each document."""
     size: int = SHARD_BYTES
     """Size in bytes. Parts are joined to shards of up to SHARD_BYTES; a part of unknown size is a shard of its own."""
     ends: bool = True
-    """True if a document ends with the part; used for text files only."""
+    """True if a document ends at the end of the part; used for text files only."""
     mtime_ns: int = 0
     """Time of the last change of the file, in nanoseconds."""
 
