@@ -9,7 +9,8 @@ from __future__ import annotations
 def run(*run_dirs: str) -> None:
     """Run this node's ranks until the run ends, as ``launch.agent.__main__.run_agent`` does.
 
-    With several run folders, each task of the job runs one of them (``launch.agent.hosts.take_part``).
+    ``run_dirs`` are the folders of the runs that share the Slurm job. Each task of the job is the agent of one of these
+    runs (``launch.agent.hosts.take_part``).
     """
     import gpt_launch.own_names  # noqa: F401
     from launch.agent.__main__ import run_agent

@@ -46,7 +46,8 @@ from launch.workload import load_workload
 def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
     """Return the folder for the output of Hydra's sweeper: ``folder`` if the launcher or sweeper is not this project's.
 
-    Otherwise the folder is temporary, because a dry run or a refusal must leave no files.
+    Otherwise the folder is temporary, because a dry run or a refusal must leave no files. ``launcher`` and ``sweeper``
+    are the dotted paths of the two classes.
     """
     if not all(target.startswith("hydra_plugins.launch_plugin.") for target in (launcher, sweeper)):
         return folder
@@ -119,7 +120,10 @@ def prepare(argv: Sequence[str]) -> list[str]:
 
 @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")
 def run_point(composed: DictConfig) -> None:
-    """Run one task of a job that another launcher of Hydra started (hydra/launcher=submitit_slurm, for example)."""
+    """Run one task of a job that another launcher of Hydra started (hydra/launcher=submitit_slurm, for example).
+
+    ``composed`` is the config of the point. With the project's own launcher, Hydra does not call this function.
+    """
     from launch.batch import run_task
 
     run_task(composed)

@@ -76,7 +76,7 @@ def overrides_of(key: str, value: Any, raw_keys: Sequence[str] = ()) -> list[str
 
 
 def workload_of_program(program: Any) -> list[str]:
-    """Return the overrides that choose the workload for a script, module, command or function; empty for None."""
+    """Return the overrides that choose the workload for ``program``, as in ``submit``; empty for None."""
     if program is None:
         return []
     if callable(program):
@@ -481,7 +481,9 @@ def log_of(run_dir: Path) -> Path:
 
 
 def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> subprocess.Popen[bytes]:
-    """Start a process that runs the points, and wait until it has queued or started each unfinished point. Returns it.
+    """Start a process that runs the points, and wait until this process has queued or started each unfinished point.
+
+    Returns the started process.
 
     Args:
         plans: plan of each point.

@@ -150,7 +150,7 @@ def refuse_snapshot(config: Config) -> None:
 
 
 def run_task(composed: DictConfig) -> None:
-    """Run the agent of one node, as a task of a job that a stock Hydra launcher started.
+    """Run the agent of one node, as a task of a job that a stock Hydra launcher started, for the config ``composed``.
 
     Raises:
         ConfigError: the launcher started another number of tasks than the run has nodes.

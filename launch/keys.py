@@ -1,7 +1,7 @@
 """``python -m launch.keys [WORD]``: keys of a config with default, range and meaning.
 
 python -m launch.keys timeout              all keys with this word in their name or meaning
-python -m launch.keys --workload script    those of a program of your own, in place of the GPT
+python -m launch.keys --workload script    the keys for a program of your own, in place of the GPT
 python -m launch.keys --markdown           docs/keys.md
 """
 
@@ -61,7 +61,10 @@ def enum_of(kind: Any) -> type[Enum] | None:
 
 
 def values_of(kind: Any, metadata: Any) -> str:
-    """Return the values that a key accepts as text: its options, or unit and range of a number."""
+    """Return the values that a key accepts as text: its options, or unit and range of a number; "" for any text.
+
+    ``kind`` is the type of the key; ``metadata`` is that of its dataclass field.
+    """
     kinds, enum = (kind, *get_args(kind)), enum_of(kind)
     if enum is not None:
         return ", ".join(option.name for option in enum)
@@ -83,9 +86,9 @@ def written(value: Any) -> str:
 
 
 def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
-    """Yield the keys of a schema.
+    """Yield the keys of a schema. Keys of groups come last.
 
-    ``defaults`` is a composed config with their default values. Keys of groups come last.
+    ``defaults`` is a composed config with their default values. ``prefix`` begins each name: ``cluster.``.
     """
     hints, elements = get_type_hints(schema), list_elements(schema)
     groups: list[tuple[type, str]] = []

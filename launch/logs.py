@@ -35,7 +35,7 @@ class Log:
         self._read = 0
 
     def copy(self) -> None:
-        """Print the text that was written since the last call, after a first line with title and path of the log."""
+        """Print the text that was written since the last call. Title and path of the log come before the first text."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)

@@ -91,7 +91,8 @@ def hydra_text(value: Any) -> str:
 def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") -> Iterator[str]:
     """Yield options as arguments of the program. Nested mappings become dotted names.
 
-    None leaves an option out, and an empty string yields only its name. ``prefix`` comes before each name.
+    A value None leaves an option out, and an empty string yields only its name. ``style`` sets whether the names begin
+    with ``--``; ``prefix`` comes before each name.
     """
     for name, value in options.items():
         key = f"{prefix}{name}"
@@ -282,7 +283,7 @@ class ScriptConfig(RunConfig):
 
 @dataclass
 class CallOptions:
-    """The call that every rank makes."""
+    """The keys under ``call``: the function call that every rank makes."""
 
     file: Optional[str] = key(None, "File of the pickled function and its arguments, which launch.submit writes.")
     args: dict[str, Any] = key(dict, "Arguments of the function, for the name of the run folder and for reports.")
@@ -381,7 +382,10 @@ def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
 
 
 def require_command(command: Sequence[str], workdir: Path) -> None:
-    """Raise ConfigError if the program of a command does not exist, or cannot be executed."""
+    """Raise ConfigError if the program of a command does not exist, or cannot be executed.
+
+    The program is searched in ``workdir``, the working directory of the ranks, and on the PATH.
+    """
     program, local = command[0], workdir / command[0]
     path = os.pathsep.join([str(workdir), os.environ.get("PATH", "")])
     if shutil.which(program, path=path) or (local.is_file() and os.access(local, os.X_OK)):
@@ -505,7 +509,10 @@ class ScriptWorkload(Workload):
         return RankCommand(tuple(fill(word, values) for word in args), env=env, workdir=Path(place(str(workdir))))
 
     def contract(self, config: ScriptConfig, world_size: int) -> RankContract:
-        """Return the contract of the ranks. The agent watches them only by their logs and exit status."""
+        """Return how ranks report, stop and end. The agent knows the end of a rank only from its log and exit status.
+
+        ``world_size`` is the number of ranks.
+        """
         script = config.script
         return RankContract(
             records_events=False,

@@ -85,8 +85,12 @@ class PerPointLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose, submit, watch and report the points, and return the objective of each.
 
-        In a search, a point that cannot run or does not finish is a failed job. The sweeper decides what follows, such
-        as Optuna's ``max_failure_rate``. In any other sweep, the point raises an error.
+        A searching sweeper gets a point that cannot run or does not finish as a failed job, and decides what follows,
+        for example by Optuna's ``max_failure_rate``. In any other sweep, such a point makes this method raise an error.
+
+        Args:
+            job_overrides: overrides of each point.
+            initial_job_idx: Hydra's number of the first point.
         """
         from launch.config.compose import compose_launch, typed_form
         from launch.runner import run_sweep
@@ -115,9 +119,10 @@ class PerPointLauncher(Launcher):
 
 
 def refuse_without_values(config: DictConfig, target: str) -> None:
-    """Raise ConfigError if a sweeper searches, but the points return no objective.
+    """Raise ConfigError if the sweeper chooses points by earlier results, but the points will return no objective.
 
-    ``target`` is the sweeper's class.
+    They return none with ``objective=null``, in a dry run, and with ``launch.detach``. ``target`` is the dotted path of
+    the sweeper's class.
     """
     from launch.errors import ConfigError
 
@@ -142,8 +147,8 @@ def refuse_without_values(config: DictConfig, target: str) -> None:
 def job_return(overrides: Sequence[str], result: PointResult | Exception | None) -> JobReturn:
     """Return the result of a point in the form for Hydra's sweeper. ``result`` is None in a dry run.
 
-    A finished point without its objective counts as failed. The sweeper raises the error of a failed point when it
-    reads the value, or counts the failure.
+    A finished point without its objective counts as failed. A failed point has its error as its value. Some sweepers
+    raise this error, and others only count the failures.
     """
     from launch.runner import SweepFailedError
     from launch.runs.folder import RunFolder

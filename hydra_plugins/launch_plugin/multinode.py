@@ -98,6 +98,10 @@ class MultinodeLauncher(Launcher):
         """Run the points of one batch, and return the value of the task function on rank 0 for each point.
 
         A point that fails has its exception as its result, which Hydra raises when the sweeper reads the value.
+
+        Args:
+            job_overrides: overrides of each point.
+            initial_job_idx: Hydra's number of the first point.
         """
         import gpt_launch.own_names  # noqa: F401
         from launch.api import Job, overrides_of, start_and_wait

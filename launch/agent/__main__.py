@@ -259,7 +259,7 @@ OWN_NAME = (
 
 
 def event_name(event: Mapping[str, Any]) -> str | None:
-    """Return the name under which the user's command receives an event; None if the command does not run."""
+    """Return the name under which the user's command receives an event; None if the event does not run the command."""
     kind = event["event"]
     # Only the first failed try of a copy runs the command.
     if kind in OWN_NAME or (kind == "copy_failed" and event["failures"] == 1):

@@ -113,7 +113,10 @@ def submitted_run_dirs(folder: str, node: Node) -> list[str]:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status of the batch script: 0 if the run ended as requested, else the exit status of srun."""
+    """Requeue the runs of a job that should continue. Returns the exit status of the batch script.
+
+    The status is 0 if each run has finished, or was stopped by a user or a budget; else the exit status of srun.
+    """
     parser = CommandParser(
         prog="python -m launch.agent.after_step",
         description="After srun has failed in a batch script: requeue a run that should continue.",

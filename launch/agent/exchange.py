@@ -205,7 +205,7 @@ class RequestState(msgspec.Struct, frozen=True):
     wants: int = 0
     """Largest request of a rank or of the agent: a signal number, or the number of requested saves; 0 if none."""
     held: int = 0
-    """Number of the ticket for which all ranks of the node wait at their next poll; 0 if none."""
+    """Number of the ticket (``Ticket.number``) for which all ranks of the node wait at their next poll; 0 if none."""
     most: int = 0
     """Largest number of polls that a rank of the node has made."""
     least: int = 0
@@ -223,6 +223,7 @@ class Ticket(msgspec.Struct, frozen=True):
     """
 
     number: int = 0
+    """Number of the ticket: 1 for the first, then 1 more than ``at`` of the previous ticket; 0: there is no ticket."""
     at: int = 0
     """Number of the poll at which all ranks obey. Smaller than ``number`` until the agents have agreed on the poll."""
     cause: int = 0

@@ -228,7 +228,13 @@ def import_all(modules: Sequence[str]) -> str | None:
 
 
 def fork_rank(start: Start, agent: int, requests: Connection) -> NoReturn:
-    """Fork the rank from an intermediate process, and end that process, so that the agent becomes the rank's parent."""
+    """Fork the rank from this process, and end this process, so that the agent becomes the rank's parent.
+
+    Args:
+        start: program and environment of the rank.
+        agent: process id of the agent.
+        requests: connection through which an error of the fork is reported to the agent.
+    """
     between = os.getpid()
     try:
         if os.fork():
@@ -274,6 +280,8 @@ def run_rank(start: Start, agent: int, requests: Connection) -> NoReturn:
 
 def become_rank(start: Start, agent: int) -> None:
     """Give this forked process the state of an executed rank: environment, signals, streams and working directory.
+
+    ``start`` describes the rank; ``agent`` is the process id of the agent.
 
     Raises:
         ProcessLookupError: the parent of this process is not the agent.
@@ -384,6 +392,7 @@ def end_with(status: int) -> NoReturn:
 def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> None:
     """Change the command line of this process in ps and /proc, and the environment in /proc if ``env`` is not None.
 
+    ``words`` are the program and arguments to show.
     Linux shows the memory that contained both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
     This function overwrites that memory, and cuts off text that does not fit.
     """

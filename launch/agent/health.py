@@ -103,7 +103,9 @@ class Nvml:
             return list(gpus)
 
     def read_gauges(self, buses: Collection[str]) -> dict[str, dict[str, float]]:
-        """Return the current gauges of GPUs: PCI address -> gauge -> value. A gauge without a value is absent.
+        """Return the current gauges of the GPUs with the PCI addresses ``buses``: PCI address -> gauge -> value.
+
+        A gauge without a value is absent, and so is a GPU that this process may not open.
 
         The name of a gauge ends with its unit, such as ``power_w`` in watts. ``throttle_reasons`` is a bit mask.
 
@@ -181,7 +183,10 @@ class Nvml:
         return GpuReading(bus, errors, throttled or 0, xids, "", used, users, persistent)
 
     def _call(self, function: str, handle: Any, *constants: str) -> int | None:
-        """Return the value of a function of NVML; None if the GPU or the driver does not have the value."""
+        """Return the value of a function of NVML for a GPU; None if the GPU or the driver does not have the value.
+
+        ``handle`` is NVML's handle of the GPU. ``constants`` are names of NVML's constants, which follow as arguments.
+        """
         nvml = self._nvml
         try:
             return int(getattr(nvml, function)(handle, *(getattr(nvml, name) for name in constants)))
@@ -228,7 +233,10 @@ def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading],
 
 
 def keeping_memory(readings: Sequence[GpuReading], first: Sequence[GpuReading]) -> list[GpuReading]:
-    """Return the readings of GPUs with more than ``SLACK`` bytes in use beyond those before the first start."""
+    """Return the readings of the GPUs whose memory is not free again after the ranks have ended.
+
+    Such a GPU has more than ``SLACK`` bytes more in use than in ``first``, its reading before the first start.
+    """
     before = {reading.bus: reading.used for reading in first}
     return [one for one in readings if one.used > before.get(one.bus, one.used) + SLACK]
 
@@ -372,6 +380,7 @@ def links_up(root: Path = SYS) -> set[str]:
     """Return the names of the physical network interfaces and InfiniBand ports of this machine that are up.
 
     Interfaces without a device, such as bridges and container interfaces, are left out, because they come and go.
+    ``root`` is the folder /sys/class.
     """
     states = {path.name: (path / "carrier", "1") for path in (root / "net").glob("*") if (path / "device").exists()}
     for path in (root / "infiniband").glob("*/ports/*"):

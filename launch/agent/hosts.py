@@ -179,8 +179,9 @@ KEEP = (
 def start_on(
     host: str, words: Sequence[str], env: Mapping[str, str], script: str, logs: Sequence[Path] = ()
 ) -> subprocess.Popen[str]:
-    """Start a command on a host, in this working directory. Returns the process: ssh, or the command if ``host`` is
-    this one.
+    """Start a command on a host, in the working directory of this process.
+
+    Returns the process: the command itself on this host, or the ssh that runs the command on another host.
 
     Args:
         host: name of the host.
@@ -227,7 +228,8 @@ With another version, the exit message is that version.
 def check_hosts(hosts: Sequence[str], folder: Path) -> None:
     """Raise ConfigError for the first host that does not answer, does not see ``folder``, or has another Python.
 
-    If ``folder`` does not exist yet, the hosts must see the deepest existing folder above it.
+    The versions of Python must be equal. If ``folder`` does not exist yet, the hosts must see the deepest existing
+    folder above it.
     """
     there, here = next(path for path in (folder, *folder.parents) if path.is_dir()), quote(str(Path.cwd()))
     with tempfile.NamedTemporaryFile(prefix=".launch-", dir=there) as probe:

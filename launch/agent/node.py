@@ -222,7 +222,7 @@ class Node:
     head: int = 0
     """Index of the head node, which decides for all nodes: the first node, until it is lost (``Term``)."""
     late: int = 0
-    """Number of nodes that may join from spare jobs (``spare_jobs``).
+    """Number of nodes that may join from spare jobs (key ``spare_jobs``).
 
     The indices of these nodes begin at ``count``, the number of nodes of the job.
     """

@@ -166,7 +166,10 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
 
 
 def exclude_hosts(context: RunContext, job_id: str, exclude: Mapping[str, str]) -> None:
-    """Exclude hosts from a pending job, unless too few other hosts are left, and record the result."""
+    """Exclude hosts from the pending job ``job_id``, unless too few other hosts are left, and record the result.
+
+    ``exclude`` is host -> reason.
+    """
 
     def exclude_once() -> str | None:
         left, needed = scheduler.usable_nodes(job_id) - set(exclude), context.config.nodes_asked
@@ -289,7 +292,7 @@ def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedErro
 def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Cause) -> Decision:
     """On the head node, find the cause of the end of an attempt, decide what follows, and do it. Returns the decision.
 
-    ``ended`` is the cause that every node can see (``observed_end``).
+    ``rdzv`` is the round of the attempt; ``ended`` is the cause that every node can see (``observed_end``).
 
     Raises:
         RunFailedError: the run ends without being finished, and no user requested that.
@@ -400,7 +403,7 @@ def end_attempt(context: RunContext, job: str, attempt: int | None, cause: Cause
 
 
 def record_decision(context: RunContext, attempt: int | None, cause: Cause, decision: Decision) -> None:
-    """Record the event ``decided``: the action that follows an attempt, and the reason."""
+    """Record the event ``decided``: the action that follows an attempt which ended for ``cause``, and the reason."""
     context.record("decided", attempt=attempt, action=decision.action, cause=cause, reason=decision.reason)
 
 

@@ -213,7 +213,7 @@ def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: 
 
     Args:
         job: state of the job, as Slurm's controller reports it.
-        restarts: number of requeues of this job before it started.
+        restarts: number of requeues of the job before this start of the job.
         signal_delay_s: seconds from the signal to the time limit; sbatch may send the signal a minute earlier.
         now: time when the signal came, Unix seconds.
     """

@@ -126,8 +126,8 @@ def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
 
 
 def own_words(args: Sequence[str], coordinator: str) -> Sequence[str]:
-    """Return a command in which ``%{coordinator}`` is replaced, and each rank replaces ``%{rank}`` and
-    ``%{local_rank}`` by its own numbers.
+    """Return a command in which ``%{coordinator}`` is replaced by ``coordinator`` (``ADDRESS:PORT``), and each rank
+    replaces ``%{rank}`` and ``%{local_rank}`` by its own numbers.
 
     A shell takes the numbers from the variables of the rank, so that the command is the same for all ranks.
     """
@@ -236,9 +236,14 @@ def cpus_of_ranks(
 ) -> list[frozenset[int]] | None:
     """Return, by local rank, the CPUs on the NUMA node of each rank's GPU; None if no rank should be bound to CPUs.
 
-    Only the CPUs in ``allowed`` count. Returns None if the NUMA node of a GPU is not known, or if all CPUs are near.
-    Returns None also if some GPUs have fewer near CPUs than ranks, because a job on a shared node may have CPUs of
-    another socket.
+    Returns None if the NUMA node of a GPU is not known, or if all CPUs are on the NUMA node of every GPU. Returns None
+    also if a NUMA node has fewer CPUs than ranks, because a job on a shared node may have CPUs of another socket.
+
+    Args:
+        ranks: number of ranks of this node.
+        gpus: GPUs of this node, by local rank.
+        allowed: CPUs that may be used; other CPUs do not count.
+        devices: folder with the PCI devices of the machine.
     """
     near = []
     for gpu in gpus[:ranks]:

@@ -317,9 +317,14 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 WHAT = re.compile(r"^ *what\(\)(:.*)", re.MULTILINE)
 """Pattern of the message that C++ prints for an uncaught exception."""
 TOP = re.compile("in <module>|HYDRA_FULL_ERROR")
-"""Pattern in a traceback, if the exception left the program without being caught. Hydra leaves that frame out."""
+"""Pattern in a traceback whose exception left the program without being caught: the frame ``<module>``.
+
+Hydra leaves this frame out, and names the variable HYDRA_FULL_ERROR instead.
+"""
 UNCAUGHT = re.compile(r"((?:^\[rank\d+\]:(?: .*)?\n?)+)\s*(?:\Z|^terminate called)", re.MULTILINE)
-"""Pattern of the traceback with which torch ends the log of a rank that leaves. The prefix stands only there.
+"""Pattern of the traceback with which torch ends the log of a rank that leaves.
+
+Only lines of such a traceback begin with ``[rank0]:`` and so on.
 
 The process may abort afterwards, while threads still run, or be killed before it has left.
 """

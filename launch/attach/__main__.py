@@ -38,7 +38,10 @@ Stacks = dict[int, str]
 """Rank -> its stacks as text, or the reason why there are no stacks."""
 
 PIECE = 150
-"""Number of characters of a stack in one line of output. srun mixes longer lines (1,024 bytes) of several nodes."""
+"""Number of characters of a stack in one line of output.
+
+srun interleaves the lines of several nodes if they are longer than 1,024 bytes, and characters are encoded as JSON.
+"""
 
 
 def job_of_nodes(point: RunStatus) -> str | None:
@@ -78,7 +81,10 @@ def on_nodes(job: str | None, run: Path, words: Sequence[str], *options: str) ->
 
 
 def answers(job: str | None, run: Path, *words: str) -> list[str]:
-    """Return the lines that this module prints on all nodes of a run. Raises ConfigError if srun fails."""
+    """Run this module with the arguments ``words`` on all nodes of a run, and return the lines that it prints.
+
+    Raises ConfigError if srun fails.
+    """
     nodes = "1" if job is None else job_fields(job)["NumNodes"]
     command = on_nodes(job, run, [*words, str(run)], f"--nodes={nodes}", "--ntasks-per-node=1")
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_measurement(overrides: Sequence[str], config_dir: Path | None, options: Mapping[str, object]) -> dict[str, Any]:
     """Run the ranks until they end, and return the measurements; empty after a dry run.
 
-    ``options`` are options of ``launch.bench_network.measure``.
+    ``config_dir`` is the folder of the user's own config files, None if there is none. ``options`` are command-line
+    options of ``launch.bench_network.measure``: name -> value.
 
     Raises:
         ConfigError: the run cannot be planned, or has one rank.
@@ -124,9 +125,9 @@ class Sample:
 
 
 def fit_network(samples: Sequence[Sample], ranks_per_node: int) -> Network:
-    """Return the fit of each measured collective, inside a node and between nodes.
+    """Return latency and bandwidth of each measured collective, inside a node and between nodes.
 
-    ``ranks_per_node`` is the number of ranks on each measured node, which the result only records.
+    ``ranks_per_node`` is the number of ranks on each measured node. It is only stored in the result.
     """
     tiers: dict[str, dict[str, LinkFit]] = {}
     for tier, name in product(TIERS, COLLECTIVES):
@@ -150,7 +151,10 @@ def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
 
 
 def show_network(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:
-    """Print one line for each collective inside a node and between nodes: latency, bandwidth, and error of the fit."""
+    """Print one line for each collective inside a node and between nodes: latency, bandwidth, and error of the fit.
+
+    ``measured`` has the conditions of the measurement, such as nodes, ranks and device.
+    """
     size = f"{counted(measured['nodes'], 'node')} x {counted(measured['ranks_per_node'], 'rank')}"
     print(f"{size}, {measured['device']}, {measured['backend']}, torch {measured['software']['torch']}")
     rows = []

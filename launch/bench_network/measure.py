@@ -58,7 +58,7 @@ class Bench:
         self.backend = "nccl" if on_gpus else "gloo"
 
     def largest(self, value: float) -> float:
-        """Return the largest value over all ranks."""
+        """Return the largest ``value`` that a rank has passed. All ranks must call this method together."""
         both = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(both, dist.ReduceOp.MAX)
         return float(both.item())
@@ -121,7 +121,10 @@ def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:
 
 
 def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) -> Callable[[], object]:
-    """Return a function that runs a collective of ``size`` bytes once. A send runs once in each direction."""
+    """Return a function that runs a collective of ``size`` bytes once over ``group``, on the device of ``bench``.
+
+    A send runs once in each direction.
+    """
     ranks = dist.get_world_size(group)
     part = max(1, size // 4 // ranks)
     whole, shard = (torch.zeros(count, device=bench.device) for count in (part * ranks, part))
@@ -151,7 +154,9 @@ def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) 
 
 
 def time_collectives(bench: Bench, largest: int, tell: Callable[[], None]) -> list[dict[str, Any]]:
-    """Time every collective inside a node and between nodes, up to ``largest`` bytes. Calls ``tell`` after each sample.
+    """Time every collective inside a node and between nodes, up to ``largest`` bytes.
+
+    Calls ``tell`` after each sample, so that the launcher sees progress.
 
     Returns the same samples on every rank: tier, collective, ranks, bytes and seconds.
     """
@@ -237,8 +242,8 @@ class LinkBench(Bench):
     def exchanges(self) -> list[dict[str, float]]:
         """Measure the links of this rank to the ranks with the same local rank on other nodes, LINK_PASSES times each.
 
-        Returns one record for each measured node: its index and the largest bandwidth. Other work on the machine can
-        only make a measurement slower.
+        Returns one record for each measured node: its index (``node``) and the largest measured bandwidth in Gbit/s
+        (``bandwidth_gbit``). The largest is used because other work on the machine can only make a measurement slower.
         """
         ones = torch.ones(1, device=self.device)
         dist.all_reduce(ones, group=self.group)  # NCCL needs all ranks of a group in the first operation of the group.

@@ -58,7 +58,8 @@ class RestartLimits:
 
     After ``forgive_after_s``, a failure no longer counts if the run has saved a newer checkpoint since.
 
-    A run that was preempted, timed out, or left with the exit status REQUEUE_EXIT is requeued without a limit.
+    A run that was preempted, timed out, or left with the exit status of ``script.requeue_exit`` is requeued without a
+    limit.
     """
 
     timed_out: ClassVar[None] = None  # max_without_progress stops a run that reaches its time limit in vain
@@ -74,7 +75,7 @@ class RestartLimits:
 
     @property
     def hung(self) -> int | None:
-        """Limit of hangs: that of crashes."""
+        """Largest number of restarts after hangs: the same number as after crashes, None for no limit."""
         return self.crashed
 
 
@@ -208,7 +209,7 @@ class BudgetConfig:
     )
 
     def validate(self, cluster: ClusterConfig) -> None:
-        """Raise ConfigError if a cap needs a number of GPUs or a price that is not set."""
+        """Raise ConfigError if a cap needs a number of GPUs or a price that ``cluster`` does not set."""
         for name, cap in (("gpu_hours", self.gpu_hours), ("cost", self.cost)):
             if cap is not None and not cluster.gpus_per_node:
                 raise ConfigError(
@@ -285,7 +286,7 @@ class LaunchConfig:
 
 @dataclass
 class WorkloadConfig:
-    """The program that is launched."""
+    """The keys under ``workload``, which choose the program that is launched."""
 
     _target_: str = key(MISSING, "Dotted path of the class that describes the program (docs/workloads.md).")
 

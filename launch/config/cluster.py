@@ -22,8 +22,9 @@ from launch.runs.measured import read_matmul_rates, read_network
 class ClusterKind(Enum):
     """Source of the nodes.
 
-    ``auto`` is allocation inside a Slurm job, such as a shell of salloc: the run uses the nodes of that job. Otherwise
-    it is slurm if sbatch is found and a controller answers, else local. ``hosts`` are those of ``cluster.hostfile``.
+    ``auto`` means ``allocation`` inside a Slurm job, such as a shell of salloc: the run uses the nodes of that job.
+    Outside of a job, ``auto`` means ``slurm`` if sbatch is found and a controller answers, else ``local``, processes of
+    this machine. ``hosts`` means the hosts of ``cluster.hostfile``.
     """
 
     auto = "auto"
@@ -76,9 +77,9 @@ class PlacementConfig:
 
 @dataclass
 class ClusterConfig(PlacementConfig):
-    """The keys under ``cluster``: where the nodes of a run come from.
+    """The keys under ``cluster``: where the nodes of a run come from, what they have, and what a job requests there.
 
-    All keys except ``kind`` and the times are for Slurm.
+    Most keys have an effect only on Slurm.
     """
 
     kind: ClusterKind = key(MISSING, "Where the nodes come from.")

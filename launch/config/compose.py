@@ -53,7 +53,8 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
     """Check each typed override, and return the overrides in Hydra's grammar.
 
     ``workload._target_=X`` without ``workload`` adds ``workload=custom``. A value that Hydra's grammar would
-    interpret, such as a regular expression, is quoted if its key is in ``Workload.raw_keys``.
+    interpret, such as a regular expression, is quoted if its key is in ``Workload.raw_keys``. ``config_dir`` is the
+    folder of the user's own config files; None if there is none.
 
     Raises:
         ConfigError: an unknown key or option, or a value of the wrong type.
@@ -177,7 +178,10 @@ def workload_of(config: Config | DictConfig) -> Workload:
 
 
 def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:
-    """Register the config schema for these overrides with Hydra, and return the schema."""
+    """Register the config schema for these overrides with Hydra, and return the schema.
+
+    ``config_dir`` is the folder of the user's own config files; None if there is none.
+    """
     schema = schema_of(target_of(overrides, config_dir))
     compose.register_schema("launch_schema", schema)
     return schema
@@ -250,7 +254,7 @@ def default_grace_period_s() -> float:
 
 
 def not_in_point(workload: Workload) -> tuple[str, ...]:
-    """Return the keys that are not part of the name of a run folder."""
+    """Return the keys of the launcher and of a workload that are not part of the name of a run folder."""
     return (*NOT_IN_POINT, *workload.not_in_point)
 
 

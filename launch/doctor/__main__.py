@@ -4,7 +4,7 @@
     python -m launch.doctor -m nodes=1,2,4 cluster=mysite     the same arguments as python -m launch
     python -m launch.doctor nodes=8 cluster=mysite --on-cluster       and a short job that measures the nodes
 
-Exit status: 0 if nothing is an error, 1 if something is, 2 if the arguments are wrong.
+Exit status: 0 if no finding is an error, 1 if a finding is an error, 2 if the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; with --json, print only JSON on standard output. Returns the exit status."""
+    """Print the report; with --json, print only JSON on standard output.
+
+    Returns the exit status, as above; 130 after Ctrl-C.
+    """
     given = arguments(argv)
     console = plain_console(stderr=given.json)
     deny_others_writing()

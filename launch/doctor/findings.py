@@ -78,7 +78,10 @@ class Facts(SlurmFacts):
 
 
 def gather(configs: Sequence[Config]) -> Facts:
-    """Return what the checks need to know about this machine, Slurm and the points of a command."""
+    """Return what the checks need to know about this machine, Slurm and the run.
+
+    ``configs`` are the configs of the points of a command. Only the first is used: the points share these settings.
+    """
     config = configs[0]
     kind = config.cluster.kind
     slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm()
@@ -99,11 +102,10 @@ def gather(configs: Sequence[Config]) -> Facts:
 
 
 def filesystem_of(path: Path) -> str:
-    """Return the kernel's name of a path's filesystem, such as nfs4 or fuse.juicefs; ``unknown`` if no mount contains
-    it.
+    """Return the kernel's name of a path's filesystem, such as nfs4 or fuse.juicefs; ``unknown`` if no mount has it.
 
-    The name distinguishes FUSE filesystems, which share one number of statfs. The deepest mount is used; of several
-    mounts at the same path, the last.
+    The name is used because statfs returns the same type number for all FUSE filesystems. The deepest mount above the
+    path counts; of several mounts at the same place, the last.
     """
     path.exists()  # Lets an automounter mount the filesystem first.
     real = Path(os.path.realpath(path))

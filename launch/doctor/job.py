@@ -131,14 +131,17 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
 
 
 def records(root: Path, kind: str) -> list[Record]:
-    """Return the records of one kind, ``nodes`` or ``ranks``, in the order of the numbers of nodes or ranks."""
+    """Return the records of one kind, ``nodes`` or ``ranks``, in the order of the numbers of nodes or ranks.
+
+    ``root`` is the folder of the job.
+    """
     return [json.loads(file.read_text()) for file in sorted((root / kind).glob("*.json"))]
 
 
 def wait_for_job(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
     """Wait until a job ends. Returns its last state in Slurm, and whether it started.
 
-    A job that is pending after ``wait_min`` minutes is cancelled.
+    A job that is pending after ``wait_min`` minutes is cancelled. ``say`` prints a line of progress.
     """
     deadline = time.monotonic() + 60 * wait_min
     last, started = "", False

@@ -302,7 +302,7 @@ def _number(value: float) -> str:
 def write_openmetrics(folders: Sequence[Path], file: Path) -> int:
     """Write the metrics of all runs below the folders to ``file``.
 
-    Returns the exit status: 1 if Slurm did not answer.
+    Returns the exit status: 0, or 1 if Slurm did not answer, so that the states of unfinished jobs are not known.
     """
     points = find_run_statuses(find_runs(folders))
     if problem := poll(points, trust_log=True):
@@ -315,7 +315,10 @@ def write_openmetrics(folders: Sequence[Path], file: Path) -> int:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the figures of all runs below the folders. Returns the exit status."""
+    """Print the figures of all runs below the folders, or write them for ``--openmetrics``.
+
+    Returns the exit status: 0; 1 if Slurm did not answer for ``--openmetrics``; 2 if there is no run.
+    """
     parser = CommandParser(
         prog="python -m launch.fleet",
         description="Where the time of all runs below some folders went, what interrupted them, and which hosts fail "

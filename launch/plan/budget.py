@@ -150,7 +150,11 @@ def caps(budget: BudgetConfig) -> dict[str, float]:
 def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int) -> None:
     """Raise ConfigError if the use so far plus the worst case of the next submission exceeds a cap.
 
-    ``timeout_min`` is the time limit of that submission in minutes, for a proposal.
+    Args:
+        budget: caps.
+        so_far: use of all points of the command until now.
+        worst: use of the next submission, if all its jobs run until their time limit.
+        timeout_min: this time limit in minutes; the error proposes a shorter one.
     """
     for key, cap in caps(budget).items():
         before, more = getattr(so_far, key), getattr(worst, key)
@@ -170,7 +174,8 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
 def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
     """Return a text on the cap that a stop now would reach, and what to type to continue; None if no cap is reached.
 
-    ``so_far`` is the use until now; ``expected`` is the use until the run has saved and left, if it stops now.
+    ``so_far`` is the use until now; ``expected`` is the use until the run has saved and left, if it stops now. Both are
+    of all points of the command, to which the caps in ``budget`` apply.
     """
     for key, cap in caps(budget).items():
         before, then = getattr(so_far, key), getattr(expected, key)

@@ -28,7 +28,10 @@ from launch.workload import CodeTree
 
 
 OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
-"""Names of the events that are recorded while the job of a point is pending: it moves, stays, or is given up."""
+"""Names of the events that are recorded while a point is pending.
+
+The point moves to another candidate, stays because it has started, is given up, refused by sbatch, or cancelled.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Placement:
 def decide(placement: Placement, at: int, here_s: float, all_s: float) -> tuple[bool, int | None]:
     """Return whether a pending point leaves candidate ``at``, and the index of the next candidate.
 
-    (True, None) means that the point is given up, (False, None) that it stays.
+    (True, None) means that the point is given up, (False, None) that it stays where it is.
 
     Args:
         placement: placement of the plan.
@@ -183,7 +186,11 @@ def place_point(config: Config, run_dir: Path, code: Path | None = None, resumes
 def worst_case(placed: Placement, nodes: int, timeout_min: int, spare_jobs: int = 0) -> Use:
     """Return the use of one start of the job at the most expensive candidate: all nodes, until the time limit.
 
-    The nodes of spare jobs are included. ``timeout_min`` is the time limit in minutes.
+    Args:
+        placed: placement of the point.
+        nodes: number of nodes of the job.
+        timeout_min: time limit in minutes.
+        spare_jobs: largest number of spare jobs, whose nodes are included.
     """
     hours = timeout_min / 60
     uses = [use_of(hours, nodes, c.gpus, c.price_per_gpu_hour) for c in placed.candidates if not c.never and c.gpus]
@@ -283,10 +290,10 @@ SLURM_PATHS = ("/etc/slurm", "/run/munge")
 
 
 def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tuple[list[str], list[str] | None]:
-    """Return srun's options for the container, and the command that starts the agent's Python; None: the Python that
-    submits.
+    """Return srun's options for the container, and the command that starts the agent's Python.
 
-    The working directory and the folder above the run have the same paths inside the image as outside.
+    The command is None if agents use the same Python as the process that submits. In a container, the working directory
+    (``workdir``) and the parent folder of ``run_dir`` have the same paths as outside.
     """
     if cluster.container is None:
         return [], None if cluster.python is None else [cluster.python]
@@ -323,7 +330,7 @@ RUNS_FROM = "LAUNCH_CODE"
 
 @cache
 def code_of(tree: CodeTree) -> dict[str, Any]:
-    """Return the folder of a code tree, a digest of all files, and a digest of each file, as ``describe_code`` does.
+    """Return the folder, a digest of all files, and a digest of each file of a code tree, as ``describe_code`` does.
 
     The digests are computed once for all points of a command.
     """

@@ -235,7 +235,10 @@ def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> Non
 
 
 def write_settled(plan: Plan, folder: RunFolder, composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Write the config of a point into ``folder``, with the values that the plan has chosen."""
+    """Write the config of a point into ``folder``, with the values that the workload's plan has chosen (``settled``).
+
+    ``composed`` is the config, which gets these values, too.
+    """
     for key, value in plan.promised.settled.items():
         OmegaConf.update(composed, key, value, merge=True)
     compose.write_config(folder, composed, without_key(overrides, "resume_from"))
@@ -367,7 +370,13 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
     """Record a Slurm job whose launcher ended before it recorded the job.
 
     The recorded candidate is the target of the run's last move, or else the first possible candidate, because refusals
-    of sbatch are not known. ``by`` is the command that found the job.
+    of sbatch are not known.
+
+    Args:
+        folder: folder of the run.
+        job_id: id of the job.
+        nodes: number of nodes of the job, recorded if the run has no readable plan.
+        by: name of the command that found the job.
     """
     ends = select_events(folder.read_events(), "submitted", "moved", "next_job")
     is_move = ends and (ends[-1]["event"] == "moved" or (ends[-1].get("after") and ends[-1]["job_id"] == job_id))

@@ -49,7 +49,10 @@ def add_warnings(plan: Plan, config: Config, slurm: SlurmFacts | None = None) ->
 
 
 def _problems(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[Problem]:
-    """Yield problems: changed code, a checkpoint that was not written, and times to stop that are too short."""
+    """Yield problems: changed code, a checkpoint that was not written, and times to stop that are too short.
+
+    ``slurm`` has the limits of the cluster; None if they are not known.
+    """
     folder = RunFolder(plan.run_dir)
     changed = changed_since(folder, _current(workload_of(config).code(config))) if folder.attempts() else None
     if changed is not None:
@@ -76,7 +79,10 @@ def _problems(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[
 
 
 def _preemption_graces(plan: Plan, slurm: SlurmFacts | None) -> dict[str, int]:
-    """Return partition -> seconds from a preemption to the kill, for partitions of the plan with preemption."""
+    """Return partition -> seconds from the signal of a preemption to the kill, for the plan's partitions.
+
+    Partitions whose jobs are not preempted, or only suspended, are left out. Empty if no limits are known.
+    """
     found: dict[str, int] = {}
     if slurm is None or slurm.limits is None or plan.cluster != "slurm":
         return found
@@ -92,7 +98,10 @@ def _preemption_graces(plan: Plan, slurm: SlurmFacts | None) -> dict[str, int]:
 
 @cache
 def _current(tree: CodeTree) -> dict[str, Any]:
-    """Return the code and libraries of the next attempt. They are computed once for all points of a command."""
+    """Return the code and libraries of the next attempt, in the form of ``environment.json``.
+
+    They are computed once for all points of a command.
+    """
     return {"code": code_of(tree), "git": code_state(tree.root), "software": library_versions()}
 
 

@@ -245,7 +245,7 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None)
 def with_derived(row: ProjectedRow, sweep: SweepPoints, failures: Failures | None) -> ProjectedRow:
     """Return the row with the figures that follow from its step time: efficiency, goodput, GPU-hours and cost.
 
-    ``failures`` has the rate and cost of failures; None for a row without goodput.
+    ``sweep`` has the measured points. ``failures`` has the rate and cost of failures; None for a row without goodput.
     """
     assert row.step_s is not None
     first, gpus, price = sweep.measured[0], sweep.config.cluster.gpus_per_node, sweep.config.cluster.price_per_gpu_hour
@@ -370,7 +370,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Offer:
-    """A set-up on a number of nodes, with the time and the cost of the whole training."""
+    """A way to train the model (``SetUp``) on a number of nodes, with the time and the cost of the whole training."""
 
     nodes: int
     gpus: int

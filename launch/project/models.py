@@ -268,7 +268,10 @@ def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
 def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) -> Model:
     """Return a model of the step time as a sum of ``TERMS``, for a program without a cost model.
 
-    ``weights`` are the seconds of each term, from ``fit_trend``.
+    Args:
+        weights: seconds of each term, from ``fit_trend``.
+        is_weak: True in weak scaling, where no work is divided among the ranks.
+        ranks_per_node: number of ranks on each node, at every size.
     """
 
     def at(nodes: int) -> StepParts:
@@ -475,7 +478,7 @@ def hold_out(sweep: SweepPoints) -> HeldOut:
 
 
 def straggler_notes(sweep: SweepPoints) -> list[str]:
-    """Return notes on how stragglers are extrapolated, and on effects that no figure includes."""
+    """Return notes on how slow ranks are extrapolated, and on effects that no figure of the projection includes."""
     others = "congestion by other jobs, and links of more tiers than in and between nodes"
     if not sweep.spreads:
         lacking = f" ({sweep.untold} lacks each rank's waits, comm_s)" if sweep.untold else ""

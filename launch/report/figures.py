@@ -237,7 +237,10 @@ def scaling_panels(table: ScalingTable) -> list[Panel]:
 
 
 def _draw_figure(axes: Axes, rows: Sequence[Row], drawn: DrawnFigure, unit: str) -> None:
-    """Draw a line for each series with its intervals; a marker is hollow if ranks shared cores or a GPU."""
+    """Draw ``drawn`` as a line for each series, with intervals; a marker is hollow if ranks shared cores or a GPU.
+
+    ``unit`` is the unit of the throughput, for the label of the axis.
+    """
     names = (f"{drawn.field}_low", drawn.field, f"{drawn.field}_high")
     lines = list(dict.fromkeys((row.scaling, row.series) for row in rows))
     kinds, is_rate = {kind for kind, _ in lines}, drawn is RATE
@@ -421,7 +424,10 @@ def _draw_distribution(axes: Axes, found: RunDetail) -> None:
 
 
 def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
-    """Draw ranks from top to bottom and steps from left to right, colored by ms of own time above the median rank."""
+    """Draw ranks from top to bottom and steps from left to right.
+
+    The color shows the milliseconds by which the own time of a rank exceeds that of the median rank.
+    """
     in_ms = 1000 * np.array(times.excess_s)
     # The color scale has a minimum range. Otherwise the noise of a healthy run looks like a finding.
     limit = max(1000 * LEAST_SHARE * found.step_time_s, np.abs(in_ms).max())

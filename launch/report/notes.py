@@ -29,7 +29,10 @@ UNAVAILABLE = "unavailable"
 
 
 def figure(value: float | None, form: str = "{:,.0f}") -> str:
-    """Return a figure as text, by default a whole number with commas between thousands; ``UNAVAILABLE`` for None."""
+    """Return a figure as text in the format ``form``, by default a whole number such as 98,765.
+
+    ``UNAVAILABLE`` for None.
+    """
     return UNAVAILABLE if value is None else form.format(value)
 
 
@@ -152,7 +155,8 @@ def _steps_used(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _apart(every: Sequence[Series]) -> Iterator[str]:
-    """Explain why points of different clusters, software or code are not compared, and how to make them comparable."""
+    """Explain why series (``every``) that differ in cluster, software or code are not compared, and how to make them
+    comparable."""
     for name, values in made_with([point for series in every for point in series.members]).items():
         if len(values) > 1 and any(set(values) & set(series.label.split(",")) for series in every):
             where = "; ".join(f"{', '.join(titles)} with {value}" for value, titles in values.items())

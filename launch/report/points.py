@@ -93,6 +93,11 @@ def energy_between(before: Mapping[str, float], after: Mapping[str, float], seco
     """Return the energy of one GPU between two samples in joules; None if the samples do not have the needed values.
 
     The energy counter is used if both samples have it and the driver did not reset it, else the mean power.
+
+    Args:
+        before: gauges of the first sample: name -> value.
+        after: gauges of the second sample.
+        seconds: time between the samples.
     """
     if "energy_j" in before and "energy_j" in after and after["energy_j"] >= before["energy_j"]:
         return after["energy_j"] - before["energy_j"]
@@ -102,9 +107,10 @@ def energy_between(before: Mapping[str, float], after: Mapping[str, float], seco
 
 
 def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | None:
-    """Read the GPU telemetry of a run, with the environments of its attempts; None if no GPU was sampled.
+    """Return the use of a run's GPUs from their telemetry; None if no GPU was sampled.
 
-    Only sums are kept, because the samples of a long run on many GPUs do not fit into memory.
+    ``setups`` is attempt -> its environment, which names the GPUs of the ranks. Only sums are kept, because the samples
+    of a long run on many GPUs do not fit into memory.
     """
     found: dict[str, dict[str, _Gpu]] = defaultdict(lambda: defaultdict(_Gpu))
     sampled_by: dict[tuple[int, str, str], int] = {}

@@ -31,7 +31,10 @@ def _model(environment: Environment) -> str | None:
 
 
 def batch_text(environment: Environment) -> str | None:
-    """Return the batch size, or the work of a step in the unit of the program, as text; None if not recorded."""
+    """Return the batch size, or the work of a step in the unit of the program, as text; None if not recorded.
+
+    In weak scaling, the text is about one rank, otherwise about all ranks together.
+    """
     work, batch = environment.work_per_step, environment.global_batch
     if environment.weak_scaling:
         if environment.per_rank_batch is not None:
@@ -201,7 +204,8 @@ def label_points(points: Sequence[Point]) -> list[Point]:
 def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]:
     """Return the points with their labels, and with the titles of the points that disturbed them (see ``disturbs``).
 
-    In a comparison, each label begins with the point's source.
+    ``points`` were read from the runs of ``selection``, in the same order. In a comparison, each label begins with the
+    point's source.
     """
     if selection.parts:
         sources: dict[str, list[Point]] = defaultdict(list)
@@ -311,7 +315,10 @@ def correlation(times: Floats) -> float:
 
 
 def block_length(times: Floats) -> int:
-    """Return the number of steps in a block of the bootstrap, for the best estimate of the spread of a mean."""
+    """Return the number of steps in a block of the bootstrap, for the best estimate of the spread of a mean.
+
+    ``times`` are step times in seconds, [steps].
+    """
     steps, rho = len(times), correlation(times)
     best = (math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3) * steps ** (1 / 3)
     return max(1, min(math.ceil(best), steps // 3))

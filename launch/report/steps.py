@@ -52,7 +52,7 @@ RECORDED = {
 }
 """Phase of a step -> field of the step records with its time.
 
-Communication comes first, because all other phases are part of the rank's own time.
+Communication must be the first entry, because the code treats only that entry as time outside of the rank's own time.
 """
 STRAGGLERS, REST = "stragglers", "computation"
 LOSSES = {
@@ -518,7 +518,10 @@ class _Reduction:
         )
 
     def _phases(self, whole: Integers, ranks: Integers) -> dict[str, Floats]:
-        """Return phase -> seconds, [steps]. ``computation`` is NaN in a step if only some ranks recorded a phase."""
+        """Return phase -> seconds, [steps]. ``computation`` is NaN in a step if only some ranks recorded a phase.
+
+        ``whole`` are the indices of the steps; ``ranks`` is the number of ranks in each of these steps.
+        """
         time_s, counts, critical = self._most[TIMES, whole], self._counts[READ + 1 :, whole], self._critical[:, whole]
         found = dict(zip(RECORDED, np.where(counts > 0, critical[:-1], np.nan), strict=True))
         # The critical rank waits for the other ranks outside of its own time.

@@ -49,8 +49,8 @@ class Cells:
     def of(heading: str, columns: TextColumns, items: Sequence[Any], among: Sequence[Any] = ()) -> Cells:
         """Return a table with a row for each item.
 
-        A column is left out if its value is unknown for every item of ``items``; if ``among`` is given, for every item
-        of ``among``. The notes of the report explain why.
+        A column is left out if its value is unknown for all of ``items``, or for all of ``among`` if that is not empty.
+        So several tables of parts of ``among`` have the same columns. The notes of the report explain missing values.
         """
         known = among or items
         shown = {title: text for title, text in columns.items() if any(text(item) != UNAVAILABLE for item in known)}

@@ -172,7 +172,7 @@ def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
 
 
 def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
-    """Return the config with which the run of a folder was made.
+    """Return the config with which the run of a folder was made, as an instance of the dataclass ``schema``.
 
     Raises:
         ConfigError: the folder has no run, or its config is damaged.
@@ -233,7 +233,7 @@ def write_config(folder: RunFolder, config: DictConfig, overrides: Sequence[str]
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one dictionary with dotted keys."""
+    """Return nested dictionaries as one dictionary with dotted keys. ``prefix`` comes before each key."""
     flat: dict[str, Any] = {}
     for name, inner in value.items():
         if isinstance(inner, dict):

@@ -111,7 +111,7 @@ class EventWriter:
         self.close()
 
     def scalar(self, tag: str, value: float, step: int, time: float | None = None) -> None:
-        """Add one point of a curve. ``time`` is Unix seconds, now by default."""
+        """Add one point to the curve ``tag``. ``time`` is Unix seconds, now by default."""
         self._add([summary_pb2.Summary.Value(tag=tag, simple_value=value)], step, time)
 
     def write(self, record: StepRecord) -> None:
@@ -124,12 +124,12 @@ class EventWriter:
             self.text(STRAGGLERS_TAG, record.straggler, record.step)
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
-        """Add a text in Markdown."""
+        """Add a text in Markdown under the name ``tag``."""
         metadata = text_metadata.create_summary_metadata(display_name=None, description=None)
         self._add([_string_value(tag, markdown.encode(), metadata)], step)
 
     def image(self, tag: str, png: bytes, step: int = 0) -> None:
-        """Add a picture. ``png`` is the content of a PNG file."""
+        """Add a picture under the name ``tag``. ``png`` is the content of a PNG file."""
         width, height = struct.unpack(">II", png[16:24])  # in the first chunk (PNG specification, 11.2.1)
         image = summary_pb2.Summary.Image(height=height, width=width, encoded_image_string=png)
         self._add([summary_pb2.Summary.Value(tag=tag, image=image)], step)
@@ -161,7 +161,10 @@ class EventWriter:
 
 
 def _string_value(tag: str, text: bytes, metadata: summary_pb2.SummaryMetadata) -> summary_pb2.Summary.Value:
-    """Return a summary with one string, the format that the plugins for texts and layouts read."""
+    """Return a summary with one string, the format that TensorBoard's plugins for texts and layouts read.
+
+    ``metadata`` names the plugin.
+    """
     shape = tensor_shape_pb2.TensorShapeProto()
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text], tensor_shape=shape)
     return summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)

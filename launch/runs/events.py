@@ -144,12 +144,15 @@ def straggling_ranks(events: Events) -> list[dict[str, Any]]:
 
 
 def uncopied_text(events: Events) -> str | None:
-    """Return a text on since when checkpoints cannot be copied to ``checkpoint.copy_to``, and why; else None."""
+    """Return a text on since when, and why, no checkpoint could be copied to ``checkpoint.copy_to``.
+
+    None if the last copy succeeded, or if nothing was copied.
+    """
     return _failing_text(events, "no checkpoint could be copied", failure="copy_failed", success="copied")
 
 
 def unsaved_text(events: Events) -> str | None:
-    """Return a text on since when checkpoints cannot be written, and why; else None."""
+    """Return a text on since when, and why, no checkpoint could be written; None if the last save succeeded."""
     return _failing_text(events, "no checkpoint could be written", failure="save_failed", success="saved")
 
 
@@ -418,7 +421,7 @@ def plan_continuation(
 
 
 def find_step(folder: RunFolder, resume_from: Any, saved: Sequence[SavedCheckpoint]) -> int:
-    """Return the step of the checkpoint that ``resume_from`` names.
+    """Return the step of the checkpoint that ``resume_from`` names, which is one of ``saved``.
 
     Raises:
         ConfigError: the run has no checkpoint, or none of that step.
@@ -453,6 +456,12 @@ def apply_continuation(
 
     Call this function only while no process works on the run. If the process is killed, the same command completes the
     work.
+
+    Args:
+        folder: folder of the run.
+        goes_on: how the run continues, from ``plan_continuation``.
+        max_steps: requested steps of the whole run; None if they are not known.
+        saved: checkpoints of the run.
 
     Raises:
         ConfigError: the folder cannot be written.

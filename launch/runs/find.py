@@ -77,7 +77,10 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def alone(path: Path, overrides: Sequence[str]) -> str:
-    """Return the label of a single run: the name of its folder, or of the parent folder if that says more."""
+    """Return the label of a single run: the name of its folder.
+
+    It is the name of the parent folder if the folder's own name comes from no overrides, or from too many to be read.
+    """
     number = generation(path.name)
     of_folder = path.name.removesuffix(number)
     # A cut name is too long for a line of a terminal, and ends in a hash without a meaning for people.

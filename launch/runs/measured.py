@@ -125,7 +125,8 @@ class MatmulFile:
 def rates_document(device: str, samples: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a file of matmul rates.
 
-    ``samples`` have precision, m, n, k and seconds; ``measured`` has the conditions of the measurement.
+    ``device`` is the name of the device. ``samples`` have precision, m, n, k and seconds; ``measured`` has the
+    conditions of the measurement.
     """
     return {"format": FORMAT, "device": device, "measured": dict(measured), "samples": [*map(dict, samples)]}
 
@@ -280,7 +281,13 @@ def _parse_network(document: Any) -> Network:
 def _fit(tier: str, name: str, document: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> LinkFit:
     """Return the fit of a collective from its entry in the file. Raises ValueError for impossible numbers.
 
-    The curve of the fit has, for each message size, the geometric mean over the samples of measured over fitted time.
+    The curve of the fit has, for each message size, the geometric mean of (measured time / fitted time) over samples.
+
+    Args:
+        tier: one of ``TIERS``.
+        name: name of the collective.
+        document: entry of the file.
+        samples: samples of all collectives and tiers in the file.
     """
     latency, bandwidth = (float(document[key]) for key in ("latency_us", "bandwidth_gb_per_s"))
     if not (0 <= latency < math.inf and 0 < bandwidth < math.inf):

@@ -156,7 +156,7 @@ def structured(schema: type) -> DictConfig:
 
 @cache
 def _scratch(schema: type) -> DictConfig:
-    """Return a config in which values are set only to check their types."""
+    """Return a config of the dataclass ``schema`` in which values are set only to check their types."""
     return copy.deepcopy(structured(schema))
 
 
@@ -220,7 +220,7 @@ def _checked(typed: str, schema: type, folders: tuple[Path, ...]) -> str:
 
 
 def _incomplete(typed: str, schema: type) -> ConfigError:
-    """Return the ConfigError for an argument without a key or a value."""
+    """Return the ConfigError for ``typed``, an argument without a key or a value. ``schema`` has the possible keys."""
     keys = schema_keys(schema)
     likely = [typed] if is_within(typed, free_keys(schema)) else closest(typed, keys)
     fix = f"{likely[0]}=VALUE" if likely else f"the same without {typed}"
@@ -230,7 +230,10 @@ def _incomplete(typed: str, schema: type) -> ConfigError:
 
 
 def _check_option(typed: str, group: str, folders: Sequence[Path]) -> None:
-    """Raise ConfigError unless ``typed`` chooses options that a group of config files has."""
+    """Raise ConfigError unless ``typed`` chooses options that a group of config files has.
+
+    ``folders`` are the user's own folders of config files, searched in addition to configs/.
+    """
     value = typed.partition("=")[2]
     words = [word for option in value.split(",") if (word := option.strip("[] '\""))]
     if value.startswith("["):
@@ -259,9 +262,9 @@ def unknown_option(group: str, choice: str, options: Collection[str]) -> ConfigE
 
 @cache
 def parse_override(typed: str, schema: type) -> Override:
-    """Return an override that Hydra's grammar has parsed.
+    """Return the override ``typed``, parsed by Hydra's grammar.
 
-    Raises ConfigError if the grammar does not accept ``typed``.
+    Raises ConfigError if the grammar does not accept ``typed``. Its message proposes a value that fits ``schema``.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -275,7 +278,10 @@ def parse_override(typed: str, schema: type) -> Override:
 
 
 def _check_value(override: Override, typed: str, schema: type) -> None:
-    """Raise ConfigError if the value of an override, or a value of a sweep, does not have the type of the key."""
+    """Raise ConfigError if the value of an override, or a value of a sweep, does not have the type of the key.
+
+    ``typed`` is the override as typed, for the message; ``schema`` is the dataclass of the config.
+    """
     key, values = override.key_or_group, [override]
     if override.is_sweep_override():
         texts = override.sweep_string_iterator() if override.value_type and override.value_type.name in SWEEPS else ()
@@ -285,7 +291,10 @@ def _check_value(override: Override, typed: str, schema: type) -> None:
 
 
 def set_value(config: DictConfig, override: Override, schema: type, typed: str = "") -> None:
-    """Set the value of an override in a config, as Hydra does. Raises ConfigError if its type is wrong."""
+    """Set the value of an override in a config, as Hydra does. Raises ConfigError if the type of the value is wrong.
+
+    ``schema`` is the dataclass of the config; ``typed`` is the override as typed, for the message.
+    """
     from hydra.errors import HydraException
 
     try:
@@ -313,7 +322,10 @@ def refuse_value(error: BaseException, schema: type, typed: str = "") -> ConfigE
 
 
 def fitting_value(typed: str, schema: type) -> tuple[str, str]:
-    """Return a description of the values that the key of an override accepts, and an override with such a value."""
+    """Return a description of the values that the key of an override accepts, and an override with such a value.
+
+    ``typed`` is the override with the wrong value; ``schema`` is the dataclass of the config.
+    """
     key, _, value = typed.partition("=")
     path = key.partition("[")[0]
     kind, value = key_types(schema).get(path), value.lstrip("=")

@@ -246,7 +246,10 @@ class HeartbeatFile:
         return self._requests[request][WANTS]
 
     def set_hold(self, request: Request, ticket: int) -> None:
-        """Make the rank wait at its next poll for ``request``, until ``set_at`` has set at least ``ticket``."""
+        """Make the rank wait at its next poll for ``request``, until ``set_at`` has set a poll number.
+
+        The rank waits until this number is at least ``ticket``, the number of the head node's ticket.
+        """
         self._requests[request][HOLD] = ticket
 
     def set_at(self, request: Request, call: int, cause: int = 0) -> None:
