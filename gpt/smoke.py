@@ -43,17 +43,17 @@ FALL = 1.0
 
 
 class CheckFailedError(Exception):
-    """A check has failed. The message has what was observed."""
+    """A check has failed. The message describes the observation."""
 
 
 def require(holds: bool, seen: str) -> None:
-    """Raise CheckFailedError with the text ``seen``, which says what was observed, unless ``holds`` is true."""
+    """Raise CheckFailedError with the text ``seen``, a description of the observation, unless ``holds`` is true."""
     if not holds:
         raise CheckFailedError(seen)
 
 
 def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:
-    """Make the checks in order, in ``folder``. Yield for each that passes its name, and text on what was observed.
+    """Make the checks in order, in ``folder``. Yield for each check that passes its name, and text on the observation.
 
     Raises:
         CheckFailedError: a check fails.

@@ -193,8 +193,8 @@ def open_checkpoints(
 
 
 def run_ranks(request: Request, rank: worker.Run) -> str:
-    """Train together with the other ranks. Return ``finished``, or ``stopped`` if a request ended the run first. An
-    error is written into the event log before it is raised."""
+    """Train together with the other ranks. Return ``finished``, or ``stopped`` if a request to stop ended the run
+    before its last step. An error is written into the event log before it is raised."""
     config = request.config
     set_determinism(config)
     with (

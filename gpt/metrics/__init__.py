@@ -164,7 +164,7 @@ compile."""
 
 
 class RunJson:
-    """Writer of ``run.json``: it writes the file when it is created, and when it is closed."""
+    """Writer of ``run.json``. The constructor and ``close`` write the whole file from the content of the run folder."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder

@@ -85,9 +85,10 @@ def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]
 
 
 RETRY_S = 30.0
-"""Seconds between two tries to open a view again after an error. Each try reads the records of rank 0."""
+"""Seconds between two tries to open a ``View`` again after an error. Each try reads all step records of rank 0."""
 KEPT_S = 60.0
-"""Seconds for which a view keeps written records in memory, longer than records take to reach the disk."""
+"""Seconds for which a ``View`` keeps written records in memory. Within this time the records reach the disk, from which
+the view can be written again."""
 
 Records = Sequence[dict[str, Any]]
 
@@ -103,8 +104,8 @@ class MetricWriter(Protocol):
 
 
 class View:
-    """A copy of the step records of a run in another format. Records are passed to an inner writer. After an OSError it
-    is closed, and later opened again; training continues.
+    """A copy of the step records of a run in another format. Records are passed to an inner writer. After an OSError
+    the inner writer is closed, and later opened again; training continues.
 
     Args:
         folder: the run folder.
@@ -142,7 +143,8 @@ class View:
             self._give_up(error)
 
     def write(self, record: StepRecord) -> None:
-        """Write one record, and earlier ones that the view lacks after an error. Do nothing if the view has it."""
+        """Write one record, and earlier records that the view lacks after an error. Do nothing if the view already has
+        the record."""
         if record.step <= self._since:
             return
         self._recent.append((time.monotonic(), record))
@@ -158,7 +160,7 @@ class View:
             self._give_up(error)
 
     def close(self) -> None:
-        """Write records that the view lacks after an error, if possible, and close it."""
+        """Write records that the view lacks after an error, if possible, and close the inner writer."""
         try:
             if self._writer is None:
                 self._make_again()
@@ -282,7 +284,7 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float, figures: Seq
 
 
 LAYER_NORM = "grad_norm/"
-"""Beginning of the names of the columns with gradient norms, before the name of the layer."""
+"""Beginning of the names of the columns of ``steps.csv`` with gradient norms. The name of the layer follows."""
 
 
 class StepsCsv:
@@ -366,8 +368,8 @@ class WeightsAndBiases:
 
 
 SHOWN_S = 0.5
-"""Shortest time between two writes to the views, in seconds. Several records together need less CPU time than one by
-one, because the code stays in the CPU's caches."""
+"""Shortest time between two writes to the views, in seconds. Writing several records together needs less CPU time than
+one by one, because the code stays in the CPU's caches."""
 
 
 class MetricWriters:
@@ -405,7 +407,7 @@ class MetricWriters:
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
         self.writers = self._open(step, [r for r in earlier if r["step"] <= step])
         self._unshown: list[StepRecord] = []
-        """Records that are written into the file of this rank, but not yet into the views."""
+        """Records that the file of this rank already has, and the views do not have yet."""
         self._shown = time.monotonic()
 
     def keep(self, record: StepRecord) -> None:

@@ -460,7 +460,7 @@ class LatentAttention(Attention):
 
 
 def softcap(x: Tensor, bound: float) -> Tensor:
-    """Return ``bound`` tanh(x / ``bound``), which lies between -``bound`` and ``bound`` (Gemma 2, arXiv 2408.00118,
+    """Return ``bound`` tanh(x / ``bound``), a number between -``bound`` and ``bound`` (Gemma 2, arXiv 2408.00118,
     section 2)."""
     return torch.tanh(x / bound) * bound
 
@@ -473,8 +473,8 @@ for Ampere and reaches 35 % of an H100's peak; 75 % is possible (arXiv 2407.0860
 
 
 def prefer_fast_kernels(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which torch tries cuDNN's attention kernel first on GPUs from Hopper on. On other devices the
-    context does nothing.
+    """Return a context in which torch tries cuDNN's attention kernel before its other kernels, on Hopper and later
+    GPUs. On other devices the context does nothing.
 
     A process enters the context once, because entering costs the host as much as an operation.
     """

@@ -186,7 +186,8 @@ def generator_of(name: str, seed: int) -> torch.Generator:
 class TiedHead(nn.Module):
     """Output layer with the token embedding's matrix (arXiv 1608.05859).
 
-    Each call passes the matrix. If two modules owned it, ``to_empty`` would make two tensors of it on the meta device.
+    The caller passes the matrix at each call. If two modules had the matrix as a parameter, ``to_empty`` would make two
+    tensors of it on the meta device.
     """
 
     def forward(
@@ -425,7 +426,8 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def make_generators(seed: int, count: int) -> list[torch.Generator]:
-    """Return ``count`` random generators, one for each sequence, so that no sequence depends on the others."""
+    """Return ``count`` random generators with seeds that follow from ``seed``: one for each sequence, so that the
+    random numbers of a sequence do not depend on the number of sequences."""
     return [torch.Generator("cpu").manual_seed((seed * 1000 + i) % 2**63) for i in range(count)]
 
 

@@ -338,7 +338,8 @@ COMPUTE_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16,
 """Precision -> dtype of the results of matrix products."""
 
 CACHED_LOGITS = 2**17
-"""Number of logits of a chunk, for each CPU thread: 0.5 MB in fp32, which fits into the 1 to 2 MB of an L2 cache."""
+"""Largest number of logits for each CPU thread that the loss on a CPU converts to fp32 at a time: 0.5 MB, which fits
+into the 1 to 2 MB of an L2 cache."""
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
@@ -488,7 +489,9 @@ def exponentials(logits_NV: Tensor, columns_N: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def write_softmax(out_NV: Tensor, logits_NV: Tensor, peak_N: Tensor, rest_N: Tensor) -> None:
-    """Write exp(logits - peak - rest) into ``out_NV``, computed in fp32. Each row has a ``peak`` and a ``rest``."""
+    """Write exp(logits - peak - rest) into ``out_NV``, computed in fp32. ``peak_N`` and ``rest_N`` have a number for
+    each row. With the largest logit as peak, and the logarithm of the sum of exp(logit - peak) as rest, the result is
+    the softmax."""
     rows = in_chunks(peak_N.unsqueeze(-1), logits_NV), in_chunks(rest_N.unsqueeze(-1), logits_NV)
     for out_RV, logits_RV, peak_R1, rest_R1 in zip(in_chunks(out_NV), in_chunks(logits_NV), *rows, strict=True):
         if out_RV.dtype == peak_R1.dtype:

@@ -324,7 +324,8 @@ class Engine:
         """Restore model and optimizer from ``state``: a result of the method ``state``, filled from a checkpoint."""
 
     def begin(self) -> None:
-        """Prepare a run without a checkpoint: clear the state of the optimizer, which the method ``state`` creates."""
+        """Prepare a run that has loaded no checkpoint: clear the state of the optimizer, because the method ``state``,
+        called for the load, makes a step with zero gradients that the optimizer would count."""
 
     def averaged_weights(self) -> AbstractContextManager[object]:
         """Return a context for evaluations, in which the parameters are the averaged weights of a schedule-free
@@ -425,7 +426,7 @@ class TorchEngine(Engine):
     def state(self) -> dict[str, Any]:
         with self.averaged_weights():
             model, optimizer = get_state_dict(self.trained, self.optimizer)
-            if self.averages:  # training goes on with other weights before those of the checkpoint are written
+            if self.averages:  # training continues with other weights before those of the checkpoint are written
                 model = {name: cast(Tensor, tensor).clone() for name, tensor in model.items()}
         return {"model": model, "optimizer": optimizer}
 

@@ -145,7 +145,7 @@ class PipelineEngine(NDEngine):
 
     waits_as = BUBBLE
     """The timeline records the wait of ``clip`` as pipeline bubble: it is the first collective of all stages, in which
-    ranks whose schedule ended early wait for the others."""
+    ranks whose schedule ended early wait for the other ranks."""
 
     def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
         super().__init__(model, weights, layout)

@@ -300,7 +300,7 @@ def shift_positions(
 
     Args:
         forward: forward method of a module for positions.
-        slices: index of this rank's part of each sequence, from 0.
+        slices: number of the parts of each sequence that come before this rank's part.
         x_BTD: hidden states of the part.
         start: position of the first token of the sequences, or the positions of all their tokens.
     """

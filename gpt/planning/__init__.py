@@ -29,8 +29,8 @@ the rest of the time."""
 ROOM = 0.9
 """Share of a device's memory that tensors may use, 0 to 1. The CUDA context, the allocator and NCCL use the rest."""
 INTRA_NODE_LATENCY_S, INTER_NODE_LATENCY_S = 2e-6, 5e-6
-"""Assumed seconds of one step of a ring, without its bytes: on NVLink inside of a node, on InfiniBand between nodes. A
-small all-reduce over the eight GPUs of a node takes some 30 us in fourteen steps."""
+"""Assumed latency, in seconds, of one step of a collective over a ring of ranks: on NVLink inside of a node, on
+InfiniBand between nodes. A small all-reduce over the eight GPUs of a node takes some 30 us in fourteen steps."""
 NETWORK_GB_PER_S = 12.5
 """Assumed network bandwidth of a node whose GPUs are unknown, in GB/s: 100 Gbit/s."""
 PCIE_GB_PER_S = 32.0
@@ -48,18 +48,19 @@ class Link:
     """Link from a rank to another rank."""
 
     latency_s: float
-    """Seconds of one step of a ring, without its bytes."""
+    """Latency, in seconds, of one step of a collective over a ring of ranks."""
     bytes_per_s: float
     """Bandwidth in one direction, in bytes a second."""
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
     """Collective -> its measured latency in seconds, and bandwidth in bytes a second (``launch.runs.measured``)."""
 
     curves: Mapping[str, Curve] = field(default_factory=dict, hash=False)
-    """Collective -> pairs of the bytes of a message, and measured time / time by latency and bandwidth."""
+    """Collective -> correction of its time: pairs of a message size in bytes, and the ratio of the measured time to the
+    time that follows from latency and bandwidth."""
 
     def rates(self, collective: str) -> tuple[float, float]:
-        """Return latency in seconds and bandwidth in bytes a second of a collective: as measured, or else those of the
-        link."""
+        """Return latency in seconds and bandwidth in bytes a second of a collective: the measured ones, or else
+        ``latency_s`` and ``bytes_per_s``."""
         return self.measured.get(collective, (self.latency_s, self.bytes_per_s))
 
     def faster(self, factor: float) -> Link:
@@ -82,12 +83,12 @@ class Host:
 
 @dataclass(frozen=True)
 class Machine:
-    """Identical nodes with one rank on each device."""
+    """Hardware of a run for estimates: identical nodes with one rank on each device."""
 
     device: str
     """Name of the device, for messages."""
     flops_per_s: float
-    """Rate of computing of a rank that is assumed or was measured, in FLOP/s."""
+    """Assumed or measured rate at which a rank computes, in FLOP/s."""
     room: int
     """Bytes for the tensors of one rank."""
     ranks_per_node: int

@@ -33,12 +33,12 @@ TIMEOUTS = ("timeout_s", "step_timeout_s")
 """Keys of ``parallel`` that do not belong to a layout."""
 
 SHOWN = 5
-"""Number of layouts that a plan shows."""
+"""Largest number of parallel layouts that a plan shows."""
 
 
 @dataclass(frozen=True)
 class LayoutChoice(Candidate):
-    """A layout that fits, with its estimated step time."""
+    """A parallel layout that fits into memory, with its estimated step time."""
 
     estimate: Estimate
 
@@ -120,7 +120,8 @@ def estimated(config: TrainConfig, one: Candidate, machine: Machine) -> LayoutCh
 
 
 def sort_layouts(found: Sequence[LayoutChoice]) -> tuple[LayoutChoice, ...]:
-    """Return layouts sorted by estimated step time, the fastest first, each with its best size of micro-batches only.
+    """Return layouts sorted by estimated step time, the fastest first. Of each layout only the best size of
+    micro-batches is returned.
 
     Layouts within the ratio ``NO_DIFFERENCE`` of the fastest come first, sorted by ``Candidate.plainness``.
     """

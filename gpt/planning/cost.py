@@ -52,7 +52,7 @@ class Estimate:
     compute_s: float
     """Seconds of computing of the slowest pipeline rank, with recomputation."""
     bubble_s: float
-    """Seconds in which this rank waits for other stages of the pipeline."""
+    """Seconds in which the same rank waits for other stages of the pipeline."""
     communication_s: dict[str, float]
     """Axis of the mesh -> seconds of communication that no computing overlaps. ``world`` is for sums of a few numbers
     over all ranks, ``host`` for copies from and to host memory."""
@@ -122,7 +122,7 @@ class RankStep:
 
     @property
     def forwards(self) -> int:
-        """Number of forward passes of a block for each micro-batch: two with recomputation."""
+        """Number of forward passes of a block for each micro-batch: 2 with recomputation, else 1."""
         return 1 if self.config.recompute is Recompute.none else 2
 
     def ring(self, *names: str) -> Group:

@@ -46,7 +46,8 @@ from gpt.topology.schedules import StageLayers, local_stages, rank_stages
 
 
 ALIGNMENT = 2
-"""Number of elements per rank to a multiple of which ZeRO-1 and 2 pad a group of flattened parameters."""
+"""ZeRO-1 and 2 pad a group of flattened parameters to a multiple of this number of elements times the number of
+ranks."""
 PERSISTENT = 100_000
 """Largest parameter, in elements, that stays gathered in ZeRO-3 (stage3_param_persistence_threshold)."""
 
@@ -155,9 +156,10 @@ def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> R
 
 
 def pieces(shards: ParameterShards) -> list[tuple[ParameterShard, int]]:
-    """Return the shard of each parameter, and how many equal parameters the rank has.
+    """Return pairs of a parameter shard, and the number of equal shards that the rank has.
 
-    The parameters of one block stand for those of all blocks of the rank. A parameter outside of the blocks has 1.
+    All blocks are equal, so the number is that of the blocks of the rank for a parameter of a block, and 1 for other
+    parameters.
     """
     return [(p, shards.layers) for p in shards.block] + [(p, 1) for p in shards.around]
 

@@ -298,7 +298,7 @@ class LayerBytes:
         """Number of scores of one query: the mean over all layers. If only some layers write the scores to memory, the
         other layers count as 0."""
         self.keys_read = 1 + self.blockwise * (1 - window / model.block_size)
-        """Number of blocks of queries that read a key: the mean over all layers."""
+        """Number of blocks of queries that read a key, 1 to 2: the mean over all layers."""
         self.inner = -(-model.ffn_width // factors.tp)
         self.inner_tensors = 1 if model.ffn_activation is Activation.relu else 2  # ReLU only needs its result
         if model.gated:
@@ -368,8 +368,8 @@ class LayerBytes:
         return -(-(self.custom("norm") if is_custom else self.norm_over(self.model.n_embd)) // self.factors.hidden)
 
     def norms(self) -> int:
-        """Return the bytes per token that the norms over the width of the model keep for the backward pass, those of
-        attention or those of the feed-forward layer."""
+        """Return the bytes per token that norms over the width of the model keep for the backward pass: the norms of
+        attention, or equally those of the feed-forward layer. They are two with ``norm_position=both``, else one."""
         if self.model.norm_position is not NormPosition.both:
             return self.norm()
         # LayerNorm keeps its input in the dtype that it receives: here that of a result.

@@ -196,7 +196,8 @@ class MemoryRecord:
             self._open(storage, before.place, before.kind)
 
     def name(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Assign the memory of ``tensors`` to the part ``kind``, unless it was assigned to another part before."""
+        """Assign the memory of ``tensors`` to ``kind``, one of ``PARTS``, unless it was assigned to another part
+        before."""
         for tensor in tensors:
             if tensor is not None:
                 local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -341,8 +342,8 @@ class Recorder(TorchDispatchMode):
 class Calls(TorchFunctionMode):
     """Records copies to the host, and the parameters of linear layers, in a ``Recorder``.
 
-    They do not show in operations, because fake tensors are on a CPU. Copies for which the host waits are ``cpu()``,
-    ``numpy()``, ``to("cpu")``, and the text of a tensor, as in ``print(loss)``.
+    Operations of torch do not show these copies, because fake tensors are on a CPU. Copies for which the host waits are
+    ``cpu()``, ``numpy()``, ``to("cpu")``, and the text of a tensor, as in ``print(loss)``.
     """
 
     def __init__(self, recorder: Recorder) -> None:

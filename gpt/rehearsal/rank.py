@@ -224,7 +224,7 @@ def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: i
     """Build one rank, make two training steps, and return the findings about the second one.
 
     The first step makes buffers and connections that later steps use again. Call this in a process of its own, because
-    it replaces parts of torch. ``kind`` is text on the place of the rank.
+    it replaces parts of torch. ``kind`` is text on the place of the rank in the mesh.
     """
     size = dims.data_ranks * dims.model_ranks
     found = RankRehearsal(rank, kind)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 WINDOW = 100
-"""Number of steps over which the variance of the loss is computed: so few that a normally falling loss adds little."""
+"""Number of steps over which the variance of the loss is computed. They are so few that the normal fall of the loss
+adds little to the variance."""
 
 
 class LossWindow:
@@ -66,7 +67,7 @@ class BadSteps:
     last: int
     """Number of the last of these steps."""
     cause: str
-    """What is wrong with these steps, as text."""
+    """Fault of these steps, as text."""
 
 
 SPIKE_WINDOW = 100
@@ -310,14 +311,14 @@ def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
 WARMUP_STEPS = 5
 """Number of first steps of an attempt in which no slow ranks are searched: they compile, connect, and fill caches."""
 STRAGGLER_FACTOR = 1.2
-"""A rank is slow if its time per step, without waits for other ranks, exceeds the median of the others by this
+"""A rank is slow if its time per step, without waits for other ranks, exceeds the median of the other ranks by this
 factor."""
 STRAGGLER_WINDOW = 20
 """Number of steps over which the times of ranks are averaged to find slow ones."""
 ENDS_AT = 0.5
 """A slow rank has recovered if its time per step, without waits for other ranks, is below 1 + ``ENDS_AT`` *
-(``STRAGGLER_FACTOR`` - 1) times the median of the others. ``ENDS_AT`` is below 1, so that a rank near the limit is not
-reported again and again."""
+(``STRAGGLER_FACTOR`` - 1) times the median of the other ranks. ``ENDS_AT`` is below 1, so that a rank near the limit is
+not reported again and again."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +331,7 @@ class Finding:
     own_s: float
     """Mean seconds of its steps over the window, without waits for other ranks."""
     median_s: float
-    """Median of these means of all other ranks, in seconds."""
+    """Median of the same means of all other ranks, in seconds."""
 
 
 class StragglerJudge:

@@ -93,8 +93,8 @@ def mean_loss(
 
 
 def train(run: Run) -> str:
-    """Make the remaining steps of a run, and record its end. Return ``finished``, or ``stopped`` if a request ended it
-    first."""
+    """Make the remaining steps of a run, and record its end. Return ``finished``, or ``stopped`` if a request to stop
+    ended it before its last step."""
     run.engine.module.train()
     loop = Loop(run)
     try:
@@ -164,8 +164,8 @@ class Loop:
         """Time of the end of the last step or pause, of time.perf_counter, in seconds."""
 
     def do_steps(self, collect: Callable[[int], None]) -> str:
-        """Make the remaining steps, with evaluations and saves. Return ``finished``, or ``stopped`` if a request ends
-        the run.
+        """Make the remaining steps, with evaluations and saves. Return ``finished``, or ``stopped`` if a request to
+        stop ends the run before its last step.
 
         ``collect`` runs Python's garbage collector; it is called with the number of each step that was queued.
         """

@@ -376,7 +376,7 @@ def first_weights(
     chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
     kind = "run" if source.is_run else "hf" if source.adapter is None else "peft"
     about = {"path": str(source.path), "kind": kind, "step": chosen, "sha256": verified.files}
-    drawn = initial_weights(config.model, config.seed)  # of adapters beside weights that have none
+    drawn = initial_weights(config.model, config.seed)  # for the adapters, if the loaded weights have none
     return lambda name, shape: state[name] if name in state else drawn(name, shape), about
 
 

@@ -74,7 +74,7 @@ YOUNG = 1
 
 GC_INTERVAL = 50
 """Steps between runs of Python's garbage collector, on all ranks in the same step. Otherwise each rank would collect in
-another step, and the others would wait each time."""
+another step, and the other ranks would wait each time."""
 
 
 @contextmanager

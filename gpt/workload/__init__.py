@@ -303,7 +303,7 @@ class GptWorkload(Workload):
         return RankCommand(args, defaults=defaults, preload=PRELOAD, wants_memory_store=config.checkpoint.in_memory)
 
     def contract(self, config: TrainConfig, world_size: int) -> RankContract:
-        """Return what the launcher's agent must know about the ranks: the unit in which their work is counted
+        """Return facts about the ranks that the launcher's agent needs: the unit in which their work is counted
         (tokens), and the number of steps of the run."""
         if config.optim.max_tokens is not None:
             batch = split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)

@@ -61,7 +61,8 @@ from launch.workload import PlanRequest, StepTime
 
 
 def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
-    """Return True if the ranks will compute on CPUs, as far as this machine can find out."""
+    """Return True if the ranks will compute on CPUs: with ``device=cpu``; and with ``device=auto``, if this machine has
+    no GPU for a local run, or if the config of the cluster names no GPUs."""
     if config.device is not Device.auto:
         return config.device is Device.cpu
     if request.is_local:
@@ -118,8 +119,9 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
 
 
 def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest) -> Machine:
-    """Return ``machine`` with what is known better: the network bandwidth of the config, the measured ``rates`` of
-    matrix products, measured links, and the correction factors of ``request`` for computing and communication.
+    """Return ``machine`` with better figures where they are known: the network bandwidth of the config, the measured
+    ``rates`` of matrix products, measured links, and the correction factors of ``request`` for computing and
+    communication.
 
     Raises:
         ConfigError: the file ``cluster.network`` is no measurement of a network.
@@ -307,7 +309,8 @@ def plan_warnings(
 
 
 DISK_BYTES_PER_S = 1e9
-"""Assumed rate at which a run can write to a shared filesystem, for a warning about the interval of checkpoints."""
+"""Assumed rate, in bytes a second, at which a run can write to a shared filesystem, for a warning about the interval of
+checkpoints."""
 
 
 def frequent_saves(config: TrainConfig, step_s: float) -> Iterator[str]:
