@@ -113,13 +113,19 @@ def cells(known: dict[str, Any]) -> list[str]:
 
 
 def nodes_text(known: dict[str, Any]) -> str:
-    """Return the number of nodes as text; ``1 of 2`` while the run continues on fewer nodes than requested."""
+    """Return the number of nodes as text; ``1 of 2`` while the run continues on fewer nodes than requested.
+
+    ``known`` comes from ``as_dict``.
+    """
     fewer = known.get("fewer_nodes")
     return str(known.get("nodes", "")) if fewer is None else f"{fewer['nodes']} of {fewer['asked']}"
 
 
 def status_notes(known: dict[str, Any]) -> list[str]:
-    """Return the lines about a run below the table: why it waits, what to type, damage, end and first failure."""
+    """Return the lines about a run below the table: why it waits or failed, problems, and what to type.
+
+    ``known`` comes from ``as_dict``.
+    """
     where = f" in partition {known['partition']}" if "partition" in known else ""
     where += f" for {duration_text(round(known['waiting_s']))}" if "waiting_s" in known else ""
     why = f", {known['detail']}" if "detail" in known else ""

@@ -46,13 +46,15 @@ REFUSED = {
         "hydra.launcher.submitit_folder=null",
     ),
 }
-"""Key of hydra-submitit-launcher without a counterpart -> what is expected in its place, and what to type."""
+"""Key of hydra-submitit-launcher without a counterpart -> (the expected setting, the override to type in its place)."""
 
 
 def run_task(
     context: HydraContext, task_function: TaskFunction, config: DictConfig, state: dict[Any, Any], base: Any
 ) -> JobReturn:
-    """Call the task function of one point in one rank, as Hydra does in a plain sweep. Raises what the function raises.
+    """Call the task function of one point in one rank, as Hydra does in a plain sweep.
+
+    An exception of the function is raised.
 
     All ranks have the same output folder. Only rank 0 writes Hydra's own files into it.
 

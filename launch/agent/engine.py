@@ -43,7 +43,7 @@ class NodeRanks:
     variables: Mapping[int, Mapping[str, str]]
     """Rank -> environment variables, in the order of the local ranks.
 
-    RANK, MASTER_ADDR and the others that torchrun sets. They are added to the environment of the agent.
+    They are the variables that torchrun sets, such as RANK and MASTER_ADDR, and are added to the agent's environment.
     """
     workdir: str
     """Working directory of the ranks."""

@@ -321,7 +321,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
             silent = group.find_reason(rdzv)
             context.record_problems("node_lost", attempt, silent)
             is_lost = bool(silent)
-            failure = first_failure(folder.read_events(), attempt)  # other nodes may have recorded theirs meanwhile
+            failure = first_failure(folder.read_events(), attempt)  # other nodes may have recorded events meanwhile
         text = failure_text(failure) if failure else ""
         cause = Cause.node_failed if is_lost else cause_of_failure(failure)
         text = problems_text("lost", group.lost.values()) if is_lost else text

@@ -78,7 +78,7 @@ class Facts(SlurmFacts):
 
 
 def gather(configs: Sequence[Config]) -> Facts:
-    """Return what the checks need to know about this machine, Slurm and the run.
+    """Return the facts that the checks need about this machine, Slurm and the run.
 
     ``configs`` are the configs of the points of a command. Only the first is used: the points share these settings.
     """
@@ -345,9 +345,9 @@ def check_job(results: Results) -> Iterator[Finding]:
 
 
 def check_node_records(results: Results) -> Iterator[Finding]:
-    """Report what the records of nodes show: errors, faults, missing parts, skipped measurements, different software.
+    """Report errors, faults, missing parts, skipped measurements and different software, from the records of the nodes.
 
-    A fault is what the health check of a run's agents would find: of a disk, network link, GPU or the run folder.
+    A fault is one that the health check of a run's agents would find, too: of a disk, link, GPU or the run folder.
     """
     nodes = results["nodes"]
     for node in nodes:

@@ -156,7 +156,8 @@ def _steps_used(points: Sequence[Point]) -> Iterator[str]:
 
 def _apart(every: Sequence[Series]) -> Iterator[str]:
     """Explain why series (``every``) that differ in cluster, software or code are not compared, and how to make them
-    comparable."""
+    comparable.
+    """
     for name, values in made_with([point for series in every for point in series.members]).items():
         if len(values) > 1 and any(set(values) & set(series.label.split(",")) for series in every):
             where = "; ".join(f"{', '.join(titles)} with {value}" for value, titles in values.items())

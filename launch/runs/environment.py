@@ -96,7 +96,7 @@ class Gpu:
 
 
 def missing_for_compiling() -> list[str]:
-    """Return what is missing on this node to build Triton's kernels: a C compiler, the headers of Python, or both."""
+    """Return the parts that this node lacks to build Triton's kernels: a C compiler, the headers of Python, or both."""
     programs = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
     header = Path(sysconfig.get_path("include")) / "Python.h"
     found = [] if any(map(shutil.which, programs)) else ["no C compiler"]

@@ -109,7 +109,9 @@ def is_finished(events: Events) -> bool:
 
 
 def fewer_nodes(events: Events) -> dict[int, dict[str, Any]]:
-    """Return attempt -> its event (``nodes``, ``asked``, ``cause``), for the attempts with fewer nodes than requested.
+    """Return attempt -> its event ``fewer_nodes``, for the attempts with fewer nodes than requested.
+
+    The event has the present and the requested number of nodes, and the cause.
 
     Steps of these attempts take longer, and must not be compared with steps of other attempts.
     """

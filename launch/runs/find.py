@@ -133,7 +133,10 @@ class Sweep(msgspec.Struct, frozen=True):
         return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
 
     def summary(self, beside: Sequence[Sweep]) -> str:
-        """Return a short description: swept keys, and overrides in which the sweep differs from those in ``beside``."""
+        """Return a short description: the keys with several values, and the overrides that other sweeps do not have.
+
+        The argument has the sweeps with which this sweep is listed.
+        """
         common = set.intersection(*(set(one.typed) for one in (self, *beside)))
         told = [override for override in self.typed if "," in override or override not in common]
         number = "" if self.number is None else f" {self.number}"

@@ -57,17 +57,24 @@ class Finding(Problem):
 
 
 def fine(check: str, found: str) -> Finding:
-    """Return a finding of level ``ok``."""
+    """Return a finding of level ``ok``: the fact ``found`` of the check named ``check``."""
     return Finding(found, "", "", Level.ok, check)
 
 
 def warn(check: str, found: str, why: str, fix: str) -> Finding:
-    """Return a finding of level ``warning``: a state that may cost time or work."""
+    """Return a finding of level ``warning``: a state that may cost time or work.
+
+    Args:
+        check: name of the check.
+        found: the state.
+        why: its consequence.
+        fix: what to type.
+    """
     return Finding(found, why, fix, Level.warning, check)
 
 
 def fail(check: str, found: str, why: str, fix: str) -> Finding:
-    """Return a finding of level ``error``: a state that breaks the run."""
+    """Return a finding of level ``error``: a state that breaks the run. The arguments are those of ``warn``."""
     return Finding(found, why, fix, Level.error, check)
 
 
@@ -118,7 +125,7 @@ def excluded(config: Config, facts: SlurmFacts) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """One request at one partition. The checks below receive it."""
+    """One request at one partition: the argument of the functions that check a single partition."""
 
     limits: Limits
     partition: Partition
@@ -136,7 +143,7 @@ class Case:
         return [n for n in nodes if n.name not in self.request.excluded and features(self.config) <= n.features]
 
     def exceeds(self, check: str, found: str, fix: str) -> Finding:
-        """Return the error that the request exceeds a limit of the partition.
+        """Return the error that the request exceeds a limit of the partition. The arguments are those of ``fail``.
 
         The error is uncertain if the job names a QOS or the partition has one, because a QOS may lift the limit.
         """
@@ -185,7 +192,7 @@ def why_unsure(limits: Limits, config: Config) -> str:
 
 
 def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether a job gets whole nodes, with all their CPUs and without other jobs."""
+    """Return whether a job with these keys gets whole nodes in a partition: all their CPUs, and no other jobs there."""
     return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
 
 

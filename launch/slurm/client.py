@@ -127,6 +127,8 @@ def missing_configuration() -> str:
 def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Run a command that neither Ctrl-C nor a SIGTERM can interrupt. Returns its exit status and output.
 
+    After ``timeout_s`` seconds the command is killed, and subprocess.TimeoutExpired is raised.
+
     Slurm sends SIGTERM to all processes of a job that is requeued or preempted, including the command that requeues it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # The command inherits the mask.
@@ -370,7 +372,7 @@ def exclude(job_id: str, hosts: Iterable[str]) -> None:
 
 
 def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
-    """Return the fields that ``scontrol show job`` prints, by name.
+    """Return the fields that ``scontrol show job`` prints: name -> text of the value.
 
     Raises SlurmError if Slurm does not answer, or has forgotten the job.
     """

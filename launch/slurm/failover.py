@@ -126,9 +126,9 @@ def submit_moved(point: RunStatus, plan: Plan, to: int, since: float, console: C
 def record_accepted(
     point: RunStatus, plan: Plan, job: SlurmJob, done: Submission, console: Console, **more: Any
 ) -> None:
-    """Record and print that sbatch accepted ``job`` for a point, and which candidates it refused before.
+    """Record and print that sbatch accepted ``job`` for a point, and at which candidates it was refused before.
 
-    ``more`` are further fields of the event ``submitted``.
+    ``done`` has the accepting and the refusing candidates. ``more`` are further fields of the event ``submitted``.
     """
     point.job = job
     record_submitted(plan, job.job_id, done.candidate, **more)

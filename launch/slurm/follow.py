@@ -119,7 +119,10 @@ class Display:
             self.console.print(plain_line(point))
 
     def show_problem(self, problem: SlurmError | None) -> None:
-        """Print once that Slurm does not answer, and once that it answers again."""
+        """Print once that Slurm does not answer, and once that it answers again.
+
+        ``problem`` is the error of the last poll; None if Slurm answered.
+        """
         if problem is not None and not self._has_problem:
             self.console.print(f"{problem}\nthe jobs continue; asking again until Slurm answers")
         elif problem is None and self._has_problem:

@@ -200,7 +200,10 @@ def read_limits() -> Limits:
 
 
 def parse_limits(config_text: str, partition_text: str, node_text: str) -> Limits:
-    """Return the limits of a cluster from the outputs of ``scontrol show`` for config, partitions and nodes."""
+    """Return the limits of a cluster from the outputs of ``scontrol show`` for config, partitions and nodes.
+
+    The outputs about partitions and nodes have one line for each (option ``--oneliner``).
+    """
     said = re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE)
     # A plugin that a site does not use is (null) in 24.11, and none in 22.05.
     config = {key: value for key, value in said if value != "(null)"}

@@ -67,12 +67,12 @@ class OpenPoint:
         self.config = typed_config(self.document)
 
     def store(self, *keys: str) -> None:
-        """Copy these keys of ``cluster`` from the typed config, where they were chosen, into the composed config."""
+        """Copy these keys of ``cluster`` from ``config``, where their values were chosen, into ``document``."""
         for key in keys:
             self.document.cluster[key] = getattr(self.config.cluster, key)
 
     def fit_nodes(self) -> str:
-        """Fit the point to the job in which this process runs, or to its hosts.
+        """Fit the point to the job in which this process runs, or to the hosts of ``cluster.hostfile``.
 
         Returns a text on these nodes for people.
         """
@@ -324,10 +324,11 @@ def gpu_type(config: Config, slurm: SlurmFacts) -> str | None:
 
 
 def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
-    """Return the number of GPUs to request on each node, and a finding to report. Each is None if there is nothing to
-    set.
+    """Return the number of GPUs to request on each node, and a finding to report.
 
-    The number is ``ranks_per_node``, or else the smallest number of GPUs of a node.
+    The number is ``ranks_per_node``, or else the smallest number of GPUs of a node. Both are None if the config sets
+    the GPUs, the ranks need none, or no node has one. Only the number is None, with a warning as the finding, if torch
+    is built for CPUs or some nodes have no GPU.
 
     Raises:
         ConfigError: the config requests more ranks on a node than its GPUs.
@@ -435,7 +436,7 @@ def plan_points(points: Sequence[OpenPoint], slurm: SlurmFacts | None = None) ->
 
 
 def refuse_same_folder(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> None:
-    """Raise ConfigError if two points would write into one folder."""
+    """Raise ConfigError if two points would write into one folder. ``typed`` has the overrides of each point."""
     seen: dict[str, Sequence[str]] = {}
     for plan, words in zip(plans, typed, strict=True):
         other = seen.setdefault(plan.run_dir, words)
@@ -463,7 +464,7 @@ def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts 
         plans: plan of each point.
         configs: config of each point.
         slurm: result of ``choose_resources``. With None, the comparison is left out.
-        console: console for what the comparison finds.
+        console: console that prints the findings of the comparison.
 
     Raises:
         ConfigError: Slurm would refuse a point, or never start it; the controller does not answer; ``launch.detach`` is

@@ -197,8 +197,9 @@ class RunStatus:
         return "" if problem is None else problem.warning().removeprefix("warning: ")
 
     def fewer_nodes(self) -> dict[str, Any] | None:
-        """Return ``nodes``, ``asked`` and ``cause`` if the newest attempt runs on fewer nodes than requested; else
-        None.
+        """Return the present and the requested number of nodes, and the cause, from the event ``fewer_nodes``.
+
+        None if the newest attempt runs on all requested nodes.
         """
         event = fewer_nodes(self.events()).get(max(self.attempts(), default=0))
         return event and {key: event[key] for key in ("nodes", "asked", "cause")}
@@ -233,9 +234,9 @@ def find_run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
 
 
 def find_run_status(folder: RunFolder) -> RunStatus:
-    """Return the status of a run since its last submission.
+    """Return the status of a run since its last submission, with its job. The state is not set before ``poll``.
 
-    A run that waits in the queue of a local launcher counts, too.
+    For a run that waits in the queue of a local launcher, the submission is the one that this launcher will make.
     """
     events, damage = folder.read_events(), ""
     plan: dict[str, Any] = {}

@@ -441,7 +441,7 @@ def start_local(plan: Plan, part: int = 0, parts: int = 1) -> LocalJob:
 
 
 def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
-    """Print the plan of every point, and one batch script for all points with equal resources."""
+    """Print the plan of every point, and one batch script for all points with equal resources (dry run)."""
     for plan in plans:
         console.print(plan_text(plan))
     console.print(worst_case_text(plans, configs))

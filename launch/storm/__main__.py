@@ -1,5 +1,4 @@
-"""``python -m launch.storm KEY=VALUE...``: a chaos drill, which repeats a run with injected faults and compares the
-two.
+"""``python -m launch.storm KEY=VALUE...``: a chaos drill, which repeats a run with injected faults and compares both.
 
 The arguments are those of ``python -m launch``, or the folder of a finished run, which the drill repeats. ``--seed``
 decides the faults. The run with faults must end with the same state and samples as the undisturbed run. The drill
@@ -55,9 +54,9 @@ from launch.storm.injection import (
 GONE_S = 60.0
 """Seconds in which processes and jobs of a run must end after its launcher has ended."""
 UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "node_failed"))
-"""Overrides that lift limits of restarts in a drill, unless the user typed others.
+"""Keys for which a drill sets no limit of restarts, unless the user typed a limit.
 
-A drill has more faults than limits allow.
+A drill has more faults than the default limits allow.
 """
 LEAVING = ("signalled", "agent_stopped", "attempt_ended", "requeued", "agent_ended")
 """Events of a run that stops.
@@ -82,11 +81,9 @@ Their values depend only on the training state and the samples.
 
 
 def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
-    """Return the names of the kinds of faults in a drill: ``asked``, or by default all possible kinds.
+    """Return the names of the kinds of faults in a drill: the typed names, or by default all possible kinds.
 
-    Args:
-        asked: names that were typed.
-        has: needs that the drill fulfils, of ``SLURM`` and ``SANDBOX``.
+    The first argument has the typed names. ``has`` are the needs that the drill fulfils, of ``SLURM`` and ``SANDBOX``.
 
     Raises:
         ConfigError: there is no such kind, or the drill does not fulfil the need of the kind.
@@ -103,10 +100,10 @@ def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
 
 
 def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_steps: int) -> list[PlannedFault]:
-    """Return a schedule of faults, with all kinds equally often if possible. ``seed`` decides the order.
+    """Return a schedule of ``count`` faults, with all kinds equally often if possible. ``seed`` decides the order.
 
-    The rank, steps and seconds of a fault depend only on the seed and the fault's number. So a longer schedule begins
-    like a shorter schedule. ``most_steps`` is the largest number of steps before a fault.
+    A fault does not depend on ``count``, so a longer schedule begins like a shorter schedule. ``ranks`` is the number
+    of ranks of the run; ``most_steps`` is the largest number of steps before a fault.
     """
     shuffle = random.Random(seed)
     order: list[str] = []
@@ -270,7 +267,9 @@ def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float)
 
 
 def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
-    """Yield the differences between the final checkpoints of the undisturbed run and of the run with faults."""
+    """Yield the differences between the final checkpoints of the undisturbed run (``quiet``) and of the run with faults
+    (``stormy``), as texts.
+    """
     newest = [checkpoints(run)[:1] for run in (quiet, stormy)]
     if [] in newest:
         yield "no final checkpoint"

@@ -237,7 +237,7 @@ class Site:
         return rank % sizes[-1] if sizes else rank
 
     def command(self, *words: str) -> str:
-        """Run a command that causes a fault.
+        """Run a command that causes a fault: program and arguments.
 
         Returns the first line of its output. Raises FaultError if the command fails.
         """
@@ -251,13 +251,17 @@ class Site:
         return done.stdout.strip().partition("\n")[0]
 
     def in_sandbox(self, *words: str) -> str:
-        """Run a command of the sandbox. Returns the first line of its output."""
+        """Run ``python -m slurm.sandbox`` with these arguments. Returns the first line of its output.
+
+        Raises FaultError if the command fails.
+        """
         return self.command(sys.executable, "-m", "gpt_launch", "slurm.sandbox", *words, "--dir", str(self.sandbox))
 
     def by_srun(self, host: str, number: signal.Signals, what: str, which: str, *options: str) -> str:
-        """Send a signal to processes on another node by srun. Returns a text on what was done.
+        """Send a signal to processes on another node by srun. Returns a text that names the signal and the processes.
 
-        ``what`` and ``which`` choose the processes as in ``processes_to_signal``.
+        ``what`` and ``which`` choose the processes as in ``processes_to_signal``. ``options`` are further arguments of
+        this module's command: ``in_save`` or nothing. Raises FaultError if the command fails.
         """
         place = ["--overlap", f"--jobid={self.job}", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
         program = ["gpt_launch", "launch.storm.injection", str(self.folder.path), number.name, what, which]
@@ -267,7 +271,7 @@ class Site:
     def signal(
         self, number: signal.Signals, what: str, rank: int = 0, *, seconds: float = 0.0, in_save: bool = False
     ) -> str:
-        """Send a signal to processes of a run on any node. Returns a text on what was done.
+        """Send a signal to processes of a run on any node. Returns a text that names the signal and the processes.
 
         Args:
             number: the signal.
@@ -432,7 +436,9 @@ KINDS = {
 
 
 def inject(fault: PlannedFault, site: Site) -> str:
-    """Inject a fault, and undo it after ``fault.seconds``. Returns a text on what was done.
+    """Inject a fault, and undo it after ``fault.seconds``. Returns a description of the injection.
+
+    If the run now has fewer ranks than ``fault.rank``, another rank is used.
 
     Raises:
         FaultError: the fault cannot be injected.

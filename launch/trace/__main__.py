@@ -52,9 +52,16 @@ Fields = dict[str, Any]
 def event_of(process: str, track: str, name: str, since: float, until: float, **fields: Any) -> Fields:
     """Return one event of the file, from ``since`` to ``until``, Unix seconds.
 
-    The event is a slice, unless ``fields`` has another type ``ph``. The format is Chromium's Trace Event Format (Duca
-    and Sinclair, 2016). Its times are whole microseconds here, since slices that overlap by a rounding error would be
-    lost. Names stand for the numbers of processes and threads, as in the traces of torch's profiler.
+    The format is Chromium's Trace Event Format (Duca and Sinclair, 2016). Its times are whole microseconds here, since
+    slices that overlap by a rounding error would be lost.
+
+    Args:
+        process: name of the process in Perfetto, used in place of its number, as in the traces of torch's profiler.
+        track: name of the row below this process, used in place of the number of a thread.
+        name: name of the event.
+        since: begin.
+        until: end.
+        fields: further fields of the event. Without a type ``ph``, the event is a slice.
     """
     begin, end = round(1e6 * since), round(1e6 * until)
     ids = {"pid": process, "tid": track, "cat": track}
@@ -62,8 +69,9 @@ def event_of(process: str, track: str, name: str, since: float, until: float, **
 
 
 def run_events(run: RunFolder, events: Events, measured: Goodput | None) -> Iterator[Fields]:
-    """Yield a slice for each section of the run's time by part of the goodput, and a mark for each event of the event
-    log.
+    """Yield a slice for each section of the run's time, and a mark for each event of the event log.
+
+    ``measured`` has the sections, each of one part of the goodput; None if they are not known.
     """
     process, at = f"run {run.point}", 0.0
     for stretch in () if measured is None else measured.stretches:

@@ -142,7 +142,7 @@ class RankFacts:
 
     @property
     def activity(self) -> str:
-        """Lines of text on what the rank did last, which rules search for patterns.
+        """Lines of text on the last activity of the rank, which rules search for patterns.
 
         The lines are: the cause; ``state`` and the process state; ``at`` and the innermost line of the stack; ``in``
         and the file of each frame.
@@ -203,7 +203,7 @@ OWN_CAUSE = re.compile(
     r"^raised (?!RuntimeError|torch\.|Dist).*(connect|Errno 32|timed out)|No space left|out of memory|Cannot allocate",
     re.IGNORECASE | re.MULTILINE,
 )
-"""Pattern of what a rank says that did not fail only because it lost another rank."""
+"""Pattern in ``RankFacts.said`` of a rank that failed for its own reason, not only because it lost another rank."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class AttemptFacts:
 
     @cached_property
     def others(self) -> list[RankFacts]:
-        """Ranks with stacks outside of collectives, longest silence first.
+        """Ranks outside of collectives, longest silence first: with a stack, or unable to give one (such as stopped).
 
         If there are none: waiting ranks whose last collective in the flight recorder is earlier than that of another
         rank in the same group.

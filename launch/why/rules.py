@@ -64,9 +64,10 @@ class Rule:
 
 
 def failed_with(pattern: str, only_first: bool = False) -> Find:
-    """Return a function that finds a rank with ``pattern`` in what it ``said``, or only looks at the first that failed.
+    """Return a function that finds a rank whose text ``RankFacts.said`` contains ``pattern``.
 
-    Ranks that hung, or failed only because another rank did (an echo), are left out.
+    Ranks that hung, or failed only because another rank did (an echo), are left out. With ``only_first``, only the rank
+    that failed first is considered.
     """
     wanted = re.compile(pattern, re.IGNORECASE | re.MULTILINE)
 
@@ -93,9 +94,9 @@ def has_event(*names: str, cause: str = "") -> Find:
 
 
 def elsewhere(pattern: str) -> Find:
-    """Return a function that finds a rank outside of collectives whose ``activity`` contains ``pattern``.
+    """Return a function that finds the first of ``AttemptFacts.others`` if its ``activity`` contains ``pattern``.
 
-    Of these ranks, only the one with the longest silence is considered.
+    This rank is mostly the one outside of collectives with the longest silence.
     """
     wanted = re.compile(pattern, re.MULTILINE)
     return lambda facts: next((one for one in facts.others[:1] if wanted.search(one.activity)), None)

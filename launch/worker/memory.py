@@ -117,7 +117,7 @@ class Channel:
         """Return the next message and the bytes after it. The SHA-256 of the bytes is in the message as ``sha256``.
 
         Raises:
-            StoreError: the message or the bytes differ from what was sent.
+            StoreError: the message or the bytes were changed on the way.
             EOFError: the other end has closed the connection.
         """
         (length,) = struct.unpack(">I", self._take(4))
@@ -368,15 +368,15 @@ class Store:
         files[name].append(content, digest)
 
     def finish(self, save: str, rank: int) -> None:
-        """Confirm to a rank that the store has its whole part.
+        """Answer a rank that has sent all chunks of its files, so that the rank knows that the store has received them.
 
-        The rank has sent all chunks of its files before this request.
+        Raises an error if the store has no part of ``rank`` in the checkpoint ``save``.
         """
         with self._lock:
             self._part(save, rank)
 
     def commit(self, save: str) -> None:
-        """Mark a checkpoint as committed, because all ranks have agreed on it, and drop all others.
+        """Mark the checkpoint ``save`` as committed, because all ranks have agreed on it, and drop all others.
 
         Each rank sends this request, but only the first request has an effect. A later request must not drop the next
         checkpoint, which other ranks may already send.

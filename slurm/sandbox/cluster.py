@@ -46,8 +46,8 @@ A busy machine takes more than some seconds. If slurmctld is killed too early, i
 def replaced(ours: list[str], theirs: Sequence[str], separator: str = " ") -> str:
     """Return KEY=VALUE texts as one text, joined by ``separator``.
 
-    A text in ``theirs`` replaces the text in ``ours`` that has the same key. Keys that differ only in upper and lower
-    case are the same.
+    A text of the second argument replaces the text in ``ours`` that has the same key. Keys that differ only in upper
+    and lower case are the same.
     """
     return separator.join({text.partition("=")[0].lower(): text for text in (*ours, *theirs)}.values())
 
