@@ -83,7 +83,7 @@ def line_of(cells: Sequence[str]) -> str:
 
 
 def commit() -> str:
-    """Return the date and the commit, as a table cell for a row that is measured separately from the others."""
+    """Return the date and the commit as a table cell, for a row that is measured separately from other rows."""
     state = code_state()
     changes = "" if state.get("diff_sha256") in (None, UNCHANGED) else " with changes"
     return f"{time.strftime('%Y-%m-%d')}, {state.get('commit', 'unknown')[:7]}{changes}"

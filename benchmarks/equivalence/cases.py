@@ -236,7 +236,7 @@ REFUSALS = (
 )
 
 SCONTROL = """#!/bin/sh
-# scontrol of a small cluster: answers what the launcher asks before it submits.
+# scontrol of a small cluster: answers the queries of the launcher before it submits.
 case "$*" in
 *ping*) echo "Slurmctld(primary) at ctl is UP" ;;
 *config*) cat <<END

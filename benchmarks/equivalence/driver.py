@@ -67,7 +67,8 @@ def preload(names: list[str]) -> None:
 
 
 def main() -> None:
-    """Run all jobs of the file. After the first job, import the modules that this job has imported."""
+    """Run all jobs of the file. After the first job, import the modules that this job has imported, so that forks for
+    later jobs have them."""
     path = Path(sys.argv[1])
     imported = path.with_suffix(".modules")
     for number, job in enumerate(json.loads(path.read_text())):

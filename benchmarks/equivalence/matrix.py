@@ -61,7 +61,7 @@ pipelines, the compiler, sharded checkpoints and elastic agents. The last file l
 """
 LIMIT_S = 4 * 3600
 CLEAN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-"""Environment variables that would add packages of another environment."""
+"""Environment variables that commands do not get, because they would add packages of another environment."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def pair(words: str) -> tuple[str, str]:
 
 
 def attempt(python: str, torch: str, any_build: bool, runs: Sequence[Sequence[str]]) -> Row:
-    """Return the result of one combination, tried in a virtual environment that is deleted afterwards."""
+    """Return the result of one combination, tried in a virtual environment that is deleted afterwards. ``runs`` has the
+    arguments of pytest for each run of tests."""
     interpreter = find_interpreter(python)
     if interpreter is None:
         return Row(python, torch, "not tried: no such interpreter on this machine")
@@ -168,7 +169,8 @@ def requirements(with_torch: bool) -> Iterator[str]:
 
 
 def type_commands(python: str, commands: Sequence[Sequence[str]], kind: str) -> str:
-    """Run commands one after another until one fails. Return the result as text."""
+    """Run commands one after another until one fails. Return as text the failure, or that all commands passed. ``kind``
+    follows the word "commands" in this text, such as ``of the login node``."""
     for command in commands:
         done = run(python, "-m", *command, check=False)
         if done.returncode:

@@ -156,8 +156,8 @@ ROWS = (
 
 
 def cell(rank: int, size: int, folder: Path, words: str, column: Column) -> Cell:
-    """Return the result of one run, or the reason why the config is refused. Ranks other than 0 return an empty
-    result."""
+    """Return the result of one run with the overrides ``words``, or the reason why the config is refused. Ranks other
+    than 0 return an empty result."""
     case = Case(f"{words} {column.words}", column.model, column.accumulation)
     try:
         with in_fp32(column.model == "Muon"):
@@ -199,7 +199,8 @@ def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def table(lines: Sequence[Line], heads: Sequence[str], alone: dict[str, dict[str, Any]]) -> tuple[list[str], bool]:
-    """Return the Markdown lines of a table with its footnotes, and True if all runs end and no error is too large."""
+    """Return the Markdown lines of a table with its footnotes, and True if all runs end and no error is too large.
+    ``alone`` has the results of one process, by the name of the model."""
     text = [f"| topology | ranks | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     notes: dict[str, int] = {}
     good = True

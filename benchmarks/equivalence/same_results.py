@@ -219,7 +219,8 @@ def names(message: str, word: str) -> bool:
 
 
 def unnamed(case: Refusal, text: str) -> list[str]:
-    """Return what is missing in a refusal: words that it must contain, or one of the three parts."""
+    """Return a line of text for each defect of a refusal: a word that it must contain and does not, or a missing part
+    of the three."""
     message = text.rpartition("exit status ")[0]
     words = [f"it does not name {word}" for word in (case.key, case.value) if word and not names(message, word)]
     parts = ("found: ", "expected: ", "type next: ") if case.parts else ()
@@ -290,8 +291,8 @@ def make_runs(checkout: Path, folder: Path, args: argparse.Namespace) -> dict[st
 
 
 def written(side: Side, number: int, runs: Path) -> dict[str, str]:
-    """Return path in ``runs`` -> text of the CSV, JSON and Markdown files that a command has changed or written in its
-    copy of ``runs``."""
+    """Return path in ``runs`` -> text of the CSV, JSON and Markdown files that command line ``number`` has changed or
+    written in its copy of ``runs``."""
     copy = side.folder / f"{number:03d}" / "runs"
     found = {}
     for path in sorted(path for path in copy.rglob("*") if path.suffix in (".csv", ".json", ".md")):

@@ -9,13 +9,12 @@
 A run is two or three processes over gloo, one node, 12 steps of a tiny model (`tests/support/programs/faulty.py`), and
 a limit of 5 s for ranks without progress (`--limit`: more on a busy machine). A seed chooses ranks, rank and step of
 each fault. The verdict is that of the event log, which the failed command also prints. A verdict is right if its kind
-is the expected one. Rank and place are counted where the fault has one; the place is the line of the program.
-`full_disk` mounts a tmpfs and `oom_kill` makes a cgroup of 1.6 GB, so both need root. A quiet run must end with status
-0 and without a verdict.
+is the expected one. The rank of a verdict is judged if the fault is on one rank, and its place (the line of the
+program) if the fault is in a line. `full_disk` mounts a tmpfs and `oom_kill` makes a cgroup of 1.6 GB, so both need
+root. A quiet run must end with status 0 and without a verdict.
 
 Launcher and agent are forked from a process that has imported them, ranks are interpreters of their own. `--again`
-judges what the runs left behind with the rules as they are now; a change of what agents and ranks record needs new
-runs.
+applies the present rules to the files of kept runs; a change of the files that agents and ranks write needs new runs.
 """
 
 from __future__ import annotations
@@ -80,12 +79,13 @@ FAULTS = {
     "segfault": Fault(("crash",), line="ctypes.string_at(0)"),
     "none": Fault(()),
 }
-"""Name -> fault of ``PROGRAM``. Another program has a table of its own with this name."""
+"""Name -> fault of ``PROGRAM``. Any other program for ``--program`` defines its own dictionary ``FAULTS``."""
 
 
 @dataclass(frozen=True)
 class Planted:
-    """The fault that is planted in one run, and how the command ended. The run's folder has the file ``PLANTED``."""
+    """The fault that is planted in one run, and the end of the command: the content of the file ``PLANTED`` in the
+    run's folder."""
 
     program: str
     fault: str
@@ -247,8 +247,8 @@ def places_of(fault: Fault, program: Path) -> list[str]:
 
 
 def run_planted(planted: Planted, fault: Fault, folder: Path, limit_s: int = LIMIT_S) -> None:
-    """Run the program with a fault in ``folder``, and write there what was planted and how the command ended. A rank
-    without progress for ``limit_s`` seconds counts as hung.
+    """Run the program with a fault in ``folder``, and write there the planted fault and the end of the command
+    (``PLANTED``). A rank without progress for ``limit_s`` seconds counts as hung.
     """
     (files := folder / "files").mkdir(parents=True)
     told = folder / PLANTED

@@ -232,7 +232,9 @@ class Result:
 
 
 def take(sandbox: Cluster, engine: str, fault: str, wait_s: float, python: str, whole: str) -> Result:
-    """Run one case and return its result. ``whole`` is the hash of the final weights of an undisturbed run."""
+    """Run one case and return its result. The fault comes ``wait_s`` seconds after the first checkpoint. ``python`` is
+    an interpreter that has the packages of the engine, and ``whole`` the hash of the final weights of an undisturbed
+    run."""
     folder = Path(tempfile.mkdtemp(prefix=f"league-{engine}-"))
     run = LeagueRun(sandbox, engine, folder, python)
     seconds = None

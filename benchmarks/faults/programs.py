@@ -354,8 +354,8 @@ class Trial:
         return [word.replace("{data}", str(self._data)).replace("{code}", str(self._code)) for word in words]
 
     def _launch(self, kind: str, *words: str, preempted: RunFolder | None = None) -> None:
-        """Launch the program and wait for its end. If ``preempted`` is the folder of a run, preempt this run in the
-        middle.
+        """Launch the program, with the overrides ``words``, and wait for its end. If ``preempted`` is the folder of a
+        run, preempt this run in the middle. ``kind`` is part of the names of the sweep and of its log.
         """
         given = [f"script.python={self._python}", *self._filled(self.about["words"])]
         line = [sys.executable, "-m", "gpt_launch", *words, *ON_SLURM, *given]

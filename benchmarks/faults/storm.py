@@ -75,8 +75,9 @@ def drill(
 ) -> int:
     """Make one drill on a new sandbox. Return the exit status of ``launch.storm``.
 
-    ``scratch`` receives the folder of the drill and the logs of Slurm's daemons. ``quiet`` is the run folder of an
-    undisturbed run; None: ``launch.storm`` runs it.
+    ``scratch`` receives the folder of the drill and the logs of Slurm's daemons. ``words`` are overrides of the run.
+    ``kinds`` names the kinds of faults; empty: all. ``quiet`` is the run folder of an undisturbed run; None:
+    ``launch.storm`` runs it.
     """
     with Cluster(scratch / "sandbox") as sandbox:
         sandbox.up(timeout_s=300.0)
@@ -89,7 +90,8 @@ def drill(
 def storm(
     scratch: Path, options: Sequence[str], words: Sequence[str], faults: int, seed: int, quiet: Path | None
 ) -> int:
-    """Run ``launch.storm`` into ``scratch/drill``. Return its exit status."""
+    """Run ``launch.storm`` with ``options`` and the overrides ``words``. Return its exit status. It writes into
+    ``scratch/drill``. ``quiet`` as in ``drill``."""
     words = [*ON_SLURM, "nodes=2", "resilience.heartbeat_timeout_s=10", *words]
     compared = ["--quiet", str(quiet)] if quiet else []
     options = ["--faults", str(faults), "--seed", str(seed), "--output", str(scratch / "drill"), *options, *compared]
@@ -168,7 +170,7 @@ def page(folders: Sequence[Path]) -> str:
     titles = ("Slurm", "seed", "faults", "kinds", "attempts", "typed", "identical", "goodput", "Young/Daly", "minutes")
     lines += [f"| {' | '.join(titles)} | load |", "|---" * len(titles) + "|---|"]
     lines += [_row(folder, *drill) for folder, drill in zip(folders, drills, strict=True)]
-    # Of a drill that somebody has looked into, the line ``note`` of its told.json says what was found.
+    # After a drill was inspected by hand, ``note`` in its told.json has the finding.
     said = [(told["seed"], [*found["wrong"], *filter(None, [told.get("note")])]) for told, found in drills]
     wrong = [f"- Seed {seed}: {'; '.join(words)}." for seed, words in said if words]
     kinds = Counter(fault["kind"] for _, found in drills for fault in found["faults"])

@@ -61,7 +61,7 @@ TITLES = (
 
 @dataclass
 class Row:
-    """Row of the result table: what is measured of one entry. A figure is None if it is not measured."""
+    """Row of the result table: the measurements of one entry. A figure is None if it is not measured."""
 
     group: str
     entry: Entry
@@ -236,8 +236,8 @@ def outcome_of(one: Contestant, found: Measurement) -> str:
 
 
 def measure(group: Group, found: Measurement, folder: Path, at_once: int) -> None:
-    """Measure the entries of a group until the deadline. Adds a row with the reason for each entry that is not
-    measured.
+    """Measure the entries of a group until the deadline, at most ``at_once`` at the same time. Adds a row with the
+    reason for each entry that is not measured.
     """
     entries = []
     for entry in group.entries:

@@ -196,7 +196,8 @@ def place(file: Path, line: int) -> str:
 
 
 def serve_other(told: dict[str, Any]) -> Served:
-    """Build the training step of another library."""
+    """Build the training step of another library. ``told`` is the JSON object that the only argument of the program
+    contains."""
     checkout = None if told["checkout"] is None else Path(told["checkout"])
     shape, device = Shape(**told["shape"]), told["device"]
     served = serve_peer(told["peer"], shape, checkout, told["compiled"], True, device, told["data"])

@@ -195,7 +195,7 @@ def changes(machine: Machine) -> Iterator[Entry]:
 
 
 def expert_changes(machine: Machine) -> Iterator[Entry]:
-    """Yield entries that measure what the grouped matrix product of experts gains."""
+    """Yield entries that measure the gain from the grouped matrix product of experts."""
     words = words_of(machine, "moe_200m")
     yield Entry("moe_200m", words, micro_batch=8)
     yield Entry("compile=none", (*words, "compile=none"), micro_batch=8)
@@ -204,7 +204,7 @@ def expert_changes(machine: Machine) -> Iterator[Entry]:
 
 
 def float8_changes(machine: Machine) -> Iterator[Entry]:
-    """Yield entries that measure what float8 gains. A CPU emulates float8, which makes it slower there."""
+    """Yield entries that measure the gain from float8. A CPU emulates float8, which is slower there than no float8."""
     words = words_of(machine, "llama_1p36b", *(["float8_emulate=true"] if machine.device == "cpu" else []))
     yield Entry("llama_1p36b", words_of(machine, "llama_1p36b"), micro_batch=2)
     for name in ("tensorwise", "rowwise"):

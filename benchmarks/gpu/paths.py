@@ -127,7 +127,7 @@ def presets(gpus: int) -> Iterator[Entry]:
     ranks = 1 << (gpus.bit_length() - 1)
     for path in sorted((ROOT / "configs" / "parallel").glob("*.yaml")):
         values = yaml.safe_load(path.read_text())
-        if path.stem == "auto":  # one of the others, whichever the planner chooses
+        if path.stem == "auto":  # another preset, which the planner chooses
             continue
         if values.get("strategy") == "deepspeed" and not is_importable("deepspeed"):
             continue
@@ -175,7 +175,7 @@ def run(entry: Entry, device: str, folder: Path) -> Result:
         status = process.wait(LIMIT_S)
     except subprocess.TimeoutExpired:
         return Result(entry, "failed", f"not done after {LIMIT_S} s")
-    finally:  # also where this process is told to end: its session is another one
+    finally:  # also if this process gets a signal to end: the entry has a session of its own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -108,7 +108,7 @@ def loss_traffic() -> tuple[str, bool]:
 
 
 def watched_loop() -> dict[str, Any]:
-    """Return the measurements of a run of 200 steps on two ranks. One rank is asked to save and to stop."""
+    """Return the measurements of a run of 200 steps on two ranks. One rank gets requests to save and to stop."""
     with tempfile.TemporaryDirectory() as folder:
         return dict(run_distributed(loop.watch, 2, Path(folder) / "run")[0])
 

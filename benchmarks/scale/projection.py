@@ -11,7 +11,7 @@ The cables of the nodes are limited in bandwidth and latency, so that tiny model
 `launch.bench_network` measures the links over all four nodes. Then each parallelism runs on fewer nodes and on four.
 The cost model gets the measured links and the steps on fewer nodes, and predicts the steps on four. The interval is
 that of the measured steps, from their first to their third quartile. The nodes of a sandbox share the cores of one
-machine: a rank that computes slows the others, which no model of separate nodes includes. A row is blind if these
+machine: a rank that computes slows the other ranks, which no model of separate nodes includes. A row is blind if these
 cables had no row of this parallelism before, so that the cost model cannot be fitted to it.
 """
 
@@ -189,8 +189,8 @@ def measure_cases(names: list[str], cables: Cables, known: Path | None, kept: Pa
 def predict(
     name: str, folder: Path, network: Path | None, cables: Cables = Cables(), *, is_blind: bool = False
 ) -> Result:
-    """Predict the largest point of a sweep from the smaller points. The cost model takes no account of nodes that share
-    cores.
+    """Predict the largest point of the sweep in ``folder`` from the smaller points. The cost model takes no account of
+    nodes that share cores. ``network`` is the file with the measured links; None uses the file that the runs name.
     """
     points = label_points([*map(read_point, select(folder).runs)])
     (series,) = split(points)

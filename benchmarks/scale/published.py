@@ -116,8 +116,8 @@ def interleaved(layers: int) -> tuple[str, ...]:
     """Return overrides for the interleaved schedule of the paper's section 5.1, with the smallest number of stages of a
     rank that divides its layers.
 
-    Sequence parallelism stands for the scatter and gather between stages (section 4.1): a rank sends only its part of
-    the hidden states, and tensor parallelism sends the same number of bytes.
+    Sequence parallelism replaces the scatter and gather between stages (section 4.1): with both, a rank sends only its
+    part of the hidden states, and tensor parallelism sends the same number of bytes.
     """
     stages = next(count for count in range(2, layers + 1) if layers % count == 0)
     return ("parallel.schedule=interleaved", f"parallel.stages_per_rank={stages}", "parallel.sequence_parallel=true")

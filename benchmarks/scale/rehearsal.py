@@ -1,4 +1,5 @@
-"""Rehearsals of one step in 24 set-ups: memory beside the plan, hangs, waits of the host, time and memory they took.
+"""Rehearsals of one step in 24 set-ups: memory compared with the plan, hangs, waits of the host, time and memory they
+took.
 
     python -m benchmarks.scale.rehearsal                          # all: about 25 minutes on two cores
     python -m benchmarks.scale.rehearsal --only fsdp-8,ep-8       # some

@@ -56,7 +56,7 @@ def train(optimizer: str, rate: str, data: list[str], folder: Path) -> Curve:
 
 
 def draw(curves: dict[tuple[str, str], Curve], file: Path) -> None:
-    """Draw the validation losses. The best learning rate of each optimizer has a strong line, the others have faint
+    """Draw the validation losses. The best learning rate of each optimizer has a strong line, other rates have faint
     lines.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -92,7 +92,7 @@ def bare_loop(config: TrainConfig, run: Run, engine: str, mean_loss: bool) -> St
         groups = [{**group, "params": []} for group in groups]
         for p in model.parameters():
             groups[p.dim() < 2]["params"].append(p)  # type: ignore[attr-defined]
-    elif run.world.size > 1:  # on one rank there is nobody to average with
+    elif run.world.size > 1:  # one rank has no other rank to average with
         module = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(groups, config.optim.lr, fused=True)
 

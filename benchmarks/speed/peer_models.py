@@ -116,7 +116,7 @@ def transformers(shape: Shape, checkout: Path | None) -> tuple[nn.Module, Loss]:
             num_local_experts=shape.experts, num_experts_per_tok=shape.chosen, output_router_logits=True, **llama
         )
     model = hf.AutoModelForCausalLM.from_config(config)
-    # shift_labels are targets as they are: the loss of all T tokens, as the others compute it.
+    # shift_labels are targets as they are: the loss of all T tokens, as the other libraries compute it.
     return (
         model,
         lambda tokens_BT, targets_BT: model(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss,

@@ -5,10 +5,10 @@
     python -m benchmarks.speed.peers --layers 2 --width 256 --batch 2 --fused --write  # smaller; keep the table
 
 Each contestant has its own process. The contestants take turns of ``--steps`` steps, in another order in each of
-``--rounds`` rounds; the others sleep meanwhile. Ours is the whole step of ``gpt.train``: batches, figures and records
-included. The step of a peer is forward, backward, clipping and AdamW on batches that are ready. Tokens, shapes and
-number of parameters are the same; precision is fp32 on CPUs and bf16 on GPUs. AdamW is fused where a peer's own
-training script fuses it (transformers always, nanoGPT and litgpt on GPUs only), and everywhere with ``--fused``.
+``--rounds`` rounds; the other contestants sleep meanwhile. Ours is the whole step of ``gpt.train``: batches, figures
+and records included. The step of a peer is forward, backward, clipping and AdamW on batches that are ready. Tokens,
+shapes and number of parameters are the same; precision is fp32 on CPUs and bf16 on GPUs. AdamW is fused where a peer's
+own training script fuses it (transformers always, nanoGPT and litgpt on GPUs only), and everywhere with ``--fused``.
 
 The ratio is the peer's time over ours in the same round, its median over the rounds: above 1, ours is faster. Where
 other programs use the machine, the ratio of processor time is more reliable. A library that is not given, or cannot
