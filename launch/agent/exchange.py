@@ -233,7 +233,7 @@ class Ticket(msgspec.Struct, frozen=True):
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """State of one agent, which it sends to the other agents.
 
-    Only the head node sets ``tickets``, ``round``, ``again``, ``over`` and ``failure``.
+    Only the head node sets ``all_left``, ``tickets``, ``round``, ``again``, ``over`` and ``failure``.
     """
 
     beat: int = -1
@@ -263,7 +263,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     round: RendezvousRound | None = None
     """Newest round that has begun."""
     again: int = -1
-    """Newest round whose ranks have left without a failure and start again; -1 if none."""
+    """Newest round after which the ranks start again in a next round; -1 if none."""
     over: bool = False
     """True if there are no further rounds."""
     failure: str | None = None

@@ -219,9 +219,9 @@ def write_line(process: subprocess.Popen[str], line: str) -> None:
 
 ASK = """import os, sys, gpt_launch
 sys.exit(f"Python {sys.version}" if sys.version != sys.argv[2] else 0 if os.path.exists(sys.argv[1]) else 3)"""
-"""Python program that exits with 0 if its Python has version ``argv[2]`` and the file ``argv[1]`` exists, else with 3.
+"""Python program that exits with 0 if its Python has version ``argv[2]`` and the file ``argv[1]`` exists.
 
-With another version, the exit message is that version.
+Without the file it exits with 3. With another version, it prints this version and exits with 1.
 """
 
 

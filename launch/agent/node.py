@@ -93,7 +93,8 @@ NO_FILE = re.compile(r"^0|sleep|poll|select|futex|pause|do_wait$|sig")
 def describe_wait(pid: int) -> str:
     """Return the state of a process, the kernel function in which it waits, and the file for which it waits.
 
-    For example ``R 0``, ``S anon_pipe_read pipe:[1234]`` or ``D folio_wait_bit_common /data/tokens.bin``.
+    For example ``R 0``, ``S anon_pipe_read pipe:[1234]`` or ``D folio_wait_bit_common /data/tokens.bin``. Unknown parts
+    are left out.
     """
     parts, proc = [process_state(pid)], Path("/proc", str(pid))
     try:
@@ -141,7 +142,7 @@ STOP_FILE = "STOP"
 
 
 class StopRequest:
-    """Request to the ranks to save and leave, after SIGTERM or SIGUSR2. The signal handler only sets a flag.
+    """Request to the ranks to save and leave: by SIGTERM or SIGUSR2, the file STOP, the budget, or a node that joins.
 
     Without Slurm, a second signal ends the ranks at once (Ctrl-C twice). Slurm sends several signals by itself, so
     under Slurm the ranks are ended only after ``resilience.grace_period_s``.
@@ -155,7 +156,7 @@ class StopRequest:
         """True while a signal raises InterruptedError in the agent, because no ranks run that could save."""
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGUSR2 in this object.
+        """Handle SIGTERM and SIGUSR2 in this object. SIGHUP and SIGQUIT end the agent, which first ends its ranks.
 
         Submitit's handlers would requeue by themselves, and on rank 0 only.
         """
@@ -171,9 +172,9 @@ class StopRequest:
             raise InterruptedError(f"{self.name} before the ranks had started")
 
     def request(self, name: str) -> None:
-        """Count a request to stop for the reason ``name``. The first request also sets ``since``, monotonic seconds.
+        """Count a request to stop. ``name`` is the name of the signal, ``STOP_FILE``, or another reason as text.
 
-        A request with another reason replaces the request ``JOINED``.
+        The first request also sets ``since``, the time in monotonic seconds. The next request replaces ``JOINED``.
         """
         self.count = 1 if self.name == JOINED else self.count + 1
         if self.count == 1:
@@ -247,7 +248,10 @@ class Node:
 
     @classmethod
     def from_env(cls) -> Node:
-        """Read the identity of this process from the environment of Slurm or of submitit's local executor."""
+        """Read the identity of this process from the environment of Slurm or of submitit's local executor.
+
+        In any other environment, the process is the only node of a job.
+        """
         env = os.environ
         if env.get("SUBMITIT_EXECUTOR") == "local":
             index, count = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"])

@@ -127,6 +127,9 @@ def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
 def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = NO_HOSTS, text: str = "") -> None:
     """Requeue this job, or only this element of its array, unless Slurm has already done so.
 
+    With ``resilience.requeue=chain``, the run is left to the next job instead. If several runs share the job, nothing
+    is done: the batch script requeues the job later.
+
     Args:
         context: run and node.
         cause: cause of the end of the attempt.
@@ -334,7 +337,8 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
 def stop_details(stop: StopRequest) -> dict[str, str | None]:
     """Return the fields ``signal`` and ``file`` of the event ``stopped``, which name the request to stop.
 
-    ``signal`` is None if nothing requested a stop. ``file`` is None unless the file STOP requested it.
+    ``signal`` is the signal's name or another reason (``StopRequest.name``); None if nothing requested a stop. ``file``
+    is None unless the file STOP requested the stop.
     """
     return {"signal": stop.name or None, "file": STOP_FILE if stop.name == STOP_FILE else None}
 

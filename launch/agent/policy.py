@@ -47,7 +47,7 @@ SLACK_S = 1.0
 
 
 class Cause(StrEnum):
-    """Cause of an attempt's end. Each cause has its own limit, so preemptions do not use up the limit of crashes."""
+    """Cause of an attempt's end. Each cause is counted apart, so preemptions do not use up the limit of crashes."""
 
     finished = "finished"
     cancelled = "cancelled"
@@ -95,7 +95,10 @@ def has_stopped(events: Events) -> bool:
 
 
 WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
-"""Causes that a user or the run requested. After such an end, the run does not start again, and has not failed."""
+"""Causes of an intended end: all steps are made, or a user or the budget requested the stop.
+
+After such an end, the run does not start again, and has not failed.
+"""
 FINAL = {
     Cause.refused: "it would be refused again",
     Cause.repeated: "the ranks have tried again by themselves, and it came again",

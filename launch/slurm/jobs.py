@@ -215,7 +215,7 @@ def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
 SUBMISSION = "submitit.core._submit"
 """Module that submitit's batch scripts run on every node."""
 AFTER_STEP = "gpt_launch launch.agent.after_step"
-"""Command that batch scripts run when srun has failed."""
+"""Command that batch scripts run after srun has failed; in a job that several points share, after any end of srun."""
 
 
 SETUP_FAILED = (
@@ -223,14 +223,14 @@ SETUP_FAILED = (
     """printf "launch: status %s of the line of cluster.setup: %s\\n" "$status" "$(sed -n "${LINENO}p" "$0")" >&2; """
     """exit "$status"; }' ERR"""
 )
-"""Lines of shell that make the first failed line of a batch script end the job.
+"""Lines of shell that make the first failed line of ``cluster.setup`` end the job.
 
 A failure in a file that such a line sources does not end the job if the file itself succeeds.
 """
 
 
 def batch_parameters(plan: Plan) -> dict[str, Any]:
-    """Return submitit's parameters of a job: the plan's resources, and the command that runs after srun has failed.
+    """Return submitit's parameters of a job: the plan's resources, and ``AFTER_STEP``, which runs after srun.
 
     The shell option ``set +e`` keeps a user's ``set -e`` from skipping that command. A trap would replace a user's own
     trap.
