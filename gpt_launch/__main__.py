@@ -14,7 +14,7 @@ import gpt_launch.own_names  # noqa: F401  # before anything else of the project
 from gpt_launch import COMMANDS
 
 OF_THE_LAUNCHER = ("agent", "batch", "move")
-"""Commands that the launcher itself starts, on the machine that runs jobs."""
+"""Commands that the launcher and its batch scripts start, and that users mostly do not type."""
 PACKAGES = ("launch.", "gpt.", "slurm.")
 
 

@@ -248,9 +248,9 @@ class Workload:
             def command(self, config, folder, attempt):
                 return RankCommand((sys.executable, "count.py"))
 
-    ``config`` is one point of a sweep, with the keys of the launcher and those of ``schema``. No method starts or
-    writes anything. All methods run on the login node, without torch. The agent of each node also calls ``command``,
-    ``contract`` and ``code``.
+    ``config`` is one point of a sweep, with the keys of the launcher and those of ``schema``. Except for ``rehearse``,
+    no method starts or writes anything. All methods run on the login node, without torch. The agent of each node also
+    calls ``command``, ``contract`` and ``code``.
     """
 
     name: str = ""
@@ -268,7 +268,10 @@ class Workload:
     figures: Sequence[str] | None = None
     """Names of the figures in step records that ``objective`` may name; None if not known."""
     goal_words: Sequence[str] = ()
-    """Overrides of ``launch.project --fit`` for keys that the user does not set; empty if it cannot size a model."""
+    """Overrides of ``launch.project --fit`` for keys that the user does not set.
+
+    Empty if the workload cannot plan a model of a given size.
+    """
 
     def make_paths_absolute(self, document: DictConfig) -> None:
         """Make the paths in the config absolute, because ranks do not run in the folder of the command.

@@ -350,6 +350,8 @@ def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
 def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
     """Run this node's ranks with torchrun's environment variables, for at most RANKS_S seconds.
 
+    ``root`` is the folder of the job; the ranks connect to the store of ``endpoint``.
+
     Returns one text on the ranks that failed or were killed; "" if there are none.
     """
     each, problems, started = config.ranks_on_node, [], []

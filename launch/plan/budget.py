@@ -125,10 +125,11 @@ def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[di
 def spare_allocations(
     event_log: EventLog, found: Sequence[tuple[dict[str, Any], float]]
 ) -> list[tuple[dict[str, Any], float]]:
-    """Return (event, Unix time of the end) for each node of a spare job. The event is like an ``agent_started``.
+    """Return (event, Unix time of the end) for each node of a spare job.
 
-    A node whose end was not recorded left with the job that it had joined. ``found`` is what ``allocations`` returned
-    for the run's own jobs.
+    The event is the ``agent_started`` of the job that the node joined, changed to one node and to the time when the
+    node joined. A node whose end was not recorded left together with that job. ``found`` is the result of
+    ``allocations`` for the run's own jobs.
     """
     jobs = {started["job"]: (started, ended) for started, ended in found}
     nodes = []

@@ -1,4 +1,4 @@
-"""Plan of one point: its use, refusals if it cannot work, its run folder, and its submission in the event log."""
+"""Plan of one point: node-hours and cost, refusals if it cannot work, run folder, and submission in the event log."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Plan:
         return msgspec.convert({**known, "promised": {**known.get("promised", {}), "facts": facts}}, cls)
 
     def choose_candidate(self, index: int) -> Plan:
-        """Return this plan with the resources of one candidate."""
+        """Return this plan with the resources of the candidate with this index."""
         return replace(self, slurm=self.placement.candidates[index].slurm)
 
     def replace_placement(self, placement: Placement) -> Plan:

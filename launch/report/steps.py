@@ -308,7 +308,7 @@ class StepReading:
 def read_run_steps(
     run: RunFolder, setups: Mapping[int, Environment], fewer: Collection[int] = frozenset()
 ) -> StepReading:
-    """Read and reduce the step records of a run.
+    """Read the step records of all ranks of a run, and return the results for the report.
 
     Args:
         run: folder of the run.

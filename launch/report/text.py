@@ -93,7 +93,7 @@ def point_tables(table: ScalingTable) -> list[Cells]:
     per_s = f"{table.unit}/s"
 
     def throughput(row: Row) -> str:
-        """Write the throughput, with its unit if a table has points of several units."""
+        """Return the throughput as text, with its unit if a table has points of several units."""
         several = table.unit == "work" and row.unit is not None and row.throughput is not None
         return rate(row.throughput) + (f" {row.unit}/s" if several else "")
 

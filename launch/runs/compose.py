@@ -385,7 +385,7 @@ def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
 
 
 def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Sequence[str]) -> None:
-    """Raise ConfigError if ``folder`` already has a run with other settings.
+    """Raise ConfigError if ``folder`` already has a run with other settings, or attempts of a run without its config.
 
     Args:
         folder: folder of the run.

@@ -20,7 +20,7 @@ from launch.errors import CommandFailedError
 
 
 KEY = r"[A-Z][\w:/]*="
-"""Pattern of a key, such as ``JobState=``, ``AllocNode:Sid=`` and ``CPUs/Task=``."""
+"""Pattern of a key in the output of scontrol, such as ``JobState=``, ``AllocNode:Sid=`` and ``CPUs/Task=``."""
 FIELD = re.compile(rf"(?:^|(?<=\s))({KEY})(.*?)(?=\s+{KEY}|\s*$)")
 JOB_NAME = re.compile(r"(?<=\s)JobName=(.*?)(?=\s+UserId=)")
 
@@ -223,7 +223,8 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobS
     """Return job id -> state, with one squeue for all jobs. Works without accounting.
 
     The id of an array element is ``123_4``, or the number in SLURM_JOB_ID of its script. A job is absent if the
-    controller has forgotten it (MinJobAge after its end). Raises SlurmError if squeue fails.
+    controller has forgotten it (MinJobAge after its end). ``retries`` is the number of tries. Raises SlurmError if
+    squeue fails.
     """
     wanted = set(job_ids)
     roots = sorted({job.split("_")[0] for job in wanted})
@@ -267,7 +268,8 @@ def output_file(job_id: str) -> Path | None:
 def scancel(job_id: str, *options: str, retries: int = RETRIES) -> None:
     """Cancel one job, or one element of an array. With the option ``--signal=NAME``, send a signal instead.
 
-    Raises SlurmError if scancel fails, but not if the job is over or forgotten.
+    ``options`` are options of scancel; ``retries`` is the number of tries. Raises SlurmError if scancel fails, but not
+    if the job is over or forgotten.
     """
     with suppress(JobGoneError):
         run("scancel", *options, job_id, retries=retries)
@@ -307,7 +309,7 @@ class JobDetails:
 
 
 def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
-    """Return the details of one job, or of one element of an array (``123_4``).
+    """Return the details of one job, or of one element of an array (``123_4``), in at most ``retries`` tries.
 
     Raises:
         SlurmError: the controller does not answer, or has forgotten the job.
@@ -372,7 +374,7 @@ def exclude(job_id: str, hosts: Iterable[str]) -> None:
 
 
 def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
-    """Return the fields that ``scontrol show job`` prints: name -> text of the value.
+    """Return the fields that ``scontrol show job`` prints: name -> text of the value. Tries ``retries`` times.
 
     Raises SlurmError if Slurm does not answer, or has forgotten the job.
     """

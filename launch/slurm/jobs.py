@@ -125,7 +125,7 @@ Job = SlurmJob | LocalJob
 
 
 def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start ``python -m gpt_launch`` with the arguments ``words``.
+    """Start ``python -m gpt_launch`` with the arguments ``words``, and return its process.
 
     The process survives the end of the terminal. The output of the process is appended to ``log``.
     """
@@ -147,7 +147,10 @@ def job_of(event: Mapping[str, Any]) -> Job:
 
 
 def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
-    """Return job id -> state for the Slurm jobs among ``jobs``, with one squeue. Raises SlurmError if squeue fails."""
+    """Return job id -> state for the Slurm jobs among ``jobs``, with one squeue, in at most ``retries`` tries.
+
+    Raises SlurmError if squeue fails.
+    """
     return scheduler.job_states((job.job_id for job in jobs if isinstance(job, SlurmJob)), retries)
 
 

@@ -193,9 +193,9 @@ class Drill:
             self._end()
 
     def _wait_recovered(self, fault: PlannedFault, last: LastFault) -> bool:
-        """Wait until the run has saved after the last fault and made more steps.
+        """Wait until the run has saved after the last fault, and then has made ``fault.after_steps`` more steps.
 
-        Returns False if the run has finished.
+        ``fault`` is the next fault. Returns True if it can be injected, False if the run has finished.
         """
 
         def has_recovered() -> bool:
@@ -456,7 +456,15 @@ def _parser() -> CommandParser:
 
 
 def _words_and_quiet(words: Sequence[str], quiet: Path | None) -> tuple[list[str], RunFolder | None]:
-    """Return the overrides of the drill, and the finished undisturbed run; None if the drill must make one."""
+    """Return the overrides of the drill, and the finished undisturbed run; None if the drill must make one.
+
+    Args:
+        words: overrides as typed, or only the folder of a finished run.
+        quiet: folder of the undisturbed run that was typed after ``--quiet``; None without this option.
+
+    Raises:
+        ConfigError: the run of that folder has not finished.
+    """
     if len(words) == 1 and is_run(Path(words[0])):
         quiet, words = Path(words[0]), read_overrides(RunFolder(Path(words[0]).absolute()))
     words = [word for word in words if not word.startswith("run_dir=")]

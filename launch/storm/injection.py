@@ -167,9 +167,10 @@ def send(processes: Sequence[psutil.Process], number: signal.Signals) -> list[in
 
 
 def main(run_dir: str, number: str, what: str, which: str, in_save: str = "") -> int:
-    """Send a signal to processes of a run on this host. Returns exit status 1 if there are none.
+    """Send a signal to processes of a run on this host. Returns the exit status: 0, or 1 if there are none.
 
-    The arguments are those of the command line, as ``Site.by_srun`` writes them.
+    The arguments are those of the command line, as ``Site.by_srun`` writes them. ``number`` is the name of the signal,
+    such as SIGKILL; a text in ``in_save`` means to wait for a save first.
     """
     try:
         found = wait_for_processes(Path(run_dir), what, which, in_save=bool(in_save))
@@ -311,7 +312,10 @@ def _signal_rank(number: signal.Signals, what: str = "rank", *, in_save: bool = 
 
 
 def _flip_bit(fault: PlannedFault, site: Site) -> str:
-    """Flip a bit of the newest checkpoint and kill a rank, so that the next start reads the damaged checkpoint."""
+    """Flip a bit of the newest checkpoint and kill a rank, so that the next start reads the damaged checkpoint.
+
+    Returns a description of the injection, as all functions of ``KINDS`` do.
+    """
     draw = random.Random(fault.salt)
     newest = checkpoints(site.folder)[0]
     files = [path for path in files_of(newest) if path.stat().st_size]

@@ -117,7 +117,10 @@ def all_wait(facts: AttemptFacts) -> RankFacts | None:
 
 
 def diverged(facts: AttemptFacts) -> RankFacts | None:
-    """Return the first rank with a number that is not finite, if a rank failed for such a number; else None."""
+    """Return the first rank that recorded a loss or gradient norm that is not finite; None for other failures.
+
+    If no rank recorded such a number, return the rank whose failure names one.
+    """
     failed = failed_with(NOT_FINITE)(facts)
     return failed and (facts.not_finite or failed)
 

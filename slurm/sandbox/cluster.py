@@ -180,13 +180,13 @@ class Cluster:
     def slurm(self, *args: str, timeout_s: float = 30.0) -> str:
         """Run a Slurm command on this sandbox, as a user does, and return its output.
 
-        Raises SandboxError if the command fails.
+        Raises SandboxError if the command fails, or takes more than ``timeout_s`` seconds.
         """
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
         return run_program(args, timeout_s=timeout_s, env={**clean, **self.env})
 
     def up(self, settings: Settings | None = None, *, timeout_s: float = 60.0) -> SandboxState:
-        """Start the sandbox and wait until every node is idle.
+        """Start the sandbox and wait until every node is idle, for at most ``timeout_s`` seconds.
 
         Remains of a crashed sandbox in this directory are removed first.
 
@@ -339,7 +339,10 @@ def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxNode]:
 
 
 def power_cut(cluster: Cluster, name: str) -> str:
-    """Cut the power of a node. Its cable is cut before its processes end, so no other node gets a message."""
+    """Cut the power of a node. Its cable is cut before its processes end, so no other node gets a message.
+
+    Returns a text on the fault for people, as the next four functions do.
+    """
     with _node(cluster, "power-cut", name) as node:
         node.set_link(up=False)
         node.switch_off()
