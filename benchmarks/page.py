@@ -46,7 +46,7 @@ def keep(script: Path, title: str, document: str | None, text: str, words: str =
     """Write the result page of a benchmark next to its script.
 
     The page contains ``title``, the command with the options ``words``, the paragraphs after the commands in the
-    script's docstring ``document``, and the result ``text``.
+    script's docstring ``document`` (None: no paragraphs), and the result ``text``.
     """
     about = (document or "").split("\n\n")[2].strip()
     page = f"# {title}\n\n`python -m benchmarks.{script.parent.name}.{script.stem} {words}`.\n\n{about}\n\n{text}"

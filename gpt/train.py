@@ -181,7 +181,7 @@ def open_checkpoints(
     kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, writer: Writer | None
 ) -> CheckpointManager:
     """Return the manager of a run's checkpoints, also for checkpoints in memory and copies if the config requests them.
-    Collective."""
+    Collective. ``writer`` writes checkpoints; None writes them in this process."""
     keeps = Retention(kept.keep_last, kept.keep_best)
     give_up_after_s = 60 * kept.give_up_after_min
     manager = CheckpointManager(folder.checkpoints, keeps, world.control, engine.files, writer, give_up_after_s)

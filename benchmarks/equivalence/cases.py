@@ -105,7 +105,7 @@ class Refusal:
 
     line: str
     key: str
-    """Key, option, file or word, as it was typed."""
+    """Wrong key, option, file or word, as typed, which the refusal must contain."""
     value: str = ""
     """Wrong value; empty if the refusal need not contain a value."""
     on_a_cluster: bool = False

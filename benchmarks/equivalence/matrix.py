@@ -105,8 +105,8 @@ def pair(words: str) -> tuple[str, str]:
 
 
 def attempt(python: str, torch: str, any_build: bool, runs: Sequence[Sequence[str]]) -> Row:
-    """Return the result of one combination, tried in a virtual environment that is deleted afterwards. ``runs`` has the
-    arguments of pytest for each run of tests."""
+    """Return the result of one combination, tried in a virtual environment that is deleted afterwards. ``any_build``
+    also accepts CUDA builds of torch. ``runs`` has the arguments of pytest for each run of tests."""
     interpreter = find_interpreter(python)
     if interpreter is None:
         return Row(python, torch, "not tried: no such interpreter on this machine")
@@ -138,7 +138,8 @@ def find_interpreter(version: str) -> Path | None:
 
 
 def install(python: str, torch: str, any_build: bool, folder: Path) -> str:
-    """Install torch and the packages that the project needs. Return an empty string, or the reason why this fails."""
+    """Install torch (``any_build``: also a CUDA build) and the packages that the project needs. Return an empty string,
+    or the reason why this fails."""
     # Of torch's modules a tenth is ever imported, and Python compiles those as it imports them.
     pip = (python, "-m", "pip", "install", "-q", "--prefer-binary", "--no-compile")
     builds = [f"torch=={torch}+cpu"] + [f"torch=={torch}"] * any_build

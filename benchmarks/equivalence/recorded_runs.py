@@ -176,7 +176,8 @@ class Recorder:
         self.event("rank_failed", after_s=1, **at, cause=cause, traceback="", log=log, echo=False)
 
     def finished(self, attempt: int, step: int, job: str | None = None) -> None:
-        """Append the end of a run that has made all its steps."""
+        """Append the end of a run that has made all its steps; if ``job`` is given, also the ends of the attempt and of
+        the job's agent."""
         self.event("finished", attempt=attempt, step=step, after_s=1)
         if job is not None:
             self.event("attempt_ended", attempt=attempt, cause="finished", step=step, job=job, after_s=1)

@@ -174,7 +174,9 @@ def frozen_disk(files: Path) -> Iterator[str]:
 
 @contextmanager
 def small_memory(files: Path) -> Iterator[str]:
-    """Context with a cgroup (version 1) for the command that is limited to ``MEMORY_BYTES``."""
+    """Context with a cgroup (version 1) that limits the memory of the command to ``MEMORY_BYTES``. It yields the shell
+    code that moves the command into the cgroup. ``files`` is a folder in that of the run, after which the cgroup is
+    named."""
     group = CGROUPS / "memory" / files.parent.name
     group.mkdir()
     try:
@@ -186,7 +188,8 @@ def small_memory(files: Path) -> Iterator[str]:
 
 @contextmanager
 def freezer(files: Path) -> Iterator[str]:
-    """Context with a cgroup (version 1) in which the fault freezes its rank. ``$FREEZER`` is the path of the cgroup."""
+    """Context with a cgroup (version 1) in which the fault freezes its rank. It yields the shell code that sets
+    ``$FREEZER``, the path of the cgroup. ``files`` as in ``small_memory``."""
     group = CGROUPS / "freezer" / files.parent.name
     group.mkdir()
     timer = threading.Timer(THAW_S, (group / "freezer.state").write_text, ["THAWED"])

@@ -62,7 +62,8 @@ def train_whole(folder: Path) -> Path:
 
 
 def start_run(sandbox: Cluster, folder: Path, two: bool) -> tuple[StormyRun, Path]:
-    """Start a run. Returns the run, and the path of a file that ends the pauses between steps once it exists."""
+    """Start the GPT of ``--two`` if ``two`` is True, else the program that counts. Returns the run, and the path of a
+    file that ends the pauses between steps once it exists."""
     if two:
         slowly, hurry = paced(folder)
         return StormyRun(sandbox, folder, *GPT, *slowly, *WORDS, "spare_nodes=2", nodes=4), hurry

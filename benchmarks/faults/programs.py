@@ -355,7 +355,8 @@ class Trial:
 
     def _launch(self, kind: str, *words: str, preempted: RunFolder | None = None) -> None:
         """Launch the program, with the overrides ``words``, and wait for its end. If ``preempted`` is the folder of a
-        run, preempt this run in the middle. ``kind`` is part of the names of the sweep and of its log.
+        run, preempt this run in the middle; None preempts no run. ``kind`` is part of the names of the sweep and of its
+        log.
         """
         given = [f"script.python={self._python}", *self._filled(self.about["words"])]
         line = [sys.executable, "-m", "gpt_launch", *words, *ON_SLURM, *given]

@@ -211,7 +211,7 @@ def _row(folder: Path, told: dict[str, Any], found: dict[str, Any]) -> str:
 
 def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
     """Return the measured goodput without the first start, and the goodput that Young and Daly's model predicts. None:
-    the run has too few figures.
+    the run has too few saves or step times for them.
 
     The model gets the saves and steps until the last fault. After it the run may continue at another speed.
     """

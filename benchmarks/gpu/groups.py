@@ -115,7 +115,8 @@ def planned(machine: Machine, entry: Entry) -> Entry:
 
 
 def groups(machine: Machine, with_nanogpt: bool) -> Iterator[Group]:
-    """Yield all groups, the most important first. Leaves out what this machine cannot run."""
+    """Yield all groups, the most important first, without entries that this machine cannot run; with nanoGPT as a peer
+    if ``with_nanogpt`` is True."""
     yield Group("models", tuple(models(machine)), compares=False)
     yield peers(machine, with_nanogpt)
     yield Group("engines", tuple(engines(machine)))
@@ -212,8 +213,8 @@ def float8_changes(machine: Machine) -> Iterator[Entry]:
 
 
 def packs(group: Group, machine: Machine, at_once: int) -> Iterator[list[Entry]]:
-    """Yield lists of entries whose plans fit into the memory together. If the group compares, each list begins with the
-    first entry where this entry fits, too.
+    """Yield lists of at most ``at_once`` entries whose plans fit into the memory together. If the group compares, each
+    list begins with the first entry where this entry fits, too.
     """
     base = group.entries[0] if group.compares else None
     pack: list[Entry] = []

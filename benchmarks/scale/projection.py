@@ -191,6 +191,7 @@ def predict(
 ) -> Result:
     """Predict the largest point of the sweep in ``folder`` from the smaller points. The cost model takes no account of
     nodes that share cores. ``network`` is the file with the measured links; None uses the file that the runs name.
+    ``is_blind`` is copied into the result.
     """
     points = label_points([*map(read_point, select(folder).runs)])
     (series,) = split(points)

@@ -72,7 +72,8 @@ UNKNOWN = """## What remains unknown
 
 @dataclass(frozen=True)
 class Case:
-    """A run as the launcher would compose it."""
+    """A published run: overrides, numbers of nodes and of GPUs per node, and the name of the GPU. The config is
+    composed as the launcher composes it."""
 
     words: tuple[str, ...]
     nodes: int

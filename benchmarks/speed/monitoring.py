@@ -62,8 +62,9 @@ def block(run: Run, writers: MetricWriters | None, gradients: Gradients) -> tupl
 
 
 def finish(queued: QueuedStep, since: float, writers: MetricWriters | None, evaluated: bool) -> float:
-    """Read the figures of a step, and write them with ``writers`` unless this is None. Returns the time at which the
-    step ended.
+    """Read the figures of a step, and write them with ``writers`` unless this is None. With ``evaluated`` the record
+    has a validation loss, too. ``since`` is the end of the previous step, and the result the end of this step, both of
+    time.perf_counter in seconds.
     """
     record, ended = queued.finish(since)
     if writers is not None:

@@ -43,7 +43,7 @@ WARM = 3
 
 def bare_loop(config: TrainConfig, run: Run, engine: str, mean_loss: bool) -> Step:
     """Return the training step that a user writes by hand for one engine. Its batches are in memory before the first
-    step.
+    step. With ``mean_loss`` it averages the loss over all ranks.
     """
     model = GPT(config.model).to(run.world.device)
     initialize(model, config.seed)

@@ -191,7 +191,7 @@ class PeerStep:
 
 def build_step(name: str, shape: Shape, checkout: Path | None, compiled: bool, fused: bool, device: str) -> PeerStep:
     """Build the training step of a library. If ``compiled``, model and loss are compiled as one graph where this is
-    possible.
+    possible. ``checkout`` is the library's checkout; None for an installed library. ``fused`` as in ``PeerStep``.
     """
     torch.manual_seed(0)
     model, loss = BUILDERS[name](shape, checkout)

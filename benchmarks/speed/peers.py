@@ -96,7 +96,8 @@ def serve_peer(
     device: str,
     data: Sequence[str] = (),
 ) -> Served:
-    """Build the training step of another library. Its batches are read in advance, from the same ``data`` as ours."""
+    """Build the training step of another library, with the arguments of ``peer_models.build_step``. Its batches are
+    read in advance, from the same ``data`` as ours."""
     from gpt.config import TrainConfig, compose_train
     from gpt.data.corpus import ensure_tokens
     from gpt.data.loader import Samples

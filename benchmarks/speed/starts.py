@@ -65,7 +65,8 @@ def processor_seconds(pids: list[int]) -> float:
 
 
 def measure(forked: bool) -> dict[str, float]:
-    """Return the seconds of one start and of one restart in place: wall time, and processor time of the two ranks."""
+    """Return the seconds of one start and of one restart in place: wall time, and processor time of the two ranks,
+    which are ``forked`` or executed."""
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(Path(name) / "run")
         words = [
@@ -90,7 +91,8 @@ def measure(forked: bool) -> dict[str, float]:
 
 
 def opened(ranks: int, forked: bool) -> int:
-    """Return the number of files that the processes of one node open or try to open in a run of two steps."""
+    """Return the number of files that the processes of one node open or try to open in a run of two steps with
+    ``ranks`` ranks, which are ``forked`` or executed."""
     with tempfile.TemporaryDirectory() as name:
         words = [*TINY, "cluster=local", "nodes=1", f"ranks_per_node={ranks}", "optim.max_steps=2", "eval.interval=0"]
         words += [f"resilience.engine={'fork' if forked else 'exec'}", f"run_dir={name}/run", "optim.max_micro_batch=1"]
@@ -107,8 +109,8 @@ ROADS = {
 }
 """Drill -> overrides in addition to those of a run, and kinds of faults."""
 CUT_S = 14.0
-"""Longest power cut of a drill, in seconds. After a shorter cut the node is back before it counts as lost, and the job
-step ends.
+"""Longest power cut of a drill, in seconds. ``seed_of`` avoids shorter ones: after them the node is back before it
+counts as lost, and Slurm ends the job step.
 """
 MOST_STEPS = 20
 """Largest number of steps between a save and a fault, as in ``launch.storm``."""

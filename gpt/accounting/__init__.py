@@ -532,11 +532,13 @@ class Utilization:
     tflops_per_s: float
     """Model TFLOP/s by the PaLM convention."""
     mfu_palm: float | None
-    """Model FLOPs utilization by the PaLM convention (arXiv 2204.02311, appendix B), 0 to 1."""
+    """Model FLOPs utilization by the PaLM convention (arXiv 2204.02311, appendix B), 0 to 1; None if the peak is
+    unknown."""
     mfu_causal: float | None
-    """Model FLOPs utilization, 0 to 1, if the FLOPs of causal attention are halved."""
+    """Model FLOPs utilization, 0 to 1, if the FLOPs of causal attention are halved; None if the peak is unknown."""
     hfu: float | None
-    """Hardware FLOPs utilization by the PaLM convention, 0 to 1: it also counts the FLOPs of recomputation."""
+    """Hardware FLOPs utilization by the PaLM convention, 0 to 1: it also counts the FLOPs of recomputation. None if the
+    peak is unknown."""
 
 
 def utilization(

@@ -393,7 +393,8 @@ def _delete(path: Path) -> None:
 
 
 def sweep(folder: Path, keep: Path | None = None) -> None:
-    """Delete the temporary folders in ``folder`` that killed processes have left, except the folder ``keep``."""
+    """Delete the temporary folders in ``folder`` that killed processes have left, except the folder ``keep``; None
+    keeps none."""
     for path in _entries(folder):
         if LEFT_OVER.fullmatch(path.name) and path != keep:
             remove_folder(path)

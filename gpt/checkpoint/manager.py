@@ -278,7 +278,8 @@ class CheckpointManager:
         return Saved(step, ended - pending.started, in_memory=False)
 
     def _fail(self, pending: InFlight, temporary: Path, hurries: bool) -> FailedSave:
-        """Prepare the next try of a save that has failed, and return the failure. Collective.
+        """Prepare the next try of a save that has failed, and return the failure. Collective. ``temporary`` is the
+        folder of the failed try; ``hurries`` as in ``finish``.
 
         Raises:
             OutdatedAttemptError: a later attempt of the run has started.

@@ -314,7 +314,8 @@ class StagedPart:
     """Length of the text in bytes."""
 
     def load(self, memory: SharedMemory, plan: WritePlan | None) -> RankPart:
-        """Return the part, whose tensors are views of ``memory``. ``plan`` becomes its plan."""
+        """Return the part, whose tensors are views of ``memory``. ``plan`` becomes its plan; None if it has no planned
+        tensors."""
         text = memory.view(self.offset, torch.uint8, (self.length,)).numpy().tobytes()
         part = _Unpickler(text, memory, plan).load()
         assert isinstance(part, RankPart)

@@ -199,7 +199,7 @@ def build_custom_optimizer(config: OptimConfig, groups: Any) -> Any:
     ``groups`` are torch's parameter groups, each with its ``weight_decay``.
 
     The constructor receives ``optim.options``, and lr, betas and eps of the config if it accepts them. A step that the
-    run skips (see gpt.parallel.engine.skipping) does not reach the optimizer.
+    run skips (see gpt.parallel.optimizer.skipping) does not reach the optimizer.
 
     Raises:
         ConfigError: the class is missing, is no optimizer of torch, or refuses its arguments.

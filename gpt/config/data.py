@@ -119,7 +119,8 @@ class DataConfig:
     """Settings for a source of your own, which reads this dictionary as ``config.options``."""
     path: Optional[str] = None
     """The text file (text, shakespeare), a pattern of files (files: text, .jsonl, .jsonl.gz or .parquet), or the token
-    files (tokens: a prepared folder, a .bin, a Megatron prefix, or a pattern of shards)."""
+    files (tokens: a prepared folder, a .bin, a Megatron prefix, or a pattern of shards). null with other built-in
+    sources and with ``sources``; with shakespeare, null downloads the text. A source of your own may read the path."""
     val_path: Optional[str] = None
     """Separate validation files, of the same kind as ``path`` (text, files, tokens); training then uses all of
     ``path``. null keeps ``val_fraction`` of a text for validation. For tokens, null means val.bin next to train.bin, or
@@ -128,7 +129,7 @@ class DataConfig:
     """source=tokens only: several paths with weights, instead of ``path``."""
     dataset: Optional[str] = None
     """source=dataset only: the dataset's name on the Hugging Face hub, or a folder that load_dataset reads. NAME:SUBSET
-    names one of its configurations, if it has several."""
+    names one of its configurations, if it has several. Other sources do not read it."""
     revision: Optional[str] = None
     """source=dataset only: commit, tag or branch of the dataset on the hub; null takes the newest, which may change.
     Not for a folder."""
@@ -149,8 +150,9 @@ class DataConfig:
     hash of their position."""
     tokenizer: TokenizerKind = TokenizerKind.byte
     tokenizer_path: Optional[str] = None
-    """An existing tokenizer: tokenizer.json (hf), .model (sentencepiece), ranks.json of a prepared corpus
-    (tiktoken)."""
+    """An existing tokenizer: tokenizer.json (hf), .model (sentencepiece), ranks.json of a prepared corpus (tiktoken).
+    null trains a sentencepiece model on the corpus, and takes GPT-2's tokenizer for tiktoken. byte and char read no
+    file."""
     tokenizer_vocab_size: int = 16384
     """Number of ids of a SentencePiece model that is trained on the corpus."""
     layout: TokenFileFormat = TokenFileFormat.nanogpt

@@ -173,8 +173,8 @@ class ModelConfig:
     q_lora_rank: Optional[int] = None
     """With kv_lora_rank: width of a latent that the queries are computed from; null means no such latent."""
     rope_head_width: Optional[int] = None
-    """With kv_lora_rank: width of the part of each head that is rotated. All heads share this part of the keys. It is
-    smaller than head_width, which includes it. Values have the remaining width."""
+    """Needed with kv_lora_rank, null without: width of the part of each head that is rotated. All heads share this part
+    of the keys. It is smaller than head_width, which includes it. Values have the remaining width."""
     norm: Union[Norm, str] = Norm.layernorm
     """Name of a built-in norm. Or, as for position, ffn and attention, a class of your own: ``package.module:Class``,
     or an entry point of the group ``gpt.norm`` (``gpt.position``, and so on). See docs/components.md."""
@@ -190,7 +190,7 @@ class ModelConfig:
     rope_factor: float = 1.0
     """Factor by which the sequences became longer, at least 1. Only with a rope_scaling other than none."""
     rope_original_block_size: Optional[int] = None
-    """Sequence length before the scaling; rope_scaling=llama3 and yarn only."""
+    """Sequence length before the scaling. Needed for rope_scaling=llama3 and yarn; other values do not read it."""
     window: Optional[int] = None
     """Number of tokens that a token attends to: itself and the nearest earlier tokens (arXiv 2004.05150, section 3.1).
     null means all earlier tokens. Attention then computes blocks of this many queries."""

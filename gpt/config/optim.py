@@ -66,7 +66,8 @@ class OptimConfig:
     """Number of optimizer steps; without effect if ``max_tokens`` is given. A larger number extends a finished run; its
     additional steps have the learning rates of a run of the new length."""
     max_tokens: Optional[float] = None
-    """Number of tokens to train on, instead of a number of steps. The run makes as many steps as these tokens need."""
+    """Number of tokens to train on, instead of a number of steps. The run makes as many steps as these tokens need.
+    null: ``max_steps`` decides."""
     global_batch: int = MISSING
     """Sequences per optimizer step over all ranks; per rank with weak_scaling=true."""
     max_micro_batch: int = MISSING

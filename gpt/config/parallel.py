@@ -107,10 +107,10 @@ class ParallelConfig:
     with different samples (with fsdp, the number of ranks that shard one replica)."""
     zero_stage: Optional[int] = None
     """deepspeed only: state that is sharded over the data ranks (arXiv 1910.02054): 0 none, 1 the optimizer's moments
-    and master weights, 2 the gradients too, 3 the parameters too."""
+    and master weights, 2 the gradients too, 3 the parameters too. null with other strategies."""
     deepspeed_config: Optional[str] = None
     """deepspeed only: JSON file with additional settings of DeepSpeed (bucket sizes, overlap, ...). A setting that
-    contradicts another key of the run is refused."""
+    contradicts another key of the run is refused. null adds no settings."""
     timeout_s: int = 600
     """Seconds after which an incomplete collective fails the run, during the set-up and the first steps, which load,
     compile and connect."""

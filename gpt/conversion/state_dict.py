@@ -317,7 +317,7 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
 
 
 def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
-    """Return the folder of the newest undamaged checkpoint of a run, or of the checkpoint of ``step``.
+    """Return the folder of the checkpoint of ``step``, or if that is None of the newest undamaged checkpoint of a run.
 
     Raises:
         ConfigError: no such checkpoint exists.

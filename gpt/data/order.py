@@ -344,7 +344,8 @@ def look_at_stream(config: DataConfig, cache: Path) -> Tokens:
 
 
 def describe_source(spec: PreprocessingSpec, tokenizer: Tokenizer, folder: Path | None, val: Split) -> TokenSource:
-    """Return a stream as a token source, whose training split has no files. ``val`` is its validation split."""
+    """Return a stream as a token source, whose training split has no files. ``val`` is its validation split, and
+    ``folder`` the folder of its tokenizer and validation tokens; None if there is none."""
     about = describe_tokenizer(tokenizer)
     return TokenSource(
         name=spec.config.title,

@@ -138,8 +138,8 @@ Rows = npt.NDArray[np.void]
 
 
 def tokenize_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Path, workers: int, progress: bool) -> int:
-    """Tokenize the unfinished shards into the folder ``parts``. Return the number of shards that the corpus uses, which
-    may be smaller with ``data.max_bytes``."""
+    """Tokenize the unfinished shards into the folder ``parts``, in ``workers`` processes. Return the number of shards
+    that the corpus uses: all, or with ``data.max_bytes`` the first ones. ``progress`` is True to show a bar."""
     # Every task carries the spec. Shards name their files, and one of several files has documents.
     light = with_values(spec, files=spec.files[:2], val_files=spec.val_files[:2])
     tokenize, sizes = partial(_tokenize_shard, light, parts), list[int]()
@@ -211,8 +211,8 @@ def _load_once(folder: Path, about: bytes) -> Tokenizer:
 def _tokens(
     spec: PreprocessingSpec, shard: Shard, tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, npt.NDArray[Any], int, int]]:
-    """Yield for each piece of a shard: its split, its token ids, the bytes of its text, and ``ends`` of
-    ``ROW_DTYPE``."""
+    """Yield for each piece of a shard: its split, its token ids, the bytes of its text, and ``ends`` of ``ROW_DTYPE``.
+    ``tokenizer`` is None for a Markov chain."""
     if tokenizer is None:
         ids, known = walk(spec.config.synthetic, shard.number), spec.known_tokens()
         assert known is not None
@@ -253,7 +253,8 @@ def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:
 
 
 def token_dtype_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> str:
-    """Return the numpy name of the integer type in which the tokens of a corpus are stored."""
+    """Return the numpy name of the integer type in which the tokens of a corpus are stored. ``tokenizer`` is None for a
+    Markov chain."""
     if spec.config.conversation_tokens is not None:
         return "uint32"
     return token_dtype(spec.config.layout, vocab_size_for(spec, tokenizer))

@@ -311,7 +311,8 @@ def _whole_characters(file: CorpusFile) -> int:
 
 @lru_cache(maxsize=4)
 def _open_stream(dataset: str, revision: str | None, subset: str | None, split: str) -> Any:
-    """Return a dataset of Hugging Face's library as a stream; cached, since reading does not change it."""
+    """Return a split of a dataset of Hugging Face's library as a stream; cached, since reading does not change it.
+    ``subset`` names a configuration of the dataset; None for its only one. A ``revision`` of None is the newest."""
     datasets = import_library("datasets")
     datasets.config.TORCH_AVAILABLE = False  # otherwise its streams load torch, which costs seconds in every process
     return datasets.load_dataset(dataset, name=subset, revision=revision, split=split, streaming=True)

@@ -326,7 +326,7 @@ class Attention(nn.Module):
         """Compute attention, (B, T, D) -> (B, T, D).
 
         If ``past`` is a cache, the T tokens follow the cached tokens, and are added to the cache. If it has documents,
-        a token attends to its own document only.
+        a token attends to its own document only. None has neither.
         """
         cache = past if isinstance(past, LayerCache) else None
         documents = past if isinstance(past, Documents) else None
@@ -338,7 +338,7 @@ class Attention(nn.Module):
 
     def inputs(self, x_BTD: Tensor, start: int | Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, C) of the T new tokens, and keys and values (B, K, S, C) of the cached and new
-        tokens.
+        tokens; of the new tokens alone if ``cache`` is None.
 
         ``start`` is the position of the first new token, or a tensor with the positions of all new tokens.
         """
@@ -400,8 +400,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Compute softmax(Q K^T / sqrt(C) + bias) V, (B, H, T, C), directly: the reference for fused kernels.
 
-        Without a bias, a causal mask is used. The scores, T x S numbers per head, are in memory. ``softcap`` bounds the
-        scores if the model has a bound. Sinks are the scores of one more key, which has no value.
+        If ``bias_B1TS`` is None, a causal mask is used. The scores, T x S numbers per head, are in memory. ``softcap``
+        bounds the scores if the model has a bound. Sinks are the scores of one more key, which has no value.
         """
         k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
         new, seen = q_BHTC.size(2), k_BHSC.size(2)

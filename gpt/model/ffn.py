@@ -77,7 +77,8 @@ class Experts(nn.Module):
     def apply_to(
         self, x_RD: Tensor, ends_E: Tensor, even: bool, gate_EFD: Tensor | None, up_EFD: Tensor, down_EDF: Tensor
     ) -> Tensor:
-        """Apply experts with the given matrices to their rows, (R, D) -> (R, D). Other arguments as in ``forward``."""
+        """Apply experts with the given stacked matrices to their rows, (R, D) -> (R, D). ``gate_EFD`` is None if the
+        experts are not gated. Other arguments as in ``forward``."""
         # torch.autocast does not cover grouped products. Casting here keeps the rows once for both matrices.
         x_RD = autocast_rows(x_RD)
         product = even_product if even and self.product is grouped_product else self.product
@@ -101,6 +102,7 @@ def autocasts(device: torch.device) -> bool:
 
 def grouped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply each expert's rows by the transpose of its matrix, (R, I) -> (R, O), in one grouped product of torch.
+    ``ends_E`` as in ``Experts.forward``.
 
     Waits for the device to read the end of each expert's rows, except in bf16 on GPUs of compute capability 9 and 10.
     """
@@ -262,7 +264,8 @@ class MixtureOfExperts(nn.Module):
 
     def auxiliary_loss(self, logits_BTE: Tensor, scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
         """Compute the sum of balance loss and z-loss, (): each is multiplied by its weight in the config, summed over
-        the sequences, and multiplied by the factors of ``set_auxiliary_scale``.
+        the sequences, and multiplied by the factors of ``set_auxiliary_scale``. ``taken_BTE`` is 1 where an expert is
+        chosen for a token, else 0.
 
         The balance loss of a sequence is the sum over experts of (share of the choices x E) x (mean score). It is 1 if
         all experts are chosen equally often (arXiv 2412.19437, equations 17 to 20). The z-loss is the mean square of

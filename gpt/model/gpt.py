@@ -255,9 +255,10 @@ class GPT(nn.Module):
         Args:
             tokens_BT: the tokens.
             past: a cache, whose tokens come before ``tokens_BT``, and to which these are added; or the packed documents
-                of the batch, in which a token attends to its own document only. All tokens together are at most
-                ``block_size``.
-            targets_BT: next tokens; the summed loss, (), is then returned instead, computed in chunks.
+                of the batch, in which a token attends to its own document only; None has neither. All tokens together
+                are at most ``block_size``.
+            targets_BT: next tokens; the summed loss, (), is then returned instead of logits, computed in chunks. None
+                returns logits.
         """
         cache = past if isinstance(past, Cache) else None
         start = past.positions if isinstance(past, Documents) else 0 if cache is None else cache.length
@@ -345,7 +346,7 @@ class Stage(GPT):
 
     def forward(self, x: Tensor, past: Cache | Documents | None = None, targets_BT: Tensor | None = None) -> Tensor:
         """Compute hidden states (B, T, D), in the last stage logits (B, T, V), from hidden states, in the first stage
-        from tokens (B, T)."""
+        from tokens (B, T). ``past`` may be the packed documents of the batch; a cache or targets are not supported."""
         assert not isinstance(past, Cache) and targets_BT is None, "a stage neither generates nor computes a loss"
         if self.first:
             x = self.embed(x, 0 if past is None else past.positions)

@@ -114,7 +114,8 @@ class Timeline:
         return moment - since
 
     def add_wait(self, name: str, begin: Moment) -> None:
-        """Record that the rank has waited from ``begin`` until now. ``name`` is a name of spans."""
+        """Record that the rank has waited from ``begin`` until now. ``name`` becomes the name of the span, such as
+        ``WORLD`` or ``tp``."""
         self._waits.append((name, begin, self.now()))
 
     def spans(self) -> list[Span]:

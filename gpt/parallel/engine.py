@@ -386,7 +386,8 @@ class TorchEngine(Engine):
         return loss.detach()
 
     def _run_backward(self, loss: Tensor, last: bool) -> None:
-        """Run the backward pass of a micro-batch from its scaled loss, ()."""
+        """Run the backward pass of a micro-batch from its scaled loss, (). ``last`` is True for the last micro-batch of
+        a step."""
         loss.backward()
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:

@@ -350,7 +350,7 @@ def build_optimizer(
         config: config of the optimizer.
         kind: class of AdamW, if ``config`` names AdamW.
         fused: True to use a fused step also on devices for which it is not the default.
-        world: all ranks; needed by Muon only.
+        world: all ranks; needed by Muon only, else None.
     """
     named = {p: name for name, p in module.named_parameters() if p.requires_grad}
     is_muon = config.optimizer == MUON

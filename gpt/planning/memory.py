@@ -339,8 +339,8 @@ def compute_weights(
     FSDP: norm and output matrix, or the tied embedding, stay all-gathered for the whole pass. Of the units of blocks
     (``fsdp_units``) two are gathered: one computes, the next is prefetched. Without resharding after the forward pass,
     all units and the embedding are gathered. The gradient of one unit or of the output matrix is unsharded until its
-    reduce-scatter. With gradient accumulation nothing is reduced before the last micro-batch. So all gradients are
-    unsharded, in ``parallel.reduce_dtype``, unless ``parallel.reduce_each_micro_batch`` is set.
+    reduce-scatter. With gradient accumulation (``accumulates``) nothing is reduced before the last micro-batch. So all
+    gradients are unsharded, in ``parallel.reduce_dtype``, unless ``parallel.reduce_each_micro_batch`` is set.
 
     ZeRO-3 frees gathered parameters only beyond ``LIVE`` elements, or when they are not needed again. ZeRO-1 and 2
     compute with their own parameters. All three have a gradient bucket, in fp32 at most.

@@ -166,7 +166,8 @@ class LayoutSearch:
             yield SearchResult(offload, fitting, tuple(one for one in found if not self.fits(one)))
 
     def layouts(self, offload: bool) -> Iterator[Candidate]:
-        """Yield every valid layout with several sizes of micro-batches, up to ``optim.max_micro_batch`` sequences."""
+        """Yield every valid layout with several sizes of micro-batches, up to ``optim.max_micro_batch`` sequences.
+        ``offload`` as in ``candidates``."""
         known, micro_batch = set(), self.config.optim.max_micro_batch
         while micro_batch:
             for one in self.of_micro_batch(micro_batch, offload):
@@ -177,7 +178,8 @@ class LayoutSearch:
             micro_batch //= 2
 
     def of_micro_batch(self, micro_batch: int, offload: bool) -> Iterator[Candidate]:
-        """Yield every valid layout with micro-batches of at most ``micro_batch`` sequences."""
+        """Yield every valid layout with micro-batches of at most ``micro_batch`` sequences. ``offload`` as in
+        ``candidates``."""
         config = with_micro_batch(self.config, micro_batch)
         return candidates(config, self.world_size, self.machine.ranks_per_node, self.fixed, offload)
 
@@ -190,8 +192,8 @@ class LayoutSearch:
 
     @property
     def offloads(self) -> tuple[bool, ...]:
-        """Values of ``offload`` to search: False, and also True if devices have their own memory and ``cpu_offload`` is
-        not fixed."""
+        """Values of ``offload`` to search: False, and also True if devices have their own memory and the command line
+        does not set ``parallel.cpu_offload``."""
         return (False,) if self.machine.host is None or "cpu_offload" in self.fixed else (False, True)
 
     @property

@@ -166,7 +166,7 @@ class MemoryBlock:
     died: float = float("inf")
     """Number of the last operation before the storage was freed."""
     storage: weakref.ref[torch.UntypedStorage] | None = None
-    """Weak reference whose callback sets ``died``."""
+    """Weak reference to the storage, whose callback sets ``died``; None before it is set."""
 
 
 class MemoryRecord:

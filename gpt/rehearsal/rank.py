@@ -116,7 +116,8 @@ def replace_values() -> None:
 
 
 def allocate(parts: Sequence[GPT], _: Any, device: torch.device, home: torch.device | None = None) -> None:
-    """Allocate a model without setting its values; replaces ``gpt.parallel.modules.materialize``."""
+    """Allocate a model without setting its values; replaces ``gpt.parallel.modules.materialize``, which has the same
+    arguments."""
     for part in parts:
         if any(parameter.is_meta for parameter in part.parameters()):
             part.to_empty(device=home or device)

@@ -71,7 +71,8 @@ def length(intervals: Sequence[Interval]) -> float:
 
 
 def activities(on_gpus: bool) -> list[ProfilerActivity]:
-    """Return the activities that torch's profiler shall record."""
+    """Return the activities that torch's profiler shall record: those of the host, and if the run is ``on_gpus`` also
+    those of the GPU."""
     return [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpus else [ProfilerActivity.CPU]
 
 

@@ -291,7 +291,8 @@ def set_matmul_precision(config: TrainConfig) -> None:
 
 
 def state() -> dict[str, str | bool | None]:
-    """Return name -> value of the settings of this process on which the reproducibility of its results depends."""
+    """Return name -> value of the settings of this process on which the reproducibility of its results depends. An
+    environment variable that is not set is None."""
     return {
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),

@@ -164,7 +164,7 @@ class QueuedStep:
     """Status of the save in flight on this rank, which the step sums over all ranks."""
     timeline: Timeline
     timed_groups: tuple[str, ...] | None
-    """``Engine.timed_groups``."""
+    """``Engine.timed_groups`` of the engine that makes the step."""
 
     def read(self) -> dict[str, list[float]]:
         """Wait for the end of the step. Return name of a figure -> its values."""

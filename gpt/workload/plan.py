@@ -120,8 +120,8 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
 
 def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest) -> Machine:
     """Return ``machine`` with better figures where they are known: the network bandwidth of the config, the measured
-    ``rates`` of matrix products, measured links, and the correction factors of ``request`` for computing and
-    communication.
+    ``rates`` of matrix products (None if not measured), measured links, and the correction factors of ``request`` for
+    computing and communication.
 
     Raises:
         ConfigError: the file ``cluster.network`` is no measurement of a network.
