@@ -507,8 +507,8 @@ def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
 
     ``full`` repeats all products of a block except the last. torch stops as soon as no tensor is missing, and the last
     result is needed only if a later operation keeps its input (dropout, a norm, the weighting of experts). On CPUs in
-    fp32 the last product is repeated too, and not counted here. ``selective`` repeats only attention, if a fused kernel
-    draws dropout. Compiled code may repeat less.
+    fp32 the last product is repeated, too; this function does not count it. ``selective`` repeats only attention, if a
+    fused kernel draws dropout. Compiled code may repeat less.
     """
     once = forward_flops(model, sequences=1)
     if recompute is Recompute.none:

@@ -170,8 +170,8 @@ class Upkeep:
             folders.retire(self._folder, keeps, spared)
 
     def _copy(self, url: str) -> None:
-        """Copy the newest checkpoint to ``url``, and delete copies there, as requested. If this fails, the requests
-        stay for the next try, unless the checkpoint is damaged."""
+        """Copy the newest checkpoint to ``url``, and delete copies at ``url``, as requested. If this fails, the
+        requests stay for the next try, unless the checkpoint is damaged."""
         step = self._copying = self._uncopied
         may_commit = partial(is_newest_attempt, self._plan.folder, self._plan.attempt)
         try:

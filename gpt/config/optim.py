@@ -172,8 +172,9 @@ MUON_OPTIONS: dict[str, Any] = {
     **{"momentum": 0.95, "nesterov": True, "ns_coefficients": [3.4445, -4.7750, 2.0315], "ns_steps": 5},
     "adjust_lr_fn": "match_rms_adamw",
 }
-"""Arguments of torch.optim.Muon -> their values here: torch's defaults, except for the last. With ``match_rms_adamw``
-(arXiv 2502.16982, section 2.2) a matrix moves as far as with AdamW, so that one learning rate suits both."""
+"""Arguments of torch.optim.Muon -> their values in this project: torch's defaults, except for the last. With
+``match_rms_adamw`` (arXiv 2502.16982, section 2.2) a matrix moves as far as with AdamW, so that one learning rate suits
+both."""
 
 
 def check_muon_options(options: dict[str, Any]) -> None:
@@ -278,8 +279,8 @@ class DivergenceConfig:
     """Detection of divergence: skipped steps, spikes of the loss, and replicas with different parameters."""
 
     max_skipped_steps: int = 10
-    """Number of consecutive steps with a non-finite loss or gradient, after which the run rolls back: it loads the last
-    good checkpoint, and continues without the batches of these steps."""
+    """Number of consecutive steps with a non-finite loss or gradient, after which the run rolls back: it loads the
+    newest checkpoint from before these steps, and continues without their batches."""
     spike_sigmas: Optional[float] = None
     """Roll back, and skip the batch, if the loss of a step exceeds the mean of the 100 previous steps by this many
     standard deviations. null never does."""

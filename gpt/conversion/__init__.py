@@ -46,7 +46,7 @@ YARN: dict[str, list[Any]] = {
     **{"beta_fast": [32], "beta_slow": [1], "truncate": [True]},
     **{key: [None] for key in ("attention_factor", "mscale", "mscale_all_dim")},
 }
-"""Key of config.json with rope_scaling=yarn -> its values that are supported here."""
+"""Key of config.json with rope_scaling=yarn -> its values that this project supports."""
 NULLABLE = ("window", "attention_softcap", "logit_softcap", "q_lora_rank")
 """Fields of ModelConfig for which null in config.json does not mean the default, but None."""
 EXPERT_FIELDS = {
@@ -120,13 +120,14 @@ class StateDictAdapter:
     dropout: list[str]
     """Keys of config.json for dropout."""
     only: dict[str, list[Any]]
-    """Key of config.json -> its values that are supported here. A missing key is also supported."""
+    """Key of config.json -> its values that this project supports. A missing key is also supported."""
     activations: dict[str, str]
-    """Name of an activation in config.json -> its name here. If several names mean the same activation, the first one
-    is written."""
+    """Name of an activation in config.json -> its name in this project. If several names in config.json mean the same
+    activation, the first of them is written."""
     names: dict[str, str]
-    """Name of a module here -> its name in transformers; for modules of a block, inside the block. Modules with the
-    same name in transformers are one tensor there, stacked by rows. ``{}`` is replaced by the number of an expert."""
+    """Name of a module in this project -> its name in transformers; for modules of a block, inside the block. Modules
+    with the same name in transformers are one tensor of transformers, stacked by rows. ``{}`` is replaced by the number
+    of an expert."""
     layers: str
     """Beginning of the names of the tensors of blocks in transformers, before the number of the block."""
     buffers: str
@@ -204,8 +205,8 @@ class StateDictAdapter:
         ]
 
     def adapted(self, config: ModelConfig) -> dict[str, list[str]]:
-        """Return the modules with an adapter (LoRA): name in transformers -> names here. Several modules here may be
-        one stacked module of transformers."""
+        """Return the modules with an adapter (LoRA): name in transformers -> names in this project. Several modules of
+        this project may be one stacked module of transformers."""
         stacks = {
             rule.hf_names[0]: [name.removesuffix(".weight") for name in rule.names] for rule in self.rules(config)
         }
@@ -255,7 +256,7 @@ class StateDictAdapter:
 
 
 def refuse_others(hf: dict[str, Any], choices: dict[str, list[Any]]) -> None:
-    """Raise ConfigError if a key of the config.json ``hf`` has a value that is not supported here.
+    """Raise ConfigError if a key of the config.json ``hf`` has a value that this project does not support.
 
     ``choices`` has the supported values of some keys. A missing key, or null, is accepted.
     """
@@ -347,8 +348,8 @@ def write_plain(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_phi3(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a Phi-3's config.json that architectures.yaml does not have. ``rope_scaling`` is null,
-    because no scaling of Phi-3 is supported here."""
+    """Return the keys of a Phi-3's config.json that architectures.yaml does not have. ``rope_scaling`` is null, because
+    this project supports no scaling of Phi-3."""
     return write_plain(config) | {"rope_scaling": None}
 
 

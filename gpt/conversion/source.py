@@ -38,7 +38,7 @@ PEFT_ONLY: dict[str, Any] = {
 }
 """Key of adapter_config.json -> the only supported value. A missing key or an empty value counts as this value."""
 MERGE = "merge_and_unload().save_pretrained(FOLDER) of the model in peft, and init_from=hf:FOLDER"
-"""Text that errors propose for an adapter whose settings are not supported here."""
+"""Text that errors propose for an adapter whose settings this project does not support."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -193,7 +193,8 @@ def inspect_adapter(folder: Path) -> WeightSource:
     in the same folder or in the folder that its config names.
 
     Raises:
-        ConfigError: there are no base weights, or the adapter is damaged or has settings that are not supported here.
+        ConfigError: there are no base weights, or the adapter is damaged or has settings that this project does not
+            support.
     """
     path, weights = folder / PEFT_CONFIG, folder / PEFT_WEIGHTS
     try:

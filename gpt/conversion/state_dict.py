@@ -71,7 +71,7 @@ def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, 
     Args:
         read: returns a tensor by its name in transformers.
         rules: rules of the architecture for the model.
-        shapes: shapes of the parameters here, by name. A stacked tensor of transformers is split by them.
+        shapes: shapes of the parameters of this project, by name. A stacked tensor of transformers is split by them.
 
     Raises:
         ConfigError: the rows of a tensor are not the sum of the rows of its parameters.
@@ -149,7 +149,7 @@ def to_peft(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Ite
 
 
 def read_peft(folder: Path, adapter: StateDictAdapter, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
-    """Return the tensors of the adapters (LoRA) in a folder of peft, in fp32, with their names here.
+    """Return the tensors of the adapters (LoRA) in a folder of peft, in fp32, with their names in this project.
 
     The adapter of stacked matrices is split into one for each matrix, the reverse of ``to_peft``. If the adapter of the
     stack has the rank ``lora.rank``, each split adapter gets a copy of the first matrix (``lora_A``) of that adapter.
@@ -245,7 +245,7 @@ def read_source(verified: VerifiedSource, model: GPT) -> State:
 
 def read_hf_folder(folder: Path, shapes: dict[str, torch.Size]) -> State:
     """Return the weights in a folder of transformers as a state of this project, in fp32. ``shapes`` are those of the
-    parameters here, by name."""
+    parameters of this project, by name."""
     adapter, config = inspect_hf_folder(folder)
     files = {adapter.canonical(name): (path, name) for name, path in tensors_in_folder(folder).items()}
     with ExitStack() as stack:

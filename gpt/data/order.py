@@ -267,8 +267,8 @@ class Stream:
         return [number, *self._places[number]]
 
     def restore(self, state: list[int]) -> None:
-        """Add the place of a buffer from ``state``, a result of the method ``state``, so that reading can begin there.
-        No text is read."""
+        """Add the place of a buffer from ``state``, a result of the method ``state``, so that reading can begin at this
+        buffer. No text is read."""
         number, *place = state
         self._places[number] = TextPlace(*place)
 

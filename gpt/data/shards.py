@@ -386,8 +386,8 @@ def decode_text(data: bytes, shard: Shard) -> str:
 
 
 def is_validation(shard: int, document: int, fraction: float) -> bool:
-    """Return True if a document is for validation, by a hash of the number of its shard and its number there, both from
-    0. ``fraction`` is the share of such documents."""
+    """Return True if a document is for validation, by a hash of the number of its shard and its number in the shard,
+    both from 0. ``fraction`` is the share of such documents."""
     digest = hashlib.blake2b(f"{shard}:{document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 

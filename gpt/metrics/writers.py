@@ -454,7 +454,8 @@ class MetricWriters:
         self.writers = self._open(step, done)
 
     def close(self) -> None:
-        """Write all records that are left, and close the views. Call it after the event for the end of the attempt."""
+        """Write all records that are not written yet, and close the views. Call it after the event for the end of the
+        attempt."""
         self._rank.flush()
         self.show()
         for writer in self.writers:

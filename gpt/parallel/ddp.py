@@ -141,7 +141,7 @@ class RowBucket(GradientBucket):
         return partial(self._receive, flat, arriving)
 
     def _receive(self, _flat: Tensor, arriving: Tensor) -> None:
-        """Wait for the sums; ``_flat``, which the collective reads, must live until then."""
+        """Wait for the sums. The argument ``_flat`` keeps the tensor that the collective reads until then."""
         self.sums.copy_(collectives.wait_tensor(arriving))
         for shard, gradient in self._gradients:
             shard.grad = gradient

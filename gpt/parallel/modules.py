@@ -157,8 +157,8 @@ def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **
 
     ``kept`` has matrix products, all-to-alls, and attention without dropout. Korthikanti et al. (arXiv 2205.05198,
     section 5) recompute attention, because without a fused kernel it needs much memory and little arithmetic. With
-    dropout attention is recomputed here, too: otherwise it would draw no random numbers in the recomputation, and all
-    later dropout would change.
+    dropout, this project recomputes attention, too: otherwise it would draw no random numbers in the recomputation, and
+    all later dropout would change.
     """
     return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 

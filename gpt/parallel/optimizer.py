@@ -52,7 +52,8 @@ def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
     """Return a context in which a step of ``optimizer`` changes nothing if ``skip``, a bool tensor (), is true.
 
     A fused kernel reads ``skip`` on the device; before the step of a user's optimizer the host reads it. With offloaded
-    parameters the host waits here for ``skip``, because torch would read it before the copy is complete.
+    parameters the host waits for ``skip`` when it enters the context, because torch would read it before the copy is
+    complete.
     """
     optimizer.found_inf = skip.float().to(optimizer.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
     try:
