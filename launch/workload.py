@@ -67,7 +67,7 @@ class PlanRequest:
     """
 
     min_nodes: int | None = None
-    """Smallest number of nodes with which the run may continue after a loss; None if it may not shrink."""
+    """Smallest number of nodes with which the run may continue after it has lost nodes; None if it needs all nodes."""
 
     @property
     def world_size(self) -> int:
@@ -109,7 +109,7 @@ class WorkloadPlan:
     uses_cpus: bool | None = None
     """True if the ranks compute on CPUs; None if not known."""
     fewer_nodes: tuple[int, ...] = ()
-    """Numbers of nodes from ``PlanRequest.smaller``, largest first, with which the run can continue after a loss.
+    """Numbers of nodes from ``PlanRequest.smaller``, largest first, with which the run can continue.
 
     Such a run continues from a checkpoint of any number of nodes, with the same steps and global batch. If nodes are
     lost, the agents start the ranks with one of these numbers.

@@ -43,7 +43,7 @@ class NodeRanks:
     variables: Mapping[int, Mapping[str, str]]
     """Rank -> environment variables, in the order of the local ranks.
 
-    They are the variables that torchrun sets, such as RANK and MASTER_ADDR, and are added to the agent's environment.
+    They are added to the environment of the agent, and include those that torchrun sets, such as RANK and MASTER_ADDR.
     """
     workdir: str
     """Working directory of the ranks."""

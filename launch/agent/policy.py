@@ -83,7 +83,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Decision:
-    """Action that follows an attempt, and the reason for people."""
+    """Action that follows an attempt, and the reason as text for people."""
 
     action: Action
     reason: str

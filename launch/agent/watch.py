@@ -207,7 +207,10 @@ class Watch:
         """Reason for which this agent ended its ranks; None if the agent did not end them."""
 
     def poll(self, agent: RankAgent) -> None:
-        """Stop the ranks on request. Kill the ranks if they outlast the grace period, hang, or have lost a node."""
+        """Stop the ranks on request. Kill the ranks if they outlast the grace period or hang.
+
+        Kill them also if another node is lost, or if its ranks have failed.
+        """
         stop, group, number = self._attempt.stop, self._attempt.group, self._attempt.rdzv.number
         stop.interruptible = False
         owner = os.environ.get(OWNER)
@@ -331,7 +334,7 @@ The process may abort afterwards, while threads still run, or be killed before i
 
 
 class RankRecords:
-    """Writer of the records of this node's ranks in one attempt that the ranks do not write themselves."""
+    """Writer of those records about this node's ranks, in one attempt, that the ranks do not write themselves."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt

@@ -356,7 +356,7 @@ class Config(RunConfig):
 
     @property
     def may_shrink(self) -> bool:
-        """True if the run continues with fewer nodes after a loss."""
+        """True if the run continues with fewer nodes after it has lost one."""
         return self.resilience.min_nodes is not None and self.resilience.min_nodes < self.nodes
 
     @property

@@ -59,7 +59,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; with --json, print only JSON on standard output.
 
-    Returns the exit status, as above; 130 after Ctrl-C.
+    Returns the exit status: 0, 1 if a finding is an error, 130 after Ctrl-C.
     """
     given = arguments(argv)
     console = plain_console(stderr=given.json)

@@ -52,7 +52,7 @@ def percent(value: float | None) -> str:
 
 
 def with_unit(value: float | None, unit: str) -> str:
-    """Return a figure with its unit as text: a whole number from 1,000 on, else four digits.
+    """Return a figure with its unit as text: from 1,000 on a whole number, below with four significant digits.
 
     ``UNAVAILABLE`` for None.
     """
@@ -80,7 +80,7 @@ STATE_TEXTS = {
 NAMED = 3
 """Largest number of slow ranks, throttled hosts or damaged files that a note names. The note counts the rest."""
 LEAST_THROTTLED = 0.01
-"""Share (0 to 1) of throttled samples from which on a host counts as throttled."""
+"""Smallest share (0 to 1) of throttled samples with which a host counts as throttled."""
 
 
 def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequence[Row]) -> Iterator[str]:

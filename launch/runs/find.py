@@ -133,9 +133,9 @@ class Sweep(msgspec.Struct, frozen=True):
         return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
 
     def summary(self, beside: Sequence[Sweep]) -> str:
-        """Return a short description: the keys with several values, and the overrides that other sweeps do not have.
+        """Return a short description of this sweep in a list with other sweeps, which are the argument.
 
-        The argument has the sweeps with which this sweep is listed.
+        It has the overrides with several values, and those that not all sweeps of the list have.
         """
         common = set.intersection(*(set(one.typed) for one in (self, *beside)))
         told = [override for override in self.typed if "," in override or override not in common]

@@ -137,7 +137,10 @@ class Progress:
             self._record("progress_not_matched", cause)
 
     def _read(self, log: _RankLog) -> bool:
-        """Append the step records in the next part of a log. Returns whether the log has grown."""
+        """Append the step records in the next part of a log. Returns whether the log has grown.
+
+        Does nothing, and returns False, after a search took too long (``MATCH_S``).
+        """
         if self._is_slow:
             return False
         try:

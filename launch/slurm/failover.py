@@ -43,7 +43,7 @@ LEAVE_POLL_S = 0.5
 
 
 def fail_over(points: Sequence[RunStatus], console: Console) -> SlurmError | None:
-    """Move each run that has been pending too long to the next candidate of its placement, or give the run up.
+    """Move each run to the next candidate of its placement, or give it up, if it has been pending for too long.
 
     Returns None, or the error of Slurm that interrupted the moves; the next call then continues them.
     """

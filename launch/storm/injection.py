@@ -399,7 +399,7 @@ class PlannedFault:
     kind: str
     rank: int
     after_steps: int
-    """Number of steps that the run makes before the fault, after it has recovered from the previous one."""
+    """Number of steps from the first checkpoint after the previous fault to this fault."""
     seconds: float
     salt: int
     """Random number for further choices, such as which bit is flipped."""

@@ -121,7 +121,7 @@ class RankFacts:
 
     @property
     def code(self) -> str:
-        """Innermost line of the stack; empty if it is not known."""
+        """Source text of the innermost line of the stack; empty if it is not known."""
         return linecache.getline(self.frames[0].file, self.frames[0].line).strip() if self.frames else ""
 
     @property
@@ -144,8 +144,8 @@ class RankFacts:
     def activity(self) -> str:
         """Lines of text on the last activity of the rank, which rules search for patterns.
 
-        The lines are: the cause; ``state`` and the process state; ``at`` and the innermost line of the stack; ``in``
-        and the file of each frame.
+        The lines are: the cause; ``state`` and the process state; ``at`` and the source text of the innermost line of
+        the stack; ``in`` and the file of each frame.
         """
         code = [f"at {self.code}"] if self.frames else []
         return "\n".join([self.cause, f"state {self.state}", *code, *(f"in {frame.file}" for frame in self.frames)])
@@ -297,7 +297,7 @@ def read_facts(folder: RunFolder, more: Events = ()) -> AttemptFacts:
 
     Args:
         folder: folder of the run.
-        more: events that its log does not have: ``job_event``, and ``stacks`` of ranks that run now.
+        more: events that the event log does not have: ``job_event``, and ``stacks`` of ranks that run now.
     """
     attempt = max(folder.attempts(), default=0)
     events = [e for e in events_since_submission(folder.read_events()) if e.get("attempt") in (None, attempt)]

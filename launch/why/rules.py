@@ -111,7 +111,7 @@ def mismatched(facts: AttemptFacts) -> RankFacts | None:
 
 
 def all_wait(facts: AttemptFacts) -> RankFacts | None:
-    """Return the first waiting rank if all ranks wait in one collective, or lost each other there; else None."""
+    """Return the first waiting rank if all ranks wait in a collective, or lost their connections in it; else None."""
     size = max([event.get("world_size", 0) for event in select_events(facts.events, "started")], default=0)
     return facts.waiting[0] if 1 < size == len(facts.waiting) and not facts.others else None
 

@@ -399,7 +399,9 @@ def heal(cluster: Cluster, name: str) -> str:
 
 
 def preempt(cluster: Cluster, job: str, *, seconds: int = 5) -> str:
-    """Submit a job that preempts a running job. The new job takes its nodes for ``seconds``, in the last partition.
+    """Submit a job that preempts the running job ``job``.
+
+    The new job takes the nodes of that job for ``seconds`` seconds, in the last partition, which preempts all others.
 
     Returns the new job's id. Raises ConfigError if ``job`` does not run, or runs in that partition already.
     """
