@@ -5,10 +5,10 @@
     python -m benchmarks.faults.heads --times 10 --two      # the head node and another node at once
 
 Each run counts on two nodes with one spare node, `resilience.node_timeout_s=5`, and saves every 20 steps of 50 ms. At a
-random moment of 0 to 3 seconds after its first save, the power of the head node is cut. Notice is the first moment
-at which an agent shows that it has lost the head node. The seconds count from there to the event `started` of the next
+random moment of 0 to 3 seconds after its first save, the power of the head node is cut. Notice is the first moment at
+which an agent shows that it has lost the head node. The seconds count from there to the event `started` of the next
 attempt, and from the cut to the first new step. A loss counts as survived if the run ends in the same job with the sum
-of all steps, without a requeue. The exit status is 1 if one does not.
+of all steps, without a requeue. The exit status is 1 if a loss is not survived.
 
 With `--two`, a small GPT trains with dropout on four nodes with two spare nodes, and the head node and another node of
 the run, drawn at random, lose power together. Such a loss counts as survived if the weights of the last step also equal

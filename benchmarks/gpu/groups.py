@@ -205,7 +205,8 @@ def expert_changes(machine: Machine) -> Iterator[Entry]:
 
 
 def float8_changes(machine: Machine) -> Iterator[Entry]:
-    """Yield entries that measure the gain from float8. A CPU emulates float8, which is slower there than no float8."""
+    """Yield entries that measure the gain from float8. A CPU emulates float8, so that float8 is slower than the
+    default."""
     words = words_of(machine, "llama_1p36b", *(["float8_emulate=true"] if machine.device == "cpu" else []))
     yield Entry("llama_1p36b", words_of(machine, "llama_1p36b"), micro_batch=2)
     for name in ("tensorwise", "rowwise"):

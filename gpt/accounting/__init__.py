@@ -218,9 +218,9 @@ class HiddenMatrices(NamedTuple):
     """Size of the matrices of the blocks, which the optimizer Muon updates."""
 
     elements: int
-    """Number of elements of all these matrices."""
+    """Number of elements of the matrices of all blocks."""
     flops: int
-    """FLOPs of one Newton-Schulz iteration on each of these matrices."""
+    """FLOPs of one Newton-Schulz iteration on each matrix of all blocks."""
 
 
 def count_hidden(model: ModelConfig) -> HiddenMatrices:

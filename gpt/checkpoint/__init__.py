@@ -44,7 +44,7 @@ class Saved:
 
     step: int
     write_s: float
-    """Seconds from the start of the save to its commit. Training waited for only a part of them."""
+    """Seconds from the start of the save to its commit. Training waited for only a part of this time."""
     in_memory: bool
     """True if the checkpoint is in the memory of the nodes, False if it is on disk."""
 

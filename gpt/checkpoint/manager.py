@@ -105,8 +105,8 @@ class CheckpointManager:
         self.group = group
         self.format = fmt or TensorFiles()
         self.memory: MemoryStores | None = None
-        """Checkpoints in the memory of the nodes, which a load prefers to older ones on disk. None if they are not
-        used."""
+        """Checkpoints in the memory of the nodes, which a load prefers to older checkpoints on disk. None if the run
+        keeps none in memory."""
         self.connect: Callable[[], Target] | None = None
         """Function that connects to the copies of checkpoints, for a load that finds no undamaged checkpoint on disk.
         None if there are no copies."""

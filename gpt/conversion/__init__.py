@@ -98,7 +98,7 @@ class Rule:
     transposed: bool = False
     """True if transformers stores the transposed matrix, (in, out) instead of (out, in)."""
     offset: float = 0.0
-    """Number that transformers adds to the stored numbers before it uses them."""
+    """Number that transformers adds to each number of the stored tensor before it computes with the tensor."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Corpus:
 
     name: str
     sources: tuple[SourceSize, ...]
-    """Sizes of its sources; empty for a stream, whose size is unknown before the text is read."""
+    """Sizes of the sources of the corpus; empty for a stream, whose size is unknown before the text is read."""
     tokenizer: str
     """Kind of the tokenizer, such as ``byte`` or ``tiktoken``; ``synthetic`` or ``unknown`` without a tokenizer."""
     vocab_size: int | None

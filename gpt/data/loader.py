@@ -293,7 +293,8 @@ class BatchPrefetcher:
         self._group = max(1, min(TOGETHER // batch.per_rank, AHEAD_BYTES // batch_bytes))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._read: dict[int, Tensor] = {}
-        """Number of a batch -> its ids, (B, T + 1), for batches of the current group that no step has used yet."""
+        """Number of a batch -> ids of its samples, (B, T + 1), for batches of the current group that no step has used
+        yet."""
         self._ahead: tuple[int, Future[dict[int, Tensor]]] | None = None
         """Number of the first batch of the next group, and the future of its batches; None if no group follows."""
         self.passed_over = PassedOver()

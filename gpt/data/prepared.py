@@ -236,9 +236,10 @@ class TokenSource:
     vocab_size: int | None
     """Number of token ids; None for token files made by another program."""
     tokenizer: dict[str, Any] | None
-    """Description of its tokenizer, a result of ``describe_tokenizer``; None if there is none, or if unknown."""
+    """Description of the tokenizer of the corpus, a result of ``describe_tokenizer``; None without a tokenizer, or if
+    unknown."""
     sha256: str
-    """Checksum. For a prepared folder, of its token files. For token files made by another program, of the name, size,
+    """SHA-256 of the token files of a prepared folder; for token files made by another program, of the name, size,
     beginning and end of each file."""
     entropy: float | None = None
     """Lowest possible loss of any model, in nats per token; None if unknown."""

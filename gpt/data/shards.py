@@ -62,7 +62,7 @@ class Chain:
     successors: npt.NDArray[np.int64]
     """Possible next states of each state, (V, S), all different in a row."""
     probabilities: Floats
-    """Probabilities of these next states, (V, S); the sum of a row is 1."""
+    """Probabilities of the next states in ``successors``, (V, S); the sum of a row is 1."""
 
     def transition(self) -> Floats:
         """Return the transition matrix, (V, V): the probability of state j after state i."""
@@ -280,8 +280,8 @@ def _split_texts(spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start
 
 
 def _line_start(file: CorpusFile, place: int) -> int:
-    """Return the first byte, from ``place`` on, at which a line begins; or a character, if no line ends within
-    LINE_SEARCH_BYTES."""
+    """Return the index of the first byte, from the index ``place`` on, at which a line begins; or a character, if no
+    line ends within LINE_SEARCH_BYTES."""
     with readable(file.path), file.path.open("rb") as stream:
         stream.seek(place - 1)
         near = stream.read(LINE_SEARCH_BYTES)
@@ -290,7 +290,7 @@ def _line_start(file: CorpusFile, place: int) -> int:
 
 
 def _character_start(file: CorpusFile, place: int) -> int:
-    """Return the first byte, from ``place`` on, at which a character of UTF-8 begins."""
+    """Return the index of the first byte, from the index ``place`` on, at which a character of UTF-8 begins."""
     with file.path.open("rb") as stream:
         stream.seek(place)
         near = stream.read(3)

@@ -59,7 +59,7 @@ class CorpusFile:
     size: int
     """Number of bytes to read: the whole file, or its first bytes."""
     mtime_ns: int
-    """Time of its last change, in nanoseconds."""
+    """Unix time of the last change of the file, in nanoseconds."""
 
     @classmethod
     def of(cls, path: Path) -> CorpusFile:

@@ -237,7 +237,7 @@ class GPT(nn.Module):
         self.norm = nn.Identity() if config.norm_position is NormPosition.post else build_norm(config)
         self.head = TiedHead() if config.tie_embeddings else Head(config.n_embd, config.padded_vocab, bias=False)
         self.pads_logits = False
-        """True if the logits include the padding columns of the vocabulary, for a loss that ignores these."""
+        """True if the logits include the padding columns of the vocabulary, for a loss that ignores these columns."""
         self.chunk_loss = loss_and_gradient
         """Function that returns the loss of a chunk of logits and its gradient; compiled if the model is compiled."""
         if config.adapted:

@@ -211,7 +211,8 @@ class Engine:
     loss_scale: LossScale | None = None
     """Loss scale of fp16; None in other precisions."""
     loss_weight: float = 1.0
-    """1, or 0 if another rank computes the loss of the same tokens and reports it."""
+    """Weight of this rank's loss in the sum over all ranks: 1, or 0 if another rank computes and reports the loss of
+    the same tokens."""
     has_answers: bool = False
     """True if the corpus has conversations, in which only tokens of answers are targets. ``gpt.train`` sets this."""
     counted: Tensor | None = None

@@ -308,9 +308,9 @@ class Drift:
     """Ranks whose parameters differ from those of other ranks with the same shards."""
 
     ranks: Ranks
-    """Numbers of these ranks, ascending."""
+    """Numbers of the ranks that differ, ascending."""
     is_certain: bool
-    """True if these ranks differ from a majority of the replicas; False if they only differ from each other."""
+    """True if the ranks differ from a majority of the replicas; False if the replicas only differ from each other."""
 
 
 class ReplicaCheck:

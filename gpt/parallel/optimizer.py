@@ -78,7 +78,7 @@ class Matrix(NamedTuple):
     """Identity of a matrix of the model."""
 
     parameter: str
-    """Name of its parameter."""
+    """Name of the parameter that is, or contains, the matrix."""
     expert: int
     """Index in a parameter of stacked experts; 0 for other parameters."""
 

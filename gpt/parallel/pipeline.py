@@ -144,8 +144,8 @@ class PipelineEngine(NDEngine):
     """Engine of a model that is split into pipeline stages; other kinds of parallelism are applied to each stage."""
 
     waits_as = BUBBLE
-    """The timeline records the wait of ``clip`` as pipeline bubble: it is the first collective of all stages, in which
-    ranks whose schedule ended early wait for the other ranks."""
+    """The timeline records the wait of ``clip`` as pipeline bubble: ``clip`` has the first collective of all stages, in
+    which ranks whose schedule ended early wait for the other ranks."""
 
     def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
         super().__init__(model, weights, layout)

@@ -34,8 +34,8 @@ InfiniBand between nodes. A small all-reduce over the eight GPUs of a node takes
 NETWORK_GB_PER_S = 12.5
 """Assumed network bandwidth of a node whose GPUs are unknown, in GB/s: 100 Gbit/s."""
 PCIE_GB_PER_S = 32.0
-"""Assumed bandwidth, in GB/s, of any GPU to the host, and of an unknown GPU to others of its node: 16 lanes of
-PCIe 4."""
+"""Assumed bandwidth, in GB/s, of any GPU to the host, and of an unknown GPU to other GPUs of its node: 16 lanes of PCIe
+4."""
 HOST_GB_PER_S = 100.0
 """Assumed bandwidth of the host memory of a node, in GB/s: half of the 205 GB/s of eight channels of DDR4-3200."""
 CPU_FLOPS_PER_S, CPU_LINK_GB_PER_S = 60e9, 1.0

@@ -65,7 +65,7 @@ class RankMemory:
     parameters: int = 0
     """Bytes of the weights in fp32; with DeepSpeed in bf16, of the bf16 weights."""
     gradients: int = 0
-    """Gradients of these weights, sharded as the strategy shards them."""
+    """Gradients of the weights in ``parameters``, sharded as the strategy shards them."""
     optimizer: int = 0
     """AdamW's moments and Muon's momentum in fp32, and step counts; with DeepSpeed also the fp32 master weights."""
     compute_weights: int = 0

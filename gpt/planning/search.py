@@ -242,7 +242,8 @@ class LayoutSearch:
         )
 
     def no_layout_error(self) -> ConfigError:
-        """Return the error for a search without valid layouts: the error of ddp, or a general one."""
+        """Return the error for a search without valid layouts: the error that ddp raises with this config, or if it
+        raises none a general error."""
         given = self.config.parallel
         plainest = replace(given, strategy=Strategy.ddp)
         try:

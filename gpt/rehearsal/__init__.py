@@ -100,7 +100,7 @@ class RankRehearsal:
     waits: dict[str, int] = field(default_factory=dict)
     """Line of code where the host waits for the device in the step -> number of waits."""
     expected_waits: dict[str, int] = field(default_factory=dict)
-    """As ``waits``, for waits that cannot be avoided, such as those for the numbers of rows of experts without a
+    """As ``waits``, for waits that cannot be avoided, such as waits for the numbers of rows of experts without a
     capacity."""
     doubts: list[str] = field(default_factory=list)
     """Lines of text on findings that stop no step, but are seldom intended, such as a linear layer that is computed
@@ -294,7 +294,7 @@ class Recorder(TorchDispatchMode):
         self.linear: Counter[int] = Counter()
         """``id`` of a parameter -> number of linear layers in forward passes that have used it."""
         self.linear_at: dict[int, str] = {}
-        """``id`` of a parameter -> ``file:line`` of the last such layer."""
+        """``id`` of a parameter -> ``file:line`` of the last linear layer in a forward pass that has used it."""
         self.memory = MemoryRecord()
         self.batch_at: str | None = None
         """``file:line`` of the batch of transfers that is being issued; None outside of a batch."""

@@ -117,7 +117,7 @@ class StageLayers:
     """The layers of one pipeline stage."""
 
     blocks: range
-    """Numbers of its blocks, from 0; may be empty."""
+    """Numbers of the blocks of the stage, from 0; may be empty."""
     first: bool
     """True for the stage with the token embedding."""
     last: bool

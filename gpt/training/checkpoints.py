@@ -222,7 +222,7 @@ FIRST_S = 600.0
 LEAST_S = 60.0
 """Shortest interval of checkpoints in seconds with ``checkpoint.interval=auto``."""
 FAILURES = ("crashed", "hung", "node_failed", "out_of_memory")
-"""Causes of the end of an attempt that count as failures: they lose the steps since the last checkpoint."""
+"""Causes of the end of an attempt that count as failures: the run loses the steps since the last checkpoint."""
 
 
 def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float:

@@ -63,11 +63,11 @@ class BadSteps:
     """Consecutive steps with a wrong loss or gradients, because of which the run has to roll back."""
 
     first: int
-    """Number of the first of these steps."""
+    """Number of the first bad step."""
     last: int
-    """Number of the last of these steps."""
+    """Number of the last bad step."""
     cause: str
-    """Fault of these steps, as text."""
+    """Fault of the bad steps, as text."""
 
 
 SPIKE_WINDOW = 100
@@ -327,9 +327,9 @@ class Finding:
 
     rank: int
     is_slow: bool
-    """True if it has become slow, False if it has recovered."""
+    """True if the rank has become slow, False if it has recovered."""
     own_s: float
-    """Mean seconds of its steps over the window, without waits for other ranks."""
+    """Mean seconds of the rank's steps over the window, without waits for other ranks."""
     median_s: float
     """Median of the same means of all other ranks, in seconds."""
 
@@ -380,7 +380,8 @@ class StragglerWatch:
         # If the waits are unknown, a step takes equally long on every rank, which shows no difference.
         is_known = run.engine.timed_groups is not None and run.world.size > 1
         self.size = run.world.size if is_known else 0
-        """Number of values that each step sums over the ranks: one for each rank; 0 if own times are unknown."""
+        """Number of values that each step sums over the ranks: one for each rank. 0, so that no slow ranks are
+        searched, on a single rank, and if the waits in a step are unknown."""
         self._judge = StragglerJudge(STRAGGLER_FACTOR, STRAGGLER_WINDOW)
         self._since = run.step
         self._own_s = 0.0

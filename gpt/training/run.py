@@ -93,7 +93,7 @@ class Request:
     folder: RunFolder | None
     """Folder given with ``--run``; None if the folder follows from the overrides."""
     composed: DictConfig | None = None
-    """Config as Hydra has composed it; None with ``--run``."""
+    """Config that Hydra has composed from the command line; None with ``--run``."""
     overrides: Sequence[str] = ()
     """Overrides of the command line; empty with ``--run``."""
 

@@ -146,7 +146,7 @@ class QueuedStep:
     record: StepRecord
     """Record of the step, with the fields that are known without waiting."""
     requests: Requests
-    """Requests that this rank has received. With the launcher they are the same on all ranks; otherwise use
+    """Requests that this rank has received. With the launcher, all ranks have received the same requests; otherwise use
     ``requests_of_all``."""
     gradients: Gradients | None
     """Statistics of gradients, if the step measures them; else None."""
