@@ -55,7 +55,7 @@ TRY_STARTS = (
 )
 """Shell line at the end of the batch script: it prints nothing if srun works, else errors and what works instead."""
 JOB_MIN = 5
-"""Time limit of the job in minutes."""
+"""Time limit of the job in minutes; ``cluster.timeout_min`` if that is shorter."""
 POLL_S = 1.0
 LATE_S = 5.0
 """Seconds for which the login node waits for files of the nodes. NFS may show them late."""

@@ -145,7 +145,8 @@ class Case:
     def exceeds(self, check: str, found: str, fix: str) -> Finding:
         """Return the error that the request exceeds a limit of the partition. The arguments are those of ``fail``.
 
-        The error is uncertain if the job names a QOS or the partition has one, because a QOS may lift the limit.
+        The error is uncertain if the job names a QOS or the partition has one, because a QOS may lift the limit. It is
+        certain if Slurm enforces the limits of partitions at submission (EnforcePartLimits).
         """
         qos = self.config.cluster.qos or self.partition.qos
         is_strict = self.limits.config.get("EnforcePartLimits", "NO") not in ("NO", "0")
