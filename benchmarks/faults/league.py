@@ -6,24 +6,35 @@
 
 Each case is one run of `benchmarks/faults/league_program.py` on two nodes with one rank each, in a sandbox of four
 nodes (SlurmdTimeout=20, KillWait=5, GraceTime=10). The seed decides the moment of the fault, 1 to 4 seconds after the
-first checkpoint. A collective fails after 30 s. A case counts as survived if the run ends without help from a person,
-within 300 s of the fault, with the weights of an undisturbed run. Seconds count from the fault to the first step that
-the run had not done before. Steps done again are those between the last checkpoint and the fault. The engines are:
+first checkpoint, and is the same for every engine. A collective fails after 30 s. A case counts as survived if the run
+ends without help from a person, within 300 s of the fault, with the weights of an undisturbed run: then each sample
+counts once. Seconds count from the fault to the first step that the run had not done before. Steps done again are those
+between the last checkpoint and the fault. "Out of memory" is a real one: the kernel kills a rank that allocates more
+than the memory cgroup of the rank allows. The engines, with the settings that their documentation recommends:
 - ours: `nodes=2 spare_nodes=1 resilience.node_timeout_s=5 resilience.hang_timeout_s=30`.
 - torchrun: a batch script with `--requeue`, `torchrun --max-restarts=3` on each node with the c10d rendezvous, and
   `scontrol requeue` after a failure.
 - ft_launcher (nvidia-resiliency-ext): three nodes with `--no-kill`, so that the third is a hot spare; heartbeats with
   a timeout of 30 s; `scontrol requeue` after a failure.
+- torchft: three jobs of one node, each with `torchrun --max-restarts=10` and `scontrol requeue` after a failure. The
+  third replica is a spare (`FIXED_WITH_SPARES`, two replicas at least). The lighthouse runs on the host of slurmctld,
+  which no fault touches. Ranks that stay alive keep their processes and weights, and a new one gets the weights from
+  them. "Head node" is the node of the first replica. The program is changed for torchft's Manager.
 - submitit: a function with a `checkpoint` method, which submitit requeues when Slurm preempts the job or ends its time.
 - Lightning: a Trainer with `SLURMEnvironment(auto_requeue=True)`, `--signal=SIGUSR1@90`, and the last checkpoint.
 
-The exit status is 1 if a run of ours does not survive.
+With `--write`, each case is kept in `league.csv`, in the place of an older one of the same engine, fault and seed, and
+the page shows all cases of the file. The exit status is 1 if a run of ours does not survive.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import json
+import os
+import queue
 import random
 import shlex
 import signal
@@ -31,10 +42,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +55,24 @@ import psutil
 
 from benchmarks.faults.league_program import TIMEOUT_S
 from benchmarks.faults.storm import slurm_version
-from benchmarks.page import chosen, cores, keep, stamp
+from benchmarks.page import chosen, commit, cores, keep, stamp
 from launch.runs.folder import read_json_lines
 from slurm.sandbox.cluster import Cluster, cut_link, heal, power_cut, preempt
-from slurm.sandbox.state import SandboxError
+from slurm.sandbox.nodes import free_port
+from slurm.sandbox.state import SandboxError, require_state
 from tests.support.commands import ROOT, end_servers, environment, wait_for
 
 PROGRAM = ROOT / "benchmarks" / "faults" / "league_program.py"
 OTHERS = ROOT / "benchmarks" / "faults" / "league_others.py"
 LIMIT_S = 300.0
 """Time limit in seconds from the fault to the end of a run that survives."""
+DEAD_S = 30.0
+"""A run has failed if none of its jobs has been in the queue for this number of seconds."""
+DEAD = {"FAILED", "COMPLETED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+"""States in which a job of Slurm does not continue."""
+RESULTS = Path(__file__).with_suffix(".csv")
+MEMORY = next(path for path in map(Path, ("/sys/fs/cgroup/memory", "/sys/fs/cgroup")) if path.is_dir())
+"""Root of the memory cgroups: of version 1 if the machine has it, else of version 2."""
 
 TORCHRUN = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append --time=60
@@ -73,12 +94,19 @@ LIGHTNING = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append --time=60 --signal=SIGUSR1@90
 srun {python} {others} lightning --folder {folder}
 """
-SCRIPTS = {"torchrun": TORCHRUN, "ft_launcher": FT_LAUNCHER, "lightning": LIGHTNING}
+TORCHFT = """#!/bin/bash
+#SBATCH --nodes=1 --ntasks-per-node=1 --exclusive --requeue --open-mode=append --time=60
+export REPLICA_GROUP_ID={replica} NUM_REPLICA_GROUPS=3 TORCHFT_LIGHTHOUSE=http://{lighthouse}
+srun --kill-on-bad-exit=1 {python} -m torch.distributed.run --standalone --nproc-per-node=1 --max-restarts=10 \\
+    {others} torchft --folder {folder} || scontrol requeue "$SLURM_JOB_ID"
+"""
+SCRIPTS = {"torchrun": TORCHRUN, "ft_launcher": FT_LAUNCHER, "torchft": TORCHFT, "lightning": LIGHTNING}
 ENGINES = ("ours", *SCRIPTS, "submitit")
 AGENTS = {
     "ours": "launch.agent",
     "torchrun": "torch.distributed.run",
     "ft_launcher": "fault_tolerance.launcher",
+    "torchft": "torch.distributed.run",
     "lightning": "league_others",
     "submitit": "submitit",
 }
@@ -92,44 +120,57 @@ class LeagueRun:
         """Submit the run. ``python`` is an interpreter that has the packages of the engine."""
         self.sandbox, self.engine, self.folder = sandbox, engine, folder
         self.env = environment(PYTHONPATH=str(ROOT), **sandbox.env)
-        self.follower: subprocess.Popen[bytes] | None = None
-        script = SCRIPTS.get(engine)
-        if script:
-            text = script.format(
-                python=python,
-                program=shlex.quote(str(PROGRAM)),
-                others=shlex.quote(str(OTHERS)),
-                folder=shlex.quote(str(folder)),
-                timeout=TIMEOUT_S,
-            )
-            (folder / "job.sh").write_text(text)
-            self._job = self._run("sbatch", "--parsable", f"--output={folder}/log", str(folder / "job.sh")).strip()
+        self.cgroup = MEMORY / folder.name
+        self.helper: subprocess.Popen[bytes] | None = None
+        """Process that ends with the run: our waiting command, or the lighthouse of torchft."""
+        self._jobs: list[str] = []
+        """Slurm's ids of the jobs: one, or one for each replica of torchft. Empty for ours, see ``job``."""
+        known = {"python": python, "program": shlex.quote(str(PROGRAM)), "others": shlex.quote(str(OTHERS))}
+        known |= {"folder": shlex.quote(str(folder)), "timeout": str(TIMEOUT_S)}
+        if engine == "torchft":
+            host = require_state(sandbox.directory).controller
+            lighthouse = f"{host}:{free_port(host)}"
+            words = [str(Path(python).with_name("torchft_lighthouse")), "--min_replicas=2", "--quorum_tick_ms=100"]
+            self.helper = self._start([*words, "--join_timeout_ms=10000", f"--bind={lighthouse}"])
+            for replica in range(3):
+                self._submit(TORCHFT.format(**known, lighthouse=lighthouse, replica=replica))
+        elif engine in SCRIPTS:
+            self._submit(SCRIPTS[engine].format(**known))
         elif engine == "submitit":
-            self._job = self._run(python, str(OTHERS), "submitit", "--folder", str(folder)).strip().split()[-1]
+            self._jobs = self._run(python, str(OTHERS), "submitit", "--folder", str(folder)).split()[-1:]
         else:
-            self._job = ""
             words = ["nodes=2", "spare_nodes=1", "cluster=slurm", "workload=script", f"script.path={PROGRAM}"]
             words += [f"script.options.folder={folder}", "script.resumes=true", "launch.poll_s=1"]
             words += [r"script.progress=step (?P<step>\d+): loss (?P<loss>[\d.]+)", "launch.report_files=[md,csv]"]
             words += [f"run_dir={folder / 'run'}", "resilience.node_timeout_s=5"]
             words += [f"resilience.hang_timeout_s={TIMEOUT_S}"]
-            with (folder / "launcher.log").open("wb") as log:
-                self.follower = subprocess.Popen(
-                    [sys.executable, "-m", "gpt_launch", *words], env=self.env, cwd=folder, stdout=log, stderr=log
-                )
+            self.helper = self._start([sys.executable, "-m", "gpt_launch", *words])
+
+    def _start(self, words: list[str]) -> subprocess.Popen[bytes]:
+        with (self.folder / "helper.log").open("wb") as log:
+            return subprocess.Popen(words, env=self.env, cwd=self.folder, stdout=log, stderr=log)
+
+    def _submit(self, script: str) -> None:
+        path = self.folder / f"job_{len(self._jobs)}.sh"
+        path.write_text(script)
+        output = path.with_suffix(".log")
+        self._jobs.append(self._run("sbatch", "--parsable", f"--output={output}", str(path)).strip())
 
     def _run(self, *words: str) -> str:
         done = subprocess.run(words, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    @property
-    def job(self) -> str:
-        """Return Slurm's id of the job."""
-        if self._job:
-            return self._job
-        submitted = [e for e in read_json_lines(self.folder / "run" / "events.jsonl") if e["event"] == "submitted"]
-        return str(submitted[-1]["job_id"])
+    def jobs(self) -> list[str]:
+        """Return Slurm's ids of all jobs of the run: one, or one for each replica of torchft."""
+        if self._jobs:
+            return self._jobs
+        events = read_json_lines(self.folder / "run" / "events.jsonl")
+        return [str(event["job_id"]) for event in events if event["event"] == "submitted"][-1:]
+
+    def job(self, rank: int) -> str:
+        """Return Slurm's id of the job of a rank."""
+        return self.jobs()[rank if self.engine == "torchft" else 0]
 
     def steps(self) -> list[dict[str, Any]]:
         """Return the step records so far, in the order in which the ranks have written them."""
@@ -137,20 +178,45 @@ class LeagueRun:
 
     def new_steps(self, moment: float) -> list[dict[str, Any]]:
         """Return the records of new steps after ``moment``, a Unix time. A step is new if no process that started
-        before ``moment`` has made it.
+        before ``moment`` has made it. With torchft, a process starts anew when the group of the replicas changes.
         """
         steps = self.steps()
         before = max((r["step"] for r in steps if r["start"] < moment), default=0)
         return [r for r in steps if r["step"] > before and r["start"] > moment]
 
-    def field(self, name: str) -> str:
+    def field(self, name: str, job: str) -> str:
         """Return the value of a field in ``scontrol show job``; empty if Slurm does not print the field."""
-        text = self.sandbox.slurm("scontrol", "show", "job", "-o", self.job)
+        text = self.sandbox.slurm("scontrol", "show", "job", "-o", job)
         return next((word.partition("=")[2] for word in text.split() if word.startswith(f"{name}=")), "")
 
-    def hosts(self) -> list[str]:
-        """Return the nodes of the job. The first one runs the batch script."""
-        return self.sandbox.slurm("scontrol", "show", "hostnames", self.field("NodeList")).split()
+    def states(self) -> str:
+        """Return the states of the jobs, and Slurm's reasons for them, as text."""
+        try:
+            return ", ".join(f"{self.field('JobState', job)} ({self.field('Reason', job)})" for job in self.jobs())
+        except SandboxError:
+            return "no answer of slurmctld"
+
+    def is_dead(self) -> bool:
+        """Return True if no job of the run waits, runs or ends."""
+        with suppress(SandboxError):
+            return all(self.field("JobState", job) in DEAD for job in self.jobs())
+        return False
+
+    def head(self) -> str:
+        """Return the first node of the job of rank 0. It runs the batch script."""
+        return self.sandbox.slurm("scontrol", "show", "hostnames", self.field("NodeList", self.job(0))).split()[0]
+
+    def wait_for_step(self, moment: float) -> None:
+        """Wait for a new step after ``moment``. Raises AssertionError if there is none within ``LIMIT_S`` seconds, or
+        if the jobs are dead for ``DEAD_S`` seconds.
+        """
+        alive = time.monotonic()
+        while not self.new_steps(moment):
+            assert time.time() < moment + LIMIT_S, f"no new step in {LIMIT_S:g} s"
+            if not self.is_dead():
+                alive = time.monotonic()
+            assert time.monotonic() < alive + DEAD_S, "the job ended, and nothing started it again"
+            time.sleep(0.5)
 
     def rank(self, number: int) -> psutil.Process:
         """Return the process of a rank: the youngest process of the program with this rank in its environment."""
@@ -158,7 +224,8 @@ class LeagueRun:
         for process in psutil.process_iter(["cmdline", "environ", "create_time"]):
             known: Mapping[str, str] = process.info["environ"] or {}
             words = " ".join(process.info["cmdline"] or ())
-            is_rank = known.get("RANK", known.get("SLURM_PROCID")) == str(number)
+            names = ("REPLICA_GROUP_ID", "RANK", "SLURM_PROCID")
+            is_rank = next((known[name] for name in names if name in known), None) == str(number)
             if is_rank and str(self.folder) in words and ("league_" in words or "submitit" in words):
                 found.append(process)
         return max(found, key=lambda process: process.info["create_time"])
@@ -176,14 +243,17 @@ class LeagueRun:
         return str(self.rank(number).environ()["SLURMD_NODENAME"])
 
     def end(self) -> None:
-        """Cancel the job, and end the process that shows its output."""
-        self.sandbox.slurm("scancel", self.job)
-        if self.follower is not None:
-            self.follower.send_signal(signal.SIGTERM)
+        """Cancel the jobs, and end the helper."""
+        self.sandbox.slurm("scancel", *self.jobs())
+        if self.helper is not None:
+            self.helper.send_signal(signal.SIGTERM)
             try:
-                self.follower.wait(timeout=60)
+                self.helper.wait(timeout=60)
             except subprocess.TimeoutExpired:
-                self.follower.kill()
+                self.helper.kill()
+        if self.cgroup.is_dir():
+            wait_for(lambda: not (self.cgroup / "cgroup.procs").read_text(), "an empty cgroup")
+            self.cgroup.rmdir()
 
 
 def reboot(run: LeagueRun) -> None:
@@ -198,44 +268,58 @@ def shorten(run: LeagueRun) -> None:
     """Set the job's time limit to one minute, wait until Slurm ends the job, and set the limit to one hour for its next
     start.
     """
-    job = run.job
+    job = run.job(1)
     run.sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    wait_for(lambda: run.field("JobState") != "RUNNING", "the time limit", timeout_s=180)
+    wait_for(lambda: run.field("JobState", job) != "RUNNING", "the time limit", timeout_s=180)
     run.sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+
+def exhaust(run: LeagueRun) -> None:
+    """Let rank 1 allocate more memory than its cgroup allows. The kernel kills the rank."""
+    run.cgroup.mkdir()
+    limit = next(name for name in ("memory.limit_in_bytes", "memory.max") if (run.cgroup / name).exists())
+    (run.cgroup / limit).write_text(str(256 * 2**20))
+    (run.cgroup / "cgroup.procs").write_text(str(run.rank(1).pid))
+    (run.folder / "hog").touch()
 
 
 FAULTS: dict[str, Callable[[LeagueRun], Any]] = {
     "rank killed": lambda run: run.rank(1).kill(),
     "rank frozen": lambda run: run.rank(1).suspend(),
+    "rank out of memory": exhaust,
     "agent killed": lambda run: run.agent(1).kill(),
     "node without power": lambda run: power_cut(run.sandbox, run.host_of(1)),
     "node rebooted": reboot,
     "node without network": lambda run: cut_link(run.sandbox, run.host_of(1)),
-    "head node without power": lambda run: power_cut(run.sandbox, run.hosts()[0]),
-    "preemption": lambda run: preempt(run.sandbox, run.job),
+    "head node without power": lambda run: power_cut(run.sandbox, run.head()),
+    "preemption": lambda run: preempt(run.sandbox, run.job(1)),
     "time limit": shorten,
 }
 
 
 @dataclass(frozen=True)
 class Result:
-    """Result of one case."""
+    """Result of one case, a row of the file of results."""
 
     engine: str
     fault: str
+    seed: int
     seconds: float | None
     """Seconds from the fault to the first new step; None: there was no new step."""
     again: int
     """Number of steps that were made more than once."""
     end: str
     """``survived``, or the state in which the run ended."""
+    load: float
+    """Load average of the machine at the end of the case, over one minute."""
+    commit: str
+    """Date and commit of the measurement."""
 
 
-def take(sandbox: Cluster, engine: str, fault: str, wait_s: float, python: str, whole: str) -> Result:
-    """Run one case and return its result. The fault comes ``wait_s`` seconds after the first checkpoint. ``python`` is
-    an interpreter that has the packages of the engine, and ``whole`` the hash of the final weights of an undisturbed
-    run."""
+def take(sandbox: Cluster, engine: str, fault: str, seed: int, python: str, whole: str) -> Result:
+    """Run one case and return its result. ``whole`` is the hash of the final weights of an undisturbed run."""
     folder = Path(tempfile.mkdtemp(prefix=f"league-{engine}-"))
+    wait_s = random.Random(f"{seed} {fault}").uniform(1, 4)  # the same for every engine
     run = LeagueRun(sandbox, engine, folder, python)
     seconds = None
     try:
@@ -243,24 +327,20 @@ def take(sandbox: Cluster, engine: str, fault: str, wait_s: float, python: str, 
         time.sleep(wait_s)
         moment = time.time()
         FAULTS[fault](run)
-        wait_for(lambda: run.new_steps(moment), "a new step", moment + LIMIT_S - time.time())
-        seconds = run.new_steps(moment)[0]["time"] - moment
+        run.wait_for_step(moment)
+        seconds = round(run.new_steps(moment)[0]["time"] - moment, 2)
         (folder / "hurry").touch()
         wait_for((folder / "end.json").exists, "the end", max(60.0, moment + LIMIT_S - time.time()))
         same = json.loads((folder / "end.json").read_text())["sum"] == whole
         end = "survived" if same else "other weights"
     except (AssertionError, SandboxError, ValueError) as error:
-        try:
-            state = f"{run.field('JobState')}, {run.field('Reason')}"
-        except (AssertionError, SandboxError, IndexError):
-            state = "no job"
-        end = f"{str(error)[:80]}; job: {state}"
+        end = f"{str(error)[:80]}; {run.states()}"
     steps = [record["step"] for record in run.steps()]
     run.end()
     for name in sandbox.nodes:
         heal(sandbox, name)
     sandbox.wait_idle(timeout_s=240)
-    return Result(engine, fault, seconds, len(steps) - len({*steps}), end)
+    return Result(engine, fault, seed, seconds, len(steps) - len({*steps}), end, os.getloadavg()[0], commit())
 
 
 def undisturbed(python: str) -> str:
@@ -274,14 +354,62 @@ def undisturbed(python: str) -> str:
     return str(json.loads((folder / "end.json").read_text())["sum"])
 
 
-def take_engine(engine: str, faults: list[str], seeds: int, python: str, whole: str) -> Iterator[Result]:
-    """Yield the results of all cases of an engine, which run one after another on one sandbox."""
-    with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as sandbox:
-        sandbox.up(timeout_s=180)
-        for seed in range(seeds):
-            for fault in faults:
-                wait_s = random.Random(f"{seed} {fault}").uniform(1, 4)  # the same for every engine
-                yield take(sandbox, engine, fault, wait_s, python, whole)
+def take_all(cases: Sequence[tuple[int, str, str]], at_once: int, python: str, write: bool) -> list[Result]:
+    """Run all cases, each (seed, fault, engine), on ``at_once`` sandboxes side by side. Returns the results. With
+    ``write``, each result is kept at once.
+    """
+    whole, results, lock = undisturbed(python), list[Result](), threading.Lock()
+    waiting: queue.SimpleQueue[tuple[int, str, str]] = queue.SimpleQueue()
+    for case in cases:
+        waiting.put(case)
+
+    def serve(_: int) -> None:
+        with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as sandbox:
+            sandbox.up(timeout_s=180)
+            with suppress(queue.Empty):
+                while True:
+                    seed, fault, engine = waiting.get_nowait()
+                    result = take(sandbox, engine, fault, seed, python, whole)
+                    with lock:
+                        print(json.dumps(asdict(result)), flush=True)
+                        results.append(result)
+                        if write:
+                            keep_results([result])
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(serve, range(at_once)))
+    return results
+
+
+def kept_results() -> list[Result]:
+    """Return the results in the file of results; empty without the file."""
+    if not RESULTS.is_file():
+        return []
+    with RESULTS.open(newline="") as file:
+        return [
+            Result(
+                row["engine"],
+                row["fault"],
+                int(row["seed"]),
+                float(row["seconds"]) if row["seconds"] else None,
+                int(row["again"]),
+                row["end"],
+                float(row["load"]),
+                row["commit"],
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def keep_results(new: Sequence[Result]) -> None:
+    """Write results into the file of results, in the place of older ones of the same engine, fault and seed."""
+    known = {(result.engine, result.fault, result.seed): result for result in (*kept_results(), *new)}
+    order = (list(ENGINES), list(FAULTS))
+    rows = sorted(known.values(), key=lambda r: (order[0].index(r.engine), order[1].index(r.fault), r.seed))
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
 
 
 def table(results: list[Result]) -> str:
@@ -303,8 +431,27 @@ def table(results: list[Result]) -> str:
             own = [result for result in results if (result.engine, result.fault) == (engine, fault)]
             seconds = [r.seconds for r in own if r.end == "survived" and r.seconds is not None]
             text = f"{statistics.median(seconds):.1f} s" if seconds else ""
-            cells.append(text if len(seconds) == len(own) else f"{text} {len(seconds)} of {len(own)}".strip())
+            cells.append(text if own and len(seconds) == len(own) else f"{text} {len(seconds)} of {len(own)}".strip())
         lines.append(f"| {fault} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page_text(results: list[Result], machine: str) -> str:
+    """Return the results as the text of the page. ``machine`` describes the machine of the newest ones."""
+    loads = [result.load for result in results]
+    lines = [stamp(machine), ""]
+    for engine, own in itertools.groupby(results, key=lambda result: result.engine):
+        cases = list(own)
+        lines.append(f"- {engine}: {len(cases)} cases; {'; '.join(sorted({case.commit for case in cases}))}.")
+    lines += [
+        "",
+        f"Load average {min(loads):.0f} to {max(loads):.0f} at the ends of the cases, on two cores: the seconds are",
+    ]
+    lines += ["of a busy machine, for all engines alike.", "", table(results), "", "What did not survive:", ""]
+    ends = [(r.engine, r.fault, r.end) for r in results if r.end != "survived"]
+    for engine, fault in dict.fromkeys((engine, fault) for engine, fault, _ in ends):
+        own_ends = [end for *key, end in ends if key == [engine, fault]]
+        lines.append(f"- {engine}, {fault}, {len(own_ends)} times: {own_ends[0]}")
     return "\n".join(lines)
 
 
@@ -314,32 +461,20 @@ def main() -> int:
     parser.add_argument("--engines", default="", metavar="NAMES", help=f"NAME,NAME of {', '.join(ENGINES)} (all)")
     parser.add_argument("--only", default="", metavar="WORD", help="the faults with this word in their names")
     parser.add_argument("--seeds", type=int, default=1, help="times that each fault is taken (%(default)s)")
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="engines side by side, each on a sandbox")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="first seed (%(default)s)")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="cases side by side, each on a sandbox")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the packages of the other engines")
-    parser.add_argument("--write", action="store_true", help="write the page into benchmarks/")
+    parser.add_argument("--write", action="store_true", help="keep the results, and write the page into benchmarks/")
     args = parser.parse_args()
     engines = chosen(args.engines, ENGINES)
     faults = [fault for fault in FAULTS if args.only in fault]
-    whole, results = undisturbed(args.python), []
-    with ThreadPoolExecutor(args.at_once) as pool:
-
-        def take_all(engine: str) -> None:
-            for result in take_engine(engine, faults, args.seeds, args.python, whole):
-                print(json.dumps(vars(result)), flush=True)
-                results.append(result)
-
-        for future in as_completed([pool.submit(take_all, engine) for engine in engines]):
-            future.result()
+    seeds = range(args.first, args.first + args.seeds)
+    results = take_all(list(itertools.product(seeds, faults, engines)), args.at_once, args.python, args.write)
     end_servers()
-    results.sort(key=lambda result: engines.index(result.engine))
     if args.write:
-        others = [r for r in results if r.end != "survived"]
-        notes = [f"- {r.engine}, {r.fault}: {r.end}" for r in others]
-        machine = f"{cores()}, {args.at_once} engines at a time, Slurm {slurm_version()} in network namespaces"
-        text = "\n".join(
-            [stamp(machine), "", table(results), "", "What did not survive:", "", *(notes or ["- nothing"])]
-        )
-        keep(Path(__file__), "A league of engines", __doc__, text, f"--seeds {args.seeds} --write")
+        machine = f"{cores()}, {args.at_once} cases side by side, Slurm {slurm_version()} in network namespaces"
+        words = f"--seeds {args.seeds} --at-once {args.at_once} --write"
+        keep(Path(__file__), "A league of engines", __doc__, page_text(kept_results(), machine), words)
     return int(any(result.engine == "ours" and result.end != "survived" for result in results))
 
 

@@ -1,16 +1,26 @@
-"""The runs of the league whose engine is a library: submitit, and Lightning's Trainer."""
+"""The runs of the league whose engine is a library: submitit, torchft, and Lightning's Trainer."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.league_program import SAVE_EVERY, START, STEP_S, STEPS, train, weights_sum
+from benchmarks.faults.league_program import (
+    SAVE_EVERY,
+    START,
+    STEPS,
+    new_layers,
+    pause,
+    record,
+    record_end,
+    samples_of,
+    train,
+)
 
 
 class Training:
@@ -51,21 +61,16 @@ def train_by_lightning(folder: Path) -> None:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            torch.manual_seed(0)
-            self.layers = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
+            self.layers = new_layers()
 
         def training_step(self, index: torch.Tensor) -> torch.Tensor:
-            step = self.global_step + 1
-            batch = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
-            batch = batch[self.global_rank :: self.trainer.world_size]
+            batch = samples_of(self.global_step + 1)[self.global_rank :: self.trainer.world_size]
             return (self.layers(batch) - batch).square().mean()
 
         def on_train_batch_end(self, *_: object) -> None:
-            if not (folder / "hurry").exists():
-                time.sleep(STEP_S)
+            pause(folder, self.global_rank)
             if self.global_rank == 0:
-                with (folder / "steps.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": self.global_step, "time": time.time(), "start": START}) + "\n")
+                record(folder, self.global_step, START)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -89,17 +94,76 @@ def train_by_lightning(folder: Path) -> None:
     loader: Any = torch.utils.data.DataLoader(range(STEPS), batch_size=1)  # type: ignore[arg-type]
     trainer.fit(module, loader, ckpt_path=str(newest) if newest.exists() else None)
     if trainer.is_global_zero:
-        (folder / "end.tmp").write_text(json.dumps({"sum": weights_sum(module.layers), "pid": os.getpid()}))
-        (folder / "end.tmp").replace(folder / "end.json")
+        record_end(folder, module.layers)
+
+
+def train_by_torchft(folder: Path) -> None:
+    """Train the program's model as one of three replicas of torchft, of which two take part in each step."""
+    import torch
+    from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+    from torchft.manager import WorldSizeMode
+
+    class Group(ProcessGroupGloo):
+        since = START
+        """Unix time of the last change of the replicas."""
+
+        def reconfigure(self, *args: Any, **options: Any) -> Any:
+            self.since = time.time()
+            return super().reconfigure(*args, **options)
+
+    torch.set_num_threads(1)
+    replica, newest = int(os.environ["REPLICA_GROUP_ID"]), folder / "newest.pt"
+    layers = new_layers()
+    inner = torch.optim.AdamW(layers.parameters(), lr=1e-3)
+
+    def state() -> dict[str, Any]:
+        return {"model": layers.state_dict(), "optimizer": inner.state_dict()}
+
+    def load(state: dict[str, Any]) -> None:
+        layers.load_state_dict(state["model"])
+        inner.load_state_dict(state["optimizer"])
+
+    group = Group(timeout=timedelta(seconds=5))
+    manager = Manager(
+        pg=group,
+        min_replica_size=2,
+        load_state_dict=load,
+        state_dict=state,
+        replica_id=f"replica_{replica}",
+        timeout=timedelta(seconds=30),
+        world_size_mode=WorldSizeMode.FIXED_WITH_SPARES,
+        init_sync=False,  # all replicas begin with the same weights
+    )
+    if newest.exists():
+        saved = torch.load(newest)
+        load(saved)
+        manager.load_state_dict(saved["manager"])
+    model, optimizer = DistributedDataParallel(manager, layers), Optimizer(manager, inner)
+    while manager.current_step() < STEPS:
+        optimizer.zero_grad()  # asks the other replicas who takes part
+        rank = manager.participating_rank()  # None for a spare
+        step = manager.current_step() + 1
+        batch = samples_of(step)[(rank or 0) :: 2]
+        (model(batch) - batch).square().mean().backward()
+        optimizer.step()
+        pause(folder, replica)
+        if manager.current_step() == step and rank == 0:  # false if a replica was lost in this step
+            record(folder, step, group.since)
+            if step % SAVE_EVERY == 0:
+                torch.save(state() | {"manager": manager.state_dict()}, newest.with_suffix(".tmp"))
+                newest.with_suffix(".tmp").replace(newest)
+    if rank == 0:
+        record_end(folder, layers)
+    manager.shutdown()
 
 
 def main() -> int:
-    """Submit with submitit, or run as a rank of Lightning. Returns the exit status."""
+    """Submit with submitit, or run as a rank of Lightning or torchft. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("submitit", "lightning"))
+    parser.add_argument("part", choices=("submitit", "lightning", "torchft"))
     parser.add_argument("--folder", type=Path, required=True, help="folder of the run, shared by all ranks")
     args = parser.parse_args()
-    (submit if args.part == "submitit" else train_by_lightning)(args.folder)
+    {"submitit": submit, "lightning": train_by_lightning, "torchft": train_by_torchft}[args.part](args.folder)
     return 0
 
 

@@ -35,6 +35,41 @@ def weights_sum(model: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
+def new_layers() -> torch.nn.Module:
+    """Return the untrained model. Every rank and every engine begins with the same weights."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
+
+
+def samples_of(step: int) -> torch.Tensor:
+    """Return the samples of a step for all ranks, of shape (8, 16)."""
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+
+
+def record(folder: Path, step: int, start: float) -> None:
+    """Append a step to ``steps.jsonl``. ``start`` is the Unix time at which the process, or its group, started."""
+    with (folder / "steps.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "time": time.time(), "start": start}) + "\n")
+
+
+def record_end(folder: Path, model: torch.nn.Module) -> None:
+    """Write the hash of the final weights into ``end.json``."""
+    (folder / "end.tmp").write_text(json.dumps({"sum": weights_sum(model), "pid": os.getpid()}))
+    (folder / "end.tmp").replace(folder / "end.json")
+
+
+def pause(folder: Path, rank: int) -> None:
+    """Sleep for ``STEP_S`` seconds, unless the file ``hurry`` exists in the folder of the run.
+
+    Rank 1 then allocates 2 GiB if the file ``hog`` is younger than the process.
+    """
+    hog = folder / "hog"
+    if rank == 1 and hog.exists() and hog.stat().st_mtime > START:
+        b"x" * 2**31
+    if not (folder / "hurry").exists():
+        time.sleep(STEP_S)
+
+
 def train(folder: Path, *, heartbeats: bool = False) -> None:
     """Train from the newest checkpoint in ``folder`` to the last step.
 
@@ -49,8 +84,7 @@ def train(folder: Path, *, heartbeats: bool = False) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
+    layers = new_layers()
     model = DistributedDataParallel(layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     newest, done = folder / "newest.pt", 0
@@ -66,18 +100,16 @@ def train(folder: Path, *, heartbeats: bool = False) -> None:
         monitor = RankMonitorClient()
         monitor.init_workload_monitoring()
     for step in range(done + 1, STEPS + 1):
-        batch = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))[rank::ranks]
+        batch = samples_of(step)[rank::ranks]
         loss = (model(batch) - batch).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if monitor:
             monitor.send_heartbeat()
-        if not (folder / "hurry").exists():
-            time.sleep(STEP_S)
+        pause(folder, rank)
         if rank == 0:
-            with (folder / "steps.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "time": time.time(), "start": START}) + "\n")
+            record(folder, step, START)
             print(f"step {step}: loss {loss.item():.6f}", flush=True)
             if step % SAVE_EVERY == 0 or step == STEPS:
                 torch.save(
@@ -89,8 +121,7 @@ def train(folder: Path, *, heartbeats: bool = False) -> None:
         monitor.shutdown_workload_monitoring()
     dist.barrier()  # no rank leaves while another one still computes
     if rank == 0:
-        (folder / "end.tmp").write_text(json.dumps({"sum": weights_sum(layers), "pid": os.getpid()}))
-        (folder / "end.tmp").replace(folder / "end.json")
+        record_end(folder, layers)
     dist.destroy_process_group()
 
 
