@@ -102,7 +102,8 @@ class Side:
         return str(own if own.exists() else sys.executable)
 
     def environment(self) -> dict[str, str]:
-        """Return environment variables of a user outside of any job."""
+        """Return the environment variables for the commands of this side: those of a user, without variables of a
+        job."""
         job = ("SLURM", "SBATCH", "SUBMITIT", "LAUNCH_", "GPT_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "HYDRA_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith((*job, "TORCHELASTIC"))}
         fixed = {"PYTHONPATH": str(self.checkout), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

@@ -10,8 +10,8 @@ of the other agents share the cores with the head node's process, which on a clu
 upper bounds. On two cores, 2,048 agents were silent for longer than `resilience.node_timeout_s=30`. "Meet" is the time
 from the start of the last process until all agents are in the first round. "Stop" is the time from a request to stop
 until the last agent has set the step of the stop for its rank. "Lost" is the time from the last sign of life of one
-node until the head node calls it lost, beyond `resilience.node_timeout_s`; it is below zero where the clock of the
-silence is ahead by less than its tick of half a second. CPU, memory, open files and connections are those of the head
+node until the head node calls it lost, beyond `resilience.node_timeout_s`; it is below zero if the head node's clock of
+the silence, which ticks each half second, is ahead. CPU, memory, open files and connections are those of the head
 node's process; the CPU is that of ten seconds in which nothing happens.
 """
 

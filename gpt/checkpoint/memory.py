@@ -54,7 +54,8 @@ class MemorySave:
 
 
 def send(about: MemorySave, part: RankPart | StagedPart, state: WriterState) -> None:
-    """Send the files of this rank's part to the memory stores ``about.places``. ``state`` is that of the writer."""
+    """Send the files of this rank's part to the memory stores ``about.places``. ``state`` is the state of the
+    writer."""
     part = state.whole(part)
     where = {"save": about.save, "rank": part.rank}
     with ExitStack() as stack:

@@ -85,7 +85,7 @@ class ParallelConfig:
     parameters. This is slow: every step copies gradients, and every forward and backward pass copies parameters that
     are in host memory. On CPUs nothing changes with fsdp."""
     tp: int = 1
-    """Tensor parallelism: ranks that share each matrix, and the heads of attention."""
+    """Tensor parallelism: number of ranks that share each matrix, and the heads of attention."""
     sequence_parallel: bool = True
     """tp > 1 only: each of the tp ranks computes norms, dropout and the residual stream on a slice of the sequence.
     This needs less memory for activations and sends as many bytes as with false. Dropout with tp needs this key."""
@@ -98,7 +98,7 @@ class ParallelConfig:
     """pp > 1 only: number of pipeline stages on each rank. The schedule decides: interleaved allows 2 or more, zbv and
     dualpipev have 2, gpipe and 1f1b have 1. null takes the smallest number that the schedule allows."""
     cp: int = 1
-    """Context parallelism: ranks that share each sequence. 2 x cp divides model.block_size."""
+    """Context parallelism: number of ranks that share each sequence. 2 x cp divides model.block_size."""
     cp_method: CpMethod = CpMethod.allgather
     """cp > 1 only: method by which a rank attends to the tokens of the other cp ranks."""
     ep: int = 1

@@ -333,8 +333,8 @@ def revision_of(config: DataConfig) -> str | None:
 
 
 def _identify_files(files: tuple[CorpusFile, ...]) -> dict[str, Any]:
-    """Return what identifies files, as plain JSON: path, size and time of change of each. For more than
-    ``LISTED_FILES`` files: their number, total size, and a checksum of all these values."""
+    """Return an identity of files, as plain JSON: path, size and time of change of each. For more than ``LISTED_FILES``
+    files: their number, total size, and a checksum of all these values."""
     listed = [[str(f.path), f.size, f.mtime_ns] for f in files]
     if len(files) <= LISTED_FILES:
         return {"files": listed}

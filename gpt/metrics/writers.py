@@ -216,8 +216,8 @@ class Console:
         self._pace_s: float | None = None
 
     def write(self, record: StepRecord) -> None:
-        """Print a record if the interval since the last one has passed; always at an evaluation, a checkpoint or the
-        last step."""
+        """Print a record if at least ``REFRESH_S`` (terminal) or ``LOG_S`` (file) seconds have passed since the last
+        printed record; always at an evaluation, a checkpoint or the last step."""
         # An average over some twenty steps keeps the remaining time steady.
         self._pace_s = record.step_time_s if self._pace_s is None else 0.95 * self._pace_s + 0.05 * record.step_time_s
         lasting = record.val_loss is not None or record.checkpoint_s is not None or record.step == self._max_steps

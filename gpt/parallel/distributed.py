@@ -155,8 +155,8 @@ def schedule_waits(begin: float, works: Sequence[Span], waits: Sequence[Span]) -
 
 
 def total(spans: Sequence[Span], begin: float, end: float, *names: str) -> float:
-    """Return the summed seconds of the spans that begin between ``begin`` and ``end``. If ``names`` are given, only
-    spans with these names count."""
+    """Return the summed seconds of the spans that begin between ``begin`` and ``end``, in seconds since the step began.
+    If ``names`` are given, only spans with these names count."""
     return sum(span.seconds for span in spans if begin <= span.begin < end and (not names or span.name in names))
 
 

@@ -275,8 +275,8 @@ class Engine:
 
     @property
     def gradient_factor(self) -> float | Tensor:
-        """Number by which the summed loss of a micro-batch is multiplied before its backward pass: ``scale``, which
-        makes a mean over the global batch of a sum over tokens, times the loss scale of fp16."""
+        """Number by which the summed loss of a micro-batch is multiplied before its backward pass: ``scale`` times the
+        loss scale of fp16. ``scale`` turns a sum over tokens into a mean over the global batch."""
         return self.scale if self.loss_scale is None else self.scale * self.loss_scale.scale
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:

@@ -60,7 +60,8 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
 
 
 def refuse_without_deepspeed(config: TrainConfig) -> None:
-    """Raise ConfigError if the run needs DeepSpeed and it is not installed here. DeepSpeed is not imported.
+    """Raise ConfigError if the run needs DeepSpeed, and DeepSpeed is not installed on this machine. DeepSpeed is not
+    imported.
 
     Not for a login node, because DeepSpeed may be installed on the nodes alone.
     """
