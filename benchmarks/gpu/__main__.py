@@ -69,7 +69,7 @@ class Row:
     told: dict[str, Any] = field(default_factory=dict)
     """Properties that the contestant reports about itself: model, device, FLOPs per token, planned memory."""
     step_s: float | None = None
-    """Median step time over the rounds, in seconds."""
+    """Median step time over the rounds, in seconds; None if it was not measured."""
     best_s: float | None = None
     peak_gib: float | None = None
     ratio: float | None = None

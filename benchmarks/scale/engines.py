@@ -219,7 +219,8 @@ def build_and_look(rank: int, size: int, folder: Path) -> float:
 
 
 def memory_of_a_start() -> tuple[str, bool]:
-    """Return row A11, measured on four real ranks. tests/parallel/test_engines.py compares the weights."""
+    """Return row A11: the growth of the peak memory of a rank during its start, measured on four real ranks.
+    tests/parallel/test_engines.py compares the weights."""
     with tempfile.TemporaryDirectory() as folder:
         grown = max(run_distributed(build_and_look, 4, Path(folder) / "built" / "run", timeout_s=600)) * GIB / 1e9
     return f"{grown:.2f} GB", grown <= 0.3

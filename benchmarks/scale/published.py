@@ -147,7 +147,8 @@ def megatron() -> str:
 
 
 def torchtitan() -> str:
-    """Return the table for ``TORCHTITAN``: tokens per second and GPU, and the ratio to 1/16 of the GPUs."""
+    """Return the table for ``TORCHTITAN``: tokens per second and GPU, and the ratio of this rate on 128 GPUs to that on
+    8."""
     rates = {}
     for gpus in (8, 128):
         words = (*LLAMA_8B, f"optim.global_batch={2 * gpus}", "precision=bf16")

@@ -152,8 +152,8 @@ class PassedOver:
     """Batches that no step of a run uses, because the run has rolled back."""
 
     ranges: tuple[tuple[int, int], ...] = ()
-    """Ranges of such batches as numbers of the first and the last batch, counted from 1. Ascending, with gaps
-    between."""
+    """Ranges of batches that no step uses, each as the numbers of its first and its last batch, counted from 1. They
+    are ascending, and other batches are between them."""
 
     @classmethod
     def of(cls, ranges: Iterable[Sequence[int]]) -> PassedOver:

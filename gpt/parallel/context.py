@@ -202,8 +202,8 @@ def shard_sequences(
     """Apply context parallelism over the ranks of ``group`` to a model or a pipeline stage, in place.
 
     Returns:
-        The shard of sequences of this rank. The model then takes the tokens that its method ``part`` selects from whole
-        sequences of exactly ``block_size`` tokens, on ``device``.
+        The shard of sequences of this rank. The model then takes the tokens that the method ``part`` of the shard
+        selects from whole sequences of exactly ``block_size`` tokens, on ``device``.
     """
     shard = SequenceShard(group)
     set_positions(model, shard.part(torch.arange(config.model.block_size, device=device)))

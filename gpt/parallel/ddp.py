@@ -34,7 +34,8 @@ GATHER_BYTES = 256 * 2**20
 in memory."""
 
 collectives = torch.ops._c10d_functional
-"""torch's functional collectives; those of torch.distributed have new names in torch 2.13."""
+"""torch's functional collectives as operations, because torch 2.13 renames the Python functions that call these
+operations."""
 
 
 class SplitParameter(NamedTuple):

@@ -52,7 +52,7 @@ class Estimate:
     compute_s: float
     """Seconds of computing of the slowest pipeline rank, with recomputation."""
     bubble_s: float
-    """Seconds in which the same rank waits for other stages of the pipeline."""
+    """Seconds in which the slowest pipeline rank waits for other stages of the pipeline."""
     communication_s: dict[str, float]
     """Axis of the mesh -> seconds of communication that no computing overlaps. ``world`` is for sums of a few numbers
     over all ranks, ``host`` for copies from and to host memory."""
@@ -117,7 +117,8 @@ class RankStep:
 
     @property
     def hidden_width(self) -> int:
-        """Number of bytes of an element of hidden states: fp32 with autocast, which FSDP does not use."""
+        """Number of bytes of an element of hidden states: 4 (fp32), except with FSDP, which uses no autocast and has
+        the width of products."""
         return self.width if self.config.parallel.strategy is Strategy.fsdp else FP32
 
     @property

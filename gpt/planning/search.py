@@ -68,8 +68,8 @@ def candidates(
     Args:
         config: config of the run.
         world_size: number of ranks.
-        ranks_per_node: number of ranks of a node, the largest degree of tensor parallelism, for which every layer
-            waits.
+        ranks_per_node: number of ranks of a node. Larger degrees of tensor parallelism are not tried, because every
+            layer waits for its collectives.
         fixed: keys of ``parallel`` that keep the values of ``config``.
         offload: True for layouts with CPU offload, False for those without.
     """
