@@ -68,7 +68,7 @@ class LoadedCheckpoint:
 
     step: int
     meta: dict[str, Any]
-    """The argument ``meta`` of the save."""
+    """``Manifest.meta`` of the checkpoint."""
     world_size: int
     """Number of ranks that saved the checkpoint."""
     rank_state: dict[str, Any] | None

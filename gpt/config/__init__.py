@@ -110,7 +110,7 @@ class EvalConfig:
     """Sequences of the validation split per evaluation. Every evaluation uses the same sequences."""
     tasks: list[str] = field(default_factory=list)
     """Further evaluation: tasks of lm-eval's harness, by name or as YAML files (FOLDER/NAME.yaml). Needs the extra
-    ``eval``, and a tokenizer that encodes any text."""
+    ``eval``, and a tokenizer that can encode every text."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or a required extra is not installed."""

@@ -159,7 +159,7 @@ def judge_step(run: Run, done: StepRecord) -> BadSteps | None:
 
 
 def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
-    """Roll the run back: load the last good checkpoint before the steps ``bad``, and skip their batches. Collective.
+    """Roll the run back: load the newest checkpoint from before the steps ``bad``, and skip their batches. Collective.
 
     Raises:
         RepeatedFailureError: the run has rolled back ``MAX_ROLLBACKS`` times without a newer checkpoint.

@@ -331,7 +331,7 @@ class Finding:
     own_s: float
     """Mean seconds of the rank's steps over the window, without waits for other ranks."""
     median_s: float
-    """Median of the same means of all other ranks, in seconds."""
+    """Median over all other ranks of their mean seconds per step, without waits for other ranks."""
 
 
 class StragglerJudge:

@@ -37,7 +37,7 @@ SEED = 1234
 
 @contextmanager
 def kept_random_states(device: torch.device) -> Iterator[None]:
-    """Return a context after which the random states of Python, numpy and torch are those before it."""
+    """Return a context that restores the random states of Python, numpy and torch at its end."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
