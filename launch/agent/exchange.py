@@ -77,13 +77,13 @@ class SignedStore:
 
     def read(self, keys: Sequence[str]) -> list[str | None]:
         """Return the messages of ``keys``, in order; None for a key without a message of this job. Does not wait."""
-        if not keys:
-            return []
-        if not self._store.check(list(keys)):  # No agent has written some of them yet, or a stranger has deleted them.
-            for key in keys:
-                # One operation of the store, so that a message that arrives meanwhile is not overwritten.
-                self._store.compare_set(key, "", "")
-        return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(list(keys)), strict=True)]
+        if len(keys) > 1 and self._store.check(list(keys)):
+            values = self._store.multi_get(list(keys))
+        else:
+            # No agent has written some of many keys yet, or a stranger has deleted them: ``multi_get`` would wait. This
+            # operation returns the value at once. It writes an empty value only if no message arrives meanwhile.
+            values = [self._store.compare_set(key, "", "") for key in keys]
+        return [self._verify(key, value) for key, value in zip(keys, values, strict=True)]
 
     def _sign(self, key: str, message: bytes) -> str:
         return hmac.new(self._secret, key.encode() + b"\0" + message, hashlib.sha256).hexdigest()
@@ -136,7 +136,7 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
     while (term := newest_term(folder, node.job)) is None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"the head node of this job did not open its store in {timeout_s:g} s")
-        time.sleep(POLL_S)
+        time.sleep(exchange_interval_s(node.count))  # All agents look into one folder of a shared filesystem.
     return connect(term, answer_s)
 
 
@@ -189,7 +189,7 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
             own = Term(node.index, address, store.port, gone.token, newest.number + 1, lost)
             if claim_term(folder, node.job, own):
                 return RendezvousEndpoint(store, address, own)
-        time.sleep(POLL_S)
+        time.sleep(exchange_interval_s(node.count))
 
 
 # Messages. Every agent writes its message several times a second. The head node reads all messages; the other agents
@@ -233,7 +233,7 @@ class Ticket(msgspec.Struct, frozen=True):
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """State of one agent, which it sends to the other agents.
 
-    Only the head node sets ``all_left``, ``tickets``, ``round``, ``again``, ``over`` and ``failure``.
+    Only the head node sets ``all_left``, ``tickets``, ``begun``, ``round``, ``again``, ``over`` and ``failure``.
     """
 
     beat: int = -1
@@ -260,8 +260,10 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     reports: tuple[RequestState, ...] = ()
     """One report for each kind of ``Request``."""
     tickets: tuple[Ticket, ...] = ()
+    begun: int = -1
+    """Number of ``round``; -1 if none has begun."""
     round: RendezvousRound | None = None
-    """Newest round that has begun."""
+    """Newest round that has begun. It names all members, so it has its own key, which each agent reads once a round."""
     again: int = -1
     """Newest round after which the ranks start again in a next round; -1 if none."""
     over: bool = False
@@ -272,6 +274,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 
 NO_MESSAGE = Message()
 DECODER = msgspec.json.Decoder(Message)
+ROUND_KEY = "round"
 
 
 # Heartbeats: the thread that exchanges the messages.
@@ -286,8 +289,10 @@ Fewer agents exchange every ``INTERVAL_S`` seconds, and more agents every ``LONG
 """
 QUICK_S = 0.02
 """Seconds between two exchanges while ranks wait for an agreement."""
-QUICK_EXCHANGES_PER_S = 4000
-"""Exchanges per second of all agents together while ranks wait for an agreement, for 80 or more agents."""
+QUICK_EXCHANGES_PER_S = 8000
+"""Exchanges per second of all agents together while ranks wait for an agreement, for 160 to 4,000 agents."""
+QUICK_READS_PER_S = 40_000
+"""Messages per second that the head node reads while ranks wait for an agreement, for 800 or more agents."""
 POLL_S = 0.1
 """Seconds between two reads of the messages of the other agents."""
 
@@ -315,7 +320,8 @@ class Heartbeat:
     def __init__(self, index: int, count: int, store: SignedStore, head: int = 0) -> None:
         self._index = index
         self._interval_s = exchange_interval_s(count)
-        self._quick_s = max(QUICK_S, count / QUICK_EXCHANGES_PER_S)
+        quick = QUICK_READS_PER_S if index == head else QUICK_EXCHANGES_PER_S
+        self._quick_s = min(max(QUICK_S, count / quick), self._interval_s)
         self._others = [i for i in range(count) if i != head] if index == head else [head]
         self.store = store
         self._own = Message()
@@ -375,32 +381,55 @@ class Heartbeat:
         self._thread.join(timeout=2 * LONGEST_INTERVAL_S)
         self._clock.close()
 
+    def exchange(self) -> float:
+        """Receive the messages of the other agents, and send this agent's message.
+
+        Returns the seconds until the next exchange.
+        """
+        self._receive()
+        agreement = self.agreement
+        self._send({} if agreement is None else agreement.turn(self.received))
+        with self._sent:
+            self._rounds += 1
+            self._sent.notify_all()
+        if agreement is None or not agreement.is_under_way:
+            return self._interval_s
+        return min(self._quick_s, BARRIER_S) if agreement.has_to_report else self._quick_s
+
     def _run(self) -> None:
         try:
             while not self._over:
-                agreement = self.agreement
-                self._exchange({} if agreement is None else agreement.turn(self.received))
-                with self._sent:
-                    self._rounds += 1
-                    self._sent.notify_all()
-                is_urgent = agreement is not None and agreement.is_under_way
-                self._wake.wait(self._quick_s if is_urgent else self._interval_s)
+                self._wake.wait(self.exchange())
                 self._wake.clear()
         except RuntimeError as error:  # dist.DistError is a RuntimeError.
             with self._sent:
                 self.lost_connection = str(error).partition("\n")[0]
                 self._sent.notify_all()
 
-    def _exchange(self, fields: Mapping[str, Any]) -> None:
-        own = replace(self._own, beat=self._rounds, **fields)
-        self.store.set(heartbeat_key(self._index), msgspec.json.encode(own).decode())
+    def _receive(self) -> None:
         keys = [heartbeat_key(index) for index in self._others]
         for index, text in zip(self._others, self.store.read(keys), strict=True):
-            message = DECODER.decode(text) if text else NO_MESSAGE
+            message, last = DECODER.decode(text) if text else NO_MESSAGE, self.of(index)
             # A stranger can also put an earlier message back, whose signature is valid.
-            if message.beat > self.of(index).beat:
+            if message.beat > last.beat:
+                if message.begun >= 0:
+                    message = replace(message, round=self._newest_round(message.begun, last.round))
                 self._when[index] = self._clock.now()
                 self.received[index] = message
+
+    def _newest_round(self, begun: int, known: RendezvousRound | None) -> RendezvousRound | None:
+        """Return the round with number ``begun``, or the known round until the store has that round."""
+        if known is None or known.number < begun:
+            (text,) = self.store.read([ROUND_KEY])
+            return msgspec.json.decode(text, type=RendezvousRound) if text else known
+        return known
+
+    def _send(self, fields: Mapping[str, Any]) -> None:
+        own = replace(self._own, beat=self._rounds, **fields)
+        if own.round is not None:  # A stranger may have overwritten it.
+            self.store.set(ROUND_KEY, msgspec.json.encode(own.round).decode())
+            own = replace(own, begun=own.round.number, round=None)
+        self.store.set(heartbeat_key(self._index), msgspec.json.encode(own).decode())
 
 
 # The agents' part in a request that all ranks obey at the same step: a stop, or a save.
@@ -439,6 +468,8 @@ class Agreement:
         self._tickets = dict.fromkeys(Request, Ticket())
         self.is_under_way = False
         """True while ranks may be waiting, so that the agents should exchange quickly."""
+        self.has_to_report = False
+        """True while this node has not yet reported that its ranks wait. The report is due after ``BARRIER_S``."""
 
     def request_stop(self, number: int) -> None:
         """Request a stop on behalf of this node's agent, because of signal ``number``."""
@@ -461,7 +492,7 @@ class Agreement:
                 self._tickets[request] = self._decide(request, [reports[request], *others])
         elif head in about_this:
             self._tickets = dict(zip(Request, about_this[head].tickets, strict=True))
-        self._obey()
+        self._obey(reports)
         tickets = tuple(self._tickets.values()) if self._index == head else ()
         return {"agreement": self._number, "reports": tuple(reports.values()), "tickets": tickets}
 
@@ -494,8 +525,8 @@ class Agreement:
             return Ticket(ticket.at + 1, ticket.at, wants)
         return ticket
 
-    def _obey(self) -> None:
-        """Write the tickets into the heartbeat files of this node's ranks."""
+    def _obey(self, reports: Mapping[Request, RequestState]) -> None:
+        """Write the tickets into the heartbeat files of this node's ranks. ``reports`` has this node's last reports."""
         for request, ticket in self._tickets.items():
             is_new = ticket.number > self._held[request][0]
             for file in self._ranks:
@@ -507,4 +538,6 @@ class Agreement:
                 self._held[request] = (ticket.number, time.monotonic())
         stop = self._tickets[Request.stop]
         waits_for_first = stop.at == 0 and self._wants(Request.stop) > 0  # Only a stop is urgent: a save may be late.
-        self.is_under_way = waits_for_first or any(ticket.number > ticket.at for ticket in self._tickets.values())
+        waiting = {request for request, ticket in self._tickets.items() if ticket.number > ticket.at}
+        self.is_under_way = waits_for_first or bool(waiting)
+        self.has_to_report = any(reports[request].held < self._held[request][0] for request in waiting)

@@ -341,6 +341,8 @@ class RankRecords:
         self._contract = attempt.contract
         self._progress = Progress(attempt.folder, attempt.number, attempt.ranks, attempt.contract)
         self._unwritten_part: dict[str, Any] | None = None
+        self._parts: list[Sequence[dict[str, Any]]] = []
+        """Entries of ranks that have been read, one list for each node, on the first node."""
         self._environment: dict[str, Any] | None = None
         self._is_environment_written = False
         self._oom_kills = count_oom_kills()
@@ -375,17 +377,18 @@ class RankRecords:
         attempt, folder = self._attempt, self._attempt.folder
         if self._contract.records_events:
             return
-        nodes = range(len(attempt.rdzv.members))
-        parts = [folder.attempt(attempt.number) / "nodes" / f"{place:05d}.json" for place in nodes]
-        if self._unwritten_part is not None and has_written(parts[attempt.place], self._unwritten_part):
+        nodes = folder.attempt(attempt.number) / "nodes"
+        if self._unwritten_part is not None and has_written(nodes / f"{attempt.place:05d}.json", self._unwritten_part):
             self._unwritten_part = None
         if attempt.place > 0 or self._is_environment_written:
             return
-        if self._environment is None:
-            found = [read_json(part).get("ranks") for part in parts]
-            if None in found:
+        while len(self._parts) < len(attempt.rdzv.members):  # Each of thousands of files is read once.
+            ranks = read_json(nodes / f"{len(self._parts):05d}.json").get("ranks")
+            if ranks is None:
                 return
-            self._environment = self._describe([entry for ranks in found for entry in ranks or ()])
+            self._parts.append(ranks)
+        if self._environment is None:
+            self._environment = self._describe([entry for ranks in self._parts for entry in ranks])
         self._is_environment_written = has_written(folder.environment(attempt.number), self._environment)
 
     def _describe(self, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

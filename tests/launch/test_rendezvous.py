@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
@@ -14,7 +15,15 @@ from typing import TypeVar
 import pytest
 
 from launch.agent import exchange, rendezvous
-from launch.agent.exchange import RendezvousEndpoint, SignedStore, next_endpoint, open_endpoint, open_tcp_store
+from launch.agent.exchange import (
+    Agreement,
+    Heartbeat,
+    RendezvousEndpoint,
+    SignedStore,
+    next_endpoint,
+    open_endpoint,
+    open_tcp_store,
+)
 from launch.agent.health import Fault
 from launch.agent.node import (
     HeadNodeLostError,
@@ -32,6 +41,7 @@ from launch.agent.rendezvous import AgentGroup
 from launch.config import Config
 from launch.runs.events import fewer_nodes, select_events
 from launch.runs.folder import RunFolder, write_json
+from launch.runs.process import HeartbeatFile, Request
 
 T = TypeVar("T")
 HOSTS = ("n0", "n1", "n2", "n3")
@@ -232,6 +242,36 @@ def test_a_lost_connection_to_the_head_node_is_not_described_as_silence(tmp_path
 def test_many_agents_exchange_less_often() -> None:
     rates = [count / exchange.exchange_interval_s(count) for count in (2, 80, 400, 4000)]
     assert rates == pytest.approx([20, 800, 800, 8000])
+
+
+def test_a_stop_of_4096_nodes_needs_two_waits_of_a_node_and_messages_do_not_grow_with_them(tmp_path: Path) -> None:
+    """Time line of a node: sees the request, at most 0.5 s; its ranks wait, 0.05 s; sees the step, at most 0.5 s."""
+
+    class Called(Heartbeat):
+        def _run(self) -> None:
+            pass
+
+    raw = open_tcp_store("127.0.0.1", timedelta(seconds=WAIT_S))
+    store, file = SignedStore(raw, "token", "heartbeats"), HeartbeatFile(tmp_path / "rank")
+    head, node = Called(0, 2, store), Called(1, 4096, store)
+    head.publish(round=RendezvousRound(0, 1, tuple(range(4096)), "127.0.0.1", 1))
+    head.agreement, node.agreement = Agreement(0, 0, (0, 1), []), Agreement(0, 1, (0, 1), [file])
+    assert [one.exchange() for one in (head, node, head, node)][3] == 0.5
+    assert max(len(raw.get(key)) for key in raw.list_keys() if "heartbeat" in key) < 500
+    rdzv = node.of(0).round
+    assert rdzv is not None and len(rdzv.members) == 4096
+    head.agreement.request_stop(15)
+    head.exchange()
+    report_s = node.exchange()
+    assert report_s <= 0.05, "the node reports as soon as its ranks are known to wait"
+    time.sleep(report_s)
+    step_s = node.exchange()
+    assert step_s <= 0.5 and file.cause == 0
+    head.exchange()
+    node.exchange()
+    assert file.cause == 15 and file.ask(Request.stop, 0)
+    for one in (head, node):
+        one.close()
 
 
 def test_a_lost_node_that_returns_takes_no_part_and_its_spare_stays(

@@ -17,7 +17,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from launch.agent.exchange import Heartbeat, Message, SignedStore, heartbeat_key, open_tcp_store
+from launch.agent.exchange import ROUND_KEY, Heartbeat, Message, SignedStore, heartbeat_key, open_tcp_store
+from launch.agent.node import RendezvousRound
 from launch.plan.plan import refuse_exposed
 from launch.runs.folder import RunFolder, deny_others_writing, make_folder, write_json
 from launch.runs.records import read_records
@@ -176,6 +177,25 @@ def test_an_earlier_message_that_is_written_again_is_ignored(served: dist.TCPSto
         assert head.store.foreign == ""
     finally:
         head.close()
+
+
+def test_an_agent_waits_for_the_newest_round_while_a_stranger_overwrites_it(served: dist.TCPStore) -> None:
+    store = connect(served.port)
+    head, node = (Heartbeat(index, 2, SignedStore(store, "token", "heartbeats")) for index in range(2))
+    rounds = [RendezvousRound(number, 1, (0, 1), LOOPBACK, 1) for number in range(2)]
+    try:
+        head.publish(round=rounds[0])
+        wait_for(lambda: node.of(0).round == rounds[0], "the first round")
+        (key,) = (key for key in store.list_keys() if key.endswith(f"/{ROUND_KEY}"))
+        old = store.get(key)
+        head.publish(round=rounds[1])
+        for value in (old, b"garbage") * 20:
+            store.set(key, value)
+        store.delete_key(key)
+        wait_for(lambda: node.of(0).round == rounds[1], "the second round")
+    finally:
+        head.close()
+        node.close()
 
 
 def test_files_can_be_written_by_their_owner_only_whatever_the_umask(tmp_path: Path, umask_000: None) -> None:
