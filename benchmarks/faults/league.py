@@ -124,7 +124,8 @@ class LeagueRun:
         self.helper: subprocess.Popen[bytes] | None = None
         """Process that ends with the run: our waiting command, or the lighthouse of torchft."""
         self._jobs: list[str] = []
-        """Slurm's ids of the jobs: one, or one for each replica of torchft. Empty for ours, see ``job``."""
+        """Slurm's ids of the jobs: one, or one for each replica of torchft. Empty for the launcher of this project, see
+        ``job``."""
         known = {"python": python, "program": shlex.quote(str(PROGRAM)), "others": shlex.quote(str(OTHERS))}
         known |= {"folder": shlex.quote(str(folder)), "timeout": str(TIMEOUT_S)}
         if engine == "torchft":
@@ -231,8 +232,8 @@ class LeagueRun:
         return max(found, key=lambda process: process.info["create_time"])
 
     def agent(self, number: int) -> psutil.Process:
-        """Return the process of the engine on the node of a rank. An engine without such a process: the process of the
-        rank.
+        """Return the process of the engine on the node of a rank; for an engine without such a process, the process of
+        the rank.
         """
         rank = self.rank(number)
         word = AGENTS[self.engine]

@@ -64,7 +64,8 @@ def planned(strategy: str, size: int) -> RankMemory:
 
 
 def measured(strategies: list[str], size: int, folder: Path) -> Held:
-    """Return the bytes of each kind for each strategy, on the rank that holds the most of this kind."""
+    """Return for each strategy the bytes of parameters, of gradients and of optimizer state, each on the rank that
+    holds the most of it."""
     held = run_distributed(hold, size, folder, strategies, timeout_s=1200)
     return {name: [max(rank[name][part] for rank in held) for part in range(3)] for name in strategies}
 

@@ -138,7 +138,9 @@ def seed_of(kinds: Sequence[str], count: int) -> int:
 
 
 def roads(names: list[str], runs: int, writes: bool) -> int:
-    """Print the recovery times for each kind of restart. Returns the exit status: 1 if a drill fails."""
+    """Make the drills ``names`` (keys of ``ROADS``), with ``runs`` faults of each kind, and print the recovery times
+    for each kind of restart. With ``writes``, also write them into the page. Returns the exit status: 1 if a drill
+    fails."""
     good, rows = True, []
     for name in names:
         words, kinds = ROADS[name]
@@ -165,7 +167,7 @@ def roads(names: list[str], runs: int, writes: bool) -> int:
 
 
 def main() -> int:
-    """Measure and print. Returns the exit status."""
+    """Measure and print. Returns the exit status: 1 if a drill fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("runs", nargs="?", type=int, help="of each kind (2 faults of each road, 5 starts)")
     parser.add_argument("--roads", action="store_true", help="faults, by the road on which a run goes on")

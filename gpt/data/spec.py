@@ -183,7 +183,7 @@ def download_shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> None:
     """Download tinyshakespeare (1.1 MB) into ``cache``.
 
     Raises:
-        ConfigError: the network fails, or the downloaded text is another one.
+        ConfigError: the network fails, or the downloaded text is not tinyshakespeare.
     """
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer:

@@ -328,8 +328,8 @@ class GptWorkload(Workload):
 
 
 def saves_more_often(config: TrainConfig) -> str:
-    """Return a value for ``checkpoint.interval``: half of the present interval, or a tenth of the run's steps if
-    checkpoints are saved at the end only."""
+    """Return a value of ``checkpoint.interval`` to propose for a run that needs more checkpoints: half of the present
+    interval, or a tenth of the run's steps if checkpoints are saved at the end only."""
     every = config.checkpoint.every()
     if every.minutes is not None:
         return f"{every.minutes / 2:g}min"
