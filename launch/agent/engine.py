@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ line.
 """
 END_S = 30.0
 """Seconds between SIGTERM and SIGKILL, when an engine ends ranks."""
+LAST_MESSAGES_S = 3.0
+"""Seconds after the first failure in which other ranks can still record their own failures."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,13 @@ def end_sessions(
         running = [process for process in running if process.poll() is None]
 
 
-FAILED_RANK = re.compile(r"local_rank[:=] ?(\d+)\)?,?\s+(?:pid=\d+, )?exitcode\s*[:=] ?(-?\d+)")
-"""Pattern of a failed rank in the output of torchrun or ft_launcher at its end: local rank and exit status."""
+FAILED_RANK = re.compile(r"local_rank[:=] ?(\d+)\)?,?\s+(?:pid=(\d+), )?exitcode\s*[:=] ?(-?\d+)(?: \(pid: (\d+)\))?")
+"""Pattern of a failed rank in the output of torchrun or ft_launcher at its end.
 
+Groups: local rank, process id of ft_launcher's form, exit status, process id of torchrun's form.
+"""
+ENDED_RANK = re.compile(r"Sending process (\d+) closing signal")
+"""Pattern of a rank that torchrun or ft_launcher ends because another rank has failed. Group: process id."""
 
 SHIELD = """
 import runpy, signal, sys
@@ -176,6 +183,8 @@ class TorchrunEngine:
         self._found: dict[int, psutil.Process] = {}
         self._output = ranks.logs / f"engine_{self._numbers[0]:05d}.log"
         self._ends: Mapping[int, int | None] = {}
+        self._ending_since: float | None = None
+        """Time since which torchrun ends ranks because another rank has failed; None before."""
 
     def start(self) -> None:
         """Start torchrun. Its output goes into a file in the folder of the ranks' logs."""
@@ -187,7 +196,7 @@ class TorchrunEngine:
         script.write_text(f'. {shlex.quote(str(ranks.scratch))}/"$LOCAL_RANK.sh"\nexec {shlex.join(ranks.shell)}\n')
         command = [
             *(sys.executable, "-c", SHIELD, self.module, "--standalone", f"--nproc-per-node={len(ranks.variables)}"),
-            *("--max-restarts=0", "--no-python", "/bin/sh", str(script)),
+            *(f"--log-dir={ranks.scratch}", "--max-restarts=0", "--no-python", "/bin/sh", str(script)),
         ]
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
@@ -211,31 +220,49 @@ class TorchrunEngine:
         torchrun, and the end of torchrun's output goes into the log of the first rank.
         """
         status = None if self._process is None else self._process.poll()
+        if status is None:
+            self._kill_late_ranks()
         if not status:
             return dict.fromkeys(self._numbers, status)
         self._ends = self._ends or self._read_ends(status)
         return self._ends
 
+    def _kill_late_ranks(self) -> None:
+        """Kill ranks that outlast torchrun's SIGTERM by ``LAST_MESSAGES_S``. torchrun itself would wait 30 s."""
+        late = self.ranks()
+        if not 0 < len(late) < len(self._numbers) or not ENDED_RANK.search(self._printed()):
+            return
+        self._ending_since = self._ending_since or time.monotonic()
+        if time.monotonic() > self._ending_since + LAST_MESSAGES_S:
+            kill_sessions(late.values())
+
+    def _printed(self) -> str:
+        return self._output.read_text(errors="replace")
+
     def _read_ends(self, status: int) -> Mapping[int, int | None]:
         """Return rank -> exit status, after torchrun has failed with ``status``; None for a rank that it has killed."""
-        printed = self._output.read_text(errors="replace")
-        failed = {self._numbers[int(local)]: int(code) for local, code in FAILED_RANK.findall(printed)}
+        printed = self._printed()
+        ended, failed = ENDED_RANK.findall(printed), {}
+        for local, before, code, after in FAILED_RANK.findall(printed):
+            failed[self._numbers[int(local)]] = None if (before or after) in ended else int(code)
         if not failed:
             with self._ranks.log(self._numbers[0]).open("a") as log:
                 log.write("\n".join(printed.splitlines()[-30:]) + "\n")
             return dict.fromkeys(self._numbers, status)
-        ended = {rank for rank, code in failed.items() if code == -signal.SIGTERM}
-        if len(ended) == len(failed):  # A SIGTERM from outside was the failure.
-            ended = set()
-        return {rank: None if rank in ended else failed.get(rank, 0) for rank in self._numbers}
+        return {rank: failed.get(rank, 0) for rank in self._numbers}
 
     def stop(self) -> None:
         """End torchrun, which ends the ranks. Ranks that still run afterwards are killed."""
         if self._process is not None:
             end_sessions([self._process], signal.SIGHUP)
-        for pid in self.ranks().values():
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+        kill_sessions(self.ranks().values())
+
+
+def kill_sessions(pids: Iterable[int]) -> None:
+    """Kill the processes of the sessions that these processes lead."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def is_running(process: psutil.Process) -> bool:

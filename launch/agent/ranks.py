@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from launch.agent.engine import Engine, NodeRanks, ProcessEngine, engine_class
+from launch.agent.engine import LAST_MESSAGES_S, Engine, NodeRanks, ProcessEngine, engine_class
 from launch.agent.exchange import POLL_S, derive
 from launch.agent.fork_server import ForkServer
 from launch.agent.health import gpu_telemetry
@@ -222,10 +222,6 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
 
 
 # From the start of this node's ranks to their end.
-
-
-LAST_MESSAGES_S = 3.0
-"""Seconds after the first failure in which other ranks can still record their own failures."""
 
 
 DEVICES = Path("/sys/bus/pci/devices")

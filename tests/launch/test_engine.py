@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.engine import FAILED_RANK
+from launch.agent.engine import FAILED_RANK, NodeRanks, TorchrunEngine
 from launch.agent.watch import failure_message
 from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
@@ -47,6 +47,18 @@ if "fail" in sys.argv and dist.get_rank() == 3:
     raise KeyError("lost sheep")
 dist.barrier()
 dist.destroy_process_group()
+"""
+OUTLAST = """
+import os, pathlib, signal, sys, time
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+ready = pathlib.Path(sys.argv[1])
+if os.environ["RANK"] == "0":
+    while not ready.exists():
+        time.sleep(0.1)
+    raise KeyError("lost sheep")
+ready.touch()
+time.sleep(1000)
 """
 SLEEP = """
 import os, subprocess, time
@@ -86,6 +98,16 @@ def test_each_engine_names_the_rank_that_failed_first(engine: str, tmp_path: Pat
     assert "lost sheep" in printed
 
 
+def test_each_engine_kills_a_rank_that_outlasts_another_ranks_failure(engine: str, tmp_path: Path) -> None:
+    folder, script = RunFolder(tmp_path / "run"), write_script(tmp_path, OUTLAST)
+    failing = words(engine, folder, "nodes=1", f"script.path={script}", f"script.args={tmp_path / 'ready'}")
+    run("launch", *failing, cwd=tmp_path, status=1)
+    (failed,) = select_events(folder.read_events(), "rank_failed")
+    assert failed["rank"] == 0 and "lost sheep" in failed["cause"], failed
+    printed = "".join(path.read_text() for path in folder.log(1, 0).parent.glob("engine_*.log"))
+    assert "forcefully exiting" not in printed  # torchrun's own SIGKILL, after 30 s
+
+
 def test_each_engine_ends_its_ranks_and_their_children_at_a_stop(engine: str, tmp_path: Path) -> None:
     script = write_script(tmp_path, SLEEP)
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
@@ -96,6 +118,18 @@ def test_each_engine_ends_its_ranks_and_their_children_at_a_stop(engine: str, tm
     process.terminate()
     wait_for(lambda: select_events(folder.read_events(), "stopped"), "the end of the run")
     assert not any(map(is_alive, pids)), log.read_text()
+
+
+def test_torchrun_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tmp", "logs", "scratch"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    variables = {0: {"RANK": "0"}}
+    engine = TorchrunEngine(NodeRanks(["true"], variables, str(tmp_path), tmp_path / "logs", tmp_path / "scratch"))
+    engine.start()
+    wait_for(lambda: None not in engine.statuses().values(), "the end of torchrun")
+    assert engine.statuses() == {0: 0}
+    assert [*(tmp_path / "tmp").iterdir()] == []
 
 
 def test_an_engine_that_cannot_be_used_is_refused() -> None:
@@ -141,11 +175,11 @@ def test_a_failure_is_the_whole_traceback_that_ended_the_program(tmp_path: Path)
 @pytest.mark.parametrize(
     ("printed", "found"),
     [
-        ("  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n", [("1", "-9")]),
-        ("{1: ProcessFailure(local_rank=1, pid=24645, exitcode=42, error_file='<N/A>'", [("1", "42")]),
+        ("  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n", [("1", "", "-9", "7")]),
+        ("{1: ProcessFailure(local_rank=1, pid=24645, exitcode=42, error_file='<N/A>'", [("1", "24645", "42", "")]),
         ("failed (exitcode: 1) local_rank: 0 (pid: 24648) of binary: /bin/sh", []),
     ],
     ids=["torchrun", "ft_launcher", "its log"],
 )
-def test_failed_ranks_are_read_from_what_a_launcher_prints(printed: str, found: list[tuple[str, str]]) -> None:
+def test_failed_ranks_are_read_from_what_a_launcher_prints(printed: str, found: list[tuple[str, ...]]) -> None:
     assert FAILED_RANK.findall(printed) == found
