@@ -359,7 +359,7 @@ TOKENS = {
     "gpt/metrics": 4_750,
     "gpt_launch": 740,
     "hydra_plugins": 2_500,
-    "launch/agent": 32_550,
+    "launch/agent": 32_680,
     "launch/bench_network": 3_710,
     "launch/config": 4_220,
     "launch/doctor": 7_050,

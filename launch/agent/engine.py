@@ -151,8 +151,13 @@ ENDED_RANK = re.compile(r"Sending process (\d+) closing signal")
 """Pattern of a rank that torchrun or ft_launcher ends because another rank has failed. Group: process id."""
 
 SHIELD = """
-import runpy, signal, sys
+import ctypes, os, runpy, signal, sys
 
+agent = int(sys.argv.pop(1))
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+ctypes.CDLL(None).prctl(1, signal.SIGHUP, 0, 0, 0)  # PR_SET_PDEATHSIG
+if os.getppid() != agent:
+    sys.exit("the agent has ended")
 shielded, set_handler = (signal.SIGTERM, signal.SIGUSR2), signal.signal
 for number in shielded:
     set_handler(number, lambda *_: None)
@@ -162,7 +167,9 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 """Program that runs a module without an end at the signals that Slurm sends to all processes of a job before a stop.
 
-The ranks get these signals, too, and have time to save. A handler, unlike SIG_IGN, is not inherited by the ranks.
+The ranks get these signals, too, and have time to save. A handler, unlike SIG_IGN, is not inherited by the ranks. If
+the agent is killed, the kernel sends SIGHUP, at which torchrun ends the ranks. The first argument is the agent's
+process id, the second one the module.
 """
 
 
@@ -195,8 +202,9 @@ class TorchrunEngine:
         script = ranks.scratch / "start.sh"  # torchrun takes options of the program for its own, such as --run.
         script.write_text(f'. {shlex.quote(str(ranks.scratch))}/"$LOCAL_RANK.sh"\nexec {shlex.join(ranks.shell)}\n')
         command = [
-            *(sys.executable, "-c", SHIELD, self.module, "--standalone", f"--nproc-per-node={len(ranks.variables)}"),
-            *(f"--log-dir={ranks.scratch}", "--max-restarts=0", "--no-python", "/bin/sh", str(script)),
+            *(sys.executable, "-c", SHIELD, str(os.getpid()), self.module, "--standalone", "--max-restarts=0"),
+            *(f"--nproc-per-node={len(ranks.variables)}", f"--log-dir={ranks.scratch}"),
+            *("--no-python", "/bin/sh", str(script)),
         ]
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -58,6 +59,14 @@ if os.environ["RANK"] == "0":
         time.sleep(0.1)
     raise KeyError("lost sheep")
 ready.touch()
+time.sleep(1000)
+"""
+WAIT = """
+import os, time
+from launch import worker
+
+worker.attach()
+print(os.getpid(), flush=True)
 time.sleep(1000)
 """
 SLEEP = """
@@ -118,6 +127,16 @@ def test_each_engine_ends_its_ranks_and_their_children_at_a_stop(engine: str, tm
     process.terminate()
     wait_for(lambda: select_events(folder.read_events(), "stopped"), "the end of the run")
     assert not any(map(is_alive, pids)), log.read_text()
+
+
+def test_the_ranks_of_each_engine_end_with_their_agent(engine: str, tmp_path: Path) -> None:
+    folder, script = RunFolder(tmp_path / "run"), write_script(tmp_path, WAIT)
+    start("launch", *words(engine, folder, "nodes=1", f"script.path={script}"), cwd=tmp_path, log=tmp_path / "log")
+    logs = [folder.log(1, rank) for rank in range(2)]
+    wait_for(lambda: all(path.exists() and path.read_text().endswith("\n") for path in logs), "both ranks")
+    pids = [int(path.read_text()) for path in logs]
+    os.kill(select_events(folder.read_events(), "agent_started")[0]["pid"], signal.SIGKILL)
+    wait_for(lambda: not any(map(is_alive, pids)), "the end of the ranks")
 
 
 def test_torchrun_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
