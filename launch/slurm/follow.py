@@ -20,7 +20,7 @@ from launch.config.compose import default_grace_period_s
 from launch.errors import ConfigError, duration_text
 from launch.plan.plan import record_submitted
 from launch.runs.compose import read_config
-from launch.runs.events import damaged_text, events_since_submission, saves_that_count, select_events
+from launch.runs.events import damaged_text, events_since_submission, saves_that_count, select_events, unsaved_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import throughput
 from launch.slurm.client import SlurmBusyError, SlurmError
@@ -71,7 +71,8 @@ def plain_line(point: RunStatus) -> str:
     if point.latest.get("loss") is not None:
         known.append(f" loss {point.latest['loss']:.4f}")
     if point.quiet_s is not None:
-        known.append(f" {quiet_text(point.quiet_s)}")
+        unsaved = unsaved_text(point.events())
+        known.append(f" {quiet_text(point.quiet_s)}" if unsaved is None else f" waits, and tries again: {unsaved}")
     elif point.eta_s and not point.is_over:
         known.append(f" ETA {duration_text(round(point.eta_s))}")
     return f"{point.name:<24} {state_text(point):<9} {' '.join(known)}".rstrip()
@@ -80,6 +81,7 @@ def plain_line(point: RunStatus) -> str:
 def news(point: RunStatus) -> Iterator[str]:
     """Yield texts on a running point: restarts, failed saves, damage, changed code, or a job that cannot start."""
     events = point.events()
+    causes = {event["attempt"]: event["cause"] for event in select_events(events, "verdict")}
     for event in events:
         attempt = event.get("attempt")
         if event["event"] == "code_changed":
@@ -87,7 +89,8 @@ def news(point: RunStatus) -> Iterator[str]:
             if point.plan is None or not any(change in warning for warning in point.plan.warnings):
                 yield f"attempt {attempt}: {change}"
         elif event["event"] == "decided" and event["action"] == "restart":
-            yield f"attempt {attempt} ended ({event.get('cause')}), restart in place: {event['reason']}"
+            cause = causes.get(attempt) or event.get("cause")
+            yield f"attempt {attempt} ended ({cause}), restart in place: {event['reason']}"
         elif event["event"] == "save_failed":
             yield f"the checkpoint of step {event.get('step')} could not be written: {event.get('cause')}"
     yield from (text for text in (damaged_text(events), point.advice) if text)

@@ -444,7 +444,9 @@ def verdict_of(point: RunStatus) -> Verdict | None:
 def explain_end(point: RunStatus) -> str:
     """Return a text on why a point did not finish. It names the log with more details, and ends with the verdict."""
     verdict = verdict_of(point)
-    return _explain_end(point) + (as_typed(f"\n{verdict}") if verdict else "")
+    text = _explain_end(point)
+    # A refusal in the text has the same advice.
+    return text if verdict is None or f"type next: {verdict.fix}" in text else as_typed(f"{text}\n{verdict}")
 
 
 def _explain_end(point: RunStatus) -> str:

@@ -170,7 +170,7 @@ LOCKS = (
 )
 READS = r"^state [^R](?! futex).*\nat .*(open\(|read|write|load\(|fsync|flush\(|stat\()"
 RULES = (
-    Rule("refused", has_event("start_refused"), "the ranks were not started: {cause}", "what the refusal names"),
+    Rule("refused", has_event("start_refused"), "the ranks were not started: {cause}", "python -m launch.status {run}"),
     Rule("node_lost", has_event("node_lost"), "node {host} was lost: {cause}", "sinfo --nodes={host}"),
     Rule("bit_flip", has_event("replicas_differ"), "{cause}", "cluster.exclude=HOST with that host"),
     Rule("node_lost", has_event(JOB, cause="NODE_FAIL"), "a node of the job failed (Slurm: {cause})", AGAIN),
@@ -301,17 +301,28 @@ def find_verdict(folder: RunFolder, more: Events = ()) -> Verdict | None:
         one = rule.find(facts)
         if one:
             texts = _texts(facts, one)
-            sentence, fix = rule.sentence.format(**texts), rule.fix.format(**texts)
+            sentence = rule.sentence.format(**texts)
+            fix = refusal_in(one.cause)[1] or rule.fix.format(**texts)
             evidence = (*facts.evidence(), (f"{rule.kind}: {texts['who']}{texts['since']}", one.source))
             return Verdict(rule.kind, sentence, fix, one.rank, one.host, one.place, one.step, evidence)
     return None
+
+
+def refusal_in(cause: str) -> tuple[str, str]:
+    """Return what was found and what to type next, of a cause with the text of a ConfigError.
+
+    For other causes return the cause and an empty text.
+    """
+    head, is_refusal, rest = cause.partition("found: ")
+    found, _, expected = rest.partition("\nexpected: ")
+    return (head + found, expected.partition("\ntype next: ")[2]) if is_refusal and expected else (cause, "")
 
 
 def _texts(facts: AttemptFacts, blamed: RankFacts) -> dict[str, object]:
     """Return name -> text, for the names in braces in a rule's sentences. ``blamed`` is the rank to blame."""
     at = f" ({blamed.place})" if blamed.place else ""
     since = f" after step {blamed.step}" if blamed.step is not None else ""
-    cause = shorten(blamed.cause, 300, placeholder="...")
+    cause = shorten(refusal_in(blamed.cause)[0], 300, placeholder="...")
     where = "left with exit status 0" if blamed.left else "gave no stack"
     where = f"is in {blamed.own.function}{at}" if blamed.own else where
     waits = waits_text([rank for rank in facts.waiting if rank.rank != blamed.rank])

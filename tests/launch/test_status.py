@@ -88,19 +88,24 @@ def test_a_run_that_makes_no_steps_is_said_to_before_its_agents_are_sure(
     assert ("eta_s" in known) is has_eta
     assert speed_text(known) == "1,234 tokens/s" and "1,234 tokens/s" in plain_line(point)
     assert any(text in note for note in status_notes(known)) is is_quiet
+    folder.record_event("save_failed", attempt=1, step=3, cause="No space left on device")
+    assert (": No space left on device" in plain_line(point)) is is_quiet
 
 
 def test_the_waiting_command_has_news_of_restarts_failed_saves_and_damage(tmp_path: Path) -> None:
     event_log: list[dict[str, Any]] = [
         {"event": "submitted", "cluster": "local", "job_id": "7"},
         {"event": "save_failed", "attempt": 1, "step": 5, "cause": "No space left on device"},
+        {"event": "verdict", "attempt": 1, "cause": "rank 3 failed first: killed by SIGKILL"},
         {"event": "decided", "attempt": 1, "action": "restart", "cause": "crashed", "reason": "crashed once"},
+        {"event": "decided", "attempt": 2, "action": "restart", "cause": "hung", "reason": "hung once"},
         {"event": "checkpoint_set_aside", "attempt": 2, "step": 4, "cause": "step_4 has a wrong checksum"},
         {"event": "code_changed", "attempt": 2, "since": 1, "cause": "train.py"},
     ]
     assert list(news(RunStatus(recorded(RunFolder(tmp_path), *event_log), state="running"))) == [
         "the checkpoint of step 5 could not be written: No space left on device",
-        "attempt 1 ended (crashed), restart in place: crashed once",
+        "attempt 1 ended (rank 3 failed first: killed by SIGKILL), restart in place: crashed once",
+        "attempt 2 ended (hung), restart in place: hung once",
         "attempt 2: changed since attempt 1: train.py",
         "damaged and set aside: step_4 has a wrong checksum",
     ]

@@ -159,6 +159,11 @@ def ended(cause: str) -> dict[str, Any]:
 WAITS = "rank 0 on n0 waits in all_reduce (train.py:40) since step 7"
 TABLE: list[tuple[str, list[dict[str, Any]], str]] = [
     ("refused", [{"event": "start_refused", "cause": "found: no disk"}], "the ranks were not started: found: no disk"),
+    (
+        "refused",
+        [{"event": "start_refused", "cause": "found: no disk\nexpected: one\ntype next: mount it"}],
+        "the ranks were not started: no disk\ntype next: mount it",
+    ),
     ("node_lost", [{"event": "node_lost", "attempt": 1, "host": "n7", "cause": "no message"}], "node n7 was lost"),
     ("node_lost", [job_event("NODE_FAIL")], "Slurm: NODE_FAIL"),
     ("oom_kill", [job_event("OUT_OF_MEMORY")], "Slurm: OUT_OF_MEMORY"),
@@ -349,7 +354,7 @@ def folder_with(path: Path, events: list[dict[str, Any]]) -> RunFolder:
 def test_facts_and_their_verdict(kind: str, events: list[dict[str, Any]], part: str, tmp_path: Path) -> None:
     verdict = find_verdict(folder_with(tmp_path / "run", events))
     assert verdict is not None and verdict.kind == kind, verdict
-    assert part in verdict.sentence
+    assert part in str(verdict)
     assert not re.search(r"\{|None", verdict.sentence + verdict.fix)
     assert len(verdict.evidence) > 0 and all(text for text, _ in verdict.evidence)
 
