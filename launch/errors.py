@@ -94,7 +94,7 @@ def refusing(main: Callable[P, int]) -> Callable[P, int]:
             path = Path(str(error.filename))
             seen = path if path.exists() else path.parent  # If a file could not be written, its folder shows why.
             refusal = ConfigError(
-                f"{path}: {error.strerror}",
+                f"{seen}: {error.strerror}",
                 "a file that this user may read and write, on a filesystem that works and has room",
                 f"ls -ld {shlex.quote(str(seen))}, and the same command after a change; or another folder, if it has "
                 "--out",
@@ -134,8 +134,8 @@ class CommandParser(argparse.ArgumentParser):
 # Range checks that schemas share, and similar names for error messages. Does not import torch.
 
 
-EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
-"""Key -> value that an error message proposes. The usual proposal, 1, would make training fail for these keys."""
+EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001", "checkpoint.keep_last": "1, or null to keep all"}
+"""Key -> value that an error message proposes in place of 1, which would make training fail or is rarely meant."""
 
 
 def require_positive(key: str, value: float) -> None:

@@ -250,5 +250,5 @@ def report_sweep(plans: Sequence[Plan], sweep: Sweep | None, console: Console, f
     try:
         show_and_write(tabulate_selection(selection), console, files)
     except OSError as error:  # The display has failed; the results are still printed.
-        later = f"python -m launch.report {quote(str(folder))}"
-        console.print(f"the report is not written: {error}; later: {as_typed(later)}")
+        later = as_typed(f"python -m launch.report {quote(str(folder))}")
+        console.print(f"the report is not written: {error}; later: {later}, or elsewhere with --out FOLDER")

@@ -37,9 +37,11 @@ source slurm/env.sh
 if [ -z "${SLURM_JOB_ID:-}${SLURM_SUBMIT_DIR:-}" ]; then
     nodes="${SBATCH_NODES:-$(sed -n 's/^#SBATCH --nodes=\([0-9]*\).*/\1/p' slurm/multi_node.sh)}"
     gpus="${SBATCH_GPUS_PER_NODE:-$(sed -n 's/^#SBATCH --gpus-per-node=\([^ ]*\).*/\1/p' slurm/multi_node.sh)}"
-    python -m gpt_launch "nodes=$nodes" cluster=slurm launch.check_limits=false dry_run=true \
-        ${gpus:+"cluster.gpus_per_node=${gpus##*:}"} "$@" | sed '/^#!/,$d'
-    printf 'checked, and not submitted; type next: sbatch slurm/multi_node.sh%s\n' "${*:+ $(printf '%q ' "$@")}"
+    plan="$(python -m gpt_launch "nodes=$nodes" cluster=slurm launch.check_limits=false dry_run=true \
+        ${gpus:+"cluster.gpus_per_node=${gpus##*:}"} "$@")"
+    sed '/^sbatch text/,$d' <<< "$plan"
+    asked="$(sed -n 's/^#SBATCH --nodes=//p' <<< "$plan")"  # more than the header's if nodes or spare_nodes were typed
+    printf 'checked, and not submitted; type next: sbatch --nodes=%s slurm/multi_node.sh%s\n' "$asked" "${*:+$(printf ' %q' "$@")}"
     exit 0
 fi
 

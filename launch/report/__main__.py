@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 
 import gpt_launch.own_names  # noqa: F401
-from launch.errors import CommandParser, ConfigError, refusing
+from launch.errors import FILE_ERRORS, CommandParser, ConfigError, refusing
 from launch.report import ALL_FILES, ScalingTable, select, show, show_and_write, tabulate_selection, write
 from launch.report.points import PointState
 from launch.report.selection import compare_selections, writing_to
@@ -76,7 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tabulate_selection(selection if typed.out is None else writing_to(selection, typed.out))
 
     if typed.watch is None:
-        show_and_write(make(), console, typed.files)
+        table = make()
+        try:
+            show_and_write(table, console, typed.files)
+        except OSError as error:  # Often the runs are those of another user.
+            if error.errno not in FILE_ERRORS:
+                raise
+            again = join(["python", "-m", "launch.report", *map(str, folders), "--out"])
+            found = f"{table.selection.folders[0]}: {error.strerror}"
+            raise ConfigError(found, "a folder for the files of the report", f"{again} FOLDER") from error
         return 0
     try:
         while True:

@@ -135,7 +135,8 @@ def refuse_file_of_config(error: BaseException) -> ConfigError:
         found = f"no config {error.missing_cfg_file}"
         return ConfigError(found, "config, the name of the launcher's own", "the same without --config-name")
     # The error names the file, and the key or the line in it.
-    found = " ".join(str(error).split())
+    text = re.sub(r"(?s)\w+ raised while composing config:\s*(.*?)\s*full_key: (\S+).*", r"\2: \1", str(error))
+    found = " ".join(text.split())
     fix = "that file, corrected; python -m launch --info defaults lists the files of a run"
     return ConfigError(found, "config files that Hydra can compose", fix)
 

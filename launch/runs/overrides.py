@@ -465,5 +465,7 @@ def unknown_flag(flag: str, argv: Sequence[str], schema: type, flags: Sequence[s
     name, _, value = flag.partition("=")
     following = value or next(iter(argv[argv.index(flag) + 1 :]), "")
     value = following if following and not re.search("^-|=", following) else "VALUE"
-    fix = likely_override(name.lstrip("-"), value, schema) or next(iter(closest(name, flags)), f"{command} --help")
+    bare = name.lstrip("-")
+    alike = [f"--{one}" for one in closest(bare, [flag.lstrip("-") for flag in flags])]
+    fix = likely_override(bare, value, schema) or next(iter(alike), f"{command} --help")
     return ConfigError(f"{flag}, which is no flag", f"KEY=VALUE, or one of {', '.join(flags)}", fix)

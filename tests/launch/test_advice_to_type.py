@@ -243,6 +243,7 @@ def test_every_command_helps_and_refuses_a_flag_that_it_does_not_have(
         (["workload=script", "--max-steps=3"], "script.max_steps=3"),
         (["workload=of_a_folder", "--nodes=3"], "nodes=3"),
         (["--multrun", "nodes=1"], "--multirun"),
+        (["--foo"], "python -m launch --help"),
         (["nodes=1", "--config-dir"], "python -m launch --help"),
         (["nodes=1", "--info=x"], "python -m launch --help"),
         (["-m", "nodes=2,4", "--cfg", "job"], "the same without -m, and with one value for each key"),

@@ -27,7 +27,7 @@ from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
 from launch.slurm import client
 from launch.slurm.status import outcome, why_not_restarted
-from tests.support.commands import ROOT, wait_for
+from tests.support.commands import ROOT, environment, wait_for
 from tests.support.runs import names, recorded, write_program
 
 Events = list[dict[str, Any]]
@@ -235,6 +235,15 @@ def test_multi_node_sh_runs_after_step_if_srun_fails_and_returns_its_status(
     looked = [line for line in lines if "after_step" in line]
     assert looked == [f"python -m gpt_launch launch.agent.after_step {of_step} {tmp_path}/run"] * (after is not None)
     assert done.returncode == (after or 0) and lines[-1] == f"python -m gpt_launch report {tmp_path}/run"
+
+
+def test_multi_node_sh_outside_of_a_job_prints_the_sbatch_line_with_all_nodes_of_the_plan() -> None:
+    env = {key: value for key, value in environment().items() if not key.startswith(("SLURM_", "SBATCH_"))}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    words = ["bash", "slurm/multi_node.sh", "nodes=4", "spare_nodes=1"]
+    text = subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
+    line = "sbatch --nodes=5 slurm/multi_node.sh nodes=4 spare_nodes=1"
+    assert text.endswith(f"checked, and not submitted; type next: {line}\n") and "#SBATCH" not in text
 
 
 def test_a_batch_script_obeys_the_restart_limits(folder: RunFolder, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
     ("output_dir=/proc/x", "cannot be created in /proc", "output_dir=FOLDER"),
     ("output_dir='o%A'", "'%' in the run's path", "output_dir=FOLDER"),
     (["cluster.account='a\nrm -rf b'"], r"cluster.account='a\nrm -rf b'", "cluster.account='a rm -rf b'"),
+    ("checkpoint.keep_last=0", "checkpoint.keep_last=0", "checkpoint.keep_last=1, or null to keep all"),
     ("copy_code=true output_dir='a:b'", "with a : in it", "output_dir=FOLDER without :"),
     (
         "cluster.timeout_min=1 resilience.grace_period_s=50",
@@ -156,7 +157,11 @@ def test_refused_in_three_parts(typed: str | list[str], found: str, fix: str) ->
     ("group", "text", "found"),
     [
         ("cluster", "kind: [local\ntimeout_min: 3\n", '/cluster/mine.yaml", line 2'),
-        ("cluster", "defaults: [local]\ngpus_per_node: four\n", "full_key: cluster.gpus_per_node"),
+        (
+            "cluster",
+            "defaults: [local]\ngpus_per_node: four\n",
+            "In 'cluster/mine': cluster.gpus_per_node: Value 'four' of type 'str' could not be converted to Integer",
+        ),
         ("workload", "workload: [\n", '/workload/mine.yaml", line 2'),
         ("workload", "nodes: 2\n", "/workload/mine.yaml without workload._target_"),
     ],

@@ -351,6 +351,12 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(
     assert sorted(above.rglob("*")) == before
 
 
+def test_a_report_that_cannot_be_written_beside_the_runs_is_refused_with_out(sweeps: dict[str, Path]) -> None:
+    (sweeps["old"] / "scaling.md").mkdir()  # root may write everywhere, but not replace a folder by a file
+    error = call(main, sweeps["old"], status=2)
+    assert f"{sweeps['old']}: " in error and f"launch.report {sweeps['old']} --out FOLDER" in error
+
+
 # A watched report follows its runs, and ends with them.
 
 
