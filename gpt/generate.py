@@ -79,6 +79,16 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[in
     return ids or [int(tokenizer.eot or 0)]
 
 
+def little_training(model: GPT, config: TrainConfig, checkpoint: Path) -> str:
+    """Return a warning if a model has trained on fewer tokens than it has parameters; "" for other models, and for runs
+    that began with trained weights or whose tokens depend on the number of ranks."""
+    tokens = step_of(checkpoint) * config.optim.global_batch * config.model.block_size
+    share = tokens / sum(parameter.numel() for parameter in model.parameters())
+    if share >= 1 or config.init_from is not None or config.optim.weak_scaling:
+        return ""
+    return f": only {tokens:,} tokens of training, {share:.2g} for each parameter, so expect noise"
+
+
 def write(
     model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], args: argparse.Namespace
 ) -> None:
@@ -138,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = load_tokenizer(folder.tokenizer)
         checkpoint = find_checkpoint(folder, args.step)
         model = read_weights(config, checkpoint, choose_device(Device[args.device], 0, 1))
-        print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)
+        little = little_training(model, config, checkpoint)
+        print(f"{config.model.name}, step {step_of(checkpoint)}{little}", file=sys.stderr)
         write(model, config, tokenizer, args.prompt, args)
     except KeyboardInterrupt:
         print(file=sys.stderr)

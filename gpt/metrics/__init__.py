@@ -117,7 +117,7 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
     shown = ", ".join(hosts[:4]) + (", ..." if len(hosts) > 4 else "")
     layout = record["topology"]
     topology = " ".join([layout["strategy"], *(f"{k}={v}" for k, v in layout.items() if isinstance(v, int) and v > 1)])
-    threads = f"{counted(ranks[0]['threads'], 'thread')} a rank"
+    threads = f"{counted(ranks[0]['threads'], 'thread')} a rank (OMP_NUM_THREADS, or else all cores)"
     return {
         "ranks": f"{len(ranks)} on {counted(len(hosts), 'host')} ({shown}), {topology}",
         "devices": named + (f", {min(memory):.0f} GiB each" if memory else f", {threads}"),

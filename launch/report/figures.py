@@ -154,7 +154,7 @@ def _draw_nothing(axes: Axes) -> None:
 
 def scale_values(axes: Axes, name: str, log: bool = False) -> None:
     """Set up the y axis with the label ``name``. The axis begins at 0; with ``log`` it spans at least a factor of 4."""
-    axes.set_ylabel(name)
+    axes.set_ylabel(f"{name}, log scale" if log else name)
     axes.grid(True, axis="y")
     if not log:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.15)

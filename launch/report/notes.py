@@ -96,6 +96,7 @@ def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequenc
     yield from chain(*map(_comparison, every))
     yield from _records(shown)
     yield from _inexact(shown, rows)
+    yield from _means(shown)
     yield from chain(*map(_times, shown), *map(_gpus, shown), *map(_interruptions, rows))
     for point in shown:  # A point that used less than half of the memory or of the CPUs that it requested.
         if "next time" in (text := usage_text(RunFolder(point.path))):
@@ -240,21 +241,31 @@ def _inexact(points: Sequence[Point], rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _times(point: Point) -> Iterator[str]:
-    """Report slow ranks, the parts of profiled steps, and step times that are means over several lines of a log."""
-    figures = point.figures
-    if figures is None:
-        return
-    if figures.resolution_s:
+def _means(points: Sequence[Point]) -> Iterator[str]:
+    """Explain step times that are means over several lines of a log, and how exact an efficiency is with them."""
+    each = []
+    for point in points:
+        figures = point.figures
+        if figures is None or not figures.resolution_s:
+            continue
         together = round(figures.resolution_s / figures.step_time_s) if figures.step_time_s else 0
         claim = f"an efficiency is exact to about {100 / figures.intervals:.0f} %"
         if point.is_coarse:
-            claim = f"no efficiency is claimed: they took less than {MIN_STEPS} such readings"
+            claim = f"no efficiency is claimed: the steps took less than {MIN_STEPS} such readings"
+        each.append(f"{point.title} ({counted(together, 'step')} in {figures.resolution_s:.2g} s; {claim})")
+    if each:
         yield (
-            f"At {point.title} a step time is a mean over about {counted(together, 'step')}, whose lines were read "
-            f"together ({figures.resolution_s:.2g} s): their spread is not known, and {claim}. A step time in the "
-            "line (script.progress with a group step_time_s), or launch.worker, gives the time of each step."
+            f"A step time is a mean over the steps whose lines were read together, and their spread is not known: at "
+            f"{', '.join(each)}. A step time in the line (script.progress with a group step_time_s), or launch.worker, "
+            "gives the time of each step."
         )
+
+
+def _times(point: Point) -> Iterator[str]:
+    """Report slow ranks, and the parts of profiled steps."""
+    figures = point.figures
+    if figures is None:
+        return
     ranks = point.rank_times.ranks if point.rank_times else ()
     texts = []
     for rank in sorted((rank for rank in ranks if rank.is_slow), key=lambda rank: -rank.excess_s):

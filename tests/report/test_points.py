@@ -286,7 +286,7 @@ def test_times_of_lines_that_were_read_together_have_no_spread_and_no_efficiency
     assert table.rows[1].efficiency == (pytest.approx(1.0) if claimed else None)
     assert not notes_with(table, "95 % interval")
     [note] = notes_with(
-        table, "At nodes=2 a step time is a mean over about 25 steps", "script.progress with a group step_time_s"
+        table, "at nodes=1 (12 steps in 1 s; ", "nodes=2 (25 steps in 1 s; ", "script.progress with a group step_time_s"
     )
     assert ("no efficiency is claimed" in note) is not claimed and ("exact to about 6 %" in note) is claimed
     assert write(table, files={ReportFile.png}), "a chart without the quartiles"

@@ -123,6 +123,7 @@ def test_the_command_writes_and_refuses(trained: Path) -> None:
     first = printed.split("--- 2")[0].partition("--- 1\n")[2]
     assert first in texts("-p", "import os", "--seed", "3"), "as the tokens come, and the same"
     assert "an empty prompt" in texts("-p", "", status=2)
+    assert re.search(r"step \d+: only [\d,]+ tokens of training, 0\.\d+ for each parameter", printed)
 
 
 # Comparing runs whose records were made by hand, so that every figure is known.
