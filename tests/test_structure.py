@@ -362,7 +362,7 @@ TOKENS = {
     "launch/agent": 32_680,
     "launch/bench_network": 3_710,
     "launch/config": 4_220,
-    "launch/doctor": 7_050,
+    "launch/doctor": 7_090,
     "launch/fleet": 2_710,
     "launch/plan": 9_080,
     "launch/project": 6_840,

@@ -29,6 +29,7 @@ from launch.config.compose import compose_launch, require_config_dir, sweep_poin
 from launch.doctor import findings, job
 from launch.doctor.findings import Facts
 from launch.errors import CommandParser, ConfigError, refusing
+from launch.plan import placement
 from launch.plan.plan import Plan, make_plan
 from launch.runs.find import plain_console
 from launch.runs.folder import deny_others_writing
@@ -143,6 +144,9 @@ def examine(
             plan = make_plan(config, list(overrides), seen.kind, sizes, gpu_type(config, seen))
             plans[plan.run_dir], planned[plan.run_dir] = plan, config
         except ConfigError as error:
+            if seen.limits is not None:  # The other checks of a request need a plan.
+                for _, there in placement.configs(config):
+                    of_request += checks.check_partition_names(seen.limits, there)
             why = f"python -m launch refuses it; expected: {error.expected}"
             of_request.append(fail(f"plan {' '.join(overrides)}".rstrip(), error.found, why, error.fix))
     requests = [request for _, request in checks.requests_of([*plans.values()], planned, seen)]

@@ -134,6 +134,8 @@ def test_a_warning_is_said_once_for_all_points_and_folders(tmp_path: Path, monke
     assert [one.level for one in found if one.check in ("gpus", "cpus")] == [Level.warning, Level.ok]
     (error,) = [one for one in found if one.level is Level.error]
     assert error.check.startswith("plan cluster=slurm nodes=2") and "optim.global_batch=7" in error.found
+    _, found, _, _ = doctor.examine([[*refused, "cluster.partition=absent"]])
+    assert [one.check.split()[0] for one in found if one.level is Level.error] == ["partition", "plan"]
 
 
 # Findings about measured nodes and links: who is slow or broken is named, and nobody else.
