@@ -187,8 +187,9 @@ class RankCommand:
     preload: tuple[str, ...] = ()
     """Modules that every rank imports.
 
-    If ``args`` is ``sys.executable, "-m", MODULE, ...`` each node imports the modules once, and its ranks are forked.
-    The modules must not start threads or CUDA, or read a variable of ``env``, during import.
+    If ``args`` is ``sys.executable, "-m", MODULE, ...`` or ``sys.executable, FILE, ...``, each node imports the modules
+    once, and its ranks are forked. During import, the modules must not start threads or CUDA, or read a variable of
+    ``env``.
     """
     wants_memory_store: bool = False
     """True to run a memory store on each node, whose content outlives the ranks (``launch.worker.memory``)."""

@@ -253,6 +253,7 @@ RUNS_CODE = {
     ("launch.worker.call", "pickle.load"): "calls and results in folders of this user, where nobody else can write",
     ("launch.worker.call", "pickle.loads"): "what this process has pickled, to see whether it can be read",
     ("launch.agent.after_step", "DelayedSubmission.load"): "the pickle that the job itself is made of",
+    ("launch.agent.fork_server", "exec"): "the script of the user, which Python would run otherwise",
 }
 """Where something is loaded in a way that could run code of who wrote it, and why that is nobody else."""
 
@@ -359,9 +360,9 @@ TOKENS = {
     "gpt/metrics": 4_750,
     "gpt_launch": 740,
     "hydra_plugins": 2_500,
-    "launch/agent": 32_680,
+    "launch/agent": 32_900,
     "launch/bench_network": 3_710,
-    "launch/config": 4_220,
+    "launch/config": 4_290,
     "launch/doctor": 7_090,
     "launch/fleet": 2_710,
     "launch/plan": 9_080,

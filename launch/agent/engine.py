@@ -299,4 +299,4 @@ ENGINES: Mapping[str, Callable[[NodeRanks], Engine]] = {
 
 def engine_class(limits: ResilienceConfig) -> Callable[[NodeRanks], Engine]:
     """Return the class of the engine that ``resilience.engine`` names."""
-    return limits.own_engine or ENGINES[limits.engine]
+    return limits.own_engine or ENGINES[limits.engine.partition(":")[0]]

@@ -1,17 +1,19 @@
 """Fork server of a node: a process that imports the libraries of the ranks once, and forks the ranks.
 
 The file follows the life of a rank. The agent requests a fork (``ForkServer``), the server forks (``serve_forks``), the
-rank runs (``run_rank``). A forked rank behaves as if ``python -m MODULE`` had been executed.
+rank runs (``run_rank``). A forked rank behaves as if ``python -m MODULE`` or ``python FILE`` had been executed.
 """
 
 from __future__ import annotations
 
 import atexit
+import builtins
 import ctypes
 import importlib
 import io
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,10 +45,8 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 class Start:
     """Request of the agent to fork one rank."""
 
-    module: str
-    """Module that runs as ``__main__``."""
-    words: tuple[str, ...]
-    """Arguments after the name of the module."""
+    args: tuple[str, ...]
+    """Arguments of Python: ``-m`` and a module, or a file, then the arguments of the program."""
     cwd: str
     env: Mapping[str, str]
     """Complete environment of the rank."""
@@ -138,8 +138,8 @@ class ForkServer:
     def start(self, args: Sequence[str], env: Mapping[str, str], cwd: str, log: str) -> ForkedProcess | None:
         """Fork a rank. Returns None if the agent has to execute the rank instead.
 
-        A fork needs a command ``python -m MODULE``, a server that has imported its modules, and the same working
-        directory and variables of ``EARLY`` as during the imports.
+        A fork needs a command ``python -m MODULE`` or ``python FILE``, a server that has imported its modules, and the
+        same variables of ``EARLY`` as during the imports; with ``-m`` also the same working directory.
 
         Args:
             args: program and arguments.
@@ -151,14 +151,14 @@ class ForkServer:
             return None
         early = {key for key in {**self._env, **env} if key.startswith(EARLY) and not key.startswith(LATE)}
         why = ", ".join(sorted(key for key in early if self._env.get(key) != env.get(key)))
-        if len(args) < 3 or tuple(args[:2]) != (sys.executable, "-m"):
-            why = "not python -m"
-        elif cwd != self._cwd:
+        if args[0] != sys.executable or len(args) < 2 or (args[1].startswith("-") and args[1] != "-m"):
+            why = f"{shlex.join(args[:2])} is neither {sys.executable} FILE nor {sys.executable} -m MODULE"
+        elif args[1] == "-m" and cwd != self._cwd:
             why = f"in {cwd}"
         if why:
             print(f"launch: rank {env.get('RANK')} is executed, not forked: {why}", file=sys.stderr)
             return None
-        pid = self._receive(Start(args[2], tuple(args[3:]), cwd, dict(env), log))
+        pid = self._receive(Start(tuple(args[1:]), cwd, dict(env), log))
         return None if pid is None else ForkedProcess(args, pid)
 
     def _receive(self, start: Start | None = None) -> int | None:
@@ -272,7 +272,7 @@ def run_rank(start: Start, agent: int, requests: Connection) -> NoReturn:
             os._exit(1)
         requests.send(os.getpid())
         requests.close()
-        status = run_main(start.module)
+        status = run_main(start.args)
         status = leave() or status
     finally:  # Never return into the agent's frames: this process is a copy of the agent.
         end_with(status)
@@ -303,8 +303,9 @@ def become_rank(start: Start, agent: int) -> None:
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in IGNORED else default)
-    sys.orig_argv = [sys.executable, "-m", start.module, *start.words]
-    sys.argv = ["-m", *start.words]  # runpy puts the path of the module into sys.argv[0].
+    sys.orig_argv = [sys.executable, *start.args]
+    # With -m, runpy puts the path of the module into sys.argv[0].
+    sys.argv = ["-m", *start.args[2:]] if start.args[0] == "-m" else list(start.args)
     shown = [Path(sys.executable).name, *sys.orig_argv[1:]]
     show_in_proc(shown, {**{k: v for k, v in start.env.items() if before.get(k) != v}, **start.env})
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -339,11 +340,27 @@ def take_streams(sources: Sequence[int]) -> None:
         setattr(sys, f"__{name}__", text)
 
 
-def run_main(module: str) -> int:
-    """Run a module as ``python -m`` does, even if it was imported before. Returns the exit status."""
+def run_main(args: Sequence[str]) -> int:
+    """Run a program as Python does with these arguments: ``-m`` and a module, which may have been imported before, or a
+    file. Returns the exit status.
+    """
+    if args[0] != "-m":
+        return exit_status(run_file, args[0])
+    module = args[1]
     if not hasattr(sys.modules.get(module), "__path__"):  # a package runs its ``__main__``
         sys.modules.pop(module, None)  # runpy would warn that the module is already in sys.modules.
     return exit_status(runpy._run_module_as_main, module)  # type: ignore[attr-defined]  # as python -m does
+
+
+def run_file(name: str) -> None:
+    """Run a file as ``python FILE`` does. Its folder comes first in ``sys.path``, instead of the working directory."""
+    if not sys.flags.safe_path:
+        del sys.path[0]
+    if not os.environ.get("PYTHONSAFEPATH"):
+        sys.path.insert(0, str(Path(name).resolve().parent))
+    main, file = sys.modules["__main__"], str(Path(name).absolute())
+    main.__dict__.update(__file__=file, __builtins__=builtins)
+    exec(compile(Path(file).read_bytes(), file, "exec"), main.__dict__)
 
 
 def exit_status(program: Callable[..., object], *args: object) -> int:
@@ -359,8 +376,9 @@ def exit_status(program: Callable[..., object], *args: object) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        # The traceback leaves this function out.
-        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+        # The traceback leaves out this file.
+        while error.__traceback__ is not None and error.__traceback__.tb_frame.f_code.co_filename == __file__:
+            error.__traceback__ = error.__traceback__.tb_next
         sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
         sys.excepthook(type(error), error, error.__traceback__)
         return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1

@@ -49,8 +49,9 @@ def fork_server(context: RunContext) -> Iterator[ForkServer | None]:
     folder, config = context.folder, context.config
     workload = workload_of(config)
     preload: Sequence[str] = ()
-    if config.resilience.engine == "fork":
+    if config.resilience.engine.partition(":")[0] == "fork":
         preload = workload.command(config, folder, max(folder.attempts(), default=0) + 1).preload
+        preload = (*preload, *config.resilience.preload)
     # A site's additions to Python, such as sitecustomize, have started a thread.
     if preload and threading.active_count() > 1:
         print("launch: ranks are executed, not forked: this agent has threads already", file=sys.stderr)
@@ -69,8 +70,8 @@ def code_of_ranks(folder: RunFolder, tree: CodeTree) -> CodeTree:
 
 
 def state_of(tree: CodeTree) -> dict[str, tuple[int, int]]:
-    """Return the state of each file of the code: name -> (modification time in nanoseconds, size in bytes)."""
-    stats = {name: path.stat() for name, path in tree.files(tree.root)}
+    """Return the state of each Python file of the code: name -> (modification time in nanoseconds, size in bytes)."""
+    stats = {name: path.stat() for name, path in tree.files(tree.root) if path.suffix == ".py"}
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 

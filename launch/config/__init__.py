@@ -121,7 +121,8 @@ class ResilienceConfig:
         "fork",
         "What starts the ranks. fork: modules are imported once on each node, and the ranks are forked, for workloads"
         " that name these modules (RankCommand.preload); after a change of the code, and with deterministic=true, as"
-        " exec. exec: each rank is a new process. torchrun; nvrx: ft_launcher of nvidia-resiliency-ext;"
+        " exec. fork:torch+numpy: also for a Python script of yours, which imports these modules. exec: each rank is a"
+        " new process. torchrun; nvrx: ft_launcher of nvidia-resiliency-ext;"
         " PACKAGE.MODULE.CLASS: an engine of yours (docs/resilience.md).",
     )
     rendezvous_timeout_s: ClassVar[float] = 600.0
@@ -167,6 +168,12 @@ class ResilienceConfig:
         )
 
     @property
+    def preload(self) -> tuple[str, ...]:
+        """Modules that ``engine=fork:MODULE+MODULE`` imports before it forks the ranks; empty without such modules."""
+        kind, _, modules = self.engine.partition(":")
+        return tuple(modules.split("+")) if kind == "fork" and modules else ()
+
+    @property
     def own_engine(self) -> Any:
         """Class of the user that ``engine`` names; None for an engine of the launcher.
 
@@ -177,9 +184,10 @@ class ResilienceConfig:
         if self.engine == "nvrx" and importlib.util.find_spec(NVRX) is None:
             found = f"{name}, and {sys.executable} has no package {NVRX}"
             raise ConfigError(found, "the package in the Python of the agents", f"pip install {NVRX}, or {fix}")
-        if self.engine in ENGINES:
+        if self.engine in ENGINES or self.preload:
             return None
-        expected = f"one of {', '.join(ENGINES)}, or the dotted path of a class as launch.agent.engine.Engine"
+        names = ", ".join((*ENGINES, "fork:MODULE+MODULE"))
+        expected = f"one of {names}, or the dotted path of a class as launch.agent.engine.Engine"
         module, _, attribute = self.engine.rpartition(".")
         try:
             kind = getattr(importlib.import_module(module), attribute)

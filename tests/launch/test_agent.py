@@ -171,7 +171,8 @@ def facts():
         "streams": [(s.encoding, s.errors, s.line_buffering) for s in streams],
         "same": [sys.__stdin__ is sys.stdin, sys.__stdout__ is sys.stdout, sys.__stderr__ is sys.stderr],
         "through": [s.write_through for s in streams[1:]],
-        "main": [__name__, __spec__.name, sys.modules["__main__"].__file__, "program" in sys.modules],
+        "main": [__name__, __spec__ and __spec__.name, sys.modules["__main__"].__file__],
+        "loaded": __spec__ is None or "program" in sys.modules,
         "threads": threading.active_count(),
     }
 
@@ -227,7 +228,7 @@ from pathlib import Path
 from launch.agent.fork_server import ForkServer
 
 def start(server, name, *words, **changed):
-    args = (sys.executable, "-m", *(changed.pop("program", None) or ("program", *words)))
+    args = (sys.executable, *changed.pop("program", ("-m", "program")), *words)
     env = {**os.environ, "RANK": "7", "PYTHONUNBUFFERED": "1", **changed}
     env.pop("GONE")
     if server is not None:
@@ -247,8 +248,10 @@ with ForkServer(("program",)) as server:
     server.wait_ready()
     for name, words in json.loads(sys.argv[1]).items():
         for how, by in ("forked", server), ("executed", None):
-            told[how][name] = end(start(by, f"{how} {name}", *words), f"{how} {name}")
-    told["missing"] = [end(start(by, f"{how} missing", program=("absent", "x")), f"{how} missing")
+            for kind, program in ("module", ("-m", "program")), ("file", ("scripts/program.py",)):
+                log = f"{how} {kind} {name}"
+                told[how][f"{kind} {name}"] = end(start(by, log, *words, program=program), log)
+    told["missing"] = [end(start(by, f"{how} missing", "x", program=("-m", "absent")), f"{how} missing")
                        for how, by in (("forked", server), ("executed", None))]
     chances = [end(start(server, f"chance {i}", "chance"), f"chance {i}")[1] for i in range(2)]
     told["chances differ"] = chances[0] != chances[1]
@@ -286,6 +289,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Findings of an agent about its ranks before it was killed, and what it printed."""
     folder = tmp_path_factory.mktemp("fork server")
     (folder / "program.py").write_text(PROGRAM)
+    (folder / "scripts").mkdir()
+    (folder / "scripts" / "program.py").write_text(PROGRAM)
     (folder / "threaded.py").write_text(
         "import threading, time; threading.Thread(target=time.sleep, args=[600]).start()"
     )
@@ -302,15 +307,16 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**json.loads(done.stdout), "printed": done.stderr}
 
 
+@pytest.mark.parametrize("kind", ["module", "file"])
 @pytest.mark.parametrize("what", SAME)
-def test_a_forked_rank_behaves_like_an_executed_rank(what: str, told: dict[str, Any]) -> None:
-    forked, executed = told["forked"][what], told["executed"][what]
+def test_a_forked_rank_behaves_like_an_executed_rank(what: str, kind: str, told: dict[str, Any]) -> None:
+    forked, executed = told["forked"][f"{kind} {what}"], told["executed"][f"{kind} {what}"]
     assert executed[0] or executed[1], "nothing to compare"
     assert forked == executed
 
 
 def test_a_forked_rank_is_a_child_of_the_agent_in_its_own_session(told: dict[str, Any]) -> None:
-    facts = json.loads(told["forked"]["facts"][1])
+    facts = json.loads(told["forked"]["module facts"][1])
     assert (facts["parent"], facts["leads"], facts["umask"]) == (told["agent"], True, 0o027)
     assert "GONE" not in facts["env"]
     assert told["chances differ"]
@@ -318,8 +324,8 @@ def test_a_forked_rank_is_a_child_of_the_agent_in_its_own_session(told: dict[str
 
 def test_a_rank_that_cannot_be_forked_is_executed(told: dict[str, Any]) -> None:
     assert told["other start"] == [None] * 3
-    for reason in ("OMP_NUM_THREADS", "not python -m", "in /"):
-        assert f"is executed, not forked: {reason}\n" in told["printed"]
+    for reason in ("OMP_NUM_THREADS", "sh -c is neither", "in /"):
+        assert f"is executed, not forked: {reason}" in told["printed"]
     assert told["called off"] == [None, False], "a server that is not ready is not waited for"
     assert told["missing"][0] == told["missing"][1] and told["missing"][0][0] == 1
 

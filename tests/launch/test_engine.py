@@ -20,6 +20,7 @@ from tests.support.runs import LOCAL, write_script
 
 HAS_NVRX = importlib.util.find_spec("nvidia_resiliency_ext") is not None
 ENGINES = [
+    "fork:torch+own",
     "exec",
     "torchrun",
     pytest.param("nvrx", marks=pytest.mark.skipif(not HAS_NVRX, reason="needs nvidia-resiliency-ext")),
@@ -37,13 +38,14 @@ class Renamed(ProcessEngine):
 """
 SUM = """
 import json, os, sys
+is_early = "own" in sys.modules
 import torch, torch.distributed as dist
 
 dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
 known = {key: os.environ[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "WANDB_RUN_ID")}
-print(json.dumps({**known, "sum": total.item(), "by": os.environ.get("BY")}), flush=True)
+print(json.dumps({**known, "sum": total.item(), "by": os.environ.get("BY"), "early": is_early}), flush=True)
 if "fail" in sys.argv and dist.get_rank() == 3:
     raise KeyError("lost sheep")
 dist.barrier()
@@ -96,6 +98,7 @@ def test_each_engine_starts_the_ranks_of_all_nodes(engine: str, tmp_path: Path) 
     assert places == [("0", "0", "0"), ("1", "1", "0"), ("2", "0", "1"), ("3", "1", "1")]
     assert len({entry["WANDB_RUN_ID"] for entry in printed}) == 4
     assert {entry["by"] for entry in printed} == {"me" if engine.startswith("own") else None}
+    assert {entry["early"] for entry in printed} == {engine.startswith("fork:")}
 
 
 def test_each_engine_names_the_rank_that_failed_first(engine: str, tmp_path: Path) -> None:

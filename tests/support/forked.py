@@ -253,10 +253,7 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
         _import_from(before.get("PYTHONPATH", ""), job.env.get("PYTHONPATH", ""))
     sys.modules["__main__"] = types.ModuleType("__main__")
     importlib.invalidate_caches()
-    if job.is_file:
-        status = forked_rank.exit_status(_run_file, job.module)
-    else:
-        status = forked_rank.run_main(job.module)
+    status = forked_rank.run_main(job.command[1:])
     forked_rank.end_with(forked_rank.leave() or status)
 
 
@@ -272,13 +269,6 @@ def _import_from(before: str, told: str) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] in {*OURS, *shadowed, "sitecustomize"}]:
         del sys.modules[name]
     site.execsitecustomize()
-
-
-def _run_file(path: str) -> None:
-    """Run a file as ``__main__``, as ``python FILE`` does."""
-    main = sys.modules["__main__"]
-    main.__file__ = path
-    exec(compile(Path(path).read_bytes(), path, "exec"), main.__dict__)
 
 
 class Starter:
