@@ -81,7 +81,7 @@ def plain_line(point: RunStatus) -> str:
 def news(point: RunStatus) -> Iterator[str]:
     """Yield texts on a running point: restarts, failed saves, damage, changed code, or a job that cannot start."""
     events = point.events()
-    causes = {event["attempt"]: event["cause"] for event in select_events(events, "verdict")}
+    causes = {event["attempt"]: event["cause"] for event in select_events(events, "verdict", "head_replaced")}
     for event in events:
         attempt = event.get("attempt")
         if event["event"] == "code_changed":

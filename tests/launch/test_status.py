@@ -99,6 +99,8 @@ def test_the_waiting_command_has_news_of_restarts_failed_saves_and_damage(tmp_pa
         {"event": "verdict", "attempt": 1, "cause": "rank 3 failed first: killed by SIGKILL"},
         {"event": "decided", "attempt": 1, "action": "restart", "cause": "crashed", "reason": "crashed once"},
         {"event": "decided", "attempt": 2, "action": "restart", "cause": "hung", "reason": "hung once"},
+        {"event": "head_replaced", "attempt": 3, "cause": "node n1 is lost: silent for 8 s"},
+        {"event": "decided", "attempt": 3, "action": "restart", "cause": "node_failed", "reason": "1 of 10"},
         {"event": "checkpoint_set_aside", "attempt": 2, "step": 4, "cause": "step_4 has a wrong checksum"},
         {"event": "code_changed", "attempt": 2, "since": 1, "cause": "train.py"},
     ]
@@ -106,6 +108,7 @@ def test_the_waiting_command_has_news_of_restarts_failed_saves_and_damage(tmp_pa
         "the checkpoint of step 5 could not be written: No space left on device",
         "attempt 1 ended (rank 3 failed first: killed by SIGKILL), restart in place: crashed once",
         "attempt 2 ended (hung), restart in place: hung once",
+        "attempt 3 ended (node n1 is lost: silent for 8 s), restart in place: 1 of 10",
         "attempt 2: changed since attempt 1: train.py",
         "damaged and set aside: step_4 has a wrong checksum",
     ]
