@@ -129,7 +129,7 @@ def test_each_engine_ends_its_ranks_and_their_children_at_a_stop(engine: str, tm
     pids = [int(word) for path in logs for word in path.read_text().split()]
     process.terminate()
     wait_for(lambda: select_events(folder.read_events(), "stopped"), "the end of the run")
-    assert not any(map(is_alive, pids)), log.read_text()
+    wait_for(lambda: not any(map(is_alive, pids)), "the end of all processes")
 
 
 def test_the_ranks_of_each_engine_end_with_their_agent(engine: str, tmp_path: Path) -> None:
