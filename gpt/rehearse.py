@@ -132,10 +132,11 @@ def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:
 
 
 def unjoined_batches(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield one line of text if a rank of a group with batches of transfers issues no batch and no collective in it.
+    """Yield one line of text if a batch of transfers (``batch_isend_irecv``) waits forever for a rank of its group.
 
-    NCCL makes the communicator of a group in its first collective or batch, for which it waits for all ranks of the
-    group. Transfers outside of batches have communicators of their own. ``of_group`` as in ``lost_transfers``.
+    NCCL makes the communicator of a group when all ranks of the group have issued a collective or a batch. So a batch
+    waits forever for a rank that issues neither; single transfers of that rank use other communicators.
+    ``of_group`` as in ``lost_transfers``.
     """
     first = next((one for calls in of_group.values() for one in calls if one.batched), None)
     if first is None:

@@ -118,7 +118,7 @@ class WorkloadPlan:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Time of an optimizer step by a workload's cost model, by cause, in seconds on the slowest rank."""
+    """Estimated time of an optimizer step on the slowest rank, in seconds, divided by cause."""
 
     compute_s: float
     bubble_s: float = 0.0
@@ -232,9 +232,9 @@ class CodeTree:
 
     root: Path
     files: Callable[[Path], Iterable[tuple[str, Path]]]
-    """Function that yields (name relative to a root, path) of the files below this root, in order.
+    """Function that yields (name relative to a root, path) of the code files below that root: ``root`` or a copy of it.
 
-    The root may be a copy.
+    The order is sorted, so that the same files have the same digest.
     """
     has_launcher: bool
     """True if the folder contains the launcher itself, so that the launcher also runs from a copy."""

@@ -170,8 +170,14 @@ def requirements(with_torch: bool) -> Iterator[str]:
 
 
 def type_commands(python: str, commands: Sequence[Sequence[str]], kind: str) -> str:
-    """Run commands one after another until one fails. Return as text the failure, or that all commands passed. ``kind``
-    follows the word "commands" in this text, such as ``of the login node``."""
+    """Run ``python -m COMMAND`` for one command after another, until one fails. Return as text the failure, or that
+    all commands passed.
+
+    Args:
+        python: path of the interpreter.
+        commands: words after ``-m`` of each command.
+        kind: words after "commands" in the text, such as ``of the login node``.
+    """
     for command in commands:
         done = run(python, "-m", *command, check=False)
         if done.returncode:

@@ -117,7 +117,7 @@ class Trial:
     is_printed: bool = False
     """True if the last lines of the failed command contain the sentence of the verdict."""
     diagnose_s: float = 0.0
-    """Time to find the verdict in the run folder, in seconds."""
+    """Seconds that ``find_verdict`` takes to read the run folder and to decide."""
 
     @property
     def outcome(self) -> str:

@@ -64,7 +64,8 @@ def gpt_words(faults: int) -> tuple[str, ...]:
 
 
 def chain_words(faults: int, calm: Path) -> tuple[str, ...]:
-    """Return overrides of a run of the chain of hashes. Its steps no longer sleep once the file ``calm`` exists."""
+    """Return overrides of a run of ``PROGRAM`` that lasts long enough for ``faults`` faults. Each step sleeps for
+    ``STEP_S`` seconds until the file ``calm`` exists."""
     arguments = f"{STEPS_PER_FAULT * faults} {SAVE_EVERY} {STEP_S} {calm}"
     script = ("workload=script", "ranks_per_node=1", f"script.path={PROGRAM}", f"script.args='{arguments}'")
     return (*script, "script.resumes=true", f"script.env.PYTHONPATH={ROOT}")

@@ -50,7 +50,7 @@ AT_ONCE = 7
 SQUARE = {"cuda": 8192, "cpu": 512}
 """Device -> number of rows and columns of the square matrices whose product gives the measured rate."""
 ASKED_S = 10.0
-"""Time limit in seconds for an answer of a contestant that needs no training step."""
+"""Time limit in seconds for a contestant's answer to a question that it can answer without a training step."""
 CPU_GIB = 8.0
 """Memory in GiB that ``--device cpu`` assumes for each device."""
 TITLES = (

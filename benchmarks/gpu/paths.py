@@ -145,7 +145,11 @@ def presets(gpus: int) -> Iterator[Entry]:
 
 
 def command(entry: Entry, device: str, folder: Path) -> list[str]:
-    """Return the command line of an entry. The micro-batch is at most the number of sequences that a data rank gets."""
+    """Return the command line that trains an entry on ``device`` (``cuda`` or ``cpu``), with the run folder ``folder``.
+
+    The micro-batch is that of the entry, or all sequences that one data rank gets in a step if these are fewer. Raises
+    ConfigError if the training program would refuse the overrides.
+    """
     words = [*MODELS[entry.model], *SIZES[device], *COMMON, f"device={device}", *entry.words]
     config = to_schema(compose_train(words), TrainConfig)
     micro = min(entry.micro_batch, config.optim.global_batch // check_parallel_dims(config, entry.ranks).data_ranks)

@@ -1,14 +1,16 @@
-"""Cost of watching a run: steps with every record and view compared with steps with none, in turn, in one process.
+"""Cost of the records and views of a run: steps that write all of them, compared with steps that write none.
 
     python -m benchmarks.speed.monitoring  # the README's model
     python -m benchmarks.speed.monitoring model=gpt2_124m device=cuda
 
-Blocks of ten steps alternate. In one block, every record is completed, appended to its file and sent to TensorBoard,
-CSV, JSON and console, and one of the ten steps measures the gradients by layer. In the other block, only the loss is
-read. Prints two Markdown tables. The first has wall time and the CPU time of the whole process, which other users of
-the machine disturb less. The second has the CPU time of each part alone, with their sum as a share of a step of 200
-ms. It includes two parts that a single process does not have: as many waits for other ranks as a step of fsdp over 30
-blocks has, and the search for slow ranks among a thousand, which only rank 0 does.
+Blocks of ten steps alternate in one process. In one block, every record is completed, appended to its file and sent to
+TensorBoard, CSV, JSON and console, and one of the ten steps measures the gradients by layer. In the other block, only
+the loss is read.
+
+Prints two Markdown tables. The first has the wall time and the CPU time of a step; other users of the machine disturb
+the CPU time less. The second has the CPU time of each part alone, and the sum of the parts as a share of a step of
+200 ms. Two parts stand for a large run. One is 100 waits for other ranks, about as many as a step of fsdp over 30
+blocks has. The other is the search for slow ranks among 1,024 ranks, which only rank 0 of a run does.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def parameters_of(module: torch.nn.Module) -> int:
 
 
 def serve_as_told(words: argparse.Namespace) -> None:
-    """Build the contestant that the command line names, and run its turns."""
+    """Build the contestant of ``--serve``, make as many steps as each input line says, and end the process at last."""
     torch.set_num_threads(words.one_thread_count)
     shape, compiled = Shape(**json.loads(words.shape)), words.mode == "compiled"
     checkout = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt}.get(words.serve)
@@ -249,7 +249,8 @@ def main() -> int:
 
 
 def write(about: str, lines: Sequence[str]) -> None:
-    """Write the result page next to this script."""
+    """Write the page ``peers.md`` next to this script. ``lines`` are the lines of its table, and ``about`` is the text
+    before the table, on sizes and machine."""
     said = (__doc__ or "").split("\n\n")
     typed = " ".join(["python -m benchmarks.speed.peers", *sys.argv[1:]])
     text = "\n\n".join(["# Our step beside those of others", f"`{typed}`", *said[2:], about, "\n".join(lines)])

@@ -150,8 +150,8 @@ def split_name(key: str, name: str) -> tuple[str, str]:
 
 
 def missing_module(key: str, name: str, module: str, missing: str) -> ConfigError:
-    """Return the error for ``key``=``name`` if the module ``missing`` does not exist: the module of the name, or one
-    that it imports."""
+    """Return the error for ``key``=``name`` if Python cannot import ``module``, the module of the object, because there
+    is no module ``missing``. This may be ``module`` itself, or a module that it imports."""
     return ConfigError(
         f"{key}={name}, and there is no module {missing}",
         "a module that Python can import here and on the nodes",

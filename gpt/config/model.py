@@ -47,7 +47,7 @@ class RopeScaling(Enum):
     is divided by the factor and the fastest stays (NTK-aware; arXiv 2309.00071, section 3.1). ``llama3`` divides the
     slow frequencies, keeps the fast ones, and blends the frequencies between (Llama 3.1's code,
     https://github.com/meta-llama/llama-models). ``yarn`` keeps frequencies of more than 32 turns in the original
-    length, divides those of less than one turn, and blends those between linearly in their number. It also multiplies
+    length, divides those of less than one turn, and blends those between linearly in their index. It also multiplies
     queries and keys by 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4).
     """
 

@@ -440,7 +440,7 @@ class MetricWriters:
                 self.show()
 
     def show(self) -> None:
-        """Write into the views all records that they lack."""
+        """Bring the views, such as TensorBoard's files, up to date with this rank's records. Only rank 0 has views."""
         unshown, self._unshown = self._unshown, []
         for record in unshown:
             for writer in self.writers:

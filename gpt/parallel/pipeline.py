@@ -134,7 +134,8 @@ class TiedEmbedding:
 
 
 def tied_gradient(stage: Stage) -> Tensor:
-    """Return this rank's shard of the gradient of a stage's token embedding."""
+    """Return this rank's shard of the gradient of a stage's copy of the tied embedding. Changes in place change the
+    gradient itself. The stage must be the first or the last, after a backward pass."""
     grad = stage.token_embedding.weight.grad
     assert grad is not None
     return local_tensor(grad)

@@ -138,7 +138,10 @@ def parameter_shards(
 
 
 def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelDims) -> ParameterShard:
-    """Return a rank's shard of the parameter with this name and whole shape."""
+    """Return the shard of the parameter with this name and whole shape, on each rank that has a part of it.
+
+    If tensor parallelism cannot divide a dimension evenly, this is the largest rank's shard.
+    """
     local = shape
     if dims.tp > 1:
         whole_name = name if name.startswith(AROUND) else f"blocks.0.{name}"

@@ -242,8 +242,8 @@ COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtenso
 
 
 Call = tuple[dist.ProcessGroup, list[Tensor], int | None]
-"""Group of a collective or transfer, tensors that this rank sends or receives, and index in the group of the other rank
-of a transfer; None for a collective."""
+"""Communication of one rank: (group, tensors that this rank sends or receives, peer). The peer is the other rank of a
+transfer, as its index in the group; None for a collective."""
 
 
 def read_call(space: str, operation: str, args: Sequence[Any]) -> Call | None:

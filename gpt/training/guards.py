@@ -230,10 +230,14 @@ class EarlyStop:
     """The loss ``best`` in nats per byte of text; None if the size of the text is unknown."""
 
     def add(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
-        """Add the validation loss of a step: ``loss`` in nats per token, and in bits per byte of text, or None if the
-        size of the text is unknown.
+        """Add the validation loss of a step.
 
-        Do nothing unless ``step`` is after ``best_step``, because a resumed run evaluates some steps again.
+        Does nothing unless ``step`` is after ``best_step``, because a resumed run evaluates some steps again.
+
+        Args:
+            step: step after which the loss was measured.
+            loss: the loss in nats per token.
+            bits_per_byte: the same loss in bits per byte of text; None if the size of the text is unknown.
         """
         if step <= self.best_step:
             return

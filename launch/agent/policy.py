@@ -390,12 +390,13 @@ class Meter:
             self._context.record("spare_ended", job=node.job, node=node.index, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool = False) -> str | None:
-        """Write a heartbeat, and compare the use with the budget.
+        """Touch the heartbeat file of the run's head node, and compare the use of all points of the command with the
+        budget.
 
-        Returns a text that names the cap if a cap is reached, and records the event ``budget_reached``; else None.
+        If a stop that begins now would reach a cap, records the event ``budget_reached`` and returns a text that names
+        the cap; else returns None. Also returns None if ``is_leaving``: the ranks are already leaving.
 
-        Acts at most every ``budget_poll_s`` seconds, and returns None in between. Returns None also if ``is_leaving``:
-        the ranks are already leaving.
+        Acts only on the head node, and at most every ``budget_poll_s`` seconds; returns None otherwise.
         """
         config, now = self._context.config, time.time()
         if not self._context.node.is_head or time.monotonic() - self._polled < config.budget_poll_s:

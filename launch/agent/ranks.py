@@ -303,7 +303,7 @@ class RankAgent:
         self._pids: dict[int, int] = {}
         """Rank -> process id, of ranks that run or have ended."""
         self.killed: set[int] = set()
-        """Ranks that this agent or the engine killed. Their exit statuses do not show the cause of a failure."""
+        """Ranks that this agent, or ``resilience.engine``, killed. Their exit statuses do not show why a run failed."""
         self.is_given_up = False
         """True if waiting for other nodes is useless: a node has failed or is lost, or the grace period is over."""
         self.asks_for_requeue = False

@@ -74,11 +74,13 @@ class Watchdog:
 
     Args:
         folder: folder with the heartbeat files of the ranks, all of this attempt.
-        limits: ``resilience`` of the run, with the longest allowed silence of each kind.
+        limits: ``resilience`` of the run; ``heartbeat_timeout_s``, ``hang_timeout_s`` and
+            ``startup_and_save_timeout_s`` limit the silence.
         logs: rank -> path of its log.
-        must_attach: True if a rank without a heartbeat is late after ``startup_and_save_timeout_s``. Otherwise such a
-            rank does not use ``launch.worker``, and only its log shows progress.
-        silence_timeout_s: longest time in seconds without growth of such a rank's log; None: no limit.
+        must_attach: True if every rank must write a heartbeat within ``startup_and_save_timeout_s``. If False, ranks
+            may run without ``launch.worker``, and write none.
+        silence_timeout_s: longest time in seconds without growth of the log of a rank that has written no heartbeat;
+            None: no limit.
     """
 
     def __init__(

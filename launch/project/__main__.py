@@ -162,7 +162,7 @@ class ProjectedRow:
     cost_per_giga: float | None = None
     """Cost of 10^9 units of work in the currency of ``cluster.price_per_gpu_hour``, goodput included."""
     stragglers_s: float | None = None
-    """Seconds by which the slowest rank exceeds the mean rank in a step, measured or expected."""
+    """Seconds by which the slowest rank exceeds the mean rank in a step, measured or expected; None if unknown."""
     parts: dict[str, float] = field(default_factory=dict)
     """Cause -> seconds of a step, by the model; empty for a measured size."""
     refused: str = ""

@@ -333,7 +333,9 @@ class SweepPoints:
     Empty if one spread is unknown.
     """
     untold: str = ""
-    """Title of a point with several ranks whose spread is unknown, which leaves ``spreads`` empty; "" if there is none.
+    """Title of a point with several ranks whose spread of own times is unknown, or at least as long as a step.
+
+    "" if there is no such point. If there is one, ``spreads`` is empty.
     """
 
     @property

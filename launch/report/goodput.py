@@ -102,7 +102,7 @@ class Stretch:
     cause: str | None = None
     """Cause of the interruption that cost this time, a key of ``CAUSES``; None if the time is not lost."""
     since: float | None = None
-    """Unix time at which the section begins; None if it begins where the section before it ends."""
+    """Unix time at which this stretch begins; None if it begins when the stretch before it ends."""
 
 
 @dataclass(frozen=True)

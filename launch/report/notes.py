@@ -52,9 +52,9 @@ def percent(value: float | None) -> str:
 
 
 def with_unit(value: float | None, unit: str) -> str:
-    """Return a figure with its unit as text: from 1,000 on a whole number, below with four significant digits.
+    """Return a figure with its unit as text; ``UNAVAILABLE`` for None.
 
-    ``UNAVAILABLE`` for None.
+    Figures of at least 1,000 are rounded to whole numbers, smaller ones to four significant digits.
     """
     return figure(value, f"{{:,.0f}} {unit}" if value is not None and abs(value) >= 1000 else f"{{:.4g}} {unit}")
 

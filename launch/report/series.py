@@ -290,9 +290,9 @@ class Medians:
             places = (begins + np.arange(length)).ravel()[:steps] % steps
             drawn.append(np.median(times[places]))
         self.replicates = np.array(drawn)
-        """Medians of ``REPLICATES`` samples of the steps in seconds.
+        """Median step times in seconds of the bootstrap's samples, [REPLICATES].
 
-        A sample has as many steps as the run, drawn in blocks.
+        A sample has as many steps as the run, drawn in blocks of successive steps.
         """
         # Student's quantile, corrected for the correlation that is lost at the ends of blocks.
         cut = min(0.6, 2 * rho / (1 - rho * rho) / length)

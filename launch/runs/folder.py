@@ -275,7 +275,8 @@ def write_unwritten() -> None:
 
 
 def tell_unwritten() -> None:
-    """Try a last time to write the kept lines; print the lines that cannot be written on standard error."""
+    """Try a last time to write the lines that are kept in memory. Print those that still cannot be written, with the
+    path of their file, on standard error."""
     write_unwritten()
     for path, lines in _kept.items():
         for value in lines:
@@ -337,7 +338,10 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer"
         """Folder with the tokenizer of the run; absent if the data names none."""
         self.aside = self.path / "aside"
-        """Folder for later records and checkpoints, in a numbered folder for each return to an earlier checkpoint."""
+        """Folder of step records and checkpoints that the run no longer uses, because it returned to an earlier step.
+
+        Each return has a numbered folder there.
+        """
 
     def attempt(self, number: int) -> Path:
         """Return the folder of an attempt. An attempt is one start of the ranks, counted from 1."""

@@ -36,7 +36,8 @@ SECRET = "LAUNCH_MEMORY_SECRET"
 CHUNK = 1 << 22
 """Number of bytes that are sent, hashed and read at a time."""
 TIMEOUT_S = 60.0
-"""Longest wait in seconds for bytes of the other process, which may hash whole files before it answers."""
+"""Longest wait in seconds of a rank for bytes from a store, which may hash whole files before it answers. A store waits
+as long for the handshake of a rank."""
 LONGEST_MESSAGE = 1 << 26
 NONCE = 32
 MAC = 32

@@ -364,9 +364,9 @@ def freeze(cluster: Cluster, name: str) -> str:
 
 
 def link(cluster: Cluster, name: str, **limits: float | None) -> str:
-    """Limit the cable of a node in each direction. ``limits`` are fields of ``CableLimits``.
+    """Limit the cable of a node, equally in both directions. ``limits`` are fields of ``CableLimits``.
 
-    Without ``limits``, remove all limits.
+    Fields that are not given, or None, have no limit. Returns a text on the limits for people.
     """
     given = CableLimits(**limits)
     with _node(cluster, "link", name) as node:
