@@ -368,7 +368,7 @@ TOKENS = {
     "launch/plan": 9_080,
     "launch/project": 6_840,
     "launch/report": 29_530,
-    "launch/runs": 25_280,
+    "launch/runs": 25_300,
     "launch/slurm": 22_000,
     "launch/storm": 6_450,
     "launch/trace": 1_360,

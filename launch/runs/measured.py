@@ -308,7 +308,7 @@ def _fit(tier: str, name: str, document: Mapping[str, Any], samples: Sequence[Ma
 
 
 FIRST_S, SAMPLE_S = 1.0, 10.0
-"""Seconds until the first sample of the ranks' memory and CPU time, and between two samples."""
+"""Seconds until the first sample of the ranks' memory and CPU time, and the longest time between two samples."""
 WASTED = 0.5
 """If a job used a smaller share than this of what it requested from Slurm, a smaller request is proposed."""
 ROOM = 1.25
@@ -326,7 +326,7 @@ class UsageMeter:
 
     def __init__(self) -> None:
         self._next = time.monotonic() + FIRST_S
-        self._began = time.monotonic()
+        self._began = self._sampled = time.monotonic()
         self._memory = 0
         self._cpu_s: dict[int, float] = {}
         """Process id -> CPU seconds, also of processes that have ended."""
@@ -334,11 +334,13 @@ class UsageMeter:
     def poll(self, ranks: Collection[int]) -> None:
         """Sample memory and CPU time of the ranks.
 
-        ``ranks`` has their process ids. Does nothing if the last sample is less than ``SAMPLE_S`` seconds old.
+        ``ranks`` has their process ids. Does nothing if the next sample is not due yet. At the beginning samples are
+        more frequent, because the time after the last sample is not known.
         """
-        if time.monotonic() < self._next or not ranks:
+        now = time.monotonic()
+        if now < self._next or not ranks:
             return
-        self._next = time.monotonic() + SAMPLE_S
+        self._next, self._sampled = now + min(SAMPLE_S, now - self._began), now
         import psutil  # the layouts of gpt.planning read this module, and are counted without the agent's libraries
 
         own, shared = 0, 0
@@ -363,7 +365,7 @@ class UsageMeter:
         known = {
             "memory_gib": self._memory / GIB,
             "memory_given_gib": int(given) / 1024 if given.isdigit() and int(given) else None,
-            "cpus": sum(self._cpu_s.values()) / (time.monotonic() - self._began),
+            "cpus": sum(self._cpu_s.values()) / (self._sampled - self._began),
             "cpus_given": int(os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0))),
         }
         with suppress(OSError):

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import importlib.util
 import json
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,10 +22,10 @@ from omegaconf import OmegaConf
 from hydra_plugins.launch_plugin import job_return, refuse_other_tasks, refuse_without_values
 from launch.errors import ConfigError
 from launch.runner import PointResult, SweepFailedError
-from launch.runs import records
+from launch.runs import measured, records
 from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder, append_json_lines, append_lines, append_whole, open_to_append
-from launch.runs.measured import usage_file, usage_text
+from launch.runs.measured import UsageMeter, usage_file, usage_text
 from launch.runs.process import ENVIRONMENT
 from launch.runs.records import (
     FIRST_S,
@@ -202,6 +204,24 @@ ENDED = (
     {"event": "finished", "attempt": 1},
     {"event": "agent_ended", "job": "slurm-7-0-0", "ended_at": 3000.0},
 )
+
+
+BUSY = "import os; sum(range(3 * 10**7)); print(sum(os.times()[:2]), flush=True); input()"
+
+
+def test_busy_cpus_are_those_up_to_the_last_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(measured, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    meter = UsageMeter()
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as rank:
+        assert rank.stdout is not None
+        spent_s = float(rank.stdout.readline())  # as the rank itself counts
+        for now[0] in (1.0, 4.0):
+            meter.poll([rank.pid])
+        now[0] = 9.0  # the run ends 5 s after the last sample
+        rank.communicate(b"\n")
+    meter.write(tmp_path / "usage.json")
+    assert 4.0 * json.loads((tmp_path / "usage.json").read_text())["cpus"] == pytest.approx(spent_s, abs=0.1)
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])
