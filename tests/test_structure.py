@@ -362,7 +362,7 @@ TOKENS = {
     "hydra_plugins": 2_500,
     "launch/agent": 32_900,
     "launch/bench_network": 3_710,
-    "launch/config": 4_290,
+    "launch/config": 4_310,
     "launch/doctor": 7_090,
     "launch/fleet": 2_710,
     "launch/plan": 9_080,

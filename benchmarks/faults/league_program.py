@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 START = time.time()
-STEPS = 3000
+STEPS = 900
 SAVE_EVERY = 10
-STEP_S = 0.1
+STEP_S = 0.2
 """Seconds that each step sleeps until the file ``hurry`` exists."""
 TIMEOUT_S = 30
 """Timeout of a collective, in seconds."""
