@@ -41,8 +41,8 @@ KEYS, GRADIENTS = 0, 1
 class RingAttention(torch.autograd.Function):
     """Causal attention of this rank's queries to the keys of all ranks, (B, H, T, C).
 
-    Keys and values are sent from rank to rank; in the backward pass once more, together with their gradients. ``own``
-    has the keys and values of this rank, (2, B, K, T, C).
+    The forward pass sends keys and values from rank to rank around a ring. The backward pass sends them around once
+    more, and their gradients with them. ``own`` has the keys and values of this rank, (2, B, K, T, C).
     """
 
     @staticmethod
@@ -131,7 +131,7 @@ class Transfer:
         )
 
     def wait(self) -> Tensor:
-        """Wait until both transfers are complete; return the received tensor."""
+        """Wait until ``x`` is sent and the other tensor has arrived. Return the tensor that has arrived."""
         with waiting("cp"):
             for work in self._works:
                 work.wait()
@@ -179,7 +179,7 @@ class SequenceShard:
             yield block, *((0, tokens // 2) if is_of_lower_rank else (tokens // 2, tokens))
 
     def part(self, x_BS: Tensor) -> Tensor:
-        """Select this rank's tokens from whole sequences, (B, S) -> (B, T)."""
+        """Select this rank's tokens from whole sequences, (B, S) -> (B, T) with T = S / N."""
         chunks = x_BS.chunk(2 * self.ranks, dim=-1)
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim=-1)
 

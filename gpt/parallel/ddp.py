@@ -39,7 +39,7 @@ operations."""
 
 
 class SplitParameter(NamedTuple):
-    """A parameter that every rank has, and the rows of it that this rank updates."""
+    """A whole parameter, which every rank has (``whole``), and the rows of it that this rank updates (``shard``)."""
 
     whole: nn.Parameter
     shard: nn.Parameter
@@ -54,7 +54,7 @@ def split_parameter(whole: nn.Parameter, mesh: DeviceMesh) -> SplitParameter:
 
 
 def as_row_shard(local: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Return a DTensor with the shape of ``whole``, sharded by rows, of which this rank has ``local``."""
+    """Return a DTensor with the shape of ``whole``, sharded by rows over ``mesh``. ``local`` has this rank's rows."""
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
@@ -65,7 +65,10 @@ def padded_chunk(tensor: Tensor, ranks: int) -> int:
 
 @torch.no_grad()
 def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Fill each tensor, in place, with the rows of all ranks: every rank contributes the rows that it owns. Collective.
+    """All-gather whole tensors, in place. Collective.
+
+    Before the call, only this rank's own rows of each tensor are valid. After it, the rows of all ranks are. Rank r
+    owns the r-th shard of a tensor that is sharded by rows.
 
     One all-gather gathers at most ``GATHER_BYTES``.
     """
@@ -85,7 +88,7 @@ def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None
 
 
 class GradientBucket:
-    """Parameters whose gradients one all-reduce (sum) over a process group reduces.
+    """Parameters whose gradients are reduced together, by one all-reduce (sum) over a process group.
 
     After the all-reduce, the gradients are views of one tensor, so that no sum is copied.
     """
@@ -215,7 +218,8 @@ class GradientReducer:
 
 
 NEVER = 2**31 - 1
-"""Number of steps between two statistics of DDP: the largest that DDP accepts, so that there are none."""
+"""Number of steps between two of DDP's measurements of its own speed. It is the largest number that DDP accepts, so
+that DDP never measures."""
 
 
 class DDPEngine(TorchEngine):

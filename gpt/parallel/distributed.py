@@ -66,7 +66,7 @@ thousands of events."""
 
 
 class Timeline:
-    """Record of one step on one rank: when it waits for other ranks, and when its pipeline stages work."""
+    """Record of one step on one rank: when the rank waits for other ranks, and when its pipeline stages compute."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
@@ -80,7 +80,7 @@ class Timeline:
         self.is_waiting = False
         """True during a recorded wait: waits inside another wait are not recorded."""
         self.receives = False
-        """True if the rank has begun to receive data for its next pass from another rank."""
+        """True if this rank has begun to receive the data for its next pass from another rank."""
         self._events: list[torch.cuda.Event] = []
         self.start = self.now()
         self.marks = [self.start]
@@ -268,8 +268,8 @@ def shard_mesh(mesh: DeviceMesh, within: str = "dp_shard") -> DeviceMesh:
 def mesh_without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
     """Return a mesh with one axis, which joins all axes of ``mesh`` except ``axes``.
 
-    So it has the ranks with the same index as this rank along each of ``axes``. Without ``pp`` these are the ranks with
-    the same layers. Without ``pp``, ``ep`` and ``tp`` these are the ranks with the same part of the model, which
+    The mesh has the ranks with the same index as this rank along each of ``axes``. Without ``pp`` these are the ranks
+    with the same layers. Without ``pp``, ``ep`` and ``tp`` these are the ranks with the same part of the model, which
     compute other samples or tokens.
     """
     return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name not in axes])
@@ -292,7 +292,8 @@ def expert_mesh(mesh: DeviceMesh, dims: ParallelDims) -> DeviceMesh:
 
 
 def set_timeouts(timeout_s: float, without: Collection[dist.ProcessGroup] = ()) -> None:
-    """Set the timeout of later collectives, in seconds, in all process groups of this process except ``without``."""
+    """Set the timeout, in seconds, of collectives that start after this call, in all process groups of this process
+    except those in ``without``."""
     for group in list(c10d._world.pg_map):
         if group not in without:
             c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
@@ -355,8 +356,8 @@ class World:
         return PendingSum(values, dist.all_reduce(values, async_op=True))
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in the order of ranks, on every rank. The type of the values must be one that
-        ``gpt.checkpoint.messages`` can send."""
+        """Return the values of all ranks, in the order of ranks, on every rank. Collective. The values must have a type
+        that ``gpt.checkpoint.messages`` can send."""
         return messages.all_gather(value, self.control)
 
     def on_first(self, action: Callable[[], T]) -> T:
@@ -470,11 +471,14 @@ def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
 
 @contextmanager
 def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
-    """Return a context that joins this process with the other ranks, and yields its ``World``.
+    """Return a context that connects this process with the other ranks, and yields its ``World``. Collective.
 
     Args:
         wish: the device of the config.
-        timeout_s: seconds after which a collective that does not complete raises.
+        timeout_s: seconds after which a collective raises if it is not complete.
+
+    Raises:
+        ConfigError: the variables of torchrun contradict each other, or there are fewer GPUs than ranks.
     """
     rank, size, local_rank, local_size, node = ranks_from_env()
     device = choose_device(wish, local_rank, local_size)
@@ -494,7 +498,7 @@ def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
 
 
 def load_deepspeed(world: World) -> None:
-    """Import DeepSpeed, and initialize it for the device of this rank. Its logs below warnings are turned off."""
+    """Import DeepSpeed, and initialize it for the device of this rank. It then logs only warnings and errors."""
     os.environ["DS_ACCELERATOR"] = world.device.type  # else it takes any GPU it sees, whatever ``device`` says
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     import deepspeed

@@ -36,7 +36,7 @@ class Clipped(NamedTuple):
     norm: Tensor | None
     """Global norm of the gradients before clipping, (); None if the optimizer clips them itself."""
     sums: Tensor
-    """The argument ``figures_N``, summed over all ranks, (N,) float64."""
+    """The figures that each rank has passed to ``Engine.clip``, summed over all ranks, (N,) float64."""
     flaw: Tensor
     """() float64: 0, or NaN if gradients are not finite on some rank."""
 
@@ -214,7 +214,8 @@ class Engine:
     """Weight of this rank's loss in the sum over all ranks: 1, or 0 if another rank computes and reports the loss of
     the same tokens."""
     has_answers: bool = False
-    """True if the corpus has conversations, in which only tokens of answers are targets. ``gpt.train`` sets this."""
+    """True if the corpus has conversations: then only the tokens of answers are targets. ``gpt.train`` sets this
+    attribute after it has built the engine."""
     counted: Tensor | None = None
     """Number of targets in the global batch of the last step, () float64; None if every token has a target."""
     waits_as: str = WORLD
@@ -325,8 +326,11 @@ class Engine:
         """Restore model and optimizer from ``state``: a result of the method ``state``, filled from a checkpoint."""
 
     def begin(self) -> None:
-        """Prepare a run that has loaded no checkpoint: clear the state of the optimizer, because the method ``state``,
-        called for the load, makes a step with zero gradients that the optimizer would count."""
+        """Prepare a run that has loaded no checkpoint: clear the state of the optimizer.
+
+        Before a load, the method ``state`` creates the state of the optimizer by a step with zero gradients. If no
+        checkpoint can be loaded, the optimizer must not count this step.
+        """
 
     def averaged_weights(self) -> AbstractContextManager[object]:
         """Return a context for evaluations, in which the parameters are the averaged weights of a schedule-free
@@ -400,8 +404,8 @@ class TorchEngine(Engine):
         return summed_loss(self.module, self.config, *own, self.world.device, self.criterion)
 
     def local_tokens(self, x_BT: Tensor) -> Tensor:
-        """Select this rank's tokens, or targets, of each sequence: all, (B, T), or with context parallelism a part of
-        them."""
+        """Select this rank's part of the tokens or targets of each sequence, (B, T). With context parallelism the rank
+        has some of the T positions, otherwise all."""
         return x_BT
 
     def update(self, lr: float, skip: Tensor) -> None:

@@ -157,8 +157,8 @@ def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **
 
     ``kept`` has matrix products, all-to-alls, and attention without dropout. Korthikanti et al. (arXiv 2205.05198,
     section 5) recompute attention, because without a fused kernel it needs much memory and little arithmetic. With
-    dropout, this project recomputes attention, too: otherwise it would draw no random numbers in the recomputation, and
-    all later dropout would change.
+    dropout, this project recomputes attention, too. If its result were saved, attention would draw no random numbers in
+    the recomputation, and all later dropout would differ from that of the forward pass.
     """
     return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -271,7 +271,7 @@ def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, ho
 
     Args:
         parts: the model, or its pipeline stages, which may share modules.
-        weights: returns the values of a parameter, the same on all ranks.
+        weights: returns the values of a whole parameter, from its name and shape; the same values on all ranks.
         device: device that computes with the parameters.
         home: device that stores the parameters between steps; None means ``device``.
     """

@@ -110,8 +110,8 @@ def record_fsdp_waits(module: nn.Module) -> None:
     """Make the timeline of a step record the communication of an FSDP module, with the copies into and out of its
     buffers.
 
-    A CPU waits in the collectives themselves. A GPU runs collectives and kernels at the same time, and only waits take
-    time.
+    On a CPU the recorded time is that of the collectives, because the host waits in them. On a GPU collectives run
+    while kernels run, so the recorded time is that of the waits.
     """
     assert isinstance(module, FSDPModule)
     state = module._get_fsdp_state()
@@ -166,9 +166,9 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
 def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
     """Shard the experts of this rank with FSDP2, in place, over the ranks of ``mesh``, which have the same experts.
 
-    FSDP2 all-gathers the parameters of a module when the module is called. torch 2.13 refuses such a call inside a
-    block that is recomputed or compiled. So a call of a block calls the module of its experts, and this call runs the
-    whole block.
+    FSDP2 all-gathers the parameters of a module when the module is called. torch 2.13 refuses the all-gather inside a
+    block that is recomputed or compiled. So the forward method of each block is moved into the module of its experts. A
+    call of the block then calls this module: FSDP2 all-gathers the experts first, and then the whole block runs.
     """
     last = [*model.blocks][-1:]
     for block in model.blocks:
@@ -285,7 +285,8 @@ class NDEngine(TorchEngine):
     sharded (fsdp) or replicated (ddp).
 
     Context-parallel ranks each compute a part of the gradient of a sequence, so gradients are reduced over them as over
-    data-parallel ranks. ``model`` is on the meta device. It is sharded first, and then gets the values ``weights``.
+    data-parallel ranks. ``model`` is on the meta device. The engine shards it first, and then sets its parameters to
+    the values that ``weights`` returns.
     """
 
     def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
@@ -338,7 +339,8 @@ class NDEngine(TorchEngine):
         computes them. Parameters that are replicated over tp are added to ``_late`` instead.
 
         torch's DistributedDataParallel cannot be used, because it requires all parameters on one mesh. Experts are
-        replicated over fewer ranks than other parameters: those of ``data`` with the same index along ep.
+        replicated over fewer ranks than other parameters: over those ranks of ``data`` that have the same index along
+        the axis ep.
         """
         parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
         place = {parameter: index for index, parameter in enumerate(parameters)}
@@ -391,7 +393,8 @@ class NDEngine(TorchEngine):
 def find_timed_groups(config: TrainConfig, dims: ParallelDims) -> tuple[str, ...] | None:
     """Return the kinds of parallelism, such as ``tp``, whose waits the timeline of a step records.
 
-    None if there are none, or if blocks are compiled with tp > 1, because waits in compiled code cannot be recorded.
+    Data parallelism is named ``fsdp`` or ``dp``. None if no kind has several ranks. Also None if blocks are compiled
+    with tp > 1, because waits in compiled code cannot be recorded.
     """
     if dims.tp > 1 and config.compiles:
         return None

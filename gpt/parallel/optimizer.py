@@ -185,8 +185,8 @@ class Muon(AdamW):
     orthogonalized one by one.
 
     Args:
-        groups: parameter groups of torch. Groups with a key ``muon`` have matrices for Muon only.
-        names: matrix for Muon -> its name, the same on all ranks.
+        groups: parameter groups of torch. A group with the key ``muon`` is updated by Muon, any other group by AdamW.
+        names: each parameter that Muon updates -> its name, the same on all ranks.
         config: config of the optimizer.
         world: all ranks, which construct the optimizer and make its steps together.
         adamw: arguments of torch's AdamW.
@@ -203,7 +203,8 @@ class Muon(AdamW):
         super().__init__(groups, **adamw)
         self._options = muon_options(config)
         self._first = {p: Matrix(name, 0) for p, name in names.items()}
-        """Parameter -> the first of its matrices on this rank, which may have only some of the stacked experts."""
+        """Parameter -> the first of its matrices on this rank. Of a parameter of stacked experts, the rank may have
+        only some experts."""
         chunks: list[Chunk] = []
         for p, name in names.items():
             # A shard of whole matrices, or of none, needs no exchange.
@@ -349,7 +350,7 @@ def build_optimizer(
     Args:
         module: the module whose parameters the optimizer updates.
         config: config of the optimizer.
-        kind: class of AdamW, if ``config`` names AdamW.
+        kind: class of the optimizer if ``config`` names AdamW; not used otherwise.
         fused: True to use a fused step also on devices for which it is not the default.
         world: all ranks; needed by Muon only, else None.
     """

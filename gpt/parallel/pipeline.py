@@ -53,8 +53,8 @@ class TimedStage(PipelineStage):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._received: set[tuple[str, int]] = set()
-        """Passes that begin with data from another rank, as (``forward`` or ``backward``, number of the micro-batch);
-        the same in each step."""
+        """Passes that begin with data from another rank, as pairs (``forward`` or ``backward``, number of the
+        micro-batch). They are the same in each step."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._note("forward", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id))
@@ -82,8 +82,8 @@ class TimedStage(PipelineStage):
 
 
 class TiedEmbedding:
-    """Keeps the copies of a tied embedding equal, in the first and the last stage of a pipeline. It does nothing for an
-    untied model.
+    """Keeps the two copies of a tied embedding equal: that of the first stage of a pipeline, and that of the last
+    stage. It does nothing for a model without a tied embedding.
 
     If the copies are on different ranks, both get the sum of both gradients, and both are updated by the optimizer. If
     one rank has both stages, the copies are one parameter. With FSDP they are two parameters even then, because FSDP

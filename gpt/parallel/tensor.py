@@ -46,8 +46,8 @@ from gpt.parallel.modules import (
 
 
 class PlacedStyle(ParallelStyle):
-    """Base of styles of modules that take or return hidden states with the placement ``hidden``: replicated, or sharded
-    along the sequence."""
+    """Base class of torch's parallel styles for modules that take or return hidden states. ``hidden`` is the placement
+    of these hidden states: replicated, or sharded along the sequence."""
 
     def __init__(self, hidden: Placement) -> None:
         super().__init__()
@@ -105,8 +105,9 @@ class ShardedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of logits whose columns are sharded over ranks. It all-reduces three numbers for each token,
     and does not gather the logits.
 
-    torch's ``loss_parallel`` reduces four numbers, and is a process-wide context. It must be open around the backward
-    pass, too, which a pipeline calls from other code. As in ``gpt.model.layers``, no fp32 logits are kept.
+    torch's ``loss_parallel`` reduces four numbers for each token. It is also a context of the whole process that must
+    be open during the backward pass, and in a pipeline torch's schedule calls the backward pass. As in
+    ``gpt.model.layers``, no fp32 logits are kept.
     """
 
     @staticmethod
@@ -171,8 +172,9 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
 
 REPLICATED, SEQUENCE, HEADS, VOCABULARY = Replicate(), Shard(1), Shard(2), Shard(-1)
-"""Placements of activations: replicated; hidden states (B, T, D) sharded along T; queries and keys (B, T, H, C) along
-H; logits (B, T, V) along V."""
+"""Placements of activations. ``REPLICATED``: each rank has the whole tensor. ``SEQUENCE``: hidden states (B, T, D),
+sharded along T. ``HEADS``: queries and keys (B, T, H, C), sharded along H. ``VOCABULARY``: logits (B, T, V), sharded
+along V."""
 
 MIXTURE_PLACEMENTS: dict[str, Placement] = {
     **{"experts.gate": Shard(1), "experts.up": Shard(1), "experts.down": Shard(2)},
@@ -198,8 +200,8 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) 
 def record_tensor_waits() -> None:
     """Record DTensors' waits for tensor-parallel collectives in the timeline of a step.
 
-    torch's functional collectives start and wait in one function of their module, which this call replaces once for the
-    process. Waits in compiled code are not recorded.
+    DTensors wait in one function of torch's module of functional collectives. The first call of ``record_tensor_waits``
+    in a process replaces this function; later calls do nothing. Waits in compiled code are not recorded.
     """
     wait = functional_collectives.wait_tensor
     if getattr(wait, "is_recorded", False):
@@ -265,7 +267,7 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
 class Replicated(PlacedStyle):
     """Style of a module with replicated parameters, whose input and output have the placement ``hidden``.
 
-    If this placement is sharded, each rank computes a partial sum of the gradient of the parameters.
+    If hidden states are sharded along the sequence, each rank computes a partial sum of the gradient of the parameters.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -296,11 +298,12 @@ class ReplicatedPosition(Replicated):
 def shift_positions(
     forward: Callable[[Tensor, int | Tensor], Tensor], slices: int, x_BTD: Tensor, start: int | Tensor = 0
 ) -> Tensor:
-    """Call ``forward`` on this rank's part of sequences, (B, T, D), with the positions of its tokens.
+    """Call ``forward`` on this rank's part of sequences, (B, T, D), with the positions of its tokens. Return the result
+    of ``forward``.
 
     Args:
         forward: forward method of a module for positions.
-        slices: number of the parts of each sequence that come before this rank's part.
+        slices: number of parts of each sequence that come before this rank's part. All parts have T tokens.
         x_BTD: hidden states of the part.
         start: position of the first token of the sequences, or the positions of all their tokens.
     """
@@ -313,8 +316,9 @@ class ShardedMixture(PlacedStyle):
     tokens.
 
     Inside the mixture a rank computes partial sums: of the result, of the gradient of the input, and of the gradient of
-    the router. So no collective is needed before the end. Every rank computes the whole losses of the router, which are
-    divided by the number of ranks.
+    the router. So the only collective is the sum of the result at the end. The losses of the router are no partial
+    sums: every rank computes the whole losses. They are divided by the number of ranks, because their gradients are
+    summed over the ranks.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

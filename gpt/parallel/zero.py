@@ -43,10 +43,12 @@ from gpt.topology.schedules import split_layers
 
 
 class ZeroFiles(TensorFiles):
-    """Checkpoint format of DeepSpeed's own files, for ZeRO-1 to 3. The ``state`` of its methods is the engine.
+    """Checkpoint format of DeepSpeed's own files, for ZeRO-1 to 3. The argument ``state`` of its methods is the
+    ``ZeroEngine`` itself.
 
     Args:
-        settings: the settings of DeepSpeed that decide the sharding, besides the number of ranks; plain JSON.
+        settings: the settings of DeepSpeed on which the sharding depends, as plain JSON. It also depends on the number
+            of ranks, which the manifest has.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -112,7 +114,10 @@ class ZeroFiles(TensorFiles):
 
 
 class TensorReader:
-    """Reads whole tensors, one at a time, from a folder of torch.distributed.checkpoint, without other ranks."""
+    """Reads whole tensors, one at a time, from a checkpoint folder of torch.distributed.checkpoint. Not collective.
+
+    The methods raise ValueError if the checkpoint lacks the tensor.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._reader = dcp.FileSystemReader(folder)
@@ -247,8 +252,8 @@ class ZeroEngine(Engine):
                 yield name, part.to(self.world.device), share
 
     def state(self) -> Any:
-        """Return the state for a checkpoint: in stage 0 the tensors of model and optimizer, else the engine itself,
-        which ``ZeroFiles`` needs."""
+        """Return the state for a checkpoint. In stage 0 these are the tensors of model and optimizer. In other stages
+        the state is this engine, because the format ``ZeroFiles`` takes the engine."""
         if self.stage:
             return self
         parameters, optimizer = self.parameters, self.ds.basic_optimizer
@@ -268,8 +273,8 @@ class ZeroEngine(Engine):
             self.ds.basic_optimizer.state.clear()
 
     def rank_files(self, folder: Path, tag: str) -> list[str]:
-        """Return the paths of the files that this rank reads of a DeepSpeed checkpoint in ``folder``, which was saved
-        with the same parallelism. ``tag`` is DeepSpeed's name of the checkpoint."""
+        """Return the paths of the files that this rank has to read from the DeepSpeed checkpoint in ``folder``. The
+        checkpoint was saved with the same parallelism. ``tag`` is DeepSpeed's name of the checkpoint."""
         return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
 
     def tensor_info(self) -> dict[str, Any]:
@@ -284,7 +289,8 @@ class ZeroEngine(Engine):
         return found
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return the buffers that checkpoints contain: name in the whole model -> buffer."""
+        """Return the buffers of this rank's module that checkpoints contain (the persistent ones): name in the whole
+        model -> buffer."""
         return {
             self.whole_name(f"{prefix}.{name}".removeprefix(".")): buffer
             for prefix, module in self.module.named_modules()
@@ -344,8 +350,8 @@ class ZeroEngine(Engine):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: Any, whole: Tensor, key: str | None) -> None:
-        """Copy this rank's shard of ``whole`` into the moment ``key`` of a parameter, or if ``key`` is None into its
-        master weight."""
+        """Copy this rank's shard of the tensor ``whole`` into the state of ``parameter``: into its moment ``key``, or
+        into its master weight if ``key`` is None."""
         if self.stage == 3:
             size, rank = parameter.ds_tensor.numel(), self.optimizer._get_param_partition_rank(parameter)
             piece = whole.flatten()[rank * size : (rank + 1) * size]

@@ -27,7 +27,7 @@ from launch.runs.records import StepRecord
 
 
 def start_save(run: Run, val_loss: float | None, in_memory: bool = False) -> None:
-    """Start to save a checkpoint of the last step. Collective.
+    """Start to save a checkpoint of the last step, and return while it is being saved. Collective.
 
     Args:
         run: the run, which has no save in flight.
@@ -46,7 +46,8 @@ def start_save(run: Run, val_loss: float | None, in_memory: bool = False) -> Non
 
 
 def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
-    """Return ``Manifest.meta`` for a checkpoint of the last step, as plain JSON. ``val_loss`` as in ``start_save``."""
+    """Return ``Manifest.meta`` for a checkpoint of the last step, as plain JSON: the state of the run outside of model
+    and optimizer. ``val_loss`` is the validation loss of the step, None if it was not evaluated."""
     meta = {
         "attempt": run.attempt,
         "samples": run.step * run.batch.global_batch,
@@ -68,7 +69,12 @@ def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
 
 
 def load(run: Run) -> None:
-    """Load the newest undamaged checkpoint into the run; without one, prepare the first step. Collective."""
+    """Load the newest undamaged checkpoint into the run. If there is none, prepare the first step. Collective.
+
+    Raises:
+        ConfigError: the checkpoint was made with another global batch or with other data, or a fetched checkpoint is of
+            another run.
+    """
     # Without any checkpoint the optimizer's state is not made yet, because that would cost a step of torch's optimizer.
     began = time.perf_counter()
     state = loaded = None
@@ -215,8 +221,8 @@ def place_text(where: dict[str, list[tuple[int, int]]]) -> str:
 
 
 PRIOR_S = 24 * 3600.0
-"""Running time in seconds that is added to that of a run, together with one failure, to estimate its rate of
-failures."""
+"""To estimate the rate of failures of a run, this running time in seconds and one failure are added to those that were
+observed."""
 FIRST_S = 600.0
 """Interval of checkpoints in seconds with ``checkpoint.interval=auto``, before the first save was measured."""
 LEAST_S = 60.0
@@ -274,7 +280,7 @@ def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
 
 
 TRIES = 2
-"""Number of failed tries after which training gives up a save for which it waits."""
+"""Number of failed tries of a save after which training no longer waits for the save, and gives it up."""
 
 
 class CheckpointSchedule:
@@ -323,8 +329,8 @@ class CheckpointSchedule:
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
         """Start to save a checkpoint of the last step. Return the seconds for which training waited.
 
-        It first waits for an earlier save, which is given up after ``TRIES`` failures. It waits for this save, too, if
-        ``is_last`` or ``is_stop`` is True, or if ``checkpoint.asynchronous`` is false.
+        The method first waits for an earlier save, and gives this up after ``TRIES`` failures. It waits until its own
+        save is complete only if ``is_last`` or ``is_stop`` is True, or if ``checkpoint.asynchronous`` is false.
 
         Args:
             val_loss: validation loss of the step, in nats per token; None if it was not evaluated.
@@ -373,8 +379,8 @@ class CheckpointSchedule:
                 say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
 
     def _interval_s(self) -> float:
-        """Return the seconds to the next periodic checkpoint; 0 if the interval is a number of steps, and with ``auto``
-        on ranks other than 0, because rank 0 decides."""
+        """Return the seconds to the next periodic checkpoint. Return 0 if the interval is a number of steps. With
+        ``auto``, return 0 also on all ranks but rank 0, because only rank 0 decides."""
         if self._every.minutes is not None:
             return 60 * self._every.minutes
         if self._every.steps is not None or not self._run.world.is_first:

@@ -31,19 +31,19 @@ Interval = tuple[float, float]
 
 MARK = "gpt.training.diagnostics: step"
 WARMUP_STEPS = 2
-"""Number of first steps of an attempt that are not profiled, because they compile and connect."""
+"""Number of first steps of an attempt that are not profiled, because in them torch compiles and the ranks connect."""
 
 
 def break_down(
     begin: float, end: float, compute: Iterable[Interval], communication: Iterable[Interval], copies: Iterable[Interval]
 ) -> dict[str, float]:
-    """Divide the time of a step from ``begin`` to ``end`` by activity. Return name -> time, in the unit of the
-    arguments.
+    """Divide the time of a step, from ``begin`` to ``end``, into shares of activities. Return name of a share -> time,
+    in the unit of the arguments.
 
-    The names are ``compute``; ``comm``, in collectives, also while the device computes; ``exposed``, the part of
-    ``comm`` while nothing is computed or copied; ``copies`` between host and device, and on the device, while nothing
-    is computed; and ``idle``. The sum of ``compute``, ``copies``, ``exposed`` and ``idle`` is the whole step. Intervals
-    may overlap, and reach beyond the step.
+    The names are ``compute``; ``comm``, all time in collectives; ``exposed``, the part of ``comm`` in which nothing is
+    computed or copied; ``copies``, the time of copies (between host and device, or on the device) in which nothing is
+    computed; and ``idle``, the rest. The sum of ``compute``, ``copies``, ``exposed`` and ``idle`` is the whole step.
+    Intervals may overlap, and reach beyond the step.
     """
     computing, communicating, copying = (
         union((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
@@ -77,11 +77,12 @@ def activities(on_gpus: bool) -> list[ProfilerActivity]:
 
 
 def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
-    """Return the kind of an event of torch's profiler: ``compute``, ``communication``, ``copies``, or an empty text.
+    """Return the kind of an event of torch's profiler: ``compute``, ``communication`` or ``copies``; an empty text for
+    events that do not count.
 
     If the run is on GPUs, only events on the GPU count: kernels of NCCL are communication, Memcpy and Memset are
     copies, and other kernels are compute. On CPUs, torch's operations are compute, also those that copy; gloo's events
-    are communication. Other events have no kind, an empty text.
+    are communication.
 
     Args:
         name: name of the event.
@@ -100,8 +101,8 @@ def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
 
 
 class StepBreakdown:
-    """Profiles one step in every ``interval`` steps, and puts the time of computing, communication and copies into its
-    record.
+    """Profiles each step whose number ``interval`` divides, except the first ``WARMUP_STEPS`` of an attempt, and puts
+    the times of ``break_down`` into its record, in seconds. An ``interval`` of 0 profiles no step.
 
     The training loop calls ``due`` after each step, and the other methods only while the device is idle. ``since`` is
     the step after which the attempt begins.
@@ -128,8 +129,8 @@ class StepBreakdown:
         self._mark.__enter__()
 
     def into(self, record: StepRecord) -> None:
-        """Stop the profiler if it runs, and put the times into the record of the profiled step. The device must be
-        idle."""
+        """Stop the profiler if it runs, and put the times into ``record``. Put nothing if ``record`` is not that of the
+        profiled step, because the run has rolled back. The device must be idle."""
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
@@ -181,7 +182,8 @@ class CompileTime:
             callback_handler.register_end_callback(self._end)
 
     def take(self) -> float | None:
-        """Return the seconds of compiling since the last call; None if nothing was compiled."""
+        """Return the seconds for which torch has compiled since the last call of this method; None if it has compiled
+        nothing."""
         if not self._spent_s:
             return None
         seconds, self._spent_s = self._spent_s, 0.0
@@ -240,7 +242,8 @@ class Gradients:
         return torch.stack([*sums, torch.stack(times(totals, [share for _, share in held])).sum()]).to(self._device)
 
     def into(self, record: StepRecord, sums: list[float]) -> None:
-        """Put mean, standard deviation and norm by layer of the gradients, before clipping, into a record.
+        """Put three figures of the gradients before clipping into a record: mean, standard deviation, and the norm of
+        each layer.
 
         ``sums`` is the result of the method ``sums``, summed over all ranks.
         """
@@ -268,7 +271,7 @@ ROWS = 40
 
 
 class StepProfile:
-    """Profiles ``PROFILED`` steps, from the step ``PROFILE_FROM`` on, on rank 0 if the config requests a profile.
+    """Profiles ``PROFILED`` steps on rank 0, from the step ``PROFILE_FROM`` on, if the config requests a profile.
 
     After each step the training loop calls ``due``; if the result is True, it waits for the device, and calls
     ``after``. All ranks do this, so that they all evaluate each step before the same next step.

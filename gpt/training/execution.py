@@ -65,8 +65,8 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
 
 
 def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> CompileMode:
-    """Return the compilation mode ``chosen``; or ``none`` with a warning, if ``config.compile`` is ``auto`` and some
-    nodes have no C compiler.
+    """Return the compilation mode ``chosen``. If some nodes have no C compiler and ``config.compile`` is ``auto``,
+    return ``none``, and print a warning.
 
     Args:
         config: config of the run.
@@ -106,7 +106,8 @@ def settle_precision(folder: RunFolder, world: World) -> Precision:
 class CompileCache:
     """Cache of torch's compiler: a folder on each node, and a copy on the shared filesystem for later attempts.
 
-    So the ranks of many nodes do not write, lock and load the same files over a network.
+    The ranks of a node use the folder of this node. So the ranks of many nodes do not write, lock and load the same
+    files over a network.
 
     Args:
         shared: folder on the shared filesystem.
@@ -116,7 +117,7 @@ class CompileCache:
     def __init__(self, shared: Path, local: Path) -> None:
         self.shared, self.local = shared, local
         self._known: set[Path] = set()
-        """Files of this node that are in the shared folder already."""
+        """Paths of files in the folder of this node that the shared folder has already."""
 
     def fetch(self) -> None:
         """Copy the files of the shared folder to this node."""
@@ -155,8 +156,9 @@ def keep_compiled(config: TrainConfig, world: World) -> CompileCache | None:
     """Make torch's compiler use a cache on the shared filesystem, for later attempts and other runs. Collective.
 
     Returns:
-        The cache whose new files this rank has to share, on the first rank of each node; None on other ranks, with a
-        single node, without compilation, and if the user has set a folder for the cache.
+        On the first rank of each node the cache whose new files this rank has to share; None on other ranks. None on
+        all ranks if the run has a single node or compiles nothing, if the user has set a folder for the cache, or if
+        the shared folder cannot be used.
     """
     if not config.compiles:
         return None
@@ -186,7 +188,8 @@ def names_compile_cache() -> bool:
 def open_compile_cache(folder: Path) -> str | None:
     """Create a folder for the cache of torch's compiler, and return its path.
 
-    None if the user has set another folder, or if files in it cannot be locked, as the compiler needs.
+    Return None if the user has set another folder, or if the folder cannot be created, or its files cannot be locked,
+    as the compiler needs.
     """
     if names_compile_cache():
         return None
@@ -282,8 +285,8 @@ def set_determinism(config: TrainConfig) -> None:
 
 
 def set_matmul_precision(config: TrainConfig) -> None:
-    """Make torch round the factors of fp32 products to TF32 if ``config.tf32`` is true, and not otherwise. Call this
-    before anything is compiled.
+    """Make torch round the factors of fp32 products to TF32 if ``config.tf32`` is true. Otherwise make torch compute
+    these products in fp32. Call this before anything is compiled.
 
     Of torch's two interfaces this is the older one, which torch 2.11 to 2.13 have, and which their compiler reads.
     """
@@ -291,8 +294,8 @@ def set_matmul_precision(config: TrainConfig) -> None:
 
 
 def state() -> dict[str, str | bool | None]:
-    """Return name -> value of the settings of this process on which the reproducibility of its results depends. An
-    environment variable that is not set is None."""
+    """Return the settings of this process on which the reproducibility of its results depends: name -> value. The value
+    is None for an environment variable that is not set."""
     return {
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
@@ -310,7 +313,7 @@ def state() -> dict[str, str | bool | None]:
 FIRST = 2
 """Number of first steps whose times are not used for the timeout, because they compile and fill caches."""
 MEASURED = 3
-"""Number of steps after the ``FIRST`` ones; the timeout follows from their times."""
+"""Number of steps after the first ``FIRST`` steps. The timeout follows from the times of these steps."""
 FACTOR = 20
 """Timeout as a multiple of the longest time of the ``MEASURED`` steps."""
 LEAST_S = 100.0
@@ -342,7 +345,8 @@ class StepTimeouts:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Return a context for an evaluation. The first evaluation compiles, and has the timeout of the first steps."""
+        """Return a context for an evaluation. During the first evaluation of the attempt, which compiles, collectives
+        have the long timeout of the first steps."""
         lifts = self._cut_s is not None and not self._has_evaluated
         if lifts:
             self._set(self._config.timeout_s)
@@ -356,8 +360,8 @@ class StepTimeouts:
 
 
 def step_timeout(config: ParallelConfig, step_time_s: float) -> float:
-    """Return the timeout of collectives, in seconds, after the first steps, of which the slowest took ``step_time_s``
-    seconds."""
+    """Return the timeout of collectives, in seconds, for the steps after the first ones: ``parallel.step_timeout_s`` if
+    it is set, otherwise computed from ``step_time_s``, the longest time of a measured step in seconds."""
     if config.step_timeout_s is not None:
         return config.step_timeout_s
     return min(config.timeout_s, max(LEAST_S, FACTOR * step_time_s))

@@ -60,18 +60,20 @@ class LossWindow:
 
 @dataclass(frozen=True)
 class BadSteps:
-    """Consecutive steps with a wrong loss or gradients, because of which the run has to roll back."""
+    """Consecutive steps because of which the run has to roll back: their loss or gradients are not finite, or their
+    loss is a spike."""
 
     first: int
     """Number of the first bad step."""
     last: int
     """Number of the last bad step."""
     cause: str
-    """Fault of the bad steps, as text."""
+    """What is wrong with the steps, as text for messages."""
 
 
 SPIKE_WINDOW = 100
-"""Number of previous steps with whose losses a loss is compared to find a spike. In fewer steps no spike is found."""
+"""Number of previous steps with whose losses a loss is compared to find a spike. While an attempt has fewer previous
+losses, no loss counts as a spike."""
 MAX_ROLLBACKS = 2
 """Largest number of roll-backs without a newer checkpoint. Then the run fails, and the launcher does not restart it."""
 
@@ -136,8 +138,8 @@ class DivergenceGuard:
 
     @property
     def may_save(self) -> bool:
-        """False if the last step has a loss or gradients that are not finite: wrong weights may be the cause, and a
-        save would replace a good checkpoint."""
+        """True if a checkpoint may be saved now. False if the last step has a loss or gradients that are not finite:
+        its weights may be wrong, and the save might replace a good checkpoint."""
         return not self._bad
 
     def gone_back(self, failed_at: int, rollbacks: int) -> None:
@@ -176,18 +178,19 @@ def is_bad(record: StepRecord) -> bool:
 def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
     """Return the step, out of ``steps`` with checkpoints, to which the run rolls back; None if there is none.
 
-    It is the newest checkpoint after which at least one good step was made. If there is none, it is that of the step
-    before the first bad step.
+    The step is that of the newest checkpoint after which the run has made at least one good step. If there is no such
+    checkpoint, it is the step just before ``first_bad``.
     """
     proven = [step for step in steps if step < first_bad - 1]
     return max(proven or (step for step in steps if step < first_bad), default=None)
 
 
 def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
-    """Return the last event of a roll-back to ``step`` since the checkpoint of ``step`` was saved; None if there is
-    none.
+    """Return the newest event ``rolled_back`` to the step ``step``. Events before the checkpoint of ``step`` was saved
+    do not count. None if there is no such event.
 
-    The event has the batches that an attempt which resumes from ``step`` must skip, too.
+    The event names the batches that the roll-back has skipped. An attempt that resumes from ``step`` must skip them,
+    too.
     """
     found = None
     for event in events:
@@ -199,7 +202,7 @@ def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
 
 
 def remedy(config: TrainConfig) -> str:
-    """Return a line of text that proposes changes of the config for a run that diverges, in a new run folder."""
+    """Return a line of text that proposes overrides for a run that diverges: to start again, in a new run folder."""
     optim = config.optim
     clip = f"optim.grad_clip={optim.grad_clip / 2:g}" if optim.grad_clip else "optim.grad_clip=1"
     exact = "precision=fp32, or " if config.precision.is_half else ""
@@ -225,7 +228,7 @@ class EarlyStop:
     best_step: int = 0
     """Step of the loss ``best``; 0 before the first evaluation."""
     waited: int = 0
-    """Number of evaluations after ``best_step``."""
+    """Number of evaluations since ``best_step``, all with a higher or equal loss."""
     best_per_byte: float | None = None
     """The loss ``best`` in nats per byte of text; None if the size of the text is unknown."""
 
@@ -268,7 +271,7 @@ class EarlyStop:
         return {"waited": self.waited, **(best if self.best_step else {})}  # JSON has no infinity
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore a result of the method ``state``. The settings of this attempt, in ``config``, stay."""
+        """Restore a result of the method ``state``. ``config`` stays that of this attempt."""
         self.best, self.best_step = state.get("best", math.inf), state.get("best_step", 0)
         self.waited = state["waited"]
         self.best_per_byte = state.get("best_per_byte")
@@ -280,7 +283,8 @@ class EarlyStop:
 
 
 class ReplicaDriftError(RuntimeError):
-    """Ranks with the same shards have different parameters. The run can continue from its last checkpoint."""
+    """Raised if ranks that have the same shards have different parameters. After a restart, the run can continue from
+    its last checkpoint."""
 
 
 def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
@@ -313,10 +317,11 @@ def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
 
 
 WARMUP_STEPS = 5
-"""Number of first steps of an attempt in which no slow ranks are searched: they compile, connect, and fill caches."""
+"""Number of first steps of an attempt whose times do not count in the search for slow ranks, because these steps
+compile, connect and fill caches."""
 STRAGGLER_FACTOR = 1.2
-"""A rank is slow if its time per step, without waits for other ranks, exceeds the median of the other ranks by this
-factor."""
+"""A rank is slow if its time per step, without waits for other ranks, is more than this factor times the median of the
+other ranks."""
 STRAGGLER_WINDOW = 20
 """Number of steps over which the times of ranks are averaged to find slow ones."""
 ENDS_AT = 0.5
@@ -342,7 +347,8 @@ class StragglerJudge:
     """Finds slow ranks by the own times of all ranks: the seconds of a step without waits for other ranks.
 
     Args:
-        factor: a rank is slow if its own time exceeds the median of all other ranks by this factor.
+        factor: a rank is slow if its own time is more than ``factor`` times the median of the own times of all other
+            ranks.
         window: number of steps over which own times are averaged.
     """
 
@@ -352,8 +358,8 @@ class StragglerJudge:
         self._slow: set[int] = set()
 
     def add(self, times: Sequence[float]) -> list[Finding]:
-        """Add the own times of all ranks in one step, in seconds. Return the ranks that have become slow or
-        recovered."""
+        """Add the own times of all ranks in one step, in seconds, in the order of ranks. Return a finding for each rank
+        that has become slow or recovered with this step; empty if there is none."""
         self._times.append(np.asarray(times, dtype=np.float64))
         if len(self._times) < self._window:
             return []
@@ -384,8 +390,8 @@ class StragglerWatch:
         # If the waits are unknown, a step takes equally long on every rank, which shows no difference.
         is_known = run.engine.timed_groups is not None and run.world.size > 1
         self.size = run.world.size if is_known else 0
-        """Number of values that each step sums over the ranks: one for each rank. 0, so that no slow ranks are
-        searched, on a single rank, and if the waits in a step are unknown."""
+        """Number of values that each step sums over the ranks: the number of ranks. It is 0 if slow ranks are not
+        searched: on a single rank, and if the waits in a step are unknown."""
         self._judge = StragglerJudge(STRAGGLER_FACTOR, STRAGGLER_WINDOW)
         self._since = run.step
         self._own_s = 0.0
@@ -401,8 +407,9 @@ class StragglerWatch:
         return times
 
     def after(self, record: StepRecord, times: Sequence[float]) -> None:
-        """Use the own times of all ranks, in seconds, that a step has summed: on rank 0 put them into its record, and
-        report ranks that have become slow or recovered."""
+        """Read the record of a step on this rank, and ``times``, the own times of all ranks in seconds, which this step
+        has summed. On rank 0, put the shortest and the longest into the record, and report ranks that have become slow
+        or recovered."""
         if not self.size:
             return
         self._own_s = record.step_time_s - (record.comm_s or 0.0) - (record.bubble_s or 0.0)

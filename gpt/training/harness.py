@@ -186,11 +186,13 @@ class Harness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the token that lm-eval puts before a text: that which ends documents, or if there is none a newline."""
+        """Id of the token that lm-eval puts before a text: the token that ends documents, or a newline if the tokenizer
+        has no such token."""
         return int(self._tokenizer.encode("\n")[-1]) if self._tokenizer.eot is None else self._tokenizer.eot
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the ids of a text, without special tokens."""
+        """Return the token ids of a text, without special tokens. lm-eval passes the other arguments, which are
+        ignored."""
         self._on_pass()
         return self._tokenizer.encode(string).tolist()
 

@@ -93,8 +93,8 @@ def mean_loss(
 
 
 def train(run: Run) -> str:
-    """Make the remaining steps of a run, and record its end. Return ``finished``, or ``stopped`` if a request to stop
-    ended it before its last step."""
+    """Make the remaining steps of a run, and record its end in the event log. Return ``finished``, or ``stopped`` if a
+    request to stop has ended the run before its last step. Collective."""
     run.engine.module.train()
     loop = Loop(run)
     try:
@@ -129,7 +129,7 @@ class Pause(NamedTuple):
     saves: bool
     """True to save a checkpoint to disk."""
     remembers: bool
-    """True to save a checkpoint to the memory of the nodes, unless one is saved to disk."""
+    """True to save a checkpoint to the memory of the nodes. It is not saved there if ``saves`` is True."""
 
 
 class Loop:
@@ -194,7 +194,8 @@ class Loop:
         return outcome or "finished"
 
     def _read_former(self) -> None:
-        """Complete and write the record of the previous step, if that was not done yet."""
+        """Complete and write the record of the step before the one that was queued last. Do nothing if that is already
+        done."""
         if self._pending_metrics is not None:
             record, self._divergence = self._read(self._pending_metrics)
             self.writers.write(record)
@@ -202,8 +203,8 @@ class Loop:
     def _collect_requests(self, step: QueuedStep) -> Requests:
         """Return the requests to serve after ``step``.
 
-        With the launcher, all ranks have received the same requests. Otherwise they are those that the previous step
-        has summed over all ranks.
+        Under the launcher these are the requests that this rank has received, because all ranks receive the same ones.
+        Without the launcher they are the requests that the previous step has summed over all ranks.
         """
         requests = self._carried_requests | (step.requests if self._run.worker.agrees else frozenset())
         self._carried_requests = frozenset()
@@ -213,8 +214,8 @@ class Loop:
         return requests
 
     def _read_votes(self, step: QueuedStep) -> Requests:
-        """Advance the save in flight by the status of all ranks that a step has summed. Return the requests of all
-        ranks in that step."""
+        """Wait for ``step``, which has summed the status of the save in flight over all ranks, and advance the save by
+        it. Return the requests of all ranks that the step has summed."""
         self._schedule.advance(step.votes.phase, step.votes_of_all())
         return step.requests_of_all()
 

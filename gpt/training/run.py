@@ -99,7 +99,7 @@ class Request:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed command line of ``gpt.train``. No config is composed.
+    """Return the parsed command line of ``gpt.train``: ``--run``, or the overrides. The config is not composed yet.
 
     Raises:
         ConfigError: an unknown option.
@@ -133,10 +133,13 @@ def parse_request(words: argparse.Namespace) -> Request:
 
 
 def agree_on_folder(request: Request, world: World) -> RunFolder:
-    """Return the run folder, on all ranks. Collective.
+    """Return the run folder, on all ranks. With ``--run`` it is the given folder. Collective.
 
     Without ``--run``, rank 0 first chooses precision and parallelism, checks the request, creates the folder, and
-    writes the config. If it refuses the request, every rank raises ConfigError.
+    writes the config. Every rank then stores the chosen values in ``request.config``.
+
+    Raises:
+        ConfigError: rank 0 refuses the request; raised on every rank.
     """
 
     def choose() -> tuple[Path, ParallelConfig, int, Precision]:
@@ -215,7 +218,8 @@ class Run:
     evaluate_tasks: Callable[..., dict[str, float]] = lambda share, on_pass: {}
     """Function that evaluates ``eval.tasks``: ``Harness.figures``; without tasks it returns an empty dict."""
     initialised_from: dict[str, Any] | None = None
-    """Description of ``init_from``, if this attempt has used it; None if its weights are random or of a checkpoint."""
+    """Description of the folder ``init_from``, if this attempt has begun with its weights; None if it has begun with
+    random weights or with a checkpoint."""
     compiled: CompileCache | None = None
     """Cache of torch's compiler whose new files this rank has to share; None if it shares none."""
     step: int = 0
@@ -232,16 +236,18 @@ class Run:
 
 
 def prepare_tokens(config: TrainConfig) -> Tokens:
-    """Return the tokens of the corpus, which is prepared if necessary. Raise ConfigError if they do not fit the model,
-    or are too few."""
+    """Return the tokens of the corpus. Prepare the corpus first if that was not done yet. Raise ConfigError if the
+    tokens do not fit the model, or if there are too few of them."""
     check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
     return ensure_tokens(config.data, config.data_cache, config.eval.sequences * config.model.block_size + 1)
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
-    """Return the number of this attempt: that of the launcher, or the next free number without the launcher.
+    """Return the number of this attempt: the number that the launcher has given, or without the launcher the next free
+    number.
 
-    Collective. ``launched``, the launcher's client on this rank, writes its records into the run folder from then on.
+    Collective. ``launched`` is the launcher's client on this rank. After this call, it writes its records into the run
+    folder.
     """
     attempt = launched.attempt if launched.folder is not None else world.on_first(folder.create_attempt)
     launched.open_folder(folder.path, attempt)
@@ -381,5 +387,6 @@ def first_weights(
 
 
 def zeros(name: str, shape: torch.Size) -> Tensor:
-    """Return a tensor of zeros with this shape. All elements share the memory of one."""
+    """Return a tensor of zeros with the shape ``shape``, for any parameter ``name``. All its elements share the memory
+    of one element."""
     return torch.zeros(()).expand(shape)

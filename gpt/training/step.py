@@ -69,7 +69,8 @@ def fill_in_phases(record: StepRecord, timeline: Timeline, groups: Sequence[str]
 
 
 YOUNG = 1
-"""Highest generation of objects that the garbage collector examines in training: not the oldest one."""
+"""Highest generation of objects that Python's garbage collector examines during training. Generation 2, the oldest, is
+not examined."""
 
 
 GC_INTERVAL = 50
@@ -146,8 +147,8 @@ class QueuedStep:
     record: StepRecord
     """Record of the step, with the fields that are known without waiting."""
     requests: Requests
-    """Requests that this rank has received. With the launcher, all ranks have received the same requests; otherwise use
-    ``requests_of_all``."""
+    """Requests that this rank has received. Under the launcher these are the same on all ranks. Without the launcher
+    they may differ, and ``requests_of_all`` has those of all ranks."""
     gradients: Gradients | None
     """Statistics of gradients, if the step measures them; else None."""
     sizes: dict[str, int]
@@ -161,7 +162,7 @@ class QueuedStep:
     tokens: int
     """Number of tokens of the global batch."""
     votes: Votes
-    """Status of the save in flight on this rank, which the step sums over all ranks."""
+    """Status of the save in flight on this rank. The step sums its figures over all ranks."""
     timeline: Timeline
     timed_groups: tuple[str, ...] | None
     """``Engine.timed_groups`` of the engine that makes the step."""
@@ -198,7 +199,8 @@ class QueuedStep:
         return record, ended
 
     def requests_of_all(self) -> Requests:
-        """Wait for the end of the step. Return the requests that any rank had received when the step was queued."""
+        """Wait for the end of the step. Return the requests that at least one rank had received when the step was
+        queued."""
         figures = self.read()
         if "stop" not in figures:
             return self.requests
