@@ -135,7 +135,10 @@ class CommandParser(argparse.ArgumentParser):
 
 
 EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001", "checkpoint.keep_last": "1, or null to keep all"}
-"""Key -> value that an error message proposes in place of 1, which would make training fail or is rarely meant."""
+"""Key -> value that an error message proposes for the key. For other keys, the message proposes 1.
+
+With 1, training would fail, or 1 is rarely meant.
+"""
 
 
 def require_positive(key: str, value: float) -> None:

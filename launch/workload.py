@@ -57,7 +57,10 @@ class PlanRequest:
     It rarely determines their memory.
     """
     sweep_sizes: tuple[int, ...] = ()
-    """Numbers of ranks of all points of the command, as far as known. Proposals must be right for all points."""
+    """Number of ranks of each point of the command; empty if not known.
+
+    An override that the plan proposes must be right for all points.
+    """
     rate_factor: float = 1.0
     """Factor by which a cost model multiplies the compute rate. ``launch.project`` fits it to measured steps."""
     link_factor: float = 1.0
@@ -118,7 +121,7 @@ class WorkloadPlan:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Estimated time of an optimizer step on the slowest rank, in seconds, divided by cause."""
+    """Estimated time of an optimizer step on the slowest rank, in seconds, in parts by cause."""
 
     compute_s: float
     bubble_s: float = 0.0
@@ -232,9 +235,9 @@ class CodeTree:
 
     root: Path
     files: Callable[[Path], Iterable[tuple[str, Path]]]
-    """Function that yields (name relative to a root, path) of the code files below that root: ``root`` or a copy of it.
+    """Function that yields (name relative to a folder, path) for each code file in that folder, in sorted order.
 
-    The order is sorted, so that the same files have the same digest.
+    Its argument is the folder: ``root``, or a copy of ``root``. The order matters for the digest of the files.
     """
     has_launcher: bool
     """True if the folder contains the launcher itself, so that the launcher also runs from a copy."""

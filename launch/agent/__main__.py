@@ -133,8 +133,8 @@ def run_agent(run_dir: str, spare: Node | None = None) -> None:
 def run_spare(run_dir: str, identity: str) -> None:
     """Join the agents of a run from a spare job, a Slurm job of one node that the run has requested.
 
-    The run only sees the loss of a node if this job stops. So a signal ends this process, and submitit's handlers,
-    which would requeue the job, do not run.
+    SIGTERM ends this process, and SIGUSR2 is ignored. So submitit's handlers do not requeue the spare job. The agents
+    of the run treat the end of the spare job as the loss of one node.
 
     Args:
         run_dir: the run folder.
@@ -192,6 +192,11 @@ def start_repeatedly(context: AgentContext) -> None:
     """Start this node's ranks for one attempt after another, until the head node decides to stop or to requeue the run.
 
     A spare node waits until a round, which is one start of the ranks, includes the node.
+
+    Raises:
+        TooFewNodesError: on the head node, if too few healthy nodes are left.
+        HeadNodeLostError: on the other nodes, if the head node is lost.
+        RunFailedError: the run failed and does not start again.
     """
     from launch.agent import ranks
 
@@ -295,9 +300,9 @@ def event_variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> d
 def on_event(context: RunContext) -> Iterator[None]:
     """Run the user's command for each event that is recorded during a ``with`` block and has an ``event_name``.
 
-    Only the head node runs the command, in a thread, until another node has replaced it. The end of the block waits at
-    most about ``COMMAND_TIMEOUT_S`` seconds for the commands of the last events. Does nothing if no command is
-    configured.
+    Only the head node runs the command. A thread of this process does so until another node has become the head node.
+    The end of the block waits about ``COMMAND_TIMEOUT_S`` seconds at most for the commands of the last events. Does
+    nothing if no command is configured.
     """
     command, folder, node = context.config.launch.on_event_command, context.folder, context.node
     if not node.is_head or not command:

@@ -43,10 +43,12 @@ POLL_S = 1.0
 def requeue_unless_ended(context: RunContext, status: int) -> int:
     """Requeue the job if its agents were killed before the run ended. Returns the exit status of the batch script.
 
-    ``status`` is the exit status of srun.
+    The result is 0 if the run has finished, or was stopped by a user or a budget; else ``status``, the exit status of
+    srun.
 
     Raises:
-        RunFailedError: the run ends here, and the event log has the reason.
+        RunFailedError: the run has failed and does not start again. The event log has the reason.
+        SlurmError: Slurm's controller does not know the job, or did not answer for hours.
     """
     folder, node = context.folder, context.node
     events = events_of(folder, node)
@@ -70,7 +72,10 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
 
 
 def wait_for_agents(context: RunContext) -> None:
-    """Wait until the agent of the head node has ended, because Slurm's step can continue after srun was killed."""
+    """Wait, without a limit, until the agent of the head node has ended.
+
+    If srun was killed, Slurm's step with the agents can still run.
+    """
     is_recorded = False
     while True:
         events = events_of(context.folder, context.node)
@@ -87,8 +92,8 @@ def wait_for_agents(context: RunContext) -> None:
 def is_alive(context: RunContext, last: dict[str, Any], events: Sequence[dict[str, Any]]) -> bool:
     """Return whether the agent of the head node still runs.
 
-    The job's first head node is this host, so the process of its agent is checked. The agent of a later head node, on
-    another host, counts as ended after ``resilience.rendezvous_timeout_s`` without a heartbeat.
+    The first head node of a job is this host, so this function looks for the process of the agent. A later head node is
+    another host. Its agent counts as ended after ``resilience.rendezvous_timeout_s`` without a heartbeat.
 
     Args:
         context: run and node.
@@ -113,9 +118,9 @@ def submitted_run_dirs(folder: str, node: Node) -> list[str]:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Requeue the runs of a job that should continue. Returns the exit status of the batch script.
+    """Requeue each run of the job that should continue. Returns the exit status of the batch script.
 
-    The status is 0 if each run has finished, or was stopped by a user or a budget; else the exit status of srun.
+    The result is 0 if each run has finished, or was stopped by a user or a budget; else the exit status of srun.
     """
     parser = CommandParser(
         prog="python -m launch.agent.after_step",

@@ -26,10 +26,10 @@ from launch.config import NVRX, ResilienceConfig
 from launch.runs.folder import log_name
 
 START_RANK = 'cd -- "$1" && log="$2/rank_$(printf %05d "$RANK").log" && shift 2 && exec "$@" >>"$log" 2>&1 </dev/null'
-"""Shell script that starts a rank. The shell opens the log, which then also has output from before the program's first
-line.
+"""Shell script that starts a rank. Arguments: working directory, folder of the logs, program and its arguments.
 
-``exec`` leaves no shell behind, and the rank keeps the process id that the engine knows.
+The shell opens the log before the program runs, so the log also has errors of the program's start. ``exec`` replaces
+the shell by the program, so the rank has the process id that the engine knows.
 """
 END_S = 30.0
 """Seconds between SIGTERM and SIGKILL, when an engine ends ranks."""
@@ -61,7 +61,7 @@ class NodeRanks:
 
     @property
     def shell(self) -> tuple[str, ...]:
-        """Command that starts a rank: a shell, which opens the log of the rank that the variable RANK names."""
+        """Command, equal for all ranks, of a shell that opens the log of rank ``$RANK`` and becomes the program."""
         return ("/bin/sh", "-c", START_RANK, "sh", self.workdir, str(self.logs), *self.args)
 
 
@@ -119,17 +119,17 @@ class ProcessEngine:
         return {rank: process.poll() for rank, process in self._processes.items()}
 
     def stop(self) -> None:
-        """End the ranks that still run, with all processes of their sessions."""
+        """End the ranks that still run, each with its process group."""
         end_sessions(self._processes.values())
 
 
 def end_sessions(
     processes: Iterable[subprocess.Popen[bytes] | ForkedProcess], first: signal.Signals = signal.SIGTERM
 ) -> None:
-    """End processes that still run, with their sessions: by ``first``, and after ``END_S`` seconds by SIGKILL.
+    """End the processes that still run, each with its process group.
 
-    After SIGKILL, the function waits at most ``END_S`` seconds for each process, because a process that waits for a
-    device cannot end.
+    They get the signal ``first``, and after ``END_S`` seconds SIGKILL. After SIGKILL, the function waits at most
+    ``END_S`` seconds for each process, because a process that waits for a device cannot end.
     """
     running = [process for process in processes if process.poll() is None]
     for number in (first, signal.SIGKILL):
@@ -165,11 +165,13 @@ signal.signal = lambda number, handler: None if number in shielded else set_hand
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-"""Program that runs a module without an end at the signals that Slurm sends to all processes of a job before a stop.
+"""Python program that runs the module of torchrun or ft_launcher, and does not end at SIGTERM or SIGUSR2.
 
-The ranks get these signals, too, and have time to save. A handler, unlike SIG_IGN, is not inherited by the ranks. If
-the agent is killed, the kernel sends SIGHUP, at which torchrun ends the ranks. The first argument is the agent's
-process id, the second one the module.
+Arguments: process id of the agent, name of the module, arguments of the module.
+
+Slurm sends these signals to all processes of a job before a stop. The ranks also get the signals, and have time to
+save. The program handles the signals instead of ignoring them, because ranks would inherit SIG_IGN. If the agent is
+killed, the kernel sends SIGHUP to this program, and torchrun then ends the ranks.
 """
 
 
@@ -191,7 +193,7 @@ class TorchrunEngine:
         self._output = ranks.logs / f"engine_{self._numbers[0]:05d}.log"
         self._ends: Mapping[int, int | None] = {}
         self._ending_since: float | None = None
-        """Time since which torchrun ends ranks because another rank has failed; None before."""
+        """Time when torchrun began to end ranks because another rank failed, monotonic seconds; None before."""
 
     def start(self) -> None:
         """Start torchrun. Its output goes into a file in the folder of the ranks' logs."""
@@ -248,7 +250,10 @@ class TorchrunEngine:
         return self._output.read_text(errors="replace")
 
     def _read_ends(self, status: int) -> Mapping[int, int | None]:
-        """Return rank -> exit status, after torchrun has failed with ``status``; None for a rank that it has killed."""
+        """Return rank -> exit status, after torchrun has failed with ``status``; None for a rank that torchrun killed.
+
+        Without a table of failed ranks in torchrun's output, each rank gets ``status``.
+        """
         printed = self._printed()
         ended, failed = ENDED_RANK.findall(printed), {}
         for local, before, code, after in FAILED_RANK.findall(printed):
@@ -267,7 +272,7 @@ class TorchrunEngine:
 
 
 def kill_sessions(pids: Iterable[int]) -> None:
-    """Kill the processes of the sessions that these processes lead."""
+    """Kill the processes ``pids``, each with its process group. A process that has ended is skipped."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
@@ -298,5 +303,9 @@ ENGINES: Mapping[str, Callable[[NodeRanks], Engine]] = {
 
 
 def engine_class(limits: ResilienceConfig) -> Callable[[NodeRanks], Engine]:
-    """Return the class of the engine that ``resilience.engine`` names."""
+    """Return the class of the engine that ``resilience.engine`` names.
+
+    Raises:
+        ConfigError: the class cannot be imported or lacks a method, or a package is missing.
+    """
     return limits.own_engine or ENGINES[limits.engine.partition(":")[0]]

@@ -112,10 +112,11 @@ class RendezvousEndpoint:
 
 
 def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> RendezvousEndpoint:
-    """Open the store on the first node. On other nodes, connect to the store that the file of the newest term names.
+    """Open the agents' store on the first node, or connect another node to the store. Returns the connection.
 
-    The head node takes a free port and writes its number into the file, so no port is fixed in advance. The file also
-    contains the job's token, so only the user of the job can read the file.
+    The first node is the first head node. It takes a free port, and writes address and port into the file of the first
+    term. Other nodes wait for this file, and use the file of the newest term. The files also contain the job's token,
+    so only the user of the job can read them.
 
     Args:
         folder: folder of the run.
@@ -124,7 +125,8 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
         answer_s: longest wait in seconds for an answer of the store.
 
     Raises:
-        TimeoutError: the head node did not write the file in time.
+        TimeoutError: the first node did not write the file in time.
+        dist.DistError: the store did not answer in time.
     """
     if node.index == 0:
         address = node.own_address()
@@ -203,7 +205,11 @@ class RequestState(msgspec.Struct, frozen=True):
     """
 
     wants: int = 0
-    """Largest request of a rank or of the agent: a signal number, or the number of requested saves; 0 if none."""
+    """Largest value that a rank of the node, or its agent, has requested; 0 if none.
+
+    The value is a signal number (``FROM_FILE`` for the file STOP) for a stop, and the number of requested saves for a
+    save.
+    """
     held: int = 0
     """Number of the ticket (``Ticket.number``) for which all ranks of the node wait at their next poll; 0 if none."""
     most: int = 0
@@ -285,7 +291,8 @@ LONGEST_INTERVAL_S = 0.5
 EXCHANGES_PER_S = 800
 """Exchanges per second of all agents together, for 80 to 400 agents.
 
-Fewer agents exchange every ``INTERVAL_S`` seconds, and more agents every ``LONGEST_INTERVAL_S`` seconds.
+In one exchange, one agent reads the messages of other agents and writes its own. With fewer agents, each agent
+exchanges every ``INTERVAL_S`` seconds; with more agents, every ``LONGEST_INTERVAL_S`` seconds.
 """
 QUICK_S = 0.02
 """Seconds between two exchanges while ranks wait for an agreement."""
@@ -294,11 +301,14 @@ QUICK_EXCHANGES_PER_S = 8000
 QUICK_READS_PER_S = 40_000
 """Messages per second that the head node reads while ranks wait for an agreement, for 800 or more agents."""
 POLL_S = 0.1
-"""Seconds between two reads of the messages of the other agents."""
+"""Seconds between two checks of an agent that waits for its ranks, or for messages of other agents."""
 
 
 def exchange_interval_s(count: int) -> float:
-    """Return the seconds between two exchanges of one agent. Many agents (``count``) exchange less often each."""
+    """Return the seconds between two exchanges of one agent. ``count`` is the number of agents.
+
+    The more agents there are, the less often each agent exchanges.
+    """
     return min(LONGEST_INTERVAL_S, max(INTERVAL_S, count / EXCHANGES_PER_S))
 
 
@@ -418,7 +428,13 @@ class Heartbeat:
                 self.received[index] = message
 
     def _newest_round(self, begun: int, known: RendezvousRound | None) -> RendezvousRound | None:
-        """Return the round with number ``begun``, or the known round until the store has that round."""
+        """Return the newest round that has begun.
+
+        Args:
+            begun: number of this round, by a message of the head node.
+            known: round that this agent has read last; None if none. This round is returned if it is not older than
+                ``begun``, or if the store does not have the round ``begun`` yet.
+        """
         if known is None or known.number < begun:
             (text,) = self.store.read([ROUND_KEY])
             return msgspec.json.decode(text, type=RendezvousRound) if text else known
@@ -526,7 +542,10 @@ class Agreement:
         return ticket
 
     def _obey(self, reports: Mapping[Request, RequestState]) -> None:
-        """Write the tickets into the heartbeat files of this node's ranks. ``reports`` has this node's last reports."""
+        """Write the tickets into the heartbeat files of this node's ranks.
+
+        ``reports`` maps each kind of request to the newest report of this node.
+        """
         for request, ticket in self._tickets.items():
             is_new = ticket.number > self._held[request][0]
             for file in self._ranks:

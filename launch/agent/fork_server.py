@@ -185,9 +185,15 @@ class ForkServer:
 
 
 def serve_forks(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
-    """Run the server: import ``preload``, send its process id or the error to the agent, then fork ranks on request.
+    """Run the server in this process, until the agent is gone.
 
-    The process ends when the agent is gone.
+    The server imports ``preload``, and sends its own process id to the agent, or the error of an import. Then it forks
+    a rank for each request.
+
+    Args:
+        requests: connection to the agent.
+        preload: modules to import.
+        agent: process id of the agent.
     """
     try:
         become_helper(agent)
@@ -228,7 +234,9 @@ def import_all(modules: Sequence[str]) -> str | None:
 
 
 def fork_rank(start: Start, agent: int, requests: Connection) -> NoReturn:
-    """Fork the rank from this process, and end this process, so that the agent becomes the rank's parent.
+    """Fork the rank from this process, a child of the server, and end this process.
+
+    The kernel then makes the agent the parent of the rank.
 
     Args:
         start: program and environment of the rank.
@@ -321,9 +329,9 @@ def open_streams(log: str) -> None:
 
 
 def take_streams(sources: Sequence[int]) -> None:
-    """Use three open files as standard input, output and error, unbuffered as with PYTHONUNBUFFERED.
+    """Use open files as standard input, output and error. Output is unbuffered, as with PYTHONUNBUFFERED.
 
-    ``sources`` are the descriptors of these files, which are closed afterwards. The stream objects are made as
+    ``sources`` are the three descriptors, in this order. They are closed afterwards. The stream objects are made as
     Python makes them at its start (create_stdio in Python/pylifecycle.c).
     """
     for fd, source in enumerate(sources):
@@ -411,6 +419,7 @@ def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> 
     """Change the command line of this process in ps and /proc, and the environment in /proc if ``env`` is not None.
 
     ``words`` are the program and arguments to show.
+
     Linux shows the memory that contained both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
     This function overwrites that memory, and cuts off text that does not fit.
     """

@@ -205,9 +205,11 @@ Three reasons are normal after an attempt: idle clocks, a power cap, and the dri
 def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading], expected: int | None) -> Iterator[str]:
     """Yield a sentence for each fault of the GPUs of this node.
 
+    Faults are errors, lowered clocks, memory that is not freed, and too few GPUs.
+
     Args:
-        readings: state now.
-        first: state before the first start of the job on this node. Older errors do not count.
+        readings: state of each GPU now.
+        first: state of each GPU before the first start of the job on this node. Older errors do not count.
         expected: number of GPUs of a node; None if not known.
     """
     before = {reading.bus: reading.uncorrected or 0 for reading in first}
@@ -360,7 +362,7 @@ class HealthCheck:
 
 
 def full_disks(folders: Iterable[Path]) -> Iterator[str]:
-    """Yield a sentence for each folder into which files cannot be written.
+    """Yield a sentence for each folder whose filesystem is read-only or full, or has no free inode.
 
     Raises:
         OSError: a folder does not exist, or its filesystem does not answer.
@@ -394,9 +396,10 @@ def links_up(root: Path = SYS) -> set[str]:
 
 
 def fault_of_program(words: Sequence[str], timeout_s: float) -> str:
-    """Run the site's check program ``words`` for at most ``timeout_s`` seconds. Returns the fault as a sentence.
+    """Run the site's check program for at most ``timeout_s`` seconds. Returns the fault as a sentence.
 
-    The sentence is empty if the program exits with status 0.
+    The sentence is empty if the program exits with status 0. A program that cannot be run, or does not end in time, is
+    a fault. ``words`` are the program and its arguments.
     """
     name = words[0]
     try:

@@ -83,8 +83,10 @@ def take_part(run_dirs: Sequence[str]) -> str:
     """Return the run folder of this Slurm task. If several runs share the job, limit this process to its part of the
     node.
 
-    ``run_dirs`` has one folder for each run. Each task of the job is the agent of one of these runs. The process binds
-    itself to its part of the job's CPUs, and sets environment variables that describe a job with this part alone.
+    ``run_dirs`` has one folder for each run. Each task of the job is the agent of one run. The tasks divide the CPUs,
+    GPUs and memory of the node equally. The process binds itself to its CPUs if Slurm confines jobs to their CPUs. It
+    changes Slurm's environment variables and CUDA_VISIBLE_DEVICES, so that they describe a job of one task with this
+    part of the node.
     """
     if len(run_dirs) == 1:
         return run_dirs[0]
@@ -264,7 +266,8 @@ def main() -> int:
     The arguments of this process are the command that submitit would start on each node.
 
     Returns:
-        The largest exit status of the agents, where signals count as their numbers; 2 if a host is refused.
+        The largest exit status of the agents; 2 if a host is refused. If a signal ended an agent, the number of the
+        signal counts as its exit status.
     """
     node, words = Node.from_env(), sys.argv[1:]
     folder = words[-1]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TICK_S = 0.5
 PAUSED_S = 5.0
-"""Seconds between two ticks of ``RunningClock`` from which the process counts as stopped (SIGSTOP) in between."""
+"""If two ticks of ``RunningClock`` are further apart than this, in seconds, the process was stopped (SIGSTOP)."""
 
 
 class RunningClock:
@@ -158,7 +158,7 @@ class StopRequest:
     def install(self) -> None:
         """Handle SIGTERM and SIGUSR2 in this object. SIGHUP and SIGQUIT end the agent, which first ends its ranks.
 
-        Submitit's handlers would requeue by themselves, and on rank 0 only.
+        The handlers replace those of submitit, which requeue a job without a decision of the agents.
         """
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
@@ -174,7 +174,8 @@ class StopRequest:
     def request(self, name: str) -> None:
         """Count a request to stop. ``name`` is the name of the signal, ``STOP_FILE``, or another reason as text.
 
-        The first request also sets ``since``, the time in monotonic seconds. The next request replaces ``JOINED``.
+        The first request sets the attribute ``name``, and ``since``, its time in monotonic seconds. Later requests only
+        raise ``count``. A request that follows ``JOINED`` replaces ``JOINED``, and counts as the first.
         """
         self.count = 1 if self.name == JOINED else self.count + 1
         if self.count == 1:
@@ -239,7 +240,10 @@ class Node:
         return self.host_of(self.index)
 
     def host_of(self, index: int) -> str:
-        """Return the host name of node ``index``; ``of spare job 1`` and so on for a node of another spare job."""
+        """Return the host name of node ``index``.
+
+        The host of another spare job is not known. For its node, return a text such as ``of spare job 1``.
+        """
         if self.index >= self.count and index == self.index:  # The name by which Slurm knows this node.
             return os.environ.get("SLURMD_NODENAME", socket.gethostname())
         if index >= self.count:
@@ -418,9 +422,10 @@ class RunContext:
     config: Config
 
     def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
-        """Return the events since the last submission.
+        """Return the events since a user last typed the command of the run, oldest first.
 
-        With ``names``, return only events that have one of these names and all of ``fields``.
+        With ``names``, return only events that have one of these names and all values of ``fields``. Without ``names``,
+        ``fields`` has no effect.
         """
         events = events_since_submission(self.folder.read_events())
         return select_events(events, *names, **fields) if names else events

@@ -169,9 +169,10 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
 
 
 def exclude_hosts(context: RunContext, job_id: str, exclude: Mapping[str, str]) -> None:
-    """Exclude hosts from the pending job ``job_id``, unless too few other hosts are left, and record the result.
+    """Exclude hosts from the pending job ``job_id``, unless too few other hosts are left.
 
-    ``exclude`` is host -> reason.
+    ``exclude`` is host -> reason. Records the event ``excluded``, or ``not_excluded`` with the reason. Does nothing
+    without hosts.
     """
 
     def exclude_once() -> str | None:
@@ -264,9 +265,11 @@ def cancel_next_job(context: RunContext) -> None:
 
 
 def request_spare_jobs(context: AgentContext, rdzv: RendezvousRound) -> None:
-    """On the head node, submit one job of one node for each node that a round lacks, at most ``spare_jobs`` in all.
+    """On the head node, submit spare jobs, of one node each, in place of the nodes that a round lacks.
 
-    The jobs are submitted in the background. If Slurm does not accept a job, the event log says why.
+    A round lacks a node if it has fewer members than ``nodes`` in the config. Spare jobs that still wait in the queue
+    count, and at most ``spare_jobs`` are submitted in all. Threads submit the jobs. If Slurm does not accept a job, the
+    event log says why.
     """
     node, lacking = context.node, context.config.nodes - len(rdzv.members)
     if lacking == 0 or node.late == 0:
@@ -426,6 +429,9 @@ def handle_early_stop(context: RunContext, why: str) -> None:
     """Record a stop before any ranks ran, and requeue the job after a preemption or at its time limit.
 
     ``why`` is the reason for the event log. Does nothing except on the head node.
+
+    Raises:
+        RunFailedError: the job cannot be requeued, or Slurm's controller did not tell the cause of the stop.
     """
     if context.node.is_head:
         context.record("agent_stopped", node=context.node.index, cause=why)

@@ -186,8 +186,8 @@ def open_attempts(events: Events) -> list[int]:
 def attempts_without_progress(events: Events) -> int:
     """Return how many of the last attempts, one after another, ended without a newer checkpoint than they started from.
 
-    Returns 0 if the run has never reported a checkpoint, since its progress is then unknown. Attempts that were
-    interrupted from outside before their first step are not counted.
+    Checkpoints in memory count as checkpoints. Returns 0 if the run has never reported a checkpoint, since its progress
+    is then unknown. Attempts that were interrupted from outside before their first step are not counted.
     """
     starts = select_events(events, "started")
     if not select_events(events, "saved") and not any("from_step" in start for start in starts):

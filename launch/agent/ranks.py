@@ -384,11 +384,13 @@ class RankAgent:
         self._records.poll()
 
     def _have_to_wait(self, codes: Sequence[int | None]) -> bool:
-        """Return whether ranks of this node run that may finish, or that may still record their failures.
+        """Return whether the agent must wait for ranks of this node. Kills the ranks for which it must not wait.
 
-        After one rank has failed, the other ranks get ``LAST_MESSAGES_S`` seconds, or the grace period if the first
-        rank requested a requeue. Then they are killed. The error of a lost peer often comes first and would hide the
-        original failure. ``codes`` are the exit statuses of the ranks; None while a rank runs.
+        After a rank has failed, the other ranks get ``LAST_MESSAGES_S`` seconds to record their own failures: the error
+        of a rank that lost another rank often comes first, and would hide the original failure. If ranks have left with
+        the exit status for a requeue, and none has failed, the others get the grace period to save.
+
+        ``codes`` are the exit statuses of the ranks; None while a rank runs.
         """
         if None not in codes or not any(codes):
             return None in codes

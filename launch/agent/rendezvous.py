@@ -44,7 +44,10 @@ SPARE_WAIT_S = 10.0
 """Seconds for which a round with enough nodes waits for further nodes."""
 ROOM_POLL_S = 2.0
 ECHO_S = 8.0
-"""Seconds of silence after which a node counts as the cause of a broken connection that no rank has explained."""
+"""Longest wait in seconds for signs of life of the other nodes, after a connection between ranks broke.
+
+A node that is silent for so long counts as lost.
+"""
 FLUSH_S = 5.0
 JOIN_S = 1.5
 """Seconds for which the next head node waits for nodes that have not yet noticed the loss of the previous head node."""
@@ -104,6 +107,7 @@ class AgentGroup:
 
         Raises:
             TooFewNodesError: on the head node, if too few healthy nodes are left.
+            AlreadyDecidedError: on the head node, if another node has become the head node.
             HeadNodeLostError: on the other nodes, if the head node is lost.
             RunFailedError: on the other nodes, if the run has failed and does not start again.
         """
@@ -209,10 +213,13 @@ class AgentGroup:
         return self._lose({i: self._silence_text(i) for i in rdzv.members[1:] if self._silence(i) > limit})
 
     def find_reason(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """After a connection between ranks broke, mark members without two further heartbeats as lost, and return these
-        members.
+        """Return the lost members of a round, after a connection between its ranks broke.
 
-        Then waits until the other members have recorded how their ranks ended. Waits ``ECHO_S`` seconds at most.
+        A member is lost, and is marked as lost, if it does not send two further messages. The method then waits until
+        the other members have reported how their ranks ended. Both waits together take ``ECHO_S`` seconds at most.
+
+        Raises:
+            AlreadyDecidedError: another node has begun a new term.
         """
         heartbeat, number = self.heartbeat, rdzv.number
         waiting = {index: heartbeat.of(index).beat for index in rdzv.members[1:] if index not in self.lost}
@@ -286,10 +293,11 @@ class AgentGroup:
     def _gather(self, number: int) -> tuple[list[int], list[NodeProblem]]:
         """Wait until every node that is not lost is ready, or enough nodes are ready after ``SPARE_WAIT_S`` seconds.
 
-        Returns the indices of the healthy nodes, and the sick nodes.
+        Returns the indices of the healthy nodes, and the sick nodes. Nodes that do not come in time are marked as lost.
 
         Raises:
             TooFewNodesError: too few healthy nodes are left.
+            AlreadyDecidedError: another node has become the head node.
         """
         node, folder, began = self._node, self._context.folder, time.monotonic()
         while (size := self.next_size) is not None:

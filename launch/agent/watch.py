@@ -50,7 +50,10 @@ STACK_WAIT_S = 3.0
 STACK_QUIET_S = 1.0
 """Seconds without a further line after which the stacks count as complete."""
 NEARLY = 0.8
-"""Share of its limit after which a silent rank is reported as hung if ranks of another node have failed."""
+"""Share of the limit of silence for a rank after ranks of another node have failed.
+
+A rank that was silent for this share of its limit is recorded as hung, since it may be the cause.
+"""
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,15 @@ class Watchdog:
         return sorted(found, key=lambda stuck: stuck.since)
 
     def _silences(self, rank: int, last: RankHeartbeat | None, now: float) -> Iterator[tuple[float, float, str]]:
-        """Yield (seconds, longest allowed seconds, description) for each kind of silence of a rank.
+        """Yield (seconds of silence, longest allowed seconds, description) for each sign of life that a rank owes.
 
-        ``last`` is the rank's heartbeat, None if the rank has written none. ``now`` is in monotonic seconds.
+        A rank with a heartbeat has to write heartbeats, and to make progress. A rank without a heartbeat has to write
+        its first one if ``must_attach``, and to print within ``silence_timeout_s``.
+
+        Args:
+            rank: number of the rank.
+            last: newest heartbeat of the rank; None if it has written none.
+            now: time in monotonic seconds.
         """
         limits, started = self._limits, self._started
         if last is not None:
@@ -239,10 +248,10 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _finds_stop_file(self) -> bool:
-        """Return whether the run folder has a file STOP that this node's ranks do not look for themselves.
+        """Return whether the run folder has a file STOP, and no rank of this node has a heartbeat.
 
-        Ranks with a heartbeat look for the file. The agent looks at most every ``STOP_FILE_S`` seconds, and the method
-        returns False in between.
+        Ranks with a heartbeat look for the file themselves. This method looks once in ``STOP_FILE_S`` seconds. Calls in
+        between return False.
         """
         now = time.monotonic()
         if now - self._looked_for_file < STOP_FILE_S:
@@ -265,10 +274,10 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
-        """Record ranks that were silent for more than ``share`` of a limit as failed, with their stacks.
+        """Record ranks that were silent for too long as failed, with their stacks.
 
-        ``Watchdog.poll`` has the limits. Returns a text on the rank with the longest silence; None if no rank was
-        silent for so long.
+        Too long is more than ``share`` of a limit of ``Watchdog``. Returns a text on the rank with the longest silence;
+        None if no rank was silent for so long.
         """
         stuck = self._watchdog.poll(agent.ranks(), share)
         if stuck:
@@ -394,7 +403,7 @@ class RankRecords:
         self._is_environment_written = has_written(folder.environment(attempt.number), self._environment)
 
     def _describe(self, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the environment of the attempt, with one entry for each rank."""
+        """Return the content of ``environment.json`` for the attempt. ``ranks`` has the entry of each rank."""
         attempt, contract, driver = self._attempt, self._contract, driver_version()
         return {
             "attempt": attempt.number,

@@ -171,7 +171,8 @@ class ResilienceConfig:
     def preload(self) -> tuple[str, ...]:
         """Modules that ``engine=fork:MODULE+MODULE`` imports before it forks the ranks; empty without such modules.
 
-        With torch, also ``torch._dynamo``, which every optimizer of torch imports: half of the time of all imports.
+        If torch is among them, ``torch._dynamo`` is added. Every optimizer of torch imports it, which takes half of the
+        time of all imports.
         """
         kind, _, named = self.engine.partition(":")
         modules = named.split("+") if kind == "fork" and named else []

@@ -75,9 +75,10 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
 
 
 def refuse_other_workload(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError if a typed key belongs to another workload than the one that is launched.
+    """Raise ConfigError if a typed key belongs to another workload than ``workload``, which is launched.
 
-    Presets (``experiment``) of this project are for the default workload.
+    The key ``experiment`` is such a key if it names a preset of this project, because presets set keys of the default
+    workload.
     """
     is_default = workload.name == default_workload()
     other = SCRIPT if is_default else default_workload()
@@ -160,6 +161,9 @@ def schema_of(target: str) -> type[Config]:
     """Return the dataclass of a whole config: the keys of the launcher and of a workload, both at the root.
 
     ``target`` is the dotted path of the workload's class.
+
+    Raises:
+        ConfigError: the path cannot be imported, or is no workload.
     """
     schema = load_workload(target).schema
     # The first base decides on a default. So a workload's own default for a launcher key is set again.
@@ -173,14 +177,21 @@ def schema_of(target: str) -> type[Config]:
 
 
 def workload_of(config: Config | DictConfig) -> Workload:
-    """Return the workload that a config names."""
+    """Return the workload that a config names.
+
+    Raises:
+        ConfigError: the class cannot be imported, or is no workload.
+    """
     return load_workload(config.workload._target_)
 
 
 def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:
-    """Register the config schema for these overrides with Hydra, and return the schema.
+    """Register the schema of the config with Hydra, and return the schema. The overrides name the workload.
 
     ``config_dir`` is the folder of the user's own config files; None if there is none.
+
+    Raises:
+        ConfigError: there is no such workload, or its class cannot be imported.
     """
     schema = schema_of(target_of(overrides, config_dir))
     compose.register_schema("launch_schema", schema)
@@ -231,7 +242,7 @@ def read_point(folder: RunFolder) -> Config:
 
 
 def workload_of_run(folder: RunFolder) -> Workload:
-    """Return the workload of a run folder, which ``gpt.train`` may have made without the launcher.
+    """Return the workload of a run folder. ``gpt.train`` may have made the folder, without the launcher.
 
     Raises:
         ConfigError: the folder has no run, or its config is damaged.

@@ -60,20 +60,22 @@ def register_schema(name: str, schema: type) -> None:
 def compose_typed(
     primary: str, schema: type, overrides: Sequence[str], config_dir: Path | None = None, *, with_hydra: bool = False
 ) -> DictConfig:
-    """Return the config that a file of configs/ gives with overrides that ``check_overrides`` returned.
+    """Return the config that Hydra composes from the file ``primary`` in configs/ and from overrides.
 
-    Hydra composes the chosen files, and the result is cached. The other overrides set values in a copy of this result.
-    The points of a sweep mostly differ in values, and setting values is 10 times faster than composing.
+    Hydra composes the files that overrides choose, and the result is cached. The other overrides set values in a copy
+    of this result. The points of a sweep mostly differ in values, and setting values is 10 times faster than composing.
 
     Args:
         primary: name of the file; its schema is registered.
         schema: dataclass of the config.
-        overrides: overrides with one value each; sweeps are allowed only if ``with_hydra``.
+        overrides: overrides as ``check_overrides`` returns them. Several values in one (a sweep) are allowed only if
+            ``with_hydra``.
         config_dir: folder of the user's own config files; None if there is none.
         with_hydra: True if the result also has Hydra's own keys, under ``hydra``.
 
     Raises:
-        ConfigError: a config file is missing, cannot be read, or has a value of the wrong type.
+        ConfigError: a config file is missing or cannot be read, an override cannot be read or has several values, or a
+            value has the wrong type.
     """
     choices, values = [], []
     leaves = {*schema_keys(schema)} - {key.rpartition(".")[0] for key in schema_keys(schema)}

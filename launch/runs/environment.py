@@ -149,9 +149,9 @@ def visible_gpus(
 
 
 def _read_gpu(index: str, path: Path) -> Gpu:
-    """Return the GPU that a file of the driver in /proc describes.
+    """Return the GPU that the driver's file ``path`` in /proc describes.
 
-    ``index`` is its number in the order of the PCI bus.
+    ``index`` is the number of the GPU in the order of the PCI bus.
     """
     fields = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", path.read_text(), re.MULTILINE))
     uuid = fields.get("GPU UUID", "")
@@ -293,9 +293,9 @@ NAMED = 5
 
 
 def source_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (name relative to ``root``, path) for each source file of this project, in order.
+    """Yield (name relative to ``root``, path) for each source file of this project, in the order of the names.
 
-    Git need not track the file.
+    Files that git does not track are included.
     """
     paths = [path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in SUFFIXES]
     for path in sorted(paths):

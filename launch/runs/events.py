@@ -54,8 +54,8 @@ def events_since_submission(events: Events) -> list[dict[str, Any]]:
 def last_command(events: Events) -> int:
     """Return the index of the last submission that a user typed; 0 if there is none.
 
-    A move to another partition is no such submission. A second entry of the same job is not counted either, because its
-    agent and its launcher may both write one.
+    A move to another partition is no such submission. Two entries of one job count as one, because the launcher and an
+    agent of the job may both write an entry.
     """
     last, before = 0, None
     for index, event in enumerate(events):
@@ -79,9 +79,10 @@ def planned_steps(events: Events) -> int | None:
 
 
 def saves_that_count(events: Events) -> list[dict[str, Any]]:
-    """Return the ``saved`` events, oldest first, without the steps that a later attempt repeated.
+    """Return the ``saved`` events of checkpoints that still belong to the run, oldest first.
 
-    An attempt that resumes from a checkpoint repeats the steps after it.
+    If a command with ``resume_from`` took the run back to a step, the events of later steps before the command are left
+    out.
     """
     found: list[dict[str, Any]] = []
     for event in events:
@@ -243,9 +244,9 @@ def enter_failure(
         cause: cause of the failure, one line.
         trace: traceback, or the end of the rank's log.
         step: last step of the rank; None if unknown.
-        more: further fields: for a hung rank ``hung=True`` and ``since``, the Unix time of its last progress;
-            ``same_as``, the rank of this host that has recorded the same traceback, which is then left out; None if
-            there is none.
+        more: further fields of the event; those that are None are left out. A hung rank has ``hung=True`` and
+            ``since``, the Unix time of its last progress. ``same_as`` is the rank of this host that has recorded the
+            same traceback. The event then names that rank in place of the traceback.
     """
     more = {name: value for name, value in more.items() if value is not None}
     if cause.startswith(f"{ConfigError.__name__}: found:"):

@@ -56,10 +56,10 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
         runs: folder and overrides of each run.
 
     Returns:
-        Labels that all differ. The label is the name of the run's folder for a single run, for a run with ``run_dir``
-        among its overrides, and for all runs if two labels would be equal. A single run without overrides, or with so
-        many that its folder's name is cut, has the name of the parent folder as its label. If two folders of a point
-        are labelled, the later one keeps its number: ``nodes=2~3``.
+        Labels that all differ, in the order of ``runs``. A run with ``run_dir`` among its overrides has the name of its
+        folder as label. If two folders of one point are among the runs, the number of the folder is added:
+        ``nodes=2~3``. If two labels would still be equal, all runs have the names of their folders as labels. The label
+        of a single run is that of ``alone``.
     """
     if len(runs) < 2:
         return [alone(path, overrides) for path, overrides in runs]
@@ -77,9 +77,10 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def alone(path: Path, overrides: Sequence[str]) -> str:
-    """Return the label of a single run: the name of its folder.
+    """Return the label of a single run: the name of its folder ``path``, or of the parent folder.
 
-    It is the name of the parent folder if the folder's own name comes from no overrides, or from too many to be read.
+    The parent folder names a run without overrides, and a run with so many overrides that the name of its folder is
+    cut. With ``run_dir`` among its ``overrides``, a run always has the name of its folder.
     """
     number = generation(path.name)
     of_folder = path.name.removesuffix(number)
@@ -133,9 +134,10 @@ class Sweep(msgspec.Struct, frozen=True):
         return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
 
     def summary(self, beside: Sequence[Sweep]) -> str:
-        """Return a short description of this sweep in a list with other sweeps, which are the argument.
+        """Return a short description of this sweep for people, in a list with the sweeps ``beside``.
 
-        It has the overrides with several values, and those that not all sweeps of the list have.
+        The description has the overrides with several values, the overrides that not all sweeps of the list have, the
+        number of points, and the time when the sweep was typed.
         """
         common = set.intersection(*(set(one.typed) for one in (self, *beside)))
         told = [override for override in self.typed if "," in override or override not in common]
@@ -249,7 +251,10 @@ def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
 
 
 def typed_for(run: Path) -> Sequence[str]:
-    """Return the overrides that were typed for a run; if their file is damaged, only ``run_dir=`` and its folder."""
+    """Return the overrides that were typed for the run in folder ``run``.
+
+    If the file of overrides is damaged, return only the override ``run_dir=<run>``.
+    """
     try:
         return read_overrides(RunFolder(run))
     except ConfigError:

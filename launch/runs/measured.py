@@ -170,11 +170,11 @@ FASTEST = 1e13
 
 
 def terms(collective: str, ranks: int) -> tuple[float, float]:
-    """Return two numbers of a collective: the messages that are sent one after another, and the bytes on a rank's
-    link divided by the bytes of the tensor.
+    """Return two numbers of a collective over ``ranks`` ranks: for its latency and for its bandwidth.
 
-    The tensor is the result of an all-gather, the input of a reduce-scatter, and the input of each rank of an
-    all-to-all.
+    The first is the number of messages that are sent one after another. The second is the bytes on a rank's link
+    divided by the bytes of the tensor. The tensor is the result of an all-gather, the input of a reduce-scatter, and
+    the input of each rank of an all-to-all.
     """
     if collective == "send":
         return 1.0, 1.0
@@ -334,8 +334,8 @@ class UsageMeter:
     def poll(self, ranks: Collection[int]) -> None:
         """Sample memory and CPU time of the ranks.
 
-        ``ranks`` has their process ids. Does nothing if the next sample is not due yet. At the beginning samples are
-        more frequent, because the time after the last sample is not known.
+        ``ranks`` has their process ids. Does nothing if the next sample is not due yet. The time between samples grows
+        from ``FIRST_S`` to ``SAMPLE_S``, so that a short run also has a sample shortly before its end.
         """
         now = time.monotonic()
         if now < self._next or not ranks:

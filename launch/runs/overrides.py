@@ -106,7 +106,7 @@ NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves 
 
 
 def point_keys(overrides: Iterable[str], exclude: Collection[str]) -> frozenset[str]:
-    """Return the overrides that identify a point. Two points with the same result are the same run.
+    """Return the overrides that identify a point. If this function returns the same for two points, they are one run.
 
     Args:
         overrides: overrides as typed.

@@ -86,7 +86,11 @@ def die_with_parent(parent: int) -> None:
 
 
 def become_helper(parent: int) -> None:
-    """Make this process end together with process ``parent``, and ignore signals to a whole job or terminal."""
+    """Make this process live exactly as long as its parent, process ``parent``.
+
+    The kernel kills this process when the parent ends. This process ignores SIGTERM, SIGINT, SIGHUP and other signals
+    that Slurm or a terminal sends to all processes at once.
+    """
     for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     die_with_parent(parent)
@@ -263,7 +267,7 @@ class HeartbeatFile:
 
 
 def read_heartbeat(path: Path) -> RankHeartbeat | None:
-    """Return the last heartbeat in the file ``path``; None before the first heartbeat."""
+    """Return the last heartbeat in the file ``path``; None before the first heartbeat, and without the file."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

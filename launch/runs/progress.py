@@ -36,14 +36,16 @@ GROUPS = (
     *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),
     "begin",
 )
-"""Names that groups of the pattern ``script.progress`` may have: fields of a step record.
+"""Names that groups of the pattern ``script.progress`` may have. Most are fields of a step record.
 
-If a pattern has ``epoch`` (counted from 0) or ``epoch_from_1`` (counted from 1), and ``steps_per_epoch``, then ``step``
-counts the steps of this epoch only. A line that has an epoch and no step gives the epoch of the lines after it. Other
-values in a line without a step belong to the last step; after a line that has ``begin``, to the next step.
+``epoch`` counts from 0, ``epoch_from_1`` from 1. If a pattern has one of them, and ``steps_per_epoch``, then ``step``
+counts the steps of the epoch only. A line with an epoch and no step gives the epoch of the lines after it.
 
-``steps`` is the total of a progress bar. Lines with another total than the first are of another bar, such as that of an
-evaluation, and a bar at 0 has made no step.
+Other values in a line without a step belong to the last step. After a line that has ``begin``, they belong to the next
+step.
+
+``steps`` is the total of a progress bar. The first total is that of the training. A line with another total, such as
+that of an evaluation, is skipped, and so is a line with step 0.
 """
 POLL_S = 1.0
 """Shortest time between two polls, seconds. The agent calls ``poll`` several times a second."""
@@ -230,11 +232,13 @@ class _RankLog:
         return fields
 
     def _append(self, found: Sequence[dict[str, Any]], printed_at: float) -> None:
-        """Append a step record for each of ``found``, which has the fields of one step each.
+        """Append a step record for each step in ``found``.
 
-        If the first of ``found`` has further fields of the last recorded step, a second record of that step, with all
-        its fields, is appended. Readers use the newest record of a step. ``printed_at`` is the Unix time when the last
-        of these lines was printed.
+        Args:
+            found: for each step that the program has printed, the fields of its record. The first may be the step that
+                was recorded last, with further fields. Then a second record of this step, with all its fields, is
+                appended, because readers use the newest record of a step.
+            printed_at: Unix time when the last of these steps was printed.
         """
         last, new = self._last, found
         for fields in found:

@@ -351,7 +351,7 @@ def refuse_unknown_figure(name: str | None, figures: Sequence[str] | None, typed
     Args:
         name: requested field of the step records; None without an objective.
         figures: fields that the program records; None if only the program knows them.
-        typed: override whose value is the name of the field, with ``{}`` in place of the name.
+        typed: override to show in the error message, with ``{}`` in place of the name.
     """
     if name is None or figures is None or name in figures:
         return

@@ -229,9 +229,12 @@ class AttemptFacts:
 
     @cached_property
     def others(self) -> list[RankFacts]:
-        """Ranks outside of collectives, longest silence first: with a stack, or unable to give one (such as stopped).
+        """Ranks outside of collectives, longest silence first.
 
-        If there are none: waiting ranks whose last collective in the flight recorder is earlier than that of another
+        Such a rank gave a stack, or could not give one because its process is stopped or frozen, or waits in the kernel
+        (state D). Ranks that failed only because they lost another rank are left out.
+
+        If no rank is outside: waiting ranks whose last collective in the flight recorder comes before that of another
         rank in the same group.
         """
         silent = re.compile(r"stopped|frozen.*\nstate [SD] .*free?z|.*\nstate D")  # these cannot give a stack

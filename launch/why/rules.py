@@ -49,8 +49,8 @@ Find = Callable[[AttemptFacts], RankFacts | None]
 class Rule:
     """One row of the table.
 
-    ``sentence`` and ``fix`` may name {failed} (rank, step, cause and place of a failure), {scene} (which ranks wait,
-    and where the blamed rank is), {scenes} (all that wait), and the other names that ``_texts`` returns.
+    ``sentence`` and ``fix`` may contain names in braces, which ``_texts`` replaces. {failed} is rank, step, cause and
+    place of a failure. {scene} says which ranks wait, and where the blamed rank is. {scenes} lists all waiting ranks.
     """
 
     kind: str
@@ -103,7 +103,10 @@ def elsewhere(pattern: str) -> Find:
 
 
 def mismatched(facts: AttemptFacts) -> RankFacts | None:
-    """Return the last waiting rank if all ranks hang in collectives that differ by name, place or sizes; else None."""
+    """Return the last waiting rank if ranks wait in collectives that differ by name, place or sizes; else None.
+
+    None also if a rank is outside of collectives. Sends and receives are not compared, since a matching pair differs.
+    """
     # A send and the receive that fits it differ, too.
     waiting = [rank for rank in facts.waiting if not re.search("send|recv", rank.collective)]
     different = {(rank.collective, rank.place, str(rank.dump.get("sizes"))) for rank in waiting}
@@ -117,9 +120,9 @@ def all_wait(facts: AttemptFacts) -> RankFacts | None:
 
 
 def diverged(facts: AttemptFacts) -> RankFacts | None:
-    """Return the first rank that recorded a loss or gradient norm that is not finite; None for other failures.
+    """Return the rank to blame if the text of a failure names a loss or gradient that is not finite; else None.
 
-    If no rank recorded such a number, return the rank whose failure names one.
+    The rank is the first that recorded such a number; if no rank has recorded one, the rank with the failure.
     """
     failed = failed_with(NOT_FINITE)(facts)
     return failed and (facts.not_finite or failed)
@@ -309,9 +312,9 @@ def find_verdict(folder: RunFolder, more: Events = ()) -> Verdict | None:
 
 
 def refusal_in(cause: str) -> tuple[str, str]:
-    """Return what was found and what to type next, of a cause with the text of a ConfigError.
+    """Return (what was found, what to type next) from a ``cause`` that contains the text of a ConfigError.
 
-    For other causes return the cause and an empty text.
+    For another cause, return the cause itself and an empty text.
     """
     head, is_refusal, rest = cause.partition("found: ")
     found, _, expected = rest.partition("\nexpected: ")

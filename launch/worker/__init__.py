@@ -230,9 +230,10 @@ class Run:
         """Add a step record, which a thread writes within eight seconds. This method never blocks and never raises.
 
         Missing values of ``time``, ``attempt`` and ``step_time_s`` are filled in. ``step_time_s`` is the time since the
-        previous record, without evaluations and saves, divided by the number of steps. A figure is a real number, or a
-        list or mapping of real numbers. None is left out, anything else is dropped with one warning. The value of a
-        scalar of numpy or torch is read at once, so a scalar on a GPU waits for the GPU.
+        previous record, without evaluations and saves, divided by the number of steps since that record. A figure is a
+        real number, or a list or mapping of real numbers. A figure that is None is left out. A figure of another type
+        is dropped, with one warning. The value of a scalar of numpy or torch is read at once, so the call waits for a
+        GPU that still computes the scalar.
         """
         now = time.perf_counter()
         try:
@@ -261,11 +262,11 @@ class Run:
             self._warn(f"a record of step {step!r} was dropped: {error!r}")
 
     def phase(self, name: str | Phase, step: int | None = None) -> None:
-        """Report the phase of this rank: starting, training, evaluating, saving or leaving. ``step`` steps are done.
+        """Report the phase of this rank: starting, training, evaluating, saving or leaving.
 
-        ``step=None`` leaves the number of steps as it is. The launcher allows more silence while a rank starts, saves
-        or leaves. ``record`` and ``stop_requested`` also report progress, and the phase training. A call takes about a
-        microsecond.
+        ``step`` is the number of steps done; None if it has not changed. The launcher allows more time without progress
+        while a rank starts, saves or leaves. ``record`` and ``stop_requested`` also report progress, with the phase
+        training. A call takes about a microsecond.
 
         Raises:
             ValueError: there is no such phase.
@@ -319,7 +320,7 @@ class Run:
         return answer
 
     def is_current(self) -> bool:
-        """Return whether this is still the newest attempt.
+        """Return whether no later attempt of the run has begun; True for a stand-in.
 
         The call reads the filesystem. Use it right before a checkpoint is made valid, for example renamed.
         """
@@ -330,9 +331,9 @@ class Run:
     def saved(self, step: int, seconds: float | None = None, **details: Any) -> None:
         """Record that the run can continue from the checkpoint of ``step``. ``seconds`` is the duration of the save.
 
-        ``details`` are further fields of the event. Limits of restarts count from this checkpoint. On rank 0, the files
-        SAVE and STOP are removed if they requested this save, so that the next start does not obey them again. Every
-        rank first writes its queued records, because no later attempt repeats these steps.
+        ``details`` are further fields of the event. The launcher's limits of restarts count the checkpoint as progress.
+        On rank 0, the files SAVE and STOP are removed if they requested this save, so that the next start does not obey
+        them again. Every rank first writes its queued records, because no later attempt repeats these steps.
 
         Raises:
             OutdatedAttemptError: on rank 0, if a later attempt of the run has begun.
@@ -398,7 +399,10 @@ class Run:
         self._want(Request.stop, number)
 
     def _watch_folder(self, folder: Path) -> None:
-        """Poll the run folder for the files STOP and SAVE, and for a later attempt."""
+        """Poll the run folder every ``LOOK_S`` seconds for the files STOP and SAVE, and for a later attempt.
+
+        Runs in a thread, until the rank stops or a later attempt has begun.
+        """
         while not (self._is_stopping or self._is_outdated):
             with contextlib.suppress(OSError), self._lock:  # The next poll may succeed.
                 self._is_outdated = not self.is_current()

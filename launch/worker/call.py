@@ -107,13 +107,21 @@ def load(path: Path) -> Any:
 
 
 def read_result(run_dir: Path, rank: int) -> Result | None:
-    """Return the result of a rank; None if the rank has stored none."""
+    """Return the result of a rank; None if the rank has stored none.
+
+    Raises:
+        ConfigError: another user owns the file of the result, or may write into it.
+    """
     path = run_dir / RESULTS / f"rank_{rank:05d}.pkl"
     return Result(**load(path)) if path.exists() else None
 
 
 def read_results(run_dir: Path) -> list[Result]:
-    """Return the results of all ranks that have one, in the order of the ranks."""
+    """Return the results of all ranks that have one, in the order of the ranks.
+
+    Raises:
+        ConfigError: another user owns a file of a result, or may write into it.
+    """
     ranks = numbers_in(run_dir / RESULTS, "rank_", ".pkl")
     return [result for rank in ranks if (result := read_result(run_dir, rank))]
 

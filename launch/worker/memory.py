@@ -203,7 +203,9 @@ class StoreClient:
         return self._answer()[0]
 
     def append(self, payload: bytes | memoryview, digest: str, **arguments: Any) -> None:
-        """Send a chunk of a file without waiting for an answer. If the store refuses the chunk, a later call raises.
+        """Send a chunk of a file without waiting for an answer.
+
+        If the store refuses the chunk, the next call that waits for an answer raises StoreError.
 
         Args:
             payload: the chunk, at most ``CHUNK`` bytes.
