@@ -29,7 +29,10 @@ def module_of(word: str) -> str | None:
 
 
 def main() -> int:
-    """Run the command that the first argument names; without a command, the launcher. Returns the exit status."""
+    """Run the command that the first argument names, and return its exit status.
+
+    If the first argument names no command, run ``python -m launch``.
+    """
     module = module_of(sys.argv[1]) if len(sys.argv) > 1 else None
     if module is None:
         from launch.__main__ import main as launch

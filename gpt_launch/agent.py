@@ -20,7 +20,10 @@ def run(*run_dirs: str) -> None:
 
 
 def run_spare(run_dir: str, identity: str) -> None:
-    """Join the agents of a run from a spare job (``spare_jobs``), as the node that ``identity`` describes in JSON."""
+    """Join the agents of the run in ``run_dir`` from a spare job (``spare_jobs``).
+
+    ``identity`` is JSON that describes the node of the spare job.
+    """
     import gpt_launch.own_names  # noqa: F401
     from launch.agent.__main__ import run_spare as join_run
 

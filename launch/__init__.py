@@ -18,7 +18,10 @@ __all__ = ["ConfigError", "DryRun", "Job", "JobFailedError", "Sweep", "jobs", "s
 
 
 def __getattr__(name: str) -> Any:
-    """Import the names of the Python API at their first use, so that a rank loads only ``launch.worker``."""
+    """Return the member ``name`` of the Python API, which is imported at its first use.
+
+    So a rank loads only ``launch.worker``. Raises AttributeError if the API has no such name.
+    """
     if name == "ConfigError":
         from launch.errors import ConfigError
 

@@ -44,10 +44,15 @@ from launch.workload import load_workload
 
 
 def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
-    """Return the folder for the output of Hydra's sweeper: ``folder`` if the launcher or sweeper is not this project's.
+    """Return the path of the folder for the output of Hydra's sweeper.
 
-    Otherwise the folder is temporary, because a dry run or a refusal must leave no files. ``launcher`` and ``sweeper``
-    are the dotted paths of the two classes.
+    If launcher and sweeper are both this project's, the folder is temporary, because a dry run or a refusal must leave
+    no files. Otherwise ``folder`` is returned.
+
+    Args:
+        launcher: dotted path of the launcher's class.
+        sweeper: dotted path of the sweeper's class.
+        folder: folder in which other launchers and sweepers of Hydra write.
     """
     if not all(target.startswith("hydra_plugins.launch_plugin.") for target in (launcher, sweeper)):
         return folder

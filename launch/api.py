@@ -64,7 +64,7 @@ class JobFailedError(RuntimeError):
 def overrides_of(key: str, value: Any, raw_keys: Sequence[str] = ()) -> list[str]:
     """Return the overrides that set ``key`` to a Python value. A mapping sets the keys of a group.
 
-    Texts of the keys in ``raw_keys`` are not quoted.
+    For a key in ``raw_keys``, a text is used as it is. For other keys, a text gets quotes where Hydra needs them.
     """
     if isinstance(value, Mapping):
         return [text for name, inner in flatten({key: dict(value)}).items() for text in overrides_of(name, inner)]
@@ -342,7 +342,7 @@ class Sweep(list[Job]):
         return next(path for path in write(self._tabulated()) if path.suffix == ".html")
 
     def _tabulated(self) -> Any:
-        """Return the report's table for the folder's newest sweep, or for the only run."""
+        """Return the ScalingTable of the newest sweep in ``folder``; of the run itself if there is only one run."""
         from launch.report import select, tabulate_selection
 
         return tabulate_selection(select(self[0].run_dir if len(self) == 1 else self.folder))
@@ -397,10 +397,10 @@ def sweep(program: Any, *, args: Sequence[Any] = (), dry_run: bool = False, **ke
 
 
 def jobs(path: str | Path = "outputs") -> list[Job]:
-    """Return the runs in a folder, whichever process has submitted them.
+    """Return the runs in the folder ``path`` and below it, whichever process has submitted them.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: the folder contains no run.
     """
     return [Job(folder.path) for folder in find_runs([Path(path)])]
 
@@ -409,9 +409,9 @@ def jobs(path: str | Path = "outputs") -> list[Job]:
 
 
 def start(points: Sequence[Point], dry_run: bool) -> list[Job] | DryRun:
-    """Plan runs, and submit them to Slurm or to a process in the background. Returns the runs.
+    """Plan runs and submit them. Returns the runs; with ``dry_run``, submits nothing and returns the plans.
 
-    With ``dry_run``, submit nothing and return the plans.
+    If all runs are for Slurm, Slurm gets their jobs. Otherwise a process in the background runs them.
     """
     output = io.StringIO()
     typed, plans = prepare_points(points, plain_console(file=output), dry_run)
@@ -446,9 +446,9 @@ def start_and_wait(points: Sequence[Point]) -> list[Job]:
 def prepare_points(
     points: Sequence[Point], console: Console, dry_run: bool = False
 ) -> tuple[list[list[str]], list[Plan]]:
-    """Return all overrides and the plan of each run. Writes the files of function calls.
+    """Return two lists: the overrides of each run, and the plan of each run.
 
-    With ``dry_run``, prints the plans and writes nothing.
+    Writes a file for each function call. With ``dry_run``, prints the plans on ``console`` and writes nothing.
 
     Raises:
         ConfigError: a run cannot work; nothing was written.
@@ -476,7 +476,10 @@ def prepare_points(
 
 
 def log_of(run_dir: Path) -> Path:
-    """Return the path of the output of the background process that runs the points in the parent of ``run_dir``."""
+    """Return the path of the log of the background process that runs the point of ``run_dir``.
+
+    All points in the same parent folder have the same log.
+    """
     return run_dir.parent / ".launch" / "launcher.log"
 
 
@@ -511,7 +514,10 @@ def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -
 
 @refusing
 def main() -> int:
-    """Run the points in a file that ``start_in_background`` has written. Returns the exit status of the command."""
+    """Run the points that ``start_in_background`` has written into the file that the first argument names.
+
+    Returns the exit status: 0 all points finished, 1 a point failed, 2 refused.
+    """
     from launch.runner import run_sweep
 
     parser = CommandParser(prog="launch.api", description="Run the points that launch.submit has planned.")

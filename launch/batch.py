@@ -180,10 +180,13 @@ def run_task(composed: DictConfig) -> None:
 
 
 def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
-    """Wait at most ``timeout_s`` seconds until the first task of the job has written ``plan.json``, its last file.
+    """Wait at most ``timeout_s`` seconds until the first task of the job has written the run folder.
+
+    ``plan.json`` is the last file of the run folder that the first task writes.
 
     Raises:
-        ConfigError: there is no plan in time, because the task refused or the nodes do not share the folder.
+        ConfigError: there is no plan in time, because the first task refused the run, or because the nodes do not share
+            the folder.
     """
     deadline = time.monotonic() + timeout_s
     while not folder.plan.exists():
@@ -198,7 +201,11 @@ def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
 
 @refusing
 def main() -> int:
-    """Print the run folder on standard output, and the plan on standard error. Returns exit status 2 if refused."""
+    """Plan a run for a job, and print the run folder on standard output and the plan on standard error.
+
+    With ``--submitted``, record jobs instead. With ``--agent-command``, print the arguments of srun instead. Returns
+    the exit status: 0, or 2 if the run is refused.
+    """
     deny_others_writing()
     parser = CommandParser(prog="python -m launch.batch", description="Plan a run for the nodes of this Slurm job.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for python -m launch")

@@ -23,9 +23,13 @@ from launch.slurm.status import adopt_found, find_run_statuses, poll
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
-    """Cancel the runs in ``paths``, and print how each ended. Returns whether all are over.
+    """Cancel the runs in ``paths``, and print how each ended. Returns whether all runs are over.
 
-    ``now`` ends the ranks at once; otherwise they have time to save.
+    With ``now``, the ranks end at once. Otherwise they have time to save.
+
+    Raises:
+        ConfigError: there is no run, or ``now`` would also end points that are not in ``paths``.
+        SlurmError: Slurm does not answer.
     """
     points = find_run_statuses(find_runs(paths))
     problem = poll(points, trust_log=True)

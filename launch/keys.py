@@ -40,7 +40,10 @@ class Key(NamedTuple):
 
 @cache
 def docstrings(schema: type) -> dict[str, str]:
-    """Return field -> its docstring, for the fields of a dataclass without a meaning in their metadata."""
+    """Return field of a dataclass -> its docstring as one line, for the fields that have a docstring.
+
+    Fields of base classes are included. A class made by ``make_dataclass`` has no source, so its fields are absent.
+    """
     found: dict[str, str] = {}
     for base in reversed(schema.__mro__[:-1]):
         try:

@@ -83,9 +83,10 @@ def refuse_absent_rank(point: RunStatus, rank: int) -> None:
 
 
 def agent_of(point: RunStatus, rank: int) -> list[Log]:
-    """Return the logs of a rank's agent; empty if the run has no job, or no log.
+    """Return the logs of the agent on a rank's node; empty if the run has no job, or Slurm no longer knows the log.
 
-    The agent writes one output and one error log for all attempts of a job.
+    The agent writes one output log and one error log for all attempts of a job. In a job of the user's own batch
+    script, all agents write into the output of the script.
     """
     if point.job is None:
         return []
@@ -104,7 +105,7 @@ def agent_of(point: RunStatus, rank: int) -> list[Log]:
 def newest(point: RunStatus, rank: int, wanted: int | None = None) -> int | None:
     """Return the number of the newest attempt in which the rank has a log; None if there is none.
 
-    With ``wanted``, only this attempt is considered.
+    With ``wanted``, the number of an attempt, return this number if the rank has a log in this attempt, else None.
     """
     there = [n for n in point.folder.attempts() if point.folder.log(n, rank).is_file() and wanted in (None, n)]
     return max(there, default=None)

@@ -85,7 +85,8 @@ def run_sweep(
 
     Raises:
         ConfigError: a point cannot work; nothing was written or submitted.
-        SweepFailedError: a point failed or was stopped.
+        SweepFailedError: a submission failed, the user stopped the command by Ctrl-C, or a point did not finish. The
+            last is no error with ``tolerates_failures``.
     """
     console = plain_console()
     documents, typed = [composed for composed, _ in points], [overrides for _, overrides in points]

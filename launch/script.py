@@ -321,7 +321,8 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
         module: dotted name.
         workdir: working directory, which is searched first.
         pythonpath: folders that are searched next, before the folders of this Python.
-        elsewhere: True if ranks may have search paths or packages that this machine does not know.
+        elsewhere: True if ranks may have search paths or packages that this machine does not know. A package that is
+            not found here is then accepted.
     """
     importlib.invalidate_caches()  # A folder that was searched before may have new files.
     typed, package = f"script.module={module}", ""
@@ -354,11 +355,10 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
 
 
 def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
-    """Raise ConfigError if the program does not exist, as far as this machine can see.
+    """Raise ConfigError if the program, its interpreter or its working directory does not exist on this machine.
 
-    Args:
-        script: the keys of the program.
-        elsewhere: True if ranks may have search paths or packages that this machine does not know.
+    A working directory inside the run folder is not checked. ``script`` has the keys of the program; ``elsewhere`` is
+    that of ``require_module``.
     """
     in_run = (script.workdir or "").startswith(IN_RUN)
     if script.workdir is not None and not in_run and not Path(script.workdir).is_dir():
@@ -550,10 +550,11 @@ class ScriptWorkload(Workload):
 
 
 def newest_checkpoint(pattern: str, folder: RunFolder) -> str | None:
-    """Return the newest path that matches ``pattern``, or an older path after crashes; None if no path matches.
+    """Return the path of the checkpoint from which the next attempt resumes; None if no path matches ``pattern``.
 
-    Empty files come last. After every second attempt in a row that crashed before its first step, the next older path
-    is returned, because a program that is killed during a save can leave a checkpoint that cannot be loaded.
+    This is the newest matching path; an empty file is only returned if all are empty. If attempts crash before their
+    first step, the next older path is returned after every second crash in a row, because a program that is killed
+    during a save can leave a checkpoint that cannot be loaded.
     """
     matches = (Path(path) for path in glob(pattern))  # noqa: PTH207 (may be absolute)
     paths = sorted(matches, key=lambda path: (path.stat().st_size > 0, _modified(path)), reverse=True)
@@ -574,7 +575,10 @@ def _modified(path: Path) -> float:
 
 
 def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
-    """Raise ConfigError unless the script can resume with another number of ranks (script.elastic)."""
+    """Raise ConfigError if ``script.elastic`` is false: the script then cannot resume with another number of ranks.
+
+    The message names the number of ranks in ``request``.
+    """
     if not script.elastic:
         raise ConfigError(
             f"a script that is not known to continue with {request.world_size} ranks",
@@ -584,7 +588,7 @@ def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
 
 
 def total_work(script: ScriptOptions, world_size: int) -> float | None:
-    """Return the work of one step of all ranks, in ``script.unit``; None if script.work_per_step is not set."""
+    """Return the work of all ranks in one step, in ``script.unit``; None if script.work_per_step is not set."""
     if script.work_per_step is None:
         return None
     return script.work_per_step * (world_size if script.weak_scaling else 1)

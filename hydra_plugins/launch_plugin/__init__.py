@@ -64,7 +64,7 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
 GRID = ("hydra_plugins.launch_plugin.", "hydra._internal.core_plugins.basic_sweeper.")
 """Beginnings of the names of sweeper classes that do not use the results of points.
 
-The first failed point of such a sweep ends the command.
+A failed point of such a sweep makes the command fail.
 """
 SEARCHING = ("hydra_optuna_sweeper", "hydra_ax_sweeper", "hydra_nevergrad_sweeper")
 """Packages of sweepers that need the result of each point."""
@@ -145,10 +145,14 @@ def refuse_without_values(config: DictConfig, target: str) -> None:
 
 
 def job_return(overrides: Sequence[str], result: PointResult | Exception | None) -> JobReturn:
-    """Return the result of a point in the form for Hydra's sweeper. ``result`` is None in a dry run.
+    """Return the result of a point in the form for Hydra's sweeper.
 
-    A finished point without its objective counts as failed. A failed point has its error as its value. Some sweepers
-    raise this error, and others only count the failures.
+    The value of a finished point is its objective. The value of a failed point is its error: some sweepers raise this
+    error, and others only count the failures. A finished point whose records lack the objective counts as failed.
+
+    Args:
+        overrides: overrides of the point.
+        result: result of the point; an exception if the point could not run; None in a dry run.
     """
     from launch.runner import SweepFailedError
     from launch.runs.folder import RunFolder

@@ -17,7 +17,10 @@ from hydra.core.config_store import ConfigStore
 
 @dataclass
 class MultinodeConf:
-    """Keys under ``hydra.launcher``. None, unless described otherwise: the default of this project's launcher."""
+    """Keys under ``hydra.launcher``.
+
+    A key with the value None has the default of this project's launcher, unless its description says otherwise.
+    """
 
     _target_: str = "hydra_plugins.launch_plugin.multinode.MultinodeLauncher"
     kind: str = "auto"

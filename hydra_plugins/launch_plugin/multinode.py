@@ -54,7 +54,7 @@ def run_task(
 ) -> JobReturn:
     """Call the task function of one point in one rank, as Hydra does in a plain sweep.
 
-    An exception of the function is raised.
+    Returns Hydra's result of the call. If the function raises an exception, this function raises the same exception.
 
     All ranks have the same output folder. Only rank 0 writes Hydra's own files into it.
 
@@ -137,13 +137,18 @@ class MultinodeLauncher(Launcher):
 
 
 def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Return the launcher's overrides for one point: its resources, from ``hydra.launcher``, and its arguments.
+    """Return the overrides with which this project's launcher runs one point of a user's app.
 
-    Overrides that only choose resources, such as ``n=2`` with ``hydra.launcher.nodes=${n}``, are no arguments, because
+    They contain the resources from ``hydra.launcher``, and the point's own overrides as arguments of the function. An
+    override that only chooses resources, such as ``n=2`` with ``hydra.launcher.nodes=${n}``, is no argument, because
     the scaling table compares points with the same arguments.
 
+    Args:
+        config: composed config of the point, with Hydra's keys.
+        overrides: overrides of the point, as typed for the app.
+
     Raises:
-        ConfigError: a key of submitit that has no counterpart.
+        ConfigError: a key of hydra-submitit-launcher is set that has no counterpart here (``REFUSED``).
     """
     from launch.api import overrides_of
     from launch.config import SIGNAL_MARGIN_S

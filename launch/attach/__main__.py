@@ -40,7 +40,8 @@ Stacks = dict[int, str]
 PIECE = 150
 """Number of characters of a stack in one line of output.
 
-srun interleaves the lines of several nodes if they are longer than 1,024 bytes, and characters are encoded as JSON.
+srun mixes lines of several nodes if the lines are longer than 1,024 bytes. A piece of this length is shorter, even if
+JSON needs several bytes for each of its characters.
 """
 
 
@@ -107,7 +108,11 @@ def stacks_of(point: RunStatus) -> Stacks:
 
 
 def stacks_here(run: Path) -> Stacks:
-    """Return the stacks of the ranks on this host. A rank that does not handle SIGQUIT gets no signal."""
+    """Return the stacks of the ranks on this host.
+
+    Each rank that handles SIGQUIT gets this signal, and then writes its stacks. A rank that does not handle SIGQUIT
+    would be killed by the signal. It gets no signal, and its text is the reason.
+    """
     from launch.agent.watch import STACK_SIGNAL, stack_of  # with torch, which a login node may lack
 
     folder = RunFolder(run)
@@ -137,7 +142,11 @@ def enter(process: psutil.Process, command: list[str]) -> NoReturn:
 
 
 def act_here(args: argparse.Namespace) -> None:
-    """Print stacks, print the node of a rank, or run a command, on this host, as the command line says."""
+    """Do on this host what the command line requests for its ranks.
+
+    Print stacks (``--stacks``), print the name of a rank's node (``--find``), or replace this process by a command.
+    Does nothing if the rank is not on this host.
+    """
     process = rank_processes(args.path).get(args.rank)
     if args.stacks:
         for rank, text in stacks_here(args.path).items():
@@ -153,7 +162,7 @@ def act_here(args: argparse.Namespace) -> None:
 
 
 def grouped(stacks: Stacks) -> str:
-    """Return each different stack once, with the ranks that have it, as text. The smallest group comes first."""
+    """Return the stacks as text. Ranks with equal stacks are one group, and the smallest group comes first."""
     groups: dict[str, list[int]] = {}
     for rank, text in sorted(stacks.items()):
         groups.setdefault(re.sub(r"0x[0-9a-f]+ ?", "", text), []).append(rank)
@@ -185,7 +194,10 @@ def attach(args: argparse.Namespace) -> int:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status of the command; 0 for stacks, 1 if Slurm does not answer, 2 if there is no such rank."""
+    """Return the exit status of the command that ran on the node; 0 if stacks were printed.
+
+    1 if Slurm does not answer. 2 if the run does not run or has no such rank.
+    """
     parser = CommandParser(
         prog="python -m launch.attach", description="Open a shell on the node of a rank, or print its Python stacks."
     )

@@ -105,15 +105,24 @@ class Bench:
 
 
 def tier_group_sizes(most: int) -> list[int]:
-    """Return the group sizes for a tier with ``most`` ranks: ``most``, and also 2 if ``most`` is even."""
+    """Return the sizes of the groups to measure in a tier with ``most`` ranks, ascending.
+
+    The sizes are ``most``, and 2 if ``most`` is even. Empty if ``most`` is 1.
+    """
     return [size for size in sorted({2, most}) if size > 1 and most % size == 0]
 
 
 def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:
     """Return the ranks of each group of ``size`` ranks. Each rank is in one group.
 
-    In the tier ``intra_node`` a group has neighbors on one node. In the other tier it has the ranks with the same local
-    rank on neighboring nodes. ``each`` is the number of ranks on a node.
+    In the tier ``intra_node``, a group has neighboring ranks of one node. In the tier ``inter_node``, a group has the
+    ranks with the same local rank on neighboring nodes, and ``size`` is its number of nodes.
+
+    Args:
+        tier: ``intra_node`` or ``inter_node``.
+        size: number of ranks in a group.
+        nodes: number of nodes.
+        each: number of ranks on each node.
     """
     if tier == "intra_node":
         return [[n * each + at + i for i in range(size)] for n in range(nodes) for at in range(0, each, size)]
@@ -260,10 +269,14 @@ class LinkBench(Bench):
 
 
 def partner(node: int, turn: int, count: int) -> int | None:
-    """Return the node that exchanges with ``node`` in this turn; None if ``node`` pauses.
+    """Return the node with which ``node`` exchanges data in one turn; None if ``node`` pauses in this turn.
 
-    ``count`` is the number of nodes. In ``count`` turns, or one less if ``count`` is even, each node meets each other
-    node once.
+    In a turn, pairs of nodes exchange data at the same time. After all turns, each node has met each other node once.
+
+    Args:
+        node: index of the node.
+        turn: index of the turn. There are ``count`` turns if ``count`` is odd, else ``count - 1``.
+        count: number of nodes.
     """
     # The number of nodes is odd. With an even number, the last node is outside of the circle.
     circle = count - 1 + count % 2
@@ -276,7 +289,7 @@ def partner(node: int, turn: int, count: int) -> int | None:
 
 
 def measure_rank(path: Path) -> None:
-    """Measure this rank for the doctor's job, and write its record into ``path``, JSON: device, speed and links."""
+    """Measure this rank for the doctor's job, and write the JSON file ``path`` with its device, speed and links."""
     torch.set_num_threads(1)
     bench = LinkBench()
     on_gpus = bench.backend == "nccl"
@@ -297,10 +310,10 @@ def measure_rank(path: Path) -> None:
 
 
 def main() -> None:
-    """Measure links if the arguments have a RECORD, else collectives.
+    """Measure the links between nodes if the command line names a RECORD; otherwise measure collectives.
 
-    For links, every rank writes its RECORD. For collectives, rank 0 writes the samples, with the software and hardware
-    of the measurement.
+    For links, every rank writes its own file RECORD. For collectives, rank 0 writes the samples of all ranks into the
+    file of ``--output``, with the software and hardware of the measurement.
     """
     parser = argparse.ArgumentParser(description="One rank of python -m launch.bench_network, or of the doctor's job.")
     parser.add_argument("record", type=Path, nargs="?")

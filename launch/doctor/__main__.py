@@ -43,7 +43,7 @@ STYLES = {Level.ok: "green", Level.warning: "yellow", Level.error: "bold red"}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments of the command line."""
+    """Return the parsed arguments ``argv``; None for those of this process."""
     description = "Find what would break a run, without a submission."
     parser = CommandParser(prog="python -m launch.doctor", description=description)
     add = parser.add_argument
@@ -87,9 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Run all checks, and with --on-cluster the job. Returns the findings, and the results of the job or None.
+    """Run all checks, and with ``--on-cluster`` the doctor's job. Returns the findings, and the results of the job.
 
-    ``given`` has the arguments of the command line.
+    The results are None if no job ran. ``given`` has the arguments of the command line.
+
+    Raises:
+        ConfigError: an override is wrong, or there is no cluster for the job.
     """
     config_dir = require_config_dir(given.config_dir)
     points = sweep_points(given.overrides, config_dir)

@@ -46,12 +46,12 @@ class Folder:
 
     path: str
     exists: str
-    """The folder itself, or the deepest existing folder above it."""
+    """Path of the folder itself if it exists, else of the deepest existing folder above it."""
     filesystem: str
     """Type of the filesystem by the kernel: nfs4, lustre, ext4, tmpfs, ..."""
     free_bytes: int = 0
     problem: str = ""
-    """Error when a test file was written; empty if there was none."""
+    """Error of the attempt to write a test file into the folder; empty if it could be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +198,10 @@ def check_programs(facts: Facts) -> Iterator[Finding]:
 
 
 def sharing(folder: Folder) -> str:
-    """Return a text on whether all nodes see a folder, by the type of its filesystem.
+    """Return a text that says, from the type of its filesystem, whether all nodes see a folder.
 
-    The path is not enough: /tmp may be shared, and /home local to each node. With ``--on-cluster``, a job measures
-    whether the nodes share the folder.
+    The path of the folder is not enough: /tmp may be shared, and /home may be local to each node. The text is only a
+    guess from this machine; with ``--on-cluster``, a job measures whether the nodes share the folder.
     """
     if folder.filesystem in SHARED:
         return f"{folder.filesystem} is shared"
@@ -347,7 +347,7 @@ def check_job(results: Results) -> Iterator[Finding]:
 def check_node_records(results: Results) -> Iterator[Finding]:
     """Report errors, faults, missing parts, skipped measurements and different software, from the records of the nodes.
 
-    A fault is one that the health check of a run's agents would find, too: of a disk, link, GPU or the run folder.
+    Faults concern a disk, a link, a GPU or the run folder. The health check of a run's agents finds the same faults.
     """
     nodes = results["nodes"]
     for node in nodes:

@@ -53,7 +53,10 @@ TRY_STARTS = (
     '{{ srun --nodes=1 --ntasks=1 true || {{ {ssh} "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n 1)" '
     "test -d {root} && echo cluster.start=ssh; }}; }}"
 )
-"""Shell line at the end of the batch script: it prints nothing if srun works, else errors and what works instead."""
+"""Shell line at the end of the batch script, which tries to start a task with srun and then with ssh.
+
+If srun works, the line prints nothing. Otherwise it prints the errors, and ``cluster.start=ssh`` if ssh works.
+"""
 JOB_MIN = 5
 """Time limit of the job in minutes; ``cluster.timeout_min`` if that is shorter."""
 POLL_S = 1.0
@@ -139,9 +142,13 @@ def records(root: Path, kind: str) -> list[Record]:
 
 
 def wait_for_job(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
-    """Wait until a job ends. Returns its last state in Slurm, and whether it started.
+    """Wait until a job ends. Returns Slurm's name of the last state, and whether the job has started.
 
-    A job that is pending after ``wait_min`` minutes is cancelled. ``say`` prints a line of progress.
+    If the job is still pending after ``wait_min`` minutes, it is cancelled. ``say`` is a function that prints a line
+    of progress.
+
+    Raises:
+        SlurmError: Slurm does not answer.
     """
     deadline = time.monotonic() + 60 * wait_min
     last, started = "", False
@@ -329,10 +336,11 @@ def serve_clock(listener: socket.socket) -> None:
 
 
 def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
-    """Connect to another node's clock at ``host:port`` and compare it with the clock of this node.
+    """Compare this node's clock with the clock that another node serves at ``address`` (``host:port``).
 
-    Returns a connection error, "" if there is none, and a pair, None after an error: the seconds by which this node's
-    clock is ahead, and the largest error of this figure in seconds, half the round trip (Cristian 1989).
+    Returns (error, comparison). The error is the text of a connection error; "" if there is none. The comparison is
+    None after an error. Otherwise it is a pair in seconds: by how much this node's clock is ahead, and the largest
+    error of this figure, half the round trip (Cristian 1989).
     """
     host, _, port = address.rpartition(":")
     start = time.time()

@@ -76,10 +76,11 @@ class Fleet:
         return (self.seconds["steps"] + self.seconds["fewer"]) / (self.allocated_s or 1.0)
 
     def suspects(self) -> dict[str, float]:
-        """Return host -> probability of chance, for the hosts that fail more often than the rest of the fleet.
+        """Return suspect host -> probability that the host has so many failures by chance.
 
-        If all hosts fail at one rate, the failures of a host are binomial, by its share of the hours. The probability
-        is that of so many failures or more, times the number of hosts (Bonferroni).
+        The probability assumes that all hosts fail at the same rate. Then the failures of a host are binomial, with
+        its share of all host hours. The probability of at least so many failures is multiplied by the number of hosts
+        (Bonferroni). Hosts with a probability of ``SUSPECT`` or more are left out.
         """
         total, hours = sum(self.host_failures.values()), sum(self.host_hours.values())
         found = {}
@@ -224,9 +225,9 @@ def group_of(folder: RunFolder, key: str) -> str:
 
 
 def show_groups(groups: Mapping[str, Fleet], key: str) -> None:
-    """Print the use of each group of runs, the largest first.
+    """Print node-hours, GPU-hours and goodput of each group of runs, the group with the most node-hours first.
 
-    ``groups`` is value of the config key ``key`` -> fleet.
+    ``groups`` maps a value of the config key ``key`` to the fleet of the runs that have this value.
     """
     rows = [
         [name, str(one.runs), f"{one.node_hours:.4g}", f"{one.gpu_hours:.4g}", f"{one.goodput:.1%}"]

@@ -21,13 +21,19 @@ if TYPE_CHECKING:  # reports use this module, and do not load Hydra
     from launch.config import BudgetConfig, Config
 
 SILENT_S = 300.0
-"""Seconds without a heartbeat after which an allocation counts as ended; at least ten heartbeat intervals."""
+"""Seconds without a heartbeat after which an allocation counts as ended.
+
+If ten heartbeat intervals of the run are longer, this time is ten intervals.
+"""
 UNITS = {"gpu_hours": "GPU-hours", "cost": "in cost"}
 
 
 @dataclass(frozen=True)
 class Use:
-    """Hours of nodes, hours of GPUs, and cost. GPU-hours or cost are None if the GPUs or their price are not known."""
+    """Node-hours, GPU-hours, and cost.
+
+    GPU-hours are None if the number of GPUs is not known. Cost is None if GPU-hours or their price are not known.
+    """
 
     node_hours: float = 0.0
     gpu_hours: float | None = 0.0
@@ -173,10 +179,14 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
 
 
 def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
-    """Return a text on the cap that a stop now would reach, and what to type to continue; None if no cap is reached.
+    """Return a text on the cap that is reached, and what to type to continue; None if no cap is reached.
 
-    ``so_far`` is the use until now; ``expected`` is the use until the run has saved and left, if it stops now. Both are
-    of all points of the command, to which the caps in ``budget`` apply.
+    A cap is reached if the run must stop now, so that its save still fits below the cap.
+
+    Args:
+        budget: caps, which apply to all points of the command together.
+        so_far: use of these points until now.
+        expected: use of these points until the run has saved and left, if the run stops now.
     """
     for key, cap in caps(budget).items():
         before, then = getattr(so_far, key), getattr(expected, key)
@@ -228,7 +238,9 @@ def rates_of(config: Config) -> Rates:
 
 
 def command_folders(folder: RunFolder) -> list[RunFolder]:
-    """Return the run folders of all points of the command that submitted this run. The points share one budget.
+    """Return the run folders of all points of the command that submitted the run in ``folder``.
+
+    These points share one budget. If the plan of the run names no folders, return only ``folder``.
 
     Raises:
         ConfigError: the plan, which names the folders, is damaged.

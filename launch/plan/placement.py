@@ -1,5 +1,6 @@
 """Placement of a job: the places that are tried one after another, with the resources to request from Slurm; the
-job's container, and its copy of the code."""
+job's container, and its copy of the code.
+"""
 
 from __future__ import annotations
 
@@ -115,11 +116,14 @@ def next_candidate(placement: Placement, at: int) -> int | None:
 
 
 def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> float:
-    """Return the Unix time when a point became pending, at whichever candidate.
+    """Return the Unix time since which a point has been pending, over all candidates.
+
+    If the point was moved, this is the time when it became pending at its first candidate. If its job has run and was
+    requeued, or was never moved, it is ``since_here``.
 
     Args:
-        events: event log since the command was typed.
-        since_here: time when the point became pending at its present candidate, Unix seconds.
+        events: events of the run since the command was typed.
+        since_here: Unix time when the point became pending at its present candidate.
     """
     last = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
     ran = any(e["event"] not in OF_A_MOVE for e in events[last + 1 :])  # The job ran and was requeued.
@@ -212,6 +216,9 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         run_dir: run folder of the point.
         code: copy of the code from which the job runs; None for the checkout.
         resumes: True if the job may be requeued.
+
+    Raises:
+        ConfigError: a value for the batch script has several lines.
     """
     cluster = config.cluster
     options, python = container_words(cluster, Path.cwd(), run_dir)
@@ -290,10 +297,11 @@ SLURM_PATHS = ("/etc/slurm", "/run/munge")
 
 
 def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tuple[list[str], list[str] | None]:
-    """Return srun's options for the container, and the command that starts the agent's Python.
+    """Return srun's options for the container, and the words of the command that starts the agent's Python.
 
-    The command is None if agents use the same Python as the process that submits. In a container, the working directory
-    (``workdir``) and the parent folder of ``run_dir`` have the same paths as outside.
+    Without a container, there are no options, and the command is ``cluster.python``. It is None if agents use the same
+    Python as the process that submits. In a container, the working directory ``workdir`` and the parent folder of
+    ``run_dir`` have the same paths as outside.
     """
     if cluster.container is None:
         return [], None if cluster.python is None else [cluster.python]
@@ -314,7 +322,11 @@ def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tup
 def agent_words(cluster: ClusterConfig, workdir: Path, run_dir: Path, python: str = "python") -> list[str]:
     """Return the arguments of ``srun`` that start the agents of a run.
 
-    ``python`` is the Python of the agents, unless they run in a container.
+    Args:
+        cluster: keys under ``cluster``.
+        workdir: working directory of the agents.
+        run_dir: run folder.
+        python: command of the agents' Python; not used if ``cluster`` sets a container or a Python.
     """
     options, inside = container_words(cluster, workdir, run_dir)
     return [*options, *(inside or [python]), "-m", "gpt_launch", "agent", str(run_dir)]
@@ -330,9 +342,9 @@ RUNS_FROM = "LAUNCH_CODE"
 
 @cache
 def code_of(tree: CodeTree) -> dict[str, Any]:
-    """Return the folder, a digest of all files, and a digest of each file of a code tree, as ``describe_code`` does.
+    """Return the dictionary of ``describe_code`` for a code tree: folder, digest of all files, digest of each file.
 
-    The digests are computed once for all points of a command.
+    The digests are computed once for each tree, so points of one command share them.
     """
     return describe_code(tree.root, tree.files)
 

@@ -301,7 +301,10 @@ def refuse_exposed(run_dir: Path) -> None:
 
 
 def refuse_writable(folder: Path, bits: int, unless: int = 0) -> None:
-    """Raise ConfigError if an existing folder has one of the permission ``bits``, and none of the bits ``unless``."""
+    """Raise ConfigError if ``folder`` has one of the permission ``bits``. Does nothing if the folder is missing.
+
+    A folder that has one of the bits in ``unless``, such as the sticky bit, is accepted.
+    """
     try:
         mode = folder.stat().st_mode
     except OSError:  # The folder is missing or unreadable: writing to it is refused later.
@@ -315,7 +318,10 @@ def refuse_writable(folder: Path, bits: int, unless: int = 0) -> None:
 
 
 def refuse_fewer_nodes(config: Config, workload: str, promised: WorkloadPlan) -> None:
-    """Raise ConfigError if ``resilience.min_nodes`` is set for a program that cannot continue with fewer nodes."""
+    """Raise ConfigError if ``resilience.min_nodes`` is set for a program that cannot continue with fewer nodes.
+
+    ``workload`` is the name of the workload, and ``promised`` its plan of the point.
+    """
     if not config.may_shrink:
         return
     found, fix = f"resilience.min_nodes={config.resilience.min_nodes}", "resilience.min_nodes=null"
@@ -347,8 +353,9 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, **more: Any) -
         plan: plan of the run.
         job_id: id of the Slurm job, or of the process.
         candidate: index of the candidate that accepted the job.
-        more: ``moved=True`` if the run was pending at another candidate before, ``by`` the command that found the job,
-            ``pid_started`` the start time of a local process, which a later process with the same id does not have.
+        more: further fields of the event. ``moved`` is True if the run was pending at another candidate before. ``by``
+            is the name of the command that found the job. ``pid_started`` is the start time of a local process, which
+            distinguishes it from a later process with the same id.
     """
     folder = RunFolder(plan.run_dir)
     if plan.cluster == "slurm" and is_recorded([e for e in folder.read_events() if "by" in e], [job_id]):
@@ -369,8 +376,8 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, **more: Any) -
 def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
     """Record a Slurm job whose launcher ended before it recorded the job.
 
-    The recorded candidate is the target of the run's last move, or else the first possible candidate, because refusals
-    of sbatch are not known.
+    If the job belongs to a move or to a chain, the recorded candidate is that of the move or the chain. Otherwise it is
+    the first possible candidate. This may be wrong, because it is not known which candidates sbatch refused.
 
     Args:
         folder: folder of the run.
@@ -392,9 +399,10 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
 
 
 def record_next_job(folder: RunFolder, job_id: str | None, after: str, candidate: int = 0) -> None:
-    """Record ``job_id`` as the job that continues a run after the job ``after``; None records that it was cancelled.
+    """Record ``job_id`` as the job that continues a run when the job ``after`` has ended.
 
-    ``candidate`` is the index of the candidate that accepted the next job.
+    ``job_id`` is None to record that this next job was cancelled. ``candidate`` is the index of the candidate that
+    accepted the next job.
     """
     folder.record_event("next_job", job_id=job_id, after=after, candidate=candidate)
 
@@ -406,5 +414,5 @@ def next_job(events: Events, after: str) -> str | None:
 
 
 def is_recorded(events: Events, names: Collection[str]) -> bool:
-    """Return whether the event log has the submission of a job with one of these ids."""
+    """Return whether ``events`` has the submission of a job with an id in ``names``."""
     return any(event["event"] == "submitted" and str(event.get("job_id")) in names for event in events)

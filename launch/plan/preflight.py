@@ -106,9 +106,10 @@ def _current(tree: CodeTree) -> dict[str, Any]:
 
 
 def measure_stop(folder: RunFolder) -> tuple[float, float] | None:
-    """Return (longest of the last saves, longest of the last steps) of a run in seconds; None if no save was measured.
+    """Return (longest of the last saves, longest of the last steps) of a run in seconds.
 
-    Together they are the time that a run needs to stop.
+    The sum is the time that a run needs to stop. None if no save was measured. The second value is 0 if no step time
+    was recorded.
     """
     # A background save blocks the run for less than its duration, but the run waits for its last save.
     saved = [e for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
@@ -176,15 +177,15 @@ def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]
 
 
 def _used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Use]:
-    """Return the use of the earlier attempts of each point."""
+    """Return the use of the earlier attempts of each point until now, in the order of ``plans``."""
     now, pairs = time.time(), zip(plans, configs, strict=True)
     return [used(read_event_logs([RunFolder(plan.run_dir)]), now, rates_of(config)) for plan, config in pairs]
 
 
 def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
-    """Return the sum of the uses as text: node-hours, GPU-hours and cost.
+    """Return the sum of ``uses`` as text: node-hours, GPU-hours and cost. ``plans`` are those of the same points.
 
-    If all points run on this machine, the text has the hours of their runs in place of node-hours.
+    If all points run on this machine, the text has hours in place of node-hours.
     """
     total = sum(uses, Use())
     if any(plan.cluster != "local" for plan in plans):
@@ -195,7 +196,10 @@ def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
 
 
 def expected_text(plans: Sequence[Plan]) -> str:
-    """Return a text on the expected use of all points, and the duration of the longest run; "" if none is known."""
+    """Return a text on the expected use of the points with a known duration, and how long the longest run takes.
+
+    "" if no duration is known.
+    """
     known = [plan for plan in plans if plan.expected_s is not None]
     if not known:
         return ""

@@ -42,9 +42,10 @@ class Remote:
     """Path on the login node, absolute or relative to the home folder."""
 
     def shell(self, text: str, *, options: Sequence[str] = ()) -> list[str]:
-        """Return the command that runs ``text`` on the login node, in the folder, whose ``.venv`` comes first in PATH.
+        """Return the ssh command that runs ``text``, a line of shell, on the login node.
 
-        ``options`` are further options of ssh.
+        The line runs in ``folder``, and programs of ``.venv`` in this folder come first in PATH. ``options`` are
+        further options of ssh.
         """
         line = f'cd {shlex.quote(str(self.folder))} && PATH="$PWD/.venv/bin:$PATH" && {text}'
         return [*SSH, *options, self.host, f"bash -lc {shlex.quote(line)}"]
@@ -126,9 +127,12 @@ def fetch_reports(remote: Remote, output_dir: str) -> None:
 def run_remotely(words: Sequence[str], command: str | None = None) -> int:
     """Run a command on the login node that its arguments name. Returns the exit status of the command.
 
+    Before a submission, the code is copied to the login node. After a submission or ``report``, the files of reports
+    are copied back. Returns 2 if ssh fails or the login node has no launcher.
+
     Args:
         words: arguments of the command, with ``launch.on``.
-        command: name of the command, such as ``status``; None for a submission, before which the code is copied.
+        command: name of the command, such as ``status``; None for a submission.
     """
     found = remote_of(words)
     assert found is not None

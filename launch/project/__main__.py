@@ -56,9 +56,9 @@ NODES = sorted(2**a * 3**b for a in range(13) for b in (0, 1) if 2**a * 3**b <= 
 CLUSTER = ("cluster=slurm", "cluster.gpus_per_node=8")
 """Default overrides of ``--fit``: Slurm nodes with 8 GPUs each, as in DGX and HGX systems."""
 DROPPED_FIRST = ("memory a rank", "ranks", "interval", "goodput", "stragglers")
-"""Last words of the titles of columns that a narrow terminal leaves out, the first of these columns first.
+"""Columns that are left out on a narrow terminal, in the order in which they are left out.
 
-The files have all columns.
+A column is named by the last words of its title. The files have all columns.
 """
 
 
@@ -370,7 +370,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Offer:
-    """A way to train the model (``SetUp``) on a number of nodes, with the time and the cost of the whole training."""
+    """A set-up that trains the model on a number of nodes, with the time and the cost of the whole training."""
 
     nodes: int
     gpus: int
@@ -400,7 +400,7 @@ def parse_goal(text: str) -> Goal:
 
 
 def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) -> tuple[Config, list[str]]:
-    """Return the config of the nodes and the model for ``--fit``, and its overrides.
+    """Return the config of the nodes and the model for ``--fit``, and the overrides from which it was composed.
 
     Args:
         typed: overrides as typed.

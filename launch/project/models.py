@@ -36,9 +36,10 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return the positive number at which a falling function is zero, by bisection of its logarithm.
+    """Return the positive number between ``low`` and ``high`` at which a falling function is zero.
 
-    If the function does not cross zero between ``low`` and ``high``, return the nearer end.
+    The method is bisection of the logarithm of the number. If the function is nowhere above zero, return ``low``. If it
+    is nowhere below zero, return ``high``.
     """
     if function(low) <= 0:
         return low
@@ -117,8 +118,8 @@ def spread_of(own: Floats, has_stages: bool = False) -> RankSpread:
 def read_spread(point: Point) -> RankSpread | None:
     """Return the spread of the own times of a point's ranks; None if it cannot be measured.
 
-    It cannot be measured if a rank lacks a step, its time or its communication time, if a rank has no records, or with
-    fewer than two ranks or steps.
+    Each rank needs records of the same steps, each with the step time and the communication time. The run needs at
+    least two ranks and two steps.
     """
     run, used = RunFolder(point.path), point.steps.after_warmup()
     expected = 0 if point.environment is None else point.environment.world_size
@@ -204,9 +205,10 @@ LINKS = (1e-4, 1e3)
 
 
 def fit_costs(points: Sequence[Measured], costs: Costs) -> tuple[float, float]:
-    """Return the factors of compute rate and links with which a cost model fits measured points.
+    """Return (rate factor, link factor) with which a cost model fits measured points.
 
-    The rate is fitted to the smallest point, the links to the other points, in turns.
+    The rate factor is fitted to the smallest point, and the link factor to the other points. Both fits are repeated
+    alternately until the link factor no longer changes.
 
     Args:
         points: measured points, smallest first.

@@ -68,8 +68,8 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
         files: kinds of files to write. Files of other kinds stay unchanged.
 
     Returns:
-        Path of each file in the first folder, of each further folder with the same files, and of the folder of the
-        TensorBoard run.
+        Paths of what was written, in this order: each file in the first folder; each further folder, which has the same
+        files; the folder of the TensorBoard run.
     """
     selection = table.selection
     pictures: dict[str, bytes] = {}
@@ -187,7 +187,11 @@ def tiles(table: ScalingTable) -> list[Tile]:
 
 
 def _largest(table: ScalingTable) -> list[Row]:
-    """Return one row for each series: its largest point with an efficiency; without any, its largest with a speedup."""
+    """Return one row for each series: its largest point with an efficiency.
+
+    If no point of a series has an efficiency, the row is the largest point with a speedup. A series without speedups
+    has no row.
+    """
     found: dict[tuple[str | None, str], Row] = {}
     for row in table.rows:
         before = found.get((row.scaling, row.series))

@@ -107,7 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _files(text: str) -> frozenset[ReportFile]:
-    """Return the kinds of files that the text of the option ``--files`` names."""
+    """Return the kinds of files that the text of the option ``--files`` names.
+
+    Raises argparse.ArgumentTypeError for another kind.
+    """
     kinds = text.split(",")
     if unknown := sorted(set(kinds) - {file.value for file in ReportFile}):
         raise argparse.ArgumentTypeError(f"{', '.join(unknown)!r}, and not kinds of files, such as --files md,csv")
@@ -115,7 +118,10 @@ def _files(text: str) -> frozenset[ReportFile]:
 
 
 def _seconds(text: str) -> float:
-    """Return the seconds that the text of the option ``--watch`` states; they must be above 0."""
+    """Return the seconds that the text of the option ``--watch`` states.
+
+    Raises argparse.ArgumentTypeError if the text is not a number above 0.
+    """
     try:
         value = float(text)
     except ValueError:

@@ -324,7 +324,7 @@ def loss_panels(table: ScalingTable) -> list[Panel]:
 def _draw_losses(axes: Axes, row: Row, most: float) -> None:
     """Draw a bar for each cause of lost efficiency, from the ideal, 100 %, down to the efficiency of the point.
 
-    ``most`` is the end of the axis in percent.
+    ``most`` is the upper end of the axis in percent.
     """
     bars, at, left = [("ideal", 0.0, 100.0, LINE, "100.0 %")], 100.0, 100 * (row.efficiency or 0.0)
     for phase, share in row.losses.items():

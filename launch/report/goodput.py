@@ -290,9 +290,10 @@ class _Division:
         self._records = sorted([*records, *aside], key=_end)
 
     def _records_in(self, path: Path) -> list[_Record]:
-        """Return the last record of each step in one file.
+        """Return the last record of each step in the file ``path``.
 
-        A step that was repeated after a roll-back counts separately.
+        A step that the same attempt repeated after a roll-back has two records in the result: one from before the
+        roll-back, and one from after it.
         """
         names = ("time", "step_time_s", "compile_s", "val_compile_s", "restore_s")
         columns = read_columns(path, (*names, "val_loss"), every=True)
@@ -420,10 +421,10 @@ class _Division:
         self._spend("compile", compiled, lost_to)
 
     def _divide_starts(self, at: float, until: float, is_last: bool = False) -> None:
-        """Divide a time in which ranks start into ``start`` and ``restarts``. The first start of a run is not lost
-        time.
+        """Add the time from ``at`` to ``until``, in which ranks start, to the parts ``start`` and ``restarts``.
 
-        ``is_last`` is True if the run ends at ``until``.
+        Time before the first interruption of the run counts as ``start``, which is not lost. Later time counts as
+        ``restarts``. Times are Unix seconds. ``is_last`` is True if the run ends at ``until``.
         """
         for since, end, lost_to in self._slices(at, until):
             if is_last and not self._records and lost_to is self._final:

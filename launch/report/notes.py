@@ -110,7 +110,7 @@ def _named(texts: Sequence[str]) -> str:
 
 
 def _sources(points: Sequence[Point]) -> Iterator[str]:
-    """Name the conditions that differ between the folders of a comparison."""
+    """Yield notes on the conditions that differ between the folders of a comparison."""
     sources: dict[str, dict[str, list[str]]] = {}
     """Source -> property -> its values, sorted."""
     for source in dict.fromkeys(point.source for point in points):
@@ -131,7 +131,7 @@ def _sources(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _unread(point: Point) -> Iterator[str]:
-    """Report how many lines of the step records and of the event log are damaged."""
+    """Yield notes on damaged lines of a point's step records and event log. A point without such lines has no note."""
     if point.unread:
         found = sorted(point.unread, key=lambda rank: -point.unread[rank])
         files = [f"{point.unread[rank]} of rank {rank}" for rank in found]
@@ -156,8 +156,9 @@ def _steps_used(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _apart(every: Sequence[Series]) -> Iterator[str]:
-    """Explain why series (``every``) that differ in cluster, software or code are not compared, and how to make them
-    comparable.
+    """Yield notes on why series with different cluster, software or code are not compared, and how to compare them.
+
+    ``every`` are all series of the report.
     """
     for name, values in made_with([point for series in every for point in series.members]).items():
         if len(values) > 1 and any(set(values) & set(series.label.split(",")) for series in every):
@@ -169,7 +170,7 @@ def _apart(every: Sequence[Series]) -> Iterator[str]:
 
 
 def _comparison(series: Series) -> Iterator[str]:
-    """Name the baseline of a series, and explain a speedup without known work."""
+    """Yield notes on the point to which a series is compared, and on a speedup that is a ratio of step times."""
     base, measured = series.smallest, [point for point in series.members if point.figures is not None]
     if base is not None and series.compares:
         passed_over = [point.title for point in series.members[: series.members.index(base)]]
@@ -187,7 +188,7 @@ def _comparison(series: Series) -> Iterator[str]:
 
 
 def _records(points: Sequence[Point]) -> Iterator[str]:
-    """Report ranks and programs without step records, steps on fewer nodes, and ranks that shared cores or a GPU."""
+    """Yield notes on missing step records, on steps on fewer nodes, and on ranks that shared cores or a GPU."""
     partly = []
     for point in points:
         if fewer := point.fewer_nodes:
@@ -217,7 +218,7 @@ def _records(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _inexact(points: Sequence[Point], rows: Sequence[Row]) -> Iterator[str]:
-    """Give the 95 % intervals of efficiency, and explain why an efficiency is marked with ~."""
+    """Yield notes with the 95 % intervals of efficiency, and on why an efficiency is marked with ~."""
     ends = [
         f"{row.label} {100 * row.efficiency_low:.1f} to {100 * row.efficiency_high:.1f} %"
         for row in rows
@@ -242,7 +243,7 @@ def _inexact(points: Sequence[Point], rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _means(points: Sequence[Point]) -> Iterator[str]:
-    """Explain step times that are means over several lines of a log, and how exact an efficiency is with them."""
+    """Yield notes on points whose step times are means over several steps, and how exact their efficiency is."""
     each = []
     for point in points:
         figures = point.figures
@@ -262,7 +263,7 @@ def _means(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _times(point: Point) -> Iterator[str]:
-    """Report slow ranks, and the parts of profiled steps."""
+    """Yield notes on the slow ranks of a point, and on the parts of its profiled steps."""
     figures = point.figures
     if figures is None:
         return
@@ -288,7 +289,7 @@ def _times(point: Point) -> Iterator[str]:
 
 
 def _gpus(point: Point) -> Iterator[str]:
-    """Name throttled hosts, and explain why the energy is unknown."""
+    """Yield notes on the throttled hosts of a point, and on why its energy is unknown."""
     if (use := point.gpu_use) is None:
         return
     throttled = [
@@ -306,7 +307,7 @@ def _gpus(point: Point) -> Iterator[str]:
 
 
 def _interruptions(row: Row) -> Iterator[str]:
-    """Report the cost of the interruptions of a point by cause."""
+    """Yield a note on the hours that interruptions of a point cost, by cause."""
     if not row.interruptions:
         return
     causes = ", ".join(f"{CAUSES[cause]} {hours(lost, f'{row.hours_of}-h')}" for cause, lost in row.causes_h.items())
@@ -317,7 +318,7 @@ def _interruptions(row: Row) -> Iterator[str]:
 
 
 def _ends(points: Sequence[Point]) -> Iterator[str]:
-    """Report points without figures, and unfinished points."""
+    """Yield notes on points with too few steps for figures, and on points that have not finished."""
     few = [
         f"{point.title} ({len(point.steps.after_warmup())} of {len(point.steps)})"
         for point in points

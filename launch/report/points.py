@@ -137,7 +137,7 @@ def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | 
 
 
 def _figures(gpus: Sequence[_Gpu]) -> dict[str, Any]:
-    """Return the fields of ``GpuFigures``."""
+    """Return field of ``GpuFigures`` -> its value over all of ``gpus``."""
     joules, seconds = sum(gpu.energy_j for gpu in gpus), sum(gpu.seconds for gpu in gpus)
     samples, reasons = sum(gpu.samples for gpu in gpus), sum((gpu.reasons for gpu in gpus), Counter[str]())
     return {
@@ -273,9 +273,10 @@ class Point(StepReading):
 
     @property
     def has_efficiency(self) -> bool:
-        """True if the efficiency of this point, or of a point that is compared with this point, can be reported.
+        """True if the point is measured well enough for an efficiency: its own, or that of a point compared with it.
 
-        The steps of the point must be timed finely enough, and its ranks must not have shared cores or a GPU.
+        The point must have figures, its steps must be timed finely enough, and its ranks must not have shared cores or
+        a GPU.
         """
         return self.figures is not None and not self.crowded and not self.is_coarse
 

@@ -254,9 +254,10 @@ def efficiency_intervals(series: Series) -> dict[str, tuple[float, float]]:
 
 
 def fit_not_negative(rows: Floats) -> Floats:
-    """Return weights of the columns of ``rows``, none negative, with which each row sums to 1 as well as possible.
+    """Return a weight for each column of ``rows``, so that the weighted sum of each row is about 1.
 
-    The fit is by least squares. Of equally good fits, the one with fewer weights above 0 is returned.
+    The fit is by least squares. No weight is negative. Of equally good fits, the one with fewer weights above 0 is
+    returned. ``rows`` has the shape [equations, weights], the result [weights].
     """
     least, best = math.inf, np.zeros(rows.shape[1])
     for count in range(1, min(rows.shape) + 1):
@@ -301,9 +302,10 @@ class Medians:
 
 
 def correlation(times: Floats) -> float:
-    """Return the rank correlation (0 to 0.97) between the times of successive steps.
+    """Return the rank correlation between the times of successive steps, limited to 0 to 0.97.
 
-    Ranks are used so that a single long step does not dominate.
+    The correlation is of ranks, so that a single long step does not dominate. ``times`` are step times in seconds,
+    [steps]. The result is 0 for fewer than three steps, and for equal times.
     """
     steps = len(times)
     if steps < 3 or np.ptp(times) == 0:

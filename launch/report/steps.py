@@ -244,8 +244,8 @@ class RankTimes:
 def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Flags]:
     """Return each rank's excess over the median of the other ranks in seconds, [ranks], and a mask of the slow ranks.
 
-    The excess of a slow rank is a noticeable share of the step and exceeds the spread of the other ranks. It is also at
-    least half as large in three quarters of the windows.
+    A rank is slow if its mean excess is a noticeable share of the step (``LEAST_SHARE``) and exceeds the spread of the
+    other ranks (``BEYOND_SPREAD``). In three quarters of the windows, its excess must be at least half its mean excess.
 
     Args:
         times: means of shape [ranks, windows], seconds.
@@ -327,7 +327,11 @@ def read_run_steps(
 
 
 def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[tuple[int, RecordColumns]]:
-    """Yield each rank and its records, in order. After the first rank with records, processes read files ahead."""
+    """Yield (rank, its records) for each rank with a file, ascending.
+
+    The ranks after the first rank with records have fewer fields, and several processes may read their files ahead.
+    ``setups`` is attempt -> its environment.
+    """
     is_gpt = bool(setups) and all(setup.workload == "gpt" for setup in setups.values())
     stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
     units = ("tokens",) if is_gpt else tuple(dict.fromkeys((*stated, *UNITS)))

@@ -225,7 +225,10 @@ def slowest_table(found: RunDetail) -> Cells:
 
 
 DROPPED_FIRST = ("topology", "per rank", "spread", "nodes", "speedup", "loss")
-"""Last words of the titles of columns that a narrow terminal leaves out, the first of these columns first."""
+"""Columns that are left out on a narrow terminal, in the order in which they are left out.
+
+A column is named by the last words of its title.
+"""
 
 
 def show(table: ScalingTable, console: Console) -> None:
@@ -278,7 +281,8 @@ def csv_text(table: ScalingTable) -> str:
 def parts_csv_text(table: ScalingTable) -> str:
     """Return CSV with a line for each part of a point's time, interruptions, lost efficiency, cost and energy.
 
-    Columns: point, its label, the quantity, its part, the value and its unit.
+    Columns: ``point`` (name of the run folder), ``label``, ``of`` (the quantity that is divided), ``part``, ``value``
+    and ``unit``. Unknown values have no line.
     """
     lines: list[Sequence[Any]] = [("point", "label", "of", "part", "value", "unit")]
     for row in table.rows:

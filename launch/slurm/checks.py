@@ -79,7 +79,7 @@ def fail(check: str, found: str, why: str, fix: str) -> Finding:
 
 
 def doubt(finding: Finding, unless: str) -> Finding:
-    """Return the finding. A certain error gets the condition ``unless``, under which it does not occur."""
+    """Return the finding; if it is a certain error, with ``unless``, the condition under which it does not occur."""
     return replace(finding, unless=unless) if finding.level is Level.error and not finding.unless else finding
 
 
@@ -397,9 +397,10 @@ def check_request(limits: Limits, request: Request) -> list[Finding]:
 
 
 def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of alternatives, which are partitions or candidates. ``each`` has the findings of each one.
+    """Yield the findings of all alternatives, of which a job needs only one: partitions or candidates.
 
-    If one of the alternatives has no error, all errors become warnings.
+    If at least one alternative has no error, the errors of the other alternatives become warnings. ``each`` has the
+    findings of each alternative.
     """
     some_fit = any(not has_errors(findings) for findings in each)
     for finding in (finding for findings in each for finding in findings):
@@ -469,9 +470,10 @@ def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Findi
 
 
 def possible_places(facts: SlurmFacts, request: Request) -> tuple[Placement, list[list[Finding]]]:
-    """Return the placement of a request without impossible candidates, and the errors of each candidate.
+    """Return the placement of a request without impossible candidates, and the list of errors of each candidate.
 
-    If no candidate is left, candidates with only uncertain errors remain: Slurm then decides.
+    A candidate with an error is impossible. If all candidates have errors, those whose errors are all uncertain stay
+    possible, and Slurm decides.
     """
     errors = [[f for f in findings if f.level is Level.error] for _, findings in check_candidates(facts, request)]
     some_fit = any(not found for found in errors)

@@ -222,9 +222,15 @@ class JobState:
 def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobState]:
     """Return job id -> state, with one squeue for all jobs. Works without accounting.
 
-    The id of an array element is ``123_4``, or the number in SLURM_JOB_ID of its script. A job is absent if the
-    controller has forgotten it (MinJobAge after its end). ``retries`` is the number of tries. Raises SlurmError if
-    squeue fails.
+    The id of an array element is ``123_4``, or the number in SLURM_JOB_ID of its script. A job is absent from the
+    result if the controller has forgotten it, which happens MinJobAge after its end.
+
+    Args:
+        job_ids: ids of the jobs.
+        retries: number of tries.
+
+    Raises:
+        SlurmError: squeue fails in every try.
     """
     wanted = set(job_ids)
     roots = sorted({job.split("_")[0] for job in wanted})
@@ -257,7 +263,10 @@ def max_array_size() -> int:
 
 
 def output_file(job_id: str) -> Path | None:
-    """Return the path of the output of a job's batch script; None if Slurm has forgotten the job or the path."""
+    """Return the path of the output of a job's batch script; None if Slurm has forgotten the job or the path.
+
+    Raises SlurmError if Slurm does not answer.
+    """
     try:
         found = job_fields(job_id).get("StdOut")
     except JobGoneError:
@@ -327,7 +336,10 @@ def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
 
 
 def accounted_state(job_id: str) -> str:
-    """Return the state of a job in Slurm's accounting, such as NODE_FAIL; "" if accounting does not have the job."""
+    """Return the state of a job in Slurm's accounting, such as NODE_FAIL.
+
+    "" if accounting does not have the job, or if sacct fails.
+    """
     try:
         return run("sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", job_id).strip()
     except SlurmError:

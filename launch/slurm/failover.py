@@ -141,9 +141,9 @@ def record_accepted(
 
 
 def has_left(job: SlurmJob) -> bool:
-    """Cancel a pending job. Returns whether the job has left the queue within LEAVE_S seconds.
+    """Cancel a pending job, and wait up to LEAVE_S seconds. Returns whether the job has then left the queue.
 
-    False if the job has started meanwhile. Raises SlurmError if Slurm does not answer.
+    False if the job has started meanwhile, or is still in the queue. Raises SlurmError if Slurm does not answer.
     """
     job.take_out()
     deadline = time.monotonic() + LEAVE_S
@@ -207,7 +207,8 @@ def claim(folder: RunFolder) -> Iterator[bool]:
 def no_interrupt() -> Iterator[None]:
     """Delay Ctrl-C to the end of a ``with`` block, so that each job that sbatch accepts is recorded.
 
-    The process of sbatch inherits the signal mask.
+    If the user typed Ctrl-C during the block, KeyboardInterrupt is raised at its end. Ctrl-C does not end sbatch
+    either, because its process inherits the signal mask.
     """
     asked: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
@@ -227,7 +228,12 @@ def no_interrupt() -> Iterator[None]:
 
 
 def plan_of(folder: RunFolder) -> Plan:
-    """Return the plan for a further job of a run. Raises SlurmError if no candidate is left for the job."""
+    """Return the plan for a further job of a run.
+
+    Raises:
+        SlurmError: no candidate is left for the job.
+        ConfigError: the plan of the run is damaged.
+    """
     plan = promised(find_run_status(folder))
     if plan is None:
         raise SlurmError(f"{folder.plan} names no place for another job")

@@ -284,9 +284,9 @@ def grace_period_s(point: RunStatus) -> float:
 
 
 def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = False) -> list[Stop]:
-    """Cancel the points, and wait until each is over or cannot be ended. Returns the cancel of each point.
+    """Cancel the points, and wait until each is over or cannot be ended.
 
-    Runs may save before they end; with ``now``, they end at once.
+    Runs may save before they end. With ``now``, they end at once. Returns one Stop for each point that was not over.
     """
     stops = [Stop(point, now=now) for point in points if not point.is_over]
     for stop in stops:

@@ -111,9 +111,9 @@ class LocalJob:
                 os.kill(int(self.job_id), signal.SIGTERM)
 
     def kill(self) -> None:
-        """Send SIGTERM twice, or once if ``stop`` has sent it before.
+        """Make the agents end their ranks at once, which they do after a second SIGTERM.
 
-        After the second, agents end their ranks at once.
+        Send SIGTERM twice to the controller, or once if ``stop`` has already sent the first.
         """
         if not self._is_asked:
             self.stop("running")
@@ -204,7 +204,10 @@ def slurm_folder(run_dir: str | Path) -> Path:
 
 
 def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
-    """Return the paths of the standard output and error of a node's agent. The files may not exist."""
+    """Return the paths of the standard output and of the standard error of a node's agent, in this order.
+
+    ``node`` is the index of the node in the run. The files may not exist.
+    """
     folder = slurm_folder(run_dir) if isinstance(job, SlurmJob) else submitit_folder(run_dir)
     if isinstance(job, SlurmJob) and job.points:
         node += job.points.index(Path(run_dir).name)
@@ -235,8 +238,9 @@ A failure in a file that such a line sources does not end the job if the file it
 def batch_parameters(plan: Plan) -> dict[str, Any]:
     """Return submitit's parameters of a job: the plan's resources, and ``AFTER_STEP``, which runs after srun.
 
-    The shell option ``set +e`` keeps a user's ``set -e`` from skipping that command. A trap would replace a user's own
-    trap.
+    If the lines of ``cluster.setup`` contain ``set -e``, a failure of srun would skip ``AFTER_STEP``. Therefore ``set
+    +e`` follows these lines. A trap that runs ``AFTER_STEP`` is no alternative, because it would replace a trap of the
+    user.
     """
     python, folder = shlex.quote(sys.executable), shlex.quote(str(slurm_folder(plan.run_dir)))
     after = f'{python} -m {AFTER_STEP} "$status" {folder} --submitit'
@@ -267,9 +271,10 @@ SUBMITTED = "_submitted.pkl"
 
 
 def refuse_running(plan: Plan, own: str | None = None) -> None:
-    """Raise ConfigError if another job than ``own`` works on the run folder, or is pending for it. ``own`` is a job id.
+    """Raise ConfigError if a job works on the run folder, or is pending for it.
 
-    A run that resumes from an earlier step is also refused while ranks that were started by hand work on it.
+    ``own`` is the id of a job that may do so; None if no job may. If the run is to resume from an earlier step, ranks
+    that a user has started without the launcher are also refused.
 
     Raises:
         SlurmError: Slurm does not answer.

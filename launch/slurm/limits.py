@@ -150,7 +150,10 @@ class NodeLimits:
         return not self.states & UNUSABLE
 
     def count(self, name: str, kind: str = "") -> int:
-        """Return the number of generic resources with this name and this type; any type if ``kind`` is empty."""
+        """Return the number of the node's generic resources with this name and this type.
+
+        ``kind`` is the type; if it is empty, resources of all types count.
+        """
         return sum(g.count for g in self.gres if g.name == name and kind in ("", g.type))
 
 

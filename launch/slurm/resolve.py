@@ -305,7 +305,10 @@ def partitions_there(config: Config, slurm: SlurmFacts) -> list[tuple[Partition,
 
 
 def nodes_there(config: Config, slurm: SlurmFacts) -> dict[str, list[NodeLimits]]:
-    """Return partition -> nodes that a point may use. Empty if an option or a site plugin may choose other nodes."""
+    """Return name of a partition -> its nodes that have the features that the point requests.
+
+    Empty if an option of sbatch or a plugin of the site may choose other nodes, or if no controller answers.
+    """
     found: dict[str, list[NodeLimits]] = {}
     for partition, there in partitions_there(config, slurm):
         assert slurm.limits is not None
@@ -317,7 +320,10 @@ def nodes_there(config: Config, slurm: SlurmFacts) -> dict[str, list[NodeLimits]
 
 
 def gpu_type(config: Config, slurm: SlurmFacts) -> str | None:
-    """Return the type of the GPUs where a point may run, as Slurm's Gres names it; None if unknown or several."""
+    """Return the type of the GPUs on the nodes where a point may run, as Slurm's Gres names it.
+
+    None if the type is not known, or if the nodes have GPUs of several types.
+    """
     nodes = [node for inside in nodes_there(config, slurm).values() for node in inside]
     types = {part.type for node in nodes for part in node.gres if part.name == "gpu"}
     return types.pop() or None if len(types) == 1 else None
@@ -326,9 +332,9 @@ def gpu_type(config: Config, slurm: SlurmFacts) -> str | None:
 def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
     """Return the number of GPUs to request on each node, and a finding to report.
 
-    The number is ``ranks_per_node``, or else the smallest number of GPUs of a node. Both are None if the config sets
-    the GPUs, the ranks need none, or no node has one. Only the number is None, with a warning as the finding, if torch
-    is built for CPUs or some nodes have no GPU.
+    The number is ``ranks_per_node``; if that is not set, the smallest number of GPUs of a node. The number is None, and
+    the finding a warning, if torch is built for CPUs or some nodes have no GPU. Number and finding are both None if the
+    config sets the GPUs, if the ranks need none, or if no node has one.
 
     Raises:
         ConfigError: the config requests more ranks on a node than its GPUs.

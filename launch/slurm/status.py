@@ -205,7 +205,10 @@ class RunStatus:
         return event and {key: event[key] for key in ("nodes", "asked", "cause")}
 
     def failure(self, attempt: int | None = None) -> dict[str, Any] | None:
-        """Return the event of the first failure of an attempt; None if there is none. ``attempt`` None: the newest."""
+        """Return the event of the first failure of an attempt; None if the attempt has no failure.
+
+        ``attempt`` is the number of the attempt; None for the newest attempt since this submission.
+        """
         attempt = attempt or max(self.attempts(), default=None)
         return None if attempt is None else first_failure(self.folder.read_events(), attempt)
 
@@ -234,9 +237,9 @@ def find_run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
 
 
 def find_run_status(folder: RunFolder) -> RunStatus:
-    """Return the status of a run since its last submission, with its job. The state is not set before ``poll``.
+    """Return the status of a run since its last submission, with its job. ``poll`` sets the state later.
 
-    For a run that waits in the queue of a local launcher, the submission is the one that this launcher will make.
+    If the run waits in the queue of a local launcher, the last submission is the one that this launcher will make.
     """
     events, damage = folder.read_events(), ""
     plan: dict[str, Any] = {}

@@ -139,7 +139,8 @@ def dependency_on(typed: str) -> str:
     """Return the text for sbatch --dependency on the jobs of other runs; "" if these runs are over.
 
     Args:
-        typed: value of ``launch.after``: a run folder or a folder of runs, and before it ``afterok:`` or ``afterany:``.
+        typed: value of ``launch.after``: the path of a run folder or of a folder of runs. ``afterok:`` (the default)
+            or ``afterany:`` may precede the path.
 
     Raises:
         ConfigError: there are no such runs, or Slurm does not answer; with ``afterok``, a run has ended without being
@@ -181,7 +182,9 @@ def may_move(point: RunStatus) -> bool:
 
 
 def start_after(plan: Plan, typed: str | None) -> Plan:
-    """Return a plan that waits for the runs of ``launch.after``. ``typed`` is the value of this key; None: no wait.
+    """Return ``plan``, changed so that its job starts after the runs of ``launch.after``.
+
+    ``typed`` is the value of this key; None if the job need not wait.
 
     Raises:
         ConfigError: these runs cannot be waited for, or the point runs on this machine and these runs are not over.
@@ -361,7 +364,8 @@ def side_by_side(typed: Any, plans: Sequence[Plan]) -> int:
     """Return the number of points that run at the same time on this machine.
 
     Args:
-        typed: value of ``launch.parallel``.
+        typed: value of ``launch.parallel``: a number, or ``auto`` for as many points as have a GPU (without GPUs, a
+            CPU) for each of their ranks.
         plans: plans of the command.
 
     Raises:

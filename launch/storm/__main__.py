@@ -81,9 +81,11 @@ Their values depend only on the training state and the samples.
 
 
 def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
-    """Return the names of the kinds of faults in a drill: the typed names, or by default all possible kinds.
+    """Return the names of the kinds of faults in a drill.
 
-    The first argument has the typed names. ``has`` are the needs that the drill fulfils, of ``SLURM`` and ``SANDBOX``.
+    Args:
+        asked: names as typed; empty for all kinds that are possible.
+        has: what the run of the drill has of ``SLURM`` and ``SANDBOX``, which some kinds of faults need.
 
     Raises:
         ConfigError: there is no such kind, or the drill does not fulfil the need of the kind.

@@ -233,7 +233,7 @@ class Site:
         raise FaultError("no attempt has recorded the nodes of its ranks")
 
     def running_rank(self, rank: int) -> int:
-        """Return ``rank``, or another rank if the run now has too few ranks."""
+        """Return ``rank`` modulo the present number of ranks, so that the result is a rank that runs."""
         sizes = [event["world_size"] for event in self.events("started") if event.get("world_size")]
         return rank % sizes[-1] if sizes else rank
 
@@ -336,9 +336,9 @@ def _requeue(fault: PlannedFault, site: Site) -> str:
 
 
 def _kill_srun(fault: PlannedFault, site: Site) -> str:
-    """Kill the srun of the batch script.
+    """Kill the srun of the batch script. Returns a description of the injection.
 
-    If this start of the job has no srun any more, requeue the job and kill the srun of its next start.
+    If the srun of this start of the job has already ended, requeue the job and kill the srun of its next start.
     """
     with suppress(FaultError):
         return site.signal(signal.SIGKILL, "srun")
@@ -350,7 +350,10 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
 
 
 def _in_sandbox(fault: PlannedFault, site: Site) -> str:
-    """Inject a fault into the node of the rank, or the controller, by the sandbox. Undo it after ``fault.seconds``."""
+    """Inject a fault into the node of the rank, or into Slurm's controller, by a command of the sandbox.
+
+    The fault is undone after ``fault.seconds``. Returns a description of the injection.
+    """
     host = [] if fault.kind == "stop_controller" else [site.host_of(0 if fault.kind in OF_HEAD else fault.rank)]
     try:
         done = site.in_sandbox(fault.kind.removesuffix("_head").replace("_", "-"), *host)

@@ -85,7 +85,10 @@ def run_events(run: RunFolder, events: Events, measured: Goodput | None) -> Iter
 
 
 def read_timeline(run: RunFolder, rank: int) -> list[Fields]:
-    """Return the numbers in the step records of a rank by time. Steps that were lost and done again are included."""
+    """Return the step records of a rank in the order of their times, each with its numeric fields only.
+
+    Records of steps that were lost and done again are included.
+    """
     found = {}
     for path in (*aside_records(run, rank), run.metrics(rank)):
         for line in read_json_lines(path):
@@ -97,9 +100,15 @@ def read_timeline(run: RunFolder, rank: int) -> list[Fields]:
 
 
 def rank_events(rank: int, records: Sequence[Fields], setups: Mapping[int, Environment | None]) -> Iterator[Fields]:
-    """Yield the slices of a rank's steps with their phases, and of its evaluations and checkpoints, latest first.
+    """Yield the events of one rank, latest step first.
 
-    ``setups`` has the environment of each attempt, from which the host of the rank is read.
+    For each step: slices of the step, of its phases, of its evaluation and of its checkpoint; and its memory as a
+    curve.
+
+    Args:
+        rank: number of the rank.
+        records: step records of the rank in the order of their times.
+        setups: attempt -> its environment, which names the host of the rank; None if it was not recorded.
     """
     # A record may be written while the next step runs: a step has ended before its time, and before the next begins.
     limit, attempt = math.inf, 0

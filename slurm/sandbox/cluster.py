@@ -46,8 +46,8 @@ A busy machine takes more than some seconds. If slurmctld is killed too early, i
 def replaced(ours: list[str], theirs: Sequence[str], separator: str = " ") -> str:
     """Return KEY=VALUE texts as one text, joined by ``separator``.
 
-    A text of the second argument replaces the text in ``ours`` that has the same key. Keys that differ only in upper
-    and lower case are the same.
+    A text in ``theirs`` replaces the text in ``ours`` that has the same key. Other texts in ``theirs`` are added. Upper
+    and lower case of a key are not distinguished.
     """
     return separator.join({text.partition("=")[0].lower(): text for text in (*ours, *theirs)}.values())
 
@@ -341,7 +341,7 @@ def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxNode]:
 def power_cut(cluster: Cluster, name: str) -> str:
     """Cut the power of a node. Its cable is cut before its processes end, so no other node gets a message.
 
-    Returns a text on the fault for people, as the next four functions do.
+    Returns a text on the fault for people.
     """
     with _node(cluster, "power-cut", name) as node:
         node.set_link(up=False)
@@ -350,14 +350,14 @@ def power_cut(cluster: Cluster, name: str) -> str:
 
 
 def cut_link(cluster: Cluster, name: str) -> str:
-    """Cut the cable of a node. All its processes continue."""
+    """Cut the cable of a node. All processes of the node continue. Returns a text on the fault for people."""
     with _node(cluster, "cut-link", name) as node:
         node.set_link(up=False)
     return f"{name} has no link, and its processes run on"
 
 
 def freeze(cluster: Cluster, name: str) -> str:
-    """Stop every process of a node. Its kernel still acknowledges packets."""
+    """Stop every process of a node. Its kernel still acknowledges packets. Returns a text on the fault for people."""
     with _node(cluster, "freeze", name) as node:
         node.set_frozen(frozen=True)
     return f"the processes of {name} are stopped, and its link is up"
@@ -376,6 +376,8 @@ def link(cluster: Cluster, name: str, **limits: float | None) -> str:
 
 def heal(cluster: Cluster, name: str) -> str:
     """Undo all faults of a node: power, stopped processes, and cable. Then resume the node in Slurm.
+
+    Returns a text on what was undone for people.
 
     Slurm itself also drains a node, for example after a step that it could not end, and only an operator resumes the
     node.

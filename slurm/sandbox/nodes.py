@@ -48,7 +48,10 @@ def ip(words: str) -> str:
 
 
 def free_port(address: str) -> int:
-    """Return a free port at ``address`` below the ports that the kernel uses for outgoing connections."""
+    """Return a free port at ``address``, below the ports that the kernel uses for outgoing connections.
+
+    Raises SandboxError if no port is free.
+    """
     for port in random.SystemRandom().sample(range(10000, 30000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((address, port))
