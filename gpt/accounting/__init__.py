@@ -56,8 +56,10 @@ class Accelerator:
         return "tf32" in self.peaks
 
     def peak(self, precision: Precision, tf32: bool = False) -> float | None:
-        """Return the dense peak in a precision, in TFLOP/s; None if the device lacks the precision. With ``tf32``, the
-        peak of TF32 is returned for fp32, if the device supports TF32."""
+        """Return the dense peak in ``precision``, in TFLOP/s; None if the device lacks the precision.
+
+        If ``tf32`` is True and the device supports TF32, the peak for fp32 is that of TF32.
+        """
         return self.peaks.get("tf32" if tf32 and self.has_tf32 and precision is Precision.fp32 else precision.name)
 
 
@@ -127,8 +129,8 @@ def expand(short_name: str) -> list[str]:
 def peak_flops(device_name: str, precision: Precision, tf32: bool = False) -> float | None:
     """Return the dense peak of a device in FLOP/s; None if the device is unknown or lacks the precision.
 
-    ``device_name`` is a result of ``torch.cuda.get_device_name()``. With ``tf32``, the peak of TF32 is returned for
-    fp32, if the device supports TF32.
+    ``device_name`` is a result of ``torch.cuda.get_device_name()``. If ``tf32`` is True and the device supports TF32,
+    the peak for fp32 is that of TF32.
     """
     known = find(device_name)
     tflops = None if known is None else known.peak(precision, tf32)
@@ -178,9 +180,11 @@ class Parameters:
     head: int
     """Parameters of the output matrix; 0 if it is tied to the token embedding."""
     idle: int = 0
-    """Of ``ffn``, the parameters of the experts that do not compute a given token."""
+    """Number of the parameters in ``ffn`` that do not compute a given token: those of the experts that are not chosen
+    for it. 0 without experts."""
     frozen: int = 0
-    """Of all components, the parameters that training does not change: with LoRA all but those of adapters, else 0."""
+    """Number of the parameters, in all components, that training does not change. With LoRA these are all parameters
+    except those of adapters; without LoRA the number is 0."""
 
     @property
     def total(self) -> int:
@@ -194,7 +198,8 @@ class Parameters:
 
     @property
     def active(self) -> int:
-        """Number of the parameters that compute one token: all, without the experts that are not chosen for it."""
+        """Number of the parameters that compute one token: all except those of the experts that are not chosen for the
+        token."""
         return self.total - self.idle
 
     @property
@@ -205,7 +210,8 @@ class Parameters:
 
     @property
     def active_non_embedding(self) -> int:
-        """``non_embedding``, without the experts that are not chosen for a token."""
+        """Number of the parameters in ``non_embedding`` that compute one token: without the experts that are not chosen
+        for the token."""
         return self.non_embedding - self.idle
 
     def as_dict(self) -> dict[str, int]:
@@ -220,7 +226,7 @@ class HiddenMatrices(NamedTuple):
     elements: int
     """Number of elements of the matrices of all blocks."""
     flops: int
-    """FLOPs of one Newton-Schulz iteration on each matrix of all blocks."""
+    """FLOPs of one Newton-Schulz iteration on every matrix of all blocks, summed over the matrices."""
 
 
 def count_hidden(model: ModelConfig) -> HiddenMatrices:
@@ -266,7 +272,7 @@ def frozen_size(model: ModelConfig, shapes: Shapes) -> int:
 
 
 def block_shapes(model: ModelConfig) -> Shapes:
-    """Return name and shape of every parameter of one block."""
+    """Return name -> shape for every parameter of one block. The names are those inside of the block."""
     width = model.n_embd
     shapes: Shapes = {}
     for norm in BLOCK_NORMS[: norms_per_block(model)]:
@@ -291,7 +297,7 @@ def block_shapes(model: ModelConfig) -> Shapes:
 
 
 def attention_matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return name and shape (outputs, inputs) of the matrices of built-in attention."""
+    """Return name in the attention -> shape (outputs, inputs) for the matrices of built-in attention."""
     width, queries, keys = model.n_embd, model.n_head * model.head_dim, model.kv_heads * model.head_dim
     values, rank, latent = model.n_head * model.value_width, model.q_lora_rank, model.kv_lora_rank
     found = {"query": (queries, width), "output": (width, values)}
@@ -308,7 +314,7 @@ def norms_per_block(model: ModelConfig) -> int:
 
 
 def part_shapes(model: ModelConfig, part: str, name: str) -> Shapes:
-    """Return name and shape of the parameters of a user's class.
+    """Return name -> shape for the parameters of a user's class that is a part of the model.
 
     Args:
         model: config of the model.
@@ -319,7 +325,8 @@ def part_shapes(model: ModelConfig, part: str, name: str) -> Shapes:
 
 
 def dense_shapes(model: ModelConfig, name: str, inner: int) -> Shapes:
-    """Return name and shape of the parameters of a feed-forward layer: two matrices, or three if it is gated.
+    """Return name -> shape for the parameters of a feed-forward layer: two matrices, or three if the layer is gated,
+    with their biases and adapters.
 
     ``name`` is the name of the layer in the block, ``inner`` its inner width.
     """
@@ -330,7 +337,7 @@ def dense_shapes(model: ModelConfig, name: str, inner: int) -> Shapes:
 
 
 def mixture_shapes(model: ModelConfig) -> Shapes:
-    """Return name and shape of the parameters of a mixture of experts: router, stacked experts, shared experts."""
+    """Return name -> shape for the parameters of a mixture of experts: router, stacked experts, shared experts."""
     width, inner, experts = model.n_embd, model.ffn_width, model.n_expert
     shapes: Shapes = {"ffn.router.weight": (experts, width)}
     for matrix in ("gate", "up") if model.gated else ("up",):
@@ -340,7 +347,7 @@ def mixture_shapes(model: ModelConfig) -> Shapes:
 
 
 def outer_shapes(model: ModelConfig) -> Shapes:
-    """Return name and shape of every parameter outside the blocks."""
+    """Return name -> shape for every parameter outside the blocks."""
     shapes: Shapes = {"token_embedding.weight": (model.padded_vocab, model.n_embd)}
     if model.position is Position.learned:
         shapes["position.weight"] = (model.block_size, model.n_embd)
@@ -354,8 +361,8 @@ def outer_shapes(model: ModelConfig) -> Shapes:
 
 
 def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> Shapes:
-    """Return name and shape of the parameters of a linear layer: its matrix, its bias and its adapter, if it has
-    them."""
+    """Return name -> shape for the parameters of the linear layer ``name``: its matrix, and if the model has them its
+    bias and its adapter."""
     shapes: Shapes = {f"{name}.weight": (outputs, inputs)}
     if model.bias:
         shapes[f"{name}.bias"] = (outputs,)
@@ -365,8 +372,8 @@ def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> S
 
 
 def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
-    """Return name and shape of the parameters of the norm ``name`` over ``width`` numbers: gain, and shift if it has
-    one."""
+    """Return name -> shape for the parameters of the norm ``name`` over ``width`` numbers: its gain, and its shift if
+    the norm has a shift. A user's norm has the parameters of its class."""
     if isinstance(model.norm, str):
         return part_shapes(model, "norm" if width == model.n_embd else "head_norm", name)
     gain: Shapes = {f"{name}.weight": (width,)}
@@ -388,7 +395,8 @@ def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of matrix products, by component of the model."""
+    """FLOPs of the matrix products of one or more passes, by component of the model. The function that returns the
+    object says which passes."""
 
     projections: int
     """FLOPs of the query, key, value and output projections of attention."""
@@ -396,7 +404,8 @@ class Flops:
     """FLOPs of the scores Q K^T and of the weighted sum of V, for the number of pairs that ``attention_pairs`` returns.
     """
     ffn: int
-    """FLOPs of the feed-forward layers. In a mixture of experts: the chosen and the shared experts of each token."""
+    """FLOPs of the feed-forward layers. In a mixture of experts: FLOPs of the rows that ``expert_rows`` counts, and of
+    the shared experts."""
     logits: int
     """FLOPs of the output matrix, with the padding of the vocabulary."""
     router: int = 0
@@ -404,7 +413,8 @@ class Flops:
     adapters: int = 0
     """FLOPs of the products of the adapters (LoRA)."""
     custom: int = 0
-    """Measured FLOPs of the user's attention, norms and positions. Causal attention is not halved."""
+    """Measured FLOPs of the user's classes for attention, norms and positions. Causal attention is not halved. A user's
+    feed-forward layer counts in ``ffn``."""
 
     @property
     def palm(self) -> int:
@@ -412,8 +422,8 @@ class Flops:
 
         L layers, H heads, Q head width, T sequence length; causal attention is not halved. N counts every matrix that a
         token is multiplied with: the output matrix, but not the input embedding, the position table, gains and biases.
-        PaLM counts all its parameters. It has one matrix for input and output and no bias, so it differs by its gains.
-        Of the experts, only those that the token is routed to count.
+        PaLM's N counts all parameters of PaLM. PaLM has one matrix for input and output and no biases, so that the two
+        numbers differ by the gains only. Of the experts, only those that the token is routed to count.
         """
         return sum(vars(self).values())
 
@@ -446,7 +456,7 @@ def forward_flops(model: ModelConfig, sequences: int) -> Flops:
 
 
 def attention_pairs(model: ModelConfig) -> int:
-    """Return the number of pairs of query and key in one sequence, over all layers, with pairs that a mask hides.
+    """Return the number of pairs of query and key in one sequence, over all layers. Pairs that a mask hides count, too.
 
     Without a window these are T x T. With a window of W tokens they are W x W for the first block of queries, W x 2W
     for each further block, and fewer for a shorter last block. In both cases about half of the pairs are visible.
@@ -505,10 +515,11 @@ def training_flops_per_token(model: ModelConfig) -> Flops:
 def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
     """Return the FLOPs per token that the backward pass spends on recomputing the blocks.
 
-    ``full`` repeats all products of a block except the last. torch stops as soon as no tensor is missing, and the last
-    result is needed only if a later operation keeps its input (dropout, a norm, the weighting of experts). On CPUs in
-    fp32 the last product is repeated, too; this function does not count it. ``selective`` repeats only attention, if a
-    fused kernel draws dropout. Compiled code may repeat less.
+    ``none`` repeats nothing. ``full`` repeats all products of a block, except the last product if no later operation
+    keeps its result: torch stops when it has all tensors that the backward pass needs. Dropout, a norm, and the
+    weighting of experts keep the result. On CPUs in fp32 torch always repeats the last product; this function does not
+    count that. ``selective`` repeats only attention, and only if a fused kernel draws dropout. Compiled code may repeat
+    less.
     """
     once = forward_flops(model, sequences=1)
     if recompute is Recompute.none:
@@ -544,11 +555,11 @@ class Utilization:
 def utilization(
     flops_per_token: Flops, tokens_per_s: float, peak_flops_per_s: float | None, recomputed_per_token: int = 0
 ) -> Utilization:
-    """Compute the utilization of one rank.
+    """Return the utilization of one rank.
 
     Args:
         flops_per_token: FLOPs of training, from ``training_flops_per_token``.
-        tokens_per_s: rate of this rank, not of the whole run.
+        tokens_per_s: tokens per second of this rank, not of the whole run.
         peak_flops_per_s: peak of this rank's device, a result of ``peak_flops``; None if unknown.
         recomputed_per_token: FLOPs recomputed in the backward pass, a result of ``recomputed_flops_per_token``.
     """

@@ -57,7 +57,7 @@ class FailedSave:
     cause: str
     """``rank N: ERROR`` of the lowest rank that failed."""
     failures: int
-    """Number of failed tries since the last committed checkpoint."""
+    """For a save to disk: number of failed tries since the last commit to disk. For a save to memory: 1."""
     in_memory: bool
     """True for a save to the memory of the nodes, False for a save to disk."""
 
@@ -74,7 +74,8 @@ class LoadedCheckpoint:
     rank_state: dict[str, Any] | None
     """The argument ``rank_state`` of the save on this rank; None if the number of ranks has changed."""
     set_aside: tuple[str, ...] = ()
-    """One line, with name and damage, for each newer checkpoint that was found damaged and renamed."""
+    """One line, with name and damage, for each newer checkpoint that is damaged: on disk, where it was renamed, or as a
+    copy in ``checkpoint.copy_to``."""
     is_from_memory: bool = False
     """True if the checkpoint was loaded from the memory of the nodes."""
     fetched_for: str | None = None
@@ -176,8 +177,7 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
 
 
 def find_damage(path: Path, expected: FileSum) -> str | None:
-    """Return the damage of the file at ``path`` as text, by its ``expected`` size and checksum; None if it is
-    undamaged.
+    """Return the damage of the file at ``path`` as text; None if its size and checksum are as ``expected``.
 
     Raises:
         OSError: the file cannot be read, for a reason that may be temporary.
@@ -218,8 +218,8 @@ def _encode(body: dict[str, Any]) -> bytes:
 
 
 def damage_or_raise(error: OSError, name: str) -> str:
-    """Return text on the damage of the file ``name`` if ``error``, raised by reading it, means damage: the file is
-    missing or unreadable. Raise ``error`` if it may be temporary."""
+    """Return text on the damage of the file ``name``, whose reading has raised ``error``: the file is missing, or the
+    disk cannot return its bytes. Raise ``error`` again if it has another cause, which may be temporary."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
     if error.errno == errno.EIO:  # the disk cannot return the bytes, now or later
@@ -274,7 +274,8 @@ def steps(folder: Path) -> list[int]:
 
 
 def list_set_aside(folder: Path) -> list[Path]:
-    """Return the folders of damaged checkpoints, which a load or the upkeep has renamed to ``.corrupt``."""
+    """Return the folders of damaged checkpoints in ``folder``: those that a load or the upkeep has renamed to
+    ``.corrupt``. Empty if there are none."""
     return [path for path in _entries(folder) if SET_ASIDE.fullmatch(path.name)]
 
 
@@ -287,7 +288,7 @@ def step_of(path: Path) -> int:
 
 def begin(temporary: Path, step: int) -> None:
     """Create the folder ``temporary``, in which the checkpoint of ``step`` is written. First remove the temporary
-    folders of killed saves.
+    folders of killed saves. A folder of this step without a manifest is renamed, as if it were damaged.
 
     Raises:
         FileExistsError: the step already has a checkpoint.
@@ -347,9 +348,10 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
     """Return the steps whose checkpoints a rule keeps.
 
     Args:
-        saved: steps that have a checkpoint, ascending.
+        saved: all steps that have a checkpoint, ascending.
         keeps: the rule.
-        read: returns the manifest of a step. Called only if the rule uses validation losses.
+        read: returns the manifest of a step. Called only if the rule uses validation losses. A checkpoint whose
+            manifest is damaged or cannot be read has no validation loss.
     """
     if keeps.last is None:
         return set(saved)
@@ -366,8 +368,8 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
 
 
 def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
-    """Delete the checkpoints in ``folder`` that the rule ``keeps`` does not keep, except those of the steps
-    ``spared``."""
+    """Delete the checkpoints in ``folder`` that the rule ``keeps`` does not keep, except those of the steps ``spared``.
+    Log a warning for a checkpoint that cannot be deleted."""
     saved = steps(folder)
     kept = spared | kept_steps(saved, keeps, lambda step: read_manifest(final_for(folder, step)))
     for step in saved:

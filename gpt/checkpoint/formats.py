@@ -57,6 +57,10 @@ def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | No
     temporary conversion if DeepSpeed has written the checkpoint. Collective.
 
     The conversion is deleted at the end of the context.
+
+    Raises:
+        ConfigError: DeepSpeed has written the checkpoint, and is not installed.
+        CheckpointError: the conversion failed; raised on every rank.
     """
     if saved.contents["kind"] == TENSORS["kind"]:
         yield folder
@@ -121,8 +125,8 @@ def to_universal(original: Path, out: Path) -> Path:
 
 
 def read_whole(universal: Path, name: str, key: str, shape: Sequence[int]) -> Tensor:
-    """Return one whole tensor of a parameter from a universal checkpoint of DeepSpeed. ``key`` is ``fp32`` for the
-    weights, or one of ``MOMENTS``.
+    """Return one whole tensor of a parameter from a universal checkpoint of DeepSpeed. ``name`` and ``shape`` are those
+    of the parameter; ``key`` is ``fp32`` for the weights, or one of ``MOMENTS``.
 
     The tensor is mapped from its file, and read from the disk only when it is used.
     """
@@ -137,6 +141,7 @@ def read_deepspeed_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
 
     Raises:
         ConfigError: DeepSpeed is not installed.
+        RuntimeError: DeepSpeed cannot convert the checkpoint.
     """
     require_reader(folder)
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
@@ -210,7 +215,11 @@ class TensorFiles:
 
     def collect(self, step: int, state: Any, group: dist.ProcessGroup | None) -> RankPart:
         """Return what this rank writes for a checkpoint of ``state`` after ``step``. Its tensors may share memory with
-        ``state``. Collective."""
+        ``state``. Collective.
+
+        Raises:
+            CheckpointError: torch cannot plan the save; raised on every rank.
+        """
         # ``dcp.async_save`` with a process of its own would keep plans, too, but does not fit. It stages the whole
         # state on every rank, replicas included. It plans and ends each save by collectives over a second process
         # group, in which one slow writer delays all ranks. It has neither a manifest nor a second try. So the planner

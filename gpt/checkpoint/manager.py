@@ -7,8 +7,9 @@ At most one save is in flight. Its state is staged while all ranks wait, and wri
                   every rank   advance: once all ranks have written, rank 0's writer commits
     step n + 2    every rank   advance: the commit is done, and the save has an outcome
 
-The sums of a step tell every rank that all ranks have written, so this needs no message of its own. ``finish`` waits
-for the outcome instead. A failed write to disk is tried again, into another folder and from the same copy.
+The sums of a step tell every rank that all ranks have written, so a save during training sends no messages of its own.
+``finish`` waits for the outcome, without steps. A failed write to disk is tried again, into another folder and from the
+same copy.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class InFlight:
     failure: str | None
     """Error of collecting ``part``, as text; None if there was none."""
     to: Path | MemorySave
-    """Target of the save: a temporary folder, or the memory of the nodes."""
+    """Target of the save: a temporary folder on disk, or the description of a save to the memory of the nodes."""
     commits: bool = False
     """False in the first phase, in which all ranks write; True in the second, in which rank 0 commits."""
     submit_at: float | None = None
@@ -83,7 +84,7 @@ class CheckpointManager:
 
     Args:
         folder: folder of the run's checkpoints, on a filesystem of all ranks.
-        keeps: rule for the checkpoints to keep: at least the newest one.
+        keeps: rule for the checkpoints to keep. It must keep at least the newest one.
         group: gloo group of all ranks, for messages. None means the default group, which must then be gloo.
         fmt: format of checkpoints on disk; None means whole tensors by name.
         writer: writes what this rank saves; None means this process, while training waits.
@@ -142,7 +143,7 @@ class CheckpointManager:
         """Start a save, to disk or to the memory of the nodes. No other save may be in flight.
 
         Args:
-            step: step of the checkpoint, which has no checkpoint yet.
+            step: step of the checkpoint. The step must not have a checkpoint yet.
             state: state in the type that the format needs; by default tensors and DTensors in nested dicts, as
                 get_state_dict of torch.distributed.checkpoint returns them.
             rank_state: state of this rank alone: tensors and plain Python values.
@@ -199,7 +200,8 @@ class CheckpointManager:
             sums: ``figures`` of these results, summed over all ranks.
 
         Returns:
-            The outcome of the save or of a failed try, once; None if nothing is decided.
+            The outcome of the save or of a failed try, once; None if some rank is still at work, or if ``phase`` has
+            ended.
 
         Raises:
             CheckpointError: saves have failed for ``give_up_after_s`` seconds; raised on every rank.
@@ -237,7 +239,8 @@ class CheckpointManager:
         return None
 
     def give_up(self) -> None:
-        """Give up the save in flight. The checkpoint before it stays the newest one."""
+        """Give up the save in flight, and delete its temporary folder; do nothing if no save is in flight. The
+        checkpoint before it stays the newest one."""
         if self._pending is not None and isinstance(self._pending.to, Path):
             # A rank that still writes may create the folder anew: then the next save removes it.
             self._on_first(partial(jobs.remove_save, self._pending.to, self.keeps, False))
@@ -349,15 +352,19 @@ class CheckpointManager:
     # Return of the run to an earlier step.
 
     def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of all steps after ``step``, from which the run continues: on disk, and their copies.
-        Also delete all checkpoints in the memory of the nodes."""
+        """Delete the checkpoints of all steps after ``step``, from which the run continues. Those on disk are deleted
+        by this call, and their copies later by the upkeep. All checkpoints in the memory of the nodes are deleted, too.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be deleted; raised on every rank.
+        """
         run_on_first_rank(lambda: folders.discard_after(self.folder, step), self.group)
         if self.memory is not None:
             self.memory.keep("")
         self.tend(None, step)
 
     def tend(self, committed: int | None, back_to: int | None) -> None:
-        """Make rank 0's writer do the upkeep of checkpoints: delete, verify and copy them.
+        """Make rank 0's writer do the upkeep of checkpoints: delete, verify and copy them, as ``upkeep`` requests.
 
         Args:
             committed: step of a newly committed checkpoint; None if there is none.
@@ -382,8 +389,8 @@ class CheckpointManager:
         """Load the newest undamaged checkpoint into ``state``, and return its description; None if there is no
         checkpoint.
 
-        The checkpoint may be in the memory of the nodes, on disk, or a copy elsewhere. Damaged checkpoints are renamed.
-        ``state`` must have the names and shapes that were saved; parallelism and number of ranks may differ.
+        The checkpoint may be in the memory of the nodes, on disk, or a copy elsewhere. Damaged checkpoints on disk are
+        renamed. ``state`` must have the names and shapes that were saved; parallelism and number of ranks may differ.
 
         Raises:
             ConfigError: all checkpoints are damaged, or the undamaged one is of another model.
@@ -410,6 +417,7 @@ class CheckpointManager:
 
         Raises:
             DamagedError: some file is damaged; raised on every rank.
+            CheckpointError: a file cannot be read, or the manifest is of another version; raised on every rank.
         """
 
         def read() -> Manifest | str:

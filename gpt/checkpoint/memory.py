@@ -1,8 +1,8 @@
 """Checkpoints in the memory of the nodes: each rank's part is sent to the memory stores of its node and of the next.
 
 A memory store is a server of the launcher's agent on each node. The nodes form a ring, so that any one of them may be
-lost. A checkpoint that fails is given up, since the next one is due soon. A load takes the newest checkpoint of which
-the stores have an undamaged copy of every part. If there is none, a checkpoint is loaded from disk.
+lost. A save that fails is given up, since the next one is due soon. A load takes the newest checkpoint of which the
+stores have an undamaged copy of every part. If there is none, a checkpoint is loaded from disk.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def confirm(about: MemorySave, state: WriterState) -> None:
 
 
 class SentFiles(FileSystem):
-    """File system for torch.distributed.checkpoint that sends each written file to the memory stores ``stores``."""
+    """File system for torch.distributed.checkpoint that sends each written file to the memory stores ``stores``. There
+    the file belongs to the part of ``rank`` in the checkpoint ``save``."""
 
     def __init__(self, stores: Sequence[StoreClient], save: str, rank: int) -> None:
         self._to = (stores, save, rank)
@@ -117,7 +118,8 @@ class MemoryStores:
         """Addresses of the memory stores that get this rank's part."""
 
     def load(self, state: Any, at_least: int) -> tuple[LoadedCheckpoint | None, str | None]:
-        """Load the newest checkpoint in memory into ``state``, and delete all other checkpoints in memory.
+        """Load the newest checkpoint in memory into ``state``, and then delete all other checkpoints in memory. If none
+        can be loaded, none is deleted.
 
         Returns:
             (description of the checkpoint, None); or (None, reason as text) if no checkpoint of the step ``at_least``
@@ -172,8 +174,8 @@ class MemoryStores:
         """Verify some of the parts in the memory store of this node; the ranks of the node share the work.
 
         Returns:
-            For each part: name and step of its checkpoint, number of ranks, rank of the part, size of each file by
-            name, and names of damaged files as text.
+            For each part: name of its checkpoint, step, number of ranks that saved it, rank of the part, name of a file
+            -> size in bytes, and the names of damaged files as text, empty if there are none.
         """
         on_node = [rank for rank, place in enumerate(self.of_ranks) if place == self.own]
         share = slice(on_node.index(dist.get_rank(self.group)), None, len(on_node))
@@ -219,7 +221,8 @@ class MemoryStores:
 
 
 def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
-    """Return the addresses of the memory stores that get a rank's part: that of its node, and that of the next node.
+    """Return the addresses of the memory stores that get a rank's part: that of its node, and that of the next node. If
+    there is one node only, that of this node.
 
     Args:
         own: address of the store of the rank's node.

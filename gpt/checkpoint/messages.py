@@ -83,8 +83,12 @@ def decode_value(message: bytes) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a value as JSON types: numbers, texts and lists stay, other types become ``{kind: content}`` with a kind
-    of ``KINDS``."""
+    """Return a value as JSON types. Numbers, texts, lists and None stay. A value of another type becomes a dictionary
+    of one entry: a kind of ``KINDS`` -> the content.
+
+    Raises:
+        TypeError: the value, or a value inside it, has a type that cannot be sent.
+    """
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -192,7 +196,7 @@ class CheckpointError(RuntimeError):
 
 
 def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
-    """Call ``action`` on every rank. Return the results of all ranks, in the order of ranks, on every rank.
+    """Call ``action`` on every rank. Return the results of all ranks, in the order of ranks, on every rank. Collective.
 
     Args:
         action: a function whose result ``encode_value`` accepts.

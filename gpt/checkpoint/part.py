@@ -57,7 +57,8 @@ class RankPart:
     plan: WritePlan | None = None
     """Plan of the tensors; None if there are only other files."""
     data: list[Any] = field(default_factory=list)
-    """Tensors, and BytesIO of other values, for the items of the plan, in their order."""
+    """What is written for each item of the plan, in the order of the items: a tensor, or a BytesIO for another value.
+    """
     files: dict[str, Any] = field(default_factory=dict)
     """Path in the folder of the checkpoint -> content: bytes are written unchanged, other values by ``torch.save``."""
 
@@ -150,7 +151,8 @@ def write_items(
 
 
 def write_index(metadata: Metadata, items: Sequence[Sequence[WriteResult]], folder: Path) -> dict[str, FileSum]:
-    """Write the index of the tensors of all ranks into ``folder``. Return name -> size and checksum of its file.
+    """Write the index of the tensors of all ranks into ``folder``. Return name -> size and checksum for the file of the
+    index.
 
     ``items`` has the positions of the tensors in files, for each rank.
     """
@@ -314,8 +316,8 @@ class StagedPart:
     """Length of the text in bytes."""
 
     def load(self, memory: SharedMemory, plan: WritePlan | None) -> RankPart:
-        """Return the part, whose tensors are views of ``memory``. ``plan`` becomes its plan; None if it has no planned
-        tensors."""
+        """Return the part. Its tensors are views of ``memory``, not copies. Its plan is ``plan``; None for a part
+        without planned tensors."""
         text = memory.view(self.offset, torch.uint8, (self.length,)).numpy().tobytes()
         part = _Unpickler(text, memory, plan).load()
         assert isinstance(part, RankPart)
@@ -323,8 +325,9 @@ class StagedPart:
 
 
 def stage(part: RankPart, memory: SharedMemory | None) -> tuple[StagedPart, SharedMemory]:
-    """Copy a part into shared memory. Return the staged part, and the memory: ``memory``, or a larger one if that is
-    None or too small. All copies are complete when this function returns."""
+    """Copy a part into shared memory. Return the staged part, and the memory: ``memory``, or a new and larger one if
+    ``memory`` is None or too small. A memory that is too small is closed. All copies are complete when this function
+    returns."""
     pickler = _Pickler()
     pickler.dump(part)
     text = pickler.stream.getbuffer()

@@ -181,14 +181,17 @@ class Target:
                 self.remove(step)
 
     def discard_after(self, step: int) -> None:
-        """Delete the copies of all steps after ``step``, from which the run continues."""
+        """Delete the copies, also incomplete ones, of all steps after ``step``, from which the run continues."""
         for later in self._begun():
             if later > step:
                 self.remove(later)
 
     def probe(self) -> None:
-        """Write, read and delete a small file in the folder of the copies, as a test. Any error of the filesystem is
-        raised."""
+        """Write, read and delete a small file in the folder of the copies, as a test.
+
+        Raises:
+            Exception: any error of the filesystem; OSError if it returns other bytes than were written.
+        """
         place = f"{self.root}/.probe_{os.urandom(4).hex()}"
         self._make_folder(self.root)
         self.fs.pipe_file(place, b"probe")
@@ -235,7 +238,12 @@ class Target:
 
 
 def target_of(url: str, run_folder: Path) -> Target:
-    """Return the target for the copies of a run: a folder below ``url`` with the last two names of ``run_folder``."""
+    """Return the target for the copies of a run: a folder below ``url`` with the last two names of ``run_folder``.
+
+    Raises:
+        ImportError: the package of the filesystem is not installed.
+        ValueError: fsspec knows no such filesystem.
+    """
     return Target(url, f"{run_folder.parent.name}/{run_folder.name}")
 
 
@@ -312,7 +320,8 @@ def saved_copies(url: str | None, run_folder: Path) -> Iterator[SavedCheckpoint]
 
 
 def checkpoint_at(path: Path) -> SavedCheckpoint:
-    """Return a description of the checkpoint in ``path``: step, size, and a function that verifies its files."""
+    """Return a description of the checkpoint in ``path``: step, size in bytes, and a function that verifies its files.
+    The size is 0 if the manifest is damaged or of another version."""
     step = folders.step_of(path)
     try:
         manifest = read_manifest(path)

@@ -46,8 +46,8 @@ class UpkeepPlan:
 
 
 class Upkeep:
-    """Thread that verifies, deletes and copies checkpoints as ``plan`` requests. If several checkpoints wait, only the
-    newest is verified and copied."""
+    """Thread that verifies, deletes and copies checkpoints as ``plan`` requests. If several checkpoints wait for the
+    thread, only the newest of them is verified and copied."""
 
     def __init__(self, plan: UpkeepPlan) -> None:
         self._plan = plan
@@ -55,7 +55,7 @@ class Upkeep:
         self._requests: queue.Queue[tuple[int | None, int | None] | None] = queue.Queue()
         self._lock = threading.Lock()
         self._sound: int | None = None
-        """Step of the newest checkpoint that was verified; None before the first."""
+        """Step of the newest checkpoint that was verified and is undamaged; None before the first."""
         self._unread: int | None = None
         """Step of the newest checkpoint, if it still has to be verified; else None."""
         self._uncopied: int | None = None
@@ -89,8 +89,8 @@ class Upkeep:
         self._requests.put((committed, back_to))
 
     def close(self, wait_s: float) -> bool:
-        """Request the end of the thread after its last work, and wait at most ``wait_s`` seconds. Return True if the
-        thread has ended."""
+        """Request that the thread does its remaining work and ends, and wait at most ``wait_s`` seconds for its end.
+        Return True if the thread has ended."""
         if not self._is_closed:
             self._is_closed = True
             self._requests.put(None)
@@ -134,7 +134,7 @@ class Upkeep:
 
     def _scrub(self, step: int) -> None:
         """Verify the checkpoint of ``step``, and rename it if it is damaged. Then delete the checkpoints that the rule
-        does not keep."""
+        does not keep. If the checkpoint cannot be read, keep one more."""
         path = folders.final_for(self._folder, step)
         try:
             manifest = read_manifest(path)

@@ -65,8 +65,19 @@ Job = Callable[[WriterState], Any]
 
 
 def write_rank(temporary: Path, step: int, part: RankPart | StagedPart, is_first: bool, state: WriterState) -> None:
-    """Write the part of one rank for the checkpoint of ``step`` into the folder ``temporary``. On rank 0
-    (``is_first``), first delete the temporary folders of killed saves. ``state`` is the state of the writer."""
+    """Write the part of one rank for the checkpoint of ``step`` into the folder ``temporary``.
+
+    Args:
+        temporary: folder of the save.
+        step: step of the checkpoint.
+        part: the part, as ``Writer.stage`` has returned it.
+        is_first: True on rank 0, which first deletes the temporary folders of killed saves.
+        state: state of the writer.
+
+    Raises:
+        FileExistsError: the step already has a checkpoint; raised on rank 0.
+        OSError: the files could not be written, for example because the disk is full.
+    """
     if is_first:
         folders.begin(temporary, step)
     else:
@@ -85,6 +96,9 @@ def commit_save(temporary: Path, about: Manifest, may_commit: Callable[[], bool]
 
     Returns:
         The committed folder; None if ``may_commit`` returned False.
+
+    Raises:
+        FileNotFoundError: rank 0 does not see a file that another rank has written, or sees only a part of it.
     """
     names = [report_name(rank) for rank in range(about.world_size)]
     reports = [Report.decode((temporary / name).read_bytes()) for name in names]
@@ -309,7 +323,7 @@ class ProcessWriter(Writer):
             self._result = Result(failure=f"the process that writes checkpoints died ({cause})")
 
     def _end(self) -> int:
-        """Kill the writer process if it still runs. Return its exit status, as ``os.waitpid`` returns it."""
+        """Kill the writer process if it still runs. Return its exit status as ``os.waitpid`` does; 0 if unknown."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         try:

@@ -109,8 +109,8 @@ class EvalConfig:
     sequences: int = MISSING
     """Sequences of the validation split per evaluation. Every evaluation uses the same sequences."""
     tasks: list[str] = field(default_factory=list)
-    """Further evaluation: tasks of lm-eval's harness, by name or as YAML files (FOLDER/NAME.yaml). Needs the extra
-    ``eval``, and a tokenizer that can encode every text."""
+    """Tasks of lm-eval's harness that each evaluation runs, too: names, or YAML files (FOLDER/NAME.yaml). Needs the
+    extra ``eval``, and a tokenizer that can encode every text."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or a required extra is not installed."""
@@ -295,7 +295,8 @@ class TrainConfig(RunConfig):
 
     @property
     def data_cache(self) -> Path:
-        """Folder of the prepared corpora, with the default resolved."""
+        """Folder of the prepared corpora: ``data.cache_dir``, or if that is None ``.cache`` in ``output_dir``.
+        Absolute."""
         return Path(self.data.cache_dir or Path(self.output_dir) / ".cache").expanduser().absolute()
 
     def validate(self) -> None:
@@ -410,7 +411,7 @@ def check_chunked_loss(config: TrainConfig) -> None:
 
 
 def prevents_chunked_loss(config: TrainConfig) -> str | None:
-    """Return the first setting, as text, with which a run cannot compute a chunked loss; None if there is none.
+    """Return the first setting that prevents a chunked loss in this run, as text; None if no setting prevents it.
 
     A chunked loss needs the whole output matrix on each rank, and an engine that passes targets to the model. It
     supports neither the loss scale of fp16 nor a bound of the logits.
@@ -427,7 +428,8 @@ def prevents_chunked_loss(config: TrainConfig) -> str | None:
 
 
 def check_packing(config: TrainConfig) -> None:
-    """Raise ConfigError if packed documents cannot be separated by the attention, the positions or the engine."""
+    """Raise ConfigError if ``data.pack`` is set, and the attention, the positions or the engine of the run cannot keep
+    documents apart."""
     if config.data.pack is Pack.none:
         return
     own = next((key for key in ("attention", "position") if key in config.model.custom_parts), None)
@@ -497,7 +499,8 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
 
 
 def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> None:
-    """Raise ConfigError if ``overrides`` set ``optim.max_steps``, and ``optim.max_tokens`` sets the length, too."""
+    """Raise ConfigError if both keys for the length of the run are set: ``overrides`` have ``optim.max_steps``, and
+    ``max_tokens``, the value of ``optim.max_tokens``, is not None."""
     steps = typed_value(overrides, "optim.max_steps")
     if max_tokens is not None and steps is not None:
         raise ConfigError(
@@ -527,8 +530,13 @@ def make_paths_absolute(config: DictConfig) -> None:
 
 
 def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
-    """Write a chosen parallelism into ``config``, in place: keys of ``parallel`` with ``values``, and ``micro_batch``
-    (sequences) as ``optim.max_micro_batch``."""
+    """Write a chosen parallelism into ``config``, in place.
+
+    Args:
+        config: composed config of the run.
+        values: key of ``parallel`` -> value. Other keys of ``parallel`` get their defaults.
+        micro_batch: number of sequences, for ``optim.max_micro_batch``.
+    """
     config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
     config.optim.max_micro_batch = micro_batch
 

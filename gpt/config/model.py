@@ -174,7 +174,7 @@ class ModelConfig:
     """With kv_lora_rank: width of a latent that the queries are computed from; null means no such latent."""
     rope_head_width: Optional[int] = None
     """Needed with kv_lora_rank, null without: width of the part of each head that is rotated. All heads share this part
-    of the keys. It is smaller than head_width, which includes it. Values have the remaining width."""
+    of the keys. The width is smaller than head_width, which includes this part. Values have the remaining width."""
     norm: Union[Norm, str] = Norm.layernorm
     """Name of a built-in norm. Or, as for position, ffn and attention, a class of your own: ``package.module:Class``,
     or an entry point of the group ``gpt.norm`` (``gpt.position``, and so on). See docs/components.md."""
@@ -290,12 +290,14 @@ class ModelConfig:
 
     @property
     def rotary_width(self) -> int:
-        """Width of the part of a head that is rotated: the whole head, except in latent attention."""
+        """Width of the part of a head that is rotated: in latent attention ``rope_head_width``, else the width of the
+        whole head."""
         return self.head_dim if self.rope_head_width is None else self.rope_head_width
 
     @property
     def value_width(self) -> int:
-        """Width of the values of one head: the whole head, in latent attention only its part that is not rotated."""
+        """Width of the values of one head: in latent attention that of the part of a head that is not rotated, else
+        that of the whole head."""
         return self.head_dim if self.rope_head_width is None else self.head_dim - self.rope_head_width
 
     @property
@@ -314,8 +316,8 @@ class ModelConfig:
         return self.window is not None and (self.global_every is None or (layer + 1) % self.global_every > 0)
 
     def of_layer(self, layer: int) -> ModelConfig:
-        """Return the config of the layer with this number, from 0: without a window for a global layer. If
-        ``rope_base_local`` is set, the config of a layer with a window has it as ``rope_base``, and no
+        """Return the config of the layer with this number, from 0. The config of a global layer has no window. If
+        ``rope_base_local`` is set, the config of a layer with a window has this value as ``rope_base``, and has no
         ``rope_scaling``."""
         if not self.is_local(layer):
             return self if self.window is None else replace(self, window=None)
@@ -344,26 +346,30 @@ class ModelConfig:
 
     @property
     def ffn_width(self) -> int:
-        """Inner width of the feed-forward layer or of one expert: ``ffn_hidden``, or if that is None the default."""
+        """Inner width of the feed-forward layer or of one expert: ``ffn_hidden``, or if that is None the default that
+        ``ffn_hidden`` names."""
         if self.ffn_hidden is not None:
             return self.ffn_hidden
         return -(-8 * self.n_embd // (3 * 64)) * 64 if self.gated else 4 * self.n_embd
 
     @property
     def ffn_activation(self) -> Activation:
-        """Activation of the feed-forward layer: ``activation``, or if that is None the default."""
+        """Activation of the feed-forward layer: ``activation``, or if that is None the default that ``activation``
+        names."""
         if self.activation is not None:
             return self.activation
         return Activation.silu if self.dense_ffn is Ffn.swiglu else Activation.gelu
 
     @property
     def normalizes_experts(self) -> bool:
-        """True if the weights of a token's experts are scaled to a sum of 1: ``router_normalize``, or its default."""
+        """True if the weights of a token's experts are scaled to a sum of 1: ``router_normalize``, or if that is None
+        the default that ``router_normalize`` names."""
         return self.n_expert_per_token > 1 if self.router_normalize is None else self.router_normalize
 
     @property
     def balance_weight(self) -> float:
-        """Weight of the balance loss: ``balance_coefficient``, or if that is None the default."""
+        """Weight of the balance loss: ``balance_coefficient``, or if that is None the default that
+        ``balance_coefficient`` names."""
         if self.balance_coefficient is not None:
             return self.balance_coefficient
         return 0.01 if self.expert_balance is ExpertBalance.loss else 0.0

@@ -211,8 +211,8 @@ left, 1 to 0."""
 
 
 def decay_start(config: OptimConfig) -> int:
-    """Return the last step before the learning rate decreases: with ``wsd`` the end of the stable phase, with other
-    schedules the last step of the warm-up."""
+    """Return the last step before the decay of the learning rate. With ``wsd`` this is the end of the stable phase,
+    with other schedules the last step of the warm-up. With ``constant`` no decay follows."""
     if config.schedule is not LrSchedule.wsd:
         return config.warmup_steps
     since = DECAY_FROM if config.decay_from is None else config.decay_from
@@ -261,8 +261,11 @@ def describe_schedule(config: OptimConfig) -> str:
 
 
 def describe_extended_schedule(config: OptimConfig, before: OptimConfig) -> str:
-    """Return text on the learning rates before and after the former end of a run that is extended: ``before`` is its
-    former config, ``config`` the new one."""
+    """Return text on the learning rates of an extended run: that of the last step before the extension, and that of the
+    first step after it.
+
+    ``before`` is the config of the run before the extension, and ``config`` the new config.
+    """
     end = before.max_steps
     return (
         f"learning rate {lr_at(before, end):.3g} at step {end}, {lr_at(config, end + 1):.3g} at step {end + 1}: from "
@@ -319,7 +322,8 @@ MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
 
 @dataclass(frozen=True)
 class Interval:
-    """Interval of periodic checkpoints, in steps or in minutes. Both fields are None for ``auto``."""
+    """Interval of periodic checkpoints, in steps or in minutes. At most one field has a value; both are None for
+    ``auto``."""
 
     steps: int | None = None
     """Steps between checkpoints; 0 makes no periodic checkpoints. None if the interval is not in steps."""

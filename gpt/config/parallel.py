@@ -40,7 +40,7 @@ class CpMethod(Enum):
     """Method by which ranks that share a sequence attend to the tokens of all these ranks.
 
     ``allgather`` brings the keys and values of the whole sequence to every rank, layer by layer, and keeps them for the
-    backward pass. This is little memory with few key-value heads (arXiv 2407.21783, section 3.3.2). ``ring`` passes
+    backward pass. With few key-value heads this needs little memory (arXiv 2407.21783, section 3.3.2). ``ring`` passes
     keys and values from rank to rank and keeps only the keys and values of this rank (arXiv 2310.01889).
     """
 

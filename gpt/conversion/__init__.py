@@ -87,8 +87,8 @@ def format_value(value: Any) -> str:
 class Rule:
     """Correspondence of parameters of this project and tensors of transformers with the same numbers.
 
-    It is one to one, or several parameters are one tensor of transformers, stacked by rows, or several tensors of
-    transformers are the slices of one parameter along its first dimension.
+    There are three cases. One parameter is one tensor. Or several parameters are one tensor of transformers, stacked by
+    rows. Or several tensors of transformers are the slices of one parameter along its first dimension.
     """
 
     names: tuple[str, ...]
@@ -118,7 +118,7 @@ class StateDictAdapter:
     """Field of ModelConfig -> its key in config.json, and as an optional second item the value for a missing key.
     Without a second item, a config.json without the key is refused."""
     dropout: list[str]
-    """Keys of config.json for dropout."""
+    """Keys of config.json with the share of values that dropout sets to zero."""
     only: dict[str, list[Any]]
     """Key of config.json -> its values that this project supports. A missing key is also supported."""
     activations: dict[str, str]
@@ -129,7 +129,7 @@ class StateDictAdapter:
     with the same name in transformers are one tensor of transformers, stacked by rows. ``{}`` is replaced by the number
     of an expert."""
     layers: str
-    """Beginning of the names of the tensors of blocks in transformers, before the number of the block."""
+    """Beginning of the names of all tensors of blocks in transformers: the part before the number of the block."""
     buffers: str
     """Regular expression for the names of tensors that old versions of transformers saved, and that are not needed."""
     transposes: bool = False
@@ -258,7 +258,8 @@ class StateDictAdapter:
 def refuse_others(hf: dict[str, Any], choices: dict[str, list[Any]]) -> None:
     """Raise ConfigError if a key of the config.json ``hf`` has a value that this project does not support.
 
-    ``choices`` has the supported values of some keys. A missing key, or null, is accepted.
+    ``choices`` has key -> supported values. Keys that are not in ``choices`` are not checked. A missing key, or null,
+    is accepted.
     """
     for key, values in choices.items():
         if hf.get(key) is not None and hf[key] not in values:
@@ -270,7 +271,7 @@ def refuse_others(hf: dict[str, Any], choices: dict[str, list[Any]]) -> None:
 
 
 def no_parts(*_: Any) -> dict[str, Any]:
-    """Return an empty dictionary: architectures.yaml has all keys of a GPT-2."""
+    """Return an empty dictionary, whatever the arguments: architectures.yaml has all keys of a GPT-2."""
     return {}
 
 
@@ -321,8 +322,12 @@ def read_llama(hf: dict[str, Any], fields: dict[str, Any], rope_base: float = 10
 
 
 def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
-    """Return the fields of ModelConfig for rotary embeddings from a config.json of transformers 4 or 5. ``base`` is the
-    base of the frequencies if config.json has none."""
+    """Return the fields of ModelConfig for rotary embeddings from the content ``hf`` of a config.json of transformers 4
+    or 5. ``base`` is the base of the frequencies if ``hf`` has none.
+
+    Raises:
+        ConfigError: the scaling of the frequencies is not supported.
+    """
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope = rope.get("full_attention", rope)  # of the layers without a window, if these differ
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
@@ -464,7 +469,8 @@ def choose_adapter(config: ModelConfig) -> StateDictAdapter:
     """Return the adapter of the architecture of transformers that has all parts of a model.
 
     Raises:
-        ConfigError: no architecture has all parts. The message names those that the most similar one lacks.
+        ConfigError: no architecture has all parts. The message names the parts that the most similar architecture
+            lacks.
     """
     misfits = {adapter.name: adapter.list_misfits(config) for adapter in ADAPTERS}
     nearest = min(ADAPTERS, key=lambda adapter: len(misfits[adapter.name]))

@@ -99,7 +99,7 @@ class WeightSource:
     step: int | None = None
     """Step of the checkpoint of a run; None for the newest one."""
     adapter: Path | None = None
-    """Folder of an adapter (LoRA) of peft for the weights; None if there is none."""
+    """Folder of an adapter (LoRA) of peft that is added to the weights of ``path``; None if there is no adapter."""
 
 
 def find_source(init_from: str) -> WeightSource:
@@ -189,8 +189,8 @@ def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
 
 
 def inspect_adapter(folder: Path) -> WeightSource:
-    """Return an adapter (LoRA) of peft in ``folder`` as a source of weights, together with its base weights, which are
-    in the same folder or in the folder that its config names.
+    """Return an adapter (LoRA) of peft in ``folder`` as a source of weights, together with its base weights. The base
+    weights are in the same folder, or in the folder that the config of the adapter names.
 
     Raises:
         ConfigError: there are no base weights, or the adapter is damaged or has settings that this project does not
@@ -255,8 +255,8 @@ def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, na
 
 
 def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
-    """Return the overrides that make the requested model ``asked`` equal to ``found``, the model of existing weights;
-    empty if these weights fit ``asked``.
+    """Return the differences of two models as overrides: those that make the requested model ``asked`` equal to
+    ``found``, the model of existing weights. Empty if these weights fit ``asked``.
 
     The weights also fit if ``asked`` has a larger vocabulary, shorter sequences, or longer sequences and no table of
     positions. An adapter (LoRA) of ``found`` must equal that of ``asked``, unless ``asked`` has none.

@@ -151,8 +151,9 @@ def to_peft(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Ite
 def read_peft(folder: Path, adapter: StateDictAdapter, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
     """Return the tensors of the adapters (LoRA) in a folder of peft, in fp32, with their names in this project.
 
-    The adapter of stacked matrices is split into one for each matrix, the reverse of ``to_peft``. If the adapter of the
-    stack has the rank ``lora.rank``, each split adapter gets a copy of the first matrix (``lora_A``) of that adapter.
+    The adapter of stacked matrices is split into one adapter for each matrix; ``to_peft`` does the reverse. If the
+    adapter of the stack has the rank ``lora.rank``, each split adapter gets a copy of the first matrix (``lora_A``) of
+    that adapter.
 
     Raises:
         ConfigError: the rows of an adapter are not those of its stacked matrices, or its second matrix is not

@@ -73,8 +73,8 @@ class ChatTemplate:
         self._template = environment.from_string(self._chat["chat_template"])
 
     def render(self, messages: Messages) -> tuple[str, Places]:
-        """Render messages by the template. Return the text without ``SIGN``, and the places of the parts between two
-        ``SIGN``."""
+        """Render messages by the template. Return the text without ``SIGN``, and the places in it of the parts that
+        stood between a pair of ``SIGN``."""
         given = {**self._chat, "messages": messages, "tools": None, "add_generation_prompt": False}
         parts = self._template.render(given).split(SIGN)
         ends = [*accumulate(map(len, parts))]
@@ -133,12 +133,15 @@ def encode_conversations(
     """Yield for each conversation: its split (TRAIN or VAL), its tokens with kinds, the number of bytes of its row in
     the corpus, and a code.
 
-    The code is 1; 2 if the conversation was cut at ``length`` tokens; or 0 if these tokens have no answer, and the
-    conversation is left out, with no tokens.
+    The code is 1 for a whole conversation, and 2 for one that was cut at ``length`` tokens. It is 0 if the first
+    ``length`` tokens have no answer; such a conversation is left out, and has no tokens here.
 
     Conversations fill sequences of ``length`` tokens. If one does not fit into the rest of a sequence, padding is put
     before its tokens. The last item of each split is padding, with 0 bytes and code 0. It fills the last sequence and
     one more, because the target of a sequence's last token is in the next sequence.
+
+    Raises:
+        ConfigError: messages are wrong, or the chat template refuses them.
     """
     assert isinstance(tokenizer, HfTokenizer), "DataConfig.validate asks for it"
     with readable("the chat template beside data.tokenizer_path"):

@@ -30,7 +30,7 @@ class SourceSize:
     val: tuple[int, ...]
     """Number of tokens of each validation file."""
     weight: int = 1
-    """Weight of the source in a mixture."""
+    """Weight of the source in a mixture: a whole number, relative to the other weights."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
 
 
 def _val_samples(corpus: Corpus, block_size: int) -> int:
-    """Return the number of validation samples of a corpus, without repetition. Several sources are mixed by their
-    weights."""
+    """Return the number of validation samples of a corpus before a sample repeats. Several sources are mixed by their
+    weights, so the source that is used up first decides."""
     available = [sum(num_windows(tokens, block_size) for tokens in source.val) for source in corpus.sources]
     if len(available) == 1:
         return available[0]
@@ -187,8 +187,8 @@ def _val_samples(corpus: Corpus, block_size: int) -> int:
 def ensure_tokens(config: DataConfig, cache: Path, val_tokens: int = 0) -> Tokens:
     """Return the tokens of the corpus. A small corpus that is not prepared yet is prepared in ``cache``.
 
-    The training tokens of a stream are made during training. Only its first ``val_tokens`` validation tokens are made
-    by this call, in ``cache``.
+    The training tokens of a stream are made during training. This call makes only the first ``val_tokens`` validation
+    tokens of the stream, in ``cache``.
 
     Raises:
         ConfigError: the text is missing or changed during reading, the corpus must be prepared before training, or
@@ -262,8 +262,8 @@ def check_tasks(tasks: Sequence[str], tokenizer: str) -> None:
 
 @cache
 def task_manager(tasks: tuple[str, ...]) -> Any:
-    """Return lm-eval's ``TaskManager``. If all ``tasks`` are files, it has no index of the tasks of lm-eval, because
-    reading the index takes seconds."""
+    """Return lm-eval's ``TaskManager``. If all ``tasks`` are files, the manager has no index of lm-eval's own tasks,
+    because reading this index takes seconds."""
     from lm_eval.tasks import TaskManager  # slow to import
 
     return TaskManager(include_defaults=any(Path(task).suffix != ".yaml" for task in tasks))

@@ -42,9 +42,13 @@ SOURCE_SEED_STEP = 0x5851F42D4C957F2D  # odd (Knuth's MMIX multiplier), so that 
 def train_indices(number: int, rank: int, batch: Batch) -> Indices:
     """Return the indices of the samples of one data-parallel rank in one global batch, (per_rank,).
 
-    ``number`` is that of the batch, from 1; it is the number of its step, unless batches were skipped. ``rank`` and
-    indices of samples are counted from 0. Batch b has the samples from ``(b - 1) * global_batch`` up to, but not
-    including, ``b * global_batch``, of which each rank gets a contiguous part.
+    Batch b has the samples from ``(b - 1) * global_batch`` up to, but not including, ``b * global_batch``. Each rank
+    gets a contiguous part of them. Indices of samples are counted from 0.
+
+    Args:
+        number: number of the global batch, from 1. It is the number of the step, unless batches were skipped.
+        rank: data-parallel rank, from 0.
+        batch: sizes of the global batch and of the part of a rank.
     """
     assert number >= 1 and 0 <= rank < batch.ranks, f"batch {number}, rank {rank} of {batch.ranks}"
     first = (number - 1) * batch.global_batch + rank * batch.per_rank
@@ -92,8 +96,8 @@ class Windows:
         mapped.madvise(mmap.MADV_WILLNEED, page, first + (self.block_size + 1) * tokens.itemsize - page)
 
     def _find(self, position: int) -> tuple[Segment, int]:
-        """Return the segment that has the window with the index ``position``, and the index in it of the window's first
-        token."""
+        """Return the segment that has the window with the index ``position``, and the index of the window's first token
+        in this segment."""
         number = int(np.searchsorted(self._first, position, side="right")) - 1
         return self._segments[number], (position - int(self._first[number])) * self.block_size
 

@@ -61,8 +61,8 @@ def sample_position(index: npt.ArrayLike, num_samples: int, seed: int) -> tuple[
 
 
 def permute(offset: Uint64s, num_samples: int, epoch: Uint64s, seed: int) -> Uint64s:
-    """Return for each offset in an epoch its position in the corpus, (N,): a permutation of the numbers below
-    ``num_samples`` for each epoch.
+    """Return the position in the corpus of each training sample, (N,). In each epoch the positions are a permutation of
+    the numbers below ``num_samples``.
 
     Args:
         offset: numbers of samples in their epoch, (N,), below ``num_samples``.
@@ -232,7 +232,8 @@ class Stream:
         self._places = {0: TextPlace(0, 0, 0)}
         """Number of a buffer -> place of its first token."""
         self._buffers: dict[int, list[Ids]] = {}
-        """Number of a buffer -> its windows: the buffer in use, and the following one, which is filled meanwhile."""
+        """Number of a buffer -> ids of its windows, (T + 1,) each: the buffer in use, and the following buffer, which
+        is filled meanwhile."""
         self._made = 0
         """Number of windows read so far, which is the number of the next window."""
         self._windows = self._windows_from(self._places[0])
@@ -261,8 +262,8 @@ class Stream:
         return self._buffers[number][int(chosen)].astype(np.int64)
 
     def state(self, index: int) -> list[int]:
-        """Return plain JSON with which ``restore`` makes reading begin near the sample ``index``: number and place of a
-        buffer."""
+        """Return the number and the place of a buffer as plain JSON. With this list, ``restore`` makes reading begin
+        near the sample ``index``."""
         number = max(known for known in list(self._places) if known <= index // self._size)
         return [number, *self._places[number]]
 

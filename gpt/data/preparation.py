@@ -163,10 +163,12 @@ def tokenize_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Pat
 
 
 def _has_enough_text(spec: PreprocessingSpec, shard: Shard, before: int) -> bool:
-    """Return True if a shard is not needed, because the shards before it have ``data.max_bytes`` bytes of text.
+    """Return True if the corpus does not need a shard, because the shards before it already have ``data.max_bytes``
+    bytes of text.
 
-    ``before`` is the number of bytes in the shards from ``shard.first`` up to this one. The result is False for a
-    source without documents, because ``build_spec`` has already cut its text.
+    ``before`` is the number of bytes in the shards from ``shard.first`` up to, but not including, this one. The result
+    can be True only for a shard that is divided between both splits, and for a training shard if ``data.val_path`` is
+    set. It is False for a source without documents, because ``build_spec`` has already cut its text.
     """
     if spec.config.max_bytes is None or not spec.splits_documents or shard.split is VAL:
         return False
@@ -212,7 +214,7 @@ def _tokens(
     spec: PreprocessingSpec, shard: Shard, tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, npt.NDArray[Any], int, int]]:
     """Yield for each piece of a shard: its split, its token ids, the bytes of its text, and ``ends`` of ``ROW_DTYPE``.
-    ``tokenizer`` is None for a Markov chain."""
+    ``tokenizer`` is None for a Markov chain, whose tokens count as bytes."""
     if tokenizer is None:
         ids, known = walk(spec.config.synthetic, shard.number), spec.known_tokens()
         assert known is not None
@@ -231,8 +233,10 @@ def _tokens(
 def encode_piece(
     spec: PreprocessingSpec, tokenizer: Tokenizer, piece: Piece, shard: Shard
 ) -> tuple[npt.NDArray[Any], int]:
-    """Return the token ids of a piece, (N,), and the number of bytes of its text. If a document ends with the piece,
-    the token that ends documents is added.
+    """Return the token ids of a piece, (N,), and the number of bytes of its text.
+
+    If a document ends with the piece, the token that ends documents is added. A tokenizer without such a token gets a
+    newline instead, which counts as a byte of text.
 
     Raises:
         ConfigError: the text is not UTF-8, which the tokenizer needs.
@@ -282,7 +286,8 @@ class WrittenFile:
 
 
 def token_dtype(layout: TokenFileFormat, vocab_size: int) -> str:
-    """Return the numpy name of the integer type for tokens of a vocabulary: of 16 bits if possible, else of 32."""
+    """Return the numpy name of the integer type for tokens of a vocabulary: of 16 bits if all ids fit, else of 32.
+    ``layout`` decides whether the type of 32 bits has a sign."""
     if vocab_size <= UINT16_VOCAB:
         return "uint16"
     return "int32" if layout is TokenFileFormat.megatron else "uint32"
@@ -419,7 +424,8 @@ def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) ->
 def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
     """Return split -> largest number of bytes of text that the corpus uses, of all shards of this split together.
 
-    The keys are TRAIN, VAL, and None for shards whose documents are divided between both. Other splits have no limit.
+    The key is TRAIN, VAL, or None for shards whose documents are divided between both splits. A split that is no key
+    has no limit; without ``data.max_bytes`` there is no key.
     """
     limit = spec.config.max_bytes  # the spec already limits single texts
     if limit is None or not spec.splits_documents:

@@ -383,7 +383,7 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Return the smallest whole numbers with the same proportions as ``weights``. The float 0.1 counts as exactly a
     tenth.
 
-    If their sum exceeds 2^30, they are rounded to a billionth of their sum, but never to zero.
+    If the sum of these numbers exceeds 2^30, each is rounded to a billionth of the sum, but never to zero.
     """
     exact = [Fraction(str(weight)) for weight in weights]  # through the text, because the float 0.1 is no exact tenth
     assert exact and min(exact) > 0, "DataConfig.validate asks for it"
@@ -431,8 +431,17 @@ def _foreign_splits(
 ) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
     """Return the training and the validation segments of token files that another program has made.
 
-    They are train.bin and val.bin of a folder; or the files of ``data.path`` and ``data.val_path``; or files of which
-    the last tokens are used for validation.
+    In a folder they are train.bin and val.bin. Otherwise they are the files of ``path`` and those of ``data.val_path``.
+    Without ``data.val_path`` a val.bin next to a single train.bin is used, or else the last tokens of the files.
+
+    Args:
+        place: absolute path of ``path``.
+        path: ``data.path``, or the path of a source of a mixture.
+        config: config of the corpus.
+        dtype: numpy name of the integer type in files without a header; None means uint16.
+
+    Raises:
+        ConfigError: a file is missing or invalid, or is in both splits.
     """
     if place.is_dir():
         pair = [place / "train.bin", place / "val.bin"]

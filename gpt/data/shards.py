@@ -120,8 +120,8 @@ def walk(config: SyntheticConfig, number: int) -> npt.NDArray[np.uint32]:
 def _uniform(stream: int, count: int) -> Floats:
     """Return ``count`` pseudorandom numbers from 0 to below 1, (count,), which are the same in every release of numpy.
 
-    ``stream`` is the number of an independent sequence. numpy guarantees that its bit generators do not change, but not
-    the numbers that its distributions draw.
+    ``stream`` is the number of a sequence of random numbers; two sequences are independent. numpy guarantees that its
+    bit generators do not change, but not the numbers that its distributions draw.
     """
     raw = np.random.PCG64(np.random.SeedSequence([0, stream])).random_raw(count)
     return np.asarray((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53)
@@ -201,8 +201,8 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
 
 
 def _group(parts: Iterable[TextPart], before: Iterable[Shard] = ()) -> list[Shard]:
-    """Join consecutive parts of one split into shards of up to SHARD_BYTES. Return the shards ``before``, and the new
-    shards after them."""
+    """Join consecutive parts of one split into shards of up to SHARD_BYTES. Return a list: the shards ``before``, and
+    after them the new shards."""
     groups: list[list[TextPart]] = []
     size = 0
     for part in parts:
@@ -280,8 +280,8 @@ def _split_texts(spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start
 
 
 def _line_start(file: CorpusFile, place: int) -> int:
-    """Return the index of the first byte, from the index ``place`` on, at which a line begins; or a character, if no
-    line ends within LINE_SEARCH_BYTES."""
+    """Return the index of the first byte, from the index ``place`` on, at which a line begins. If no line ends within
+    LINE_SEARCH_BYTES, return that of the first byte at which a character begins."""
     with readable(file.path), file.path.open("rb") as stream:
         stream.seek(place - 1)
         near = stream.read(LINE_SEARCH_BYTES)

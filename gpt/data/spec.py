@@ -157,8 +157,8 @@ def _in_stdlib_corpus(name: str) -> bool:
 
 
 def take_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusFile, ...]:
-    """Return the files that have the first ``limit`` bytes of ``files``; the ``size`` of the last one is reduced. A
-    limit of None returns all files."""
+    """Return the files that have the first ``limit`` bytes of all ``files`` together. The ``size`` of the last file is
+    reduced if necessary. A limit of None returns all files."""
     taken, left = [], sys.maxsize if limit is None else limit
     for file in files:
         if left > 0:

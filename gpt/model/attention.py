@@ -304,7 +304,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.narrower = config.head_dim, config.head_dim - config.value_width
         self.padding = 0 if config.attention is AttentionBackend.manual else self.narrower
-        """Number of zeros after the values of a head: torch's kernels have one width for keys and values."""
+        """Number of zeros that are appended to the values of each head, because torch's kernels have one width for keys
+        and values."""
         self.add_inputs(config)
         self.output = Linear(config.n_head * config.value_width, config.n_embd, bias=config.bias)
         # One gain for all heads, so that heads can be sharded.

@@ -96,7 +96,8 @@ def autocast_rows(x_RD: Tensor) -> Tensor:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Return True if torch.autocast is on for a device; False for the meta device, for which torch would raise."""
+    """Return True if torch.autocast is on for a device; False for the meta device, for which torch's own query raises
+    an error."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
@@ -317,8 +318,8 @@ def set_auxiliary_scale(module: nn.Module, per_sequence: float, loss_scale: Tens
 
 
 def set_sequence_mean(module: nn.Module, mean_over_parts: Callable[[Tensor], Tensor]) -> None:
-    """Set, in all mixtures of a module, the function that averages a tensor over the ranks that share the same
-    sequences."""
+    """Set ``mean_over_parts`` in all mixtures of a module: a function that averages a tensor over the ranks that have
+    parts of the same sequences."""
     for mixture in find_mixtures(module):
         mixture.mean_over_parts = mean_over_parts
 
@@ -327,7 +328,7 @@ def expert_counts(module: nn.Module) -> Tensor | None:
     """Return the number of tokens for which each expert was chosen since the last reset, (layers, E); None without
     experts.
 
-    Only tokens of backward passes on this rank count. The caller sums over the ranks with other tokens.
+    Only tokens of backward passes on this rank count. The caller adds the counts of the ranks that have other tokens.
     """
     found = find_mixtures(module)
     return torch.stack([mixture.counts for mixture in found]) if found else None
@@ -342,7 +343,7 @@ def reset_counts(module: nn.Module) -> None:
 @torch.no_grad()
 def move_balance_bias(module: nn.Module, counts_LE: Tensor) -> None:
     """Increase the balance bias of experts with fewer tokens than the mean of their layer, and decrease the bias of
-    those with more (arXiv 2408.15664, algorithm 1).
+    experts with more, each by ``balance_bias_rate`` (arXiv 2408.15664, algorithm 1). In place.
 
     ``counts_LE`` has the number of tokens of each expert in the whole step, for each of L layers.
     """
@@ -356,7 +357,8 @@ class AuxiliaryLoss(torch.autograd.Function):
 
     The backward pass gives ``loss`` a gradient of 1. So a model can have internal losses and return only its logits (as
     MoEAuxLossAutoScaler of Megatron-LM, https://github.com/NVIDIA/Megatron-LM). The backward pass also adds ``counts``
-    to ``total``: it runs once, even if the forward pass is recomputed, and never in an evaluation.
+    to ``total``. A backward pass is the right place, because it runs once, even if the forward pass is recomputed, and
+    never in an evaluation.
     """
 
     @staticmethod

@@ -79,8 +79,8 @@ class Block(nn.Module):
 
 
 Weights = Callable[[str, torch.Size], Tensor]
-"""Function that takes the name and shape of a parameter, or of a saved buffer, and returns its values, whole, as fp32
-on the CPU."""
+"""Function from name and shape of a parameter, or of a saved buffer, to its values: the whole tensor, fp32 on the CPU.
+"""
 RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight", "ffn.experts.down", "ffn.shared.down.weight")
 """Ends of the names of the matrices whose results are added to the residual stream."""
 
@@ -345,8 +345,11 @@ class Stage(GPT):
             self.norm, self.head = whole.norm, whole.head
 
     def forward(self, x: Tensor, past: Cache | Documents | None = None, targets_BT: Tensor | None = None) -> Tensor:
-        """Compute hidden states (B, T, D), in the last stage logits (B, T, V), from hidden states, in the first stage
-        from tokens (B, T). ``past`` may be the packed documents of the batch; a cache or targets are not supported."""
+        """Compute the result of this stage: hidden states (B, T, D), or in the last stage logits (B, T, V). ``x`` has
+        tokens (B, T) in the first stage, and hidden states (B, T, D) in later stages.
+
+        ``past`` may be the packed documents of the batch; a cache or targets are not supported.
+        """
         assert not isinstance(past, Cache) and targets_BT is None, "a stage neither generates nor computes a loss"
         if self.first:
             x = self.embed(x, 0 if past is None else past.positions)

@@ -133,7 +133,8 @@ def onednn_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor
 
 @torch.library.register_fake("gpt::onednn_linear")
 def onednn_shape(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Return an uninitialized tensor with the shape of the result of ``onednn_linear``, for the compiler."""
+    """Return an uninitialized tensor with the shape of the result of ``onednn_linear``, (..., O). The compiler uses
+    this function to find the shape."""
     return x.new_empty(*x.shape[:-1], len(weight_OI))
 
 
@@ -147,7 +148,7 @@ def rows_of(start: int | Tensor, tokens: int, positions_T: Tensor | None) -> sli
     """Return the positions of ``tokens`` tokens, as an index into the rows of a table of positions.
 
     Args:
-        start: positions of all tokens, (B, T), which are returned; or the index of the first token.
+        start: index of the first token. Or a tensor with the positions of all tokens, (B, T), which is then returned.
         tokens: number of tokens of each sequence, T.
         positions_T: positions of the tokens of this rank, if it has a part of each sequence. ``start`` is then an index
             into these positions. None if the index of a token is its position.
@@ -405,9 +406,9 @@ class ChunkedLoss(torch.autograd.Function):
     The forward pass also computes the gradients of each chunk, while the logits of the chunk are in memory. So the
     backward pass only multiplies the gradients by a number.
 
-    The inputs are hidden states (N, D), the matrix (V, D), targets (N,), ``loss_and_gradient`` with a bound vocabulary
-    size, maybe compiled, and a bool. The bool is False in an evaluation, which needs no gradients: the forward pass of
-    a Function cannot find out whether gradients are needed.
+    There are five inputs: hidden states (N, D), the matrix (V, D), targets (N,), a function, and a bool. The function
+    is ``loss_and_gradient`` with a bound vocabulary size, and may be compiled. The bool is False in an evaluation,
+    which needs no gradients; the forward pass of a Function cannot find this out by itself.
     """
 
     @staticmethod

@@ -66,7 +66,8 @@ class ParallelDims:
         return self.strategy in ("fsdp", "hsdp")
 
     def data_rank(self, rank: int) -> int:
-        """Return the index of the part of the global batch that the rank ``rank`` computes, from 0."""
+        """Return the index, from 0, of the part of the global batch that the rank with the number ``rank`` computes.
+        Ranks that compute the same samples have the same index."""
         return rank // (self.cp * self.tp) % self.data_ranks
 
     def as_dict(self) -> dict[str, Any]:
@@ -179,7 +180,12 @@ def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
 
 
 def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
-    """Return the config with ``optim.max_steps`` computed from ``optim.max_tokens``; unchanged if that is None."""
+    """Return the config with ``optim.max_steps`` computed from ``optim.max_tokens`` and the split ``batch`` of a step.
+    Return ``config`` unchanged if ``optim.max_tokens`` is None.
+
+    Raises:
+        ConfigError: with this number of steps the decay of ``wsd`` begins too early or too late.
+    """
     optim = config.optim
     if optim.max_tokens is None:
         return config
@@ -280,7 +286,8 @@ def nearest_ep(model: ModelConfig, dims: ParallelDims) -> int:
 
 
 def fsdp_units(config: TrainConfig, layers: int) -> list[int]:
-    """Return the numbers of blocks that FSDP gathers together (units), in the order of the forward pass.
+    """Return the number of blocks of each unit of FSDP, in the order of the forward pass. FSDP gathers the blocks of a
+    unit together.
 
     A unit is one block, or as many consecutive blocks as needed for ``parallel.fsdp_min_num_params`` parameters. Blocks
     that remain at the end join the last unit.

@@ -141,7 +141,8 @@ def stage_indices(parallel: ParallelConfig, pp_rank: int) -> list[int]:
 
 @lru_cache(maxsize=CACHED)
 def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompute.none) -> tuple[StageLayers, ...]:
-    """Split the layers into ``stages`` consecutive stages so that the slowest one has the fewest FLOPs possible.
+    """Split the layers into ``stages`` consecutive stages, so that the stage with the most FLOPs has as few as
+    possible. The FLOPs are those of training, including the FLOPs that ``recompute`` adds.
 
     The output matrix counts like a layer: with a large vocabulary the last stage has few blocks, or none. The look-up
     in the embedding costs no FLOPs, and is in the first stage.
@@ -167,7 +168,8 @@ def rank_stages(config: TrainConfig, pp_rank: int) -> tuple[StageLayers, ...]:
 
 @cache
 def partition(costs: tuple[int, ...], parts: int) -> list[range]:
-    """Split a sequence into ``parts`` consecutive parts, none empty, so that the largest sum of costs is minimal.
+    """Split a sequence of items into ``parts`` consecutive parts, none empty, so that the largest sum of costs of a
+    part is minimal. ``costs`` has the cost of each item. Return the indices of the items of each part.
 
     Of several such partitions, the most even one (least squares) is returned. Of equally even ones, the partition whose
     first parts are shorter is returned, because the first stages of a pipeline keep the activations of the most
@@ -190,7 +192,8 @@ def partition(costs: tuple[int, ...], parts: int) -> list[range]:
 
     @cache
     def most_even(start: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """Return the least sum of squares of ``left`` parts from ``start`` on, and the ends of these parts."""
+        """Return the least possible sum of squares if the items from the index ``start`` on are split into ``left``
+        parts, and the ends of these parts."""
         if left == 1:
             return square(start, end), (end,)
         found = []
@@ -224,10 +227,10 @@ def bubble_fraction(schedule: Schedule, pp: int, micro_batches: int, stages_per_
 
     GPipe and 1F1B: (p - 1) / (m + p - 1) for p ranks and m micro-batches (arXiv 1811.06965, section 2.3; 2104.04473,
     section 2.2.1). With v stages per rank, there are v times as many time slots, each shorter by v (section 2.2.2). The
-    V-shaped schedules split the backward pass into two halves. If each half takes as long as the forward pass, ranks
-    are idle only until the first micro-batch has reached the last rank (ZB-V: arXiv 2401.10241, section 6; DualPipeV:
-    2412.19437, section 3.2.1, halved as at https://github.com/deepseek-ai/DualPipe). For few micro-batches the formulas
-    follow torch's schedules.
+    V-shaped schedules split the backward pass into two halves. Each half is assumed to take as long as the forward
+    pass; then ranks are idle only until the first micro-batch has reached the last rank (ZB-V: arXiv 2401.10241,
+    section 6; DualPipeV: 2412.19437, section 3.2.1, halved as at https://github.com/deepseek-ai/DualPipe). For few
+    micro-batches the formulas follow torch's schedules.
     """
     p, m = pp, micro_batches
     if schedule in V_SHAPED:
