@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budget_s: float) -> float:
-    """Return the median seconds of a product of an (m, k) and a (k, n) matrix. The product is repeated for ``budget_s``
-    seconds."""
+    """Return the median seconds of a product of an (m, k) and a (k, n) matrix in ``precision``. The product is repeated
+    for at least ``budget_s`` seconds."""
     left, right = (torch.randn(shape, device=device).to(DTYPES[precision]) for shape in ((m, k), (k, n)))
     given = {"mm": torch.mm, "left": left, "right": right, "result": left @ right}
     before = torch.backends.cuda.matmul.allow_tf32

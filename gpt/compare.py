@@ -43,7 +43,8 @@ from launch.runs.folder import RunFolder
 
 
 WINDOW = 0.05
-"""Training losses are averaged over this last share of the compared tokens, 0 to 1, because single steps are noisy."""
+"""Share of the compared tokens, 0 to 1. The training loss of a run is the mean over the last tokens, this share of
+them, because single steps are noisy."""
 SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recompute", "init_from")
 """Parts of the config whose differences are listed, in addition to the model."""
 COLUMNS = {
@@ -83,9 +84,9 @@ class RunMetrics:
     label: str
     """Name of the run in the table."""
     losses: Curve
-    """Training losses."""
+    """Training losses, a point for each step."""
     val_losses: Curve
-    """Validation losses."""
+    """Validation losses, a point for each evaluation."""
     data_sha256: str | None
     """Checksum of the tokens of the run's corpus; None if unknown."""
     config: dict[str, Any]
@@ -129,7 +130,8 @@ NOTE_OF_PRESETS = (
 
 
 def plan_metrics(words: str) -> RunMetrics:
-    """Return the sizes of a model that was not run, as metrics. ``words`` are its overrides, and its name in the table.
+    """Return the metrics of a model that was not run: its sizes, with empty curves. ``words`` are the overrides of the
+    model, and also its name in the table.
 
     Raises:
         ConfigError: an override is wrong, or the parts of the model do not fit each other.
@@ -154,11 +156,12 @@ def curve(points: Sequence[tuple[int, float]]) -> Curve:
 
 
 def add_equal_losses(runs: Sequence[RunMetrics]) -> str | None:
-    """Add to the values of each run its losses at the largest number of tokens that all runs have reached.
+    """Add to ``values`` of each run its losses at the largest number of tokens that all runs have reached. Runs without
+    a step do not count.
 
     Returns:
-        A note for the table: the number of tokens, or why losses are not compared; None if fewer than two runs have
-        made a step.
+        A note for the table: the number of tokens, or the reason why losses are not compared. None if fewer than two
+        runs have made a step.
     """
     begun = [run for run in runs if run.values["tokens"]]
     # The checksum covers the tokens: losses per token are not comparable between tokenizers.
@@ -187,8 +190,9 @@ def interpolate(losses: Curve, tokens: int) -> float | None:
 
 
 def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[str, list[str]]:
-    """Return the keys in the given parts of the config whose values differ: dotted key -> value of each run, as
-    text."""
+    """Return the keys of the config whose values differ between runs: dotted key -> value of each run, as text. Only
+    keys in ``parts`` count, without ``model.name``. A run that lacks a key has the text ``-``, which is no
+    difference."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] in parts)
     found = {}
     for key in keys:
@@ -203,8 +207,8 @@ def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[s
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Return a name for each run: the folder of the run, relative to the common parent folder of all runs, and the
-    label of the run, made of its overrides."""
+    """Return a name for each run folder: its parent folder, relative to the common parent of all runs, and its label,
+    which is made of its overrides."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
     groups: dict[Path, list[Path]] = {}
     for run in runs:
@@ -216,7 +220,8 @@ def label_runs(runs: Sequence[Path]) -> list[str]:
 
 
 def print_table(runs: Sequence[RunMetrics], compared: Differences, console: Console) -> None:
-    """Print a table of metrics and different settings, with a column for each run."""
+    """Print a table with a column for each run: its metrics, and below them the settings that differ between the
+    runs."""
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.add_column("", no_wrap=True)
     for run in runs:

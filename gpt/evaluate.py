@@ -124,8 +124,8 @@ def evaluate_run(
 
 
 def open_validation(config: TrainConfig, checkpoint: Path, world: World, sequences: int | None) -> tuple[Samples, int]:
-    """Return the samples of the corpus on which a checkpoint was trained, and the number of validation sequences to
-    evaluate: ``sequences``, or if that is None all. Collective.
+    """Return the samples of the corpus on which the model in ``checkpoint`` was trained, and the number of validation
+    sequences to evaluate. This is ``sequences``, or the number of all sequences if ``sequences`` is None. Collective.
 
     Raises:
         ConfigError: the corpus has changed, or has fewer sequences.

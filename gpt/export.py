@@ -4,8 +4,8 @@
     python -m gpt.export RUN --format peft --output adapter              # adapters (LoRA) alone, for peft
     python -m gpt.export RUN --format torch --output model.pt --dtype bf16          # one file of torch.save
 
-Reads the newest undamaged checkpoint, of any number of ranks and any strategy, in one process without a GPU. An export
-gets its final name only when it is complete.
+Reads the newest undamaged checkpoint, or that of ``--step``, in one process without a GPU. The checkpoint may be of any
+number of ranks and any strategy. An export gets its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from launch.runs.folder import RunFolder, read_json
 
 
 def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_size: int) -> None:
-    """Write the tokenizer of a run into ``folder``, in files that transformers loads. Files of sentencepiece and
-    tiktoken are copied into the subfolder ``tokenizer`` instead; only their own libraries read them.
+    """Write the tokenizer of a run into ``folder``, in files that transformers loads. The files of a tokenizer of
+    sentencepiece or tiktoken are copied unchanged into the subfolder ``tokenizer``, because only the libraries of these
+    tokenizers read them.
 
     ``block_size`` is the number of tokens in a sequence of the model.
     """
@@ -102,7 +103,8 @@ def byte_letters() -> list[str]:
 
 
 def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a tokenizer.json from its model, its pre-tokenizer (``before``) and its decoder."""
+    """Return the content of a tokenizer.json. The three arguments become its sections ``model``, ``pre_tokenizer`` and
+    ``decoder``."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -122,8 +124,8 @@ def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[
 def write_weights(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, name: str = SINGLE, **metadata: str
 ) -> None:
-    """Write pairs of name and tensor into the safetensors file ``name`` in ``folder``, in ``dtype``, with ``metadata``
-    in its header."""
+    """Write ``tensors``, pairs of name and tensor, into the safetensors file ``name`` in ``folder``. The tensors are
+    converted to ``dtype``. ``metadata`` is written into the header of the file."""
     path = folder / name
     save_file({name: tensor.to(dtype) for name, tensor in tensors}, path, metadata={"format": "pt", **metadata})
     # The library creates files that only the owner can read. Use the permissions of the folder instead.
@@ -268,8 +270,8 @@ def write_peft(
     """Write the adapters (LoRA) of a model into the folder ``temporary``, which peft can load, and sync it to disk.
 
     Returns:
-        The architecture of the base weights, whose names are used: that of the folder with which the run has begun, or
-        ``adapter`` if this folder is unknown or deleted.
+        The architecture of the base weights. The names of the written tensors follow it. It is that of the folder of
+        transformers with which the run has begun, or ``adapter`` if this folder is unknown or deleted.
     """
     temporary.mkdir()
     config, lora = model.config, model.config.lora
@@ -302,7 +304,8 @@ def sync_files(folder: Path) -> None:
 
 
 def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    """Return the origin of an exported model as plain JSON: run, step, data, checkpoint, and commit if known."""
+    """Return the origin of an exported model as plain JSON: path of the run, step, number of samples, checksums of data
+    and checkpoint, and the commit of the attempt, None if unknown."""
     manifest: Manifest = read_manifest(checkpoint)
     git = read_json(folder.environment(manifest.meta["attempt"])).get("git", {})
     return {

@@ -28,7 +28,7 @@ from gpt.parallel.distributed import choose_device
 from launch.errors import CommandParser, ConfigError, refusing, require_positive
 
 UNFINISHED = "\ufffd"
-"""Character that a tokenizer returns for a character whose last bytes are still missing."""
+"""Character that a tokenizer returns in place of a character of which some bytes are still missing."""
 
 
 class Text:
@@ -64,7 +64,8 @@ class Text:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
-    """Return the tokens of a prompt; for an empty prompt the token that ends documents, after which a new one begins.
+    """Return the tokens of a prompt. For an empty prompt, return the token that ends documents, because a new document
+    begins after it.
 
     Print a warning if there are more than ``block_size`` tokens.
 
@@ -80,8 +81,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[in
 
 
 def little_training(model: GPT, config: TrainConfig, checkpoint: Path) -> str:
-    """Return a warning if a model has trained on fewer tokens than it has parameters; "" for other models, and for runs
-    that began with trained weights or whose tokens depend on the number of ranks."""
+    """Return a warning, as text, if a model has trained on fewer tokens than it has parameters; otherwise return "".
+
+    Return "" also for a run that has begun with trained weights, and for a run with ``optim.weak_scaling``, whose
+    number of tokens is not known from its steps.
+    """
     tokens = step_of(checkpoint) * config.optim.global_batch * config.model.block_size
     share = tokens / sum(parameter.numel() for parameter in model.parameters())
     if share >= 1 or config.init_from is not None or config.optim.weak_scaling:
@@ -92,8 +96,9 @@ def little_training(model: GPT, config: TrainConfig, checkpoint: Path) -> str:
 def write(
     model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], args: argparse.Namespace
 ) -> None:
-    """Generate ``args.samples`` texts from every prompt, and print them. A single text is printed token by token,
-    several texts when all texts of a prompt are complete.
+    """Generate ``args.samples`` texts from every prompt, and print them. If there is only one text in all, it is
+    printed token by token. Otherwise the texts of a prompt are printed when all of them are complete. The speed is
+    printed to standard error.
 
     The texts of a prompt are one batch, because a batch and its cache need sequences of equal length.
     """

@@ -25,11 +25,12 @@ from launch.runs import compose
 
 
 def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
-    """Prepare a corpus in ``output``, or if that is None in ``cache``, by ``workers`` processes. Verify a corpus that
-    is prepared already. Return it as a token source.
+    """Prepare a corpus with ``workers`` processes, in the folder ``output``, or in a folder in ``cache`` if ``output``
+    is None. If the corpus is prepared already, verify its files instead. Return the corpus as a token source.
 
     Raises:
-        ConfigError: nothing needs preparation, the text is unavailable, or ``output`` has other content.
+        ConfigError: the config needs no preparation, the text is unavailable, a prepared file is damaged, or ``output``
+            has other content.
     """
     if config.source is Source.tokens or config.stream:
         found = "data.stream=true, which needs no preparation" if config.stream else "data=tokens, which are prepared"
@@ -64,8 +65,8 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
 
 
 def report_prepared(source: TokenSource, output: Path | None) -> str:
-    """Return text of several lines on a prepared corpus, with the overrides to train on it. ``output`` is the option
-    ``--output``; None without it."""
+    """Return text of several lines on a prepared corpus: its sizes, and the overrides with which to train on it.
+    ``output`` is the value of the option ``--output``; None if it was not given."""
     assert source.folder is not None and source.vocab_size is not None
     name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
     lines = [str(source.folder)]

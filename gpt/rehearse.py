@@ -65,7 +65,8 @@ def find_hangs(issued: Issued, groups: Mapping[str, RankGroup]) -> list[str]:
 
 
 def unequal_collectives(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield one line of text on the first collective in which ranks of a group differ; nothing if all are equal.
+    """Yield one line of text on the first collective in which the ranks of a group differ. Yield nothing if they do not
+    differ.
 
     ``of_group`` has the collectives and transfers in this group.
     """
@@ -89,7 +90,7 @@ def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[
     """Yield one line of text if ranks wait for each other in different groups.
 
     Call this only if all ranks of each group issue the same collectives in it (see ``unequal_collectives``). A rank
-    waits in its oldest collective until the other rehearsed ranks of its group have reached it.
+    waits in each collective until the other rehearsed ranks of the group have reached this collective.
     """
     left = {rank: deque(one for one in own if one.peer is None) for rank, own in issued.items()}
     waiting = [rank for rank in left if left[rank]]
@@ -114,8 +115,8 @@ def crossed_orders(issued: Issued, groups: Mapping[str, RankGroup]) -> Iterator[
 
 
 def lost_transfers(group: RankGroup, of_group: Issued) -> Iterator[str]:
-    """Yield one line of text for each pair of ranks whose transfers differ: on the first one that only one of them
-    issues, or that has another size or dtype on the other rank.
+    """Yield one line of text for each pair (sender, receiver) whose transfers do not match. The line is on the first
+    transfer that only one of the two ranks issues, or that has another size or dtype on the other rank.
 
     ``of_group`` has the collectives and transfers in this group.
     """
@@ -156,7 +157,8 @@ def unjoined_batches(group: RankGroup, of_group: Issued) -> Iterator[str]:
 AGREES = 0.05
 """Largest relative difference of planned from rehearsed memory that is not reported."""
 LINES = 3
-"""Number of lines of code that are named if planned and rehearsed memory differ."""
+"""Largest number of lines of code, those that have allocated the most memory, that are named if planned and rehearsed
+memory differ."""
 UNSEEN = (
     "not seen: workspaces of kernels, fragments of the allocator, buffers of NCCL, graphs of torch.compile; CPU kernels"
     " of norms may save more than those of a GPU; ranks between the first and the last of an axis"
@@ -227,8 +229,8 @@ class Rehearsal:
 def kinds_of_ranks(dims: ParallelDims) -> dict[int, str]:
     """Return the ranks to rehearse: number of a rank -> text on its place in the mesh.
 
-    They are the first rank of each pipeline stage, the last rank of each axis, and the last rank of all. Ranks between
-    the first and the last of an axis have the same shapes and code.
+    These are the first rank of each pipeline stage, the last rank along each axis of the mesh, and the last rank of the
+    run. Ranks between the first and the last along an axis are left out, because they have the same shapes and code.
     """
     sizes = dims.sizes
     ends = {name: size - 1 for name, size in sizes.items() if name != "pp" and size > 1}
@@ -278,7 +280,8 @@ def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
 
 
 def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    """Yield a line of text for each rank with its peak memory by ``PARTS``, and its planned memory."""
+    """Yield a line of text for each rank with its peak memory by ``PARTS``, and its planned memory. If planned and
+    rehearsed memory of a rank differ by more than ``AGREES``, also yield two lines on the first such rank."""
     for rank in rehearsal.ranks:
         said, off = rehearsal.planned(rank.rank).total, rehearsal.difference(rank)
         shown = ", ".join(f"{part} {size_text(rank.memory.get(part, 0))}" for part in PARTS)
@@ -308,8 +311,8 @@ def collective_lines(rank: RankRehearsal) -> Iterator[str]:
 
 
 def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
-    """Return ``items``, in order, as pairs of a number and a text, with repetitions joined: the text has up to
-    ``longest`` consecutive items, and the number says how often they are repeated."""
+    """Join repetitions in ``items``. Return pairs (number, text), in order: the text names up to ``longest``
+    consecutive items, and the number says how many times these items follow one another."""
     found, at = list[tuple[int, str]](), 0
     while at < len(items):
         best = (1, 1)
@@ -328,8 +331,8 @@ def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
 
 
 def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
-    """Yield a line of text for each kind of collective in a step, with its bytes and dtype, to show an unintended
-    fp32."""
+    """Yield a line of text for each combination of operation, group and dtype among the collectives of a step, with the
+    sum of their bytes. The lines show where fp32 is not intended."""
     sums: Counter[tuple[str, str, str]] = Counter()
     for one in rank.collectives[rank.in_step :]:
         sums[rank.groups[one.group].label, one.operation, one.dtype] += one.bytes
@@ -407,8 +410,8 @@ def parse_words(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def settle(words: argparse.Namespace) -> tuple[TrainConfig, Machine | None]:
-    """Return the config of the command line, with precision and parallelism chosen for its GPUs; and the hardware of
-    these GPUs, None if none is named.
+    """Return the config of the command line, with precision and parallelism chosen for the GPUs of ``--gpu``, and the
+    hardware of these GPUs. The hardware is None if ``--gpu`` is not given.
 
     Raises:
         ConfigError: the config or the GPU is not known.

@@ -39,7 +39,7 @@ WORDS = (
     "logging.tensorboard=false",
 )
 FALL = 1.0
-"""Number of nats per byte by which the loss must fall during training. Usually it falls about twice as much."""
+"""Number of nats per byte by which the loss must fall during training. Usually the loss falls about twice as much."""
 
 
 class CheckFailedError(Exception):
@@ -53,7 +53,8 @@ def require(holds: bool, seen: str) -> None:
 
 
 def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:
-    """Make the checks in order, in ``folder``. Yield for each check that passes its name, and text on the observation.
+    """Make the checks in order, with a run in ``folder``. For each check that passes, yield its name and text on the
+    observation. ``overrides`` are added to those of the run.
 
     Raises:
         CheckFailedError: a check fails.
@@ -96,7 +97,11 @@ def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def train_here(words: Sequence[str]) -> None:
-    """Run ``gpt.train`` with the overrides ``words`` in this process. Its output is printed only if it fails."""
+    """Run ``gpt.train`` with the overrides ``words`` in this process. Print its output only if the run fails.
+
+    Raises:
+        CheckFailedError: the run has not finished.
+    """
     told = io.StringIO()
     try:
         with contextlib.redirect_stdout(told):

@@ -234,7 +234,8 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
 
 
 def leave_for_agent(error: BaseException) -> None:
-    """Write an error into torch elastic's error file on this node, because the disk of the run folder may be full.
+    """Write an error into torch elastic's error file, which is on this node, because the disk of the run folder may be
+    full. An OSError is not raised.
 
     torch elastic stores the traceback of the exception that is being handled, and torchrun prints it. A ConfigError is
     raised again, so that its traceback has no frames of Hydra.

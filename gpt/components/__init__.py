@@ -1,4 +1,5 @@
-"""Parts written by the user, which the config names: their import, checks, and counts of parameters, FLOPs and memory.
+"""Classes and functions of the user, which the config names: their import, checks, and counts of parameters, FLOPs and
+memory.
 
     model.norm=mypkg.norms:MyNorm         a class of a module that Python finds: installed, or in the current folder
     model.norm=dyt                        an entry point of the group gpt.norm
@@ -42,7 +43,7 @@ the tokens of other ranks."""
 
 @dataclass(frozen=True)
 class PartCounts:
-    """Shapes, FLOPs and bytes of one module of a user's class.
+    """Shapes of parameters, FLOPs, and bytes of activations of one module of a user's class.
 
     FLOPs and bytes are those of one sequence of ``block_size`` tokens.
     """
@@ -52,13 +53,13 @@ class PartCounts:
     flops: int = 0
     """FLOPs of a forward pass."""
     saved: dict[str, int] = field(default_factory=dict)
-    """``fp32`` or ``half`` (16 bits), the precision of products -> bytes of activations that the backward pass needs,
-    including the part's input."""
+    """Precision of matrix products, ``fp32`` or ``half`` (16 bits) -> bytes of the activations that the backward pass
+    needs in this precision, including the input of the part."""
     products: dict[str, int] = field(default_factory=dict)
-    """``fp32`` or ``half`` (16 bits), the precision of products -> bytes of the results of matrix products, which
-    selective recomputation keeps."""
+    """Precision of matrix products, ``fp32`` or ``half`` (16 bits) -> bytes of their results, which selective
+    recomputation keeps."""
     parallel: tuple[str, ...] = ()
-    """Kinds of parallelism that the class declares to support."""
+    """Kinds of parallelism that the class states to support, such as ``tp``."""
     on_heads: bool = False
     """True for positions that are applied to queries and keys, not to the embedding."""
 
@@ -68,7 +69,7 @@ NOTHING = PartCounts()
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Size of an optimizer's state, which grows with the elements and with the number of parameters."""
+    """Size of an optimizer's state: a number of bytes for each element, and a number of bytes for each parameter."""
 
     per_element: float
     """Bytes for each element of a matrix."""
@@ -129,7 +130,8 @@ def load_object(key: str, name: str) -> Any:
 
 
 def split_name(key: str, name: str) -> tuple[str, str]:
-    """Return the module and the attribute that ``name`` means: ``module:attribute``, or the name of an entry point.
+    """Return the names of the module and of the attribute to which ``name`` refers. ``name`` is ``module:attribute``,
+    or the name of an entry point. ``key`` is the key of the config that has it. Nothing is imported.
 
     Raises:
         ConfigError: the name has no colon, and no installed package has an entry point of this name.
@@ -150,8 +152,14 @@ def split_name(key: str, name: str) -> tuple[str, str]:
 
 
 def missing_module(key: str, name: str, module: str, missing: str) -> ConfigError:
-    """Return the error for ``key``=``name`` if Python cannot import ``module``, the module of the object, because there
-    is no module ``missing``. This may be ``module`` itself, or a module that it imports."""
+    """Return the error for an object of the user whose module cannot be imported.
+
+    Args:
+        key: key of the config that names the object.
+        name: value of this key.
+        module: name of the module that has the object.
+        missing: name of the module that Python does not find: ``module`` itself, or a module that it imports.
+    """
     return ConfigError(
         f"{key}={name}, and there is no module {missing}",
         "a module that Python can import here and on the nodes",
@@ -165,10 +173,11 @@ def kind_text(found: Any) -> str:
 
 
 def load_source(key: str, name: str) -> Any:
-    """Import and return the user's function ``name``, which takes a DataConfig and yields documents.
+    """Import and return the user's function ``name``, which takes a DataConfig and yields documents. ``key`` is the key
+    of the config that names the function.
 
     Raises:
-        ConfigError: the function is missing.
+        ConfigError: the function cannot be imported, or is no function.
     """
     found = load_object(key, name)
     if not callable(found):
@@ -177,8 +186,8 @@ def load_source(key: str, name: str) -> Any:
 
 
 def source_digest(key: str, name: str) -> str:
-    """Return the SHA-256, in hexadecimal digits, of the file of the module that ``name`` names. The module is not
-    imported.
+    """Return the SHA-256, in hexadecimal digits, of the source file of a user's object. ``name`` and ``key`` as in
+    ``split_name``. The module of the object is not imported.
 
     Raises:
         ConfigError: the module is missing, or has no file.
@@ -217,7 +226,8 @@ def build_custom_optimizer(config: OptimConfig, groups: Any) -> Any:
     given = {argument: value for argument, value in ours.items() if argument in takes} | dict(config.options)
 
     class Skippable(found):  # type: ignore[valid-type, misc]
-        """The user's optimizer, which skips a step if ``found_inf`` is set, as torch's fused optimizers do."""
+        """The user's optimizer. It skips a step if its attribute ``found_inf`` is a true tensor, as torch's fused
+        optimizers do."""
 
         def step(self, closure: Any = None) -> Any:
             skip = getattr(self, "found_inf", None)
@@ -249,11 +259,12 @@ def build_custom_optimizer(config: OptimConfig, groups: Any) -> Any:
 def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
     """Return shapes, FLOPs and bytes of the user's classes in a model, by part of the model.
 
-    The keys are those of ``norm``, ``head_norm``, ``position``, ``attention`` and ``ffn`` that are classes of the user.
-    ``head_norm`` has the FLOPs and bytes of the norms of queries and keys together, and the shapes of one norm.
+    The possible keys are ``norm``, ``head_norm``, ``position``, ``attention`` and ``ffn``. The result has those keys
+    whose part is a class of the user. ``head_norm`` has the FLOPs and bytes of the norms of queries and keys together,
+    and the shapes of one norm.
 
     Raises:
-        ConfigError: a part cannot be imported, takes other arguments, or fails.
+        ConfigError: a class cannot be imported, does not take the arguments of its kind of part, or fails.
     """
     custom, hidden = model.custom_parts, (model.block_size, model.n_embd)
     heads = (model.block_size, model.n_head + model.kv_heads, model.head_dim)
@@ -271,8 +282,9 @@ def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
 def count_part(model: ModelConfig, key: str, shape: tuple[int, ...], *arguments: int) -> PartCounts:
     """Build the user's class for one part on the meta device, call it once, and return its shapes, FLOPs and bytes.
 
-    A class may state ``forward_flops(config)`` and ``saved_bytes(config, width)``. Without them, each element of a
-    matrix counts two FLOPs a token, and the backward pass keeps the input and twice the results of the matrices.
+    A class may have the methods ``forward_flops(config)`` and ``saved_bytes(config, width)``, whose results then count.
+    Without ``forward_flops``, each element of a matrix counts two FLOPs a token. Without ``saved_bytes``, the backward
+    pass is assumed to keep the input and twice the results of the matrices.
 
     Args:
         model: the config of the model.
@@ -342,10 +354,13 @@ def check_state(part: str, module: Any) -> None:
 
 
 def stated_parallelism(key: str, name: str, kind: Any) -> tuple[str, ...]:
-    """Return the attribute ``parallel`` of a user's class: the kinds of parallelism that the class supports.
+    """Return the attribute ``parallel`` of a user's class ``kind``: the kinds of parallelism that the class supports;
+    empty if it has no such attribute. ``key`` is the part of the model, and ``name`` the name of the class, for
+    messages.
 
     Raises:
-        ConfigError: the attribute has a value that parts of its kind cannot have.
+        ConfigError: the attribute has a kind of parallelism that is not possible for this part of the model
+            (``KINDS_OF_PARALLELISM``).
     """
     stated, able = tuple(getattr(kind, "parallel", ())), KINDS_OF_PARALLELISM[key]
     if not set(stated) <= set(able):
@@ -381,7 +396,8 @@ def owner_of(name: str, model: ModelConfig) -> tuple[str, str] | None:
 
 
 def optimizer_state(optim: OptimConfig) -> StateBytes:
-    """Return the bytes of an optimizer's state. A user's optimizer is measured after one step.
+    """Return the bytes of the state of the optimizer that ``optim`` names. The state of a user's optimizer is measured
+    after one step.
 
     AdamW has two moments of each element, and a count of steps of each parameter. The result for Muon is that of the
     parameters that it leaves to AdamW. Schedule-free AdamW has one moment and the newest weights, and no count.

@@ -126,8 +126,9 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
 
 
 def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """Return the rows of the summary on the FLOPs of a step, the planned memory of a rank, and the peak FLOP/s of the
-    devices with the tokens/s that it allows: label -> text."""
+    """Return the rows of the summary on performance: label -> text. They have the FLOPs of a step and the shares of the
+    parts of the model, the planned memory of a rank, and the peak FLOP/s of the devices. If the peak is known, a last
+    row has the tokens/s at this peak."""
     flops, peak, ranks = record["flops_per_token"], record["peak_flops_per_s"], len(record["ranks"])
     step = flops * record["global_batch"] * record["block_size"]
     count = training_flops_per_token(config.model)
@@ -171,7 +172,7 @@ class RunJson:
         self.close()
 
     def write(self, record: StepRecord) -> None:
-        """Do nothing: ``close`` writes the file, which then has this record, too."""
+        """Do nothing. ``close`` writes the whole file, with this record, from the content of the run folder."""
 
     def close(self) -> None:
         """Write ``run.json`` from the content of the run folder."""
@@ -218,8 +219,11 @@ def read_startup(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the summary of a run, name -> value: state, number of attempts and steps, losses, and speeds of rank 0.
-    Unknown values are left out. Speeds are medians without the first ``WARM_UP_STEPS`` steps of each attempt.
+    """Return the summary of a run, name -> value: state, number of attempts and steps, losses, speeds, peak of memory
+    and training time of rank 0. Unknown values are left out.
+
+    Speeds are medians over the steps, without the first ``WARM_UP_STEPS`` steps of each attempt. If the run has no
+    other steps, all steps count.
 
     ``records`` are the step records of rank 0, and ``events`` the event log.
     """

@@ -38,8 +38,8 @@ from launch.runs.records import TOLD_ONCE, StepRecord, read_records
 
 
 def describe_rank(world: World) -> dict[str, Any]:
-    """Return the description of this rank for ``environment.json``: host, process, threads, device, and in GiB the
-    memory of a GPU."""
+    """Return the description of this rank for ``environment.json``, name -> value: host, process, threads, device, and
+    for a GPU its UUID and its memory in GiB."""
     device = world.device
     record = describe_place(world.rank, world.local_rank, world.node) | {
         "pid": os.getpid(),
@@ -54,7 +54,8 @@ def describe_rank(world: World) -> dict[str, Any]:
 
 
 def software() -> dict[str, str]:
-    """Return name -> version of Python, of libraries that affect results, and of CUDA, NCCL and driver if present."""
+    """Return the versions of Python, of libraries that affect results, and of CUDA, NCCL and the driver if the machine
+    has them: name -> version."""
     versions = library_versions()
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
@@ -113,7 +114,7 @@ class View:
         open_writer: returns the inner writer for a run that continues after a step. It takes this step, and the records
             up to it.
         step: step after which the attempt continues; 0 at the beginning.
-        done: records up to ``step``.
+        done: step records of rank 0 up to ``step``.
         retry_s: seconds between two tries to open the inner writer again.
     """
 
@@ -160,7 +161,7 @@ class View:
             self._give_up(error)
 
     def close(self) -> None:
-        """Write records that the view lacks after an error, if possible, and close the inner writer."""
+        """Write records that the view lacks after an error, and close the inner writer. An OSError is not raised."""
         try:
             if self._writer is None:
                 self._make_again()
@@ -203,7 +204,8 @@ class Console:
     """Writer that prints the records of a run of ``max_steps`` steps.
 
     On a terminal it updates one line; into a file it prints at most one line every ``LOG_S`` seconds. ``figures`` are
-    names of further fields of the records to print. ``stream`` of None means standard output.
+    names of further fields of the records to print. ``stream`` is where the lines are printed; None means standard
+    output.
     """
 
     def __init__(self, max_steps: int, figures: Sequence[str] = (), stream: TextIO | None = None) -> None:
@@ -315,7 +317,7 @@ LAYERS = "layer_grad_norms"
 
 
 def row(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of a record in ``steps.csv``: column -> value."""
+    """Return the row of a record, given as name -> value, in ``steps.csv``: column -> value."""
     cells = {name: value for name, value in record.items() if name not in ("samples", LAYERS)}
     cells["first_sample"], cells["last_sample"] = record["samples"]
     return cells | {LAYER_NORM + name: norm for name, norm in record.get(LAYERS, {}).items()}
@@ -411,7 +413,8 @@ class MetricWriters:
         self._shown = time.monotonic()
 
     def keep(self, record: StepRecord) -> None:
-        """Write a record to disk before the checkpoint of its step. ``write`` adds the time of the save later.
+        """Write a record to disk before the checkpoint of its step is saved. Afterwards, ``write`` writes the record
+        again, with the time of the save.
 
         Otherwise the record would be lost if the process died between the save and ``write``, because a later attempt
         does not repeat the step.

@@ -96,8 +96,9 @@ class RingAttention(torch.autograd.Function):
 def block_gradients(
     grad_BHTC: Tensor, attended: Attended, block: Tensor, visible: tuple[int, int], causal: bool, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return two gradients of attention to one block of keys: of the queries from ``first`` on, (B, H, T - first, C),
-    and of the first ``keys`` keys and values, (2, B, K, keys, C). Both have the dtype of ``attended.lse``.
+    """Return two gradients of attention to one block of keys. The first is that of the queries from index ``first`` on,
+    (B, H, T - first, C). The second is that of the first ``keys`` keys and values of the block, (2, B, K, keys, C).
+    Both have the dtype of ``attended.lse``.
 
     Args:
         grad_BHTC: gradient of the result of all blocks.

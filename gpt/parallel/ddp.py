@@ -164,7 +164,8 @@ class GradientReducer:
     pass has computed its gradients, and all buckets before it were sent.
 
     So all ranks send the buckets in the same order, and every attempt of a run sums in the same order. At most
-    ``BUCKETS_IN_FLIGHT`` are sent at a time, since the memory of a bucket is freed only when its sums have arrived.
+    ``BUCKETS_IN_FLIGHT`` buckets are sent and not yet received at a time, because the memory of a bucket is freed only
+    when its sums have arrived.
 
     Args:
         buckets: the buckets in the order in which they are sent.

@@ -41,8 +41,8 @@ def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
     embedding; each block, or several (``fsdp_units``); the last norm with the output matrix. The last group of blocks,
     and that of the output matrix, stay gathered after the forward pass, since the backward pass begins with them. The
     backward pass of the embedding needs no weights, so they are not gathered again. A tied matrix is in the group of
-    the whole model, which has all remaining parameters. It is used in the first and in the last layer, so it stays
-    gathered between.
+    the whole model, which has all remaining parameters. The first and the last layer use this matrix, so it stays
+    gathered from the first to the last.
     """
     # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -297,8 +297,8 @@ class NDEngine(TorchEngine):
             self._sequence = shard_sequences(model, self.mesh["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._late: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
-        """Parameters that are replicated over tp, with the process group over which their gradients are all-reduced
-        after they are summed over tp."""
+        """Pairs of parameters that are replicated over tp, and a process group. Their gradients are first summed over
+        tp, and then all-reduced over this group."""
         self._reducer = GradientReducer([])
         module, parts = self.split_model(model, layout)
         data = self.mesh

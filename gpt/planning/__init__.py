@@ -34,13 +34,14 @@ InfiniBand between nodes. A small all-reduce over the eight GPUs of a node takes
 NETWORK_GB_PER_S = 12.5
 """Assumed network bandwidth of a node whose GPUs are unknown, in GB/s: 100 Gbit/s."""
 PCIE_GB_PER_S = 32.0
-"""Assumed bandwidth, in GB/s, of any GPU to the host, and of an unknown GPU to other GPUs of its node: 16 lanes of PCIe
-4."""
+"""Assumed bandwidth in GB/s, that of 16 lanes of PCIe 4: between any GPU and the host, and between an unknown GPU and
+the other GPUs of its node."""
 HOST_GB_PER_S = 100.0
 """Assumed bandwidth of the host memory of a node, in GB/s: half of the 205 GB/s of eight channels of DDR4-3200."""
 CPU_FLOPS_PER_S, CPU_LINK_GB_PER_S = 60e9, 1.0
-"""Assumed rate of a rank on a CPU in fp32, in FLOP/s (one thread, see benchmarks/speed/README.md); and bandwidth of
-gloo in GB/s, through the loopback device or 10 Gbit/s."""
+"""Assumed figures of ranks on CPUs. The first is the rate of one rank in fp32, in FLOP/s (one thread, see
+benchmarks/speed/README.md). The second is the bandwidth of gloo in GB/s, both inside of a node and over a network of 10
+Gbit/s."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Link:
         return self.measured.get(collective, (self.latency_s, self.bytes_per_s))
 
     def faster(self, factor: float) -> Link:
-        """Return a link whose latencies are ``factor`` times as short, and bandwidths ``factor`` times as large."""
+        """Return a link that is ``factor`` times as fast: latencies are divided by ``factor``, bandwidths
+        multiplied."""
         measured = {name: (latency_s / factor, rate * factor) for name, (latency_s, rate) in self.measured.items()}
         return Link(self.latency_s / factor, self.bytes_per_s * factor, measured, self.curves)
 
@@ -78,7 +80,7 @@ class Host:
     bytes_per_s: float
     """Bandwidth of host memory for one rank, in bytes a second."""
     room: int | None
-    """Bytes for the tensors of one rank; None if unknown."""
+    """Bytes of host memory that the tensors of one rank may use; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Machine:
     intra_node: Link
     """Link of a rank to another rank of its node."""
     inter_node: Link
-    """Link of a rank to a rank of another node, while all ranks of its node send."""
+    """Link of a rank to a rank of another node, while all other ranks of its node send, too."""
     host: Host | None = None
     """Host memory of a rank; None if the devices are the CPUs themselves."""
     matmul: MatmulRates | None = None
@@ -135,8 +137,8 @@ def gpus(
 def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
     """Return the whole name of the GPU with a short or whole name; None for a ``name`` of None.
 
-    If several GPUs have this name, the one whose memory is nearest to ``memory_gib`` is returned. An unknown name with
-    a ``memory_gib`` is returned unchanged, because a plan needs no more.
+    If several GPUs have this name, return the one whose memory is nearest to ``memory_gib``, in GiB. An unknown name
+    with a ``memory_gib`` is returned unchanged, because a plan needs no other figure of the GPU.
 
     Raises:
         ConfigError: ``memory_gib`` is None, and the name is unknown, or means several GPUs with different memory.
@@ -163,7 +165,8 @@ def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
 
 
 def cpus(memory: int, ranks_per_node: int) -> Machine:
-    """Return the hardware of nodes whose ranks compute on CPUs, with ``memory`` bytes for each rank."""
+    """Return the hardware of nodes with ``ranks_per_node`` ranks, which compute on CPUs. ``memory`` is the host memory
+    of a rank in bytes, of which its tensors may use the share ``ROOM``."""
     rates = links(CPU_LINK_GB_PER_S, CPU_LINK_GB_PER_S / ranks_per_node)
     return Machine("CPU", CPU_FLOPS_PER_S, int(ROOM * memory), ranks_per_node, *rates)
 
@@ -177,8 +180,8 @@ def links(inside: float, between: float) -> tuple[Link, Link]:
 def with_network(machine: Machine, network: Network) -> Machine:
     """Return ``machine`` with the measured links of ``network``. A link that was not measured does not change.
 
-    Bandwidths between nodes are converted to the number of ranks per node of ``machine``, which share the network
-    adapters.
+    The ranks of a node share its network adapters. So bandwidths between nodes are converted from the number of ranks
+    per node of the measurement to that of ``machine``.
     """
     share = network.ranks_per_node / machine.ranks_per_node
     inside, between = (network.tiers.get(tier) for tier in TIERS)
@@ -190,7 +193,8 @@ def with_network(machine: Machine, network: Network) -> Machine:
 
 
 def measured_link(fits: Mapping[str, LinkFit], share: float) -> Link:
-    """Return a link with measured latencies, and measured bandwidths times ``share``. ``fits`` has them by collective.
+    """Return a link with the latencies that were measured, and the measured bandwidths times ``share``. ``fits`` maps a
+    collective to its measured figures, and is not empty.
 
     A collective that was not measured gets the values of a send, or else of the first measured collective.
     """
@@ -222,7 +226,8 @@ class Group:
     link: Link
 
     def seconds(self, collective: str, size: float) -> float:
-        """Return the seconds of ``collective`` (one of ``launch.runs.measured.COLLECTIVES``) with ``size`` bytes."""
+        """Return the seconds of ``collective`` (one of ``launch.runs.measured.COLLECTIVES``) with ``size`` bytes. The
+        method for each collective says which tensor has this size."""
         fit = LinkFit(*self.link.rates(collective), curve=self.link.curves.get(collective, ()))
         return fit.seconds(collective, self.ranks, size)
 
@@ -239,7 +244,8 @@ class Group:
         return self.seconds("all_reduce", size)
 
     def agree(self) -> float:
-        """Return the seconds of an all-reduce of a few numbers: over a tree, as in NCCL, or as measured."""
+        """Return the seconds of an all-reduce of a few numbers: as measured, or if all-reduces were not measured, that
+        of a tree, as NCCL uses."""
         if "all_reduce" in self.link.measured:
             return self.all_reduce(0.0)
         return 2 * math.ceil(math.log2(self.ranks)) * self.link.latency_s
@@ -266,7 +272,8 @@ def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
 
 
 def strided_group(machine: Machine, ranks: int, stride: int) -> Group:
-    """Return size and link of a group of ``ranks`` ranks, whose numbers differ by ``stride``."""
+    """Return size and link of a group of ``ranks`` ranks. The numbers of consecutive ranks of the group differ by
+    ``stride``."""
     if ranks * stride <= machine.ranks_per_node:
         return Group(ranks, machine.intra_node)
     together = max(1, min(ranks, machine.ranks_per_node // stride))

@@ -27,7 +27,8 @@ MICRO_BATCH = "optim.max_micro_batch"
 
 
 NO_DIFFERENCE = 1.03
-"""Largest ratio of two estimated step times that count as equal. Of equal layouts, the plainest is preferred."""
+"""Two estimated step times count as equal if their ratio is at most this number. Of layouts with equal times, the
+plainest is preferred."""
 
 TIMEOUTS = ("timeout_s", "step_timeout_s")
 """Keys of ``parallel`` that do not belong to a layout."""
@@ -65,7 +66,7 @@ class ParallelChoice:
 
     parallel: ParallelConfig
     micro_batch: int
-    """Chosen ``optim.max_micro_batch``, in sequences: the value of the config, or a smaller one."""
+    """Chosen value of ``optim.max_micro_batch``, in sequences. It is at most the value of the config."""
     choices: tuple[LayoutChoice, ...] = ()
     """Layouts that fit into memory, best first; empty if none was searched."""
     why: str = ""
@@ -143,8 +144,8 @@ def choose_parallelism(
     world_size: int,
     machine: Callable[[], Machine],
 ) -> ParallelChoice:
-    """Return the parallelism of a run: that of its config, with ``parallel=auto`` that of an earlier attempt or of a
-    search.
+    """Return the parallelism of a run: the parallelism of its config. With ``parallel=auto`` it is that of an earlier
+    attempt, or if there is none the result of a search.
 
     Args:
         config: config of the run.
@@ -174,7 +175,7 @@ def typed_keys(overrides: Sequence[str]) -> set[str]:
 def earlier_choice(
     config: TrainConfig, overrides: Sequence[str], fixed: Collection[str], folder: RunFolder, world_size: int
 ) -> ParallelChoice | None:
-    """Return the parallelism that an earlier attempt of the run has chosen.
+    """Return the parallelism that an earlier attempt of the run in ``folder`` has chosen.
 
     None if there was no earlier attempt, if its choice is invalid on ``world_size`` ranks, or if the command line now
     sets one of the keys ``fixed``, or the size of micro-batches, to another value.
@@ -210,7 +211,8 @@ MANY_EPOCHS = 100
 def slow_precision(
     device_name: str, precision: Precision, tf32: bool = False, best: Precision | None = None
 ) -> Iterator[str]:
-    """Yield a warning if another precision is much faster on a device.
+    """Yield a warning, as text, if another precision is much faster on a device, or if the device does not compute in
+    ``precision``.
 
     Args:
         device_name: name of the device.
@@ -233,7 +235,7 @@ def slow_precision(
 
 
 def execution_warnings(config: TrainConfig, device_name: str | None, best: Precision | None = None) -> Iterator[str]:
-    """Yield warnings of settings that make GPUs slow.
+    """Yield warnings, as text, of settings with which GPUs compute slowly.
 
     Args:
         config: config of the run, with chosen precision, TF32 and compilation.
@@ -255,8 +257,8 @@ def execution_warnings(config: TrainConfig, device_name: str | None, best: Preci
 
 
 def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterator[str]:
-    """Yield a warning if a run makes more than ``MANY_EPOCHS`` passes over its ``corpus_tokens`` training tokens; 0 if
-    their number is unknown."""
+    """Yield a warning if a run makes more than ``MANY_EPOCHS`` passes over its training tokens. ``corpus_tokens`` is
+    their number; 0 means that it is unknown, and yields no warning."""
     a_step = batch.global_batch * config.model.block_size
     total = a_step * config.optim.max_steps
     if not corpus_tokens or total <= MANY_EPOCHS * corpus_tokens:  # the size of a stream is not known
@@ -305,7 +307,8 @@ WITH_CUDA_GRAPHS = (CompileMode["reduce-overhead"], CompileMode["max-autotune"])
 def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu: str | None) -> Precision:
     """Return the precision of a run: that of the config, or if that is ``auto`` the one of the first attempt.
 
-    For a first attempt this is fp32 on CPUs, bf16 on GPUs that support it, and fp16 on other GPUs.
+    For a first attempt this is fp32 on CPUs. On GPUs it is the 16-bit precision in which they compute fastest: bf16 if
+    they support it, else fp16.
 
     Args:
         config: config of the run.
@@ -338,8 +341,8 @@ def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
 
 
 def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
-    """Return True if the factors of matrix products of a run are rounded to TF32: in fp32 on GPUs, if ``tf32`` is true,
-    or null without ``deterministic``.
+    """Return True if the factors of matrix products of a run are rounded to TF32. This is so in fp32 on GPUs, if
+    ``tf32`` is true, or if ``tf32`` is null and ``deterministic`` is false.
 
     Raises:
         ConfigError: ``tf32`` is true and the ranks compute on CPUs.

@@ -52,7 +52,7 @@ class Estimate:
     compute_s: float
     """Seconds of computing of the slowest pipeline rank, with recomputation."""
     bubble_s: float
-    """Seconds in which the slowest pipeline rank waits for other stages of the pipeline."""
+    """Seconds for which the slowest pipeline rank waits for the stages of other ranks."""
     communication_s: dict[str, float]
     """Axis of the mesh -> seconds of communication that no computing overlaps. ``world`` is for sums of a few numbers
     over all ranks, ``host`` for copies from and to host memory."""
@@ -71,7 +71,8 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> Estimate:
-    """Return the estimated time of a step on ``machine``: that of the slowest pipeline rank."""
+    """Return the estimated time of a step on ``machine``. It is the estimate of the pipeline rank with the longest
+    step."""
     different: dict[object, RankStep] = {}
     for rank in range(dims.pp):  # inner stages with equally many blocks take equally long
         step = RankStep(config, dims, batch, machine, rank)
@@ -123,7 +124,8 @@ class RankStep:
 
     @property
     def forwards(self) -> int:
-        """Number of forward passes of a block for each micro-batch: 2 with recomputation, else 1."""
+        """Number of forward passes of a block for each micro-batch: 2 with recomputation, which repeats the forward
+        pass, else 1."""
         return 1 if self.config.recompute is Recompute.none else 2
 
     def ring(self, *names: str) -> Group:
@@ -208,8 +210,8 @@ class RankStep:
         return self.shards.trained(self.config.model)
 
     def groups(self, *names: str, shards: ParameterShards | None = None) -> list[tuple[int, Group]]:
-        """Return pairs of a number of parameter elements, and the group of ranks along the mesh axes ``names`` that
-        shards or reduces them.
+        """Return pairs (number of parameter elements, group of ranks). The group, along the mesh axes ``names``, shards
+        these elements or reduces their gradients.
 
         With expert parallelism there is a second pair for the experts, whose group is smaller. ``shards`` are the
         parameters that count; None means all of this rank.

@@ -65,20 +65,24 @@ class RankMemory:
     parameters: int = 0
     """Bytes of the weights in fp32; with DeepSpeed in bf16, of the bf16 weights."""
     gradients: int = 0
-    """Gradients of the weights in ``parameters``, sharded as the strategy shards them."""
+    """Bytes of the gradients of the weights in ``parameters``. With a strategy that shards gradients, only this rank's
+    shards count."""
     optimizer: int = 0
-    """AdamW's moments and Muon's momentum in fp32, and step counts; with DeepSpeed also the fp32 master weights."""
+    """Bytes of AdamW's moments and Muon's momentum in fp32, and of step counts; with DeepSpeed also of the fp32 master
+    weights."""
     compute_weights: int = 0
-    """Weights that were all-gathered or cast for computing, and unsharded gradients before their reduction."""
+    """Bytes of weights that were all-gathered or cast for computing, and of unsharded gradients before their
+    reduction."""
     activations: int = 0
-    """Activations saved by forward passes for backward passes."""
+    """Bytes of the activations that forward passes save for backward passes."""
     logits: int = 0
-    """Logits, their gradient, and in bf16 an fp32 copy of a chunk of them."""
+    """Bytes of logits, of their gradient, and in bf16 of an fp32 copy of a chunk of the logits."""
     not_at_once: int = 0
-    """Negative, or 0. With fsdp, gradients are made while activations and logits are freed, so the smaller of the two
-    sums is subtracted."""
+    """Correction of the sum in bytes, negative or 0. With fsdp, gradients take memory while activations and logits are
+    freed. So only the larger of these two amounts counts, and this field subtracts the smaller one."""
     host: int = 0
-    """Parameters, gradients and optimizer state in host memory, which are not part of ``total``."""
+    """Bytes of parameters, gradients and optimizer state in host memory, with CPU offload. ``total`` does not include
+    them."""
 
     @property
     def total(self) -> int:
@@ -107,8 +111,8 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
 
 
 def optimizer_bytes(config: TrainConfig, shards: ParameterShards, ranks: int | None) -> int:
-    """Return the bytes of a rank's optimizer state for these parameter shards. It is sharded over ``ranks`` ranks; None
-    means those of FSDP."""
+    """Return the bytes of a rank's optimizer state for these parameter shards, if the state is sharded over ``ranks``
+    ranks. A ``ranks`` of None means that FSDP shards it with the parameters."""
     each = optimizer_state(config.optim)
     found = round(each.per_element * shards.stored(ranks)) + each.per_tensor * shards.tensors
     if config.optim.optimizer != MUON:
@@ -165,8 +169,8 @@ def pieces(shards: ParameterShards) -> list[tuple[ParameterShard, int]]:
 
 
 def group_sizes(shards: ParameterShards) -> list[int]:
-    """Return the number of elements of each parameter group of the optimizer: of matrices, which have weight decay, and
-    of other parameters. Empty groups are left out."""
+    """Return the number of elements of each parameter group of the optimizer. The first group has the matrices, which
+    have weight decay; the second has the other parameters. An empty group is left out."""
     groups = (
         sum(n * p.elements for p, n in pieces(shards) if (len(p.shape) > 1) is decays) for decays in (True, False)
     )
@@ -177,8 +181,8 @@ def group_sizes(shards: ParameterShards) -> list[int]:
 
 
 def staging_bytes(config: TrainConfig, world_size: int) -> int:
-    """Return the bytes of host memory that the rank with the most needs to save in the background; 0 if training waits
-    for saves.
+    """Return the bytes of host memory that a rank needs to save in the background, for the rank that needs the most.
+    Return 0 if training waits for saves.
 
     Each rank saves an equal part of the state. With DeepSpeed's own files, the first rank also saves the weights that
     the forward pass uses, so it needs the most.
@@ -200,7 +204,8 @@ GENERATIONS = 2
 
 
 def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
-    """Return the bytes of host memory that checkpoints in memory need, for each rank of a node; 0 without them.
+    """Return the bytes of host memory, for each rank of a node, that checkpoints in memory need. Return 0 if the config
+    keeps none.
 
     A node keeps the parts of its own ranks, and with several nodes also those of a neighboring node.
 

@@ -58,7 +58,7 @@ class ParameterShard:
     shape: tuple[int, ...]
     """Shape of the tensor with which the rank computes: sharded by tp and ep, and all-gathered by FSDP."""
     ranks: int
-    """Number of ranks over which FSDP shards the parameter further."""
+    """Number of ranks over which FSDP shards the tensor of ``shape`` for storage."""
     dimension: int = 0
     """Dimension along which FSDP shards the parameter."""
 
@@ -120,7 +120,8 @@ class ParameterShards:
 def parameter_shards(
     model: ModelConfig, dims: ParallelDims, stages: tuple[StageLayers, ...] | None = None
 ) -> ParameterShards:
-    """Return the parameter shards of a rank with these pipeline stages; None means one stage with the whole model."""
+    """Return the parameter shards of a rank that has the pipeline stages ``stages``; None means one stage with the
+    whole model."""
     stages = stages or (StageLayers(range(model.n_layer), first=True, last=True),)
     # A tied embedding is in the first and the last stage.
     at_end = ("norm.", "head.", *(("token_embedding.",) if model.tie_embeddings else ()))
@@ -140,7 +141,7 @@ def parameter_shards(
 def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelDims) -> ParameterShard:
     """Return the shard of the parameter with this name and whole shape, on each rank that has a part of it.
 
-    If tensor parallelism cannot divide a dimension evenly, this is the largest rank's shard.
+    If tensor parallelism cannot divide a dimension evenly, the result is the largest shard that a rank has.
     """
     local = shape
     if dims.tp > 1:
@@ -270,14 +271,15 @@ def activation_bytes(
 
 
 class LayerBytes:
-    """Bytes that one layer (block) of a rank saves for its backward pass: the mean of layers with and without a window.
+    """Bytes that one layer (block) of a rank saves for its backward pass. If only some layers have a window, the bytes
+    are the mean over all layers.
 
     ``block``, ``products`` and ``experts`` return bytes of a micro-batch, the other methods bytes of one token.
 
     Args:
         model: the model.
         sequences: sequences of the micro-batch.
-        width: bytes of a number in matrix products.
+        width: bytes of one number in matrix products, 2 or 4.
         factors: degrees by which the layer is divided over ranks.
     """
 
@@ -325,8 +327,8 @@ class LayerBytes:
         """Return the bytes of the results of a block's matrix products and attention, which selective recomputation
         saves (gpt/parallel/modules.py).
 
-        If only one of attention and feed-forward layer is a class of the user, all saved tensors of the other count, an
-        upper bound.
+        If the attention is a class of the user and the feed-forward layer is built in, or the reverse, all saved
+        tensors of the built-in part count. The result is then an upper bound.
         """
         model, width, factors = self.model, self.width, self.factors
         custom = model.custom_parts
@@ -371,8 +373,8 @@ class LayerBytes:
         return -(-(self.custom("norm") if is_custom else self.norm_over(self.model.n_embd)) // self.factors.hidden)
 
     def norms(self) -> int:
-        """Return the bytes per token that norms over the width of the model keep for the backward pass: the norms of
-        attention, or equally those of the feed-forward layer. They are two with ``norm_position=both``, else one."""
+        """Return the bytes per token that the norms around attention keep for the backward pass; the norms around the
+        feed-forward layer keep as many. There are two norms with ``norm_position=both``, else one."""
         if self.model.norm_position is not NormPosition.both:
             return self.norm()
         # LayerNorm keeps its input in the dtype that it receives: here that of a result.
@@ -390,9 +392,8 @@ class LayerBytes:
         return -(-width * self.model.n_embd // self.factors.hidden) if self.model.dropout else 0
 
     def read(self, readers: int) -> int:
-        """Return the bytes per token of the hidden states that ``readers`` matrices all read and keep for the backward
-        pass: in 16 bits one copy for each matrix, in fp32 one copy. Each matrix needs whole hidden states, also with
-        tp."""
+        """Return the bytes per token that ``readers`` matrices keep of the hidden states that they all read: in 16 bits
+        one copy for each matrix, in fp32 one copy for all. Each matrix needs whole hidden states, also with tp."""
         return (readers if self.width == BF16 else 1) * self.width * self.model.n_embd
 
     def attention(self) -> int:

@@ -25,7 +25,8 @@ from launch.runs.compose import plain
 
 
 SCHEDULES = (Schedule["1f1b"], Schedule.interleaved, Schedule.zbv)
-"""Pipeline schedules that are tried. Of schedules with equal bubbles, only the one with the fewest activations."""
+"""Pipeline schedules that are tried. Of schedules with equal bubbles, the list has only the one that keeps the fewest
+activations."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def candidates(
 def parallel_configs(
     config: TrainConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
-    """Yield configs of ``parallel`` with every combination of the keys that are not ``fixed``, valid or not. Arguments
-    as in ``candidates``."""
+    """Yield configs of ``parallel`` with every combination of values of the keys that are not ``fixed``, also invalid
+    combinations. The arguments are those of ``candidates``."""
     given = config.parallel
 
     def sizes(key: str, most: int) -> list[int]:
@@ -198,7 +199,8 @@ class LayoutSearch:
 
     @property
     def can_fit(self) -> bool:
-        """True if any layout fits into memory, with the largest micro-batches or with micro-batches of one sequence."""
+        """True if at least one layout fits into memory. Only two sizes of micro-batches are tried: the largest, and one
+        sequence."""
         sizes = (self.config.optim.max_micro_batch, 1)
         return any(
             self.fits(one) for offload in self.offloads for size in sizes for one in self.of_micro_batch(size, offload)
@@ -212,7 +214,7 @@ class LayoutSearch:
             yield f"recompute={more.name}", replace(self, config=replace(self.config, recompute=more))
 
     def explain(self, tried: Sequence[SearchResult]) -> Iterator[str]:
-        """Yield lines of text on the use of CPU offload, and on layouts that do not fit.
+        """Yield lines of text for a plan: on CPU offload, if it is used, and on layouts that do not fit.
 
         ``tried`` has the results of the search, of which the last one has layouts that fit.
         """
@@ -228,8 +230,8 @@ class LayoutSearch:
             yield f"left out: {len(last.too_large)} that do not fit ({self.nearest(last)})"
 
     def nearest(self, *found: SearchResult) -> str:
-        """Return text on the layout that needs the least memory of those that do not fit, and on the memory that is
-        available."""
+        """Return text on the layout in ``found`` that comes nearest to fitting: of those that do not fit, the one that
+        needs the least memory. The text also has the memory that is available."""
         too_large = [one for result in found for one in result.too_large]
         one, machine = min(too_large, key=lambda one: one.memory.total), self.machine
         host = ""
@@ -242,8 +244,8 @@ class LayoutSearch:
         )
 
     def no_layout_error(self) -> ConfigError:
-        """Return the error for a search without valid layouts: the error that ddp raises with this config, or if it
-        raises none a general error."""
+        """Return the error for a search without valid layouts. It is the error that this config raises with
+        ``parallel.strategy=ddp``; if it raises none, an error that names the keys in ``fixed``."""
         given = self.config.parallel
         plainest = replace(given, strategy=Strategy.ddp)
         try:

@@ -38,16 +38,16 @@ from gpt.parallel.distributed import World
 
 
 class Collective(NamedTuple):
-    """A call of a collective, or a transfer from or to another rank, on one rank."""
+    """A call of a collective on one rank, or one side of a transfer between two ranks: a send or a receive."""
 
     operation: str
     """Name of the operation in torch: ``allreduce``, ``all_gather_into_tensor``, ``send``, ..."""
     group: str
-    """Name of the group of ranks, equal on all of them."""
+    """Name of the group of ranks. It is the same on all ranks of the group."""
     dtype: str
     """Dtype of the tensors."""
     bytes: int
-    """Number of bytes that the rank sends, or receives in a transfer."""
+    """Number of bytes that the rank gives to a collective, or that it sends or receives in a transfer."""
     peer: int | None
     """Other rank of a transfer; None for a collective."""
     place: str
@@ -57,7 +57,8 @@ class Collective(NamedTuple):
 
     @property
     def content(self) -> tuple[str, str, int]:
-        """The values that must be the same on all ranks of a group: operation, dtype and bytes."""
+        """The three values of a collective that must be the same on all ranks of a group: operation, dtype and
+        bytes."""
         return self.operation, self.dtype, self.bytes
 
     def __str__(self) -> str:
@@ -82,7 +83,8 @@ memory."""
 
 @dataclass
 class RankRehearsal:
-    """Findings about one rank, in its second step. Sent between processes, so it has no tensors."""
+    """Findings about one rank in the second step of its rehearsal. The object is sent between processes, so it has no
+    tensors."""
 
     rank: int
     kind: str
@@ -90,7 +92,8 @@ class RankRehearsal:
     memory: dict[str, int] = field(default_factory=dict)
     """Part of the memory (``PARTS``) -> bytes at the peak of the step."""
     largest: dict[str, int] = field(default_factory=dict)
-    """Line of code -> bytes of ``ACTIVATIONS`` and ``REST`` at the peak of the step that this line has allocated."""
+    """Line of code (``file:line``) -> bytes that this line has allocated and that are in memory at the peak of the
+    step. Only ``ACTIVATIONS`` and ``REST`` count."""
     collectives: list[Collective] = field(default_factory=list)
     """All collectives and transfers in order: of the set-up, of the first step, and of the second step."""
     in_step: int = 0
@@ -100,13 +103,13 @@ class RankRehearsal:
     waits: dict[str, int] = field(default_factory=dict)
     """Line of code where the host waits for the device in the step -> number of waits."""
     expected_waits: dict[str, int] = field(default_factory=dict)
-    """As ``waits``, for waits that cannot be avoided, such as waits for the numbers of rows of experts without a
-    capacity."""
+    """As ``waits``, but for waits that cannot be avoided. An example is the wait for the number of rows of each expert,
+    if experts have no ``capacity_factor``."""
     doubts: list[str] = field(default_factory=list)
     """Lines of text on findings that stop no step, but are seldom intended, such as a linear layer that is computed
     twice."""
     dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Parameters, gradients or optimizer state -> dtype -> bytes."""
+    """Name of a part (parameters, gradients or optimizer state) -> dtype -> bytes of this part in this dtype."""
 
     @property
     def peak(self) -> int:
@@ -123,10 +126,12 @@ LIBRARIES = (
     str(Path(__file__).parent),
     "<",
 )
-"""Beginnings of the paths of libraries, and of the code of the rehearsal itself."""
+"""Beginnings of the paths of files that do not count as code of this project or of the user: libraries, and the
+rehearsal itself."""
 ROOT = Path(__file__).parents[2]
 HELPERS = (layers.linear.__code__, layers.Linear.forward.__code__, World.all_reduce.__code__)
-"""Code of small functions: where they call an operation, the line of their caller is named instead."""
+"""Code objects of small functions. If one of these calls an operation of torch, the line of its caller is recorded
+instead."""
 
 
 @cache
@@ -170,7 +175,8 @@ class MemoryBlock:
 
 
 class MemoryRecord:
-    """Record of the memory of all storages of tensors that operations return, without the overhead of an allocator."""
+    """Record of the memory of all storages of tensors that torch's operations return. The overhead of an allocator does
+    not count."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -188,7 +194,7 @@ class MemoryRecord:
                     self._open(storage, calling_line(), REST)
 
     def resize(self, storage: torch.UntypedStorage) -> None:
-        """Record that the size of a storage has changed. FSDP frees gathered parameters in this way."""
+        """Record that the size of ``storage`` has changed. FSDP frees gathered parameters by setting the size to 0."""
         before = self._block_of.get(storage)
         if before is not None:
             self.now += 1
@@ -247,10 +253,12 @@ transfer, as its index in the group; None for a collective."""
 
 
 def read_call(space: str, operation: str, args: Sequence[Any]) -> Call | None:
-    """Return group, tensors and other rank of a collective from its arguments; None for an operation without a group.
+    """Return the group, the tensors and the peer of an operation that communicates, from its arguments ``args``; None
+    for an operation without a group.
 
-    ``space`` and ``operation`` are the namespace and the name of the operation. Those of c10d take the group, after
-    their tensors, and others the name of the group. If an operation takes results and inputs, the inputs come second.
+    ``space`` and ``operation`` are the namespace and the name of the operation. Operations of c10d take the group as an
+    object, directly after their tensors. Other operations take the name of the group. If an operation takes results and
+    inputs, the inputs come after the results, and the inputs are returned.
     """
     if space == "c10d":
         place = next(i for i, arg in enumerate(args) if isinstance(arg, torch.ScriptObject))
@@ -267,8 +275,7 @@ def read_call(space: str, operation: str, args: Sequence[Any]) -> Call | None:
 
 
 HOST_READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
-"""Names of operations whose result the host needs, and for which it waits. ``item``, ``tolist`` and ``bool`` of a
-tensor call them."""
+"""Names of operations for whose result the host waits. ``item``, ``tolist`` and ``bool`` of a tensor call them."""
 PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default")
 """Names of matrix products."""
 
@@ -369,7 +376,8 @@ def recording(recorder: Recorder, copies: bool = False) -> Iterator[None]:
     """Return a context in which operations are recorded in ``recorder``, with batches of transfers and changes of the
     sizes of storages.
 
-    With ``copies``, copies to the host count as waits, and linear layers are counted.
+    If ``copies`` is True, copies to the host count as waits, and linear layers are counted. If it is False, neither is
+    recorded.
     """
     batch, resize = dist.batch_isend_irecv, torch.UntypedStorage.resize_
 

@@ -64,8 +64,8 @@ FAKE = "fake"
 
 
 def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a wrapper of ``function`` in which new tensors are real, because meshes read the values of their
-    tensors."""
+    """Return a wrapper of ``function`` in which new tensors are real, not fake. It serves functions that make device
+    meshes, because a mesh reads the values of its tensors."""
 
     @wraps(function)
     def on_real_tensors(*args: Any, **options: Any) -> Any:
@@ -76,8 +76,8 @@ def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_on_gpu() -> None:
-    """Replace code in this process that depends on the device by what it does on a GPU: chunks of the loss, no masks,
-    norms in fp32."""
+    """Replace functions of this process that choose by the device, so that they choose as on a GPU. The loss has the
+    chunks of a GPU, attention makes no masks, and norms compute in fp32."""
     kernel = attention.sdpa_attention
     layers.chunk_elements = lambda device: LOSS_CHUNK
     layers.LOGITS_AT_ONCE = dict.fromkeys(LOGITS_AT_ONCE, LOGITS_AT_ONCE["cuda"])
@@ -100,8 +100,8 @@ def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def replace_values() -> None:
     """Replace, in this process and until its end, code of torch and of ``gpt`` that a rehearsal cannot run.
 
-    That is code that reads values of tensors or needs data from another rank. The replacements need neither: a model
-    gets no initial values, and tokens are distributed evenly over experts, for example.
+    This is code that reads values of tensors, or that needs data from another rank. The replacements need neither. For
+    example, a model gets no initial values, and tokens are distributed evenly over experts.
     """
     distributed.BACKENDS["cpu"] = FAKE
     for name in ("__init__", "__getitem__", "_flatten", "_unflatten"):
@@ -170,7 +170,8 @@ class FakeReplica(DistributedDataParallel):
 
 
 class Reducer:
-    """Wrapper of DDP's reducer, which never rebuilds its buckets itself."""
+    """Wrapper of DDP's reducer that keeps the reducer from rebuilding its buckets. ``FakeReplica`` rebuilds them
+    instead."""
 
     def __init__(self, reducer: Any) -> None:
         self._reducer = reducer
@@ -206,7 +207,8 @@ def plan_balanced_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, 
 # One rank.
 
 IN_LAYERS = ("tp", "cp", "ep", "pp")
-"""Labels of the groups of ranks (``RankGroup.label``) that reduce activations, in the precision of the run."""
+"""Labels (``RankGroup.label``) of groups of ranks that reduce activations. They do so in the precision of the run,
+which is intended."""
 
 
 class FakeBatches:
@@ -304,7 +306,7 @@ def note_saved(recorder: Recorder, tensor: Tensor) -> Tensor:
 
 
 def make_run(config: TrainConfig, world: distributed.World, dims: ParallelDims, batch: Batch, engine: Engine) -> Run:
-    """Return a run that has only the objects that a step uses; its other fields are None."""
+    """Return a run for a rehearsal. It has the objects that a step uses; fields that a step does not use are None."""
     none: Any = None
     return Run(
         config=config,

@@ -348,7 +348,8 @@ class CheckpointSchedule:
         return time.perf_counter() - started
 
     def finish(self, gives_up: bool = True, since: float | None = None) -> None:
-        """Wait for the save in flight, if there is one. With ``gives_up``, give it up after ``TRIES`` failures.
+        """Wait for the save in flight, if there is one. If ``gives_up`` is True, give the save up after ``TRIES``
+        failures.
 
         ``since`` is the start of the wait (time.perf_counter, seconds), to be recorded as time for which training
         waited; None records none.

@@ -162,7 +162,8 @@ class Harness(TemplateLM):
         return found
 
     def _generate(self, rows: Sequence[Any]) -> list[str]:
-        """Return the generated text of the only row: the tokens of a context, lm-eval's settings, and a seed.
+        """Return the text that the model generates for the only row in ``rows``, as a list of one text. The row has the
+        tokens of a context, lm-eval's settings, and a seed.
 
         Each rank generates tokens until all ranks have finished, because a sharded model needs all ranks in each pass.
         """

@@ -42,8 +42,8 @@ def fill_in_phases(record: StepRecord, timeline: Timeline, groups: Sequence[str]
     """Put the seconds of forward and backward, optimizer and communication into the record of a step. The device must
     have finished the step.
 
-    ``groups`` are the kinds of parallelism whose waits ``timeline`` has; None if they are not known, and communication
-    is left out.
+    ``groups`` are the kinds of parallelism whose waits ``timeline`` has. None means that they are not known;
+    communication is then left out of the record.
     """
     data, reduced, updated = (timeline.seconds(moment) for moment in timeline.marks)
     spans = timeline.spans()

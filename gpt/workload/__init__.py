@@ -86,14 +86,14 @@ from launch.workload import (
 
 
 GOAL_WORDS = ("model=llama_1p36b", "parallel=auto", "precision=bf16", "recompute=selective", "optim=gpt2")
-"""Overrides that ``launch.project`` adds to plan the training of a model of a given size, unless the user sets their
-keys: a family of models, and usual settings of large models."""
+"""Overrides that ``launch.project`` adds when it plans the training of a model of a given size: a family of models, and
+usual settings of large models. An override whose key the user sets is not added."""
 ASPECT = 110
-"""Desired width / number of layers of models of a given size: 128 in Llama 2 7B, 102 in Llama 2 70B (arXiv
-2307.09288)."""
+"""Desired ratio of width to number of layers, for models of a given size. The ratio is 128 in Llama 2 7B, and 102 in
+Llama 2 70B (arXiv 2307.09288)."""
 WITHIN = 0.03
-"""Largest relative difference from the given size. Of the models within this difference, the one nearest to ``ASPECT``
-is chosen."""
+"""Largest relative difference of a model's number of parameters from the given size. Of the models within this
+difference, the one whose ratio of width to layers is nearest to ``ASPECT`` is chosen."""
 TOKENS_PER_STEP = 4e6
 """Default global batch in tokens for a model of a given size, as for Llama 2 (arXiv 2307.09288, section 2.2)."""
 BATCH_MULTIPLE = 384
@@ -107,7 +107,8 @@ SHOWN = 2
 
 
 def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
-    """Return the config of a model of about ``wanted`` parameters, with the parts of the model ``family``.
+    """Return the config of a model with about ``wanted`` parameters. Its parts are those of the model ``family``; its
+    width and number of layers are chosen.
 
     Raises:
         ConfigError: no width and number of layers give about this size, or it exceeds ``MOST_PARAMETERS``.
@@ -140,8 +141,9 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
 
 
 def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> TrainConfig:
-    """Return the config with a model of the size of ``goal``, and unless ``has_batch`` with the default global
-    batch."""
+    """Return the config with a model of the size of ``goal``. The global batch stays if ``has_batch`` is True;
+    otherwise it becomes the default of about ``TOKENS_PER_STEP`` tokens. ``optim.weak_scaling`` is false in the
+    result."""
     model = sized_model(config.model, goal.parameters)
     optim = config.optim
     if not has_batch:
@@ -273,8 +275,8 @@ class GptWorkload(Workload):
         return estimated_step(config, dims, split_batch_over_nodes(config, dims, request), request)
 
     def rehearse(self, config: Any, folder: RunFolder) -> bool:
-        """Run ``gpt.rehearse`` for a run folder in another process, because this one loads no torch. Return True if the
-        rehearsal has found no fault."""
+        """Run ``gpt.rehearse`` for a run folder, in another process, because the launcher's process loads no torch.
+        Return True if the rehearsal has found no fault. The rehearsal prints its result."""
         stated = config.cluster
         gpu = stated.gpu_name if stated.gpu_name and expand(stated.gpu_name) else ""
         words = [*(sys.executable, "-m", "gpt_launch", "gpt.rehearse", "--run", str(folder.path), "--gpu", gpu)]
@@ -283,7 +285,8 @@ class GptWorkload(Workload):
         return subprocess.run(words).returncode == 0
 
     def set_ups(self, config: TrainConfig, request: PlanRequest, goal: TrainingGoal) -> list[SetUp]:
-        """Return layouts that train a model of the size of ``goal`` on the nodes of ``request``, the fastest first.
+        """Return at most ``SHOWN`` layouts that train a model of the size of ``goal`` on the nodes of ``request``, the
+        fastest first.
 
         Raises:
             ConfigError: there is no model of this size, or no layout is valid and fits into memory.
@@ -311,7 +314,8 @@ class GptWorkload(Workload):
         return RankContract(unit="tokens", max_steps=config.optim.max_steps)
 
     def code(self, config: TrainConfig) -> CodeTree:
-        """Return the files of code of a run: those of this project, with the launcher."""
+        """Return the files of code on which a run depends: the source files of this project, which include the
+        launcher."""
         return CodeTree(ROOT, source_files, has_launcher=True)
 
     def checkpoints(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
@@ -328,8 +332,8 @@ class GptWorkload(Workload):
 
 
 def saves_more_often(config: TrainConfig) -> str:
-    """Return a value of ``checkpoint.interval`` to propose for a run that needs more checkpoints: half of the present
-    interval, or a tenth of the run's steps if checkpoints are saved at the end only."""
+    """Return a value of ``checkpoint.interval``, as text, to propose for a run that needs more checkpoints. It is half
+    of the present interval. If checkpoints are saved at the end only, it is a tenth of the run's steps."""
     every = config.checkpoint.every()
     if every.minutes is not None:
         return f"{every.minutes / 2:g}min"

@@ -61,8 +61,8 @@ from launch.workload import PlanRequest, StepTime
 
 
 def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
-    """Return True if the ranks will compute on CPUs: with ``device=cpu``; and with ``device=auto``, if this machine has
-    no GPU for a local run, or if the config of the cluster names no GPUs."""
+    """Return True if the ranks will compute on CPUs. This is so with ``device=cpu``. With ``device=auto`` it is so for
+    a local run if this machine has no GPU, and for another run if the config of the cluster names no GPUs."""
     if config.device is not Device.auto:
         return config.device is Device.cpu
     if request.is_local:
@@ -71,7 +71,12 @@ def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
 
 
 def gpu_memory(request: PlanRequest) -> int | None:
-    """Return the memory of one GPU in bytes; None if the config does not state it and the kind of GPU is unknown."""
+    """Return the memory of one GPU in bytes; None if the config states neither the memory nor the name of the GPU, or
+    if the memory of the named GPU is unknown.
+
+    Raises:
+        ConfigError: the config states only a name, and it is unknown, or fits GPUs with different memory.
+    """
     cluster = request.cluster
     if cluster.gpu_memory_gib is not None:
         return int(cluster.gpu_memory_gib * GIB)
@@ -81,7 +86,12 @@ def gpu_memory(request: PlanRequest) -> int | None:
 
 def gpu_name(request: PlanRequest) -> str | None:
     """Return the whole name of the GPUs: stated by the config, found on this machine, or reported by Slurm; None if
-    unknown. If Slurm's name means several GPUs, the one with the least memory is returned; their peaks are equal."""
+    unknown. If Slurm's name means several GPUs, return the one with the least memory; the peaks of these GPUs are
+    equal.
+
+    Raises:
+        ConfigError: the config states a name without the memory, and it is unknown, or fits GPUs with different memory.
+    """
     said = known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
     told = expand(request.gpu_type) if said is None and request.gpu_type is not None else []
     return said or min(told, key=lambda name: memory_bytes(name) or 0, default=None)
@@ -91,7 +101,8 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
     """Return the hardware of the requested nodes, for estimates.
 
     Raises:
-        ConfigError: the config does not describe the nodes completely.
+        ConfigError: the config does not describe the nodes completely, or a file of measurements that it names is
+            invalid.
     """
     cluster, ranks = request.cluster, request.ranks_per_node
     rates = matmul_rates(config, request)
@@ -119,9 +130,11 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
 
 
 def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest) -> Machine:
-    """Return ``machine`` with better figures where they are known: the network bandwidth of the config, the measured
-    ``rates`` of matrix products (None if not measured), measured links, and the correction factors of ``request`` for
-    computing and communication.
+    """Return ``machine`` with better figures where they are known: the network bandwidth of the config, measured rates
+    of matrix products, and measured links. The correction factors of ``request`` for computing and communication are
+    applied at the end.
+
+    ``rates`` are the measured rates of matrix products; None if not measured.
 
     Raises:
         ConfigError: the file ``cluster.network`` is no measurement of a network.
@@ -167,15 +180,20 @@ def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | Non
 
 
 def host_memory(request: PlanRequest) -> int | None:
-    """Return the memory of a node, divided by its number of ranks, in bytes; None if unknown."""
+    """Return the host memory for each rank in bytes: the memory of a node divided by its number of ranks. For a local
+    run, the free memory of this machine is divided. None if the memory of a node is unknown."""
     if request.is_local:
         return free_memory() // request.world_size
     return None if request.cluster.mem_gb is None else int(request.cluster.mem_gb * GIB) // request.ranks_per_node
 
 
 def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> StepTime | None:
-    """Return the estimated time of a step; None for CPUs of this machine, or if the config does not describe the nodes
-    completely."""
+    """Return the estimated time of a step. Return None for a local run on CPUs, or if the config does not describe the
+    nodes completely.
+
+    Raises:
+        ConfigError: the file ``cluster.matmul_rates`` is invalid, of another device, or has no rates in this precision.
+    """
     if request.is_local and on_cpus(config, request):
         return None
     matmul_rates(config, request)  # refuses a file of another device; an incomplete description is no error here
@@ -196,7 +214,7 @@ def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: RankMemory, corpus: str) -> dict[str, str]:
-    """Return rows of the plan that the launcher prints: title -> text.
+    """Return rows of the plan that the launcher prints, on layout, model, batch, memory and data: title -> text.
 
     ``needed`` is the memory of a rank, and ``corpus`` the description of the corpus.
     """
@@ -274,8 +292,8 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
 
 
 def schedule_text(config: TrainConfig, batch: Batch, folder: RunFolder) -> str:
-    """Return text on the learning rate. If the run in ``folder`` is finished and is extended, also on the rates near
-    its former end."""
+    """Return text on the learning rate over the run. If the run in ``folder`` is finished and now gets more steps, the
+    text also has the rates near its former last step."""
     text, events = describe_schedule(config.optim), folder.read_events()
     steps = planned_steps(events)
     if steps is None or steps >= config.optim.max_steps or not is_finished(events):
@@ -286,7 +304,7 @@ def schedule_text(config: TrainConfig, batch: Batch, folder: RunFolder) -> str:
 
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
     """Return notes of the plan on the parallelism that ``parallel=auto`` has chosen, and on its alternatives: title ->
-    lines; empty without ``parallel=auto``."""
+    lines of text. The result is empty without ``parallel=auto``."""
     if not choice.why:
         return {}
     return {"chosen": (choice.why, *table([layout.as_dict() for layout in choice.best]), *choice.left_out)}
@@ -388,7 +406,8 @@ def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: Pla
 def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
     """Raise ConfigError if a run that has begun cannot continue with the number of ranks of ``request``.
 
-    Micro-batches, accumulation and shards follow from the number of ranks. Other values of the parallelism stay.
+    Micro-batches, accumulation and shards follow from the number of ranks. The degrees of parallelism in the config
+    stay.
     """
     if config.optim.weak_scaling:
         raise ConfigError(
@@ -450,8 +469,8 @@ def refuse_too_little_memory(config: TrainConfig, needed: RankMemory, request: P
 
 
 def smaller(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> Iterator[str]:
-    """Yield overrides, as text, with which the run needs less memory: first those that cost the least speed. ``needed``
-    is the memory of a rank."""
+    """Yield overrides, as text, each of which makes the run need less memory. Those that cost the least speed come
+    first. The last one may be the text ``more nodes``. ``needed`` is the memory of a rank."""
     if config.checkpoint.in_memory and on_cpus(config, request):
         yield "checkpoint.memory_interval=0"
     known = find(gpu_name(request) or "")
@@ -473,8 +492,8 @@ def smaller(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> It
 
 
 def refuse_too_little_host(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
-    """Raise ConfigError if the ranks need more host memory than their node has, as far as that is known: for offload
-    and for checkpoints. ``needed`` is the memory of a rank."""
+    """Raise ConfigError if the ranks need more host memory for offload and checkpoints than their node has. Do nothing
+    if the memory of the node is unknown. ``needed`` is the memory of a rank."""
     have, staging = host_memory(request), staging_bytes(config, request.world_size)
     held = in_memory_bytes(config, request.world_size, request.nodes)
     computing = needed.total if on_cpus(config, request) and held else 0  # on GPUs this is not in host memory
