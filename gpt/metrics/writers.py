@@ -290,8 +290,8 @@ LAYER_NORM = "grad_norm/"
 
 
 class StepsCsv:
-    """Writer of ``steps.csv``, one row a step. Its first rows are those of the ``earlier`` records; ``layers`` are the
-    names of the layers with gradient norms."""
+    """Writer of ``steps.csv``, one row for each step. The first rows are those of ``earlier``, the records of earlier
+    attempts. ``layers`` are the names of the layers with gradient norms."""
 
     def __init__(self, path: Path, layers: Sequence[str], earlier: Iterable[dict[str, Any]]) -> None:
         left_out = ("samples", LAYERS, TOLD_ONCE, "tasks")
@@ -425,7 +425,8 @@ class MetricWriters:
     def write(self, record: StepRecord) -> None:
         """Add the utilization to a record, and write it into the file of this rank.
 
-        It is also written into the views: at once after an evaluation, else within about ``SHOWN_S`` seconds.
+        On rank 0 also write the record into the views: at once if the step has an evaluation, otherwise within about
+        ``SHOWN_S`` seconds.
         """
         self._record(record)
         if self._lost is not None and record.step > self._lost["step"]:

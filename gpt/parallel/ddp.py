@@ -262,8 +262,8 @@ class DDPEngine(TorchEngine):
         return clip_replica(self._parameters, self.config.optim.grad_clip, self.world, figures_N, meanwhile)
 
     def _run_backward(self, loss: Tensor, last: bool) -> None:
-        """Run the backward pass. In the ``last`` one of a step, record the time that DDP waits after all gradients are
-        computed.
+        """Run the backward pass. If ``last`` is True, it is the last backward pass of a step: then record the time for
+        which DDP waits after all gradients are computed.
 
         Autograd runs its callbacks in the order in which they were queued. The callback of this method is queued when
         the backward pass begins, so it runs before the callback in which DDP waits.

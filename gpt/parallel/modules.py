@@ -366,7 +366,8 @@ def shard_key(name: str, parameter: Tensor) -> str:
 def find_odd(groups: Sequence[Ranks], sums_RG: Sequence[Sequence[int]]) -> Drift | None:
     """Return the ranks whose checksums differ from those of other ranks with the same shards; None if there are none.
 
-    If a majority of a group has equal checksums, the other ranks of the group are returned; otherwise all its ranks.
+    In a group whose checksums are not all equal, the ranks outside of the majority with equal checksums are returned.
+    Without such a majority, all ranks of the group are returned.
 
     Args:
         groups: for each group, the ranks that have the same shards.

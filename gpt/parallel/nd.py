@@ -122,7 +122,7 @@ def record_fsdp_waits(module: nn.Module) -> None:
 
 
 def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
-    """Make each group of FSDP modules start the all-gather of the next group before its own forward pass.
+    """Make each group of FSDP modules, before its own forward pass, start the all-gather of the next group.
 
     ``groups`` are in the order of the forward pass. Without this call the host starts all-gathers early only if it runs
     ahead of the device. A host that waits for the device inside a block does not run ahead.

@@ -40,8 +40,8 @@ class AdamW(torch.optim.AdamW):
 
 
 def sharded_alike(p: Tensor, grad: Tensor) -> Tensor:
-    """Return the gradient of ``p`` with the placements of ``p``. If it is a partial sum, it is reduced over the
-    ranks."""
+    """Return the gradient ``grad`` of ``p`` with the placements of ``p``. If ``grad`` is a partial sum, reduce it over
+    the ranks."""
     if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
         return grad.redistribute(placements=p.placements)
     return grad

@@ -255,7 +255,7 @@ class PipelineEngine(NDEngine):
         """Return an uninitialized tensor like those that stages send to each other: (B, T, D) for ``sequences``
         sequences, with this rank's part of T.
 
-        Its dtype is fp32, as that of the residual stream under autocast; with FSDP it is the dtype of the computation.
+        The dtype is that of the residual stream: fp32 under autocast, or with FSDP the dtype of the computation.
         """
         parallel, model = self.config.parallel, self.config.model
         time = model.block_size // parallel.cp // (parallel.tp if parallel.sequence_parallel else 1)

@@ -116,8 +116,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Return the loss, () fp32, on every rank.
 
-        The first ``tokens`` columns of this rank are those of the tokens from ``first`` on; its other columns are
-        padding.
+        The first ``tokens`` columns of ``logits_NV`` belong to the tokens with the ids ``first``, ``first`` + 1, and so
+        on. The other columns of this rank are padding.
         """
         here_N = (targets_N >= first) & (targets_N < first + tokens)
         column_N = (targets_N - first).masked_fill(~here_N, 0)
@@ -333,8 +333,8 @@ class ShardedMixture(PlacedStyle):
 
 
 def reduce_partial_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
-    """All-reduce those gradients of a module that are partial sums, over ``mesh``, in place. Call this after the last
-    micro-batch; not needed with FSDP, which reduces them."""
+    """All-reduce over ``mesh``, in place, those gradients of a module that are partial sums. Call this function after
+    the last micro-batch. With FSDP the call is not needed, because FSDP reduces these gradients."""
     parts = []
     for parameter in module.parameters():
         grad = parameter.grad

@@ -444,8 +444,8 @@ class ZeroPipelineEngine(ZeroEngine):
         PipelineEngine._exec_forward_pass(ds, buffer_id)
 
     def _criterion(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the loss that DeepSpeed differentiates. It is multiplied by the number of micro-batches, because
-        DeepSpeed divides it by this number."""
+        """Return the loss of a micro-batch that DeepSpeed differentiates. The loss is multiplied by the number of
+        micro-batches, because DeepSpeed divides it by this number afterwards."""
         loss = cross_entropy(logits_BTV[: self._rows], targets_BT[: self._rows], self.config.model.vocab_size)
         self._loss_sum += loss.detach()
         return loss * (self.scale * self.batch.accumulation)

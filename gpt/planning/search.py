@@ -109,10 +109,12 @@ def parallel_configs(
 def torch_configs(
     base: ParallelConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
-    """Yield ``base`` with every pipeline schedule and every strategy of torch (ddp, zero1, fsdp, hsdp).
+    """Yield ``base`` with every pipeline schedule and every strategy of torch (ddp, zero1, fsdp, hsdp) that is possible
+    with the other keys.
 
     The degrees tp, cp, pp and ep stay those of ``base``; ``schedule``, ``dp_shard`` and ``reshard_after_forward`` stay
-    if they are in ``fixed``. With ``offload``, all configs use CPU offload.
+    if they are in ``fixed``. If ``offload`` is True or ``base`` uses CPU offload, all configs use it, and the
+    strategies are fsdp and hsdp only.
     """
     schedules = SCHEDULES if base.pp > 1 and "schedule" not in fixed else (base.schedule,)
     data_ranks = world_size // (base.tp * base.cp * base.pp)
@@ -160,7 +162,8 @@ class LayoutSearch:
     """Keys of ``parallel`` on the command line, which keep the values of ``config``."""
 
     def results(self) -> Iterator[SearchResult]:
-        """Yield the result of the search without CPU offload, then with it."""
+        """Yield the result of the search without CPU offload, and then that with CPU offload if ``offloads`` has
+        True."""
         for offload in self.offloads:
             found = list(self.layouts(offload))
             fitting = tuple(one for one in found if self.fits(one))

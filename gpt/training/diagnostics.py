@@ -71,8 +71,8 @@ def length(intervals: Sequence[Interval]) -> float:
 
 
 def activities(on_gpus: bool) -> list[ProfilerActivity]:
-    """Return the activities that torch's profiler shall record: those of the host, and if the run is ``on_gpus`` also
-    those of the GPU."""
+    """Return the activities that torch's profiler shall record: those of the host. If the run is on GPUs (``on_gpus``),
+    those of the GPU are recorded, too."""
     return [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpus else [ProfilerActivity.CPU]
 
 
@@ -224,8 +224,8 @@ class Gradients:
     def sums(self, parts: Iterable[tuple[str, Tensor, float]]) -> Tensor:
         """Return sums over the gradients of this rank, (N + 1,) float64, for N layers.
 
-        The first N numbers are the sums of the squares of each layer, and the last one is the sum of all elements. The
-        sum of these tensors over all ranks is that of the whole model.
+        The first N numbers are the sums of the squares of each layer, and the last one is the sum of all elements.
+        Summed over all ranks, these tensors have the sums of the whole model.
 
         Args:
             parts: for each gradient the name of its parameter, this rank's shard, and 1 / (number of ranks that have

@@ -247,8 +247,8 @@ CUBLAS = ":4096:8"
 
 
 def fix_hash_seed(config: TrainConfig) -> None:
-    """With ``deterministic``, execute this process again with PYTHONHASHSEED set, unless it is set. Python reads the
-    variable only at its start.
+    """If ``deterministic`` is true and the environment variable PYTHONHASHSEED is not set, set it, and execute this
+    process again. Python reads the variable only at its start.
 
     No code of this project depends on the order of sets of strings, but a user's class may. The launcher sets the
     variable for its ranks.

@@ -40,8 +40,8 @@ class LossWindow:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def into(self, record: StepRecord) -> None:
-        """Add the loss of a step, unless it is not finite. Put the variance of the last ``WINDOW`` losses into its
-        record."""
+        """Add the loss of the step of ``record``, unless the loss is not finite. Put the variance of the last
+        ``WINDOW`` losses into ``record``."""
         if record.loss is not None:
             self._losses.append(record.loss)
         if len(self._losses) == WINDOW:
@@ -72,8 +72,8 @@ class BadSteps:
 
 
 SPIKE_WINDOW = 100
-"""Number of previous steps with whose losses a loss is compared to find a spike. While an attempt has fewer previous
-losses, no loss counts as a spike."""
+"""Number of previous steps with whose losses a loss is compared to find a spike. While fewer losses are known, no loss
+counts as a spike."""
 MAX_ROLLBACKS = 2
 """Largest number of roll-backs without a newer checkpoint. Then the run fails, and the launcher does not restart it."""
 
@@ -86,7 +86,8 @@ class DivergenceGuard:
         self.skipped = 0
         """Number of steps of the run in which no weights were updated."""
         self.rollbacks = 0
-        """Number of consecutive roll-backs: a checkpoint of a later step than the bad ones sets it to 0."""
+        """Number of consecutive roll-backs. The save of a checkpoint after the bad steps of the last roll-back sets it
+        to 0."""
         self._failed_at = 0
         """Last bad step of the last roll-back; 0 before the first."""
         self._bad: list[int] = []
@@ -94,7 +95,7 @@ class DivergenceGuard:
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def judge(self, record: StepRecord) -> BadSteps | None:
-        """Check the record of a step, and put the number of skipped steps into it.
+        """Check the record of a step. Put into the record the number of steps that the run has skipped so far.
 
         Returns:
             The steps because of which the run has to roll back; None if it need not.

@@ -445,8 +445,8 @@ def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
 
 
 def refuse_too_little_memory(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
-    """Raise ConfigError if the ranks need more memory than a GPU, or than this machine if they compute on its CPUs.
-    ``needed`` is the memory of a rank."""
+    """Raise ConfigError if a rank needs more memory than its GPU has, or if ranks on CPUs together need more memory
+    than this machine has. ``needed`` is the memory of a rank."""
     if on_cpus(config, request) and request.is_local:
         have, ranks, where = free_memory(), request.world_size, "free on this machine"
         wanted = needed.total + needed.host + staging_bytes(config, request.world_size)
