@@ -74,9 +74,10 @@ class CommandFailedError(RuntimeError):
 
 
 def refusing(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate the ``main`` of a command: a ConfigError is printed on standard error and gives exit status 2.
+    """Decorate the ``main`` of a command: print its errors on standard error, and return an exit status.
 
-    The same is done for a file that cannot be read or written. A CommandFailedError gives its own exit status.
+    The status is 2 for a ConfigError, and for a file that cannot be read or written. A CommandFailedError has its own
+    status. Other exceptions are not caught.
     """
 
     @functools.wraps(main)
@@ -194,7 +195,10 @@ def key(
 
 
 def range_text(metadata: Any) -> str:
-    """Return the range in a key's metadata as text; "" if every number is valid."""
+    """Return the range of a key as text, such as ``1 to 8``; "" if every number is valid.
+
+    ``metadata`` is that of a dataclass field that ``key`` made.
+    """
     least, above, most = (metadata.get(name) for name in ("least", "above", "most"))
     if above is not None:
         return f"above {above:g}" if most is None else f"above {above:g}, at most {most:g}"

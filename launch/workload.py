@@ -368,10 +368,10 @@ MAX_FILES = 5000
 
 
 def code_files(root: Path, script: str | None = None) -> Iterator[tuple[str, Path]]:
-    """Yield (name relative to ``root``, path) of the files of a program's folder, in order.
+    """Yield (name relative to ``root``, path) for each file of a program's folder ``root``, in the order of the names.
 
-    A checkout gives the files that git tracks and code that git does not ignore. A copy of the code gives all files.
-    Another folder gives all code, or only ``script`` if the folder has too many files.
+    In a git checkout, these are the files that git tracks, and code files that git does not ignore. In a copy of the
+    code, all files. In another folder, all code files, or only ``script`` if there are more than ``MAX_FILES``.
     """
     if (root / ORIGIN).is_file():
         # A program that runs from the copy leaves compiled files in it.

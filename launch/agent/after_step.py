@@ -1,11 +1,11 @@
-"""Requeue from the batch script after srun has failed: a run that a fault interrupted is requeued.
+"""Requeue a run that a fault interrupted. The batch script calls this module after srun has failed.
 
     python -m launch.agent.after_step STATUS RUN_DIR              STATUS: the exit status of srun
     python -m launch.agent.after_step STATUS FOLDER --submitit    FOLDER: submitit's folder with the job's pickle
 
 Slurm ends a step with its agents if a node reboots before Slurm has declared it DOWN ("io error and missing step").
-srun itself can also be killed; the agents then continue. This module distinguishes both cases from an end that the
-agents have decided. The module does not import torch.
+srun itself can also be killed; the agents then continue. If the agents have decided on the end, this module requeues
+nothing. The module does not import torch.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def wait_for_agents(context: RunContext) -> None:
 
 
 def is_alive(context: RunContext, last: dict[str, Any], events: Sequence[dict[str, Any]]) -> bool:
-    """Return whether the agent of the head node still runs.
+    """Return whether the agent of the newest head node still runs.
 
     The first head node of a job is this host, so this function looks for the process of the agent. A later head node is
     another host. Its agent counts as ended after ``resilience.rendezvous_timeout_s`` without a heartbeat.

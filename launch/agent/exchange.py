@@ -269,7 +269,10 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     begun: int = -1
     """Number of ``round``; -1 if none has begun."""
     round: RendezvousRound | None = None
-    """Newest round that has begun. It names all members, so it has its own key, which each agent reads once a round."""
+    """Newest round that has begun; None if none has.
+
+    A round names all its members and is long. So the store has it under a key of its own, which each agent reads once.
+    """
     again: int = -1
     """Newest round after which the ranks start again in a next round; -1 if none."""
     over: bool = False
@@ -494,7 +497,7 @@ class Agreement:
     def turn(self, received: Mapping[int, Message]) -> dict[str, Any]:
         """Advance the agreements on stops and saves as far as the received messages allow.
 
-        Returns the fields that change in the next message of this agent.
+        Returns the values of ``agreement``, ``reports`` and ``tickets`` for the next message of this agent.
 
         Args:
             received: index of a node -> newest message of its agent, as in ``Heartbeat.received``.
@@ -524,9 +527,9 @@ class Agreement:
         return max([own, *(file.wants(request) for file in self._ranks)])
 
     def _decide(self, request: Request, reports: Sequence[RequestState]) -> Ticket:
-        """Return the ticket for ``request`` after the next step of its agreement. Only the head node calls this method.
+        """Return the new ticket for ``request``, or the present one if nothing follows from ``reports``.
 
-        ``reports`` has the newest report of each node.
+        Only the head node calls this method. ``reports`` has the newest report of each node that has sent one.
         """
         ticket, all_there = self._tickets[request], len(reports) == len(self._members)
         if ticket.number > ticket.at:

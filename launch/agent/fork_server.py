@@ -162,9 +162,14 @@ class ForkServer:
         return None if pid is None else ForkedProcess(args, pid)
 
     def _receive(self, start: Start | None = None) -> int | None:
-        """Return the process id of the server, or with ``start``, of the rank that the server forks.
+        """Wait for the next answer of the server, and return the process id in the answer.
 
-        If the server reports an error, or is gone, end the server and return None.
+        With ``start``, send this request first; the answer then has the id of the forked rank. Without a request, the
+        answer has the id of the server, once its imports are done. If the server reports an error, or is gone, end the
+        server and return None.
+
+        Raises:
+            InterruptedError: a stop was requested meanwhile.
         """
         try:
             if start is not None:

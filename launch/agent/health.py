@@ -440,7 +440,9 @@ Sample: TypeAlias = tuple[float, Mapping[str, Mapping[str, float]]]
 
 
 def gpus_of_run(there: Sequence[str], visible: Sequence[Gpu], ranks: int, is_slurm: bool) -> list[str]:
-    """Return the PCI addresses of the GPUs to sample; empty if other jobs may use some of these GPUs.
+    """Return the PCI addresses of the GPUs to sample.
+
+    Empty if other jobs may use some of these GPUs, or if the run has slices of GPUs (MIG).
 
     Args:
         there: PCI addresses of the GPUs that this process may open.

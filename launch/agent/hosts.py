@@ -51,6 +51,9 @@ def run_step(run_dir: str, job: str, shares: bool) -> None:
         run_dir: folder of the run.
         job: id of the job.
         shares: True to share CPUs and GPUs with other steps; False to wait until no other step uses them.
+
+    Raises:
+        SystemExit: srun left with another exit status than 0.
     """
     config = read_point(RunFolder(run_dir))
     name = f"launch-{os.getpid()}"

@@ -255,6 +255,9 @@ class Node:
         """Read the identity of this process from the environment of Slurm or of submitit's local executor.
 
         In any other environment, the process is the only node of a job.
+
+        Raises:
+            SlurmError: scontrol did not return the names of the nodes.
         """
         env = os.environ
         if env.get("SUBMITIT_EXECUTOR") == "local":
@@ -273,7 +276,10 @@ class Node:
         return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
 
     def own_address(self) -> str:
-        """Return the address at which the other nodes of the job reach this node."""
+        """Return the address at which the other nodes of the job reach this node.
+
+        The loopback address if no other host is in the job.
+        """
         peer = next((host for host in self.hosts if host != self.host), None)
         return LOOPBACK if peer is None else address_towards(peer)
 
@@ -319,9 +325,9 @@ def newest_term(folder: RunFolder, job: str) -> Term | None:
 
 
 def claim_term(folder: RunFolder, job: str, term: Term) -> bool:
-    """Write the file of ``term`` into the run folder. Returns False if another node has already written that term.
+    """Write the file of ``term`` into the run folder. Returns whether this node has begun the term.
 
-    Waits while the filesystem is full.
+    False means that another node has already written a term of this number. Waits while the filesystem is full.
     """
     file = _file(folder, job, term.number)
     own = file.with_name(f".{file.name}.{term.head}")

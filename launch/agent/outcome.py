@@ -198,7 +198,8 @@ def submit_next_job(context: RunContext) -> None:
     """With ``resilience.requeue=chain``, submit the next job, which continues the run when this job has ended.
 
     The next job starts however this job ends. If Slurm does not accept the next job, the event log says why, and this
-    job continues. Does nothing for a program that cannot resume.
+    job continues. After several next jobs in which the ranks did not start, no further one is submitted. Does nothing
+    for a program that cannot resume.
     """
     node, config, events = context.node, context.config, context.events()
     is_chain = node.is_slurm and config.resilience.requeue == CHAIN and can_resume(config)
@@ -302,6 +303,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
 
     Raises:
         RunFailedError: the run ends without being finished, and no user requested that.
+        AlreadyDecidedError: another agent has recorded the end of the attempt, or is the head node now.
     """
     refuse_replaced(context)
     refuse_decided(context, rdzv.attempt)
@@ -361,7 +363,8 @@ def apply_decision(
         step_has_ended: True if Slurm's step with the agents has ended.
 
     Raises:
-        RunFailedError: the run ends unfinished without a request, or another agent has decided.
+        RunFailedError: the run ends unfinished, and neither a user nor the budget requested that.
+        AlreadyDecidedError: another agent has recorded the end of the attempt.
     """
     refuse_decided(context, attempt)
     signal = (context.stop.name or None) if isinstance(context, AgentContext) else None
@@ -415,7 +418,7 @@ def record_decision(context: RunContext, attempt: int | None, cause: Cause, deci
 
 
 def refuse_decided(context: RunContext, attempt: int | None) -> None:
-    """Raise AlreadyDecidedError if an agent that lost contact with this agent has recorded the attempt's end."""
+    """Raise AlreadyDecidedError if another agent, which lost contact with this one, has recorded the attempt's end."""
     for end in attempt_ends(context.events()):
         if end.get("job") == context.node.job and end["attempt"] == attempt:
             name = "this start of the job" if attempt is None else f"attempt {attempt}"
@@ -548,6 +551,9 @@ def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[in
     """Return the number of the attempt without a recorded end, and the cause of that end.
 
     The number is None if no ranks had started.
+
+    Raises:
+        RunFailedError: Slurm's controller did not tell the cause of a stop.
     """
     attempt = ([None, *open_attempts(events)])[-1]
     if attempt is not None and select_events(events, "finished", attempt=attempt):

@@ -165,8 +165,8 @@ def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float) -> 
 def attempt_ends(events: Events) -> list[dict[str, Any]]:
     """Return the first event ``attempt_ended`` of each attempt, oldest first.
 
-    A node that had lost its connection can record a second end of an attempt, after the node that took over. A start of
-    the job without an attempt also has one end.
+    An attempt can have a second end, by a head node that had lost its connection while another node took over. A start
+    of the job that ended before its first attempt also has one end, without a number.
     """
     ends: dict[object, dict[str, Any]] = {}
     for number, event in enumerate(events):
@@ -184,7 +184,7 @@ def open_attempts(events: Events) -> list[int]:
 
 
 def attempts_without_progress(events: Events) -> int:
-    """Return how many of the last attempts, one after another, ended without a newer checkpoint than they started from.
+    """Return the number of attempts since the last one that saved a newer checkpoint than the one it started from.
 
     Checkpoints in memory count as checkpoints. Returns 0 if the run has never reported a checkpoint, since its progress
     is then unknown. Attempts that were interrupted from outside before their first step are not counted.
@@ -209,10 +209,12 @@ def attempts_without_progress(events: Events) -> int:
 def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: float) -> Cause:
     """Return the cause of a stop signal: preempted, timed_out, cancelled, or node_failed for a failed batch script.
 
-    Slurm sends the same signals for all causes. While the job runs, the signal announces the end. When the job
-    completes, Slurm 22.05 shows the cause: a requeue raises the count of restarts, a time limit uses up the time, a
-    failed batch script leaves a reason. Every other end counts as a cancel, so that a cancelled job does not start
-    again.
+    Slurm sends the same signals for all causes, so the cause follows from the state of the job.
+
+    If the job still runs, the signal is a warning: before the time limit, or of a preemption. If the job completes, the
+    state shows the cause (seen with Slurm 22.05). A requeue raises the number of restarts. A time limit uses up the
+    time. A failed batch script leaves a reason. Every other end counts as a cancel, so that a cancelled job does not
+    start again.
 
     Args:
         job: state of the job, as Slurm's controller reports it.

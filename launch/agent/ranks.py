@@ -188,7 +188,7 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
         rdzv: members of this start and their store.
 
     Returns:
-        None if all ranks of this node left without a failure, else the failure as text.
+        The failure as text, of this node or of another node; None without a failure.
     """
     config, group = context.config, context.group
     workload = workload_of(config)
@@ -307,7 +307,7 @@ class RankAgent:
         self.is_given_up = False
         """True if waiting for other nodes is useless: a node has failed or is lost, or the grace period is over."""
         self.asks_for_requeue = False
-        """True if ranks have left with the exit status that requests a requeue of the job, after they had saved."""
+        """True if ranks have left with the exit status that requests a requeue of the job, and none has failed."""
 
     def _make_engine(self) -> Engine:
         attempt, command, variables = self._attempt, self._attempt.command, {}
@@ -338,6 +338,8 @@ class RankAgent:
 
     def run(self) -> Mapping[int, int]:
         """Start the ranks, and wait until the ranks of all nodes have left.
+
+        If ranks of this node have failed, the method does not wait for those of other nodes.
 
         Returns:
             Rank -> exit status, negative for a signal, of this node's ranks that have failed; empty if none has.

@@ -218,9 +218,10 @@ class Watch:
         """Reason for which this agent ended its ranks; None if the agent did not end them."""
 
     def poll(self, agent: RankAgent) -> None:
-        """Stop the ranks on request. Kill the ranks if they outlast the grace period or hang.
+        """Check all conditions once, and stop or kill the ranks of this node if necessary.
 
-        Kill them also if another node is lost, or if its ranks have failed.
+        On request, the ranks get the signal to save and leave. They are killed if they outlast the grace period or
+        hang, if another node is lost, or if ranks of another node have failed.
         """
         stop, group, number = self._attempt.stop, self._attempt.group, self._attempt.rdzv.number
         stop.interruptible = False
@@ -310,7 +311,8 @@ class Watch:
     def find_lost(self) -> str | None:
         """Return a text that names a lost node; None if no node is lost.
 
-        The head node checks all members of the round and records lost nodes. Other nodes check only the head node.
+        The head node checks all members of the round and records lost nodes. If another node has replaced the head node
+        meanwhile, the text says so. Other nodes check only the head node.
         """
         attempt = self._attempt
         if not attempt.node.is_head:
@@ -338,9 +340,8 @@ Hydra leaves this frame out, and names the variable HYDRA_FULL_ERROR instead.
 UNCAUGHT = re.compile(r"((?:^\[rank\d+\]:(?: .*)?\n?)+)\s*(?:\Z|^terminate called)", re.MULTILINE)
 """Pattern of the traceback with which torch ends the log of a rank that leaves.
 
-Only lines of such a traceback begin with ``[rank0]:`` and so on.
-
-The process may abort afterwards, while threads still run, or be killed before it has left.
+Only lines of such a traceback begin with ``[rank0]:`` and so on. The message of C++ about an abort may follow, because
+threads may still run when the process leaves.
 """
 
 

@@ -103,7 +103,7 @@ def refuse_other_workload(overrides: Sequence[str], workload: Workload) -> None:
 
 
 def typed_form(override: str) -> str:
-    """Return an override as it was typed, without the plus signs that ``prepare_overrides`` added."""
+    """Return an override without the two plus signs before its key, which ``prepare_overrides`` may have added."""
     return override.removeprefix("++")
 
 

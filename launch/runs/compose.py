@@ -329,11 +329,12 @@ def choose_folder(
 
 
 def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude: Sequence[str]) -> RunFolder | None:
-    """Return the run in the same parent folder whose overrides differ only in the keys ``exclude``; None if there is
-    none.
+    """Return the run in the parent folder of ``folder`` whose overrides differ only in the keys ``exclude``.
+
+    If the run has several folders (``<point>~2``), return the newest. None if there is no such run.
 
     Raises:
-        ConfigError: there are several such runs.
+        ConfigError: there are several such runs, or a file of overrides is damaged.
     """
     exclude = (*exclude, *NOT_IN_POINT)  # a rank also searches, and its command has no keys of the launcher
     wanted = point_keys(overrides, exclude)

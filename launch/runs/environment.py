@@ -31,7 +31,7 @@ DRIVER = Path("/proc/driver/nvidia")
 
 
 def describe_rank(rank: int, local_rank: int, node: int) -> dict[str, Any]:
-    """Return the host, CPUs and device of a rank, for ``environment.json``.
+    """Return the host, CPUs, device and number of OpenMP threads of a rank, for ``environment.json``.
 
     The agent calls this function, on the node of the rank, for programs that do not write the entry. The device is the
     visible GPU with index ``local_rank``, or the CPU if no GPU is visible. ``device_uuid`` is absent if the GPU is not
@@ -255,10 +255,10 @@ def describe_environment(environment: Mapping[str, str] = os.environ) -> dict[st
 
 
 def raise_open_files() -> int:
-    """Raise the soft limit of open files of this process to its hard limit; return the new limit. Children inherit the
-    limit.
+    """Raise the soft limit of open files of this process, and return the limit. Children inherit the limit.
 
-    Each connection, data file and log of a rank is an open file, and the usual soft limit is 1,024.
+    The new limit is the hard limit, at most ``MOST_FILES``. A higher soft limit stays. Each connection, data file and
+    log of a rank is an open file, and the usual soft limit is 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = reachable_files(hard)
@@ -269,9 +269,9 @@ def raise_open_files() -> int:
 
 
 def reachable_files(hard: int) -> int:
-    """Return the number of open files to which a process can raise its soft limit.
+    """Return the number of open files to which a process raises its soft limit: ``hard``, at most ``MOST_FILES``.
 
-    ``hard`` is its hard limit; -1: none.
+    ``hard`` is the hard limit of the process; -1 if it has none.
     """
     return MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
 
@@ -306,8 +306,10 @@ def source_files(root: Path) -> Iterator[tuple[str, Path]]:
 def describe_code(
     root: Path = ROOT, files_of: Callable[[Path], Iterable[tuple[str, Path]]] = source_files
 ) -> dict[str, Any]:
-    """Return the folder (``root``), a digest of all files (``sha256``) and the digest of each file (``files``) of the
-    code.
+    """Return a description of the code: its folder and the digests of its files.
+
+    The keys are ``root``, the folder; ``is_snapshot``, True for a copy of the code; ``sha256``, a digest of all files;
+    and ``files``, name -> digest of the file.
 
     Args:
         root: folder of the code, or of a copy.

@@ -88,7 +88,8 @@ class EventWriter:
     Args:
         folder: folder of the file, which TensorBoard shows as a run.
         purge_step: first step of a run that resumes. TensorBoard drops the points of earlier files from this step on,
-            because the steps were lost in a crash and are made again. None drops all points of earlier files.
+            because the steps were lost in a crash and are made again. With None, TensorBoard drops all points of
+            earlier files.
         suffix: end of the file's name.
     """
 

@@ -147,7 +147,7 @@ def straggling_ranks(events: Events) -> list[dict[str, Any]]:
 
 
 def uncopied_text(events: Events) -> str | None:
-    """Return a text on since when, and why, no checkpoint could be copied to ``checkpoint.copy_to``.
+    """Return a text that says since when, and why, no checkpoint could be copied to ``checkpoint.copy_to``.
 
     None if the last copy succeeded, or if nothing was copied.
     """
@@ -155,7 +155,7 @@ def uncopied_text(events: Events) -> str | None:
 
 
 def unsaved_text(events: Events) -> str | None:
-    """Return a text on since when, and why, no checkpoint could be written; None if the last save succeeded."""
+    """Return a text that says since when, and why, no checkpoint could be written; None if the last save succeeded."""
     return _failing_text(events, "no checkpoint could be written", failure="save_failed", success="saved")
 
 
@@ -204,10 +204,10 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
 
 
 def failure_kind(cause: str, trace: str) -> str:
-    """Return a key for the kind of a failure: of failures with equal keys, one traceback is enough.
+    """Return a key for the kind of a failure. Of failures with equal keys, one traceback is enough.
 
-    Such failures have the same source lines, and are all echoes (of ranks that only lost another rank) or have the same
-    type of exception. The messages of the exceptions are left out, since they may name the rank.
+    Failures with equal keys have the same source lines. All of them are echoes, or all have the same type of exception.
+    The key does not depend on the messages of the exceptions, since they may name the rank.
     """
     places = re.findall(r'File "[^"]*", line \d+', trace)
     return "\n".join(["echo" if ECHO.search(cause) else cause.partition(":")[0], *places])

@@ -44,7 +44,7 @@ MEASURING_KEYS = tuple(
 
 
 def tells_apart(override: str) -> bool:
-    """Return whether an override can distinguish runs. Overrides on how runs are submitted or watched cannot."""
+    """Return whether an override can distinguish runs; False if it only sets how runs are submitted or watched."""
     # The file with the call of a function has another name for each point; call.args has the arguments.
     return not is_within(typed_key(override), (*NOT_IN_POINT, *MEASURING_KEYS, "call.file"))
 
@@ -286,7 +286,8 @@ def labels_inside(groups: Iterable[Path]) -> dict[Path, str]:
 def runs_labelled(path: Path) -> list[Path]:
     """Return a list with the one run that ``path`` names as FOLDER/LABEL; empty if there is none.
 
-    A run has one label among all runs of its folder, and one label in each of its sweeps. Each of them is accepted.
+    A run has one label among all runs of its parent folder, and one label in each sweep that contains the run. Each of
+    these labels is accepted.
 
     Raises:
         ConfigError: several runs have this label.
@@ -352,8 +353,8 @@ def print_table(
         rows: cells of each row.
         left: titles of columns that are aligned left, and whose cells a terminal may wrap. A wrapped number is
             unreadable, so the other columns are aligned right and are not wrapped.
-        optional: columns that are hidden if the terminal is too narrow, first to be hidden first. Each text hides all
-            columns whose title ends with the text.
+        optional: ends of titles. If the terminal is too narrow, the columns whose titles have the first of these ends
+            are hidden, then those with the next, until the table fits.
         styles: style of each row.
 
     Returns:

@@ -108,9 +108,8 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 def append_whole(descriptor: int, data: bytes) -> None:
     """Append all of ``data`` to an open file to which no other process writes now.
 
-    Append nothing if a full disk takes only a part.
-
-    A part that stayed in the file would be written a second time later, and its lines would count twice.
+    If a full disk takes only a part of ``data``, remove the part again. Otherwise a later call would write the lines of
+    the part a second time.
 
     Raises:
         OSError: ``data`` cannot be written.

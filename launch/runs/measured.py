@@ -312,7 +312,7 @@ FIRST_S, SAMPLE_S = 1.0, 10.0
 WASTED = 0.5
 """If a job used a smaller share than this of what it requested from Slurm, a smaller request is proposed."""
 ROOM = 1.25
-"""Factor from the memory, CPUs or time that a job used to the request to Slurm that is proposed."""
+"""Factor by which a proposed request to Slurm is larger than the memory, CPUs or time that the job used."""
 GIB = 2**30
 
 

@@ -250,9 +250,9 @@ class HeartbeatFile:
         return self._requests[request][WANTS]
 
     def set_hold(self, request: Request, ticket: int) -> None:
-        """Make the rank wait at its next poll for ``request``, until ``set_at`` has set a poll number.
+        """Make the rank wait at its next poll for ``request``, until ``set_at`` has set a poll of at least ``ticket``.
 
-        The rank waits until this number is at least ``ticket``, the number of the head node's ticket.
+        ``ticket`` is the number of the head node's ticket.
         """
         self._requests[request][HOLD] = ticket
 

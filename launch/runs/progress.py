@@ -359,7 +359,10 @@ class NewLines:
         """Time of the last write to the file, Unix time."""
 
     def read(self) -> list[bytes] | None:
-        """Return the lines that end in the next ``LOOK_BYTES`` bytes; None at the end of the file."""
+        """Return the lines that end in the next ``LOOK_BYTES`` bytes; empty if no line ends there.
+
+        None if the file has no further bytes, or does not exist.
+        """
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())

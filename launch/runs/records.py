@@ -277,7 +277,8 @@ def throughput(record: Mapping[str, Any]) -> tuple[float, str] | None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of a rank in the order of steps.
 
-    A step that was lost in a crash and made again has two lines. Only the line of the later attempt is returned.
+    A step that was lost in a crash and made again has two lines. Only the line of the later attempt is returned. Of
+    several lines of one attempt, the last is returned. Empty if the file ``path`` does not exist.
     """
     latest: dict[int, dict[str, Any]] = {}
     for record in read_json_lines(path):
@@ -294,7 +295,10 @@ def is_record(value: Mapping[str, Any]) -> bool:
 
 
 def recent_records(path: Path) -> list[dict[str, Any]]:
-    """Return the last step records of a rank, at most ``RECENT``, without reading the whole file."""
+    """Return the last step records of a rank, at most ``RECENT``, without reading the whole file ``path``.
+
+    Empty if the file does not exist.
+    """
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -114,7 +114,10 @@ def mismatched(facts: AttemptFacts) -> RankFacts | None:
 
 
 def all_wait(facts: AttemptFacts) -> RankFacts | None:
-    """Return the first waiting rank if all ranks wait in a collective, or lost their connections in it; else None."""
+    """Return the first waiting rank if all ranks of a run wait in collectives, or lost their connections there.
+
+    None if a rank is outside of collectives, or if the run has one rank.
+    """
     size = max([event.get("world_size", 0) for event in select_events(facts.events, "started")], default=0)
     return facts.waiting[0] if 1 < size == len(facts.waiting) and not facts.others else None
 

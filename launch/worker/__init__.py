@@ -127,7 +127,7 @@ def run_of_environment(environment: Mapping[str, str]) -> Run:
 def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
     """Write heartbeats as long as this process runs.
 
-    Kill this process if ``parent`` is no longer its parent; None: never.
+    If ``parent`` is not None, and this process gets another parent, kill this process.
     """
     while True:
         if parent is not None and os.getppid() != parent:
@@ -308,8 +308,8 @@ class Run:
     def save_requested(self) -> bool:
         """Return whether to save now and continue, because of the file SAVE in the run folder. True once per request.
 
-        Every rank calls this method once per step. As with ``stop_requested``, all ranks get True at the same call.
-        ``saved`` removes the file.
+        Every rank calls this method once per step. If ``agrees`` is True, all ranks get True at the same call. The call
+        waits while the agents agree on a save. ``saved`` removes the file.
         """
         if self._heartbeat is None:
             answer = self._saves_wanted > self._saves_obeyed
@@ -392,7 +392,10 @@ class Run:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Note the request to stop, for the next poll between two steps. A second SIGINT raises KeyboardInterrupt."""
+        """Note signal ``number`` as a request to stop, for the next calls of ``stop_requested``.
+
+        A second SIGINT raises KeyboardInterrupt.
+        """
         if number == signal.SIGINT and self._signal is signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = signal.Signals(number)

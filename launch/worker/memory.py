@@ -247,7 +247,7 @@ class Upload:
     """A file that is written in pieces, and sent to several stores at once.
 
     Args:
-        stores: clients, each of which has begun the part of ``rank`` in ``save``.
+        stores: clients of the stores. Each has sent the request ``begin`` for ``rank`` and ``save``.
         save: name of the checkpoint.
         rank: rank that owns the file.
         name: name of the file.
@@ -363,7 +363,10 @@ class Store:
             held.parts[rank] = {}
 
     def append(self, save: str, rank: int, name: str, content: bytearray, digest: str) -> None:
-        """Append a chunk to a file; the first chunk creates the file. ``digest`` is the SHA-256 of the chunk."""
+        """Append a chunk to a file; the first chunk creates the file. ``digest`` is the SHA-256 of the chunk.
+
+        Raises StoreError if the store has no part of ``rank`` in the checkpoint ``save``.
+        """
         with self._lock:
             files = self._part(save, rank)
             if name not in files:
@@ -373,7 +376,7 @@ class Store:
     def finish(self, save: str, rank: int) -> None:
         """Answer a rank that has sent all chunks of its files, so that the rank knows that the store has received them.
 
-        Raises an error if the store has no part of ``rank`` in the checkpoint ``save``.
+        Raises StoreError if the store has no part of ``rank`` in the checkpoint ``save``.
         """
         with self._lock:
             self._part(save, rank)
@@ -396,7 +399,7 @@ class Store:
             self._drop(self._saves.keys() - {save})
 
     def inventory(self) -> dict[str, Any]:
-        """Return the committed checkpoints under ``saves``: name, step, world size, and parts of each.
+        """Return ``{"saves": list}``, with the name, step, world size and parts of each committed checkpoint.
 
         A part is a pair: the rank, and file name -> size in bytes.
         """
@@ -412,7 +415,10 @@ class Store:
             return {"saves": saves}
 
     def verify(self, save: str, rank: int) -> dict[str, Any]:
-        """Return under ``damaged`` the names of a rank's files in ``save`` whose checksum is wrong."""
+        """Return ``{"damaged": names}``: the files of a rank in the checkpoint ``save`` whose checksum is wrong.
+
+        Raises StoreError if the store has no part of ``rank`` in ``save``.
+        """
         with self._lock:
             files = dict(self._part(save, rank))
         return {"damaged": [name for name, file in sorted(files.items()) if file.is_damaged()]}
