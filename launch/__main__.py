@@ -66,8 +66,9 @@ SHOWING = ("help", "hydra_help", "cfg", "info", "shell_completion", "run")
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
-    """Return the arguments that are Hydra's flags and their values, and all arguments as Hydra's parser reads them.
+    """Return (flags, parsed) for the arguments ``argv`` of the command line.
 
+    ``flags`` are the flags of Hydra with their values. ``parsed`` has all arguments, as Hydra's parser reads them.
     The parser is called here because Hydra itself accepts no flag between overrides, and refuses with long messages.
 
     Raises:

@@ -95,8 +95,9 @@ Point = tuple[list[str], calls.Call | None]
 def point_of(program: Any, args: Sequence[Any], keys: Mapping[str, Any]) -> Point:
     """Return the run that the arguments of ``submit`` describe.
 
-    A keyword is a key of the launcher if the launcher has this key, also without the name of its group. Otherwise the
-    keyword is an argument of the function, or an option of the program.
+    A keyword in ``keys`` sets the key of the launcher with this name; the name of a group in ``GROUPS`` may be left
+    out. If the launcher has no such key, the keyword is an argument of the function, or an option of the program.
+    ``args`` are the arguments without names.
 
     Raises:
         ConfigError: a keyword is a key of the launcher and an argument of the function, or the call cannot work.
@@ -254,7 +255,12 @@ class Job:
         """Wait until the run ends, and return the exception of the rank that failed first; None for a finished run.
 
         The exception of a function has the traceback of the rank as a note. A cancelled run gives
-        concurrent.futures.CancelledError, any other end a JobFailedError. ``timeout`` is in seconds; None: no limit.
+        concurrent.futures.CancelledError. Any other end gives a JobFailedError. ``timeout`` is in seconds; None: no
+        limit.
+
+        Raises:
+            TimeoutError: the run has not ended in time.
+            JobFailedError: the process that starts the ranks ended before it could start them.
         """
         state = self.wait(timeout)
         if state == "finished":
@@ -275,7 +281,7 @@ class Job:
 
         Args:
             timeout: longest wait in seconds; None for no limit.
-            ranks: True to return a list with the values of all ranks.
+            ranks: True to return a list with the values of all ranks, in the order of the ranks. Empty for a program.
 
         Raises:
             TimeoutError: the run has not ended in time.
@@ -288,7 +294,10 @@ class Job:
         return values if ranks else values[0] if values else None
 
     def add_done_callback(self, callback: Callable[[Job], Any]) -> None:
-        """Call ``callback`` with this job, in a new thread, when the run has ended; soon if it has ended already."""
+        """Call ``callback`` with this job, in a new thread, when the run has ended.
+
+        If the run has already ended, the call is made soon.
+        """
 
         def follow() -> None:
             self.wait()
@@ -330,13 +339,19 @@ class Sweep(list[Job]):
         return [job.wait(None if deadline is None else max(0.0, deadline - time.monotonic())) for job in self]
 
     def table(self) -> list[dict[str, str]]:
-        """Return the scaling table: one dictionary for each point, with the columns of ``scaling.csv`` as text."""
+        """Return the scaling table: one dictionary for each point, with the columns of ``scaling.csv`` as text.
+
+        Raises ConfigError if the points are not comparable.
+        """
         from launch.report import csv_text
 
         return list(csv.DictReader(io.StringIO(csv_text(self._tabulated()))))
 
     def report(self) -> Path:
-        """Write the report of these runs into their folder, and return the path of its HTML page."""
+        """Write the report of these runs into their folder, and return the path of its HTML page.
+
+        Raises ConfigError if the points are not comparable.
+        """
         from launch.report import write
 
         return next(path for path in write(self._tabulated()) if path.suffix == ".html")

@@ -91,7 +91,8 @@ def written(value: Any) -> str:
 def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
     """Yield the keys of a schema. Keys of groups come last.
 
-    ``defaults`` is a composed config with their default values. ``prefix`` begins each name: ``cluster.``.
+    ``defaults`` is a composed config with the default values of the keys. ``prefix`` is the beginning of each key's
+    name, such as ``cluster.``.
     """
     hints, elements = get_type_hints(schema), list_elements(schema)
     groups: list[tuple[type, str]] = []

@@ -112,7 +112,10 @@ def newest(point: RunStatus, rank: int, wanted: int | None = None) -> int | None
 
 
 def absent_log(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
-    """Return the ConfigError for a log that does not exist: that of a rank, or with ``of_agent`` that of its agent."""
+    """Return the ConfigError for a log that does not exist.
+
+    The log is that of the agent on the rank's node if ``of_agent`` is True, else that of the rank.
+    """
     poll([point], trust_log=True)
     what, path = f"{'the agent of ' if of_agent else ''}rank {rank}", quote(str(point.folder.path))
     state = point.state + (f", {point.detail}" if point.detail else "")

@@ -243,7 +243,10 @@ def leave_failover(plans: Sequence[Plan], console: Console) -> None:
 
 
 def report_sweep(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: Sequence[ReportFile]) -> None:
-    """Print the scaling table of a sweep, or the summary of a single run. Write its files in the formats ``files``."""
+    """Print the scaling table of a sweep, or the summary of a single run, and write the kinds of files in ``files``.
+
+    ``sweep`` is the record of the sweep; None for a single run.
+    """
     from launch.report import select, show_and_write, tabulate_selection
 
     folder = Path(plans[0].run_dir)

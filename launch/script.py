@@ -471,7 +471,10 @@ class ScriptWorkload(Workload):
         )
 
     def command(self, config: ScriptConfig, folder: RunFolder, attempt: int) -> RankCommand:
-        """Return the command of the program. If the run has a copy of the code, paths of code point into the copy."""
+        """Return the command of a rank of attempt number ``attempt``. Makes a working directory in the run folder.
+
+        If the run has a copy of the code, paths of code point into the copy.
+        """
         script, copied = config.script, read_plan(folder).get("code")
         root = self.code(config).root
         values = {
@@ -552,9 +555,9 @@ class ScriptWorkload(Workload):
 def newest_checkpoint(pattern: str, folder: RunFolder) -> str | None:
     """Return the path of the checkpoint from which the next attempt resumes; None if no path matches ``pattern``.
 
-    This is the newest matching path; an empty file is only returned if all are empty. If attempts crash before their
-    first step, the next older path is returned after every second crash in a row, because a program that is killed
-    during a save can leave a checkpoint that cannot be loaded.
+    This is the newest matching path; an empty file is only returned if all are empty. A program that is killed during a
+    save can leave a checkpoint that cannot be loaded. So after every second crash in a row before a first step, the
+    next older path is returned.
     """
     matches = (Path(path) for path in glob(pattern))  # noqa: PTH207 (may be absolute)
     paths = sorted(matches, key=lambda path: (path.stat().st_size > 0, _modified(path)), reverse=True)

@@ -153,7 +153,10 @@ def status_notes(known: dict[str, Any]) -> list[str]:
 
 
 def show_statuses(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print a table and notes for each sweep, with the path of the sweep's folder as heading."""
+    """Print a table and notes for each sweep, with the path of the sweep's folder as heading.
+
+    ``rows`` are the runs of all sweeps, each as ``as_dict`` returns it.
+    """
     sweeps: dict[Path, list[dict[str, Any]]] = {}
     for row in rows:
         sweeps.setdefault(Path(row["run_dir"]).parent, []).append(row)

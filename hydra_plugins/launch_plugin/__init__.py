@@ -85,8 +85,9 @@ class PerPointLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose, submit, watch and report the points, and return the objective of each.
 
-        A searching sweeper gets a point that cannot run or does not finish as a failed job, and decides what follows,
-        for example by Optuna's ``max_failure_rate``. In any other sweep, such a point makes this method raise an error.
+        A point that cannot run or does not finish is a failed point. A searching sweeper gets a failed job for it, and
+        decides what follows, for example by Optuna's ``max_failure_rate``. In any other sweep, a failed point makes
+        this method raise an error.
 
         Args:
             job_overrides: overrides of each point.

@@ -34,7 +34,7 @@ class MultinodeConf:
     """Name of the jobs. None: the name of the app."""
     timeout_min: Optional[int] = None
     cpus_per_task: Optional[int] = None
-    """CPUs of each node for all of its ranks, because the agent is the only Slurm task of a node."""
+    """CPUs of each node for all of its ranks together. The agent is the only Slurm task of a node."""
     gpus_per_node: Optional[int] = None
     gpus_per_task: Optional[int] = None
     """Refused, because one agent starts all ranks of a node."""

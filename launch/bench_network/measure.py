@@ -85,7 +85,10 @@ class Bench:
         return (time.perf_counter() - start) / count
 
     def seconds(self, work: Callable[[], object], count: int) -> float:
-        """Return the mean seconds that ``work`` takes on the slowest rank, over ``count`` calls."""
+        """Return the mean seconds that ``work`` takes on the slowest rank, over ``count`` calls.
+
+        All ranks must call this method together.
+        """
         dist.barrier()
         return self.largest(self.own_seconds(work, count))
 
@@ -167,7 +170,7 @@ def time_collectives(bench: Bench, largest: int, tell: Callable[[], None]) -> li
 
     Calls ``tell`` after each sample, so that the launcher sees progress.
 
-    Returns the same samples on every rank: tier, collective, ranks, bytes and seconds.
+    Returns one dictionary for each sample, the same on every rank: tier, collective, ranks, bytes and seconds.
     """
     samples: list[dict[str, Any]] = []
     for tier, ranks, group in bench.groups():
@@ -226,7 +229,10 @@ class LinkBench(Bench):
         return 2 * size**3 / min(times) / 1e12
 
     def exchange_with(self, peer: int) -> float:
-        """Return the bandwidth to rank ``peer`` in one direction in Gbit/s, while both ranks send."""
+        """Return the bandwidth to rank ``peer`` in one direction in Gbit/s, while both ranks send.
+
+        Both ranks must call this method at the same time.
+        """
         block = torch.ones(LARGE // 4, device=self.device)
         space = torch.empty_like(block)
 

@@ -1,7 +1,8 @@
 """Findings of the doctor about the login node, the compute nodes and the links between them.
 
-The checks are pure functions. Checks of the login node use the ``Facts`` that ``gather`` reads once. Checks of nodes
-and links use the ``results.json`` of the doctor's job.
+The checks are pure functions, and yield findings. A check that finds no problem yields a finding of level ``ok`` or
+none. Checks of the login node use the ``Facts`` that ``gather`` reads once. Checks of nodes and links use the
+``results.json`` of the doctor's job.
 """
 
 from __future__ import annotations

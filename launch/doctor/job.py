@@ -134,9 +134,9 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
 
 
 def records(root: Path, kind: str) -> list[Record]:
-    """Return the records of one kind, ``nodes`` or ``ranks``, in the order of the numbers of nodes or ranks.
+    """Return the records in the subfolder ``kind`` of the job's folder ``root``, by number of the node or rank.
 
-    ``root`` is the folder of the job.
+    ``kind`` is ``nodes`` or ``ranks``.
     """
     return [json.loads(file.read_text()) for file in sorted((root / kind).glob("*.json"))]
 
@@ -267,8 +267,8 @@ def torch_cuda() -> str | None:
 def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -> None:
     """Check this node together with the other nodes of the job, and add the results to ``record``.
 
-    The node waits for the other agents, looks for their files in the run folder, connects to their ports, and runs its
-    ranks.
+    The node waits for the agents of all nodes. Then it looks for the files of the other nodes in ``folder``, connects
+    to their ports, and runs its ranks.
     """
     with lasting_imports():
         from launch.agent import exchange, ranks
@@ -301,9 +301,16 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
 
 
 def share_value(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: Iterable[int]) -> dict[int, str]:
-    """Publish a value of this node, number ``own``, under ``name``, and wait for the values of ``nodes``.
+    """Publish a value of this node, and wait at most about ARRIVAL_S seconds for the values of other nodes.
 
-    Returns node -> value, without nodes whose value is late. Waits about ARRIVAL_S seconds at most.
+    Returns index of a node -> its value. Nodes whose value does not arrive in time are absent.
+
+    Args:
+        endpoint: rendezvous of the job, with the store for the values.
+        name: name of the value.
+        own: index of this node.
+        value: value of this node.
+        nodes: indices of the nodes whose values are returned.
     """
     endpoint.store.set(f"doctor/{name}/{own}", value)
     deadline, found = time.monotonic() + ARRIVAL_S, {}

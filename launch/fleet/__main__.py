@@ -144,7 +144,7 @@ def rate_interval(count: int, exposure: float) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
 
     def mean_where(most: int, probability: float) -> float:
-        """Return the mean for which at most ``most`` events have the given probability, by bisection."""
+        """Return the mean of the Poisson distribution in which at most ``most`` events have this probability."""
         low, high = 0.0, 10.0 * (most + 10)
         for _ in range(100):
             mean = (low + high) / 2

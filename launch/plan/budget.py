@@ -54,9 +54,10 @@ def _add(a: float | None, b: float | None) -> float | None:
 
 
 def use_of(hours: float, nodes: int, gpus: int | None, price: float | None) -> Use:
-    """Return the use of an allocation: ``nodes`` nodes for ``hours`` hours, with ``gpus`` GPUs in total.
+    """Return the use of an allocation of ``nodes`` nodes, with ``gpus`` GPUs in total, for ``hours`` hours.
 
-    ``price`` is that of a GPU-hour. Without ``gpus``, GPU-hours and cost are None; without ``price``, the cost is None.
+    ``price`` is the price of a GPU-hour. If ``gpus`` is None, GPU-hours and cost are None. If ``price`` is None, the
+    cost is None.
     """
     gpu_hours = hours * gpus if gpus else None
     return Use(hours * nodes, gpu_hours, None if gpu_hours is None or price is None else gpu_hours * price)
@@ -84,13 +85,15 @@ class Rates:
 
 
 def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
-    """Return the sum of the use of all allocations of these runs until ``now``, Unix seconds, which may be in the
-    future.
-
-    ``rates`` has the GPUs and the price for event logs that do not have them.
+    """Return the use of all allocations of several runs together, until the time ``now``.
 
     A lost node counts until its allocation ends. Slurm bills a dead node at least until ``SlurmdTimeout``, and a node
-    that has lost only its agent until the end. So the sum is never below the bill, to which caps apply.
+    that has lost only its agent until the end. So the result is never below the bill.
+
+    Args:
+        event_logs: event log of each run.
+        now: Unix time in seconds, which may be in the future.
+        rates: GPUs and price for event logs that do not have them.
     """
     total = Use()
     for event_log in event_logs:
@@ -107,7 +110,9 @@ def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
 def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[dict[str, Any], float]]:
     """Return (event ``agent_started``, Unix time of the end) for each allocation of a run.
 
-    The end is ``now`` while the allocation runs. ``poll_s`` is the interval of heartbeats in seconds.
+    The end is ``now`` while the allocation runs. If the end was not recorded, it is estimated by the earliest of: the
+    start of the next allocation, the time limit, and the last heartbeat. ``poll_s`` is the interval of heartbeats in
+    seconds.
     """
     found: list[tuple[dict[str, Any], float]] = []
     started: dict[str, Any] | None = None
@@ -134,7 +139,7 @@ def spare_allocations(
     """Return (event, Unix time of the end) for each node of a spare job.
 
     The event is the ``agent_started`` of the job that the node joined, changed to one node and to the time when the
-    node joined. A node whose end was not recorded left together with that job. ``found`` is the result of
+    node joined. If the end of the node was not recorded, it is the end of that job. ``found`` is the result of
     ``allocations`` for the run's own jobs.
     """
     jobs = {started["job"]: (started, ended) for started, ended in found}

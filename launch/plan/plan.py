@@ -220,8 +220,8 @@ def make_plan(
 def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
     """Create the run folder with the complete config, the overrides, and the plan.
 
-    If the run continues from an earlier checkpoint, or beyond its end, later records and checkpoints are first moved
-    aside (``apply_continuation``). No process may work on the run.
+    If the run continues from another checkpoint than its newest, later records and checkpoints are first moved aside
+    (``apply_continuation``). No process may work on the run.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -237,7 +237,7 @@ def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> Non
 def write_settled(plan: Plan, folder: RunFolder, composed: DictConfig, overrides: Sequence[str]) -> None:
     """Write the config of a point into ``folder``, with the values that the workload's plan has chosen (``settled``).
 
-    ``composed`` is the config, which gets these values, too.
+    ``composed`` is the composed config of the point. The values are also set in this object.
     """
     for key, value in plan.promised.settled.items():
         OmegaConf.update(composed, key, value, merge=True)

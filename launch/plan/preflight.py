@@ -29,7 +29,7 @@ from launch.workload import CodeTree
 
 
 MARGIN = 1.5
-"""Factor from the measured time of a step and a save to the proposed grace period, since the next save may be slower.
+"""Proposed grace period divided by the measured time of a step and a save. The next save may be slower.
 """
 
 
@@ -49,7 +49,7 @@ def add_warnings(plan: Plan, config: Config, slurm: SlurmFacts | None = None) ->
 
 
 def _problems(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[Problem]:
-    """Yield problems: changed code, a checkpoint that was not written, and times to stop that are too short.
+    """Yield problems: changed code, a checkpoint that was not written, and too little time to save before a stop.
 
     ``slurm`` has the limits of the cluster; None if they are not known.
     """
@@ -267,7 +267,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
-    """Print the finished points, how the other points continue, their worst case, and the warnings."""
+    """Print what a submission will do: the finished points, how the other points continue, worst case, and warnings."""
     lines = []
     if finished := [plan.title for plan in plans if plan.finished]:
         lines.append(f"finished already, and not submitted: {', '.join(finished)} (fresh=true uses a new folder)")

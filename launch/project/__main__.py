@@ -158,9 +158,9 @@ class ProjectedRow:
     goodput: float | None = None
     """Expected share (0 to 1) of the time in steps that are not lost to failures; None without ``--mtbf-hours``."""
     gpu_hours_per_giga: float | None = None
-    """GPU-hours for 10^9 units of work, goodput included."""
+    """GPU-hours for 10^9 units of work. With ``--mtbf-hours``, they include the time that failures cost."""
     cost_per_giga: float | None = None
-    """Cost of 10^9 units of work in the currency of ``cluster.price_per_gpu_hour``, goodput included."""
+    """Cost of ``gpu_hours_per_giga`` in the currency of ``cluster.price_per_gpu_hour``."""
     stragglers_s: float | None = None
     """Seconds by which the slowest rank exceeds the mean rank in a step, measured or expected; None if unknown."""
     parts: dict[str, float] = field(default_factory=dict)

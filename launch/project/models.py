@@ -96,7 +96,7 @@ class RankSpread:
         """Return the expected excess of the slowest of ``ranks`` ranks over the mean rank, as a share of the mean own
         time.
 
-        The measured excess grows as the expected maximum of so many independent normal draws.
+        The result is extrapolated: the measured excess grows with the expected maximum of ``ranks`` normal draws.
         """
         return self.excess * normal_maximum(ranks) / normal_maximum(self.ranks)
 
@@ -250,7 +250,7 @@ def cost_model(costs: Costs, rate: float, links: float) -> Model:
 
 
 TERMS = ("divided among the ranks", "on every rank", "grows with the ranks")
-"""Terms of the trend of step times, by which a program without a cost model is extrapolated."""
+"""Names of the terms whose sum is the step time of a program without a cost model, in the order of ``terms_of``."""
 
 
 def terms_of(ranks: int) -> tuple[float, float, float]:
@@ -475,7 +475,7 @@ class HeldOut:
 
 
 def hold_out(sweep: SweepPoints) -> HeldOut:
-    """Return the largest point with its step time as a model of the other points predicts it."""
+    """Return the largest point, with its step time as predicted by a model that is fitted to the other points."""
     known, largest = sweep.measured[:-1], sweep.measured[-1]
     predicted_s, nodes = sweep.fit(known).at(largest.nodes).step_s, tuple(point.nodes for point in known)
     return HeldOut(largest, predicted_s, nodes, predicted_s / largest.step_s - 1)
@@ -497,8 +497,8 @@ def straggler_notes(sweep: SweepPoints) -> list[str]:
 def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures | None, list[str]]:
     """Return the rate and cost of failures, and notes on them.
 
-    The first is None if ``mtbf_node_h`` (hours between failures of one node) is None, or if the largest point did not
-    record a save and a start.
+    ``mtbf_node_h`` is the mean time between failures of one node in hours. The rate and cost are None if this time is
+    None, or if the largest point did not record both a save and a start.
     """
     if mtbf_node_h is None:
         return None, []

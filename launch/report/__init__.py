@@ -58,9 +58,9 @@ ALL_FILES = frozenset(ReportFile)
 def write(table: ScalingTable, reload_s: float | None = None, files: Collection[ReportFile] = ALL_FILES) -> list[Path]:
     """Write the files of a report. They replace the files of an earlier report.
 
-    The files of a sweep's report are ``scaling.*``. They are written twice: into the folder of the points, where the
-    next sweep replaces them, and into the folder of the sweep's record, such as ``sweeps/0001``, where they remain. The
-    report of one run is ``summary.*``, that of all runs of a folder ``all_runs.*``.
+    The files of a sweep's report are ``scaling.*``. They are written into two folders. In the folder of the points, the
+    report of the next sweep replaces them. In the folder of the sweep's record, such as ``sweeps/0001``, they remain.
+    The files of one run's report are ``summary.*``. The files of a report of all runs in a folder are ``all_runs.*``.
 
     Args:
         table: the report.
@@ -266,10 +266,10 @@ SUFFIX = ".scaling"  # marks the event files that a report owns
 def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
     """Write the TensorBoard run of a report: ``Scaling`` for several points, ``Summary`` for one. Returns its folder.
 
-    An earlier TensorBoard run of the report is replaced. The new files are complete before the old files are removed,
-    and TensorBoard drops the values of the old files when it reads a new file. So a reader always sees a whole report,
-    even after a crash. Restart a TensorBoard that has ``--load_fast=false``, because it waits forever at a removed
-    file.
+    An earlier TensorBoard run of the report is replaced. The new files are complete before the old files are removed.
+    When TensorBoard reads a new file, it drops the values of the old files. So a reader always sees a whole report,
+    even after a crash. A TensorBoard with ``--load_fast=false`` must be restarted, because it waits forever at a
+    removed file.
 
     ``png`` is the picture of the report.
     """

@@ -122,7 +122,7 @@ def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str,
 def inline_svg(panel: Panel, salt: str) -> str:
     """Return one panel as an SVG element for the page, with CSS variables as colors.
 
-    ``salt`` makes the identifiers inside the element, and must differ for each panel.
+    The identifiers inside the element are made from the text ``salt``, which must differ for each panel of a page.
     """
     whole = Figure(figsize=(WIDE, panel.inches), layout="constrained", facecolor="none")
     panel.draw(whole.subplots())
@@ -139,7 +139,7 @@ UNTIMED = ("Date", "Creator", "Format", "Type")
 def _file(whole: Figure, kind: str, left_out: Sequence[str], salt: str = "") -> bytes:
     """Return the content of a drawing's file in the format ``kind``, without the metadata that ``left_out`` names.
 
-    ``salt`` makes the identifiers inside an SVG file.
+    The identifiers inside an SVG file are made from the text ``salt``.
     """
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": salt}):  # Without a salt, identifiers inside the SVG are random.
@@ -170,7 +170,10 @@ def scale_values(axes: Axes, name: str, log: bool = False) -> None:
 
 
 def scale_sizes(axes: Axes, sizes: Sequence[int], name: str) -> None:
-    """Set up a logarithmic x axis for ascending numbers of ranks or nodes. At most nine of them get labels."""
+    """Set up a logarithmic x axis with the label ``name`` for ``sizes``, ascending numbers of ranks or nodes.
+
+    At most nine of the sizes are written at the axis.
+    """
     axes.set_xscale("log", base=2)
     axes.set_xlabel(name)
     axes.set_xlim(sizes[0] / 2**0.4, sizes[-1] * 2**0.4)
@@ -200,7 +203,10 @@ MAX_INSIDE = 4
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A field of ``Row`` to draw over the number of ranks, with the fields ``*_low`` and ``*_high`` as its interval."""
+    """A field of ``Row`` to draw over the number of ranks.
+
+    Its interval is in the two fields with the same name and the ending ``_low`` or ``_high``.
+    """
 
     title: str
     axis: str
@@ -217,7 +223,7 @@ STEP_TIME = DrawnFigure("Step time", "seconds", "step_time_s", lambda row: time_
 def scaling_panels(table: ScalingTable) -> list[Panel]:
     """Return at most two panels over the number of ranks: the first two of throughput, efficiency and step time.
 
-    A figure that no point has is passed over. Empty if the report has one run.
+    A figure that no point has is passed over. Empty if the report has only one run, or no point with a step time.
     """
     rows = [row for row in table.rows if row.ranks is not None and row.step_time_s is not None]
     if len(table.rows) < 2 or not rows:

@@ -125,8 +125,8 @@ class Goodput:
     stretches: Sequence[Stretch] = ()
     """Sections of the time in ``seconds``, in the order in which they happened.
 
-    Successive steps are one section, which the unexplained time between these steps (``other``) follows as one section.
-    A save is before the evaluation of the same step.
+    Successive steps are joined to one section. The unexplained time between these steps (``other``) is joined to one
+    section that follows the section of the steps. The save of a step is placed before its evaluation.
     """
 
     @property
@@ -225,12 +225,12 @@ class _Division:
         self.stretches: list[Stretch] = []
         """The same seconds as sections of time, in order.
 
-        The last one is the wait for an allocation when ``add`` begins.
+        When ``add`` begins, the last section is the wait for the allocation that ``add`` divides.
         """
         self.lost_s = defaultdict[str, float](float)
         self.lost_h = defaultdict[str, float](float)
         self.causes: dict[float, str] = {}
-        """Interruptions that cost time: ``since`` in Unix seconds -> cause."""
+        """Field ``since`` of each interruption that cost time, in Unix seconds -> its cause."""
         self._size = 0
         self._has_stepped = False
         self._rollbacks: list[RunInterruption] = []
@@ -432,10 +432,10 @@ class _Division:
             self._spend("start" if lost_to is None else "restarts", end - since, lost_to)
 
     def _slices(self, at: float, until: float) -> Iterator[tuple[float, float, RunInterruption | None]]:
-        """Yield (begin, end, interruption) of each section of the time from ``at`` to ``until``, in which no steps are
-        made.
+        """Yield (begin, end, interruption) of each section of a time without steps, from ``at`` to ``until``.
 
-        Times are Unix seconds. The interruption is None before the first interruption of the run.
+        A section ends at the next interruption. The yielded interruption is the last one before the section; None if
+        there was none. Times are Unix seconds.
         """
         current = max((end for end in self._ends if end.since <= at), key=_since, default=None)
         if current is None and self._has_stepped:

@@ -86,7 +86,7 @@ LEAST_THROTTLED = 0.01
 def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequence[Row]) -> Iterator[str]:
     """Yield the notes below the tables of a report, each of one or more sentences.
 
-    ``points`` are all points of the report, ``every`` its series.
+    ``points`` are all points of the report, ``every`` are its series, and ``rows`` are the rows of its table.
     """
     shown = [point for series in every for point in series.members]
     yield from _sources(points)

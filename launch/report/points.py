@@ -55,7 +55,7 @@ class GpuUse(GpuFigures):
     hosts: tuple[HostGpus, ...]
     """Hosts by name; numbers in names are sorted as numbers."""
     unsampled: tuple[str, ...] = ()
-    """Hosts on which fewer GPUs were sampled than the ranks used, in at least one attempt."""
+    """Hosts on which, in at least one attempt, some of the GPUs that ranks used were not sampled."""
 
 
 @dataclass
@@ -196,7 +196,7 @@ class Point(StepReading):
     gpu_use: GpuUse | None = None
     """Energy, power and throttling of the GPUs; None if no GPU was sampled."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
-    """Number of nodes -> number of steps that the run made on so many nodes, for each number below the requested one.
+    """Number of nodes below the requested number -> number of steps that the run made on this number of nodes.
 
     Nodes that were lost and not replaced leave fewer nodes. ``steps`` contains these steps only if the run has no
     others.

@@ -188,8 +188,8 @@ MUCH = 128 << 20
 def read_ahead(read: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterator[Result]:
     """Yield ``read(item)`` for each item in order.
 
-    If ``size`` is ``MUCH`` or more, forked processes read the next items ahead. A process with threads is not forked,
-    because a lock that one of its threads has would stay locked.
+    If ``size`` is ``MUCH`` or more, forked processes read the next items ahead. If this process has one CPU or several
+    threads, it reads all items itself, because a lock of another thread would stay locked in a forked process.
 
     Args:
         read: pure function that reads a file and returns a value that can be pickled.

@@ -82,7 +82,10 @@ class Selection:
 
     @property
     def text(self) -> str:
-        """Sentence that names the reported runs of a folder with sweeps; empty if the heading names them."""
+        """Sentence that names the sweep, the runs of a folder or the compared runs of this report.
+
+        Empty if the heading of the report already names them.
+        """
         if self.parts:
             return f"Compared are: {'; '.join(part.text.rstrip('.') or str(part.folder) for part in self.parts)}."
         if self.sweep is not None:

@@ -116,10 +116,11 @@ class Series:
 
 
 def split(points: Sequence[Point]) -> list[Series]:
-    """Group points into series in order of appearance, by their cluster and by all overrides except the size.
+    """Return the series of points, in order of appearance.
 
-    Points of different clusters are not compared, as processes of one machine do not show how nodes scale. Points with
-    different software, code, or folder of a comparison are in different series, too.
+    The points of a series have equal overrides, except for the size. They also have the same cluster, software, code
+    and, in a comparison, the same source. Points of different clusters are not compared, because processes of one
+    machine do not show how nodes scale.
 
     Raises:
         ConfigError: points of one series were measured under different conditions.
@@ -339,11 +340,15 @@ def student(freedom: float) -> float:
 
 
 def ratio(efficiency: float, point: Medians, base: Medians) -> tuple[float, float]:
-    """Return the ends of the 95 % interval of an efficiency, from the resampled step times of the point and its
-    baseline.
+    """Return the (lower, upper) end of the 95 % interval of an efficiency, by the bootstrap.
 
     The distances of the ends from the efficiency are multiplied by the larger ``widening`` of the two runs. The lower
     end is at least 0.
+
+    Args:
+        efficiency: efficiency of the point.
+        point: resampled step times of the point.
+        base: resampled step times of the smallest point, to which the point is compared.
     """
     drawn = efficiency * (point.value / point.replicates) * (base.replicates / base.value)
     low, high = np.quantile(drawn, (0.025, 0.975)).tolist()

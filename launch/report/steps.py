@@ -105,7 +105,7 @@ class Steps:
         return Steps(**kept, phases={phase: values[chosen] for phase, values in self.phases.items()})
 
     def shares(self) -> dict[str, float]:
-        """Return the share (0 to 1) of each phase in the time of all steps; empty if a step has no phases.
+        """Return phase -> its share (0 to 1) of the time of all steps; empty if ``computation`` is NaN in a step.
 
         The shares add up to 1. A phase that some steps lack is added to ``computation`` in all steps.
         """
@@ -122,7 +122,10 @@ NO_STEPS = Steps(*(np.empty(0, np.int64),) * 2, *(np.empty(0),) * 3, np.empty(0,
 
 
 def past_warmup(steps: Integers, attempts: Integers) -> Flags:
-    """Return a mask, [steps]: True for each step after the first ``WARMUP_STEPS`` of its attempt."""
+    """Return a mask, [steps]: True for each step after the first ``WARMUP_STEPS`` of its attempt.
+
+    ``steps`` are the numbers of the steps, ``attempts`` the numbers of their attempts, both [steps].
+    """
     _, first, of = np.unique(attempts, return_index=True, return_inverse=True)
     later: Flags = steps >= steps[first][of] + WARMUP_STEPS
     return later
@@ -225,7 +228,7 @@ class RankTime:
     excess_s: float
     """``own_s`` minus the median of the other ranks."""
     is_slow: bool = False
-    """True if the rank is slower than the other ranks throughout the run, beyond their spread."""
+    """True if the rank is slower than the other ranks throughout the run, by more than the spread of those ranks."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,7 @@ class StepReading:
     """Results of reading the step records of a run."""
 
     steps: Steps = NO_STEPS
-    """Steps of all attempts whose environment equals that of the attempt whose number is in the field ``attempt``."""
+    """Steps of attempt number ``attempt``, and of all attempts with an equal environment."""
     rank_times: RankTimes | None = None
     """Times of each rank relative to the other ranks; None if fewer than two ranks recorded the same steps."""
     unit: str | None = None

@@ -276,7 +276,7 @@ def _row(series: Series, point: Point, interval: tuple[float | None, float | Non
 
 
 def _detail(point: Point, figures: StepFigures) -> RunDetail:
-    """Return the step times and the slowest ranks of a point. ``figures`` are those of its steps."""
+    """Return the step times and the slowest ranks of a point. ``figures`` are the figures of the point's steps."""
     step_s, of_ranks = figures.step_time_s, point.rank_times
     slowest = sorted(of_ranks.ranks if of_ranks else (), key=lambda rank: -rank.excess_s)[:SLOWEST]
     rows = (RankRow(rank, point.host(rank.rank), rank.excess_s / step_s if step_s else 0.0) for rank in slowest)

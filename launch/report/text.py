@@ -49,8 +49,14 @@ class Cells:
     def of(heading: str, columns: TextColumns, items: Sequence[Any], among: Sequence[Any] = ()) -> Cells:
         """Return a table with a row for each item.
 
-        A column is left out if its value is unknown for all of ``items``, or for all of ``among`` if that is not empty.
-        So several tables of parts of ``among`` have the same columns. The notes of the report explain missing values.
+        A column is left out if its value is unknown for all items. The notes of the report explain missing values.
+
+        Args:
+            heading: heading of the table.
+            columns: all possible columns.
+            items: items of the rows.
+            among: items that decide which columns are left out, so that several tables have the same columns; empty to
+                decide by ``items``.
         """
         known = among or items
         shown = {title: text for title, text in columns.items() if any(text(item) != UNAVAILABLE for item in known)}
@@ -311,7 +317,8 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
 def json_text(table: ScalingTable) -> str:
     """Return the whole report as JSON with all digits: rows, notes, step times and ranks of each measured point.
 
-    ``gpus`` are in the order of the rows. A figure is null if it is not known, not claimed, or not finite.
+    The entries of ``gpus`` are in the order of the rows. A figure is null if it is not known, not claimed, or not
+    finite.
     """
     names = ("title", "conditions", "unit", "notes", "rows", "gpus", "details")
     content = {"headings": [heading for heading, _ in table.sections()]} | {

@@ -28,9 +28,9 @@ JOB_NAME = re.compile(r"(?<=\s)JobName=(.*?)(?=\s+UserId=)")
 def parse_fields(line: str) -> dict[str, str]:
     """Return the fields in one line of ``scontrol show --oneliner``: key -> value.
 
-    A value (OS, Reason, Command) ends where the next key begins. Names, comments and paths of users may look like keys.
-    Therefore the job's name, which comes early, is removed first. The first of several equal keys is used, because
-    comments and paths come last.
+    Some values, such as OS, Reason and Command, contain spaces. So a value ends where the next key begins. Names,
+    comments and paths of users may contain text that looks like a key. Therefore the job's name is removed first. Of
+    several equal keys the first is used, because comments and paths come last in the line.
     """
     name = JOB_NAME.search(line)
     if name is not None:
@@ -171,7 +171,7 @@ WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", 
 WORKING = ("RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
 """Slurm's states of jobs that have nodes."""
 PHASES = {"UNKNOWN": "unknown", **dict.fromkeys(WAITING, "pending"), **dict.fromkeys(WORKING, "running")}
-"""Slurm's state of a job -> phase of ``JobState``. A job in another state is over."""
+"""Slurm's state of a job -> phase of ``JobState``. A job in a state that is not a key is over."""
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ def submit_next_job(folder: RunFolder, after: str) -> None:
 def submit_spare_job(folder: RunFolder, job_id: str, node: Node) -> None:
     """Submit a job of one node that joins the agents of the job ``job_id``, and record it as ``spare_job_submitted``.
 
-    The spare job gets none of that job's hosts. Its time limit is the time that is left to that job.
+    The spare job gets none of the hosts of ``job_id``. Its time limit is the time that ``job_id`` has left.
 
     Args:
         folder: the run folder.

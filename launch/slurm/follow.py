@@ -51,8 +51,9 @@ def quiet_text(seconds: float) -> str:
 
 
 def state_text(point: RunStatus) -> str:
-    """Return the state of a point as text, with the reason, and the number of nodes if the run has fewer than
-    requested.
+    """Return the state of a point as text, with the reason.
+
+    If the run has fewer nodes than requested, the text also has the number of nodes.
     """
     fewer = point.fewer_nodes() if point.state == "running" else None
     on = "" if fewer is None else f"{fewer['nodes']} of {fewer['asked']} nodes"
@@ -97,8 +98,9 @@ def news(point: RunStatus) -> Iterator[str]:
 
 
 class Display:
-    """Progress of points on the terminal: a line for each new state, for news, and for steps every PLAIN_LINE_S
-    seconds.
+    """Progress of points on the terminal.
+
+    A line is printed for each new state of a point, for each of its news, and every PLAIN_LINE_S seconds for its steps.
     """
 
     def __init__(self, console: Console) -> None:
@@ -230,7 +232,10 @@ class Stop:
         return self.point.is_over or self.error is not None
 
     def mark(self) -> None:
-        """Record the cancel in the event log, once for each job."""
+        """Record the cancel in the event log, once for each job of the run.
+
+        If the event log cannot be written, set ``unmarked`` to the reason, and end the job without a save.
+        """
         job_id = None if self.point.job is None else self.point.job.job_id
         if not select_events(self.point.events(), "cancelled", job_id=job_id):
             who = f"{getpass.getuser()}@{os.uname().nodename}"
@@ -319,7 +324,7 @@ def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = Fa
 
 
 def others_in_job(point: RunStatus) -> list[Path]:
-    """Return the folders of other runs that use the job of a point, and neither have ended nor are cancelled."""
+    """Return the folders of the other runs in the job of a point, without runs that have ended or are cancelled."""
     found, job = [], point.job
     for name in job.points if isinstance(job, SlurmJob) else ():
         path = point.folder.path.with_name(name)

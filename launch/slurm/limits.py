@@ -92,7 +92,10 @@ def from_slurm(key: str, parse: Callable[[str], Any] = str) -> Any:
 
 
 def read_record(kind: type[Record], line: str) -> Record:
-    """Return the partition or node that one line of ``scontrol show ... --oneliner`` describes."""
+    """Return the partition or node that one line of ``scontrol show ... --oneliner`` describes.
+
+    ``kind`` is the dataclass of the result, whose fields are made by ``from_slurm``.
+    """
     said = parse_fields(line)
     declared = {each.name: each.metadata for each in dataclasses.fields(kind)}
     values = {name: [said[key] for key in known["key"].split() if key in said] for name, known in declared.items()}

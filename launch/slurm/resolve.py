@@ -264,8 +264,8 @@ def choose_local_ranks(points: Sequence[OpenPoint], gpus: int) -> list[str]:
     """Set one rank for each of this machine's ``gpus`` in points that set no number of ranks. Returns the lines to
     print.
 
-    Points with several local nodes share the GPUs. If a command has such a point, nothing is chosen, so that all points
-    of a sweep over nodes have the same number of ranks on a node.
+    The local nodes of a point share the GPUs of this machine. Therefore nothing is chosen if any point of the command
+    has several local nodes. Otherwise the points of a sweep over nodes would differ in the ranks on a node.
     """
     if gpus < 2 or limits.torch_version().endswith("+cpu") or any(point.config.nodes > 1 for point in points):
         return []

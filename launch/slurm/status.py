@@ -400,7 +400,7 @@ def has_ended(point: RunStatus) -> bool:
 
 
 def update_from_event_log(points: Sequence[RunStatus]) -> None:
-    """Set the states of points on Slurm from their event logs, because Slurm does not answer."""
+    """Set the states of points on Slurm from their event logs. For use when Slurm does not answer."""
     for point in points:
         events = point.events()
         if isinstance(point.job, SlurmJob) and not agent_has_left(events):

@@ -90,7 +90,7 @@ def share_jobs(plans: Sequence[Plan], most: int) -> list[Plan]:
 
 
 def share_job(plan: Plan, names: tuple[str, ...]) -> Plan:
-    """Return a plan whose job runs several points, each with the resources of ``plan``.
+    """Return ``plan``, changed so that its job runs several points, each with the resources of ``plan``.
 
     ``names`` are the names of the points' run folders.
     """
@@ -393,9 +393,11 @@ def on_cpus(cpus: Sequence[int]) -> Iterator[None]:
 
 
 def start_local(plan: Plan, part: int = 0, parts: int = 1) -> LocalJob:
-    """Start the agents of a point on this machine, on the hosts of its hostfile, or on the nodes of this Slurm job.
+    """Start the agents of a point that gets no Slurm job of its own.
 
-    Returns the handle of their controller process. The agents ignore Ctrl-C, which the launcher handles.
+    The agents run on this machine, on the hosts of the hostfile, or on the nodes of the Slurm job of this process, by
+    the cluster of ``plan``. They ignore Ctrl-C, which the launcher handles. Returns the handle of the controller
+    process, which submitit starts for the agents.
 
     Args:
         plan: plan of the point.

@@ -253,9 +253,13 @@ def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float)
     """Return the step of the first checkpoint that the resumed attempt saved after a fault; None if there is none yet.
 
     A checkpoint that an attempt saves while it stops does not count, because the next fault would hit a run that is
-    leaving. If all agents were killed, the end of the attempt has no event, but the next start has one. After
-    ``FELT_S`` seconds without an effect, the fault counts as harmless, and any checkpoint counts. ``now`` is Unix
-    seconds.
+    leaving. If the fault should end an attempt and has not done so for ``FELT_S`` seconds, it counts as harmless, and
+    any checkpoint counts. If all agents were killed, only the event of the next start shows the end of the attempt.
+
+    Args:
+        events: the event log.
+        last: the fault.
+        now: present Unix time in seconds.
     """
     later = [event for event in events if event["time"] > last.struck]
     felt = any(event["event"] in ("attempt_ended", "started") for event in later)
@@ -364,7 +368,7 @@ def recoveries(
 def _road(events: Sequence[Mapping[str, Any]], end: float, until: float) -> str:
     """Return how the run continued after an attempt: a value of ``Recovery.road``.
 
-    ``end`` is the Unix time of the end of the attempt; ``until`` is that of the first new step.
+    ``end`` is the Unix time when the attempt ended. ``until`` is the Unix time of the first new step after it.
     """
     names = {event["event"] for event in events if end <= event["time"] <= until}
     for name, road in (("submitted", "typed again"), ("requeued", "requeue"), (FEWER_NODES, "fewer nodes")):

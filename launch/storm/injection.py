@@ -157,7 +157,7 @@ def wait_for_processes(
 
 
 def send(processes: Sequence[psutil.Process], number: signal.Signals) -> list[int]:
-    """Send a signal to processes. Returns the ids of those that still ran."""
+    """Send the signal ``number`` to processes. Returns the ids of the processes that still ran and got the signal."""
     sent = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -183,7 +183,10 @@ def main(run_dir: str, number: str, what: str, which: str, in_save: str = "") ->
 
 
 def checkpoints(folder: RunFolder) -> list[Path]:
-    """Return the checkpoints from which a run can resume, newest first. Hidden names are unfinished checkpoints."""
+    """Return the paths of the checkpoints from which a run can resume, newest first.
+
+    Paths with a hidden name are unfinished checkpoints, and are left out.
+    """
     listed = workload_of_run(folder).checkpoints(folder)
     if listed is not None:
         return [each.path for each in listed if each.step is not None]
@@ -370,14 +373,14 @@ def _in_sandbox(fault: PlannedFault, site: Site) -> str:
 SLURM, SANDBOX = "Slurm", "a sandbox (--sandbox DIR)"
 """Texts for ``Kind.needs``: what a run needs so that a kind of fault can hit it."""
 REBOOTS = (2.0, 3.0, 8.0, 14.0)
-"""Durations of a power cut in seconds, from which that of a fault is chosen.
+"""Durations of a power cut in seconds. The duration of a fault is chosen from these values.
 
 Only the last one is so long that Slurm marks the node as down, after which srun ends the step.
 """
 OUTAGES = (2.0, 8.0, 40.0)
 """Seconds for which a node sends no message: a moment, less than ``resilience.node_timeout_s``, and more than that."""
 ABSENCES = (20.0, 75.0, 300.0)
-"""Durations in seconds for which Slurm's controller does not run, from which that of a fault is chosen."""
+"""Seconds for which Slurm's controller does not run. The duration of a fault is chosen from these values."""
 OF_HEAD = ("power_cut_head",)
 """Kinds of faults that hit the head node, which is the node of rank 0, whatever the rank of the fault."""
 MILD = {"sigstop_agent", "kill_srun", "freeze", "cut_link"}

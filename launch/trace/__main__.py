@@ -36,7 +36,8 @@ Perfetto loads the whole file into memory. A step takes about 1 kB.
 HOUR_US = 3_600_000_000
 """Time in microseconds at which the first event of the run is in the file.
 
-Clocks of hosts differ, and Perfetto drops times below 0. A Unix time would be rounded: Perfetto reads times as doubles.
+It is not 0, because clocks of hosts differ, and Perfetto drops times below 0. It is no Unix time, because Perfetto
+reads times as doubles, and would round a Unix time.
 """
 PHASES = {
     "data_wait_s": "waiting for data",
@@ -71,7 +72,8 @@ def event_of(process: str, track: str, name: str, since: float, until: float, **
 def run_events(run: RunFolder, events: Events, measured: Goodput | None) -> Iterator[Fields]:
     """Yield a slice for each section of the run's time, and a mark for each event of the event log.
 
-    ``measured`` has the sections, each of one part of the goodput; None if they are not known.
+    ``measured`` has the sections, each of which belongs to one part of the goodput. It is None if they are not known;
+    then only the marks are yielded.
     """
     process, at = f"run {run.point}", 0.0
     for stretch in () if measured is None else measured.stretches:

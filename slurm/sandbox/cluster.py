@@ -379,8 +379,7 @@ def heal(cluster: Cluster, name: str) -> str:
 
     Returns a text on what was undone for people.
 
-    Slurm itself also drains a node, for example after a step that it could not end, and only an operator resumes the
-    node.
+    A node that Slurm itself has drained, for example after a step that Slurm could not end, is also resumed.
     """
     done = []
     with _node(cluster, "heal", name) as node:
@@ -403,9 +402,10 @@ def heal(cluster: Cluster, name: str) -> str:
 def preempt(cluster: Cluster, job: str, *, seconds: int = 5) -> str:
     """Submit a job that preempts the running job ``job``.
 
-    The new job takes the nodes of that job for ``seconds`` seconds, in the last partition, which preempts all others.
+    The new job takes the nodes of ``job`` for ``seconds`` seconds. It is in the last partition, which preempts all
+    others.
 
-    Returns the new job's id. Raises ConfigError if ``job`` does not run, or runs in that partition already.
+    Returns the id of the new job. Raises ConfigError if ``job`` does not run, or is already in the last partition.
     """
     best = require_state(cluster.directory).settings.partitions[-1].partition(":")[0]
     rows = [line.split() for line in cluster.slurm("squeue", "--noheader", "--format=%i %A %T %P %N").splitlines()]

@@ -43,7 +43,10 @@ INIT = Path(__file__).with_name("node_init.sh")
 
 
 def ip(words: str) -> str:
-    """Run the program ``ip`` (iproute2) with these arguments, separated by blanks, and return its output."""
+    """Run the program ``ip`` (iproute2) with the arguments ``words``, separated by blanks, and return its output.
+
+    Raises SandboxError if ``ip`` fails.
+    """
     return run_program(["ip", *words.split()])
 
 
@@ -149,11 +152,10 @@ class SandboxNode:
 
     @property
     def delay_ends(self) -> tuple[str, str]:
-        """Return the names of the two interfaces of the program that delays frames, between the node's cable and the
-        bridge.
+        """Return the names of the two joined interfaces between the program that delays frames and the bridge.
 
-        The interface at the bridge is second. Names of interfaces have at most 15 letters, and a cable's name may be as
-        long.
+        The first is at the program, the second at the bridge. The names are as long as the cable's name, which may
+        already have the 15 letters that Linux permits.
         """
         rest = self.cable.removeprefix("ssb")
         return f"ssp{rest}", f"ssd{rest}"

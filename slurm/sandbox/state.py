@@ -190,7 +190,7 @@ class Settings:
         memory_gib_per_node: memory of each node in GiB.
         partitions: one text for each, ``NAME`` or ``NAME:KEY=VALUE,...`` with keys of slurm.conf; the first is the
             default, and each preempts those before it.
-        slurm_conf: ``KEY=VALUE`` lines that replace or add to those of slurm.conf.
+        slurm_conf: ``KEY=VALUE`` lines for slurm.conf. A line replaces the sandbox's own line with the same key.
     """
 
     nodes: int = _option(4, "number of nodes")
