@@ -64,9 +64,9 @@ def keep_parts(script: Path, title: str, document: str | None, parts: Mapping[st
 
 
 def merged(script: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table of ``rows`` and of the rows on the script's page. A new row replaces the old row with the
-    same first cell; other new rows come last. If the table on the page has other titles, its rows are dropped.
-    """
+    """Return a Markdown table of ``rows``, and of the rows that the script's page already has. A new row replaces the
+    old row with the same first cell; other new rows come last. If the table on the page has other ``titles``, its old
+    rows are dropped."""
     page = script.with_suffix(".md")
     lines = page.read_text().splitlines() if page.is_file() else []
     table = {row[0]: row for row in rows}

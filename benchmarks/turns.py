@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 WARM = 4
-"""Number of steps before the first turn, in which kernels are chosen and graphs are compiled."""
+"""Number of steps before the first turn. In these steps kernels are chosen and graphs are compiled."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Contestant:
         return {} if self.failure else told
 
     def ask(self, word: str, limit_s: float) -> dict[str, Any]:
-        """Send a line to the process and return the answer."""
+        """Send the line ``word`` to the process and return the answer, as ``answer`` does."""
         assert self.process.stdin is not None
         try:
             print(word, file=self.process.stdin, flush=True)
@@ -65,7 +65,8 @@ class Contestant:
         return self.answer(limit_s)
 
     def turn(self, steps: int, limit_s: float) -> None:
-        """Let the process make ``steps`` steps. Append the wall time and the processor time of one step."""
+        """Let the process make ``steps`` steps. Append the mean wall time and the mean processor time of one of these
+        steps to ``wall`` and ``cpu``. ``limit_s`` is the time limit in seconds."""
         told = self.ask(str(steps), limit_s)
         if told:
             self.wall.append(told["wall"])
@@ -122,8 +123,8 @@ def take_turns(
     Args:
         contestants: contestants after their warm-up. One that fails takes no further turn.
         rounds: number of rounds.
-        steps: gives the number of steps in a turn of a contestant.
-        left_s: gives the seconds that are left.
+        steps: function that returns the number of steps in a turn of a contestant.
+        left_s: function that returns the seconds that are left: the time limit of a turn. No round begins at 0 or less.
     """
     there = [one for one in contestants if not one.failure]
     for number in range(rounds):

@@ -129,7 +129,8 @@ GONE = {
         "hang_timeout_slow_s",
     )
 } | {"attainable: null", "links:", "links: []", "bind_cpus: true"}
-"""Lines of a composed config with keys that the second checkout no longer has."""
+"""Lines of a composed config with keys that the second checkout no longer has. ``same_results`` removes these lines
+from the configs of the recorded runs."""
 
 REFUSALS = (
     # Keys

@@ -61,9 +61,8 @@ SIZE = ("model.n_layer=4", "optim.max_micro_batch=2")
 
 @dataclass(frozen=True)
 class Table:
-    """A model, the layouts that save and resume a checkpoint of this model on four ranks, and layouts on other numbers
-    of ranks that resume the checkpoint, too.
-    """
+    """A model, and the layouts of its checkpoints. ``layouts`` save and resume a checkpoint on four ranks.
+    ``elsewhere`` has pairs of a layout and another number of ranks; these only resume the checkpoint."""
 
     model: str
     layouts: Sequence[str]
@@ -93,8 +92,16 @@ TABLES = (
 
 
 def losses(rank: int, size: int, folder: Path, model: str, layouts: Sequence[str], saves: bool) -> list[list[float]]:
-    """Return the losses of two steps under each layout of ``layouts``. If ``saves`` is True, the run first makes two
-    steps and saves a checkpoint. Otherwise the run resumes from the checkpoint in ``folder``.
+    """Return the losses of two steps under each layout of ``layouts``: a list of two losses for each layout.
+
+    Args:
+        rank: number of this rank.
+        size: number of ranks.
+        folder: run folder.
+        model: name of the model.
+        layouts: names of the layouts.
+        saves: True to make two steps and save a checkpoint before the two steps; False to resume from the checkpoint in
+            ``folder``.
     """
     found = []
     for name in layouts:
@@ -109,7 +116,8 @@ def losses(rank: int, size: int, folder: Path, model: str, layouts: Sequence[str
 
 
 def row(name: str, table: Table, folder: Path) -> list[str]:
-    """Return the cells of the table's row for the layout ``name``."""
+    """Return the cells of the row for the layout ``name``, which saves the checkpoint. A cell is the difference as
+    text, or ``**failed**``. ``folder`` is the run folder."""
     cells: dict[tuple[str, int], str] = {}
     try:
         to_come = run_distributed(losses, RANKS, folder, table.model, [name], True, timeout_s=600)[0][0]
@@ -134,7 +142,7 @@ def shown(found: Sequence[float], expected: Sequence[float]) -> str:
 
 
 def lines_of(table: Table, names: Sequence[str]) -> list[str]:
-    """Return the lines of the Markdown table with the rows ``names``."""
+    """Return the lines of a Markdown table: the head, and a row for each layout in ``names``."""
     heads = [name if ranks == RANKS else f"{name}, {ranks}" for name, ranks in table.columns]
     lines = [f"| {table.model} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     with tempfile.TemporaryDirectory() as place:

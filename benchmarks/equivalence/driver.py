@@ -21,7 +21,8 @@ from typing import Any
 
 
 def become(job: dict[str, Any]) -> None:
-    """Set the folder, the search paths and the standard streams of this forked process to those of a job."""
+    """Prepare this forked process for a job: set the current folder, the search paths of modules and programs, and the
+    standard streams."""
     os.setsid()
     signal.alarm(job["seconds"])
     os.chdir(job["cwd"])

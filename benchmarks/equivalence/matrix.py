@@ -99,14 +99,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pair(words: str) -> tuple[str, str]:
-    """Return the Python version and the torch version of text such as 3.12=2.13.0."""
+    """Return the Python version and the torch version in text such as 3.12=2.13.0. The torch version is ``none`` if the
+    text has none."""
     python, _, torch = words.partition("=")
     return python, torch or "none"
 
 
 def attempt(python: str, torch: str, any_build: bool, runs: Sequence[Sequence[str]]) -> Row:
-    """Return the result of one combination, tried in a virtual environment that is deleted afterwards. ``any_build``
-    also accepts CUDA builds of torch. ``runs`` has the arguments of pytest for each run of tests."""
+    """Return the result of one combination, tried in a virtual environment that is deleted afterwards.
+
+    Args:
+        python: version of Python.
+        torch: version of torch; ``none`` tries only the commands that need no torch.
+        any_build: True also accepts CUDA builds of torch.
+        runs: arguments of pytest, for each run of tests.
+    """
     interpreter = find_interpreter(python)
     if interpreter is None:
         return Row(python, torch, "not tried: no such interpreter on this machine")
@@ -138,8 +145,14 @@ def find_interpreter(version: str) -> Path | None:
 
 
 def install(python: str, torch: str, any_build: bool, folder: Path) -> str:
-    """Install torch (``any_build``: also a CUDA build) and the packages that the project needs. Return an empty string,
-    or the reason why this fails."""
+    """Install torch and the packages that the project needs. Return an empty string, or the reason why this fails.
+
+    Args:
+        python: path of the interpreter of a virtual environment.
+        torch: version of torch; ``none`` installs no torch.
+        any_build: True also accepts a CUDA build of torch.
+        folder: folder for temporary files.
+    """
     # Of torch's modules a tenth is ever imported, and Python compiles those as it imports them.
     pip = (python, "-m", "pip", "install", "-q", "--prefer-binary", "--no-compile")
     builds = [f"torch=={torch}+cpu"] + [f"torch=={torch}"] * any_build
@@ -197,7 +210,13 @@ def run_tests(python: str, words: Sequence[str]) -> str:
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command in this checkout, with the packages of the command's own environment only."""
+    """Run a command in this checkout, with the packages of the command's own environment only. Return the finished
+    process, with its output as text.
+
+    Raises:
+        CalledProcessError: the command fails, and ``check`` is True.
+        TimeoutExpired: the command takes longer than ``LIMIT_S`` seconds.
+    """
     environment = {key: value for key, value in os.environ.items() if key not in CLEAN}
     return subprocess.run(
         command, cwd=ROOT, env=environment, check=check, timeout=LIMIT_S, text=True,

@@ -156,8 +156,16 @@ ROWS = (
 
 
 def cell(rank: int, size: int, folder: Path, words: str, column: Column) -> Cell:
-    """Return the result of one run with the overrides ``words``, or the reason why the config is refused. Ranks other
-    than 0 return an empty result."""
+    """Return the result of one run on rank 0: losses, gradient norms, gradients and weights. If the config is refused,
+    return the reason as text. Ranks other than 0 return an empty result.
+
+    Args:
+        rank: number of this rank.
+        size: number of ranks.
+        folder: run folder.
+        words: overrides for the topology.
+        column: model and training options.
+    """
     case = Case(f"{words} {column.words}", column.model, column.accumulation)
     try:
         with in_fp32(column.model == "Muon"):
@@ -182,7 +190,7 @@ def in_fp32(is_muon: bool) -> Iterator[None]:
 
 
 def cells(rank: int, size: int, folder: Path, words: str, columns: Sequence[Column]) -> list[Cell]:
-    """Return this rank's results of all columns for one topology."""
+    """Return this rank's results of all columns for the topology with the overrides ``words``."""
     return [cell(rank, size, folder / str(place), words, column) for place, column in enumerate(columns)]
 
 
@@ -200,7 +208,12 @@ def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 def table(lines: Sequence[Line], heads: Sequence[str], alone: dict[str, dict[str, Any]]) -> tuple[list[str], bool]:
     """Return the Markdown lines of a table with its footnotes, and True if all runs end and no error is too large.
-    ``alone`` has the results of one process, by the name of the model."""
+
+    Args:
+        lines: topology, number of ranks and columns for each line of the table.
+        heads: titles of the columns.
+        alone: name of a model -> result of one process, with which the runs are compared.
+    """
     text = [f"| topology | ranks | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     notes: dict[str, int] = {}
     good = True
@@ -223,7 +236,8 @@ def table(lines: Sequence[Line], heads: Sequence[str], alone: dict[str, dict[str
 
 
 def measured(row: Row, size: int, folder: Path, columns: Sequence[Column]) -> list[Cell]:
-    """Return the cells of a row on ``size`` ranks. If a rank fails, every cell contains the reason."""
+    """Return rank 0's results of a row on ``size`` ranks, one for each column. If a rank fails, every result is the
+    reason as text."""
     try:
         found: list[Cell] = run_distributed(cells, size, folder, row.words, columns, timeout_s=1800)[0]
     except RankFailedError as failure:
@@ -237,7 +251,8 @@ HEADINGS = {"models": "Models", "execution": "Compiled and recomputed", "options
 
 
 def tables(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, str], bool]:
-    """Return heading -> text for the tables in ``names``, and True if no cell fails."""
+    """Return heading -> text for the tables in ``names``, and True if no run fails and no error is too large. ``rows``
+    are the topologies to try."""
     columns = [Column(name, name, 1) for name in MODELS_ALONE]
     with tempfile.TemporaryDirectory() as place:
         found = run_distributed(cells, 1, Path(place) / "alone" / "runs", "parallel=ddp", columns, timeout_s=600)[0]

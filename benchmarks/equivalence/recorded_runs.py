@@ -29,12 +29,14 @@ Fields = Callable[[int, int], dict[str, Any]]
 
 
 def lasting(seconds: float, warm_up: int = 0) -> Times:
-    """Return a function that gives step times: ``seconds``, or ten times as long in the first ``warm_up`` steps."""
+    """Return a function that gives step times in seconds: ``seconds``, or ten times as long in the first ``warm_up``
+    steps."""
     return lambda step, rank: seconds * (10 if step <= warm_up else 1)
 
 
 def only_at(at: int, **fields: float) -> Fields:
-    """Return a function that gives additional record fields for step ``at`` only."""
+    """Return a function that gives additional fields of step records: ``fields`` for the step ``at``, and none for
+    other steps."""
     return lambda step, rank: fields if step == at else {}
 
 

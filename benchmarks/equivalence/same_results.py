@@ -185,7 +185,8 @@ def run_lines(sides: Sequence[Side], lines: Sequence[Line], seconds: int = 120) 
 
 
 def collected(side: Side, number: int) -> str:
-    """Return the output of command line ``number``, its exit status, and the files that the command has written."""
+    """Return, as one text, the output of command line ``number``, its exit status, and the files that the command has
+    written."""
     cwd = side.folder / f"{number:03d}"
     left = sorted(str(path.relative_to(cwd)) for path in cwd.rglob("*") if path.is_file())
     left = [name for name in left if name not in FILES and not name.startswith("runs/")]
@@ -220,8 +221,8 @@ def names(message: str, word: str) -> bool:
 
 
 def unnamed(case: Refusal, text: str) -> list[str]:
-    """Return a line of text for each defect of a refusal: a word that it must contain and does not, or a missing part
-    of the three."""
+    """Return a line of text for each defect of the refusal ``text``: a word that the refusal must contain and does not,
+    or a part that is missing of "found", "expected" and "type next". Empty if there is no defect."""
     message = text.rpartition("exit status ")[0]
     words = [f"it does not name {word}" for word in (case.key, case.value) if word and not names(message, word)]
     parts = ("found: ", "expected: ", "type next: ") if case.parts else ()
@@ -253,7 +254,8 @@ def compare_refusals(
 
 
 def plans_and_refusals(sides: Sides, parts: set[str], args: argparse.Namespace) -> Iterator[Golden]:
-    """Run dry runs and wrong command lines in both checkouts, and yield the comparisons."""
+    """Run dry runs and wrong command lines in both checkouts, and yield the comparisons. ``parts`` chooses: ``plans``,
+    ``refusals``, or both. ``args`` is the parsed command line."""
     plans = matching({**PLANS, **ON_A_CLUSTER}, args) if "plans" in parts else {}
     cases = {case.line: case for case in REFUSALS} if "refusals" in parts else {}
     refusals = list(matching(cases, args).values())
@@ -267,8 +269,11 @@ def plans_and_refusals(sides: Sides, parts: set[str], args: argparse.Namespace) 
 
 
 def make_runs(checkout: Path, folder: Path, args: argparse.Namespace) -> dict[str, Path]:
-    """Write the run folders of ``WRITTEN``, and run the sweeps of ``RECORDED`` with ``checkout``. Returns name ->
-    folder. ``checkout`` also composes the configs of the written runs.
+    """Write the run folders of ``WRITTEN``, and run the sweeps of ``RECORDED`` with ``checkout``, which also composes
+    the configs of the written runs. Return name -> folder of its runs.
+
+    Raises:
+        SystemExit: a command line fails.
     """
     found, configs = {}, {}
     for name, (write, words) in matching(WRITTEN, args).items():
@@ -292,8 +297,8 @@ def make_runs(checkout: Path, folder: Path, args: argparse.Namespace) -> dict[st
 
 
 def written(side: Side, number: int, runs: Path) -> dict[str, str]:
-    """Return path in ``runs`` -> text of the CSV, JSON and Markdown files that command line ``number`` has changed or
-    written in its copy of ``runs``."""
+    """Return path in the run folders -> text, for the CSV, JSON and Markdown files that command line ``number`` has
+    changed or written in its copy of ``runs``."""
     copy = side.folder / f"{number:03d}" / "runs"
     found = {}
     for path in sorted(path for path in copy.rglob("*") if path.suffix in (".csv", ".json", ".md")):
@@ -351,7 +356,8 @@ def compare_values(name: str, before: str, after: str, strict: bool = False) -> 
 
 
 def compare_figures(sides: Sides, parts: set[str], args: argparse.Namespace) -> Iterator[Golden]:
-    """Report the same runs with both checkouts, and yield comparisons of the output and the written files."""
+    """Report the same runs with both checkouts, and yield comparisons of the output and the written files. ``parts`` is
+    not used; ``args`` is the parsed command line."""
     runs = make_runs(sides[0].checkout, sides[0].folder.parent / "runs", args)
     cases = [(name, folder, reader) for name, folder in runs.items() for reader in READERS]
     lines = [Line(tuple(shlex.split(READERS[reader])), on_a_cluster=True, runs=folder) for _, folder, reader in cases]
@@ -369,7 +375,7 @@ def compare_figures(sides: Sides, parts: set[str], args: argparse.Namespace) -> 
 
 
 def losses(side: Side, layout: str) -> subprocess.Popen[str]:
-    """Start a training run of two ranks with the layout ``layout``."""
+    """Start a training run of two ranks with the layout ``layout``, and return its process without waiting."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gpt.train", "run_dir=run"]
     folder = side.folder / layout
     folder.mkdir(parents=True)
@@ -393,7 +399,8 @@ def step_records(side: Side, layout: str, printed: str) -> str:
 
 
 def compare_losses(sides: Sides, parts: set[str], args: argparse.Namespace) -> Iterator[Golden]:
-    """Train with every layout in both checkouts at the same time, and yield comparisons of the step records."""
+    """Train with every layout in both checkouts at the same time, and yield comparisons of the step records. ``parts``
+    is not used; ``args`` is the parsed command line."""
     for layout in matching(LOSSES, args):
         runs = [losses(side, layout) for side in sides]
         printed = [run.communicate()[0] for run in runs]

@@ -121,7 +121,8 @@ class Trial:
 
     @property
     def outcome(self) -> str:
-        """Return ``right``, ``unknown`` or ``wrong``."""
+        """Return ``right``, ``unknown`` or ``wrong``. ``unknown`` is the outcome of a fault without a verdict, or with
+        a verdict of that kind. A quiet run is right if it has no verdict and ends with status 0."""
         if not self.planted.kinds:
             return "right" if self.kind == "-" and self.planted.status == 0 else "wrong"
         if self.kind in ("unknown", "-"):
@@ -234,7 +235,8 @@ def faults_of(program: Path) -> Mapping[str, Fault]:
 
 
 def places_of(fault: Fault, program: Path) -> list[str]:
-    """Return the lines of ``program`` that have the fault."""
+    """Return the lines of ``program`` that have the fault, as text such as ``faulty.py:40``; empty if the fault is in
+    no line."""
     if not fault.line:
         return []
     lines = list(enumerate(program.read_text().splitlines(), 1))
@@ -282,7 +284,7 @@ def run_planted(planted: Planted, fault: Fault, folder: Path, limit_s: int = LIM
 
 
 def judge(folder: Path) -> Trial:
-    """Find the verdict of a kept run with today's rules, and return the trial."""
+    """Find the verdict of the kept run in ``folder`` with today's rules, and return the trial."""
     planted = Planted(**json.loads((folder / PLANTED).read_text()))
     began = time.perf_counter()
     verdict = find_verdict(RunFolder(folder / "run"))

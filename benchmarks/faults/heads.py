@@ -45,7 +45,7 @@ GPT = (*TINY, f"optim.max_steps={GPT_STEPS}", "eval.interval=0", "checkpoint.int
 
 @dataclass(frozen=True)
 class Loss:
-    """Result of one loss of the head node, in seconds."""
+    """Times of one loss of the head node, in seconds."""
 
     to_notice: float
     """Time from the power cut to the notice."""
@@ -62,8 +62,8 @@ def train_whole(folder: Path) -> Path:
 
 
 def start_run(sandbox: Cluster, folder: Path, two: bool) -> tuple[StormyRun, Path]:
-    """Start the GPT of ``--two`` if ``two`` is True, else the program that counts. Returns the run, and the path of a
-    file that ends the pauses between steps once it exists."""
+    """Start a run: the GPT of ``--two`` if ``two`` is True, else the program that counts. Return the run, and the path
+    of a file. When this file exists, the run no longer pauses between steps."""
     if two:
         slowly, hurry = paced(folder)
         return StormyRun(sandbox, folder, *GPT, *slowly, *WORDS, "spare_nodes=2", nodes=4), hurry
@@ -73,15 +73,14 @@ def start_run(sandbox: Cluster, folder: Path, two: bool) -> tuple[StormyRun, Pat
 
 
 def lose_head(sandbox: Cluster, folder: Path, wait_s: float, other: int = 0, whole: Path | None = None) -> Loss:
-    """Start a run, cut the power of its head node ``wait_s`` seconds after its first save, and return the measured
-    times.
+    """Start a run, cut the power of its head node, and wait for the end of the run. Return the measured times.
 
     Args:
         sandbox: cluster of the run.
         folder: folder for the run and its log.
         wait_s: seconds from the first save to the cut.
         other: index of a second node of the run that loses power together with the head node; 0: none.
-        whole: run folder of an undisturbed run whose final weights must be equal; None: run the program that counts.
+        whole: run folder of an undisturbed run whose final weights must be equal; None runs the program that counts.
     """
     run, hurry = start_run(sandbox, folder, two=whole is not None)
     run.wait(lambda: run.of("saved"), "a checkpoint")

@@ -122,7 +122,8 @@ class LeagueRun:
         self.env = environment(PYTHONPATH=str(ROOT), **sandbox.env)
         self.cgroup = MEMORY / folder.name
         self.helper: subprocess.Popen[bytes] | None = None
-        """Process that ends with the run: our waiting command, or the lighthouse of torchft."""
+        """Process that ends with the run: our command, which waits for the job, or the lighthouse of torchft. None with
+        other engines."""
         self._jobs: list[str] = []
         """Slurm's ids of the jobs: one, or one for each replica of torchft. Empty for the launcher of this project, see
         ``job``."""
@@ -198,7 +199,7 @@ class LeagueRun:
             return "no answer of slurmctld"
 
     def is_dead(self) -> bool:
-        """Return True if no job of the run waits, runs or ends."""
+        """Return True if no job of the run waits in the queue, runs, or is about to end."""
         with suppress(SandboxError):
             return all(self.field("JobState", job) in DEAD for job in self.jobs())
         return False
@@ -318,7 +319,16 @@ class Result:
 
 
 def take(sandbox: Cluster, engine: str, fault: str, seed: int, python: str, whole: str) -> Result:
-    """Run one case and return its result. ``whole`` is the hash of the final weights of an undisturbed run."""
+    """Run one case and return its result.
+
+    Args:
+        sandbox: running cluster.
+        engine: name of the engine.
+        fault: name of the fault.
+        seed: seed of the moment of the fault.
+        python: interpreter that has the packages of the engine.
+        whole: hash of the final weights of an undisturbed run.
+    """
     folder = Path(tempfile.mkdtemp(prefix=f"league-{engine}-"))
     wait_s = random.Random(f"{seed} {fault}").uniform(1, 4)  # the same for every engine
     run = LeagueRun(sandbox, engine, folder, python)
@@ -356,9 +366,9 @@ def undisturbed(python: str) -> str:
 
 
 def take_all(cases: Sequence[tuple[int, str, str]], at_once: int, python: str, write: bool) -> list[Result]:
-    """Run all cases, each (seed, fault, engine), on ``at_once`` sandboxes side by side. Returns the results. With
-    ``write``, each result is kept at once.
-    """
+    """Run all cases, each (seed, fault, engine), on ``at_once`` sandboxes side by side. Return the results, in the
+    order in which the cases end. If ``write`` is True, each result is also written into the file of results as soon as
+    its case ends."""
     whole, results, lock = undisturbed(python), list[Result](), threading.Lock()
     waiting: queue.SimpleQueue[tuple[int, str, str]] = queue.SimpleQueue()
     for case in cases:
@@ -414,7 +424,7 @@ def keep_results(new: Sequence[Result]) -> None:
 
 
 def table(results: list[Result]) -> str:
-    """Return the two tables of the page: a summary of each engine, and one row for each fault."""
+    """Return the two Markdown tables of the page: a summary of each engine, and one row for each fault."""
     engines = list(dict.fromkeys(result.engine for result in results))
     lines = ["| engine | survived | seconds to a new step, median | worst | steps done again, mean |"]
     lines += ["|---|---|---|---|---|"]

@@ -354,9 +354,15 @@ class Trial:
         return [word.replace("{data}", str(self._data)).replace("{code}", str(self._code)) for word in words]
 
     def _launch(self, kind: str, *words: str, preempted: RunFolder | None = None) -> None:
-        """Launch the program, with the overrides ``words``, and wait for its end. If ``preempted`` is the folder of a
-        run, preempt this run in the middle; None preempts no run. ``kind`` is part of the names of the sweep and of its
-        log.
+        """Launch the program, and wait for its end.
+
+        Args:
+            kind: part of the names of the sweep and of its log.
+            words: overrides of the launch.
+            preempted: folder of a run that is preempted in the middle; None preempts no run.
+
+        Raises:
+            AssertionError: the launch fails, or the run ends before it is preempted.
         """
         given = [f"script.python={self._python}", *self._filled(self.about["words"])]
         line = [sys.executable, "-m", "gpt_launch", *words, *ON_SLURM, *given]

@@ -76,9 +76,13 @@ def drill(
 ) -> int:
     """Make one drill on a new sandbox. Return the exit status of ``launch.storm``.
 
-    ``scratch`` receives the folder of the drill and the logs of Slurm's daemons. ``words`` are overrides of the run.
-    ``kinds`` names the kinds of faults; empty: all. ``quiet`` is the run folder of an undisturbed run; None:
-    ``launch.storm`` runs it.
+    Args:
+        scratch: folder for the folder of the drill and the logs of Slurm's daemons.
+        words: overrides of the run.
+        faults: number of faults.
+        seed: seed of the faults.
+        kinds: names of the kinds of faults, with commas; empty means all kinds.
+        quiet: run folder of an undisturbed run; None means that ``launch.storm`` makes this run.
     """
     with Cluster(scratch / "sandbox") as sandbox:
         sandbox.up(timeout_s=300.0)
@@ -91,8 +95,8 @@ def drill(
 def storm(
     scratch: Path, options: Sequence[str], words: Sequence[str], faults: int, seed: int, quiet: Path | None
 ) -> int:
-    """Run ``launch.storm`` with ``options`` and the overrides ``words``. Return its exit status. It writes into
-    ``scratch/drill``. ``quiet`` as in ``drill``."""
+    """Run ``launch.storm`` with ``options`` and the overrides ``words``. Return its exit status. ``launch.storm``
+    writes into ``scratch/drill``. ``quiet`` as in ``drill``."""
     words = [*ON_SLURM, "nodes=2", "resilience.heartbeat_timeout_s=10", *words]
     compared = ["--quiet", str(quiet)] if quiet else []
     options = ["--faults", str(faults), "--seed", str(seed), "--output", str(scratch / "drill"), *options, *compared]
@@ -188,9 +192,8 @@ def page(folders: Sequence[Path]) -> str:
 
 
 def _roads(kind: str, costs: Sequence[dict[str, Any]]) -> str:
-    """Return the recovery times of one kind of fault as text: for each kind of restart, the median and the largest time
-    in seconds.
-    """
+    """Return the recovery times of the faults of one kind as text: for each kind of restart the median, and in brackets
+    the largest time, in seconds."""
     roads: dict[str, list[float]] = {}
     for cost in costs:
         if cost["kind"] == kind:
@@ -211,10 +214,10 @@ def _row(folder: Path, told: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Return the measured goodput without the first start, and the goodput that Young and Daly's model predicts. None:
-    the run has too few saves or step times for them.
+    """Return two shares, 0 to 1: the measured goodput without the first start, and the goodput that Young and Daly's
+    model predicts. None if the run has too few saves, steps or faults for them.
 
-    The model gets the saves and steps until the last fault. After it the run may continue at another speed.
+    The model gets the saves and steps until the last fault. After this fault the run may continue at another speed.
     """
     events = stormy.read_events()
     goodput = measure_goodput(stormy, events)

@@ -53,7 +53,8 @@ def reboot(storm: StormyRun, index: int, seconds: float) -> None:
 
 
 def kill_srun(storm: StormyRun, *, alone: bool) -> None:
-    """Kill the srun of the batch script while the ranks train; ``alone`` False: its helper process, too."""
+    """Kill the srun of the batch script while the ranks train. If ``alone`` is False, also kill the helper process of
+    this srun."""
     storm.wait_for_steps(attempt=1)
     storm.kill_srun(alone=alone)
 

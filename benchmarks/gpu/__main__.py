@@ -202,13 +202,20 @@ def measure_pack(group: Group, pack: Sequence[Entry], found: Measurement, folder
 
 
 def steps_of_turn(one: Contestant) -> int:
-    """Return the number of steps that take about ``TURN_S`` seconds."""
+    """Return the number of steps of a contestant that take about ``TURN_S`` seconds, at least 1 and at most
+    ``MOST_STEPS``."""
     return max(1, min(MOST_STEPS, round(TURN_S / one.told["step_s"])))
 
 
 def row_of(group: Group, entry: Entry, one: Contestant, base: Contestant | None, found: Measurement) -> Row:
-    """Return the row of an entry. Asks the contestant for its peak memory and its waits. ``base`` is the contestant
-    that the entry is compared with; None: the entry has no ratio.
+    """Return the row of an entry, after asking its contestant for peak memory and waits.
+
+    Args:
+        group: group of the entry.
+        entry: the entry.
+        one: contestant of the entry, after its turns.
+        base: contestant that the entry is compared with; None gives the row no ratio.
+        found: results so far, with the deadline.
     """
     first = {} if base is None else base.told
     if entry.peer and one.told and first:
@@ -236,8 +243,13 @@ def outcome_of(one: Contestant, found: Measurement) -> str:
 
 
 def measure(group: Group, found: Measurement, folder: Path, at_once: int) -> None:
-    """Measure the entries of a group until the deadline, at most ``at_once`` at the same time. Adds a row with the
-    reason for each entry that is not measured.
+    """Measure the entries of a group until the deadline. Each entry that is not measured gets a row with the reason.
+
+    Args:
+        group: the group.
+        found: results so far, to which the rows are added.
+        folder: folder for the runs.
+        at_once: largest number of entries that are measured at the same time.
     """
     entries = []
     for entry in group.entries:

@@ -107,7 +107,14 @@ WITHOUT: dict[str, Callable[[Run, Callable[[], None]], Callable[[], None]]] = {
 
 
 def serve_run(words: Sequence[str], without: str, folder: Path) -> Served:
-    """Build a run as ``gpt.train`` does, without the part ``without``. ``words`` are its overrides."""
+    """Build a run as ``gpt.train`` does, but without one part of the loop. Return its step, and the requests that it
+    answers.
+
+    Args:
+        words: overrides of the run.
+        without: name of the missing part, a key of ``WITHOUT``; empty for the whole loop.
+        folder: folder for the run folder.
+    """
     raise_open_files()
     set_defaults()
     config = parse_request(parse_arguments([*words])).config
@@ -155,18 +162,19 @@ def told_of(run: Run) -> dict[str, Any]:
 
 
 def memory_peak(device: str) -> dict[str, Any]:
-    """Return the peak memory of this rank in GiB: tensors on the GPU, or the RAM of the process on a CPU."""
+    """Return ``{"peak_gib": GiB}`` with the peak memory of this rank: that of the tensors on the GPU, or the RAM of the
+    process on a CPU."""
     if device == "cuda":
         return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def waits(step: Callable[[], None]) -> dict[str, Any]:
-    """Return the source lines at which the host waits for the device, each with its number of waits in ``WATCHED``
-    steps.
+    """Return ``{"waits": lines}``, where ``lines`` is a dictionary: source line at which the host waits for the device
+    -> number of its waits in ``WATCHED`` steps. On a CPU ``lines`` is None.
 
     The function first lets torch warn about each wait. If there is no warning, the function runs as many steps in
-    torch's mode ``error``, which raises at a wait. On a CPU the value is None.
+    torch's mode ``error``, in which a wait raises an error.
     """
     if not torch.cuda.is_available():
         return {"waits": None}

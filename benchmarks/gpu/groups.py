@@ -47,7 +47,7 @@ class Entry:
     without: str = ""
     """Name of the part of our training loop that the contestant leaves out (``contestant.WITHOUT``); empty: none."""
     peer: str = ""
-    """Name of the other library whose step is measured; empty: this project."""
+    """Name of the other library whose step is measured; empty for a step of this project."""
     environment: tuple[tuple[str, str], ...] = ()
     """Environment variables of the process, as pairs of name and value."""
     micro_batch: int = 16
@@ -83,7 +83,7 @@ class Machine:
 
     @property
     def room_gib(self) -> float:
-        """Memory of one device that plans may use, in GiB."""
+        """Memory of one device that plans may use, in GiB: ``memory_gib`` times ``FULLEST``."""
         return FULLEST * self.memory_gib
 
 

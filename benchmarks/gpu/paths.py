@@ -97,7 +97,8 @@ class Result:
     """
     why: str = ""
     error: float | None = None
-    """Largest relative error against the reference run; None if there is no comparison."""
+    """Largest relative error of losses and of the first gradient norm against the reference run; None if there is no
+    comparison."""
     summary: dict[str, Any] = field(default_factory=dict)
     startup: dict[str, Any] = field(default_factory=dict)
 

@@ -84,9 +84,9 @@ def attach_rank(folder: RunFolder, group: rendezvous.AgentGroup, index: int, rdz
 
 
 def follow(folder: RunFolder, first: int, end: int, count: int) -> None:
-    """Run the agents ``first`` to ``end - 1`` until the head node ends the run. Writes two monotonic times: when the
-    last agent has received the stop, and when agent 1 has sent its last message.
-    """
+    """Run the agents ``first`` to ``end - 1``, of ``count`` in all, in threads until the head node ends the run. Write
+    files with two monotonic times: when the last of these agents has received the stop, and when agent 1 has sent its
+    last message."""
     config, files = config_of(count), dict[int, HeartbeatFile]()
     sys.setswitchinterval(SWITCH_S)
     # One after another: threads that connect at once look up a name, and wait for a name server.

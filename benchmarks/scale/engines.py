@@ -152,7 +152,8 @@ def sharded_state(mesh: DeviceMesh, layers: int = 24, width: int = 2048) -> dict
 
 
 def plan_of_rank(plan: SavePlan, rank: int) -> SavePlan:
-    """Return the save plan of another rank: ``plan`` with the shard offsets of this rank."""
+    """Return the save plan of the rank ``rank``: a copy of ``plan``, the plan of rank 0, with the shard offsets of
+    ``rank``."""
     items = []
     for item in plan.items:
         data = item.tensor_data
@@ -195,7 +196,8 @@ def memory_gib(name: str) -> float:
 
 
 def build_and_look(rank: int, size: int, folder: Path) -> float:
-    """Return how much the peak memory of this rank grows while it builds, shards and initializes the model, in GiB."""
+    """Return the growth of the peak memory of this rank, in GiB, while the rank builds, shards and initializes the
+    model."""
     from gpt import train as module
 
     config = config_from([*BUILT, "data.max_bytes=60000"])

@@ -190,8 +190,14 @@ def predict(
     name: str, folder: Path, network: Path | None, cables: Cables = Cables(), *, is_blind: bool = False
 ) -> Result:
     """Predict the largest point of the sweep in ``folder`` from the smaller points. The cost model takes no account of
-    nodes that share cores. ``network`` is the file with the measured links; None uses the file that the runs name.
-    ``is_blind`` is copied into the result.
+    nodes that share cores.
+
+    Args:
+        name: name of the parallelism, which is copied into the result.
+        folder: folder of the sweep.
+        network: file with the measured links; None uses the file that the runs name.
+        cables: limits of the cables, which are copied into the result.
+        is_blind: copied into the result.
     """
     points = label_points([*map(read_point, select(folder).runs)])
     (series,) = split(points)

@@ -72,7 +72,7 @@ class Submissions:
         self._blocker = sandbox.slurm("sbatch", "--parsable", *everything).strip()
 
     def ended(self) -> list[float]:
-        """Return the times at which the sbatch calls of the current command returned."""
+        """Return the Unix times, in seconds, at which the sbatch calls of the current command returned."""
         return [float(line) for line in self._log.read_text().splitlines()] if self._log.exists() else []
 
     def queued(self) -> list[str]:
@@ -132,7 +132,8 @@ class Submissions:
 
 
 def measure(rounds: int) -> str:
-    """Return a table with the times of all commands in ``rounds`` rounds, after one round that fills the caches."""
+    """Return a Markdown table with the times of all commands over ``rounds`` rounds. One round before them fills the
+    caches and does not count."""
     # Not deeper: paths of Unix sockets are short.
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "sandbox") as sandbox:
         sandbox.up(timeout_s=180.0)

@@ -24,7 +24,7 @@ def seconds(words: list[str], folder: str) -> float:
 
 
 def main() -> None:
-    """Run each command once without measuring it, then ``RUNS`` times, and print the table."""
+    """Run each command once without measuring it, then ``RUNS`` times, and print the table of its times."""
     print("| command | median | slowest |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, words in COMMANDS.items():

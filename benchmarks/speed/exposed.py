@@ -93,9 +93,9 @@ def main() -> int:
 
 
 def seconds_of(of_ranks: list[list[float]]) -> float:
-    """Return the median over the steps of the shortest wait among the ranks, in seconds. The longer wait includes the
-    time for which a rank waits for the other rank.
-    """
+    """Return the median over the steps of the shortest wait among the ranks, in seconds. ``of_ranks`` has a list for
+    each rank, with its waits in seconds, one for each step. The longer wait includes the time for which a rank waits
+    for the other rank."""
     return statistics.median(map(min, zip(*(seconds[WARMUP:] for seconds in of_ranks), strict=True)))
 
 

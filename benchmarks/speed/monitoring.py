@@ -46,7 +46,8 @@ STEP_S = 0.2
 
 
 def block(run: Run, writers: MetricWriters | None, gradients: Gradients) -> tuple[float, float]:
-    """Return wall time and CPU time of ``STEPS`` steps, in seconds. ``writers`` None: only the loss is read."""
+    """Return wall time and CPU time of ``STEPS`` steps, in seconds. If ``writers`` is None, only the loss is read.
+    Otherwise ``writers`` write all records, and the first step measures ``gradients``."""
     started, used = time.perf_counter(), time.process_time()
     queued: list[QueuedStep] = []
     since = started
@@ -64,9 +65,16 @@ def block(run: Run, writers: MetricWriters | None, gradients: Gradients) -> tupl
 
 
 def finish(queued: QueuedStep, since: float, writers: MetricWriters | None, evaluated: bool) -> float:
-    """Read the figures of a step, and write them with ``writers`` unless this is None. With ``evaluated`` the record
-    has a validation loss, too. ``since`` is the end of the previous step, and the result the end of this step, both of
-    time.perf_counter in seconds.
+    """Read the figures of a step, and write them.
+
+    Args:
+        queued: the step.
+        since: end of the previous step, of time.perf_counter in seconds.
+        writers: writers of the figures; None writes nothing.
+        evaluated: True to give the record a validation loss, too.
+
+    Returns:
+        The end of this step, of time.perf_counter in seconds.
     """
     record, ended = queued.finish(since)
     if writers is not None:
@@ -136,7 +144,8 @@ def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, f
 
 
 def time_phases(run: Run) -> None:
-    """Mark and read the phases of a step as often as a step does."""
+    """Mark and read the times of the phases of a step, as often as one step does. Used to measure the cost of this
+    work."""
     timeline = Timeline(run.world.device)
     with recorded(timeline):
         for _ in range(WAITS):

@@ -76,9 +76,8 @@ def draw(curves: dict[tuple[str, str], Curve], file: Path) -> None:
 
 
 def cost(rank: int, size: int, folder: Path) -> dict[str, tuple[float, int]]:
-    """Return, for each engine and optimizer, the median seconds of an update and the bytes of optimizer state on this
-    rank.
-    """
+    """Return ``engine | optimizer`` -> the median seconds in which this rank clips and updates, and the bytes of
+    optimizer state on this rank."""
     found = {}
     for engine in ENGINES:
         for optimizer in RATES:

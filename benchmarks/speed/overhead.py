@@ -131,7 +131,16 @@ def measure(step: Step) -> tuple[float, float]:
 
 
 def compare(engine: str, words: list[str], rounds: int, mean_loss: bool, world: World, folder: str) -> str:
-    """Run both loops in turns, and return a line of the table."""
+    """Run both loops in turns, and return a line of the Markdown table.
+
+    Args:
+        engine: name of the engine.
+        words: overrides of the run.
+        rounds: number of rounds, in each of which both loops make one step.
+        mean_loss: True to average the loss of the bare loop over all ranks.
+        world: the ranks.
+        folder: folder for the run folder.
+    """
     run = open_run([*words, f"parallel={engine}", f"run_dir={folder}/{engine}", FOR_EVER], world)
     loops = {"ours": our_turn(run), "bare": bare_loop(run.config, run, engine, mean_loss)}
     for step in [*loops.values()] * WARM:

@@ -190,8 +190,15 @@ class PeerStep:
 
 
 def build_step(name: str, shape: Shape, checkout: Path | None, compiled: bool, fused: bool, device: str) -> PeerStep:
-    """Build the training step of a library. If ``compiled``, model and loss are compiled as one graph where this is
-    possible. ``checkout`` is the library's checkout; None for an installed library. ``fused`` as in ``PeerStep``.
+    """Build the training step of a library.
+
+    Args:
+        name: name of the library.
+        shape: sizes of the model.
+        checkout: checkout of the library; None for an installed library.
+        compiled: True to compile model and loss, as one graph where this is possible.
+        fused: True to use torch's fused AdamW.
+        device: device type; on ``cuda`` the step autocasts to bf16.
     """
     torch.manual_seed(0)
     model, loss = BUILDERS[name](shape, checkout)

@@ -153,7 +153,8 @@ def command(name: str, setting: Setting, words: argparse.Namespace) -> list[str]
 
 
 def compare(setting: Setting, names: Sequence[str], words: argparse.Namespace) -> list[Contestant]:
-    """Run the contestants in turns. A contestant that cannot be built takes no turn."""
+    """Run the contestants ``names`` in turns, and return them with their times. A contestant that cannot be built takes
+    no turn; its ``failure`` has the reason."""
     threads = {"OMP_NUM_THREADS": str(setting.threads)}
     with contextlib.ExitStack() as stack:
         everybody = [
@@ -188,7 +189,8 @@ def rows(setting: Setting, found: Sequence[Contestant]) -> list[str]:
 
 
 def contestants(kind: str, words: argparse.Namespace) -> list[str]:
-    """Return the names of our loop and of each library that has the shape and is available."""
+    """Return the names of the contestants for a shape of the kind ``kind``: our loop, and each library that has the
+    shape and is available."""
     given = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt, "transformers": Path()}
     return [OURS, *(name for name, kinds in KINDS.items() if kind in kinds and given[name] is not None)]
 
@@ -218,7 +220,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run all comparisons and print the table. Returns the exit status."""
+    """Run all comparisons and print the table. Return the exit status: 0, or 1 if a contestant failed."""
     words = parse()
     if words.serve:
         serve_as_told(words)

@@ -105,7 +105,8 @@ def measure(run: Run, saving: CheckpointSchedule, way: str) -> Stall:
 
 
 def run_of(rank: int, size: int, folder: Path, config: TrainConfig, writer: Writer) -> Run:
-    """Build a run that saves with ``writer``."""
+    """Build a run with the run folder ``folder``, on the rank ``rank`` of ``size`` ranks. The checkpoints of the run
+    are written by ``writer``."""
     world = World(rank, size, rank, size, 0, torch.device("cpu"), control_group())
     worker = Rank(rank, rank, size)
     run = build(config, RunFolder(folder), world, 1, worker, writer)

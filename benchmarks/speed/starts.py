@@ -65,8 +65,8 @@ def processor_seconds(pids: list[int]) -> float:
 
 
 def measure(forked: bool) -> dict[str, float]:
-    """Return the seconds of one start and of one restart in place: wall time, and processor time of the two ranks,
-    which are ``forked`` or executed."""
+    """Return name -> seconds for one start and one restart in place: the wall time, and the processor time of the two
+    ranks. The ranks are forked if ``forked`` is True, else executed."""
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(Path(name) / "run")
         words = [
@@ -92,7 +92,7 @@ def measure(forked: bool) -> dict[str, float]:
 
 def opened(ranks: int, forked: bool) -> int:
     """Return the number of files that the processes of one node open or try to open in a run of two steps with
-    ``ranks`` ranks, which are ``forked`` or executed."""
+    ``ranks`` ranks. The ranks are forked if ``forked`` is True, else executed."""
     with tempfile.TemporaryDirectory() as name:
         words = [*TINY, "cluster=local", "nodes=1", f"ranks_per_node={ranks}", "optim.max_steps=2", "eval.interval=0"]
         words += [f"resilience.engine={'fork' if forked else 'exec'}", f"run_dir={name}/run", "optim.max_micro_batch=1"]

@@ -482,8 +482,8 @@ def _refuse_other_tokenizers(sources: Sequence[TokenSource]) -> None:
 
 
 def largest_id_seen(source: TokenSource) -> int:
-    """Return the largest token id in the first and the last 65,536 bytes of every file of a source. Other ids may be
-    larger."""
+    """Return the largest token id in the first and the last 65,536 bytes of every file of a source. Ids elsewhere in
+    the files may be larger."""
     import numpy as np  # imported here, so that the look-up of a corpus of bytes stays quick
 
     largest = 0

@@ -147,8 +147,8 @@ class TextPart(NamedTuple):
     path: str
     """Path of the file; for a dataset its split, for a user's source its name, empty for a Markov chain."""
     start: int
-    """Index of the first byte of a text or jsonl file, of the first row group of a parquet file, of the file of a
-    dataset, or of the first walk of a Markov chain."""
+    """Index at which the part begins: that of a byte in a text or jsonl file, of a row group in a parquet file, of a
+    file in a dataset, or of a walk in a Markov chain."""
     stop: int
     """Index of the first byte, row group or walk after the part; for a dataset the number of files of the split."""
     split: int | None = None

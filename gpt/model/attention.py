@@ -234,7 +234,10 @@ def merge_sinks(y_BHTC: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> tuple[Tenso
 def sink_gradient(grad_BHTC: Tensor, attended: Attended, sinks_H: Tensor) -> Tensor:
     """Return the gradient of the sinks, (H,).
 
-    ``attended`` has the result of ``merge_sinks``, and ``grad_BHTC`` is the gradient of that result.
+    Args:
+        grad_BHTC: gradient of the result of ``merge_sinks``.
+        attended: queries, and the result of ``merge_sinks``.
+        sinks_H: the sinks.
     """
     share_BHT = (sinks_H.unsqueeze(1) - attended.lse).exp()
     return -(share_BHT * (grad_BHTC * attended.result).sum(-1)).sum((0, 2)).type_as(sinks_H)
@@ -280,8 +283,8 @@ def repeat_for_queries(x_BKSC: Tensor, q_BHTC: Tensor) -> Tensor:
 
 
 def sum_over_queries(x_BHSC: Tensor, x_BKSC: Tensor) -> Tensor:
-    """Sum gradients over the query heads that share a key-value head, (B, H, S, C) -> (B, K, S, C). ``x_BKSC`` gives
-    the shape only."""
+    """Sum gradients over the query heads that share a key-value head, (B, H, S, C) -> (B, K, S, C). Of ``x_BKSC`` only
+    the shape is used."""
     return x_BHSC.unflatten(1, (x_BKSC.size(1), -1)).sum(2)
 
 
@@ -505,8 +508,8 @@ def sdpa_attention(
 
 @cache
 def causal_bias(new: int, seen: int) -> CausalBias:
-    """Return the causal bias of attention for queries of the last ``new`` of ``seen`` tokens. It stores the two numbers
-    instead of a mask (new, seen).
+    """Return the causal bias of attention for queries of the last ``new`` of ``seen`` tokens. The bias stores these two
+    numbers, not a mask (new, seen).
 
     The result is cached, because torch cannot create one while selective activation checkpointing records an operation.
     """

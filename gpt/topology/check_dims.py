@@ -74,9 +74,10 @@ def refuse_without_deepspeed(config: TrainConfig) -> None:
 
 
 def check_parallel_parts(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if a class of the user is unusable: the optimizer, or a part of the model.
+    """Raise ConfigError if a class of the user cannot be used: the optimizer, or a part of the model.
 
-    Also if tp, cp or pp is above 1, and the class of a part does not declare that it supports this.
+    Also raise ConfigError if tp, cp or pp is above 1, and the class of a part does not declare that it supports this
+    dimension.
     """
     model = config.model
     optimizer_state(config.optim)
@@ -215,14 +216,15 @@ def check_matrices(model: ModelConfig, tp: int) -> None:
 
 
 def grouped_matmul_fits(model: ModelConfig, tp: int) -> bool:
-    """Return True if torch's grouped product accepts the width of an expert's shard on ``tp`` ranks, or is not used."""
+    """Return True if torch's grouped product accepts the width of an expert's shard on ``tp`` ranks, or if the model
+    does not use this product."""
     grouped = model.ffn is Ffn.moe and model.expert_matmul is ExpertMatmul.grouped
     return not grouped or model.ffn_width % (GROUPED_MULTIPLE * tp) == 0
 
 
 def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if sequence parallelism cannot divide sequences evenly over the ranks, or if dropout is used
-    with tensor parallelism but without sequence parallelism.
+    """Raise ConfigError in two cases. With sequence parallelism: the ranks do not evenly divide a sequence. Without it:
+    dropout is used with tensor parallelism.
 
     Without sequence parallelism, ranks have the same activations. Each rank draws its own dropout noise, so the ranks
     would drop different elements.

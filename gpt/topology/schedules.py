@@ -65,7 +65,8 @@ def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def suggest_batch(config: TrainConfig, batch: Batch) -> str:
-    """Return overrides with which the schedule accepts the batch: smaller micro-batches, or else a larger batch."""
+    """Return overrides, as text for an error, with which the schedule accepts the batch: smaller micro-batches, or if
+    that is impossible a larger batch."""
     sizes = [size for size in range(batch.micro, 0, -1) if batch.per_rank % size == 0]
     for size in sizes:
         if accepts_micro_batches(config.parallel, batch.per_rank // size):
@@ -158,7 +159,8 @@ def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompu
 
 
 def rank_stages(config: TrainConfig, pp_rank: int) -> tuple[StageLayers, ...]:
-    """Return the layers of each stage of a pipeline-parallel rank; the whole model for ``pp`` = 1."""
+    """Return the layers of each stage of the rank ``pp_rank`` of a pipeline, in the order of the stages. For ``pp`` = 1
+    there is one stage, the whole model."""
     parallel = config.parallel
     if parallel.pp == 1:
         return (StageLayers(range(config.model.n_layer), first=True, last=True),)
