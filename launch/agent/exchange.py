@@ -18,7 +18,16 @@ import torch.distributed as dist
 from msgspec.structs import replace
 
 from launch.agent.health import Fault
-from launch.agent.node import Node, RendezvousRound, RunningClock, Term, address_towards, claim_term, newest_term
+from launch.agent.node import (
+    Node,
+    RendezvousRound,
+    RunningClock,
+    Term,
+    address_towards,
+    claim_term,
+    newest_term,
+    presence_file,
+)
 from launch.agent.policy import RunFailedError
 from launch.runs.folder import RunFolder
 from launch.runs.process import HeartbeatFile, Request
@@ -152,7 +161,24 @@ def connect(term: Term, answer_s: float) -> RendezvousEndpoint:
 FIRST_S, EACH_S = 0.2, 0.1
 """Node i claims the next term ``FIRST_S + i * EACH_S`` seconds after the loss of the head node."""
 ALONE_S = 2.0
-"""Additional wait in seconds if no other node is left, because this node may be the one that is cut off."""
+"""Additional wait in seconds unless more than half of the nodes have lost the head node.
+
+This node may be the one that is cut off. The head node then begins a term without this node meanwhile.
+"""
+VOTERS = 16
+"""Largest number of nodes whose loss of the head node is counted."""
+
+
+def is_majority(folder: RunFolder, node: Node, term: Term) -> bool:
+    """Return whether more than half of the nodes that ``term`` has not lost, with ``node``, have lost its head node.
+
+    Only the first ``VOTERS`` of these nodes are counted: the first nodes are the first that may claim the next term.
+    """
+    lost = dict(term.lost)
+    voters = [index for index in range(node.count) if index not in lost][:VOTERS]
+    others = (index for index in voters if index not in (node.index, term.head))
+    present = sum(presence_file(folder, node.job, term.head, index).exists() for index in others)
+    return 2 * (1 + present) > len(voters)
 
 
 def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s: float) -> RendezvousEndpoint:
@@ -171,7 +197,7 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
         RunFailedError: this node itself counts as lost, or no node continues the run.
     """
     address, began = node.own_address(), time.monotonic()
-    is_alone = node.count - sum(index < node.count for index, _ in gone.lost) == 2
+    first = began + FIRST_S + EACH_S * node.index
     may_claim = node.index < node.count  # The node of a spare job is not in the job that would continue the run.
     store = open_tcp_store(address, timedelta(seconds=answer_s))
     while True:
@@ -185,7 +211,7 @@ def next_endpoint(folder: RunFolder, node: Node, gone: Term, why: str, answer_s:
                 gone, why = newest, str(error).partition("\n")[0]
         elif not may_claim and time.monotonic() - began > 2 * answer_s + ALONE_S:
             raise RunFailedError(f"no node of {node.job} continues the run: {why}")
-        elif may_claim and time.monotonic() - began >= FIRST_S + EACH_S * node.index + (ALONE_S if is_alone else 0.0):
+        elif may_claim and time.monotonic() >= first + (0.0 if is_majority(folder, node, newest) else ALONE_S):
             # The head node may have begun this term itself, when it lost other nodes.
             lost = (*newest.lost, (gone.head, why))
             own = Term(node.index, address, store.port, gone.token, newest.number + 1, lost)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from threading import Barrier, Event
 from typing import TypeVar
@@ -35,6 +36,7 @@ from launch.agent.node import (
     claim_term,
     is_replaced,
     newest_term,
+    presence_file,
 )
 from launch.agent.policy import AlreadyDecidedError, RunFailedError, refuse_replaced
 from launch.agent.rendezvous import AgentGroup
@@ -384,6 +386,38 @@ def test_a_node_that_the_head_node_has_lost_claims_nothing_and_the_others_see_la
         next_endpoint(folder, node(1), first, "its connection ended", CLAIM_S)
     after = next_endpoint(folder, node(2), first, "silent for 5 s", CLAIM_S).term
     assert (after.head, after.number, [index for index, _ in after.lost]) == (2, 2, [1, 0])
+
+
+def test_a_node_that_is_cut_off_alone_leaves_the_next_term_to_the_head_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FIRST_S": 0.0, "EACH_S": 0.0, "ALONE_S": 1e6}.items():
+        monkeypatch.setattr(exchange, name, value)
+    folder, looks = RunFolder(tmp_path), count()
+    first = open_endpoint(folder, node(0), CLAIM_S, CLAIM_S).term
+    presence_file(folder, JOB, 0, 1).touch()
+    presence_file(folder, JOB, 0, 2).touch()
+
+    def look(folder: RunFolder, job: str) -> Term | None:
+        if next(looks) == 3:  # meanwhile, the head node has lost n1 and n2, a half of the four nodes
+            lost = ((1, "silent for 6 s"), (2, "silent for 6 s"))
+            claim_term(folder, JOB, Term(0, first.address, first.port, first.token, 1, lost))
+        return newest_term(folder, job)
+
+    monkeypatch.setattr(exchange, "newest_term", look)
+    with pytest.raises(RunFailedError, match="n1 was cut off, and the run continues without it"):
+        next_endpoint(folder, node(1), first, "silent for 5 s", CLAIM_S)
+
+
+def test_a_node_claims_the_next_term_once_more_than_half_of_the_nodes_have_lost_the_head_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "ALONE_S", 1e6)
+    folder = RunFolder(tmp_path)
+    first = open_endpoint(folder, node(0), CLAIM_S, CLAIM_S).term
+    for index in (1, 2, 3):
+        presence_file(folder, JOB, 0, index).touch()
+    assert next_endpoint(folder, node(2), first, "silent for 5 s", CLAIM_S).term.head == 2
 
 
 def test_a_next_head_node_that_does_not_answer_counts_as_lost_too(
