@@ -11,7 +11,8 @@ ends without help from a person, within 300 s of the fault, with the weights of 
 counts once. Seconds count from the fault to the first step that the run had not done before. Steps done again are those
 between the last checkpoint and the fault. "Out of memory" is a real one: the kernel kills a rank that allocates more
 than the memory cgroup of the rank allows. The engines, with the settings that their documentation recommends:
-- ours: `nodes=2 spare_nodes=1 resilience.node_timeout_s=5 resilience.hang_timeout_s=30 resilience.engine=fork:torch`.
+- ours: `nodes=2 spare_nodes=1 resilience.node_timeout_s=5 resilience.heartbeat_timeout_s=10
+  resilience.hang_timeout_s=30 resilience.engine=fork:torch`.
 - torchrun: a batch script with `--requeue`, `torchrun --max-restarts=3` on each node with the c10d rendezvous, and
   `scontrol requeue` after a failure.
 - ft_launcher (nvidia-resiliency-ext): three nodes with `--no-kill`, so that the third is a hot spare; heartbeats with
@@ -144,7 +145,7 @@ class LeagueRun:
             words = ["nodes=2", "spare_nodes=1", "cluster=slurm", "workload=script", f"script.path={PROGRAM}"]
             words += [f"script.options.folder={folder}", "script.resumes=true", "launch.poll_s=1"]
             words += [r"script.progress=step (?P<step>\d+): loss (?P<loss>[\d.]+)", "launch.report_files=[md,csv]"]
-            words += [f"run_dir={folder / 'run'}", "resilience.node_timeout_s=5"]
+            words += [f"run_dir={folder / 'run'}", "resilience.node_timeout_s=5", "resilience.heartbeat_timeout_s=10"]
             words += [f"resilience.hang_timeout_s={TIMEOUT_S}", "resilience.engine=fork:torch"]
             self.helper = self._start([sys.executable, "-m", "gpt_launch", *words])
 
