@@ -72,6 +72,9 @@ class StuckRank:
     """Time of the rank's last progress, Unix seconds."""
 
 
+STOPPED = "stopped: the process has not run for {}"
+
+
 class Watchdog:
     """Finds silent ranks of this node by their heartbeats and logs.
 
@@ -102,6 +105,8 @@ class Watchdog:
         self._started = self._polled = time.monotonic()
         self._printed: dict[int, tuple[int, float]] = {}
         """Rank -> size of its log in bytes, and time of the log's last growth in monotonic seconds."""
+        self._ran: dict[int, float] = {}
+        """Rank without a heartbeat -> monotonic time in seconds at which its process was last seen not stopped."""
 
     def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
         """Return the ranks of ``ranks`` that were silent for more than ``share`` of a limit, longest silence first.
@@ -119,7 +124,7 @@ class Watchdog:
         found = []
         for rank, pid in ranks.items():
             last = read_heartbeat(self._folder / str(rank))
-            late = [(s, text) for s, limit, text in self._silences(rank, last, now) if s > limit * share]
+            late = [(s, text) for s, limit, text in self._silences(rank, pid, last, now) if s > limit * share]
             if late:
                 silent_s, text = late[0]
                 # The rank itself writes the heartbeat, even if a wrapper runs between the rank and the agent.
@@ -127,14 +132,18 @@ class Watchdog:
                 found.append(StuckRank(rank, pid, step, text.format(f"{silent_s:.0f} s"), time.time() - silent_s))
         return sorted(found, key=lambda stuck: stuck.since)
 
-    def _silences(self, rank: int, last: RankHeartbeat | None, now: float) -> Iterator[tuple[float, float, str]]:
+    def _silences(
+        self, rank: int, pid: int, last: RankHeartbeat | None, now: float
+    ) -> Iterator[tuple[float, float, str]]:
         """Yield (seconds of silence, longest allowed seconds, description) for each sign of life that a rank owes.
 
-        A rank with a heartbeat has to write heartbeats, and to make progress. A rank without a heartbeat has to write
-        its first one if ``must_attach``, and to print within ``silence_timeout_s``.
+        A rank with a heartbeat has to write heartbeats, and to make progress. A rank without a heartbeat must not be
+        stopped (SIGSTOP). It has to write its first heartbeat if ``must_attach``, and to print within
+        ``silence_timeout_s``.
 
         Args:
             rank: number of the rank.
+            pid: id of the process that the agent has started for the rank.
             last: newest heartbeat of the rank; None if it has written none.
             now: time in monotonic seconds.
         """
@@ -142,13 +151,17 @@ class Watchdog:
         if last is not None:
             is_stopped = process_state(last.pid) in "Tt"
             if is_stopped or last.phase is not Phase.leaving:  # No thread writes heartbeats while Python exits.
-                text = f"{'stopped' if is_stopped else 'frozen'}: the process has not run for {{}}"
+                text = STOPPED if is_stopped else STOPPED.replace("stopped", "frozen")
                 yield now - max(last.ran_at, started), limits.heartbeat_timeout_s, text
             if last.moved_at:
                 limit = limits.startup_and_save_timeout_s if last.phase in SLOW else limits.hang_timeout_s
                 text = f"hung: no progress for {{}} while {last.phase.name}"
                 yield now - max(last.moved_at, started), limit, text
             return
+        if process_state(pid) == "T":
+            yield now - max(self._ran.get(rank, 0.0), started), limits.heartbeat_timeout_s, STOPPED
+        else:
+            self._ran[rank] = now
         if self._must_attach:
             yield now - started, limits.startup_and_save_timeout_s, "not started after {}"
         if self._silence_timeout_s is not None and rank in self._logs:

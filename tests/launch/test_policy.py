@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.agent.node import process_state
 from launch.agent.policy import (
     Action,
     Cause,
@@ -315,11 +316,12 @@ class Watched:
         folder: Path,
         rank: int = 0,
         limits: ResilienceConfig = SILENCE,
+        pid: int = os.getpid(),
         **known: Any,
     ) -> None:
         self._real, self.ahead = time.monotonic, 0.0
         monkeypatch.setattr("launch.agent.watch.time.monotonic", lambda: self._real() + self.ahead)
-        self._dog, self._ranks = Watchdog(folder, limits, **known), {rank: os.getpid()}
+        self._dog, self._ranks = Watchdog(folder, limits, **known), {rank: pid}
 
     def poll(self, after_s: float = 0.0) -> list[Any]:
         self.ahead += after_s
@@ -359,6 +361,22 @@ def test_a_rank_at_its_exit_does_not_count_as_frozen(
     rank_in(tmp_path, Phase[phase])
     watched = Watched(monkeypatch, tmp_path, 3, replace(SILENCE, heartbeat_timeout_s=8))
     assert [one.why.partition(":")[0] for one in watched.found(16)] == found
+
+
+def test_a_stopped_rank_without_a_heartbeat_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    try:
+        limits = replace(SILENCE, heartbeat_timeout_s=8)
+        watched = Watched(monkeypatch, tmp_path, 3, limits, pid=process.pid, must_attach=False)
+        assert watched.found(40) == []
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: process_state(process.pid) == "T", "the stop")
+        assert watched.poll(4) == []
+        (found,) = watched.found(watched.ahead + 8)
+        assert (found.rank, found.pid) == (3, process.pid) and found.why.startswith("stopped: the process has not run")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_stacks_of_a_stopped_rank_are_complete(tmp_path: Path) -> None:
