@@ -124,7 +124,8 @@ def take_turns(
         contestants: contestants after their warm-up. One that fails takes no further turn.
         rounds: number of rounds.
         steps: function that returns the number of steps in a turn of a contestant.
-        left_s: function that returns the seconds that are left: the time limit of a turn. No round begins at 0 or less.
+        left_s: function that returns the seconds until the deadline. They are the time limit of a turn, and no round
+            begins if none are left.
     """
     there = [one for one in contestants if not one.failure]
     for number in range(rounds):

@@ -332,7 +332,7 @@ def values(name: str, text: str) -> dict[str, str]:
 
 
 def named(keys: Iterable[str]) -> list[str]:
-    """Return the distinct names of columns and keys, without the numbers of rows and list items."""
+    """Return the names of ``values`` without row and item numbers, each once: ``[3].loss`` becomes ``loss``."""
     return list(dict.fromkeys(re.sub(r"\[\d*\]", "", key).lstrip(".") for key in keys))
 
 

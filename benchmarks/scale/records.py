@@ -71,8 +71,9 @@ while True:
 
 
 def lost_by_a_kill() -> tuple[str, bool]:
-    """Return row "A6 killed": the seconds of records that are lost when a rank that records 20 steps a second is
-    killed.
+    """Return row "A6 killed": the seconds of records that a kill loses, for a rank that records 20 steps a second.
+
+    The second value is True if these are at most 10 s.
     """
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "log"

@@ -131,7 +131,7 @@ def measure(step: Step) -> tuple[float, float]:
 
 
 def compare(engine: str, words: list[str], rounds: int, mean_loss: bool, world: World, folder: str) -> str:
-    """Run both loops in turns, and return a line of the Markdown table.
+    """Run our loop and the bare loop in turns, and return a line of the Markdown table: times, and ours over bare.
 
     Args:
         engine: name of the engine.

@@ -125,9 +125,10 @@ TITLES = ("road, state from", "faults", *PARTS.values(), "measured")
 
 
 def seed_of(kinds: Sequence[str], count: int) -> int:
-    """Return the first seed whose faults all hit the node that is not the head node, and whose power cuts are all long.
+    """Return the first seed for ``make_schedule`` whose faults all hit rank 1, and whose power cuts all last ``CUT_S``.
 
-    The loss of the head node ends the job, which the kind ``requeue`` measures.
+    The schedule has ``count`` faults of the given kinds. Rank 1 is not on the head node. The loss of the head
+    node ends the job, which the kind ``requeue`` measures.
     """
 
     def fits(seed: int) -> bool:

@@ -72,7 +72,10 @@ class Report:
     items: list[WriteResult] = field(default_factory=list)
     """File and position of each planned tensor."""
     about: dict[str, Any] | None = None
-    """For rank 0 of a checkpoint in memory: ``meta`` of the save, and ``index`` of all tensors. Otherwise None."""
+    """Facts about the whole checkpoint: ``meta`` (the values saved with it) and ``index`` (where each tensor is).
+
+    Only rank 0 reports them, and only for a checkpoint in memory; otherwise None.
+    """
 
     def encode(self) -> bytes:
         """Return the report as JSON, whose reading runs no code: rank 0 reads the reports of other ranks."""
@@ -178,10 +181,12 @@ def rank_file(rank: int) -> str:
 
 
 def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
-    """Return the state of one rank alone, tensors and plain values, as bytes for ``torch.load`` with ``weights_only``.
+    """Return the state that only one rank has, such as that of its random generators, as bytes of ``torch.save``.
+
+    The values are tensors and plain Python values, which ``torch.load`` with ``weights_only=True`` can read.
 
     Raises:
-        Exception: torch's error, if the state cannot be loaded in this way.
+        Exception: torch's error, if it cannot read the bytes in this way.
     """
     stream = io.BytesIO()
     torch.save(rank_state, stream)

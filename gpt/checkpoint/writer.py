@@ -217,7 +217,10 @@ class Writer:
         return result
 
     def wait(self) -> Result:
-        """Wait for the end of the last submitted job, and return its result."""
+        """Wait for the end of the last submitted job, and return its result, which tells whether the job failed.
+
+        Call it only if there is a job whose result was not returned yet.
+        """
         result = self.poll()
         assert result is not None, "no job was submitted"
         return result

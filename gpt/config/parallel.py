@@ -102,9 +102,9 @@ class ParallelConfig:
     cp_method: CpMethod = CpMethod.allgather
     """cp > 1 only: method by which a rank attends to the tokens of the other cp ranks."""
     ep: int = 1
-    """Expert parallelism (arXiv 2006.16668): number of ranks, with different samples, over which the experts are
-    sharded. The rest of the model is parallelized as without ep. ep divides model.n_expert, and the number of ranks
-    with different samples (with fsdp, the number of ranks that shard one replica)."""
+    """Expert parallelism (arXiv 2006.16668): number of ranks over which the experts are sharded. These ranks train on
+    different samples, and all other parameters are parallelized as without ep. ep divides model.n_expert. It also
+    divides the number of data-parallel ranks; with fsdp, the number of those that shard one replica."""
     zero_stage: Optional[int] = None
     """deepspeed only: state that is sharded over the data ranks (arXiv 1910.02054): 0 none, 1 the optimizer's moments
     and master weights, 2 the gradients too, 3 the parameters too. null with other strategies."""

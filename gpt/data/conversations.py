@@ -47,7 +47,7 @@ class GenerationBlock(Extension):
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[Node]:
-        """Return the nodes of the block between two nodes that write ``SIGN``."""
+        """Parse one ``{% generation %}`` block. Return its nodes, with a node that writes ``SIGN`` before and after."""
         next(parser.stream)
         sign = Output([TemplateData(SIGN)])
         return [sign, *parser.parse_statements(("name:endgeneration",), drop_needle=True), sign]

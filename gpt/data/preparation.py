@@ -401,8 +401,10 @@ class _SplitRows:
 
 
 def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) -> list[_SplitRows]:
-    """Return the pieces that the corpus uses, up to ``data.max_bytes`` of text: an item for training, then one for
-    validation."""
+    """Return two items, for training and for validation: the tokenized pieces that the corpus uses of ``shards``.
+
+    ``data.max_bytes`` limits their text. ``parts`` is the folder of the tokenized shards.
+    """
     limits, used = _split_limits(spec), Counter[int | None]()
     found: list[list[tuple[Shard, Rows]]] = [[], []]
     for shard in shards:

@@ -87,7 +87,7 @@ def open_token_files(path: str, dtype: str | None = None, key: str = "data.path"
 
 
 def missing_tokens_error(path: str, place: Path, key: str = "data.path") -> ConfigError:
-    """Return the error for ``key``=``path``, if there are no token files in ``place``."""
+    """Return the error which says that ``place``, the folder or file of ``key``=``path``, has no token files."""
     return ConfigError(
         f"{key}={path}, but there are no tokens in {place}",
         "a folder of gpt.prepare, a .bin file, a Megatron prefix, or a pattern of shards",

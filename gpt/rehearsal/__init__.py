@@ -169,7 +169,7 @@ class MemoryBlock:
     kind: str = REST
     """Part of the memory to which the storage belongs, one of ``PARTS``."""
     died: float = float("inf")
-    """Number of the last operation before the storage was freed."""
+    """Number of the last operation before the storage was freed; infinity while it is not freed."""
     storage: weakref.ref[torch.UntypedStorage] | None = None
     """Weak reference to the storage, whose callback sets ``died``; None before it is set."""
 

@@ -329,12 +329,13 @@ class CheckpointSchedule:
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
         """Start to save a checkpoint of the last step. Return the seconds for which training waited.
 
-        The method first waits for an earlier save, and gives this up after ``TRIES`` failures. It waits until its own
-        save is complete only if ``is_last`` or ``is_stop`` is True, or if ``checkpoint.asynchronous`` is false.
+        The method first waits until an earlier save is complete, or has failed ``TRIES`` times and is given up. It
+        waits until its own save is complete only if ``is_last`` or ``is_stop`` is True, or if
+        ``checkpoint.asynchronous`` is false.
 
         Args:
             val_loss: validation loss of the step, in nats per token; None if it was not evaluated.
-            is_last: True if no step follows. This save is then not given up.
+            is_last: True if no step follows. The save of this step is then never given up.
             is_stop: True if the run was requested to stop.
         """
         started = time.perf_counter()

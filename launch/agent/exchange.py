@@ -571,9 +571,10 @@ class Agreement:
         return ticket
 
     def _obey(self, reports: Mapping[Request, RequestState]) -> None:
-        """Write the tickets into the heartbeat files of this node's ranks.
+        """Write the tickets (``Ticket``) into the heartbeat files of this node's ranks, so that the ranks obey them.
 
-        ``reports`` maps each kind of request to the newest report of this node.
+        Also sets ``is_under_way`` and ``has_to_report``. ``reports`` maps each kind of request to the newest
+        report of this node.
         """
         for request, ticket in self._tickets.items():
             is_new = ticket.number > self._held[request][0]

@@ -49,9 +49,14 @@ def add_warnings(plan: Plan, config: Config, slurm: SlurmFacts | None = None) ->
 
 
 def _problems(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[Problem]:
-    """Yield problems: changed code, a checkpoint that was not written, and too little time to save before a stop.
+    """Yield problems that the earlier attempts of a point show; none if there were no attempts.
+
+    They are: code that has changed, a last save that failed, and too little time to save before a stop.
 
     ``slurm`` has the limits of the cluster; None if they are not known.
+
+    Raises:
+        ConfigError: the code has changed, and ``require_same_code`` is true.
     """
     folder = RunFolder(plan.run_dir)
     changed = changed_since(folder, _current(workload_of(config).code(config))) if folder.attempts() else None
@@ -267,7 +272,11 @@ def plan_text(plan: Plan) -> str:
 
 
 def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
-    """Print what a submission will do: the finished points, how the other points continue, worst case, and warnings."""
+    """Print what a submission will do.
+
+    The lines are: the finished points, how the other points continue, their use of resources
+    (``worst_case_text``), and the warnings.
+    """
     lines = []
     if finished := [plan.title for plan in plans if plan.finished]:
         lines.append(f"finished already, and not submitted: {', '.join(finished)} (fresh=true uses a new folder)")

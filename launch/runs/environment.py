@@ -468,7 +468,7 @@ class GpuSample:
     attempt: int
     host: str
     gauges: Mapping[str, Mapping[str, float]]
-    """PCI address of a GPU -> gauge -> value; unknown values are absent."""
+    """PCI address of a GPU -> gauge (key of ``GAUGES``, which names the unit) -> value; unknown values are absent."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the sample as the JSON object of one line in ``telemetry/node_*.jsonl``."""

@@ -230,9 +230,10 @@ def _incomplete(typed: str, schema: type) -> ConfigError:
 
 
 def _check_option(typed: str, group: str, folders: Sequence[Path]) -> None:
-    """Raise ConfigError unless ``typed`` chooses options that a group of config files has.
+    """Raise ConfigError unless each option in ``typed`` (``GROUP=OPTION,OPTION``) is a config file of ``group``.
 
-    ``folders`` are the user's own folders of config files, searched in addition to configs/.
+    A list in brackets is refused. ``folders`` are the user's own folders of config files, searched in addition to
+    configs/.
     """
     value = typed.partition("=")[2]
     words = [word for option in value.split(",") if (word := option.strip("[] '\""))]

@@ -202,10 +202,10 @@ class JobState:
 
     @property
     def detail(self) -> str:
-        """Return the reason and the expected start of a pending job; for other jobs, Slurm's state and a failed
-        dependency.
+        """Return a text on the job: in phase ``pending`` or ``unknown``, why it waits and when it should start.
 
-        Empty for the states RUNNING, COMPLETED and GONE.
+        For other jobs, the text is Slurm's state, with the reason if a dependency can never be satisfied. Without this
+        reason, it is empty for the states RUNNING, COMPLETED and GONE.
         """
         if self.phase in ("pending", "unknown"):
             return ", ".join(part for part in (self.reason, f"starts {self.start}" if self.start else "") if part)

@@ -170,7 +170,7 @@ class LocalQueueEntry:
         self._note.write_text(f"{os.uname().nodename} {pid} {processes.start_time(pid)} {events_before}")
 
     def leave(self) -> None:
-        """Remove the file, because the point starts now or will never start."""
+        """Remove the file that ``enter`` has written: the point starts now or will never start."""
         self._note.unlink(missing_ok=True)
 
     def events_before(self) -> int | None:

@@ -105,7 +105,7 @@ def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_
     """Return a schedule of ``count`` faults, with all kinds equally often if possible. ``seed`` decides the order.
 
     A fault does not depend on ``count``, so a longer schedule begins like a shorter schedule. ``ranks`` is the number
-    of ranks of the run; ``most_steps`` is the largest number of steps before a fault.
+    of ranks of the run; ``most_steps`` is the largest number of steps between a save and the next fault.
     """
     shuffle = random.Random(seed)
     order: list[str] = []
