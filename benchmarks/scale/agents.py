@@ -1,29 +1,34 @@
-"""Groups of 8 to 1,024 agents: how long they need to meet, to agree on a stop, and to notice a lost node.
+"""Groups of 8 to 4,096 agents: how long they need to meet, to agree on a stop, and to notice a lost node.
 
     python -m benchmarks.scale.agents --write
     python -m benchmarks.scale.agents --agents 8,64
 
-All agents run on this machine: the head node's agent is a process, all other agents are threads of a few processes.
-Each has its own connection to the store of the head node, its own heartbeat, and the heartbeat file of one rank, which
-does nothing. So messages, signatures, sockets and files are real, and the network and the ranks are not. The processes
-of the other agents share the cores with the head node's process, which on a cluster has its node for itself: times are
-upper bounds. On two cores, 2,048 agents were silent for longer than `resilience.node_timeout_s=30`. "Meet" is the time
-from the start of the last process until all agents are in the first round. "Stop" is the time from a request to stop
-until the last agent has set the step of the stop for its rank. "Lost" is the time from the last sign of life of one
-node until the head node calls it lost, beyond `resilience.node_timeout_s`; it is below zero if the head node's clock of
-the silence, which ticks each half second, is ahead. CPU, memory, open files and connections are those of the head
-node's process; the CPU is that of ten seconds in which nothing happens.
+All agents run on this machine. The head node's agent is a process of its own. It has the threads and connections that
+it has on a cluster, and polls for failed and silent nodes as it does while ranks run. The other agents are in
+processes of up to 512 agents. Real for each of these agents: the look for the head node's file, a connection of its
+own to the store, signed messages, the code and the intervals of the exchanges, the part in the agreement, and the
+heartbeat file of one rank. Not real: the network, the ranks, the health checks, and the threads. One thread of a
+process makes the exchanges of all its agents, each when it is due; the polls of these agents for their ranks are
+missing. The other agents share the cores with the head node's process, which on a cluster has its node for itself:
+times are upper bounds. "Load" is the load average of the machine before the measurement. "Meet" is the time from the
+start of the processes until the head node begins the first round with all agents. "Stop" is the time from a request to
+stop on the head node until the last agent has set the step of the stop for its rank. "Lost" is the time from the last
+sign of life of one node until the head node calls it lost, beyond `resilience.node_timeout_s=30`; it is below zero if
+the head node's clock of the silence, which ticks each half second, is ahead. CPU, memory, open files and connections
+are those of the head node's process. Messages, from all other agents, and CPU are those of ten seconds in which
+nothing happens; 4,096 agents send 8,190 messages/s where each has a core.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -32,25 +37,27 @@ import psutil
 from benchmarks.page import cores, keep, merged, stamp
 from benchmarks.turns import ROOT
 from launch.agent import exchange, rendezvous
-from launch.agent.exchange import Agreement
-from launch.agent.node import Node, RendezvousRound, RunContext
+from launch.agent.exchange import Agreement, Heartbeat
+from launch.agent.node import Node, RendezvousRound, RunContext, RunningClock
 from launch.config import Config
 from launch.runs.environment import raise_open_files
 from launch.runs.folder import RunFolder, has_written, read_json
-from launch.runs.process import HeartbeatFile
+from launch.runs.process import HeartbeatFile, die_with_parent
 
 NODE_TIMEOUT_S = 30
-EACH = 128
+EACH = 512
 """Largest number of agents in one process."""
 QUIET_S = 10.0
 LOOK_S = 0.05
-SWITCH_S = 0.0005
-"""Longest time in seconds for which a Python thread keeps the other threads of its process waiting."""
+ARRIVAL_S = 0.01
+"""Seconds between the arrivals of two agents of one process."""
 TITLES = (
     "agents",
+    "load",
     "meet, s",
     "stop, s",
     "lost, s",
+    "messages/s",
     "CPU of one core",
     "memory, MiB",
     "open files",
@@ -83,40 +90,62 @@ def attach_rank(folder: RunFolder, group: rendezvous.AgentGroup, index: int, rdz
     return file
 
 
+class CalledHeartbeat(Heartbeat):
+    """Heartbeat without a thread: ``follow`` calls its exchanges."""
+
+    def _run(self) -> None:
+        pass
+
+
 def follow(folder: RunFolder, first: int, end: int, count: int) -> None:
-    """Run the agents ``first`` to ``end - 1``, of ``count`` in all, in threads until the head node ends the run. Write
-    files with two monotonic times: when the last of these agents has received the stop, and when agent 1 has sent its
-    last message."""
-    config, files = config_of(count), dict[int, HeartbeatFile]()
-    sys.setswitchinterval(SWITCH_S)
-    # One after another: threads that connect at once look up a name, and wait for a name server.
-    groups = {index: join(folder, index, config) for index in range(first, end)}
+    """Run the agents ``first`` to ``end - 1`` in this thread until the process is killed. Writes two monotonic times:
+    when the last agent has received the stop, and when agent 1 has sent its last message.
+    """
+    config, clock = config_of(count), RunningClock()
+    groups, files = dict[int, rendezvous.AgentGroup](), dict[int, HeartbeatFile]()
+    waiting = set(range(first, end))
+    rendezvous.Heartbeat, exchange.RunningClock = CalledHeartbeat, lambda: clock  # type: ignore[misc,assignment]
+    due = [(time.monotonic() + ARRIVAL_S * place, index) for place, index in enumerate(range(first, end))]
+    while due:
+        at, index = due[0]
+        time.sleep(max(0.0, at - time.monotonic()))
+        if index not in groups:
+            groups[index] = join(folder, index, config)
+            groups[index].heartbeat.publish(host=f"n{index}", ready=0)
+        heartbeat = groups[index].heartbeat
+        wait_s = heartbeat.exchange()
+        now = time.monotonic()
+        heapq.heapreplace(due, (now + wait_s, index))
+        rdzv = heartbeat.of(0).round
+        if index not in files and rdzv is not None:
+            files[index] = attach_rank(folder, groups[index], index, rdzv)
+        if index in waiting and index in files and files[index].cause:
+            waiting.remove(index)
+            if not waiting:
+                has_written(folder.path / f"stopped_{first}.json", {"at": now})
+        if index == 1 and (folder.path / "lose").exists():
+            due = [each for each in due if each[1] != 1]
+            heapq.heapify(due)
+            has_written(folder.path / "silent.json", {"at": now})
 
-    def run(index: int) -> None:
-        rdzv = groups[index].next_round(0)
-        assert rdzv is not None
-        files[index] = attach_rank(folder, groups[index], index, rdzv)
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(first, end)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    while not all(file.cause for file in files.values()):
-        time.sleep(LOOK_S)
-    has_written(folder.path / f"stopped_{first}.json", {"at": time.monotonic()})
-    while not (folder.path / "lose").exists():
-        time.sleep(LOOK_S)
-    if first == 1:
-        groups[1].heartbeat.close()
-        has_written(folder.path / "silent.json", {"at": time.monotonic()})
-    while not (folder.path / "end").exists():
-        time.sleep(LOOK_S)
-    os._exit(0)
+def follow_all(folder: RunFolder, count: int) -> None:
+    """Run all agents but that of the head node, in processes that end with this process."""
+    parent = os.getpid()
+    for first in range(1, count, EACH):
+        if os.fork() == 0:
+            die_with_parent(parent)
+            follow(folder, first, min(first + EACH, count), count)
+    signal.pause()
+
+
+def sent(group: rendezvous.AgentGroup, count: int) -> int:
+    """Return how many messages all agents but that of the head node have sent."""
+    return sum(group.heartbeat.of(index).beat for index in range(1, count))
 
 
 def lead(folder: RunFolder, count: int) -> None:
-    """Run the agent of the head node, and print its measurements as JSON."""
+    """Run the agent of the head node until the process is killed, and print its measurements as JSON."""
     raise_open_files()
     folder.record_event("agent_started", job="job")
     process, config = psutil.Process(), config_of(count)
@@ -127,9 +156,12 @@ def lead(folder: RunFolder, count: int) -> None:
     file = attach_rank(folder, group, 0, rdzv)
     while any(group.heartbeat.of(index).agreement != 0 for index in range(1, count)):
         time.sleep(LOOK_S)
-    used, began = time.process_time(), time.monotonic()
-    time.sleep(QUIET_S)
-    cpu = (time.process_time() - used) / (time.monotonic() - began)
+    used, began, before = time.process_time(), time.monotonic(), sent(group, count)
+    while time.monotonic() < began + QUIET_S:  # As ``Watch.poll``.
+        assert not group.has_failed(0) and not group.find_silent(rdzv)
+        time.sleep(exchange.POLL_S)
+    quiet_s = time.monotonic() - began
+    cpu, rate = (time.process_time() - used) / quiet_s, (sent(group, count) - before) / quiet_s
 
     agreement, began = group.heartbeat.agreement, time.monotonic()
     assert agreement is not None
@@ -146,52 +178,54 @@ def lead(folder: RunFolder, count: int) -> None:
         time.sleep(exchange.POLL_S)
     lost_s = time.monotonic() - read_json(folder.path / "silent.json")["at"] - config.resilience.node_timeout_s
     memory = process.memory_info().rss / 2**20
-    found = {"met": met, "stop": stop_s, "lost": lost_s, "cpu": cpu, "memory": memory}
+    found = {"met": met, "stop": stop_s, "lost": lost_s, "cpu": cpu, "rate": rate, "memory": memory}
     counts = {"files": process.num_fds(), "connections": len(process.net_connections("tcp"))}
     print(json.dumps({**found, **counts}), flush=True)
-    (folder.path / "end").touch()
-    os._exit(0)
+    signal.pause()  # The others end first.
 
 
 def measure(count: int) -> list[str]:
     """Return the row of the table for a group of ``count`` agents."""
+    load = f"{os.getloadavg()[0]:.1f}"
     with tempfile.TemporaryDirectory() as place:
         words = [sys.executable, "-m", "benchmarks.scale.agents", "--folder", place, "--agents", str(count)]
         # torch's store looks up the name of each address, and here the name server sometimes does not answer.
         env = {**os.environ, "RES_OPTIONS": "timeout:1 attempts:1"}
-        head = subprocess.Popen([*words, "--first", "0"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-        firsts = [str(first) for first in range(1, count, EACH)]
-        others = [subprocess.Popen([*words, "--first", first], cwd=ROOT, env=env, text=True) for first in firsts]
         began = time.time()
-        try:
-            text, _ = head.communicate(timeout=1200)
-        finally:
-            for process in (head, *others):
-                process.kill()
-                process.wait()
-    if head.returncode:
-        sys.exit(f"{count} agents: the head node's agent ended with {head.returncode}")
+        head = subprocess.Popen([*words, "--head"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+        others = subprocess.Popen(words, cwd=ROOT, env=env)
+        assert head.stdout is not None
+        text = head.stdout.readline()
+        for process in (others, head):
+            process.kill()
+            process.wait()
+    if not text:
+        sys.exit(f"{count} agents: the head node's agent failed")
     found = json.loads(text)
     times = [f"{found['met'] - began:.1f}", f"{found['stop']:.2f}", f"{found['lost']:.2f}"]
-    head_node = [f"{found['cpu']:.0%}", f"{found['memory']:.0f}", str(found["files"]), str(found["connections"])]
-    return [f"{count:,}", *times, *head_node]
+    head_node = [
+        f"{found['rate']:,.0f}",
+        f"{found['cpu']:.0%}",
+        f"{found['memory']:.0f}",
+        str(found["files"]),
+        str(found["connections"]),
+    ]
+    return [f"{count:,}", load, *times, *head_node]
 
 
 def main() -> int:
     """Measure each size. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--agents", default="8,64,512,1024", help="numbers of agents")
+    parser.add_argument("--agents", default="8,64,512,1024,4096", help="numbers of agents")
     parser.add_argument("--write", action="store_true", help="keep the page")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--head", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     counts = [int(number) for number in args.agents.split(",")]
     if args.folder is not None:
         folder, (count,) = RunFolder(args.folder), counts
         raise_open_files()
-        if args.first:
-            follow(folder, args.first, min(args.first + EACH, count), count)
-        lead(folder, count)
+        (lead if args.head else follow_all)(folder, count)
     for count in counts:
         row = measure(count)
         print("  ".join(f"{title}: {cell}" for title, cell in zip(TITLES, row, strict=True)), flush=True)
