@@ -16,7 +16,8 @@ stop on the head node until the last agent has set the step of the stop for its 
 sign of life of one node until the head node calls it lost, beyond `resilience.node_timeout_s=30`; it is below zero if
 the head node's clock of the silence, which ticks each half second, is ahead. CPU, memory, open files and connections
 are those of the head node's process. Messages, from all other agents, and CPU are those of ten seconds in which
-nothing happens; 4,096 agents send 8,190 messages/s where each has a core.
+nothing happens; 4,096 agents on free cores send up to 8,190 messages/s. Where fewer arrive, other programs had the
+cores, and all times are longer.
 """
 
 from __future__ import annotations
