@@ -327,8 +327,8 @@ QUICK_S = 0.02
 """Seconds between two exchanges while ranks wait for an agreement."""
 QUICK_EXCHANGES_PER_S = 8000
 """Exchanges per second of all agents together while ranks wait for an agreement, for 160 to 4,000 agents."""
-QUICK_READS_PER_S = 40_000
-"""Messages per second that the head node reads while ranks wait for an agreement, for 800 or more agents."""
+QUICK_READS_PER_S = 16_000
+"""Messages per second that the head node reads while ranks wait for an agreement, for 320 to 8,000 agents."""
 POLL_S = 0.1
 """Seconds between two checks of an agent that waits for its ranks, or for messages of other agents."""
 
