@@ -274,7 +274,8 @@ def shorten(run: LeagueRun) -> None:
     job = run.job(1)
     run.sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
     wait_for(lambda: run.field("JobState", job) != "RUNNING", "the time limit", timeout_s=180)
-    run.sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    with suppress(SandboxError):  # nothing has requeued the job
+        run.sandbox.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
 
 def exhaust(run: LeagueRun) -> None:
@@ -352,7 +353,7 @@ def take(sandbox: Cluster, engine: str, fault: str, seed: int, python: str, whol
     for name in sandbox.nodes:
         heal(sandbox, name)
     sandbox.wait_idle(timeout_s=240)
-    return Result(engine, fault, seed, seconds, len(steps) - len({*steps}), end, os.getloadavg()[0], commit())
+    return Result(engine, fault, seed, seconds, len(steps) - len({*steps}), end, round(os.getloadavg()[0], 1), commit())
 
 
 def undisturbed(python: str) -> str:
@@ -424,6 +425,15 @@ def keep_results(new: Sequence[Result]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
+def medians(results: Sequence[Result]) -> dict[tuple[str, str], float]:
+    """Return (engine, fault) -> median seconds of the cases that survived. A pair without such a case is absent."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for result in results:
+        if result.end == "survived" and result.seconds is not None:
+            seconds.setdefault((result.engine, result.fault), []).append(result.seconds)
+    return {pair: statistics.median(values) for pair, values in seconds.items()}
+
+
 def table(results: list[Result]) -> str:
     """Return the two Markdown tables of the page: a summary of each engine, and one row for each fault."""
     engines = list(dict.fromkeys(result.engine for result in results))
@@ -437,33 +447,53 @@ def table(results: list[Result]) -> str:
         again = f"{statistics.mean(result.again for result in lived):.1f}" if lived else "none"
         lines.append(f"| {engine} | {len(lived)} of {len(own)} | {times} | {again} |")
     lines += ["", f"| fault | {' | '.join(engines)} |", f"|---|{'---|' * len(engines)}"]
+    found = medians(results)
     for fault in dict.fromkeys(result.fault for result in results):
         cells = []
         for engine in engines:
-            own = [result for result in results if (result.engine, result.fault) == (engine, fault)]
-            seconds = [r.seconds for r in own if r.end == "survived" and r.seconds is not None]
-            text = f"{statistics.median(seconds):.1f} s" if seconds else ""
-            cells.append(text if own and len(seconds) == len(own) else f"{text} {len(seconds)} of {len(own)}".strip())
+            ends = [result.end for result in results if (result.engine, result.fault) == (engine, fault)]
+            lived = ends.count("survived")
+            share = "not run" if not ends else "" if lived == len(ends) else f"{lived} of {len(ends)}"
+            text = f"{found[engine, fault]:.1f} s" if lived else ""
+            cells.append(f"{text} {share}".strip())
         lines.append(f"| {fault} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def page_text(results: list[Result], machine: str) -> str:
     """Return the results as the text of the page. ``machine`` describes the machine of the newest ones."""
-    loads = [result.load for result in results]
-    lines = [stamp(machine), ""]
+    loads, found = [result.load for result in results], medians(results)
+    ours = {fault: seconds for (engine, fault), seconds in found.items() if engine == "ours"}
+    faster = [
+        f"{engine}, {fault}: {seconds:.1f} s, ours {ours[fault]:.1f} s"
+        for (engine, fault), seconds in found.items()
+        if seconds < ours.get(fault, 0.0)
+    ]
+    lines = [
+        "What others do better, in median seconds to a new step:",
+        "",
+        *(f"- {text}" for text in faster or ["nothing"]),
+    ]
+    lines += ["", stamp(machine), ""]
     for engine, own in itertools.groupby(results, key=lambda result: result.engine):
         cases = list(own)
         lines.append(f"- {engine}: {len(cases)} cases; {'; '.join(sorted({case.commit for case in cases}))}.")
     lines += [
         "",
-        f"Load average {min(loads):.0f} to {max(loads):.0f} at the ends of the cases, on two cores: the seconds are",
+        f"Load average {min(loads):.0f} to {max(loads):.0f} at the ends of the cases, on two cores: the seconds",
     ]
-    lines += ["of a busy machine, for all engines alike.", "", table(results), "", "What did not survive:", ""]
+    lines += [
+        "are those of a busy machine, for all engines alike.",
+        "",
+        table(results),
+        "",
+        "What did not survive:",
+        "",
+    ]
     ends = [(r.engine, r.fault, r.end) for r in results if r.end != "survived"]
     for engine, fault in dict.fromkeys((engine, fault) for engine, fault, _ in ends):
         own_ends = [end for *key, end in ends if key == [engine, fault]]
-        lines.append(f"- {engine}, {fault}, {len(own_ends)} times: {own_ends[0]}")
+        lines.append(f"- {engine}, {fault}, cases: {len(own_ends)}; {own_ends[0]}")
     return "\n".join(lines)
 
 
