@@ -452,9 +452,9 @@ def table(results: list[Result]) -> str:
         cells = []
         for engine in engines:
             ends = [result.end for result in results if (result.engine, result.fault) == (engine, fault)]
-            lived = ends.count("survived")
-            share = "not run" if not ends else "" if lived == len(ends) else f"{lived} of {len(ends)}"
-            text = f"{found[engine, fault]:.1f} s" if lived else ""
+            survived = ends.count("survived")
+            share = "not run" if not ends else "" if survived == len(ends) else f"{survived} of {len(ends)}"
+            text = f"{found[engine, fault]:.1f} s" if survived else ""
             cells.append(f"{text} {share}".strip())
         lines.append(f"| {fault} | {' | '.join(cells)} |")
     return "\n".join(lines)
