@@ -41,7 +41,7 @@ if [ -z "${SLURM_JOB_ID:-}${SLURM_SUBMIT_DIR:-}" ]; then
         ${gpus:+"cluster.gpus_per_node=${gpus##*:}"} "$@")"
     sed '/^sbatch text/,$d' <<< "$plan"
     asked="$(sed -n 's/^#SBATCH --nodes=//p' <<< "$plan")"  # more than the header's if nodes or spare_nodes were typed
-    printf 'checked, and not submitted; type next: sbatch --nodes=%s slurm/multi_node.sh%s\n' "$asked" "${*:+$(printf ' %q' "$@")}"
+    printf 'checked, and not submitted; type next: sbatch --nodes=%s slurm/multi_node.sh%s\n' "${asked:-$nodes}" "${*:+$(printf ' %q' "$@")}"
     exit 0
 fi
 

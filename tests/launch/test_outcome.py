@@ -237,12 +237,12 @@ def test_multi_node_sh_runs_after_step_if_srun_fails_and_returns_its_status(
     assert done.returncode == (after or 0) and lines[-1] == f"python -m gpt_launch report {tmp_path}/run"
 
 
-def test_multi_node_sh_outside_of_a_job_prints_the_sbatch_line_with_all_nodes_of_the_plan() -> None:
+def test_multi_node_sh_outside_of_a_job_prints_the_sbatch_line_with_all_nodes_of_the_plan(tmp_path: Path) -> None:
     env = {key: value for key, value in environment().items() if not key.startswith(("SLURM_", "SBATCH_"))}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    words = ["bash", "slurm/multi_node.sh", "nodes=4", "spare_nodes=1"]
+    words = ["bash", "slurm/multi_node.sh", "nodes=4", "spare_nodes=1", f"output_dir={tmp_path}"]
     text = subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
-    line = "sbatch --nodes=5 slurm/multi_node.sh nodes=4 spare_nodes=1"
+    line = f"sbatch --nodes=5 slurm/multi_node.sh nodes=4 spare_nodes=1 output_dir={tmp_path}"
     assert text.endswith(f"checked, and not submitted; type next: {line}\n") and "#SBATCH" not in text
 
 
