@@ -59,7 +59,10 @@ Composed = tuple[DictConfig, Sequence[str]]
 
 
 class SweepFailedError(CommandFailedError):
-    """Raised if at least one point did not finish. ``status`` is the exit status of the command."""
+    """Raised if a point did not finish, was not submitted or failed its rehearsal, or if the user pressed Ctrl-C.
+
+    ``status`` is the exit status of the command.
+    """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -85,8 +88,8 @@ def run_sweep(
 
     Raises:
         ConfigError: a point cannot work; nothing was written or submitted.
-        SweepFailedError: a submission failed, the user stopped the command by Ctrl-C, or a point did not finish. The
-            last is no error with ``tolerates_failures``.
+        SweepFailedError: a submission failed, the user stopped the command by Ctrl-C, a rehearsal found a fault, or a
+            point did not finish. With ``tolerates_failures``, a point that did not finish raises no error.
     """
     console = plain_console()
     documents, typed = [composed for composed, _ in points], [overrides for _, overrides in points]
@@ -124,10 +127,17 @@ def run_sweep(
 
 
 def rehearse_points(plans: Sequence[Plan], configs: Sequence[Config], points: Sequence[Composed]) -> None:
-    """Run a step of every point on this machine without GPUs (``dry_run=deep``).
+    """Run one training step of every point on this machine without GPUs, for ``dry_run=deep``.
+
+    The workload of a point runs the step in a temporary folder, and prints the faults that it finds.
+
+    Args:
+        plans: plan of each point.
+        configs: config of each point, as an instance of its schema.
+        points: composed config and overrides of each point.
 
     Raises:
-        ConfigError: a point cannot be rehearsed.
+        ConfigError: a point, or its workload, cannot be rehearsed.
         SweepFailedError: a rehearsal has found a fault.
     """
     failed = []
@@ -186,9 +196,10 @@ def submit_and_watch(
 
 
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
-    """Submit points to Slurm, as one job array for points with equal resources. Enter local points in the local queue.
+    """Submit points that run in Slurm to Slurm, and enter the other points in the queue of this machine.
 
-    With ``sequential``, the jobs of Slurm run one after another.
+    Points with equal resources become one job array. With ``sequential``, each Slurm job starts only after the job
+    before it has ended.
 
     Raises:
         NothingSubmittedError: sbatch refused. Jobs that sbatch accepted before continue.
@@ -225,9 +236,11 @@ def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
 
 
 def leave_failover(plans: Sequence[Plan], console: Console) -> None:
-    """Start a background process that moves pending points to other candidates of their placement, or gives them up.
+    """Start a background process that watches points that wait in a queue of Slurm.
 
-    Does nothing if no point has another candidate or a time after which it is given up.
+    The process moves a point that waits too long to its next candidate, such as another partition. After the time that
+    the user set, the process gives the point up. No process is started if no point has another candidate or such a
+    time.
     """
     watched = [plan.run_dir for plan in plans if plan.placement.is_watched]
     if watched:

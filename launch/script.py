@@ -91,8 +91,8 @@ def hydra_text(value: Any) -> str:
 def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") -> Iterator[str]:
     """Yield options as arguments of the program. Nested mappings become dotted names.
 
-    A value None leaves an option out, and an empty string yields only its name. ``style`` sets whether the names begin
-    with ``--``; ``prefix`` comes before each name.
+    An option with the value None is left out. For an option with an empty string, only the name of the option is
+    yielded. ``style`` sets whether the names begin with ``--``; ``prefix`` comes before each name.
     """
     for name, value in options.items():
         key = f"{prefix}{name}"
@@ -357,8 +357,11 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
 def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
     """Raise ConfigError if the program, its interpreter or its working directory does not exist on this machine.
 
-    A working directory inside the run folder is not checked. ``script`` has the keys of the program; ``elsewhere`` is
-    that of ``require_module``.
+    A working directory inside the run folder is not checked.
+
+    Args:
+        script: the keys under ``script``.
+        elsewhere: True if the ranks may find packages that this machine does not have, as in a container.
     """
     in_run = (script.workdir or "").startswith(IN_RUN)
     if script.workdir is not None and not in_run and not Path(script.workdir).is_dir():
@@ -441,10 +444,12 @@ class ScriptWorkload(Workload):
             make_absolute([(document.script, "workdir")])
 
     def plan(self, config: ScriptConfig, request: PlanRequest) -> WorkloadPlan:
-        """Return the plan of a point. The program must exist.
+        """Return the program's part of the plan of a point: its command, its work in a step and its number of steps.
+
+        ``request`` has the ranks and the cluster of the point.
 
         Raises:
-            ConfigError: the program cannot be started.
+            ConfigError: the program does not exist, or cannot be started.
         """
         script = config.script
         cluster = request.cluster
@@ -471,9 +476,10 @@ class ScriptWorkload(Workload):
         )
 
     def command(self, config: ScriptConfig, folder: RunFolder, attempt: int) -> RankCommand:
-        """Return the command of a rank of attempt number ``attempt``. Makes a working directory in the run folder.
+        """Return the command of a rank of attempt number ``attempt``.
 
-        If the run has a copy of the code, paths of code point into the copy.
+        If the working directory is inside the run folder, the directory is created. If the run has a copy of the code,
+        the paths of the script and of the working directory point into the copy.
         """
         script, copied = config.script, read_plan(folder).get("code")
         root = self.code(config).root
@@ -512,8 +518,9 @@ class ScriptWorkload(Workload):
         return RankCommand(tuple(fill(word, values) for word in args), env=env, workdir=Path(place(str(workdir))))
 
     def contract(self, config: ScriptConfig, world_size: int) -> RankContract:
-        """Return how ranks report, stop and end. The agent knows the end of a rank only from its log and exit status.
+        """Return how the ranks behave: how they report steps, which signal stops them, and whether they resume.
 
+        The ranks of a script record no events. The agent knows how a rank ended only from its log and its exit status.
         ``world_size`` is the number of ranks.
         """
         script = config.script
@@ -556,8 +563,8 @@ def newest_checkpoint(pattern: str, folder: RunFolder) -> str | None:
     """Return the path of the checkpoint from which the next attempt resumes; None if no path matches ``pattern``.
 
     This is the newest matching path; an empty file is only returned if all are empty. A program that is killed during a
-    save can leave a checkpoint that cannot be loaded. So after every second crash in a row before a first step, the
-    next older path is returned.
+    save can leave a checkpoint that cannot be loaded. Attempts that resume from it crash before their first step. So
+    after two such crashes in a row the next older path is returned, after four the path before it, and so on.
     """
     matches = (Path(path) for path in glob(pattern))  # noqa: PTH207 (may be absolute)
     paths = sorted(matches, key=lambda path: (path.stat().st_size > 0, _modified(path)), reverse=True)
@@ -578,9 +585,10 @@ def _modified(path: Path) -> float:
 
 
 def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
-    """Raise ConfigError if ``script.elastic`` is false: the script then cannot resume with another number of ranks.
+    """Raise ConfigError if ``script.elastic`` is false.
 
-    The message names the number of ranks in ``request``.
+    With this setting, the script may be unable to resume with another number of ranks, such as that of ``request``,
+    which the message names.
     """
     if not script.elastic:
         raise ConfigError(
@@ -606,10 +614,10 @@ class FunctionWorkload(ScriptWorkload):
     resumable = (*ScriptWorkload.resumable, "script.args", "call.file")
 
     def plan(self, config: ScriptConfig, request: PlanRequest) -> WorkloadPlan:
-        """Return the plan of a point, with the function and its arguments in place of the command.
+        """Return the plan of a point, as for a script. It shows the function and its arguments as the command.
 
         Raises:
-            ConfigError: the ranks cannot start.
+            ConfigError: the program that calls the function does not exist, or cannot be started.
         """
         assert isinstance(config, FunctionConfig)
         plan = super().plan(config, request)

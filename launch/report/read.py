@@ -41,9 +41,9 @@ Flags = npt.NDArray[np.bool_]
 
 
 BLOCK = 1 << 16
-"""Number of bytes to decode together. A block of this size stays in the cache of a core."""
+"""Number of bytes of a file of step records that are decoded in one call. They fit into the cache of a core."""
 MOST_ATTEMPTS = 1 << 24
-"""Number above all attempt numbers, for ``RecordColumns.keys``."""
+"""Factor of the step in ``RecordColumns.keys``. It is larger than every attempt number."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class RecordColumns:
 def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> RecordColumns:
     """Return the numbers of ``fields`` in the records of one rank; no records if there is no file.
 
-    As in ``records.read_records``, damaged lines are skipped, and a repeated step has the record of its latest attempt.
-    With ``every``, repeated records are returned too, in file order.
+    Damaged lines are skipped. A step that several attempts made has only the record of its latest attempt, as in
+    ``records.read_records``. With ``every``, all records of such a step are returned, in file order.
     """
     names = tuple(dict.fromkeys(("step", "attempt", *fields)))
     tables: list[Floats] = [np.empty((len(names), 0))]
@@ -115,7 +115,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 @lru_cache
 def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
-    """Return a decoder that reads the fields ``names`` of a record; the first two fields are integers."""
+    """Return a decoder that reads the fields ``names`` of a record; the first two are the step and the attempt."""
     # The attributes have generated names: a field of a script's records may have a name that Python does not allow.
     attributes = [f"field_{index}" for index in range(len(names))]
     kinds = [(name, int) if at < 2 else (name, float | None, math.nan) for at, name in enumerate(attributes)]
@@ -143,9 +143,10 @@ def _decode(text: bytes, names: tuple[str, ...]) -> Floats | None:
 
 
 def _decode_lines(text: bytes, names: tuple[str, ...]) -> tuple[Floats, int]:
-    """Return the numbers of the records, [fields, records], and the number of damaged lines.
+    """Return the numbers of the records in whole lines, [fields, records], and the number of damaged lines.
 
-    Slower than ``_decode``.
+    This function is slower than ``_decode``, but it also accepts damaged lines, which it skips. A field that is not a
+    number becomes NaN. ``names`` are the fields.
     """
     table, unread = list[list[float]](), 0
     for line in io.BytesIO(text):
@@ -336,7 +337,10 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         return (self.topology, batch, work, self.precision, self.model, self.parameters, kinds, machines)
 
     def crowding(self) -> list[str]:
-        """Return one phrase, with the hosts, for each way in which ranks shared cores or a GPU; empty without any."""
+        """Return one phrase, with the hosts, for each way in which ranks shared cores or a GPU.
+
+        Empty if no ranks shared them.
+        """
         machines: dict[str, list[RankPlace]] = defaultdict(list)
         for place in self.ranks:
             machines[place.machine].append(place)

@@ -1,4 +1,4 @@
-"""Selection of the runs that a report is about: one run, a sweep of a folder, all its runs, or several to compare."""
+"""Selection of the runs of a report: one run, one sweep, all runs of a folder, or several of these to compare."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class Selection:
     runs: tuple[Path, ...]
     sweep: Sweep | None = None
     is_current: bool = True
-    """True for the newest sweep of the folder, and for runs of a folder without sweeps."""
+    """True for the newest sweep of the folder, and for the runs of a folder without sweeps.
+
+    False for an earlier sweep, and for all runs of a folder that has sweeps.
+    """
     parts: tuple[Selection, ...] = ()
     """In a comparison, the selections to compare, in the order of the command; else empty."""
     out: Path | None = None
@@ -67,7 +70,10 @@ class Selection:
 
     @property
     def dashboard(self) -> Path | None:
-        """Folder that gets the TensorBoard run (Scaling or Summary) of this report; None if the report writes none."""
+        """Folder into which the report is written for TensorBoard, as a run named Scaling or Summary.
+
+        None if this report has no such run.
+        """
         if self.out is not None or self.parts:
             return None
         if len(self.runs) == 1:
@@ -94,7 +100,10 @@ class Selection:
         return "" if self.is_current else f"All {len(self.runs)} runs of {self.folder}."
 
     def others(self) -> list[str]:
-        """Return lines with the commands for the other reports of the folder; empty if there are no others."""
+        """Return lines with the commands for the other reports of the folder: of its other sweeps, and of all its runs.
+
+        Empty if there are no others.
+        """
         if is_run(self.folder) or self.parts:
             return []
         command = f"{REPORT} {quote(str(self.folder))}"
@@ -110,7 +119,7 @@ class Selection:
 def select(
     folder: Path, number: int | None = None, *, every: bool = False, command: str = f"{REPORT} {{}}"
 ) -> Selection:
-    """Return the runs of a report of ``folder``: ``select(Path("outputs/quick_test"))``.
+    """Return the runs of a report about ``folder``, such as ``select(Path("outputs/quick_test"))``.
 
     A folder of one run selects this run. The record of a sweep, such as ``sweeps/0001``, selects its points. A folder
     with runs selects the newest sweep, the sweep with ``number``, or with ``every`` all runs. If the folder has no

@@ -203,7 +203,9 @@ def label_points(points: Sequence[Point]) -> list[Point]:
 
 
 def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]:
-    """Return the points with their labels, and with the titles of the points that disturbed them (see ``disturbs``).
+    """Return the points with their labels, and with the titles of the points that disturbed them.
+
+    A point disturbs another if both made steps at the same time on shared cores, on a shared GPU or in a shared job.
 
     ``points`` were read from the runs of ``selection``, in the same order. In a comparison, each label begins with the
     point's source.
@@ -257,8 +259,8 @@ def efficiency_intervals(series: Series) -> dict[str, tuple[float, float]]:
 def fit_not_negative(rows: Floats) -> Floats:
     """Return a weight for each column of ``rows``, so that the weighted sum of each row is about 1.
 
-    The fit is by least squares. No weight is negative. Of equally good fits, the one with fewer weights above 0 is
-    returned. ``rows`` has the shape [equations, weights], the result [weights].
+    The weights are fitted by least squares. No weight is negative. If two fits are equally good, the fit with fewer
+    weights above 0 is returned. ``rows`` has the shape [equations, weights], the result [weights].
     """
     least, best = math.inf, np.zeros(rows.shape[1])
     for count in range(1, min(rows.shape) + 1):
@@ -279,7 +281,7 @@ class Medians:
 
     Args:
         times: step times after warm-up in seconds, [steps].
-        index: index of the run in its series; different runs draw different samples.
+        index: index of the run in its series. It is a part of the random seed, so that each run draws its own samples.
     """
 
     def __init__(self, times: Floats, index: int) -> None:
@@ -299,7 +301,10 @@ class Medians:
         # Student's quantile, corrected for the correlation that is lost at the ends of blocks.
         cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
         self.widening = student(max(1.0, steps / length - 1)) / math.sqrt(1 - cut) / NORMAL
-        """Factor that widens a bootstrap interval of the run, which few or correlated steps make too narrow."""
+        """Factor by which the bootstrap interval of the run is widened.
+
+        Without this factor, the interval of a run with few or correlated steps is too narrow.
+        """
 
 
 def correlation(times: Floats) -> float:
@@ -318,7 +323,9 @@ def correlation(times: Floats) -> float:
 
 
 def block_length(times: Floats) -> int:
-    """Return the number of steps in a block of the bootstrap, for the best estimate of the spread of a mean.
+    """Return the number of successive steps that the bootstrap draws together, as one block.
+
+    A block of this length gives the best estimate of the spread of a mean. More correlated steps need longer blocks.
 
     ``times`` are step times in seconds, [steps].
     """

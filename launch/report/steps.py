@@ -184,16 +184,18 @@ def measure_steps(steps: Steps) -> StepFigures | None:
 
 
 def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: float, alone: bool) -> dict[str, float]:
-    """Return how much of the loss ``1 - efficiency`` each phase causes: phase -> share, negative for a gain.
+    """Return how much of the lost efficiency, ``1 - efficiency``, each phase causes: phase -> share.
 
-    The ideal step takes ``efficiency`` of the real step's time, divided as at the smallest point. The loss of a phase
-    is its time beyond its part of the ideal step. Empty if the two points have no known phase in common.
+    The ideal step of a point takes ``efficiency`` times its real step time. In the ideal step, each phase has the same
+    share as in a step of the smallest point. The loss of a phase is its real time minus its ideal time, as a share of
+    the real step time. It is negative if the phase takes less than its ideal time. The losses add up to
+    ``1 - efficiency``. Empty if the two points have no known phase in common.
 
     Args:
-        point: shares of the phases in its step time, from ``Steps.shares``.
-        base: shares of the smallest point.
-        efficiency: efficiency of the point relative to the smallest one.
-        alone: True if the smallest point is one rank, which waits for no other.
+        point: phase -> share of the step time of the point, from ``Steps.shares``.
+        base: phase -> share of the step time of the smallest point.
+        efficiency: efficiency of the point relative to the smallest point.
+        alone: True if the smallest point has only one rank. Its unknown waits for other ranks are then 0.
     """
     if not point or not base:
         return {}
@@ -237,11 +239,11 @@ class RankTimes:
 
     ranks: tuple[RankTime, ...]
     windows: tuple[tuple[int, int], ...]
-    """First and last step of each window of the run."""
+    """First and last step of each window. The windows divide the steps after warm-up."""
     excess_s: tuple[tuple[float, ...], ...]
     """Own time of a rank minus the median of all ranks, mean over a window, seconds, [ranks, windows]."""
     is_net: bool = False
-    """True if waiting in collectives was recorded and is subtracted."""
+    """True if all these ranks recorded their waits in collectives, so that the own times do not contain the waits."""
 
 
 def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Flags]:
@@ -251,7 +253,7 @@ def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Fla
     other ranks (``BEYOND_SPREAD``). In three quarters of the windows, its excess must be at least half its mean excess.
 
     Args:
-        times: means of shape [ranks, windows], seconds.
+        times: mean own time of each rank in each window, [ranks, windows], seconds.
         sizes: number of steps in each window.
         step_s: step time in seconds.
     """
@@ -283,7 +285,7 @@ class StepReading:
     """Results of reading the step records of a run."""
 
     steps: Steps = NO_STEPS
-    """Steps of attempt number ``attempt``, and of all attempts with an equal environment."""
+    """Steps of attempt number ``attempt``, and of all attempts with an equal setup (``Environment.setup``)."""
     rank_times: RankTimes | None = None
     """Times of each rank relative to the other ranks; None if fewer than two ranks recorded the same steps."""
     unit: str | None = None
@@ -292,18 +294,19 @@ class StepReading:
     loss: float | None = None
     """Training loss of the last step, for the GPT library in nats per token; None if unknown."""
     attempt: int = 0
-    """Number of the attempt whose environment the steps have: the last attempt with steps on all nodes.
+    """Number of the attempt whose environment the report shows: the last attempt with steps on all nodes.
 
-    0 if there is none.
+    If there is none, it is the last attempt with steps on fewer nodes. Attempts without a recorded environment count
+    as attempts without steps. 0 if the run has no step records.
     """
     attempt_steps: Mapping[int, int] = field(default_factory=dict)
     """Attempt -> number of its steps that no later attempt repeated."""
     profiled: Mapping[str, float] = field(default_factory=dict)
-    """Key of ``PROFILED``, or ``comm`` -> mean seconds over the profiled steps of the first rank."""
+    """Key of ``BREAKDOWN`` -> mean seconds over the profiled steps of the lowest rank with records."""
     profiled_steps: int = 0
-    """Number of profiled steps of the first rank."""
+    """Number of profiled steps of the lowest rank with records."""
     span: tuple[float, float] | None = None
-    """Unix times of the first and the last record of the last attempt with steps."""
+    """Unix times of the first and the last step record in the last attempt with steps; None without such records."""
     unread: Mapping[int, int] = field(default_factory=dict)
     """Rank -> number of damaged lines among its records. Ranks without damaged lines are absent."""
 
@@ -332,8 +335,8 @@ def read_run_steps(
 def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[tuple[int, RecordColumns]]:
     """Yield (rank, its records) for each rank with a file, ascending.
 
-    The ranks after the first rank with records have fewer fields, and several processes may read their files ahead.
-    ``setups`` is attempt -> its environment.
+    The lowest rank with records has all fields that a report needs. The records of higher ranks have fewer fields, and
+    several processes may read their files ahead. ``setups`` is attempt -> its environment.
     """
     is_gpt = bool(setups) and all(setup.workload == "gpt" for setup in setups.values())
     stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
@@ -369,16 +372,19 @@ def step_times(columns: RecordColumns) -> Floats:
 
 
 TIMES, WORK, MFU, READ = range(4)
-"""Indices of the first figures in the arrays of ``_Reduction``: step time, work of the rank, MFU, resolution of a log.
+"""Indices of the first figures in the arrays of ``_Reduction``.
+
+The figures are the step time, the work of the rank, the MFU, and the field ``RESOLUTION`` of a step read from a log.
 
 The figures after these are the fields of ``RECORDED``, in order.
 """
 
 
 class _Reduction:
-    """Figures of each step over all added ranks. The steps are those of the first rank with records.
+    """Figures of each step over all added ranks. The steps are those of the lowest rank with records.
 
-    The critical rank of a step has the longest own time: its step time without its waits in collectives.
+    The critical rank of a step is the rank with the longest own time. The own time is the step time without the waits
+    in collectives.
     """
 
     def __init__(self, first: RecordColumns, setups: Mapping[int, Environment], fewer: Collection[int]) -> None:
@@ -475,7 +481,10 @@ class _Reduction:
         }
 
     def _rank_times(self) -> RankTimes | None:
-        """Return the comparison of the ranks; None if fewer than two recorded the same steps, or steps are too few."""
+        """Return the times of the ranks relative to each other.
+
+        None if fewer than two ranks recorded the same steps, or if the run has fewer than ``LEAST_WINDOWS`` windows.
+        """
         if len(self._means) < 2 or len(self._windows) < LEAST_WINDOWS:
             return None
         own = np.array(list(self._means.values()))
@@ -493,9 +502,10 @@ class _Reduction:
         """Return the steps that every rank recorded, in attempts with the environment of the report.
 
         In a GPT run every rank records. In a script, only the ranks that recorded anything in the attempt are required,
-        often rank 0 alone. The work of a step is the sum over all ranks, or the work that the user stated. If only some
-        ranks record, the stated work has precedence, because the other ranks worked too. Without both, the work is the
-        recorded rate of the whole run times the step time.
+        often rank 0 alone. The work of a step is the sum of the recorded work, if every rank of the run recorded its
+        work. If only some ranks recorded it, the work is the amount that the user stated, because the other ranks
+        worked too. If the user stated none, it is the sum over the ranks that record. If these ranks have not recorded
+        their work, it is the recorded rate of the whole run times the step time.
         """
         first = self._first
         expected = np.full(len(first), -1)

@@ -94,31 +94,38 @@ class Row:
     label: str = ""
     """Name that distinguishes the point in this table: the overrides that not all points share."""
     goodput: float | None = None
-    """Share of the allocated time, 0 to 1, in steps that were not lost, including steps on fewer nodes; None if
-    unknown.
+    """Share of the allocated time, 0 to 1, that went into steps that were not lost; None if unknown.
+
+    Steps of attempts on fewer nodes than requested count, too.
     """
     gpu_hours: float | None = None
     """GPU-hours of all allocations, each from its start to its end."""
     cost: float | None = None
     """Cost of all allocations in the currency of cluster.price_per_gpu_hour."""
     cost_per_billion: float | None = None
-    """Cost of a billion units of work, such as tokens; None unless all steps of the run are known."""
+    """Cost of a billion units of work, such as tokens; None unless the work of every step of the run is known."""
     energy_kwh: float | None = None
     """Energy of all GPUs in kWh while ranks ran, over all attempts; None if some GPUs were not sampled."""
     joules_per_work: float | None = None
-    """Energy of one unit of work, such as a token, in joules; None unless all steps of the run are known."""
+    """Energy of one unit of work, such as a token, in joules; None unless the work of every step is known."""
     gpu_power_w: float | None = None
     """Mean power of one GPU in watts."""
     throttled: float | None = None
     """Share (0 to 1) of the samples of all GPUs in which clocks were lowered for a reason in ``THROTTLE_REASONS``."""
     parts_s: Mapping[str, float] = field(default_factory=dict)
-    """Key of ``goodput.PARTS`` -> seconds. The values add up to the time from the submission to the end."""
+    """Seconds that the run spent on each activity, such as its start or its saves, by key of ``goodput.PARTS``.
+
+    The values add up to the time from the submission to the end of the run.
+    """
     hours_of: str | None = None
     """Unit of ``causes_h``: ``GPU``; ``node`` if the run has no GPUs."""
     interruptions: int | None = None
     """Number of interruptions that cost time, including roll-backs."""
     causes_h: Mapping[str, float] = field(default_factory=dict)
-    """Key of ``goodput.CAUSES`` -> GPU-hours or node-hours that interruptions of this cause cost."""
+    """Cause of an interruption, such as ``crashed`` (key of ``goodput.CAUSES``) -> hours that were lost.
+
+    They are GPU-hours, or node-hours if the run has no GPUs.
+    """
     losses: Mapping[str, float] = field(default_factory=dict)
     """Key of ``steps.LOSSES`` -> efficiency that is lost in this phase, as a share.
 
@@ -168,12 +175,12 @@ class ScalingTable:
     selection: Selection
     rows: tuple[Row, ...]
     batches: dict[str, str]
-    """Kind of scaling (``strong``, ``weak``) -> batch of its points, as text for people."""
+    """Kind of scaling (``strong``, ``weak``) -> batch of the points of this kind, as text for people."""
     conditions: str
     """Model, precision, hardware and software of the points, as text for people."""
     notes: tuple[str, ...]
     is_gpt: bool = True
-    """True if the GPT library made every point with a known workload."""
+    """True if every point is a run of the GPT library. Points whose workload is not known do not count."""
     details: tuple[RunDetail, ...] = ()
     """Step times and ranks of the measured points, in the order of the rows."""
     gpus: tuple[GpuUse | None, ...] = ()
@@ -367,7 +374,10 @@ def _against_smallest(series: Series, point: Point, interval: tuple[float | None
 
 
 def _conditions(points: Sequence[Point]) -> str:
-    """Return model, precision, hardware and software of the points; all values if points differ."""
+    """Return model, precision, hardware, software, commit and command of the points as one text.
+
+    If points differ in one of these, the text has all its values, separated by slashes.
+    """
     known = [point.environment for point in points if point.environment is not None]
     if not known:
         return "Conditions unavailable: no point has recorded what it ran on."

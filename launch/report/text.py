@@ -54,9 +54,9 @@ class Cells:
         Args:
             heading: heading of the table.
             columns: all possible columns.
-            items: items of the rows.
-            among: items that decide which columns are left out, so that several tables have the same columns; empty to
-                decide by ``items``.
+            items: objects that the rows describe, one for each row.
+            among: objects that decide which columns are left out. With the same objects, several tables have the same
+                columns. If empty, ``items`` decide.
         """
         known = among or items
         shown = {title: text for title, text in columns.items() if any(text(item) != UNAVAILABLE for item in known)}
@@ -70,7 +70,10 @@ class Cells:
 
 
 def _of(name: str, write: Callable[[Any], str] = figure) -> Callable[[Any], str]:
-    """Return a function that returns the field ``name`` of an item as text. ``write`` makes the text of a value."""
+    """Return the function of a text column: it takes an item and returns the text of the item's field ``name``.
+
+    ``write`` turns a value of the field into text.
+    """
     return lambda item: write(getattr(item, name))
 
 
@@ -79,7 +82,7 @@ def _of(name: str, write: Callable[[Any], str] = figure) -> Callable[[Any], str]
 
 NOT_CLAIMED = "not claimed"
 FROM_RECORDS = ("compile", "restore")
-"""Keys of ``PARTS`` that are known only if the step records contain them."""
+"""Parts of a run's time (keys of ``PARTS``) that are known only if the step records contain their times."""
 MAX_HOSTS = 16
 """Largest number of hosts in the table of one run, most throttled first. The JSON file has all hosts."""
 
@@ -124,7 +127,10 @@ def point_tables(table: ScalingTable) -> list[Cells]:
 
 
 def part_tables(table: ScalingTable) -> list[Cells]:
-    """Return the tables of lost efficiency, time, interruptions and GPUs. A table without rows is left out."""
+    """Return the tables that divide a figure of the runs into parts. A table without rows is left out.
+
+    The tables show where efficiency and time were lost, what interruptions cost, and how the GPUs were used.
+    """
     one = "unit of work" if table.unit == "work" else table.unit.removesuffix("s")
     label = attrgetter("label")
     timed = [row for row in table.rows if row.goodput is not None]

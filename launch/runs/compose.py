@@ -50,7 +50,7 @@ CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def register_schema(name: str, schema: type) -> None:
-    """Register the schema of a config with Hydra, by the name that a list of defaults uses."""
+    """Register a schema, a dataclass, with Hydra. The list ``defaults`` of a config file can then contain ``name``."""
     store = ConfigStore.instance()
     known = store.repo.get(f"{name}.yaml")
     if known is None or OmegaConf.get_type(known.node) is not schema:
@@ -62,14 +62,15 @@ def compose_typed(
 ) -> DictConfig:
     """Return the config that Hydra composes from the file ``primary`` in configs/ and from overrides.
 
-    Hydra composes the files that overrides choose, and the result is cached. The other overrides set values in a copy
-    of this result. The points of a sweep mostly differ in values, and setting values is 10 times faster than composing.
+    Hydra composes only the files that overrides choose, and the result is cached. The other overrides set single values
+    in a copy of this result. This is 10 times faster than composing again, and most points of a sweep differ only in
+    such values.
 
     Args:
         primary: name of the file; its schema is registered.
         schema: dataclass of the config.
-        overrides: overrides as ``check_overrides`` returns them. Several values in one (a sweep) are allowed only if
-            ``with_hydra``.
+        overrides: overrides as ``check_overrides`` returns them. An override with several values, such as
+            ``nodes=1,2``, is allowed only if ``with_hydra`` is True.
         config_dir: folder of the user's own config files; None if there is none.
         with_hydra: True if the result also has Hydra's own keys, under ``hydra``.
 
@@ -203,7 +204,7 @@ def read_document(folder: RunFolder) -> DictConfig:
 def stored_as(folder: RunFolder, document: DictConfig, schema: type[Schema]) -> Schema:
     """Return ``document``, the config of a run folder, as an instance of ``schema``.
 
-    Keys that only an earlier version had are left out.
+    Keys that existed only in an earlier version of this project are left out.
 
     Raises:
         ConfigError: a value is missing or wrong. The error names the file, not a key to type.
@@ -308,12 +309,13 @@ def choose_folder(
 ) -> RunFolder:
     """Return the folder of a run: ``run_dir``, or ``<output_dir>/<name>/<point>``.
 
-    ``fresh`` chooses a new folder: ``<point>~2``, ``<point>~3``, ... Otherwise the newest existing folder is chosen, so
-    the same command continues where the last command stopped. If no such run exists, ``resume_from`` chooses a run that
-    differs only in its number of steps.
+    With ``fresh``, the folder is a new one: ``<point>~2``, ``<point>~3``, ... Without ``fresh``, it is the newest
+    existing folder of this run, so the same command continues where the last command stopped. If the run has no folder
+    yet and ``resume_from`` is typed, the folder of a run is returned that differs only in its number of steps. If there
+    is no such run either, the folder does not exist yet.
 
     Args:
-        config: keys of the run.
+        config: config of the run; its keys ``run_dir``, ``output_dir``, ``name``, ``fresh`` and ``resume_from`` count.
         overrides: overrides of the run, as typed.
         not_in_point: keys that do not distinguish runs.
         length: keys that set the number of steps.
@@ -357,10 +359,10 @@ def number_of(path: Path) -> int:
 
 
 def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str]) -> RunFolder:
-    """Return the newest folder of a run, which may not exist yet. With ``fresh``, return the next new folder:
-    ``<point>~2``.
+    """Return the newest existing folder of a run. If the run has no folder yet, return the first: ``<point>``.
 
-    Keys in ``not_in_point`` do not distinguish runs.
+    With ``fresh`` in ``config``, return the next new folder: ``<point>~2`` if ``<point>`` exists. No folder is created.
+    ``overrides`` name the point, without those of the keys in ``not_in_point``.
 
     Raises:
         ConfigError: Slurm cannot use the path, or the folder cannot be created.
@@ -389,7 +391,9 @@ def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
 
 
 def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Sequence[str]) -> None:
-    """Raise ConfigError if ``folder`` already has a run with other settings, or attempts of a run without its config.
+    """Raise ConfigError if ``folder`` already has a run that ``config`` cannot continue.
+
+    This is a run with other settings, or a run whose attempts or checkpoints are there, but not its config.
 
     Args:
         folder: folder of the run.

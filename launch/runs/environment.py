@@ -31,11 +31,11 @@ DRIVER = Path("/proc/driver/nvidia")
 
 
 def describe_rank(rank: int, local_rank: int, node: int) -> dict[str, Any]:
-    """Return the host, CPUs, device and number of OpenMP threads of a rank, for ``environment.json``.
+    """Return the entry of a rank in ``environment.json``: its host, CPUs, device and number of OpenMP threads.
 
-    The agent calls this function, on the node of the rank, for programs that do not write the entry. The device is the
-    visible GPU with index ``local_rank``, or the CPU if no GPU is visible. ``device_uuid`` is absent if the GPU is not
-    certain.
+    A rank of the GPT library writes its entry itself. For other programs, the agent on the node of the rank calls this
+    function. The device is the visible GPU with index ``local_rank``, or the CPU if no GPU is visible. ``device_uuid``
+    is absent if the UUID of the GPU is not certain. ``node`` is the number of the node.
     """
     entry = describe_place(rank, local_rank, node)
     gpus = visible_gpus()
@@ -161,10 +161,13 @@ def _read_gpu(index: str, path: Path) -> Gpu:
 
 
 def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
-    """Return the GPU that entry ``index`` of CUDA_VISIBLE_DEVICES names. ``name`` is a number or the beginning of a
-    UUID.
+    """Return the GPU that one entry of CUDA_VISIBLE_DEVICES names.
 
-    ``there`` are the GPUs that the driver lists; ``as_listed`` is True if CUDA numbers them in this order.
+    Args:
+        name: the entry: a number, or the beginning of a UUID.
+        index: position of the entry in the variable, from 0.
+        there: the GPUs that the driver lists.
+        as_listed: True if CUDA numbers the GPUs in the order of ``there``.
     """
     models = " or ".join(sorted({gpu.name for gpu in there})) or "GPU"
     if name.isdigit():
@@ -188,9 +191,10 @@ DEFAULTS = (
     # Matrix products that are queued before a collective do not delay its kernel.
     (("TORCH_NCCL_HIGH_PRIORITY",), "1"),
 )
-"""Environment variables that are set before torch is imported, also in the process from which ranks are forked.
+"""Environment variables of the ranks, which are set before torch is imported.
 
-Each entry is a name with its aliases, and the value that is used unless the user has set one of these names.
+Each entry has a tuple of names, a variable and its aliases, and a value. The first name is set to the value, unless the
+user has set one of the names.
 """
 
 DUMP_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
@@ -208,7 +212,10 @@ RECORDED = (
 )
 """Environment variables that ``environment.json`` records."""
 MOST_FILES = 1 << 20
-"""Highest limit of open files that is set. Some programs close all possible descriptors, which takes long for 10^9."""
+"""Highest soft limit of open files that ``raise_open_files`` sets.
+
+The limit is not higher, because some programs close every possible file descriptor, which takes long for 10^9.
+"""
 
 
 def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()) -> None:
@@ -230,10 +237,11 @@ def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Coll
 def set_dump_file(
     run: Path, attempt: Path, environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()
 ) -> None:
-    """Make the flight recorders write into the folder of the attempt, unless the user has named a file.
+    """Make NCCL's flight recorders write into the folder of the attempt, unless the user has set ``DUMP_VARIABLES``.
 
     Args:
-        run: folder of the run. A path in this folder was set for an earlier attempt, and is replaced.
+        run: folder of the run. If a variable of ``environment`` has a path in this folder, an earlier attempt has set
+            the variable, and this function replaces the path.
         attempt: folder of the attempt.
         environment: variables of the ranks, changed in place.
         typed: names that the config sets for the ranks.
@@ -280,7 +288,7 @@ def reachable_files(hard: int) -> int:
 
 
 ROOT = Path(__file__).absolute().parents[2]
-"""Folder that contains the packages of this process."""
+"""Folder that contains this project's packages as this process imports them: a checkout, site-packages or a copy."""
 
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
 SUFFIXES = (".py", ".yaml", ".sh", ".csv", ".j2")
@@ -441,7 +449,7 @@ GAUGES = {
     "temperature_c": 0,
     "throttle_reasons": 0,
 }
-"""Gauge -> number of decimals that are written.
+"""Gauge, a quantity that is measured on each GPU -> number of decimals with which its values are written.
 
 Energy is a counter in joules since the driver was loaded, and only its small differences are used. Throttle reasons are
 the bits of NVML's clocks event reasons.

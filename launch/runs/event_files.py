@@ -87,9 +87,9 @@ class EventWriter:
 
     Args:
         folder: folder of the file, which TensorBoard shows as a run.
-        purge_step: first step of a run that resumes. TensorBoard drops the points of earlier files from this step on,
-            because the steps were lost in a crash and are made again. With None, TensorBoard drops all points of
-            earlier files.
+        purge_step: first step of this file, if the run resumes. TensorBoard drops the points that earlier files of the
+            folder have from this step on, because these steps were lost in a crash and are made again. With None,
+            TensorBoard drops all points of the earlier files.
         suffix: end of the file's name.
     """
 
@@ -139,7 +139,8 @@ class EventWriter:
         """Set the charts of the Custom Scalars tab. ``categories`` is category -> title of a chart -> curve.
 
         All charts are margin charts: TensorBoard smooths line charts by default, which falsifies curves of a few
-        points. A chart has one curve: with two, TensorBoard prints an error for every run without them.
+        points. Each chart has only one curve. If a chart had two curves, TensorBoard would print an error for every
+        run that lacks these curves.
         """
         layout = layout_pb2.Layout()
         for title, charts in categories.items():

@@ -54,8 +54,8 @@ def events_since_submission(events: Events) -> list[dict[str, Any]]:
 def last_command(events: Events) -> int:
     """Return the index of the last submission that a user typed; 0 if there is none.
 
-    A move to another partition is no such submission. Two entries of one job count as one, because the launcher and an
-    agent of the job may both write an entry.
+    A ``submitted`` event of a job that the launcher moved to another partition does not count. If the launcher and an
+    agent both recorded the submission of one job, the first of the two events counts.
     """
     last, before = 0, None
     for index, event in enumerate(events):
@@ -81,8 +81,8 @@ def planned_steps(events: Events) -> int | None:
 def saves_that_count(events: Events) -> list[dict[str, Any]]:
     """Return the ``saved`` events of checkpoints that still belong to the run, oldest first.
 
-    If a command with ``resume_from`` took the run back to a step, the events of later steps before the command are left
-    out.
+    A command with ``resume_from`` takes the run back to an earlier step. The saves of later steps that were recorded
+    before this command are left out.
     """
     found: list[dict[str, Any]] = []
     for event in events:
@@ -204,10 +204,11 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
 
 
 def failure_kind(cause: str, trace: str) -> str:
-    """Return a key for the kind of a failure. Of failures with equal keys, one traceback is enough.
+    """Return a text that is equal for failures of the same kind, of which one traceback is enough.
 
-    Failures with equal keys have the same source lines. All of them are echoes, or all have the same type of exception.
-    The key does not depend on the messages of the exceptions, since they may name the rank.
+    The text has the source lines in the traceback ``trace``, and the type of the exception. For all echoes, the word
+    ``echo`` replaces the type. ``cause`` is the type and the message of the exception. The message is left out, since
+    it may name the rank.
     """
     places = re.findall(r'File "[^"]*", line \d+', trace)
     return "\n".join(["echo" if ECHO.search(cause) else cause.partition(":")[0], *places])
@@ -216,7 +217,8 @@ def failure_kind(cause: str, trace: str) -> str:
 def same_failure(rank: int, kind: str) -> int | None:
     """Return the rank of this node that was first to fail with ``kind`` in this attempt; None if ``rank`` is the first.
 
-    Uses a marker file in the agent's folder for the attempt. Without an agent, every rank counts as the first.
+    ``kind`` is a text from ``failure_kind``. The first rank creates a marker file in the agent's folder for the
+    attempt. If there is no agent, or the file cannot be created, every rank counts as the first.
     """
     if HEARTBEAT_DIR not in os.environ:
         return None
@@ -424,7 +426,7 @@ def plan_continuation(
 
 
 def find_step(folder: RunFolder, resume_from: Any, saved: Sequence[SavedCheckpoint]) -> int:
-    """Return the step of the checkpoint that ``resume_from`` names, which is one of ``saved``.
+    """Return the step of the checkpoint in ``saved`` that ``resume_from`` names by its step, or by ``last``.
 
     Raises:
         ConfigError: the run has no checkpoint, or none of that step.
@@ -505,7 +507,8 @@ def aside_records(folder: RunFolder, rank: int) -> list[Path]:
 def refuse_alive(folder: RunFolder) -> None:
     """Raise ConfigError if ranks of the newest attempt run on this machine.
 
-    Such ranks may have no launcher and be in no queue (``gpt.train``). Ranks on other machines are not found.
+    Ranks that ``gpt.train`` started have no launcher and are in no queue, so they are found by their processes. Ranks
+    on other machines are not found.
     """
     import psutil  # a rank imports this module, and its Python may have the standard library alone
 

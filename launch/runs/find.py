@@ -1,4 +1,4 @@
-"""Search of run folders, labels of runs, the record of sweeps, and tables, for all commands."""
+"""What all commands share: the search of run folders, the labels of runs, the record of sweeps, printed tables."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ MEASURING_KEYS = tuple(
 
 
 def tells_apart(override: str) -> bool:
-    """Return whether an override can distinguish runs; False if it only sets how runs are submitted or watched."""
+    """Return whether an override can distinguish runs.
+
+    False if the override only sets how runs are submitted, watched or measured.
+    """
     # The file with the call of a function has another name for each point; call.args has the arguments.
     return not is_within(typed_key(override), (*NOT_IN_POINT, *MEASURING_KEYS, "call.file"))
 
@@ -109,7 +112,10 @@ def sweep_overrides(points: Sequence[Sequence[str]]) -> list[str]:
 
 
 CURRENT = "sweep.json"
-"""Name of the file with the newest sweep of a folder, and of the file in the record of each sweep."""
+"""Name of a file with the fields of one ``Sweep``.
+
+A folder of runs has such a file for its newest sweep, and one for each sweep in the folder of the sweep's record.
+"""
 ARCHIVE = "sweeps"
 """Name of the folder with the records of all sweeps of a folder."""
 
@@ -134,10 +140,10 @@ class Sweep(msgspec.Struct, frozen=True):
         return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
 
     def summary(self, beside: Sequence[Sweep]) -> str:
-        """Return a short description of this sweep for people, in a list with the sweeps ``beside``.
+        """Return a short description of this sweep for people, for a list of this sweep and the sweeps ``beside``.
 
-        The description has the overrides with several values, the overrides that not all sweeps of the list have, the
-        number of points, and the time when the sweep was typed.
+        The description has the number of the sweep, the number of its points, and the time when it was typed. Of its
+        overrides, it has those with several values, and those that not all sweeps of the list have.
         """
         common = set.intersection(*(set(one.typed) for one in (self, *beside)))
         told = [override for override in self.typed if "," in override or override not in common]
@@ -159,7 +165,7 @@ def read_sweeps(group: Path) -> list[Sweep]:
 
 
 def current_sweep(group: Path) -> Sweep | None:
-    """Return the sweep of a folder that was typed last; None if the folder has no sweep.
+    """Return the sweep that a user typed last for the folder ``group``; None if the folder has no sweep.
 
     Raises:
         ConfigError: the record of the sweep is damaged.
@@ -174,9 +180,9 @@ def current_sweep(group: Path) -> Sweep | None:
 
 
 def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sweep:
-    """Record a sweep that was typed now as the current sweep of the folder ``group``, and return the sweep.
+    """Record a sweep that a user has just typed as the current sweep of the folder ``group``, and return the sweep.
 
-    A sweep of the same points, in any order, keeps its number.
+    If an earlier sweep has the same points, in any order, its record is replaced and its number is used again.
 
     Args:
         group: folder of the points.
@@ -206,7 +212,9 @@ def add_paths(parser: ArgumentParser) -> None:
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Return the run folders at or below ``paths``, each once, in the order of ``paths`` and of their names.
+    """Return the run folders at or below ``paths``, each once, in the order of ``paths``.
+
+    The run folders below one path are in the natural order of their names: nodes=2 comes before nodes=16.
 
     A path that does not exist may have the form FOLDER/LABEL: the run in FOLDER with this label.
 
@@ -240,8 +248,9 @@ def suggestion(path: Path) -> str:
 
 
 def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
-    """Return the run folders up to ``depth`` levels below ``folder``, in natural order; only ``folder`` if it is one
-    itself.
+    """Return the run folders up to ``depth`` levels below ``folder``, in natural order.
+
+    If ``folder`` is itself a run folder, return only ``folder``.
     """
     if is_run(folder):
         return [folder]

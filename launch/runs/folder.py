@@ -217,7 +217,10 @@ _keeps = False
 
 
 def keep_unwritten() -> None:
-    """Make ``append_lines`` keep lines in memory while the filesystem is full. For agents and ranks."""
+    """Make ``append_lines`` keep lines in memory while they cannot be written for a reason in ``NO_ROOM``.
+
+    Agents and ranks call this function. At their end, they try to write the lines a last time.
+    """
     global _keeps
     if not _keeps:
         _keeps = True
@@ -247,7 +250,9 @@ def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
-    """Write a JSON file. Returns True if the file was written, False if the filesystem is full.
+    """Write a JSON file. Returns True if the file was written, False if it was not for a reason in ``NO_ROOM``.
+
+    ``mode`` has the permissions of the file, minus the umask.
 
     Raises:
         OSError: the file cannot be written for a reason that is not in ``NO_ROOM``.
@@ -262,7 +267,7 @@ def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
 
 
 def unwritten(path: Path) -> list[dict[str, Any]]:
-    """Return the lines for a file that this process keeps in memory, oldest first, as objects."""
+    """Return the lines that this process keeps in memory for the file ``path``, oldest first, as parsed JSON."""
     with _lock:
         return [json.loads(json.dumps(value)) for value in _kept.get(path, ())]
 
@@ -391,7 +396,7 @@ class RunFolder:
         append_lines(self.events, [{"time": time.time(), "event": event, **details}])
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Return all events, oldest first, then those that this process could not write yet.
+        """Return the events in the event log, oldest first, then the events that this process could not write yet.
 
         Damaged lines are skipped.
         """

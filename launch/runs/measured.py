@@ -170,11 +170,12 @@ FASTEST = 1e13
 
 
 def terms(collective: str, ranks: int) -> tuple[float, float]:
-    """Return two numbers of a collective over ``ranks`` ranks: for its latency and for its bandwidth.
+    """Return (messages, share) of a collective over ``ranks`` ranks, from which ``LinkFit`` predicts its time.
 
-    The first is the number of messages that are sent one after another. The second is the bytes on a rank's link
-    divided by the bytes of the tensor. The tensor is the result of an all-gather, the input of a reduce-scatter, and
-    the input of each rank of an all-to-all.
+    The time is ``messages * latency + share * bytes of the tensor / bandwidth``. ``messages`` is the number of messages
+    that are sent one after another. ``share`` is the number of bytes on a rank's link, divided by the bytes of the
+    tensor. The tensor is the result of an all-gather, the input of a reduce-scatter, and the input of each rank of an
+    all-to-all.
     """
     if collective == "send":
         return 1.0, 1.0
@@ -186,16 +187,16 @@ def terms(collective: str, ranks: int) -> tuple[float, float]:
 
 
 Curve = tuple[tuple[float, float], ...]
-"""Pairs of message size in bytes, ascending, and the ratio of measured time to fitted time."""
+"""Pairs of a message size in bytes and its ratio of measured time to fitted time, in ascending order of sizes."""
 
 
 @dataclass(frozen=True)
 class LinkFit:
     """Latency and bandwidth of a rank's link in a collective, fitted to measured times.
 
-    ``error`` is the root mean square of ``predicted time / measured time - 1``. ``curve`` corrects the fitted line by
-    message size, because a line misses bursts that a switch buffers, and libraries that change the algorithm for long
-    messages. The curve is empty without a correction.
+    ``error`` is the root mean square of ``predicted time / measured time - 1``. The fitted time is a line over the
+    message size. ``curve`` has a factor of correction for each message size, because a switch may buffer short bursts,
+    and libraries change their algorithm for long messages. The curve is empty if there is no correction.
     """
 
     latency_s: float
@@ -204,7 +205,7 @@ class LinkFit:
     curve: Curve = ()
 
     def seconds(self, collective: str, ranks: int, size: float) -> float:
-        """Return the predicted time of a collective of ``size`` bytes over ``ranks`` ranks, seconds."""
+        """Return the predicted time in seconds of a collective over ``ranks`` ranks. Its tensor has ``size`` bytes."""
         messages, share = terms(collective, ranks)
         if not messages:
             return 0.0
@@ -355,9 +356,9 @@ class UsageMeter:
         self._memory = max(self._memory, own + shared)
 
     def write(self, path: Path) -> None:
-        """Write the use, and the resources that Slurm gave, to the JSON file ``path``. Without a sample, write nothing.
+        """Write the resources that the ranks used, and those that Slurm gave the node, to the JSON file ``path``.
 
-        Errors of the disk are ignored.
+        If there is no sample, nothing is written. Errors of the disk are ignored.
         """
         if not self._memory:
             return

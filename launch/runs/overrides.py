@@ -402,9 +402,10 @@ ELSEWHERE = {
     "target_val_nats_per_byte": "optim.target_val_loss=LOSS",
     **dict.fromkeys(("offload_optimizer", "offload_parameters"), "parallel.cpu_offload=true"),
 }
-"""Name of a setting in other programs -> key of this project; a whole override if the values have another meaning.
+"""Name of a setting in another program or in an earlier version of this project -> key with the same meaning.
 
-``{}`` is the typed value.
+If a value means something else in this project, there is a whole override in place of the key. ``{}`` in the override
+is replaced by the typed value.
 """
 MOST_NAMES = 6
 """Largest number of similar keys that an error message lists."""

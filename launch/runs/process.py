@@ -191,7 +191,7 @@ class HeartbeatFile:
         self._words[PID] = os.getpid()  # last: a reader that sees the PID also finds the time
 
     def beat(self) -> None:
-        """Report that this process runs."""
+        """Write a heartbeat: the time at which this process, the rank, still runs."""
         self._times[BEAT] = time.monotonic()
 
     def move(self, step: int, phase: Phase) -> None:
@@ -205,10 +205,11 @@ class HeartbeatFile:
         self._requests[request][WANTS] = value
 
     def ask(self, request: Request, limit_s: float) -> bool:
-        """Count a poll of ``request``, and return whether the rank must obey the request now.
+        """Count a poll for ``request``, and return whether the rank must obey the request now.
 
-        A stop returns True from the agreed poll on, a save only at the agreed poll. If the agents have not yet agreed
-        on a poll, this method waits for them, at most ``limit_s`` seconds. After that it returns True for a stop,
+        The agents agree on the number of the poll at which all ranks obey. For a stop, this method returns True at this
+        poll and at all later polls; for a save, only at this poll. If a request was made and the agents have not agreed
+        yet, this method waits for them, at most ``limit_s`` seconds. After that time it returns True for a stop,
         because the rank has to stop in any case, and False for a save.
         """
         words = self._requests[request]
@@ -252,7 +253,8 @@ class HeartbeatFile:
     def set_hold(self, request: Request, ticket: int) -> None:
         """Make the rank wait at its next poll for ``request``, until ``set_at`` has set a poll of at least ``ticket``.
 
-        ``ticket`` is the number of the head node's ticket.
+        ``ticket`` is the number that the agent of the head node gives to this request. It is larger than every poll
+        that was set before.
         """
         self._requests[request][HOLD] = ticket
 

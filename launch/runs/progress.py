@@ -1,4 +1,6 @@
-"""Step records of programs that only print: read from logs by a regular expression, and drawn in TensorBoard.
+"""Step records of programs that only print their progress: read from logs, and drawn in TensorBoard.
+
+A regular expression of the user, ``script.progress``, finds the values in the logs.
 
 Logs are read while programs write them. Programs without TensorBoard files get such files. Every call is bounded in
 time and bytes, because the calling agent also watches the ranks.
@@ -38,11 +40,11 @@ GROUPS = (
 )
 """Names that groups of the pattern ``script.progress`` may have. Most are fields of a step record.
 
-``epoch`` counts from 0, ``epoch_from_1`` from 1. If a pattern has one of them, and ``steps_per_epoch``, then ``step``
-counts the steps of the epoch only. A line with an epoch and no step gives the epoch of the lines after it.
+``epoch`` counts from 0, ``epoch_from_1`` from 1. If a pattern has one of these two and also ``steps_per_epoch``, then
+``step`` counts the steps within an epoch. If a line has an epoch but no step, its epoch holds for the lines after it.
 
-Other values in a line without a step belong to the last step. After a line that has ``begin``, they belong to the next
-step.
+If a line has other values but no step, its values belong to the last step. The group ``begin`` matches a text that the
+program prints before the values of a step: the values after this text belong to the next step.
 
 ``steps`` is the total of a progress bar. The first total is that of the training. A line with another total, such as
 that of an evaluation, is skipped, and so is a line with step 0.
@@ -235,9 +237,9 @@ class _RankLog:
         """Append a step record for each step in ``found``.
 
         Args:
-            found: for each step that the program has printed, the fields of its record. The first may be the step that
-                was recorded last, with further fields. Then a second record of this step, with all its fields, is
-                appended, because readers use the newest record of a step.
+            found: the fields of each printed step, in the order of the steps. The first step may already have a record,
+                and ``found`` has further fields of this step. Then a second record with all fields of the step is
+                appended. Readers use the newest record of a step.
             printed_at: Unix time when the last of these steps was printed.
         """
         last, new = self._last, found

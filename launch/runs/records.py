@@ -104,7 +104,10 @@ class StepRecord:
     optimizer_s: float | None = None
     """Time of clipping and of the optimizer."""
     expert_imbalance: float | None = None
-    """Load of the busiest expert of all layers divided by an even share, minus 1; only with experts."""
+    """Tokens of the busiest expert in any layer, divided by the mean over the experts of its layer, minus 1.
+
+    0 means an even load. None for a model without experts.
+    """
     breakdown_compute_s: float | None = None
     """Time of this step in which the device computed.
 
@@ -178,7 +181,10 @@ class StepRecord:
 
 
 TOLD_ONCE = "straggler"
-"""Field of a StepRecord that contains a text. It is printed, and not written to files, which contain numbers only."""
+"""Field of a StepRecord with a text, which is printed and shown in TensorBoard.
+
+The files of step records contain only numbers, so this field is not written to them.
+"""
 OF_THE_RUN = frozenset(
     {
         *("loss", "loss_variance", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
@@ -186,23 +192,30 @@ OF_THE_RUN = frozenset(
         *("memory_allocated_gib", "memory_reserved_gib", "own_min_s", "own_max_s", "slowest_rank"),
     }
 )
-"""Fields that only rank 0 writes: values of the whole run, values derived from ``step_time_s``, and some of memory.
+"""Fields that only rank 0 writes: values of the whole run, values derived from ``step_time_s``, and two of memory.
 
-On all of a thousand ranks they would double the size of the records.
+If every rank wrote these fields, the step records of the run would take twice the space.
 """
 
 
 UNITS = ("tokens", "samples", "images")
 """Units of throughput. A field with such a name counts the units that this rank processed in the step."""
 FIRST_S = 0.25
-"""Wait before the first write of records, seconds. Each later wait is twice as long as the wait before."""
-FOLLOWED_S = 5.0
-"""Longest wait before a write on rank 0, seconds; the launcher shows its records.
+"""Seconds for which a rank collects step records before it writes them to its file for the first time.
 
-A killed rank loses unwritten records.
+Before each later write, it collects records for twice as long as before the last write, up to a longest time.
+"""
+FOLLOWED_S = 5.0
+"""Longest time in seconds for which rank 0 collects records before it writes them.
+
+The launcher shows the records of rank 0, so this time is shorter than that of the ranks above 0 (``LONGEST_S``). A
+killed rank loses the records that it has not written.
 """
 LONGEST_S = 8.0
-"""Longest wait before a write on other ranks, seconds; thousands of ranks may share a filesystem."""
+"""Longest time in seconds for which a rank above 0 collects records before it writes them.
+
+It is long because thousands of ranks may write to one filesystem.
+"""
 KEPT_LINES = 10_000
 """Largest number of records that are kept while they cannot be written; older records are dropped."""
 

@@ -1,4 +1,4 @@
-"""Exceptions in the text of Python's tracebacks, with their causes."""
+"""Search of Python's tracebacks in a text, such as a log: the exceptions of the last failure, with their causes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JOINT = re.compile(
     r"(?P<member>^-+ \d+ -+\n)\Z|\bOriginal \Z|CheckpointException ranks.*\n\Z",
     re.MULTILINE,
 )
-"""Pattern of the text between two exceptions of one failure.
+"""Pattern of the text before a traceback, if the exception before it belongs to the same failure.
 
 Torch embeds the traceback of a loader worker, or of a rank that could not save, in the message of another exception.
 """
@@ -33,9 +33,12 @@ class Raised(NamedTuple):
     text: str
     """Class and message, without line ends, 1,000 characters at most."""
     is_handled: bool
-    """True if the program was handling this exception when it raised the next one, without naming it as the cause."""
+    """True if this exception was being handled when a later exception of the failure was raised.
+
+    The later exception does not name this exception as its cause (``raise ... from``).
+    """
     is_member: bool
-    """True if the exception is in a group."""
+    """True if the exception is a member of an ExceptionGroup."""
     stack: str
     """Frames of the traceback as text, without the line that names the exception."""
 
