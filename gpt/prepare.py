@@ -25,8 +25,10 @@ from launch.runs import compose
 
 
 def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
-    """Prepare a corpus with ``workers`` processes, in the folder ``output``, or in a folder in ``cache`` if ``output``
-    is None. If the corpus is prepared already, verify its files instead. Return the corpus as a token source.
+    """Write the token files of a corpus with ``workers`` processes. Return the corpus as a token source.
+
+    The files are written into the folder ``output``. If ``output`` is None, they are written into a folder in
+    ``cache`` whose name follows from the config. If the corpus is prepared already, its files are verified instead.
 
     Raises:
         ConfigError: the config needs no preparation, the text is unavailable, a prepared file is damaged, or ``output``
@@ -50,8 +52,8 @@ def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers
 
 
 def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
-    """Raise ConfigError if a file of the corpus of ``spec``, prepared in ``folder``, does not have its checksum. Do
-    nothing if the folder has no such corpus."""
+    """Raise ConfigError if a file of a prepared corpus is damaged: its checksum differs from that in the manifest.
+    ``folder`` has the corpus. Do nothing if the folder has no corpus of ``spec``."""
     manifest = read_corpus_manifest(folder)
     if manifest is None or open_folder(folder, spec.identity) is None:
         return

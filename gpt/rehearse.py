@@ -1,12 +1,15 @@
-"""Rehearse a training step at its true number of ranks, on a machine without a GPU, in minutes.
+"""Find hangs, waits and lack of memory of a large run before it starts, without GPUs: some ranks make a training step.
 
     python -m gpt.rehearse --ranks 64 model=llama_1p36b optim=gpt2 parallel=fsdp
     python -m launch nodes=8 cluster=slurm cluster.gpus_per_node=8 parallel=fsdp dry_run=deep
 
-Some ranks, such as the first and the last of each axis of the mesh, build their model, engine and optimizer, and make
-two steps. Each has a process of its own, and tensors with shapes and no values. The second step is compared with the
-plan, and the ranks with each other. The exit status is 0, or 2 if the run would hang, wait for its GPUs, or need more
-memory than they have.
+A rehearsal takes some minutes on one machine. Some ranks, such as the first and the last of each axis of the mesh,
+build their model, engine and optimizer, and make two steps. Each rank has a process of its own, and fake tensors, which
+have shapes and no values. Memory in the second step is compared with the plan, and the collectives of the ranks are
+compared with each other.
+
+The exit status is 0. It is 2 if ranks would wait for each other forever, if the host would wait for its GPU during a
+step, or if a rank would need more memory than its GPU has.
 """
 
 from __future__ import annotations
@@ -157,8 +160,7 @@ def unjoined_batches(group: RankGroup, of_group: Issued) -> Iterator[str]:
 AGREES = 0.05
 """Largest relative difference of planned from rehearsed memory that is not reported."""
 LINES = 3
-"""Largest number of lines of code, those that have allocated the most memory, that are named if planned and rehearsed
-memory differ."""
+"""Number of lines of code that are named if planned and rehearsed memory differ: those that have allocated the most."""
 UNSEEN = (
     "not seen: workspaces of kernels, fragments of the allocator, buffers of NCCL, graphs of torch.compile; CPU kernels"
     " of norms may save more than those of a GPU; ranks between the first and the last of an axis"
@@ -209,7 +211,8 @@ class Rehearsal:
         return dict(found)
 
     def refuse_faults(self) -> None:
-        """Raise ConfigError if the run would hang, wait for its devices, or not fit into their memory."""
+        """Raise ConfigError in three cases: ranks would wait for each other forever; the host would wait for its device
+        during a step; or the peak of a rank exceeds ``gpu_bytes``."""
         hangs, waits = self.hangs(), [f"the host waits at {place}" for place in self.waits()]
         largest = max(self.ranks, key=lambda rank: rank.peak)
         found = [*(f"would hang here: {hang}" for hang in hangs), *waits]
@@ -281,7 +284,8 @@ def rehearsal_lines(rehearsal: Rehearsal) -> Iterator[str]:
 
 def memory_lines(rehearsal: Rehearsal) -> Iterator[str]:
     """Yield a line of text for each rank with its peak memory by ``PARTS``, and its planned memory. If planned and
-    rehearsed memory of a rank differ by more than ``AGREES``, also yield two lines on the first such rank."""
+    rehearsed memory of a rank differ by more than ``AGREES``, also yield two lines on the first such rank: the parts of
+    its planned memory, and the lines of code that have allocated the most."""
     for rank in rehearsal.ranks:
         said, off = rehearsal.planned(rank.rank).total, rehearsal.difference(rank)
         shown = ", ".join(f"{part} {size_text(rank.memory.get(part, 0))}" for part in PARTS)
@@ -332,7 +336,7 @@ def in_runs(items: Sequence[str], longest: int = 8) -> list[tuple[int, str]]:
 
 def reduction_lines(rank: RankRehearsal) -> Iterator[str]:
     """Yield a line of text for each combination of operation, group and dtype among the collectives of a step, with the
-    sum of their bytes. The lines show where fp32 is not intended."""
+    sum of their bytes. The lines show, for example, that gradients are reduced in fp32 where bf16 was intended."""
     sums: Counter[tuple[str, str, str]] = Counter()
     for one in rank.collectives[rank.in_step :]:
         sums[rank.groups[one.group].label, one.operation, one.dtype] += one.bytes
@@ -353,12 +357,14 @@ def size_text(size: float) -> str:
 
 
 def rehearse(config: TrainConfig, ranks: int, processes: int = 1) -> Rehearsal:
-    """Rehearse a run, and return the result.
+    """Run two training steps on fake tensors, for some ranks of a run (``kinds_of_ranks``). Return the findings.
+
+    Each rank runs in a process of its own. No GPU is needed, and nothing is compiled.
 
     Args:
         config: config of the run; precision and parallelism are not ``auto``.
-        ranks: number of ranks of the run.
-        processes: number of ranks that are rehearsed at the same time.
+        ranks: number of ranks of the whole run.
+        processes: number of processes that run at the same time.
 
     Raises:
         ConfigError: the config does not fit the ranks, or cannot be rehearsed.
@@ -377,7 +383,8 @@ def rehearse(config: TrainConfig, ranks: int, processes: int = 1) -> Rehearsal:
 
 
 def refuse_unknown_engines(config: TrainConfig) -> None:
-    """Raise ConfigError if the run cannot be rehearsed: its steps need values of tensors, a GPU or DeepSpeed."""
+    """Raise ConfigError if the run cannot be rehearsed: with DeepSpeed, CPU offload, float8, or another optimizer than
+    AdamW."""
     reasons = {
         "parallel.strategy=deepspeed": config.parallel.strategy is Strategy.deepspeed,
         "parallel.cpu_offload=true": config.parallel.cpu_offload,
@@ -410,11 +417,13 @@ def parse_words(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def settle(words: argparse.Namespace) -> tuple[TrainConfig, Machine | None]:
-    """Return the config of the command line, with precision and parallelism chosen for the GPUs of ``--gpu``, and the
-    hardware of these GPUs. The hardware is None if ``--gpu`` is not given.
+    """Return the config of the command line, and the hardware of the GPUs that ``--gpu`` names. In the config, a
+    precision or a parallelism of ``auto`` is replaced by the choice for these GPUs.
+
+    If ``--gpu`` is empty, the hardware is None.
 
     Raises:
-        ConfigError: the config or the GPU is not known.
+        ConfigError: the config is invalid, the GPU is not known, or ``--gpu`` is empty with ``parallel=auto``.
     """
     config, folder = parse_request(words).config, RunFolder(Path("rehearsal"))
     known = expand(words.gpu) if words.gpu else []

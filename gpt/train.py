@@ -83,10 +83,16 @@ def build(
     rank: worker.Run,
     writer: Writer | None = None,
 ) -> Run:
-    """Return a run that is ready to train, with data and parallelized model, and load its newest checkpoint.
+    """Return a run that is ready to train, with data and parallelized model. Its newest checkpoint is loaded.
     Collective.
 
-    ``rank`` is the launcher's client on this rank, and ``writer`` writes checkpoints; None writes them in this process.
+    Args:
+        config: config of the run; precision, TF32 and compilation may still be open.
+        folder: folder of the run.
+        world: all ranks.
+        attempt: number of this attempt.
+        rank: connection of this rank to the launcher.
+        writer: object that writes checkpoints, in this process or in another one; None means in this process.
     """
     config = settle_execution(config, folder, world)
     compiled = keep_compiled(config, world)
@@ -152,7 +158,7 @@ def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
 
     Args:
         model: the whole model, on the meta device.
-        weights: the first values of its parameters.
+        weights: returns the first values of a whole parameter, from its name and shape.
         layout: config, ranks, dimensions and batch of the run.
     """
     config, world, dims = layout.config, layout.world, layout.dims
@@ -180,8 +186,16 @@ def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
 def open_checkpoints(
     kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, writer: Writer | None
 ) -> CheckpointManager:
-    """Return the manager of a run's checkpoints, also for checkpoints in memory and copies if the config requests them.
-    Collective. ``writer`` writes checkpoints; None writes them in this process."""
+    """Return the object that saves and loads the checkpoints of a run. It also keeps checkpoints in memory, and copies
+    checkpoints to another place, if the config requests this. Collective.
+
+    Args:
+        kept: config of the checkpoints.
+        folder: folder of the run.
+        world: all ranks.
+        engine: engine of this rank, which determines the format of the files.
+        writer: object that writes checkpoints, in this process or in another one; None means in this process.
+    """
     keeps = Retention(kept.keep_last, kept.keep_best)
     give_up_after_s = 60 * kept.give_up_after_min
     manager = CheckpointManager(folder.checkpoints, keeps, world.control, engine.files, writer, give_up_after_s)
@@ -194,7 +208,11 @@ def open_checkpoints(
 
 def run_ranks(request: Request, rank: worker.Run) -> str:
     """Train together with the other ranks. Return ``finished``, or ``stopped`` if a request to stop ended the run
-    before its last step. An error is written into the event log before it is raised."""
+    before its last step. An error of the training is written into the event log before it is raised.
+
+    ``request`` has the config and the folder that the command line requests. ``rank`` is the connection of this rank to
+    the launcher.
+    """
     config = request.config
     set_determinism(config)
     with (
@@ -234,11 +252,12 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
 
 
 def leave_for_agent(error: BaseException) -> None:
-    """Write an error into torch elastic's error file, which is on this node, because the disk of the run folder may be
-    full. An OSError is not raised.
+    """Write an error into the error file of torch elastic. torchrun prints this file. An OSError in this is ignored.
 
-    torch elastic stores the traceback of the exception that is being handled, and torchrun prints it. A ConfigError is
-    raised again, so that its traceback has no frames of Hydra.
+    The file is on this node, so it can be written even if the disk of the run folder is full.
+
+    torch elastic stores the traceback of the exception that is being handled. For a ConfigError this function raises
+    and catches an equal error, so that the stored traceback has no frames of Hydra.
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -255,8 +274,8 @@ def leave_for_agent(error: BaseException) -> None:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return the exit status: 0 finished, 1 failed, 2 refused, 143 stopped by a signal; under the
-    launcher's agent 0 also if stopped."""
+    """Run the command. Return the exit status: 0 if the run is finished, 1 if it failed, 2 if the command was refused,
+    143 if a signal stopped the run. Under the launcher's agent, a stopped run also returns 0."""
     words = parse_arguments(sys.argv[1:] if argv is None else argv)  # first, because --help exits here
     deny_others_writing()
     rank = worker.attach()

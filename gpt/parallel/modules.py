@@ -1,4 +1,4 @@
-"""Changes of a model from outside: float8, recomputation, torch.compile, DTensors; and values for its parameters."""
+"""Functions that change a model in place: float8, recomputation, torch.compile, DTensors, and values of parameters."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ MATRIX_PRODUCTS = frozenset(
     }
 )
 ALL_TO_ALLS = frozenset({torch.ops._c10d_functional.all_to_all_single.default})
-"""All-to-alls that send rows to experts on other ranks and back. Selective recomputation keeps their results, because
-that costs less than to repeat them."""
+"""Operations of torch that send rows to experts on other ranks, and the results back. Selective recomputation keeps
+the results of these operations, because it costs less to keep them than to send them again."""
 ATTENTION_KERNELS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -109,7 +109,7 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
 
 def recompute_block(block: nn.Module, config: TrainConfig) -> None:
     """Apply activation checkpointing to a block, in place, as ``config.recompute`` requests. The recomputation draws
-    the same dropout."""
+    the same dropout noise as the forward pass."""
     if config.recompute is Recompute.none:
         return
     options: dict[str, Any] = {"use_reentrant": False}
@@ -129,7 +129,8 @@ def compile_block(block: nn.Module, config: TrainConfig) -> None:
 
 
 def compile_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that computes the summed cross-entropy of logits and targets; compiled if the blocks are."""
+    """Return a function that takes logits (B, T, V) and targets (B, T), and returns their summed cross-entropy, (). The
+    function is compiled if ``config.compile`` requests it."""
     vocab_size = config.model.vocab_size
     if not config.compiles:
         return partial(cross_entropy, vocab_size=vocab_size)
@@ -138,7 +139,8 @@ def compile_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int) -> Tensor:
-    """Compute the same as ``gpt.model.layers.cross_entropy`` with torch's own functions, for the compiler."""
+    """Return the same value as ``gpt.model.layers.cross_entropy``: the summed cross-entropy, (). This version uses only
+    functions of torch, so that torch.compile can compile it."""
     logits_NV = logits_BTV.float().flatten(0, 1)
     if vocab_size < logits_NV.size(1):
         padding_V = torch.arange(logits_NV.size(1), device=logits_NV.device) >= vocab_size
@@ -153,7 +155,8 @@ def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    """Return the policy for an operation in selective recomputation: its result is saved if it is in ``kept``.
+    """Return the policy for ``operation`` in selective recomputation. The result of an operation in ``kept`` is saved.
+    Other results are recomputed.
 
     ``kept`` has matrix products, all-to-alls, and attention without dropout. Korthikanti et al. (arXiv 2205.05198,
     section 5) recompute attention, because without a fused kernel it needs much memory and little arithmetic. With
@@ -168,7 +171,7 @@ def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **
 
 def split_into_buckets(tensors: Sequence[Tensor], size: int) -> list[list[int]]:
     """Split tensors, in their order, into buckets of one dtype and at most ``size`` bytes. Return the indices of the
-    tensors of each bucket. A larger tensor has a bucket of its own."""
+    tensors of each bucket. A tensor of more than ``size`` bytes has a bucket of its own."""
     buckets: list[list[int]] = [[]]
     held = 0
     for index, (tensor, following) in enumerate(zip_longest(tensors, tensors[1:])):
@@ -193,7 +196,8 @@ def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -
 def inverse_replicas(grad: Tensor, ranks: int) -> float:
     """Return 1 / (number of ranks that have the same shard of ``grad`` as this rank).
 
-    ``ranks`` is the number of all ranks that have ``grad`` or a shard of it.
+    A sum over all ranks counts each shard once, if each rank multiplies its part by this number. ``ranks`` is the
+    number of all ranks that have ``grad`` or a shard of it.
     """
     if not isinstance(grad, DTensor):
         return 1 / ranks
@@ -232,10 +236,11 @@ def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def compute_on_shards(module: nn.Module, replicated_gradient: Placement) -> None:
-    """Make a module, whose parameters are DTensors, compute with this rank's shards of them as plain tensors.
+    """Replace the forward method of a module whose parameters are DTensors. The new method computes with plain tensors:
+    this rank's shards of the parameters.
 
-    ``replicated_gradient`` is the placement of the gradients of replicated parameters: ``Partial()`` if each rank
-    computes a part of the sum.
+    ``replicated_gradient`` is the placement of the gradients of replicated parameters. It is ``Partial()`` if the
+    gradient is the sum of what the ranks compute, and ``Replicate()`` if each rank computes the whole gradient.
     """
     caller = nn.Module()
     caller.module, caller.forward = module, module.forward
@@ -265,15 +270,15 @@ def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tens
 
 @torch.no_grad()
 def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, home: torch.device | None = None) -> None:
-    """Allocate the memory of a model on the meta device, and set its values. Not collective.
+    """Allocate memory for a model that is on the meta device, and set the values of its parameters. Not collective.
 
-    One whole parameter after another is made on the CPU, and this rank's shard of it is copied.
+    Parameters are set one after another: ``weights`` returns the whole parameter, and this rank's shard is copied.
 
     Args:
         parts: the model, or its pipeline stages, which may share modules.
         weights: returns the values of a whole parameter, from its name and shape; the same values on all ranks.
         device: device that computes with the parameters.
-        home: device that stores the parameters between steps; None means ``device``.
+        home: device that stores the parameters between steps: the CPU with CPU offload. None means ``device``.
     """
     for part in parts:
         part.to_empty(device=home or device)
@@ -305,7 +310,8 @@ Ranks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Drift:
-    """Ranks whose parameters differ from those of other ranks with the same shards."""
+    """Finding of a ``ReplicaCheck``: the ranks whose parameters differ from those of other ranks with the same
+    shards."""
 
     ranks: Ranks
     """Numbers of the ranks that differ, ascending."""
@@ -366,12 +372,13 @@ def shard_key(name: str, parameter: Tensor) -> str:
 def find_odd(groups: Sequence[Ranks], sums_RG: Sequence[Sequence[int]]) -> Drift | None:
     """Return the ranks whose checksums differ from those of other ranks with the same shards; None if there are none.
 
-    In a group whose checksums are not all equal, the ranks outside of the majority with equal checksums are returned.
-    Without such a majority, all ranks of the group are returned.
+    If the checksums of a group differ, the most frequent checksum is taken as right. The result then has the ranks
+    with other checksums. If at most half of the ranks agree, the result has all ranks of the group.
 
     Args:
         groups: for each group, the ranks that have the same shards.
-        sums_RG: checksum of each rank in each group; a rank outside the group does not count.
+        sums_RG: ``sums_RG[rank][g]`` is the checksum of a rank in group g. It is ignored if the rank is not in the
+            group.
     """
     odd: set[int] = set()
     is_certain = True

@@ -40,9 +40,11 @@ def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
     One all-gather gathers the parameters of a group. The groups follow torchtitan (torchtitan/distributed/fsdp.py): the
     embedding; each block, or several (``fsdp_units``); the last norm with the output matrix. The last group of blocks,
     and that of the output matrix, stay gathered after the forward pass, since the backward pass begins with them. The
-    backward pass of the embedding needs no weights, so they are not gathered again. A tied matrix is in the group of
-    the whole model, which has all remaining parameters. The first and the last layer use this matrix, so it stays
-    gathered from the first to the last.
+    backward pass of the embedding needs no weights, so they are not gathered again.
+
+    If embedding and output matrix are tied, they are one matrix. This matrix and the last norm are in one more group,
+    which has the remaining parameters of the model. The first and the last layer use the matrix, so this group stays
+    gathered from the first layer to the last.
     """
     # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -92,10 +94,11 @@ def fsdp_shard_modules(
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the parameters that FSDP has all-gathered for a forward pass, after which no backward pass follows.
+    """Free the parameters that FSDP has all-gathered in ``module``. Call this after the forward pass of an evaluation.
 
-    Otherwise the gathered parameters would replace the sharded ones until the next backward pass, and code that lists
-    the parameters, such as a comparison of replicas, would find tensors of other shapes.
+    In training the backward pass frees them. Without this call, ``module.parameters()`` would have gathered parameters
+    until the next backward pass. Code that reads the shards, such as the comparison of replicas, would find other
+    shapes.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -169,6 +172,12 @@ def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: 
     FSDP2 all-gathers the parameters of a module when the module is called. torch 2.13 refuses the all-gather inside a
     block that is recomputed or compiled. So the forward method of each block is moved into the module of its experts. A
     call of the block then calls this module: FSDP2 all-gathers the experts first, and then the whole block runs.
+
+    Args:
+        model: the model or a pipeline stage, with this rank's experts.
+        mesh: the ranks to shard over.
+        config: config of the run.
+        dims: the parallel dimensions.
     """
     last = [*model.blocks][-1:]
     for block in model.blocks:
@@ -190,8 +199,8 @@ def send_to_experts(
     Args:
         mixture: the mixture of experts, with this rank's experts.
         group: the expert-parallel ranks.
-        share: number by which the gradients of experts are multiplied.
-        x_RD: rows of this rank's tokens.
+        share: number by which the gradients of the experts' parameters are multiplied.
+        x_RD: rows of this rank: the hidden states of its tokens, one row for each expert of a token.
         ends_E: the rows of expert e end before ``ends_E[e]``.
     """
     experts, even = mixture.experts, mixture.has_fixed_places
@@ -281,8 +290,8 @@ class AllToAll(torch.autograd.Function):
 
 
 class NDEngine(TorchEngine):
-    """Engine of tensor, context and expert parallelism, and of FSDP. Over the data-parallel ranks, parameters are
-    sharded (fsdp) or replicated (ddp).
+    """Engine of tensor, context and expert parallelism, and of FSDP. These kinds can be combined. Over the
+    data-parallel ranks, parameters are sharded (fsdp) or replicated (ddp).
 
     Context-parallel ranks each compute a part of the gradient of a sequence, so gradients are reduced over them as over
     data-parallel ranks. ``model`` is on the meta device. The engine shards it first, and then sets its parameters to
@@ -297,8 +306,8 @@ class NDEngine(TorchEngine):
             self._sequence = shard_sequences(model, self.mesh["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._late: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
-        """Pairs of parameters that are replicated over tp, and a process group. Their gradients are first summed over
-        tp, and then all-reduced over this group."""
+        """Pairs (parameters, process group). The parameters are replicated over tp. Their gradients are first summed
+        over tp, and then all-reduced over the process group."""
         self._reducer = GradientReducer([])
         module, parts = self.split_model(model, layout)
         data = self.mesh
@@ -331,7 +340,8 @@ class NDEngine(TorchEngine):
 
     def split_model(self, model: GPT, layout: RunLayout) -> tuple[GPT, list[GPT]]:
         """Return this rank's part of the model as one module, and a list of the modules that are called in forward
-        passes: its pipeline stages, or the model itself."""
+        passes: the rank's pipeline stages, or the model itself. ``layout`` has the config, ranks and dimensions of the
+        run."""
         return model, [model]
 
     def _plan_all_reduce(self, module: nn.Module, data: DeviceMesh) -> list[GradientBucket]:
@@ -359,7 +369,11 @@ class NDEngine(TorchEngine):
         return sorted(buckets, key=lambda bucket: place[bucket.parameters[-1]], reverse=True)
 
     def reduce_gradients(self) -> None:
-        """Reduce, over the ranks, gradients that were not reduced during the last backward pass."""
+        """All-reduce those gradients that were not all-reduced during the last backward pass. Collective.
+
+        With FSDP there are none. Otherwise these are the gradients of buckets that were not sent yet, with pipelines
+        all gradients, and with tp the gradients of parameters that are replicated over tp.
+        """
         if self._sharded:
             return
         if self.dims.pp > 1:  # a schedule runs the backward passes of its stages in an order of its own

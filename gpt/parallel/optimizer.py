@@ -1,4 +1,4 @@
-"""Optimizers of the engines: AdamW and Muon over whole or sharded parameters, or the user's; steps that are skipped."""
+"""Optimizers of the engines: AdamW, schedule-free AdamW, Muon, or a class of the user; parameters may be sharded."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def sharded_alike(p: Tensor, grad: Tensor) -> Tensor:
 def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
     """Return a context in which a step of ``optimizer`` changes nothing if ``skip``, a bool tensor (), is true.
 
-    A fused kernel reads ``skip`` on the device; before the step of a user's optimizer the host reads it. With offloaded
-    parameters the host waits for ``skip`` when it enters the context, because torch would read it before the copy is
-    complete.
+    AdamW and Muon read ``skip`` on the device. With schedule-free AdamW, or an optimizer of the user, the host waits
+    for ``skip`` before the step. With CPU offload the host waits for ``skip`` at the begin of the context: ``skip`` is
+    then copied to the host, and torch would read it before the copy is complete.
     """
     optimizer.found_inf = skip.float().to(optimizer.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
     try:
@@ -111,9 +111,9 @@ Chunk = tuple[str, Sequence[int], Sequence[int], Sequence[int]]
 def share_out(chunks_of_ranks: Sequence[Sequence[Chunk]]) -> list[Part]:
     """Choose for each sharded matrix the rank that orthogonalizes it. Return the parts of all matrices on all ranks.
 
-    ``chunks_of_ranks`` has the shards of each rank; the result is the same on every rank. If several replicas have a
-    matrix, each replica orthogonalizes its own. The matrices are assigned one after another, each to the rank with the
-    fewest elements so far.
+    ``chunks_of_ranks[rank]`` has the shards of a rank. The result is the same on every rank. If several replicas have a
+    matrix, each replica orthogonalizes its own copy. The matrices are assigned one after another. Each is assigned to
+    that rank with a part of it to which the fewest elements were assigned before.
     """
     holders: dict[tuple[Matrix, tuple[int, ...]], dict[tuple[int, ...], list[int]]]
     holders = defaultdict(lambda: defaultdict(list))
@@ -308,8 +308,8 @@ def on_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def build_schedule_free(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer schedule-free AdamW over parameter groups, whose parameters may be DTensors. The caller sets
-    the learning rate of each step, with the warm-up."""
+    """Build the optimizer schedule-free AdamW (package ``schedulefree``) over parameter groups of torch. The parameters
+    may be DTensors. The caller sets the learning rate of each step, so the warm-up of the package is not used."""
     from schedulefree import AdamWScheduleFree  # type: ignore[import-untyped, unused-ignore]
 
     # Without the hooks of a step, which the step around it calls.

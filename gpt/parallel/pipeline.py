@@ -145,8 +145,9 @@ class PipelineEngine(NDEngine):
     """Engine of a model that is split into pipeline stages; other kinds of parallelism are applied to each stage."""
 
     waits_as = BUBBLE
-    """The timeline records the wait of ``clip`` as pipeline bubble: ``clip`` has the first collective of all stages, in
-    which ranks whose schedule ended early wait for the other ranks."""
+    """Name under which the timeline records the wait for the gradient norm. The sum of the norm is the first collective
+    of all stages in a step. In it, ranks whose part of the schedule ends early wait for the other ranks. So the wait
+    counts as pipeline bubble."""
 
     def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
         super().__init__(model, weights, layout)

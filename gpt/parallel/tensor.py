@@ -83,13 +83,15 @@ def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens
 
 
 def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that takes this rank's columns of the logits, (B, T, V), and targets (B, T), and returns the
-    summed cross-entropy of whole logits in nats, () in fp32.
+    """Return a function that computes the loss from logits whose columns are sharded over ranks.
+
+    The function takes this rank's columns of the logits, (B, T, ``columns``), and the targets (B, T). It returns the
+    summed cross-entropy over the whole vocabulary in nats, () in fp32, the same on every rank.
 
     Args:
         mesh: the ranks over which the logits are sharded.
         columns: number of logit columns of each rank, including padding.
-        vocab_size: number of columns that are tokens; the rest is padding.
+        vocab_size: number of columns, over all ranks, that are tokens; the rest is padding.
     """
     first = mesh.get_local_rank() * columns
     tokens = max(0, min(columns, vocab_size - first))
@@ -265,9 +267,9 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
 
 
 class Replicated(PlacedStyle):
-    """Style of a module with replicated parameters, whose input and output have the placement ``hidden``.
+    """Style of a module with replicated parameters. Input and output of the module have the placement ``hidden``.
 
-    If hidden states are sharded along the sequence, each rank computes a partial sum of the gradient of the parameters.
+    If ``hidden`` is not ``REPLICATED``, each rank computes a partial sum of the gradient of the parameters.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The engines of DeepSpeed: ZeRO (arXiv 1910.02054), with its checkpoints and shards, and its pipelines.
+"""The two engines of DeepSpeed, one for ZeRO (arXiv 1910.02054) and one for pipelines, and the format of checkpoints.
 
 The module imports DeepSpeed at its top, so import it only after ``gpt.parallel.distributed.load_deepspeed``.
 """
@@ -47,8 +47,8 @@ class ZeroFiles(TensorFiles):
     ``ZeroEngine`` itself.
 
     Args:
-        settings: the settings of DeepSpeed on which the sharding depends, as plain JSON. It also depends on the number
-            of ranks, which the manifest has.
+        settings: the settings of DeepSpeed on which the sharding depends, as plain JSON. The sharding also depends on
+            the number of ranks, which the manifest has.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -391,7 +391,7 @@ TIED = "token_embedding"
 
 
 class ZeroPipelineEngine(ZeroEngine):
-    """Engine of DeepSpeed's pipelines, also with ZeRO-1."""
+    """Engine of DeepSpeed's pipelines, with ZeRO-0 or ZeRO-1."""
 
     module: GPTPipelineModule
 
@@ -419,8 +419,11 @@ class ZeroPipelineEngine(ZeroEngine):
 
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the summed loss of an evaluation, (). A batch smaller than a micro-batch is padded, since all stages
-        expect the same size."""
+        """Return the summed loss of one batch of an evaluation, () float64: on the last stage; 0 on other stages.
+
+        ``tokens_BT`` and ``targets_BT`` have at most the sequences of a micro-batch. A smaller batch is padded, since
+        all stages expect the same size.
+        """
         self._rows = len(tokens_BT)
         self._loss_sum.zero_()
         filled = [F.pad(rows, (0, 0, 0, self.batch.micro - len(rows))) for rows in (tokens_BT, targets_BT)]

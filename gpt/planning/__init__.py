@@ -92,7 +92,7 @@ class Machine:
     flops_per_s: float
     """Assumed or measured rate at which a rank computes, in FLOP/s."""
     room: int
-    """Bytes for the tensors of one rank."""
+    """Bytes of device memory that the tensors of one rank may use."""
     ranks_per_node: int
     intra_node: Link
     """Link of a rank to another rank of its node."""
@@ -114,10 +114,10 @@ class Machine:
 def gpus(
     name: str, peak: float | None, ranks_per_node: int, *, memory: int | None = None, host_memory: int | None = None
 ) -> Machine | None:
-    """Return the hardware of nodes with GPUs; None if their peak or memory is unknown.
+    """Return the hardware of nodes with GPUs; None if ``peak`` or the memory of a GPU is unknown.
 
     Args:
-        name: result of ``torch.cuda.get_device_name()``.
+        name: name of the GPU, as ``torch.cuda.get_device_name()`` returns it.
         peak: dense peak of one device in the precision of the run, FLOP/s; None if unknown.
         ranks_per_node: number of devices of a node that the run uses.
         memory: memory of one device in bytes; None takes the value of the table of accelerators.
@@ -135,7 +135,7 @@ def gpus(
 
 
 def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
-    """Return the whole name of the GPU with a short or whole name; None for a ``name`` of None.
+    """Return the whole name of the GPU that ``name``, a short or whole name, means; None for a ``name`` of None.
 
     If several GPUs have this name, return the one whose memory is nearest to ``memory_gib``, in GiB. An unknown name
     with a ``memory_gib`` is returned unchanged, because a plan needs no other figure of the GPU.
@@ -180,8 +180,8 @@ def links(inside: float, between: float) -> tuple[Link, Link]:
 def with_network(machine: Machine, network: Network) -> Machine:
     """Return ``machine`` with the measured links of ``network``. A link that was not measured does not change.
 
-    The ranks of a node share its network adapters. So bandwidths between nodes are converted from the number of ranks
-    per node of the measurement to that of ``machine``.
+    The ranks of a node share its network adapters. If the measurement had k ranks per node, and ``machine`` has n, the
+    measured bandwidth between nodes is multiplied by k / n.
     """
     share = network.ranks_per_node / machine.ranks_per_node
     inside, between = (network.tiers.get(tier) for tier in TIERS)
@@ -244,8 +244,11 @@ class Group:
         return self.seconds("all_reduce", size)
 
     def agree(self) -> float:
-        """Return the seconds of an all-reduce of a few numbers: as measured, or if all-reduces were not measured, that
-        of a tree, as NCCL uses."""
+        """Return the seconds of an all-reduce of a few numbers, which is its latency.
+
+        If all-reduces were measured, the latency is the measured one. Otherwise it is computed for a tree of ranks,
+        which NCCL uses in large groups.
+        """
         if "all_reduce" in self.link.measured:
             return self.all_reduce(0.0)
         return 2 * math.ceil(math.log2(self.ranks)) * self.link.latency_s

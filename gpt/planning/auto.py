@@ -27,11 +27,11 @@ MICRO_BATCH = "optim.max_micro_batch"
 
 
 NO_DIFFERENCE = 1.03
-"""Two estimated step times count as equal if their ratio is at most this number. Of layouts with equal times, the
-plainest is preferred."""
+"""Two estimated step times count as equal if their ratio is at most this number. Of layouts with equal times, the one
+with the fewest parallel dimensions and the least sharding is preferred (``Candidate.plainness``)."""
 
 TIMEOUTS = ("timeout_s", "step_timeout_s")
-"""Keys of ``parallel`` that do not belong to a layout."""
+"""Keys of ``parallel`` that do not belong to a layout. They may change between the attempts of a run."""
 
 SHOWN = 5
 """Largest number of parallel layouts that a plan shows."""
@@ -114,17 +114,18 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
 
 
 def estimated(config: TrainConfig, one: Candidate, machine: Machine) -> LayoutChoice:
-    """Return a layout with its estimated step time on ``machine``."""
+    """Return the layout ``one`` with its estimated step time on ``machine``. ``config`` is the config of the run."""
     chosen = replace(with_micro_batch(config, one.batch.micro), parallel=one.parallel)
     expected = estimate(chosen, one.dims, one.batch, machine)
     return LayoutChoice(one.parallel, one.dims, one.batch, one.memory, expected)
 
 
 def sort_layouts(found: Sequence[LayoutChoice]) -> tuple[LayoutChoice, ...]:
-    """Return layouts sorted by estimated step time, the fastest first. Of each layout only the best size of
-    micro-batches is returned.
+    """Return layouts sorted by estimated step time, the fastest first. If ``found`` has a layout with several sizes of
+    micro-batches, only the best size is returned.
 
-    Layouts within the ratio ``NO_DIFFERENCE`` of the fastest come first, sorted by ``Candidate.plainness``.
+    The layouts whose step time is at most ``NO_DIFFERENCE`` times the shortest are an exception. They come first, and
+    are sorted by ``Candidate.plainness``: few parallel dimensions and little sharding first.
     """
     limit = NO_DIFFERENCE * min(choice.estimate.step_s for choice in found)
 
@@ -144,12 +145,14 @@ def choose_parallelism(
     world_size: int,
     machine: Callable[[], Machine],
 ) -> ParallelChoice:
-    """Return the parallelism of a run: the parallelism of its config. With ``parallel=auto`` it is that of an earlier
-    attempt, or if there is none the result of a search.
+    """Return the parallelism of a run.
+
+    Without ``parallel=auto``, this is the parallelism of its config. With ``parallel=auto``, it is that of an earlier
+    attempt. If there is no earlier attempt, or its choice is invalid now, the result of a search is returned.
 
     Args:
         config: config of the run.
-        overrides: overrides of the command line. A search does not change keys of ``parallel`` among them.
+        overrides: overrides of the command line. If they set keys of ``parallel``, a search keeps these values.
         folder: folder of the run, which may not exist yet.
         world_size: number of ranks.
         machine: returns the hardware of the ranks; called only if a layout must be searched.
@@ -177,8 +180,9 @@ def earlier_choice(
 ) -> ParallelChoice | None:
     """Return the parallelism that an earlier attempt of the run in ``folder`` has chosen.
 
-    None if there was no earlier attempt, if its choice is invalid on ``world_size`` ranks, or if the command line now
-    sets one of the keys ``fixed``, or the size of micro-batches, to another value.
+    Return None if there was no earlier attempt, or if its choice is invalid on ``world_size`` ranks. Also return None
+    if the command line now sets one of the keys ``fixed`` of ``parallel``, or the size of micro-batches, to another
+    value than before.
     """
     if not folder.config.is_file():
         return None
@@ -305,19 +309,20 @@ WITH_CUDA_GRAPHS = (CompileMode["reduce-overhead"], CompileMode["max-autotune"])
 
 
 def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu: str | None) -> Precision:
-    """Return the precision of a run: that of the config, or if that is ``auto`` the one of the first attempt.
+    """Return the precision of a run. If the config has another precision than ``auto``, return that.
 
-    For a first attempt this is fp32 on CPUs. On GPUs it is the 16-bit precision in which they compute fastest: bf16 if
-    they support it, else fp16.
+    If the config has ``auto``, a later attempt keeps the precision of the first attempt. A first attempt gets fp32 on
+    CPUs, because few CPUs are faster in bf16. On GPUs it gets the 16-bit precision in which they compute fastest: bf16
+    if they support it, else fp16.
 
     Args:
         config: config of the run.
         folder: folder of the run, which may not exist yet.
-        on_cpus: True if the ranks compute on CPUs; few CPUs are faster in bf16 than in fp32.
+        on_cpus: True if the ranks compute on CPUs.
         gpu: name of the ranks' GPU; None if unknown.
 
     Returns:
-        The precision; ``auto`` if the GPU is unknown, because the ranks then choose at their start.
+        The precision. It is ``auto`` if the GPU is unknown: then the ranks choose the precision at their start.
     """
     if config.precision is not Precision.auto:
         return config.precision
@@ -333,7 +338,8 @@ def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu:
 
 
 def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
-    """Return the config with the precision ``chosen``, or with bf16 if that is ``auto``, because the GPU is unknown.
+    """Return the config with the precision ``chosen``, a result of ``choose_precision``. If ``chosen`` is ``auto``, the
+    GPU is unknown, and the config gets bf16.
 
     Every GPU for data centers since 2020 supports bf16.
     """
@@ -341,8 +347,10 @@ def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
 
 
 def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
-    """Return True if the factors of matrix products of a run are rounded to TF32. This is so in fp32 on GPUs, if
-    ``tf32`` is true, or if ``tf32`` is null and ``deterministic`` is false.
+    """Return True if the factors of matrix products of a run are rounded to TF32.
+
+    Return False on CPUs, and in another precision than fp32. In fp32 on GPUs return ``tf32``. If ``tf32`` is null,
+    return True, unless ``deterministic`` is true.
 
     Raises:
         ConfigError: ``tf32`` is true and the ranks compute on CPUs.
@@ -368,7 +376,7 @@ def refuse_tf32(config: TrainConfig, gpu: str | None) -> None:
 
 
 def tf32_refusal(gpu: str) -> ConfigError:
-    """Return the error for ``tf32=true`` on a GPU, with this name, that does not support TF32."""
+    """Return the error for ``tf32=true`` on a GPU that does not support TF32. ``gpu`` is the name of the GPU."""
     return ConfigError(
         f"tf32=true on {gpu}, which has no TF32",
         "GPUs of compute capability 8.0 or more on all ranks",
@@ -421,9 +429,13 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
 def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
     """Raise ConfigError if CUDA graphs do not work: with fsdp, or with several micro-batches a step.
 
-    FSDP2 frees gathered parameters after their use (``FSDPParam.to_sharded``), and their next memory has other
-    addresses. CUDA graphs need parameters at constant addresses. Each new address is a new recording, and after 128 of
-    them the block runs without graphs (``torch._inductor``: ``cudagraph_unexpected_rerecord_limit``).
+    CUDA graphs need parameters at constant addresses. FSDP2 frees gathered parameters after their use
+    (``FSDPParam.to_sharded``), and gathers them again at other addresses. For each new address a graph is recorded
+    again. After 128 recordings the block runs without graphs (``torch._inductor``:
+    ``cudagraph_unexpected_rerecord_limit``).
+
+    With several micro-batches, a graph writes the gradients of a micro-batch to the place of the former gradients. If
+    DeepSpeed moves the gradients after each micro-batch, this does not matter, and no error is raised.
     """
     if config.parallel.strategy is Strategy.fsdp:
         raise ConfigError(

@@ -169,7 +169,8 @@ class RankStep:
         """Return two rates of computing in FLOP/s: that of a block, and that of the output matrix.
 
         The rate of a block is the harmonic mean over its matrix products, forward and backward, weighted by their
-        FLOPs. Products inside of attention, of the router, and of parts of the user use the highest measured rate.
+        FLOPs. The highest measured rate is assumed for three kinds of products: inside of attention, in the router, and
+        in classes of the user. If no rates were measured, both rates are ``Machine.flops_per_s``.
         """
         rates, model, tp = self.machine.matmul, self.config.model, self.dims.tp
         if rates is None:
@@ -210,11 +211,11 @@ class RankStep:
         return self.shards.trained(self.config.model)
 
     def groups(self, *names: str, shards: ParameterShards | None = None) -> list[tuple[int, Group]]:
-        """Return pairs (number of parameter elements, group of ranks). The group, along the mesh axes ``names``, shards
-        these elements or reduces their gradients.
+        """Return pairs (number of parameter elements, group of ranks). The ranks of the group shard these elements, or
+        reduce their gradients. The group extends along the mesh axes ``names``.
 
-        With expert parallelism there is a second pair for the experts, whose group is smaller. ``shards`` are the
-        parameters that count; None means all of this rank.
+        With expert parallelism there is a second pair for the experts, whose group is smaller. Only the parameters in
+        ``shards`` count; None means all parameters of this rank.
         """
         found = self.shards if shards is None else shards
         dims, experts = self.dims, found.expert_elements if self.dims.ep > 1 else 0
@@ -228,8 +229,8 @@ class RankStep:
         """Return the exposed seconds per step of communication of gradients and parameters, with ddp, zero1 or fsdp.
 
         ZeRO-1 (arXiv 1910.02054, section 7.2.1): gradients are reduce-scattered in the last backward pass; the last
-        bucket overlaps with nothing. The parameters are all-gathered after the optimizer's step. Tensors whose rows do
-        not divide evenly are padded.
+        bucket overlaps with nothing. The parameters are all-gathered after the optimizer's step. A tensor is padded if
+        the number of its rows is not a multiple of the number of ranks.
         """
         if self.dims.is_sharded:
             return self.fsdp()
@@ -250,11 +251,13 @@ class RankStep:
         """Return the exposed seconds per step of FSDP's communication (arXiv 2304.11277, section 3).
 
         Parameters are all-gathered for every forward pass. With resharding, all units of blocks except the last are
-        gathered again for the backward pass. Gradients are reduce-scattered in the step's last backward pass;
-        with ``reduce_each_micro_batch`` in each one. Replicas all-reduce them in the last one. Two collectives overlap
-        with no computation: the first all-gather of a forward pass, and the last reduction of a backward pass. Both
-        transfer the embedding and the first unit of blocks. If the embedding is tied, they transfer the last norm, too
-        (gpt/parallel/nd.py).
+        gathered again for the backward pass. Gradients are reduce-scattered in the last backward pass of a step, or
+        with ``reduce_each_micro_batch`` in every backward pass. If there are several replicas, they all-reduce the
+        gradients in the last backward pass.
+
+        Two collectives overlap with no computation: the first all-gather of a forward pass, and the last reduction of a
+        backward pass. Both transfer the embedding and the first unit of blocks. If the embedding is tied, they transfer
+        the last norm, too (gpt/parallel/nd.py).
         """
         reduced = reduced_width(self.config)
         config, shards, width, count = self.config, self.shards, self.width, self.batch.accumulation
@@ -444,7 +447,8 @@ def in_pieces(collective: Callable[[float], float], size: float, parts: Sequence
 def seconds_per_flop(rates: MatmulRates, rows: float, sharded: float, width: float) -> float:
     """Return the mean seconds per FLOP of three matrix products: Y = X W, and those for the gradients of X and W.
 
-    X has ``rows`` rows. W is (``width``, ``sharded``), or transposed, for which the result is the same.
+    X is (``rows``, ``width``), and W is (``width``, ``sharded``). If ``width`` and ``sharded`` are exchanged, the
+    result is the same. ``rates`` has the measured rates of products.
     """
     shapes = [(rows, sharded, width), (rows, width, sharded), (width, sharded, rows)]
     return sum(1 / rates.rate(*shape) for shape in shapes) / len(shapes)

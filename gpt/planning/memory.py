@@ -46,8 +46,8 @@ from gpt.topology.schedules import StageLayers, local_stages, rank_stages
 
 
 ALIGNMENT = 2
-"""ZeRO-1 and 2 pad a group of flattened parameters to a multiple of this number of elements times the number of
-ranks."""
+"""ZeRO-1 and 2 flatten the parameters of a group into one tensor. They pad it to a multiple of ``ALIGNMENT`` x (number
+of ranks) elements."""
 PERSISTENT = 100_000
 """Largest parameter, in elements, that stays gathered in ZeRO-3 (stage3_param_persistence_threshold)."""
 
@@ -312,13 +312,14 @@ def activations(
 
 
 def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int) -> int:
-    """Return the bytes of the logits of ``in_flight`` micro-batches, and of the copies that the loss of one of them
-    makes.
+    """Return the bytes of the logits of ``in_flight`` micro-batches, and of the tensors that the loss of one
+    micro-batch makes.
 
-    The gradient is as large as the logits. It is computed from a chunk in fp32, unless the logits are fp32
-    (gpt/model/layers.py). A pipeline keeps the logits until the end of their backward pass, which also makes a gradient
-    of the output matrix; with FSDP ``compute_weights`` counts this gradient. A chunked loss keeps the gradients of
-    hidden states and output matrix, and needs a chunk of logits three times in the dtype of products and once in fp32.
+    The gradient of the logits is as large as the logits. If the logits are not fp32, the gradient is computed chunk by
+    chunk from an fp32 copy of the chunk (gpt/model/layers.py). A pipeline keeps the logits until the end of their
+    backward pass, which also makes a gradient of the output matrix; with FSDP ``compute_weights`` counts this gradient.
+    A chunked loss keeps the gradients of hidden states and output matrix. It needs a chunk of logits three times in the
+    dtype of products, and once in fp32.
     """
     model, width = config.model, BF16 if config.precision.is_half else FP32
     numbers = parallel_factors(config, dims).tokens(model, batch.micro) * (model.padded_vocab // dims.tp)
@@ -393,9 +394,9 @@ def micro_batches_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batche
     """Return the largest number of micro-batches whose activations a rank keeps at the same time, in all its stages.
 
     gpipe keeps all ``micro_batches``. 1f1b keeps as many as there are ranks from this one to the last (arXiv
-    2104.04473, section 2.2.1). interleaved also keeps those with which torch's schedule warms up (section 2.2.2),
-    rounded up. zbv keeps as many as there are ranks, and dualpipev one more (arXiv 2401.10241, section 6;
-    https://github.com/deepseek-ai/DualPipe).
+    2104.04473, section 2.2.1). interleaved also keeps those with which torch's schedule warms up (section 2.2.2); the
+    number of passes through stages is divided by the stages of the rank, and rounded up. zbv keeps as many as there are
+    ranks, and dualpipev one more (arXiv 2401.10241, section 6; https://github.com/deepseek-ai/DualPipe).
     """
     ranks, local = parallel.pp, local_stages(parallel)
     if ranks == 1:

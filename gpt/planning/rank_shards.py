@@ -56,7 +56,7 @@ class ParameterShard:
 
     name: str
     shape: tuple[int, ...]
-    """Shape of the tensor with which the rank computes: sharded by tp and ep, and all-gathered by FSDP."""
+    """Shape of the tensor with which the rank computes: its shard under tp and ep, after the all-gather of FSDP."""
     ranks: int
     """Number of ranks over which FSDP shards the tensor of ``shape`` for storage."""
     dimension: int = 0
@@ -271,8 +271,8 @@ def activation_bytes(
 
 
 class LayerBytes:
-    """Bytes that one layer (block) of a rank saves for its backward pass. If only some layers have a window, the bytes
-    are the mean over all layers.
+    """Bytes that one layer (block) of a rank saves for its backward pass. If only some layers have sliding-window
+    attention, the bytes are the mean over all layers.
 
     ``block``, ``products`` and ``experts`` return bytes of a micro-batch, the other methods bytes of one token.
 
@@ -292,18 +292,22 @@ class LayerBytes:
         window = min(model.block_size, model.window or model.block_size)
         local = sum(map(model.is_local, range(model.n_layer))) / model.n_layer
         self.blockwise = local if window < model.block_size else 0.0
-        """Share of the layers that compute attention by blocks of queries."""
+        """Share of the layers, 0 to 1, that have a sliding window. They compute attention one block of queries after
+        another."""
         by_sinks = 0 if not model.attention_sinks else 1 if model.dropout else self.blockwise
         self.written_out = 1 if model.attention is AttentionBackend.manual else by_sinks
-        """Share of the layers that write the scores to memory, without a fused kernel. With sinks these are layers with
-        a window; with sinks and dropout, all layers."""
+        """Share of the layers, 0 to 1, that write the attention scores to memory, because they use no fused kernel.
+
+        With ``attention=manual`` these are all layers. With attention sinks they are the layers that have a window,
+        and with sinks and dropout all layers. Otherwise there are none."""
         fused = 1 - self.written_out if self.written_out else 0
         self.span = attention_pairs(model) / model.n_layer / model.block_size - fused * model.block_size
         self.span += model.attention_sinks * self.written_out
         """Number of scores of one query: the mean over all layers. If only some layers write the scores to memory, the
         other layers count as 0."""
         self.keys_read = 1 + self.blockwise * (1 - window / model.block_size)
-        """Number of blocks of queries that read a key, 1 to 2: the mean over all layers."""
+        """Number of blocks of queries that read the same key, 1 to 2: the mean over all layers. If a layer computes
+        attention by blocks of queries, the windows of two blocks overlap."""
         self.inner = -(-model.ffn_width // factors.tp)
         self.inner_tensors = 1 if model.ffn_activation is Activation.relu else 2  # ReLU only needs its result
         if model.gated:
@@ -327,8 +331,8 @@ class LayerBytes:
         """Return the bytes of the results of a block's matrix products and attention, which selective recomputation
         saves (gpt/parallel/modules.py).
 
-        If the attention is a class of the user and the feed-forward layer is built in, or the reverse, all saved
-        tensors of the built-in part count. The result is then an upper bound.
+        If only one of attention and feed-forward layer is a class of the user, the result is an upper bound. It then
+        has all tensors that the built-in part saves, not only results of products.
         """
         model, width, factors = self.model, self.width, self.factors
         custom = model.custom_parts
@@ -387,13 +391,13 @@ class LayerBytes:
         return FP32 * (2 * width + 1 if self.model.norm is Norm.rmsnorm else width + 2)
 
     def dropout(self, width: int) -> int:
-        """Return the bytes per token that one dropout of the residual stream keeps for the backward pass: ``width``
-        bytes a number; 0 without dropout."""
+        """Return the bytes per token that one dropout of the residual stream keeps for the backward pass. ``width`` is
+        the number of bytes that it keeps for each element. Return 0 without dropout."""
         return -(-width * self.model.n_embd // self.factors.hidden) if self.model.dropout else 0
 
     def read(self, readers: int) -> int:
-        """Return the bytes per token that ``readers`` matrices keep of the hidden states that they all read: in 16 bits
-        one copy for each matrix, in fp32 one copy for all. Each matrix needs whole hidden states, also with tp."""
+        """Return the bytes per token that ``readers`` matrices keep of their common input, hidden states. In 16 bits
+        each matrix keeps a copy; in fp32 they all share one copy. With tp each rank keeps whole hidden states, too."""
         return (readers if self.width == BF16 else 1) * self.width * self.model.n_embd
 
     def attention(self) -> int:

@@ -70,7 +70,7 @@ def candidates(
         config: config of the run.
         world_size: number of ranks.
         ranks_per_node: number of ranks of a node. Larger degrees of tensor parallelism are not tried, because every
-            layer waits for its collectives.
+            layer waits for the collectives of tensor parallelism, and between nodes these are slow.
         fixed: keys of ``parallel`` that keep the values of ``config``.
         offload: True for layouts with CPU offload, False for those without.
     """
@@ -210,8 +210,8 @@ class LayoutSearch:
         )
 
     def with_more_recompute(self) -> Iterator[tuple[str, LayoutSearch]]:
-        """Yield for each value of ``recompute`` that recomputes more than the run: its override as text, and a search
-        with this value."""
+        """Yield a pair for each value of ``recompute`` that recomputes more than the value in ``config``. The pair has
+        the override, such as ``recompute=full``, and a search with this override. The least recomputation is first."""
         order = [Recompute.none, Recompute.selective, Recompute.full]
         for more in order[order.index(self.config.recompute) + 1 :]:
             yield f"recompute={more.name}", replace(self, config=replace(self.config, recompute=more))
@@ -233,8 +233,8 @@ class LayoutSearch:
             yield f"left out: {len(last.too_large)} that do not fit ({self.nearest(last)})"
 
     def nearest(self, *found: SearchResult) -> str:
-        """Return text on the layout in ``found`` that comes nearest to fitting: of those that do not fit, the one that
-        needs the least memory. The text also has the memory that is available."""
+        """Return text on one of the layouts in ``found`` that do not fit: the one that needs the least memory of a
+        device. The text also has the memory that is available."""
         too_large = [one for result in found for one in result.too_large]
         one, machine = min(too_large, key=lambda one: one.memory.total), self.machine
         host = ""
@@ -247,8 +247,11 @@ class LayoutSearch:
         )
 
     def no_layout_error(self) -> ConfigError:
-        """Return the error for a search without valid layouts. It is the error that this config raises with
-        ``parallel.strategy=ddp``; if it raises none, an error that names the keys in ``fixed``."""
+        """Return the error for a search that has found no valid layout.
+
+        If the config with ``parallel.strategy=ddp`` is invalid, its error is returned. Otherwise the error names the
+        keys in ``fixed``.
+        """
         given = self.config.parallel
         plainest = replace(given, strategy=Strategy.ddp)
         try:
@@ -265,8 +268,8 @@ class LayoutSearch:
         )
 
     def out_of_memory_error(self, tried: Sequence[SearchResult]) -> ConfigError:
-        """Return the error for a search in which no layout fits into memory. It proposes a change with which one
-        fits."""
+        """Return the error for a search in which no layout fits into memory. The error proposes the result of
+        ``remedy``, with which a layout fits, or else a smaller model. ``tried`` has the results of the search."""
         machine = self.machine
         host = machine.host if tried[-1].offload else None
         there = f" and {host.room / GIB:.2f} GiB of host memory" if host is not None and host.room is not None else ""

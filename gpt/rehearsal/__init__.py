@@ -1,4 +1,6 @@
-"""Rehearsal of a training step on fake tensors, which have shapes but no values: findings about a rank, and a recorder.
+"""Parts of a rehearsal: the findings about one rank, and the recorder that collects them.
+
+A rehearsal runs the training steps of a rank on fake tensors, which have shapes but no values (``gpt.rehearse``).
 
 ``Recorder`` records the operations of torch in this process: collectives, places where the host waits for the device,
 and the memory of tensors. It works on real tensors and on fake ones, so that the collectives of a rehearsal can be
@@ -347,10 +349,11 @@ class Recorder(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Records copies to the host, and the parameters of linear layers, in a ``Recorder``.
+    """Context that records copies to the host, and the parameters of linear layers, in a ``Recorder``.
 
-    Operations of torch do not show these copies, because fake tensors are on a CPU. Copies for which the host waits are
-    ``cpu()``, ``numpy()``, ``to("cpu")``, and the text of a tensor, as in ``print(loss)``.
+    In a rehearsal all tensors are on a CPU, so torch makes no operation for a copy to the host. So this class records
+    the calls that would copy on a GPU, and for which the host would wait: ``cpu()``, ``numpy()``, ``to("cpu")``, and
+    the text of a tensor, as in ``print(loss)``.
     """
 
     def __init__(self, recorder: Recorder) -> None:

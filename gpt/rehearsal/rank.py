@@ -76,8 +76,9 @@ def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_on_gpu() -> None:
-    """Replace functions of this process that choose by the device, so that they choose as on a GPU. The loss has the
-    chunks of a GPU, attention makes no masks, and norms compute in fp32."""
+    """Replace, in this process and until its end, functions that work differently on CPUs and GPUs, so that they work
+    as on a GPU. The loss is computed in chunks of the size for a GPU, attention makes no masks, and norms compute in
+    fp32."""
     kernel = attention.sdpa_attention
     layers.chunk_elements = lambda device: LOSS_CHUNK
     layers.LOGITS_AT_ONCE = dict.fromkeys(LOGITS_AT_ONCE, LOGITS_AT_ONCE["cuda"])
@@ -126,10 +127,11 @@ def allocate(parts: Sequence[GPT], _: Any, device: torch.device, home: torch.dev
 
 
 class FakeReplica(DistributedDataParallel):
-    """DDP for fake tensors, whose values the reducer in C++ must not read.
+    """DistributedDataParallel for fake tensors.
 
-    DDP rebuilds its buckets after the first backward pass, in the order in which gradients were computed. This class
-    rebuilds them in Python, with torch's function and limits.
+    DDP rebuilds its buckets after the first backward pass, in the order in which gradients were computed. DDP's reducer
+    does this in C++, and reads values of tensors, which fake tensors do not have. So this class rebuilds the buckets in
+    Python. It uses torch's function, with the same largest sizes of buckets.
     """
 
     def _ddp_init_helper(self, parameters: list[Tensor], *settings: Any) -> None:
@@ -189,8 +191,9 @@ plan_dispatch = nd.plan_dispatch
 
 
 def plan_balanced_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> nd.DispatchPlan:
-    """Return the plan of an all-to-all as ``gpt.parallel.nd.plan_dispatch``, which this function replaces. Where the
-    plan depends on the numbers of tokens of experts, they are assumed to be equal."""
+    """Return the plan of an all-to-all that sends rows to the ranks of their experts. This function replaces
+    ``gpt.parallel.nd.plan_dispatch``, and has the same arguments. It cannot read how many rows each expert has, because
+    fake tensors have no values. So it assumes that every rank receives equally many rows."""
     if fixed_places:
         return plan_dispatch(rows, ends_E, group, fixed_places)
     ranks = group.size()
@@ -224,10 +227,18 @@ class FakeBatches:
 
 
 def rehearse_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, rank: int, kind: str) -> RankRehearsal:
-    """Build one rank, make two training steps, and return the findings about the second one.
+    """Build the model, engine and optimizer of one rank with fake tensors, and make two training steps. Return the
+    findings about the second step.
 
     The first step makes buffers and connections that later steps use again. Call this in a process of its own, because
-    it replaces parts of torch. ``kind`` is text on the place of the rank in the mesh.
+    it replaces parts of torch.
+
+    Args:
+        config: config of the run; precision and parallelism are not ``auto``.
+        dims: the parallel dimensions.
+        batch: split of the global batch.
+        rank: number of the rank.
+        kind: text on the place of the rank in the mesh.
     """
     size = dims.data_ranks * dims.model_ranks
     found = RankRehearsal(rank, kind)

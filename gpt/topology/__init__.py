@@ -197,12 +197,16 @@ def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
 
 
 def refuse_other_rates(config: TrainConfig, batch: Batch, folder: RunFolder) -> None:
-    """Raise ConfigError if the schedule of ``config`` gives another learning rate to a step that the run has done.
+    """Raise ConfigError if the learning-rate schedule of ``config`` contradicts the steps that the run has made: some
+    step would have another learning rate than it had.
+
+    Only steps up to the checkpoint from which the run resumes are compared. This is the last checkpoint, or the step
+    ``config.resume_from``.
 
     Args:
         config: config of the run, a result of ``settle_steps``.
         batch: split of the global batch.
-        folder: folder of the run, which may not exist yet. Steps after ``config.resume_from`` do not count.
+        folder: folder of the run, with the config of the earlier attempt; it may not exist yet.
     """
     now = config.optim
     if not folder.config.exists():
@@ -234,14 +238,15 @@ def expert_fsdp_ranks(dims: ParallelDims) -> int:
 def shard_dimension(model: ModelConfig, dims: ParallelDims) -> int:
     """Return 0 or 1: the dimension along which FSDP shards the stacked matrices (experts, outputs, inputs) of a rank.
 
-    0 if FSDP's ranks divide the number of experts: each rank then has whole experts, contiguous in memory. Otherwise 1.
+    The result is 0 if the rank's number of experts is a multiple of the number of FSDP's ranks: each rank then stores
+    whole experts, contiguous in memory. Otherwise it is 1.
     """
     return 0 if model.n_expert // dims.ep % expert_fsdp_ranks(dims) == 0 else 1
 
 
 def can_shard(model: ModelConfig, dims: ParallelDims) -> bool:
-    """Return True if FSDP's ranks evenly divide the dimension along which they shard the experts. torch requires this
-    for every dimension except the first."""
+    """Return True if FSDP can shard the experts. In another dimension than the first, torch requires that its size is a
+    multiple of the number of ranks. Return True without FSDP, too."""
     if not dims.is_sharded or shard_dimension(model, dims) == 0:
         return True
     return model.n_embd % expert_fsdp_ranks(dims) == 0 and model.ffn_width % (expert_fsdp_ranks(dims) * dims.tp) == 0

@@ -74,10 +74,10 @@ def refuse_without_deepspeed(config: TrainConfig) -> None:
 
 
 def check_parallel_parts(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if a class of the user cannot be used: the optimizer, or a part of the model.
+    """Raise ConfigError if the user's class of the optimizer, or of a part of the model, cannot be used.
 
-    Also raise ConfigError if tp, cp or pp is above 1, and the class of a part does not declare that it supports this
-    dimension.
+    Also raise ConfigError if tp, cp or pp is above 1, and the user's class of a part does not declare that it supports
+    this dimension (attribute ``parallel``).
     """
     model = config.model
     optimizer_state(config.optim)
@@ -124,7 +124,8 @@ def refuse_dimensions(dims: ParallelDims, names: Sequence[str], found: str, expe
 
 
 def check_context(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if sequences cannot be sharded over ``cp`` ranks."""
+    """Raise ConfigError if sequences cannot be sharded over ``cp`` ranks, because of their length, or because of an
+    attention, dropout or capacity setting of the model."""
     model, cp = config.model, dims.cp
     if cp == 1:
         return
@@ -246,7 +247,8 @@ def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if DeepSpeed cannot parallelize this model, or its config file contradicts the run."""
+    """Raise ConfigError if DeepSpeed is used with tp, cp or ep, with another optimizer than AdamW, with fp16, or with a
+    pipeline that it does not support. Also raise it if the user's DeepSpeed config file contradicts the run."""
     if config.parallel.strategy is not Strategy.deepspeed:
         return
     refuse_dimensions(
@@ -416,10 +418,10 @@ def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
 
 
 def casts_weights(config: TrainConfig) -> bool:
-    """Return True if DeepSpeed keeps bf16 weights in addition to fp32 master weights.
+    """Return True if DeepSpeed keeps bf16 weights in addition to fp32 master weights: in bf16 with ZeRO-1, 2 or 3.
 
-    False for ZeRO-0, which would run Adam twice in the first step. There weights are fp32 and autocast casts them, as
-    with DDP.
+    With ZeRO-0 the weights are fp32, and autocast casts them, as with DDP. If ZeRO-0 kept bf16 weights, DeepSpeed would
+    run Adam twice in the first step.
     """
     return config.precision.is_half and bool(config.parallel.zero_stage)
 
@@ -499,12 +501,12 @@ OWNED_SECTIONS = (
 def merged_settings(
     ours: dict[str, Any], theirs: dict[str, Any], known: dict[str, Any], path: str, prefix: str = ""
 ) -> dict[str, Any]:
-    """Return the settings ``ours``, with those settings of ``theirs`` that the run does not determine.
+    """Return the settings ``ours``, with those settings of ``theirs`` added that the run does not determine.
 
     Args:
-        ours: settings of the run.
+        ours: settings that follow from the config of the run.
         theirs: settings of the user's file, or of a section of that file.
-        known: result of ``run_values``.
+        known: settings that the run determines, a result of ``run_values``.
         path: path of the user's file, for messages.
         prefix: dotted key of the section.
 

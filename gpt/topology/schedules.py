@@ -79,8 +79,11 @@ def suggest_batch(config: TrainConfig, batch: Batch) -> str:
 
 
 def check_split_backward(config: TrainConfig) -> None:
-    """Raise ConfigError for settings that contradict a split backward pass, whose two halves read saved activations at
-    different times."""
+    """Raise ConfigError for settings that do not work with a schedule that splits the backward pass (zbv, dualpipev).
+
+    The two halves of a split backward pass read saved activations at different times. So blocks cannot be compiled or
+    recomputed, and FSDP cannot reshard parameters after the forward pass.
+    """
     schedule = config.parallel.schedule.name
     undivided = {
         f"compile={config.compile.name}": (
@@ -218,7 +221,8 @@ def min_micro_batches(parallel: ParallelConfig) -> int:
 def accepts_micro_batches(parallel: ParallelConfig, micro_batches: int) -> bool:
     """Return True if the schedule accepts this number of micro-batches of a step.
 
-    Interleaved 1F1B needs a number that it can divide into equal rounds of at least one micro-batch for each rank.
+    Interleaved 1F1B processes the micro-batches in groups, of at least as many micro-batches as there are ranks. All
+    groups must be equal.
     """
     rounds = max(1, micro_batches // parallel.pp) if parallel.schedule is Schedule.interleaved else 1
     return micro_batches >= min_micro_batches(parallel) and micro_batches % rounds == 0

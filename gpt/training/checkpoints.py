@@ -72,8 +72,8 @@ def load(run: Run) -> None:
     """Load the newest undamaged checkpoint into the run. If there is none, prepare the first step. Collective.
 
     Raises:
-        ConfigError: the checkpoint was made with another global batch or with other data, or a fetched checkpoint is of
-            another run.
+        ConfigError: the checkpoint was made with another global batch or with other data. Also if the checkpoint was
+            fetched from ``checkpoint.copy_to``, and is of another run.
     """
     # Without any checkpoint the optimizer's state is not made yet, because that would cost a step of torch's optimizer.
     began = time.perf_counter()
@@ -152,7 +152,8 @@ def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
 
 
 def judge_step(run: Run, done: StepRecord) -> BadSteps | None:
-    """Check the record of a step for divergence. A loss or gradients that are not finite are recorded in the event log.
+    """Check the record of a step for divergence: a loss or gradients that are not finite, or a loss that is a spike. If
+    loss or gradients are not finite, record this in the event log.
 
     Returns:
         The steps because of which the run has to roll back; None if it need not.
@@ -165,7 +166,8 @@ def judge_step(run: Run, done: StepRecord) -> BadSteps | None:
 
 
 def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
-    """Roll the run back: load the newest checkpoint from before the steps ``bad``, and skip their batches. Collective.
+    """Roll the run back: load the newest checkpoint from before the steps ``bad``. Later checkpoints are discarded.
+    Training goes on from there without the batches of these steps. Collective.
 
     Raises:
         RepeatedFailureError: the run has rolled back ``MAX_ROLLBACKS`` times without a newer checkpoint.
@@ -221,8 +223,8 @@ def place_text(where: dict[str, list[tuple[int, int]]]) -> str:
 
 
 PRIOR_S = 24 * 3600.0
-"""To estimate the rate of failures of a run, this running time in seconds and one failure are added to those that were
-observed."""
+"""Running time in seconds that is added to the observed running time when the rate of failures of a run is estimated.
+One failure is added to the observed failures."""
 FIRST_S = 600.0
 """Interval of checkpoints in seconds with ``checkpoint.interval=auto``, before the first save was measured."""
 LEAST_S = 60.0
@@ -284,8 +286,8 @@ TRIES = 2
 
 
 class CheckpointSchedule:
-    """Schedules the checkpoints of one attempt, advances the save in flight, and records its outcome. All methods but
-    ``poll`` and ``is_due`` are collective."""
+    """Schedules the checkpoints of one attempt, and records the outcome of each save in the event log. A save has two
+    phases: all ranks write, then rank 0 commits. All methods but ``poll`` and ``is_due`` are collective."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -297,8 +299,11 @@ class CheckpointSchedule:
         self._next_at = time.monotonic() + self._interval_s()
 
     def poll(self) -> Votes:
-        """Return the status of the save in flight on this rank. If the interval is in minutes or ``auto``, also return
-        ``is_due``: 1 on rank 0 if the next save is due, else 0. The next step sums these numbers over all ranks."""
+        """Return the status of the save in flight on this rank, as numbers. The next step sums them over all ranks.
+
+        If the interval is in minutes or ``auto``, the numbers also have ``is_due``. It is 1 on rank 0 if the next save
+        is due, else 0.
+        """
         votes = self._manager.poll()
         if self._every.steps is not None:
             return votes
@@ -306,11 +311,12 @@ class CheckpointSchedule:
         return Votes(votes.phase, {**votes.figures, "is_due": is_due})
 
     def advance(self, phase: int, sums: Mapping[str, float]) -> None:
-        """Advance the save in flight, and record its outcome in the event log.
+        """Begin the next phase of the save in flight if all ranks have completed the present phase. If the save is
+        complete or has failed, record this in the event log.
 
         Args:
-            phase: ``phase`` of the results of ``poll`` that were summed.
-            sums: ``figures`` of these results, summed over all ranks.
+            phase: ``phase`` in the results of ``poll``, the same on all ranks; 0 if no save is in flight.
+            sums: ``figures`` in these results, summed over all ranks.
 
         Raises:
             ConfigError: the disk was full or broken for longer than ``checkpoint.give_up_after_min`` minutes.
@@ -349,11 +355,11 @@ class CheckpointSchedule:
         return time.perf_counter() - started
 
     def finish(self, gives_up: bool = True, since: float | None = None) -> None:
-        """Wait for the save in flight, if there is one. If ``gives_up`` is True, give the save up after ``TRIES``
-        failures.
+        """Wait for the save in flight, if there is one. A save that fails is tried again. If ``gives_up`` is True, it
+        is given up after ``TRIES`` failures.
 
-        ``since`` is the start of the wait (time.perf_counter, seconds), to be recorded as time for which training
-        waited; None records none.
+        If ``since`` is a time (time.perf_counter, seconds), the event log gets the seconds since then as the time for
+        which training waited. None means that this wait does not count.
         """
         tries = 0
         while self._manager.is_pending:
@@ -381,8 +387,8 @@ class CheckpointSchedule:
                 say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
 
     def _interval_s(self) -> float:
-        """Return the seconds to the next periodic checkpoint. Return 0 if the interval is a number of steps. With
-        ``auto``, return 0 also on all ranks but rank 0, because only rank 0 decides."""
+        """Return the seconds from now to the next periodic checkpoint. Return 0 if the interval is a number of steps.
+        With ``auto``, return 0 also on all ranks but rank 0, because only rank 0 decides."""
         if self._every.minutes is not None:
             return 60 * self._every.minutes
         if self._every.steps is not None or not self._run.world.is_first:

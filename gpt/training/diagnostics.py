@@ -101,11 +101,15 @@ def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
 
 
 class StepBreakdown:
-    """Profiles each step whose number ``interval`` divides, except the first ``WARMUP_STEPS`` of an attempt, and puts
-    the times of ``break_down`` into its record, in seconds. An ``interval`` of 0 profiles no step.
+    """Profiles every ``interval``-th step. Puts the times of ``break_down``, in seconds, into the record of the step.
 
-    The training loop calls ``due`` after each step, and the other methods only while the device is idle. ``since`` is
-    the step after which the attempt begins.
+    The first ``WARMUP_STEPS`` steps of an attempt are not profiled. The training loop calls ``due`` after each step,
+    and the other methods only while the device is idle.
+
+    Args:
+        interval: steps whose number is a multiple of it are profiled; 0 profiles no step.
+        world: all ranks.
+        since: step after which the attempt begins.
     """
 
     def __init__(self, interval: int, world: World, since: int) -> None:
@@ -274,7 +278,8 @@ class StepProfile:
     """Profiles ``PROFILED`` steps on rank 0, from the step ``PROFILE_FROM`` on, if the config requests a profile.
 
     After each step the training loop calls ``due``; if the result is True, it waits for the device, and calls
-    ``after``. All ranks do this, so that they all evaluate each step before the same next step.
+    ``after``. All ranks do this, not only rank 0, because all of them must read the results of a step at the same
+    point: before they queue the next step.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:

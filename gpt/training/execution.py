@@ -40,8 +40,8 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
     """Return the config with ``precision``, ``tf32`` and ``compile`` chosen for the devices of all ranks. Collective.
 
     Raises:
-        ConfigError: an earlier attempt had bf16, and some device does not support it. Also if the config requests TF32
-            or float8, and some device does not support it.
+        ConfigError: an earlier attempt had bf16, and some device does not support it. Also if the config requests TF32,
+            float8 or compilation, and some device or node does not support it.
     """
     precision = config.precision
     if precision is Precision.auto:
@@ -87,8 +87,12 @@ def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> Co
 
 
 def settle_precision(folder: RunFolder, world: World) -> Precision:
-    """Return the precision of the last attempt; without one, the fastest precision that the devices of all ranks
-    support. Collective."""
+    """Return the precision of the last attempt. If there is no earlier attempt, return the fastest precision that the
+    devices of all ranks support. Collective.
+
+    Raises:
+        ConfigError: the last attempt had bf16, and some GPU does not support it.
+    """
     before = world.on_first(lambda: (read_startup(folder) or {}).get("precision"))
     best = world.gather(best_precision(world.device).name)
     if before is None:
@@ -138,8 +142,8 @@ def compiled_files(folder: Path) -> set[Path]:
 
 
 def copy_files(files: Collection[Path], source: Path, target: Path) -> None:
-    """Copy those of ``files``, in the folder ``source``, that the folder ``target`` does not have. Other processes see
-    whole files only. A failure is logged."""
+    """Copy files from the folder ``source`` to the folder ``target``. Files that ``target`` already has are not copied.
+    Other processes never see an incomplete file. A failure is logged, not raised."""
     try:
         for file in files:
             copy = target / file.relative_to(source)
@@ -323,7 +327,8 @@ LEAST_S = 100.0
 class StepTimeouts:
     """Shortens the timeout of the process groups once, after the first steps of an attempt.
 
-    The process group for messages keeps its timeout, because ranks wait in it for files that one rank writes.
+    The process group ``World.control`` keeps its timeout. Ranks exchange messages in it, and wait in it for files that
+    one rank writes.
     """
 
     def __init__(self, world: World, config: ParallelConfig) -> None:
