@@ -162,7 +162,8 @@ def write_configs(
 def write_torch_file(
     path: Path, state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype, origin: dict[str, Any]
 ) -> None:
-    """Write a model, its config and ``origin`` into one file by ``torch.save``, and sync the file to disk."""
+    """Write a model into one file by ``torch.save``, and sync the file to disk. ``state`` has the weights of the model,
+    which are converted to ``dtype``. The file also has ``config`` and ``origin``, a result of ``origin_of``."""
     contents = {
         "model_config": {key: getattr(value, "name", value) for key, value in dataclasses.asdict(config).items()},
         "exported_from": origin,
@@ -248,7 +249,16 @@ def write_hf(
     origin: dict[str, Any],
     args: argparse.Namespace,
 ) -> None:
-    """Write the folder ``temporary``, which transformers can load, and sync it to disk: weights, configs, tokenizer."""
+    """Make the folder ``temporary``, which transformers can load: weights, configs and tokenizer. Sync it to disk.
+
+    Args:
+        temporary: the folder to make.
+        adapter: the architecture of transformers as which the model is written.
+        model: the model; its adapters (LoRA) are merged into the weights.
+        folder: folder of the run, which has the tokenizer.
+        origin: result of ``origin_of``.
+        args: the parsed command line, which has the dtype.
+    """
     temporary.mkdir()
     config, dtype = model.config, DTYPES[args.dtype]
     write_weights(temporary, to_hf(merge_adapters(model.state_dict(), config.lora), adapter, config), dtype)
@@ -267,11 +277,19 @@ def write_peft(
     origin: dict[str, Any],
     dtype: torch.dtype,
 ) -> StateDictAdapter:
-    """Write the adapters (LoRA) of a model into the folder ``temporary``, which peft can load, and sync it to disk.
+    """Make the folder ``temporary``, which peft can load, with the adapters (LoRA) of a model. Sync it to disk.
+
+    Args:
+        temporary: the folder to make.
+        adapter: an architecture of transformers that fits the model.
+        model: the model with its adapters.
+        folder: folder of the run.
+        origin: result of ``origin_of``.
+        dtype: dtype of the exported weights.
 
     Returns:
-        The architecture of the base weights. The names of the written tensors follow it. It is that of the folder of
-        transformers with which the run has begun, or ``adapter`` if this folder is unknown or deleted.
+        The architecture whose tensor names the export uses. If the run has begun with the weights in a folder of
+        transformers, it is the architecture of that folder. It is ``adapter`` if that folder is unknown or deleted.
     """
     temporary.mkdir()
     config, lora = model.config, model.config.lora
@@ -304,8 +322,9 @@ def sync_files(folder: Path) -> None:
 
 
 def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    """Return the origin of an exported model as plain JSON: path of the run, step, number of samples, checksums of data
-    and checkpoint, and the commit of the attempt, None if unknown."""
+    """Return the origin of an exported model as plain JSON: path of the run, step of the checkpoint, number of training
+    samples, checksums of data and checkpoint, and git commit of the attempt that has saved the checkpoint. The commit
+    is None if it is unknown."""
     manifest: Manifest = read_manifest(checkpoint)
     git = read_json(folder.environment(manifest.meta["attempt"])).get("git", {})
     return {

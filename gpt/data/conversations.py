@@ -1,5 +1,6 @@
-"""Conversations as tokens, by the chat template of a tokenizer. The loss counts only the assistant's answers: the high
-bits of a token have its kind, such as answer or other text (``gpt.data.prepared.KIND_BIT``).
+"""Turn conversations into tokens with the chat template of a tokenizer. The loss counts only the answers of the
+assistant. So the high bits of each token have its kind: token of an answer, or other text
+(``gpt.data.prepared.KIND_BIT``).
 
     messages -> text and places of answers -> tokens with kinds, in sequences -> token files -> targets of the loss
 
@@ -73,8 +74,8 @@ class ChatTemplate:
         self._template = environment.from_string(self._chat["chat_template"])
 
     def render(self, messages: Messages) -> tuple[str, Places]:
-        """Render messages by the template. Return the text without ``SIGN``, and the places in it of the parts that
-        stood between a pair of ``SIGN``."""
+        """Render messages by the template. Return the text without ``SIGN``, and the places of its marked parts. A part
+        is marked if the template has written ``SIGN`` before and after it."""
         given = {**self._chat, "messages": messages, "tools": None, "add_generation_prompt": False}
         parts = self._template.render(given).split(SIGN)
         ends = [*accumulate(map(len, parts))]
@@ -104,7 +105,8 @@ class ChatTemplate:
         return text, [(begin, end.end()) for begin, end in turns if end]
 
     def encode(self, where: str, messages: Messages) -> Ids:
-        """Return the tokens of a conversation, each with its kind in the bits from ``KIND_BIT`` on, (N,) uint32.
+        """Return the tokens of a conversation, (N,) uint32. The lowest ``KIND_BIT`` bits of a token are its id, and the
+        higher bits are its kind.
 
         Raises:
             ConfigError: the messages are wrong, or the template refuses them. The error names ``where``, their place in
@@ -130,15 +132,21 @@ class ChatTemplate:
 def encode_conversations(
     pieces: Iterable[Piece], tokenizer: Tokenizer | None, length: int
 ) -> Iterator[tuple[int, Ids, int, int]]:
-    """Yield for each conversation: its split (TRAIN or VAL), its tokens with kinds, the number of bytes of its row in
-    the corpus, and a code.
+    """Yield four values for each conversation: its split (TRAIN or VAL), its tokens with kinds (``KIND_BIT``), the size
+    of its piece in bytes, and a code.
 
-    The code is 1 for a whole conversation, and 2 for one that was cut at ``length`` tokens. It is 0 if the first
-    ``length`` tokens have no answer; such a conversation is left out, and has no tokens here.
+    The code is 1 for a whole conversation. It is 2 for a conversation that was cut at ``length`` tokens. It is 0 if the
+    first ``length`` tokens have no answer: such a conversation is left out, and its array of tokens is empty.
 
-    Conversations fill sequences of ``length`` tokens. If one does not fit into the rest of a sequence, padding is put
-    before its tokens. The last item of each split is padding, with 0 bytes and code 0. It fills the last sequence and
-    one more, because the target of a sequence's last token is in the next sequence.
+    The tokens of a split are sequences of ``length`` tokens, filled with conversations. If a conversation does not fit
+    into the rest of a sequence, padding fills this rest. The item of the conversation then begins with this padding.
+    The last item of each split is only padding, with 0 bytes and code 0. It fills the last sequence and one more,
+    because the target of a sequence's last token is in the next sequence.
+
+    Args:
+        pieces: the conversations, each as JSON (see ``Piece.data``).
+        tokenizer: an ``HfTokenizer`` with a chat template.
+        length: number of tokens of a sequence.
 
     Raises:
         ConfigError: messages are wrong, or the chat template refuses them.

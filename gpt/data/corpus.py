@@ -1,6 +1,7 @@
-"""Corpus of a run: its sizes, checks against the model, and its tokens; and the tasks of lm-eval.
+"""Sizes of the corpus of a run, the check that it fits the model, and its opened tokens. Also the check of the tasks of
+lm-eval.
 
-Imports no torch and is quick, because the login node calls it before it submits.
+Imports no torch and is quick, because the launcher makes the checks on the login node before it submits a job.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Corpus:
 
 
 def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
-    """Return the description of the corpus of a config, from its prepared folder in ``cache`` or from its text.
+    """Return the description of the corpus of a config. It comes from the token files of ``data=tokens``, from the
+    prepared folder in ``cache``, or from the text if the corpus is not prepared yet.
 
     Raises:
         ConfigError: the text is missing, the corpus must be prepared before training, or documents are packed and no
@@ -135,7 +137,8 @@ def num_windows(tokens: int, block_size: int) -> int:
 
 
 def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> None:
-    """Raise ConfigError unless the model's vocabulary has all token ids, and both splits have enough tokens.
+    """Raise ConfigError if a corpus does not fit a model: the model's vocabulary lacks a token id, ``block_size`` would
+    cut conversations (``Corpus.sequence``), or a split has too few tokens.
 
     ``eval_sequences`` is the number of validation samples of an evaluation.
     """
@@ -174,8 +177,8 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
 
 
 def _val_samples(corpus: Corpus, block_size: int) -> int:
-    """Return the number of validation samples of a corpus before a sample repeats. Several sources are mixed by their
-    weights, so the source that is used up first decides."""
+    """Return the number of validation samples that a corpus has before a sample repeats. A mixture of sources takes
+    samples from each source in proportion to its weight. So the source that is used up first decides."""
     available = [sum(num_windows(tokens, block_size) for tokens in source.val) for source in corpus.sources]
     if len(available) == 1:
         return available[0]
@@ -185,10 +188,10 @@ def _val_samples(corpus: Corpus, block_size: int) -> int:
 
 
 def ensure_tokens(config: DataConfig, cache: Path, val_tokens: int = 0) -> Tokens:
-    """Return the tokens of the corpus. A small corpus that is not prepared yet is prepared in ``cache``.
+    """Return the tokens of the corpus of a config. A small corpus that is not prepared yet is prepared in ``cache``.
 
-    The training tokens of a stream are made during training. This call makes only the first ``val_tokens`` validation
-    tokens of the stream, in ``cache``.
+    With ``data.stream`` the training tokens are made during training. This call then makes only the first
+    ``val_tokens`` validation tokens, in ``cache``. Without ``data.stream``, ``val_tokens`` has no effect.
 
     Raises:
         ConfigError: the text is missing or changed during reading, the corpus must be prepared before training, or

@@ -136,9 +136,9 @@ class Samples:
         tokens: the sources to read.
         block_size: tokens of a sample, T.
         seed: seed of the order.
-        vocab_size: number that all ids must be below; None checks nothing.
-        document_end: id of the token that ends a document, whose target is replaced by ``NEXT_DOCUMENT``. None if
-            documents are not packed.
+        vocab_size: the largest allowed id plus 1; None allows every id. Ids of conversations are not checked.
+        document_end: id of the token that ends a document. ``NEXT_DOCUMENT`` replaces the target at such a token. None
+            if documents are not packed.
 
     Raises:
         ConfigError: the first file of a split is missing or truncated on this machine.
@@ -178,8 +178,9 @@ class Samples:
     def split_ids(self, ids_BT1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens and targets, both (B, T), from ids (B, T + 1), on the same device.
 
-        In conversations, only tokens of answers are targets. Other targets are replaced by their kind (``KIND_BIT``)
-        with a minus sign; the loss ignores negative targets.
+        The loss ignores negative targets. Two cases have such targets. In conversations, every target that is no token
+        of an answer becomes -k, where k is its kind (``KIND_BIT``). With packed documents, the target at a token that
+        ends a document becomes ``NEXT_DOCUMENT``.
         """
         tokens_BT, targets_BT = ids_BT1[:, :-1].clone(), ids_BT1[:, 1:].clone()  # parts of one row would share memory
         if self._has_kinds:
@@ -238,8 +239,8 @@ class Samples:
         return total
 
     def val_bits_per_byte(self, loss: float, sequences: int) -> float | None:
-        """Return the mean loss of the first ``sequences`` validation samples in bits per byte of text, from nats per
-        token; None if the size of the text is unknown.
+        """Convert ``loss``, the mean loss of the first ``sequences`` validation samples, from nats per token to bits
+        per byte of text. Return None if the size of the text is unknown.
 
         Bits per byte can be compared between tokenizers (The Pile, arXiv 2101.00027, section 3.1).
         """
@@ -255,9 +256,10 @@ class Samples:
 
 
 TOGETHER = 64
-"""Largest number of samples of a rank that are read together. A single batch may have more."""
+"""Largest number of samples in a group: the batches of one rank that ``BatchPrefetcher`` reads together. A group of one
+batch may have more."""
 AHEAD_BYTES = 2**22
-"""Largest number of bytes of the batches that are read together. A single batch may have more."""
+"""Largest size of such a group in memory, in bytes. A group of one batch may be larger."""
 
 
 @dataclass(frozen=True)
@@ -297,13 +299,14 @@ class BatchPrefetcher:
         self._group = max(1, min(TOGETHER // batch.per_rank, AHEAD_BYTES // batch_bytes))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._read: dict[int, Tensor] = {}
-        """Number of a batch -> ids of its samples, (B, T + 1), for batches of the current group that no step has used
-        yet."""
+        """Number of a batch -> ids of its samples, (B, T + 1). It has the batches that were read together with the
+        batch of this step (one group), and that no step has used yet."""
         self._ahead: tuple[int, Future[dict[int, Tensor]]] | None = None
-        """Number of the first batch of the next group, and the future of its batches; None if no group follows."""
+        """Number of the first batch of the next group, and the future result of reading this group. The result has the
+        form of ``_read``. None if no group follows."""
         self.passed_over = PassedOver()
-        """Batches that no step uses, because the run has rolled back. A roll-back replaces the object between two
-        steps."""
+        """Batches that no step uses. When a run goes back to a checkpoint because it has diverged, it replaces this
+        object between two steps, to skip the batches that did harm."""
 
     def take(self, step: int) -> StepBatch:
         """Return the batch of a step, counted from 1, and start to read the next group if necessary.

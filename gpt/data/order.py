@@ -5,10 +5,11 @@ this function would change the order of the samples in runs that resume.
 
 Every epoch is a permutation of its own, computed one index at a time in constant memory: a Feistel network (Luby and
 Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom functions") over the smallest even number
-of bits that covers all samples. The network is applied again until the result is the index of a sample (Black and
-Rogaway 2002, "Ciphers with arbitrary finite domains"). The domain is less than four times the samples, or 64. So an
-index needs under four evaluations on average. Round function and keys use the finalizer of SplitMix64 (Steele, Lea
-and Flood 2014, "Fast splittable pseudorandom number generators").
+of bits that covers all samples, but at least 6 bits. The network is applied again until the result is the index of a
+sample (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). With more than 16 samples, the network
+permutes fewer than four times as many numbers as there are samples. So an index then needs under four evaluations on
+average. Round function and keys use the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
+pseudorandom number generators").
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def permute(offset: Uint64s, num_samples: int, epoch: Uint64s, seed: int) -> Uin
     the numbers below ``num_samples``.
 
     Args:
-        offset: numbers of samples in their epoch, (N,), below ``num_samples``.
+        offset: number of each sample within its epoch, counted from 0 in the order of training, (N,).
         num_samples: number of samples in one epoch.
         epoch: epoch of each sample, (N,).
         seed: seed of the order.
@@ -103,8 +104,8 @@ def sample_source(index: Integers, weights: Sequence[int]) -> tuple[Integers, In
     """Return two arrays, (N,), for samples of a mixture: the index of each sample's source, and the sample's number in
     this source. The samples of a source have the numbers 0, 1, 2, ... without gaps.
 
-    Of the first n samples, floor(n * weight / total weight) belong to the first source. The other sources share the
-    rest in the same way.
+    Of the first n samples of the mixture, floor(n * weight / total weight) belong to the first source. The second
+    source and all later ones share the remaining samples by the same rule, and so on.
 
     Args:
         index: numbers of the samples in the mixture, from 0, (N,).
@@ -149,16 +150,17 @@ def max_samples(available: Sequence[int], weights: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """Batches that no step of a run uses, because the run has rolled back."""
+    """Batches that no step of a run uses. A run that has diverged goes back to a checkpoint (it rolls back), and then
+    skips the batches that did harm."""
 
     ranges: tuple[tuple[int, int], ...] = ()
-    """Ranges of batches that no step uses, each as the numbers of its first and its last batch, counted from 1. They
-    are ascending, and other batches are between them."""
+    """Ranges of skipped batches, each as the numbers of its first and its last batch. Batches are counted from 1. The
+    ranges are in ascending order, and at least one batch that is used lies between two ranges."""
 
     @classmethod
     def of(cls, ranges: Iterable[Sequence[int]]) -> PassedOver:
-        """Return the object with these ranges: pairs of a first and a last batch, as a checkpoint or an event stores
-        them."""
+        """Return the object with the given ranges. Each range is a pair of a first and a last batch, as a checkpoint or
+        an event stores it."""
         return cls(tuple((first, last) for first, last in ranges))
 
     def batch_of(self, step: int) -> int:
@@ -202,10 +204,10 @@ Ids = npt.NDArray[np.int64]
 
 
 class TextPlace(NamedTuple):
-    """Place of a token in the training text of a stream."""
+    """Place of a token in the training text of a stream, which is a corpus that is tokenized during training."""
 
     turn: int
-    """Number of the shard in the order of training, counted from 0 through all epochs."""
+    """Number of shards that training reads before the shard of the token. It counts through all epochs."""
     piece: int
     """Number of the piece of text in its shard, from 0."""
     skip: int
@@ -215,8 +217,9 @@ class TextPlace(NamedTuple):
 class Stream:
     """Training samples of a corpus that is tokenized while it is read.
 
-    ``data.shuffle_buffer`` consecutive windows of the text are a buffer: its samples are shuffled together. Samples
-    with ascending indices are read quickly. For a lower index, reading begins again at an earlier buffer.
+    The text is cut into windows, and each window is a sample. ``data.shuffle_buffer`` consecutive windows are a buffer,
+    and samples are shuffled only within their buffer. Reading samples with ascending indices is fast. For a lower
+    index, reading begins again at an earlier buffer.
 
     Args:
         spec: the text to read.
@@ -232,8 +235,8 @@ class Stream:
         self._places = {0: TextPlace(0, 0, 0)}
         """Number of a buffer -> place of its first token."""
         self._buffers: dict[int, list[Ids]] = {}
-        """Number of a buffer -> ids of its windows, (T + 1,) each: the buffer in use, and the following buffer, which
-        is filled meanwhile."""
+        """Number of a buffer -> ids of its windows, (T + 1,) each. It has the buffer from which samples are taken, and
+        the following buffer, which is filled at the same time."""
         self._made = 0
         """Number of windows read so far, which is the number of the next window."""
         self._windows = self._windows_from(self._places[0])
@@ -262,14 +265,15 @@ class Stream:
         return self._buffers[number][int(chosen)].astype(np.int64)
 
     def state(self, index: int) -> list[int]:
-        """Return the number and the place of a buffer as plain JSON. With this list, ``restore`` makes reading begin
-        near the sample ``index``."""
+        """Return where reading can begin in order to reach the sample ``index``, as plain JSON: the number of a buffer
+        and its place, [number, turn, piece, skip]. Among the buffers whose places are known, it is the last one that
+        does not come after the sample. The method ``restore`` takes this list."""
         number = max(known for known in list(self._places) if known <= index // self._size)
         return [number, *self._places[number]]
 
     def restore(self, state: list[int]) -> None:
-        """Add the place of a buffer from ``state``, a result of the method ``state``, so that reading can begin at this
-        buffer. No text is read."""
+        """Note the place of the buffer in ``state``, so that ``read`` can begin at this buffer. ``state`` is a result
+        of the method ``state``. No text is read here."""
         number, *place = state
         self._places[number] = TextPlace(*place)
 
@@ -307,9 +311,10 @@ class Stream:
 
 
 def open_stream(config: DataConfig, cache: Path, tokens: int) -> Tokens:
-    """Return the tokens of a stream: a source with its tokenizer and its first ``tokens`` validation tokens.
+    """Return the opened corpus of a config with ``data.stream``: its tokenizer and its first ``tokens`` validation
+    tokens. The training tokens are made later, by ``Stream``.
 
-    The first call reads the text until it has these tokens, and writes them into ``cache``.
+    The first call reads the text until it has these validation tokens, and writes them into ``cache``.
 
     Raises:
         ConfigError: the text cannot be read, or has fewer validation tokens.
@@ -330,7 +335,8 @@ def open_stream(config: DataConfig, cache: Path, tokens: int) -> Tokens:
 
 
 def look_at_stream(config: DataConfig, cache: Path) -> Tokens:
-    """Return the tokens of a stream without validation tokens. Of local files the first document is read, as a check.
+    """Return the corpus of a config with ``data.stream``, without any tokens, for checks before training. The first
+    piece of text is read and tokenized as a check, except if the source is a dataset (``data.dataset``).
 
     Raises:
         ConfigError: a file is missing, the first document cannot be read, or the tokenizer is not usable.
@@ -345,8 +351,11 @@ def look_at_stream(config: DataConfig, cache: Path) -> Tokens:
 
 
 def describe_source(spec: PreprocessingSpec, tokenizer: Tokenizer, folder: Path | None, val: Split) -> TokenSource:
-    """Return a stream as a token source, whose training split has no files. ``val`` is its validation split, and
-    ``folder`` the folder of its tokenizer and validation tokens; None if there is none."""
+    """Return a stream as a token source, whose training split has no files.
+
+    ``val`` is its validation split. ``folder`` is the folder with its tokenizer and validation tokens; None if they are
+    not written.
+    """
     about = describe_tokenizer(tokenizer)
     return TokenSource(
         name=spec.config.title,
@@ -379,10 +388,10 @@ def read_validation(spec: PreprocessingSpec, tokenizer: Tokenizer, tokens: int) 
 
 
 def stream_spec(config: DataConfig, cache: Path) -> PreprocessingSpec:
-    """Return the preprocessing spec of a stream.
+    """Return the preprocessing spec of a config with ``data.stream``. ``cache`` is the folder of the prepared corpora.
 
     Raises:
-        ConfigError: a file is missing.
+        ConfigError: a file is missing, or the text must be downloaded first.
     """
     spec = build_spec(config, cache)
     if spec is None:

@@ -163,12 +163,12 @@ def tokenize_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Pat
 
 
 def _has_enough_text(spec: PreprocessingSpec, shard: Shard, before: int) -> bool:
-    """Return True if the corpus does not need a shard, because the shards before it already have ``data.max_bytes``
-    bytes of text.
+    """Return True if the corpus does not need the shard ``shard``, because the shards before it already have
+    ``data.max_bytes`` bytes of text. ``before`` is the number of these bytes, counted from the shard ``shard.first``.
 
-    ``before`` is the number of bytes in the shards from ``shard.first`` up to, but not including, this one. The result
-    can be True only for a shard that is divided between both splits, and for a training shard if ``data.val_path`` is
-    set. It is False for a source without documents, because ``build_spec`` has already cut its text.
+    Two kinds of shards can give True: a shard whose documents are divided between both splits, and a training shard if
+    ``data.val_path`` is set. Every other shard gives False. Text files always give False, because ``build_spec`` has
+    already cut their text.
     """
     if spec.config.max_bytes is None or not spec.splits_documents or shard.split is VAL:
         return False
@@ -213,8 +213,8 @@ def _load_once(folder: Path, about: bytes) -> Tokenizer:
 def _tokens(
     spec: PreprocessingSpec, shard: Shard, tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, npt.NDArray[Any], int, int]]:
-    """Yield for each piece of a shard: its split, its token ids, the bytes of its text, and ``ends`` of ``ROW_DTYPE``.
-    ``tokenizer`` is None for a Markov chain, whose tokens count as bytes."""
+    """Yield four values for each piece of a shard: its split, its token ids, the number of bytes of its text, and
+    ``ends`` of ``ROW_DTYPE``. For a Markov chain ``tokenizer`` is None, and each token counts as one byte."""
     if tokenizer is None:
         ids, known = walk(spec.config.synthetic, shard.number), spec.known_tokens()
         assert known is not None
@@ -279,7 +279,7 @@ class WrittenFile:
 
     name: str
     tokens: int
-    """Number of tokens; 0 for an index."""
+    """Number of tokens; 0 for an index file of Megatron."""
     size: int
     """Size in bytes."""
     sha256: str
@@ -376,10 +376,10 @@ LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "tiktoken", "datasets", "py
 
 @dataclass(frozen=True)
 class _SplitRows:
-    """Tokenized pieces of one split that the corpus uses."""
+    """The tokenized pieces of which one split of a corpus consists."""
 
     shards: list[tuple[Shard, int]]
-    """Shards in order, each with the number of its tokens that the split uses."""
+    """Shards in order. With each shard comes the number of tokens that this split takes from it."""
     rows: Rows
     """Records of the pieces in order (``ROW_DTYPE``)."""
 
@@ -401,9 +401,10 @@ class _SplitRows:
 
 
 def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) -> list[_SplitRows]:
-    """Return two items, for training and for validation: the tokenized pieces that the corpus uses of ``shards``.
+    """Return two items, for training and for validation: the pieces of ``shards`` that belong to this split.
 
-    ``data.max_bytes`` limits their text. ``parts`` is the folder of the tokenized shards.
+    ``data.max_bytes`` limits the text of a corpus; the pieces after the limit are left out (``_split_limits``).
+    ``parts`` is the folder of the tokenized shards.
     """
     limits, used = _split_limits(spec), Counter[int | None]()
     found: list[list[tuple[Shard, Rows]]] = [[], []]
@@ -424,10 +425,12 @@ def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) ->
 
 
 def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
-    """Return split -> largest number of bytes of text that the corpus uses, of all shards of this split together.
+    """Return split of a shard -> largest number of bytes of text that the corpus uses from all shards of this split
+    together.
 
-    The key is TRAIN, VAL, or None for shards whose documents are divided between both splits. A split that is no key
-    has no limit; without ``data.max_bytes`` there is no key.
+    The key is TRAIN or VAL, or None for shards whose documents are divided between both splits. Shards of a split that
+    is missing in the result have no limit. The result is empty without ``data.max_bytes``, and for text files, whose
+    text ``build_spec`` has already cut.
     """
     limit = spec.config.max_bytes  # the spec already limits single texts
     if limit is None or not spec.splits_documents:

@@ -32,7 +32,7 @@ ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
 HEADERLESS_DTYPE = "uint16"
 LLMC_HEADER_BYTES = 1024
 LLMC_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
-"""Numpy name of a token's integer type -> magic number and version of the header."""
+"""Numpy name of a token's integer type -> the magic number and the version in the header of a file of llm.c."""
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version 1, code of the dtype, number of sequences and of documents
 MEGATRON_CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
@@ -87,7 +87,8 @@ def open_token_files(path: str, dtype: str | None = None, key: str = "data.path"
 
 
 def missing_tokens_error(path: str, place: Path, key: str = "data.path") -> ConfigError:
-    """Return the error which says that ``place``, the folder or file of ``key``=``path``, has no token files."""
+    """Return the error that no token files were found. ``place`` is the path where they were expected, and ``path`` the
+    value of the config's key ``key`` that has led there."""
     return ConfigError(
         f"{key}={path}, but there are no tokens in {place}",
         "a folder of gpt.prepare, a .bin file, a Megatron prefix, or a pattern of shards",

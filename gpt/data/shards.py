@@ -1,5 +1,5 @@
-"""Shards of a corpus, each some megabytes of text, and the readers of their text. Also Markov chains, and the making of
-a tokenizer from the text.
+"""Split a corpus into shards of some megabytes of text, and read their text. Also make the Markov chain of a synthetic
+corpus, and the tokenizer of a corpus.
 
 Imports no torch.
 """
@@ -60,7 +60,7 @@ class Chain:
     """A Markov chain of V states, each with S possible next states."""
 
     successors: npt.NDArray[np.int64]
-    """Possible next states of each state, (V, S), all different in a row."""
+    """Possible next states of each state, (V, S). The S states of a row differ from one another."""
     probabilities: Floats
     """Probabilities of the next states in ``successors``, (V, S); the sum of a row is 1."""
 
@@ -97,7 +97,7 @@ def make_chain(vocab_size: int, successors: int = SUCCESSORS) -> Chain:
 
 
 def chain_of(config: SyntheticConfig) -> Chain:
-    """Return the Markov chain of a config."""
+    """Return the Markov chain from which the synthetic corpus of a config is drawn."""
     return make_chain(config.vocab_size)
 
 
@@ -142,19 +142,22 @@ TRAIN, VAL = 0, 1
 
 
 class TextPart(NamedTuple):
-    """Part of a source of text."""
+    """Part of the text of a corpus that can be read alone, such as some row groups of a parquet file."""
 
     path: str
-    """Path of the file; for a dataset its split, for a user's source its name, empty for a Markov chain."""
+    """Path of the file that has the part. For a dataset it is the name of a split, for a user's source the name of the
+    source, and for a Markov chain it is empty."""
     start: int
-    """Index at which the part begins: that of a byte in a text or jsonl file, of a row group in a parquet file, of a
-    file in a dataset, or of a walk in a Markov chain."""
+    """Index at which the part begins. It counts bytes in a text or jsonl file, row groups in a parquet file, files in a
+    dataset, and walks through a Markov chain."""
     stop: int
-    """Index of the first byte, row group or walk after the part; for a dataset the number of files of the split."""
+    """Index of the first byte, row group or walk after the part. A part of a dataset is one file; for it, ``stop`` is
+    the number of files in the whole split."""
     split: int | None = None
     """TRAIN or VAL; None if the split is chosen for each document."""
     size: int = SHARD_BYTES
-    """Size in bytes. Parts are joined to shards of up to SHARD_BYTES; a part of unknown size is a shard of its own."""
+    """Size in bytes. Small parts are joined into one shard of up to SHARD_BYTES. A part of unknown size has the default
+    value, and so is a shard of its own."""
     ends: bool = True
     """True if a document ends at the end of the part; used for text files only."""
     mtime_ns: int = 0
@@ -169,8 +172,8 @@ class Shard:
     """Number of the shard in the order of the corpus, from 0."""
     parts: tuple[TextPart, ...]
     first: int = 0
-    """Number of the first shard of the same files: 0 for the files of ``data.val_path``, whose shards come first; for
-    other files the number of shards of ``data.val_path``."""
+    """Number of the first shard that comes from the same files as this one. The shards of ``data.val_path`` come first
+    in the corpus, so for them it is 0. For all other shards it is the number of shards of ``data.val_path``."""
 
     @property
     def split(self) -> int | None:
@@ -455,8 +458,8 @@ def _read_jsonl(path: Path, part: TextPart, config: DataConfig) -> Iterator[str]
 
 
 def _text_of(row: Any, config: DataConfig, where: str) -> str:
-    """Return the text of a row of a jsonl file, parquet file or dataset; for a conversation as JSON ``[where,
-    messages]``. ``where`` is the place of the row, for messages."""
+    """Return the text of a row of a jsonl file, parquet file or dataset. If the corpus has conversations, return the
+    row's conversation as JSON ``[where, messages]``. ``where`` describes the place of the row, for errors."""
     text = row.get(config.text_key) if isinstance(row, dict) else None
     if not isinstance(text, str if config.conversation_tokens is None else list):
         raise missing_column_error(where, config, row if isinstance(row, dict) else ())
@@ -464,7 +467,8 @@ def _text_of(row: Any, config: DataConfig, where: str) -> str:
 
 
 def missing_column_error(where: str, config: DataConfig, names: Iterable[str]) -> ConfigError:
-    """Return the error for a row at ``where`` without text or messages. ``names`` are its columns or fields."""
+    """Return the error for a row that has neither text nor a conversation under ``data.text_key``. ``where`` describes
+    the place of the row, and ``names`` are the names of its columns or fields."""
     what = "text" if config.conversation_tokens is None else "list of messages"
     return ConfigError(
         f"{where} has no {what} under data.text_key={config.text_key}",

@@ -433,7 +433,7 @@ def prepare_command(config: DataConfig, cache: Path) -> str:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Return a config as a dictionary of plain values, with the names of enums."""
+    """Return a config as a dictionary of plain values. An enum member becomes its name."""
     node = config if OmegaConf.is_config(config) else OmegaConf.structured(config)
     value = OmegaConf.to_container(node, enum_to_str=True)
     assert isinstance(value, dict)

@@ -1,7 +1,7 @@
 """Tokenizers: bytes, characters, and those of three libraries (the extra ``data``).
 
-Imports no torch, and the library of a tokenizer only for this tokenizer. A tokenizer is saved next to its corpus and in
-the run folder, so that the tokens of a run can be decoded after its corpus is deleted.
+Imports no torch. The library of a tokenizer is imported only when this tokenizer is used. A tokenizer is saved next to
+its corpus and in the run folder, so that the tokens of a run can be decoded after its corpus is deleted.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ CHOICES = (
 
 
 def architecture_rows(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
-    """Return the rows of the summary on the model: label -> text. ``counts`` has its parameters by component."""
+    """Return the rows of the startup summary that describe the model: label -> text. ``counts`` has the numbers of
+    parameters, as ``Parameters.as_dict`` of gpt.accounting returns them."""
     chosen = {key: getattr(model, key) for key in CHOICES if getattr(model, key)}
     parts = [key if value is True else f"{key} {getattr(value, 'name', value)}" for key, value in chosen.items()]
     if model.ffn is Ffn.moe:
@@ -160,8 +161,8 @@ def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
 
 FORMAT = 1
 WARM_UP_STEPS = 5
-"""Number of first steps of each attempt that are left out of its speeds: they fill caches, choose kernels and
-compile."""
+"""Number of steps at the beginning of each attempt that do not count in the speeds of a summary. These steps are slow:
+they fill caches, choose kernels and compile."""
 
 
 class RunJson:

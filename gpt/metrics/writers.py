@@ -105,14 +105,14 @@ class MetricWriter(Protocol):
 
 
 class View:
-    """A copy of the step records of a run in another format. Records are passed to an inner writer. After an OSError
-    the inner writer is closed, and later opened again; training continues.
+    """A copy of the step records of a run in another format, such as CSV. An inner writer writes the copy. If it raises
+    an OSError, training continues: the inner writer is closed, and later opened again.
 
     Args:
         folder: the run folder.
         name: name of the view, for messages.
-        open_writer: returns the inner writer for a run that continues after a step. It takes this step, and the records
-            up to it.
+        open_writer: function that opens and returns the inner writer. Its arguments are the last step that is done, and
+            the records of the steps up to this one, from which it can write a file again.
         step: step after which the attempt continues; 0 at the beginning.
         done: step records of rank 0 up to ``step``.
         retry_s: seconds between two tries to open the inner writer again.
@@ -136,8 +136,8 @@ class View:
         """Last step whose record the view contains."""
         self._tried = 0.0
         self._recent: deque[tuple[float, StepRecord]] = deque()
-        """Pairs of the time at which a record came (time.monotonic, seconds) and the record, for the last ``KEPT_S``
-        seconds, and for the time since an error."""
+        """Records of the last ``KEPT_S`` seconds, as pairs of the time at which a record came (time.monotonic, in
+        seconds) and the record. While the inner writer is closed after an error, older records are kept, too."""
         try:
             self._writer = open_writer(step, done)
         except OSError as error:
@@ -249,7 +249,7 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float, figures: Seq
     Args:
         record: the record.
         max_steps: number of steps of the run.
-        pace_s: expected seconds of a step, for the remaining time.
+        pace_s: expected seconds of a step, from which the line gives the remaining time of the run.
         figures: names of further fields to add, if they are known.
     """
     parts = [
@@ -375,8 +375,8 @@ one by one, because the code stays in the CPU's caches."""
 
 
 class MetricWriters:
-    """Writes the step records of one rank: into its file, and on rank 0 also into views, such as TensorBoard's files.
-    It adds the utilization of the device to each record.
+    """Writes the step records of one rank into the file of this rank. On rank 0 it also writes them into views, such as
+    TensorBoard's files. It adds the utilization of the device to each record.
 
     Args:
         folder: the run folder.
@@ -413,10 +413,10 @@ class MetricWriters:
         self._shown = time.monotonic()
 
     def keep(self, record: StepRecord) -> None:
-        """Write a record to disk before the checkpoint of its step is saved. Afterwards, ``write`` writes the record
-        again, with the time of the save.
+        """Write a record to disk before the checkpoint of its step is saved. After the save, the caller calls
+        ``write``, which writes the record again, now with the time of the save.
 
-        Otherwise the record would be lost if the process died between the save and ``write``, because a later attempt
+        Without this call, the record would be lost if the process died between the save and ``write``: a later attempt
         does not repeat the step.
         """
         self._record(record)
@@ -452,7 +452,8 @@ class MetricWriters:
         self._shown = time.monotonic()
 
     def go_back(self, step: int) -> None:
-        """Delete records of steps after ``step``, to which the run has rolled back, from the views."""
+        """Delete the records of steps after ``step`` from the views. Call it when the run has rolled back to the
+        checkpoint of ``step``."""
         self.close()
         done = [r for r in read_records(self._folder.metrics(0)) if r["step"] <= step] if self.writers else []
         self.writers = self._open(step, done)

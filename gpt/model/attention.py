@@ -1,4 +1,5 @@
-"""Causal self-attention (MHA, GQA, MQA; arXiv 2305.13245), its cache, packed documents, and attention by blocks."""
+"""Causal self-attention (MHA, GQA, MQA; arXiv 2305.13245), its cache, packed documents, and attention that is computed
+for one block of keys after another."""
 
 from __future__ import annotations
 
@@ -214,7 +215,8 @@ def merge_blocks(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_
 
 
 class Sinks(nn.Module):
-    """One trained logit for each head, (H,): its sink, which takes part in the softmax over the keys."""
+    """Attention sinks: one trained logit for each head, (H,). The softmax of a head treats its sink as the score of one
+    more key, which has no value."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -244,7 +246,8 @@ def sink_gradient(grad_BHTC: Tensor, attended: Attended, sinks_H: Tensor) -> Ten
 
 
 class SinkAttention(torch.autograd.Function):
-    """Causal attention with sinks by torch's flash kernel, (B, H, T, C)."""
+    """Causal attention with sinks by torch's flash kernel. The inputs are queries (B, H, T, C), keys and values, each
+    (B, K, T, C), and sinks (H,); the result is (B, H, T, C)."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, sinks_H: Tensor) -> Tensor:
@@ -329,8 +332,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, past: LayerCache | Documents | None = None) -> Tensor:
         """Compute attention, (B, T, D) -> (B, T, D).
 
-        If ``past`` is a cache, the T tokens follow the cached tokens, and are added to the cache. If it has documents,
-        a token attends to its own document only. None has neither.
+        If ``past`` is a cache, the T tokens follow the cached tokens, and are added to the cache. If ``past`` has
+        packed documents, a token attends to its own document only. None means no cache and no packed documents.
         """
         cache = past if isinstance(past, LayerCache) else None
         documents = past if isinstance(past, Documents) else None
@@ -424,11 +427,12 @@ class Attention(nn.Module):
 
 
 class LatentAttention(Attention):
-    """Attention whose keys and values are computed from a latent (multi-head latent attention, arXiv 2405.04434,
-    section 2.1).
+    """Attention whose keys and values are computed from one short vector for each token, the latent (multi-head latent
+    attention, arXiv 2405.04434, section 2.1).
 
-    A head has a part that is not rotated, and a part that is. All heads share the rotated part of the keys. A cache
-    keeps only the latent and this shared part. In shapes, R is the width of the latent, and P that of the rotated part.
+    Rotary embeddings rotate only the last channels of each head. All heads share the rotated channels of the keys. A
+    cache keeps only the latent and these shared channels. In shapes, R is the width of the latent, and P the number of
+    rotated channels.
     """
 
     def add_inputs(self, config: ModelConfig) -> None:

@@ -30,7 +30,8 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class DenseFfn(nn.Module):
     """Two matrices with an activation between them (arXiv 1706.03762, section 3.3), (B, T, D) -> (B, T, D).
 
-    With three matrices this is a gated linear unit: SwiGLU with SiLU, GEGLU with GELU (arXiv 2002.05202, section 2).
+    If ``config.gated`` is true, a third matrix makes it a gated linear unit: SwiGLU with SiLU, GEGLU with GELU (arXiv
+    2002.05202, section 2).
     """
 
     def __init__(self, config: ModelConfig, width: int) -> None:
@@ -70,8 +71,9 @@ class Experts(nn.Module):
         self.product = grouped_product if config.expert_matmul is ExpertMatmul.grouped else looped_product
 
     def forward(self, x_RD: Tensor, ends_E: Tensor, even: bool) -> Tensor:
-        """Apply each expert to its rows, (R, D) -> (R, D). The rows of expert e are those from ``ends_E[e - 1]`` up to,
-        but not including, ``ends_E[e]``. ``even`` is True if all experts have equally many rows."""
+        """Apply each expert to its rows, (R, D) -> (R, D). A row is the hidden state of a token for which the expert
+        was chosen, or padding. The rows of expert e are those from ``ends_E[e - 1]`` up to, but not including,
+        ``ends_E[e]``. ``even`` is True if all experts have equally many rows."""
         return self.apply_to(x_RD, ends_E, even, self.gate, self.up, self.down)
 
     def apply_to(
@@ -123,9 +125,10 @@ def even_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 class BatchedProduct(torch.autograd.Function):
-    """Product of each expert's rows and the transpose of its matrix.
+    """Product of each expert's rows (E, Q, I) and the transpose of its matrix (E, O, I): (E, Q, O).
 
-    torch's own gradient of the matrices is transposed in memory, so it would be copied once more.
+    The backward pass computes the gradient of the matrices in their own memory layout. torch's backward pass of ``bmm``
+    would compute it transposed in memory, and it would be copied once more.
     """
 
     @staticmethod
@@ -353,12 +356,15 @@ def move_balance_bias(module: nn.Module, counts_LE: Tensor) -> None:
 
 
 class AuxiliaryLoss(torch.autograd.Function):
-    """Function that returns ``y`` unchanged, and adds ``loss``, (), to the loss that is differentiated.
+    """Function of the inputs y, loss, counts and total. It returns y unchanged, and adds ``loss``, (), to the loss that
+    is differentiated.
 
     The backward pass gives ``loss`` a gradient of 1. So a model can have internal losses and return only its logits (as
-    MoEAuxLossAutoScaler of Megatron-LM, https://github.com/NVIDIA/Megatron-LM). The backward pass also adds ``counts``
-    to ``total``. A backward pass is the right place, because it runs once, even if the forward pass is recomputed, and
-    never in an evaluation.
+    MoEAuxLossAutoScaler of Megatron-LM, https://github.com/NVIDIA/Megatron-LM).
+
+    The backward pass also adds ``counts``, the number of tokens of each expert in this pass, (E,), to ``total``, the
+    number so far, (E,). The backward pass is the right place for this: it runs once, even if the forward pass is
+    recomputed, and it never runs in an evaluation.
     """
 
     @staticmethod

@@ -208,8 +208,8 @@ class Head(Linear):
 class LoraLinear(Linear):
     """Linear layer with an adapter: W x + alpha / rank B A dropout(x) (LoRA, arXiv 2106.09685, section 4.1).
 
-    The adapter has two matrices, ``lora_a`` (rank, I) and ``lora_b`` (O, rank). The layer keeps the names of its weight
-    and bias.
+    W is the weight of the layer, A is ``lora_a`` (rank, I), and B is ``lora_b`` (O, rank). Weight and bias have the
+    same names as in a linear layer without an adapter.
     """
 
     def __init__(self, whole: nn.Linear, lora: LoraConfig) -> None:
@@ -254,11 +254,11 @@ class GPT(nn.Module):
 
         Args:
             tokens_BT: the tokens.
-            past: a cache, whose tokens come before ``tokens_BT``, and to which these are added; or the packed documents
-                of the batch, in which a token attends to its own document only; None has neither. All tokens together
-                are at most ``block_size``.
-            targets_BT: next tokens; the summed loss, (), is then returned instead of logits, computed in chunks. None
-                returns logits.
+            past: a cache, or the packed documents of the batch. The tokens of a cache come before ``tokens_BT``, which
+                are added to it; all of them together are at most ``block_size`` tokens. With packed documents, a token
+                attends to its own document only. None means no cache and no packed documents.
+            targets_BT: next tokens. If given, the method returns the summed loss, (), instead of logits, and computes
+                it in chunks. None returns logits.
         """
         cache = past if isinstance(past, Cache) else None
         start = past.positions if isinstance(past, Documents) else 0 if cache is None else cache.length

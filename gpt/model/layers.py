@@ -145,13 +145,14 @@ def onednn_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: A
 
 
 def rows_of(start: int | Tensor, tokens: int, positions_T: Tensor | None) -> slice | Tensor:
-    """Return the positions of ``tokens`` tokens, as an index into the rows of a table of positions.
+    """Return the positions of tokens, to index the rows of a table that has a row for each position.
 
     Args:
-        start: index of the first token. Or a tensor with the positions of all tokens, (B, T), which is then returned.
+        start: index of the first token. If it is a tensor with the positions of all tokens, (B, T), return it.
         tokens: number of tokens of each sequence, T.
-        positions_T: positions of the tokens of this rank, if it has a part of each sequence. ``start`` is then an index
-            into these positions. None if the index of a token is its position.
+        positions_T: needed if this rank has only some tokens of each sequence: the positions of these tokens in the
+            whole sequence. ``start`` is then an index into ``positions_T``. None if the index of a token is its
+            position.
     """
     if isinstance(start, Tensor):
         return start
@@ -160,7 +161,8 @@ def rows_of(start: int | Tensor, tokens: int, positions_T: Tensor | None) -> sli
 
 
 class LearnedPosition(nn.Module):
-    """Table of positions, (block_size, D): the row of its position is added to the embedding of each token (GPT-2)."""
+    """Learned table with a row for each position, (block_size, D). The forward pass adds the row of a token's position
+    to the embedding of this token (GPT-2)."""
 
     def __init__(self, block_size: int, n_embd: int) -> None:
         super().__init__()
@@ -295,15 +297,17 @@ def rotation_rates(config: ModelConfig) -> Tensor:
 INIT_STD = 0.02
 """Standard deviation of the initial matrices (GPT-2)."""
 LLAMA3_TURNS = (1.0, 4.0)
-"""Limits of ``llama3_rates`` in all models of Llama 3.1 to 3.3, as numbers of turns within the original length: rates
-below the first are divided by the factor, and rates above the second stay unchanged."""
+"""Limits of ``llama3_rates`` in all models of Llama 3.1 to 3.3, in full turns of a pair of channels over
+``rope_original_block_size`` tokens. Rates with fewer turns than the first limit are divided by ``rope_factor``. Rates
+with more turns than the second limit stay unchanged."""
 
 
 def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
-    """Scale rotation rates as Llama 3.1 does, (C/2,) -> (C/2,).
+    """Scale rotation rates (angles per position) as Llama 3.1 does, (C/2,) -> (C/2,).
 
-    A rate makes a number of turns within the original length. Below the first number of ``LLAMA3_TURNS`` the rate is
-    divided by the factor, above the second it stays unchanged, between it is blended linearly in the number of turns.
+    At its rate, a pair of channels makes some number of full turns over ``rope_original_block_size`` tokens. With fewer
+    turns than the first limit in ``LLAMA3_TURNS``, the rate is divided by ``rope_factor``. With more turns than the
+    second limit, it stays unchanged. Between the limits, it is blended linearly in the number of turns.
     """
     assert config.rope_original_block_size is not None
     low, high = LLAMA3_TURNS
@@ -313,16 +317,18 @@ def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
 
 
 YARN_TURNS = (32.0, 1.0)
-"""Limits of ``yarn_rates``, as numbers of turns within the original length: rates above the first stay unchanged, and
-rates below the second are divided by the factor (arXiv 2309.00071, section 3.2)."""
+"""Limits of ``yarn_rates``, in full turns of a pair of channels over ``rope_original_block_size`` tokens. Rates with
+more turns than the first limit stay unchanged. Rates with fewer turns than the second limit are divided by
+``rope_factor`` (arXiv 2309.00071, section 3.2)."""
 
 
 def yarn_rates(rates: Tensor, config: ModelConfig) -> Tensor:
-    """Scale rotation rates as YaRN does, (C/2,) -> (C/2,) (arXiv 2309.00071, section 3.2).
+    """Scale rotation rates (angles per position) as YaRN does, (C/2,) -> (C/2,) (arXiv 2309.00071, section 3.2).
 
-    Pairs of channels before the pair with 32 turns in the original length keep their rates. The rates of pairs after
-    the pair with one turn are divided by the factor. Pairs between are blended linearly in their index; both limits are
-    rounded to whole indices, as in the paper's code, https://github.com/jquesnelle/yarn.
+    Two pairs of channels are the limits: one makes 32 full turns over ``rope_original_block_size`` tokens, the other
+    makes one turn (``YARN_TURNS``). Pairs before the first limit keep their rates. The rates of pairs after the second
+    limit are divided by ``rope_factor``. Rates between the limits are blended linearly in the index of the pair. Both
+    limits are rounded to whole indices, as in the paper's code, https://github.com/jquesnelle/yarn.
     """
     assert config.rope_original_block_size is not None
     width, length = config.rotary_width, config.rope_original_block_size
@@ -404,11 +410,11 @@ class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy, () in fp32, of hidden states and an output matrix, one chunk of tokens at a time.
 
     The forward pass also computes the gradients of each chunk, while the logits of the chunk are in memory. So the
-    backward pass only multiplies the gradients by a number.
+    backward pass only multiplies these gradients by the gradient of the summed loss, which is one number.
 
     There are five inputs: hidden states (N, D), the matrix (V, D), targets (N,), a function, and a bool. The function
-    is ``loss_and_gradient`` with a bound vocabulary size, and may be compiled. The bool is False in an evaluation,
-    which needs no gradients; the forward pass of a Function cannot find this out by itself.
+    is ``loss_and_gradient`` whose vocabulary size is already set, and may be compiled. The bool is False in an
+    evaluation, which needs no gradients; the forward pass of a Function cannot find this out by itself.
     """
 
     @staticmethod
@@ -502,9 +508,10 @@ def write_softmax(out_NV: Tensor, logits_NV: Tensor, peak_N: Tensor, rest_N: Ten
 
 
 def in_chunks(x: Tensor, logits_NV: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Split ``x`` by rows into chunks: as many rows as have at most ``chunk_elements`` logits, but at least one.
+    """Split ``x`` by rows into chunks. ``x`` has a row for each row of ``logits_NV``. The logits of the rows of a chunk
+    are at most ``chunk_elements`` numbers, but a chunk has at least one row.
 
-    ``x`` has a row for each row of ``logits_NV``. None means that ``x`` itself has the logits.
+    If ``logits_NV`` is None, ``x`` itself has the logits.
     """
     logits_NV = x if logits_NV is None else logits_NV
     return x.split(max(1, chunk_elements(logits_NV.device) // max(1, logits_NV.size(1))))

@@ -218,9 +218,11 @@ def shard_sequences(
 
 
 def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig) -> Attend:
-    """Return a function that replaces ``attention.attend``: ring attention, or attention to all-gathered keys.
+    """Return a function that replaces ``attention.attend``. ``parallel.cp_method`` chooses it: ring attention, or
+    attention to all-gathered keys and values.
 
-    It takes the queries, keys and values of this rank's tokens, and returns (B, H, T, C).
+    The function takes the queries, keys and values of this rank's tokens. It returns the result for these tokens,
+    (B, H, T, C).
     """
     if config.parallel.cp_method is CpMethod.ring:
         fused = attention.backend is not AttentionBackend.manual

@@ -145,7 +145,8 @@ class RowBucket(GradientBucket):
         return partial(self._receive, flat, arriving)
 
     def _receive(self, _flat: Tensor, arriving: Tensor) -> None:
-        """Wait for the sums. The argument ``_flat`` keeps the tensor that the collective reads until then."""
+        """Wait for the sums, and set them as the gradients of the shards. ``arriving`` is the result of the collective.
+        The collective reads ``_flat``; this argument only keeps that tensor in memory until the sums have arrived."""
         self.sums.copy_(collectives.wait_tensor(arriving))
         for shard, gradient in self._gradients:
             shard.grad = gradient
@@ -160,12 +161,12 @@ def row_buckets(parameters: Sequence[SplitParameter], mesh: DeviceMesh) -> list[
 
 
 class GradientReducer:
-    """Reduces gradients in buckets during the last backward pass of a step: a bucket is sent as soon as the backward
-    pass has computed its gradients, and all buckets before it were sent.
+    """Reduces gradients in buckets during the last backward pass of a step. A bucket is sent as soon as two conditions
+    hold: the backward pass has computed all gradients of the bucket, and all earlier buckets were sent.
 
-    So all ranks send the buckets in the same order, and every attempt of a run sums in the same order. At most
-    ``BUCKETS_IN_FLIGHT`` buckets are sent and not yet received at a time, because the memory of a bucket is freed only
-    when its sums have arrived.
+    So all ranks send the buckets in the same order, and every attempt of a run sums in the same order. The memory of a
+    bucket is freed only when its sums have arrived. So at most ``BUCKETS_IN_FLIGHT`` buckets are sent and not yet
+    received.
 
     Args:
         buckets: the buckets in the order in which they are sent.

@@ -39,7 +39,8 @@ Moment = float | torch.cuda.Event
 
 
 WORLD, BUBBLE = "world", "bubble"
-"""Names of spans for waits in collectives of all ranks, and for waits for another stage of the pipeline."""
+"""Names of two kinds of spans (``Span``): this rank waits in a collective of all ranks, or for another stage of the
+pipeline."""
 HOST = "host"
 """Name of spans in which the host does other work while the ranks communicate."""
 
@@ -61,8 +62,8 @@ class Span:
 
 
 _free: deque[torch.cuda.Event] = deque()
-"""GPU events of earlier steps that can be used again. Otherwise each step of a large model with fsdp would make
-thousands of events."""
+"""GPU events of earlier steps, which later steps use again. Without them, each step of a large model with fsdp would
+make thousands of new events."""
 
 
 class Timeline:
@@ -181,8 +182,9 @@ def current() -> Timeline | None:
 
 @contextmanager
 def waiting(name: str) -> Iterator[None]:
-    """Return a context that is recorded as a wait for other ranks, under the name ``name``. Inside is a collective, or
-    the wait for its result. Nothing is recorded outside of ``recorded``, and inside of another wait."""
+    """Return a context that is recorded as a wait for other ranks, under the name ``name``. The body of the context is
+    a collective, or the wait for its result. Nothing is recorded if no timeline is active (``recorded``), or if this
+    context is inside another wait."""
     timeline = _current
     if timeline is None or timeline.is_waiting:
         yield
@@ -198,7 +200,7 @@ def waiting(name: str) -> Iterator[None]:
 @contextmanager
 def working(is_fed: bool = False) -> Iterator[None]:
     """Return a context that is recorded as work of a pipeline stage. ``is_fed`` is True if the work begins with data
-    from another rank."""
+    from another rank. A call of ``receiving`` before the context has the same effect."""
     timeline = _current
     if timeline is None:
         yield
@@ -256,7 +258,8 @@ def flatten_mesh(mesh: DeviceMesh, names: Sequence[str]) -> DeviceMesh:
 def shard_mesh(mesh: DeviceMesh, within: str = "dp_shard") -> DeviceMesh:
     """Return the mesh over which FSDP shards parameters: the axes ``within`` and ``cp``, joined into one axis.
 
-    If ``mesh`` has the axis ``dp_replicate``, the result has two axes, and ``dp_replicate`` is the first.
+    ``within`` is ``dp_shard``, or ``edp`` for the parameters of experts (see ``expert_mesh``). If ``mesh`` has the axis
+    ``dp_replicate``, the result has two axes, and ``dp_replicate`` is the first.
     """
     names = mesh.mesh_dim_names or ()
     shard = flatten_mesh(mesh, [name for name in (within, "cp") if name in names])
@@ -268,9 +271,9 @@ def shard_mesh(mesh: DeviceMesh, within: str = "dp_shard") -> DeviceMesh:
 def mesh_without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
     """Return a mesh with one axis, which joins all axes of ``mesh`` except ``axes``.
 
-    The mesh has the ranks with the same index as this rank along each of ``axes``. Without ``pp`` these are the ranks
-    with the same layers. Without ``pp``, ``ep`` and ``tp`` these are the ranks with the same part of the model, which
-    compute other samples or tokens.
+    The result has the ranks whose index along each of ``axes`` is that of this rank. If ``axes`` is ``pp``, these are
+    the ranks with the same layers as this rank. If ``axes`` are ``pp``, ``ep`` and ``tp``, these are the ranks with the
+    same part of the model as this rank, and each of them computes other samples or tokens.
     """
     return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name not in axes])
 
@@ -453,11 +456,15 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
 
 
 def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
-    """Return the store with which torch.distributed connects the ranks; None if torch shall make one from its
-    environment variables.
+    """Return the key-value store with which torch.distributed connects the ranks; None if torch shall make a store from
+    its environment variables.
 
-    If the launcher's agent has started the ranks, the keys get a secret prefix, because the store answers any process
-    that reaches its port.
+    If the launcher's agent has started the ranks, all keys in the store get a secret prefix, because the store answers
+    any process that reaches its port.
+
+    Args:
+        size: number of ranks.
+        timeout: longest wait for a connection to the store, or for a key in it.
     """
     if size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()

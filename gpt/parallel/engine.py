@@ -197,7 +197,8 @@ class Engine:
     """
 
     module: nn.Module
-    """This rank's part of the model. Parameters have their names in the whole model, maybe after ``module.``."""
+    """This rank's part of the model. Its parameters have the same names as in the whole model. A wrapper may add the
+    prefix ``module.`` to them."""
     trained: nn.Module
     """The module whose parameters the optimizer updates and checkpoints store: ``module``, or a module with this rank's
     shards of its parameters."""
@@ -206,8 +207,8 @@ class Engine:
     layer_group: dist.ProcessGroup | None = None
     """Process group of the ranks with the same layers (pipeline stage); None means all ranks."""
     timed_groups: tuple[str, ...] | None = None
-    """Kinds of parallelism, such as ``tp``, whose waits the timeline of a step records. None if there are none, or if
-    some waits cannot be recorded."""
+    """Kinds of parallelism, such as ``tp``, whose waits the timeline of a step records. None if the run has no such
+    kind, or if the timeline cannot record some of the waits."""
     loss_scale: LossScale | None = None
     """Loss scale of fp16; None in other precisions."""
     loss_weight: float = 1.0
