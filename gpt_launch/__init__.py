@@ -30,11 +30,11 @@ __path__.append(str(ROOT))
 
 
 def as_typed(text: str) -> str:
-    """Return ``text`` with the commands that the user can type.
+    """Return ``text`` with each command of the launcher in the form in which the user can type it.
 
     If ``gpt-launch`` or ``python -m gpt_launch`` started this process, each ``python -m launch`` becomes
-    ``gpt-launch``. In a project with a ``launch.py`` of its own, ``python -m launch`` would run that file. Otherwise
-    ``text`` is returned unchanged.
+    ``gpt-launch``, because the user's project may have a ``launch.py``, which ``python -m launch`` would run. If
+    another command started this process, ``text`` is returned unchanged.
     """
     if Path(sys.orig_argv[0] if len(sys.orig_argv) < 2 else sys.orig_argv[1]).name != "gpt-launch" and (
         sys.orig_argv[1:3] != ["-m", "gpt_launch"]

@@ -68,8 +68,8 @@ SHOWING = ("help", "hydra_help", "cfg", "info", "shell_completion", "run")
 def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
     """Return (flags, parsed) for the arguments ``argv`` of the command line.
 
-    ``flags`` are the flags of Hydra with their values. ``parsed`` has all arguments, as Hydra's parser reads them.
-    The parser is called here because Hydra itself accepts no flag between overrides, and refuses with long messages.
+    ``flags`` are the flags of Hydra with their values. ``parsed`` has all arguments, as Hydra's parser reads them. This
+    function calls the parser itself, because Hydra accepts no flag between overrides, and its error messages are long.
 
     Raises:
         ConfigError: Hydra does not have a flag, a flag lacks its value, or a flag does not fit -m.
@@ -137,7 +137,10 @@ def run_point(composed: DictConfig) -> None:
 
 @refusing
 def main() -> int:
-    """Return the exit status: 0 all points finished, 1 a point failed, 2 refused, 130 stopped by Ctrl-C."""
+    """Run the points of the command line.
+
+    Returns the exit status: 0 all points finished, 1 a point failed, 2 refused, 130 stopped by Ctrl-C.
+    """
     if "--version" in sys.argv[1:]:
         print(f"gpt-launch {__version__}")
         return 0

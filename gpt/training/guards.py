@@ -40,8 +40,8 @@ class LossWindow:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def into(self, record: StepRecord) -> None:
-        """Add the loss of the step of ``record``, unless the loss is not finite. Put the variance of the last
-        ``WINDOW`` losses into ``record``."""
+        """Add the loss of the step of ``record``, unless the loss is not finite. When at least ``WINDOW`` losses are
+        known, put the variance of the last ``WINDOW`` losses into ``record``."""
         if record.loss is not None:
             self._losses.append(record.loss)
         if len(self._losses) == WINDOW:
@@ -72,10 +72,11 @@ class BadSteps:
 
 
 SPIKE_WINDOW = 100
-"""Number of previous steps with whose losses a loss is compared to find a spike. While fewer losses are known, no loss
-counts as a spike."""
+"""Number of losses in the search for a spike. The loss of a step is compared with the losses of this many previous
+steps. While fewer losses are known, no loss counts as a spike."""
 MAX_ROLLBACKS = 2
-"""Largest number of roll-backs without a newer checkpoint. Then the run fails, and the launcher does not restart it."""
+"""Largest number of roll-backs without a newer checkpoint between them. If the run has to roll back once more, it fails
+instead, and the launcher does not restart it."""
 
 
 class DivergenceGuard:
@@ -86,16 +87,17 @@ class DivergenceGuard:
         self.skipped = 0
         """Number of steps of the run in which no weights were updated."""
         self.rollbacks = 0
-        """Number of consecutive roll-backs. The save of a checkpoint after the bad steps of the last roll-back sets it
-        to 0."""
+        """Number of consecutive roll-backs. It becomes 0 when the run saves a checkpoint of a step after the bad steps
+        of the last roll-back."""
         self._failed_at = 0
-        """Last bad step of the last roll-back; 0 before the first."""
+        """Number of the last of the bad steps that caused the last roll-back; 0 before the first roll-back."""
         self._bad: list[int] = []
         """Numbers of the last consecutive steps whose loss or gradients were not finite; empty after a good step."""
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def judge(self, record: StepRecord) -> BadSteps | None:
-        """Check the record of a step. Put into the record the number of steps that the run has skipped so far.
+        """Check the record of a step. Put into the record in how many steps so far the run has updated no weights, if
+        there is such a step.
 
         Returns:
             The steps because of which the run has to roll back; None if it need not.
@@ -159,7 +161,7 @@ class DivergenceGuard:
         return {**counts, "losses": list(self._losses)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore a result of the method ``state``."""
+        """Restore the values that the method ``state`` has returned, and forget the newest bad steps."""
         self.skipped, self.rollbacks, self._failed_at = state["skipped_steps"], state["rollbacks"], state["failed_at"]
         self._bad = []
         self._losses = deque(state["losses"], maxlen=SPIKE_WINDOW)
@@ -177,18 +179,22 @@ def is_bad(record: StepRecord) -> bool:
 
 
 def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
-    """Return the step, out of ``steps`` with checkpoints, to which the run rolls back; None if there is none.
+    """Return the step of the checkpoint to which the run rolls back; None if no checkpoint is old enough.
 
-    The step is that of the newest checkpoint after which the run has made at least one good step. If there is no such
-    checkpoint, it is the step just before ``first_bad``.
+    The checkpoint is the newest one after which the run has made at least one good step. If there is no such
+    checkpoint, it is the checkpoint of the step just before ``first_bad``.
+
+    Args:
+        steps: steps of which a checkpoint exists.
+        first_bad: number of the first bad step.
     """
     proven = [step for step in steps if step < first_bad - 1]
     return max(proven or (step for step in steps if step < first_bad), default=None)
 
 
 def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
-    """Return the newest event ``rolled_back`` to the step ``step``. Events before the checkpoint of ``step`` was saved
-    do not count. None if there is no such event.
+    """Return the newest event ``rolled_back`` that names ``step`` as the step to which the run rolled back; None if
+    there is none. An event before the newest save of the checkpoint of ``step`` does not count.
 
     The event names the batches that the roll-back has skipped. An attempt that resumes from ``step`` must skip them,
     too.
@@ -203,7 +209,8 @@ def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
 
 
 def remedy(config: TrainConfig) -> str:
-    """Return a line of text that proposes overrides for a run that diverges: to start again, in a new run folder."""
+    """Return a line of text for the error message of a run that diverges. The text proposes overrides with which the
+    user starts the run again from the beginning, in a new run folder."""
     optim = config.optim
     clip = f"optim.grad_clip={optim.grad_clip / 2:g}" if optim.grad_clip else "optim.grad_clip=1"
     exact = "precision=fp32, or " if config.precision.is_half else ""
@@ -272,7 +279,7 @@ class EarlyStop:
         return {"waited": self.waited, **(best if self.best_step else {})}  # JSON has no infinity
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore a result of the method ``state``. ``config`` stays that of this attempt."""
+        """Restore the values that the method ``state`` has returned. The attribute ``config`` does not change."""
         self.best, self.best_step = state.get("best", math.inf), state.get("best_step", 0)
         self.waited = state["waited"]
         self.best_per_byte = state.get("best_per_byte")
@@ -339,7 +346,8 @@ class Finding:
     is_slow: bool
     """True if the rank has become slow, False if it has recovered."""
     own_s: float
-    """Mean seconds of the rank's steps over the window, without waits for other ranks."""
+    """Mean seconds of the rank's last steps, without waits for other ranks. ``STRAGGLER_WINDOW`` is the number of
+    steps."""
     median_s: float
     """Median over all other ranks of their mean seconds per step, without waits for other ranks."""
 
@@ -383,7 +391,8 @@ class StragglerWatch:
     """Collects the own times of all ranks (the seconds of a step without waits for other ranks), and reports slow
     ranks.
 
-    The all-reduce of each step also sums the own times of an earlier step: the last one whose figures were read.
+    The all-reduce of each step also sums own times over the ranks. These are the own times of an earlier step: the
+    newest step whose figures the host has read.
     """
 
     def __init__(self, run: Run) -> None:
@@ -398,8 +407,9 @@ class StragglerWatch:
         self._own_s = 0.0
 
     def own_times(self, like: Tensor) -> Tensor:
-        """Return a tensor, (size,), that is 0 except at the index of this rank, with its own time in seconds of the
-        last step that was read. The sum over the ranks has the own times of all ranks.
+        """Return what this rank adds to the sum of a step: a tensor, (size,), that is 0 except at the index of this
+        rank. There it is the own time in seconds of the newest step whose figures this rank has read. So the sum over
+        the ranks contains the own time of every rank.
 
         The tensor has the dtype and device of ``like``. The host does not wait for the device.
         """
@@ -408,9 +418,13 @@ class StragglerWatch:
         return times
 
     def after(self, record: StepRecord, times: Sequence[float]) -> None:
-        """Read the record of a step on this rank, and ``times``, the own times of all ranks in seconds, which this step
-        has summed. On rank 0, put the shortest and the longest into the record, and report ranks that have become slow
-        or recovered."""
+        """Store the own time of this rank for the next call of ``own_times``. On rank 0, put the shortest and the
+        longest of ``times`` into the record, and report ranks that have become slow or recovered.
+
+        Args:
+            record: record of a step on this rank, after the end of the step.
+            times: own times of all ranks in seconds, in the order of the ranks, as this step has summed them.
+        """
         if not self.size:
             return
         self._own_s = record.step_time_s - (record.comm_s or 0.0) - (record.bubble_s or 0.0)

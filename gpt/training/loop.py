@@ -123,13 +123,14 @@ class Pause(NamedTuple):
     last: bool
     """True after the last step of the run."""
     evaluates: bool
-    """True to evaluate."""
+    """True to compute the validation loss and the results of ``eval.tasks``."""
     compares: bool
     """True to compare the parameters of replicas."""
     saves: bool
     """True to save a checkpoint to disk."""
     remembers: bool
-    """True to save a checkpoint to the memory of the nodes. It is not saved there if ``saves`` is True."""
+    """True to save a checkpoint to the memory of the nodes. If ``saves`` is True as well, the checkpoint is saved to
+    disk only."""
 
 
 class Loop:
@@ -156,8 +157,9 @@ class Loop:
         """Steps because of which the run has to roll back, found after the next step was queued; None if there are
         none."""
         self._pending_requests: QueuedStep | None = None
-        """The queued step whose requests are not read yet; None if there is none. The record of a profiled step is
-        completed before its requests are read."""
+        """The queued step whose requests are not read yet; None if there is none. This is mostly the step of
+        ``_pending_metrics``. When the profiler starts or stops after a step, the record of the step is completed first,
+        and its requests are read one step later."""
         self._carried_requests: Requests = frozenset()
         """Requests of steps that a roll-back has discarded, to be served after the next step."""
         self._clock = time.perf_counter()
@@ -194,8 +196,8 @@ class Loop:
         return outcome or "finished"
 
     def _read_former(self) -> None:
-        """Complete and write the record of the step before the one that was queued last. Do nothing if that is already
-        done."""
+        """Complete and write the record of the previous step, while the next step is being queued. Do nothing if the
+        record is already written."""
         if self._pending_metrics is not None:
             record, self._divergence = self._read(self._pending_metrics)
             self.writers.write(record)
@@ -214,8 +216,8 @@ class Loop:
         return requests
 
     def _read_votes(self, step: QueuedStep) -> Requests:
-        """Wait for ``step``, which has summed the status of the save in flight over all ranks, and advance the save by
-        it. Return the requests of all ranks that the step has summed."""
+        """Wait for the end of ``step``. The step has summed the status of the save in flight over all ranks; advance
+        the save by this sum. Return the requests of all ranks at ``step``."""
         self._schedule.advance(step.votes.phase, step.votes_of_all())
         return step.requests_of_all()
 

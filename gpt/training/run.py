@@ -1,4 +1,4 @@
-"""Set-up of a run: the request of a command line, the objects of a run, its environment, and its first weights."""
+"""Set-up of a run: what its command line requests, the objects of a run, its environment, and its first weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def machine_of_rank(config: TrainConfig, world: World) -> Machine:
     """Return the hardware of this rank's node, for ``parallel=auto``. All nodes are assumed to be equal.
 
     Raises:
-        ConfigError: the peak or memory of the device is unknown.
+        ConfigError: the peak FLOPs per second or the memory of the device is unknown.
     """
     if world.device.type != "cuda":
         return cpus(free_memory() // world.local_size, world.local_size)
@@ -87,7 +87,7 @@ def machine_of_rank(config: TrainConfig, world: World) -> Machine:
 
 @dataclass
 class Request:
-    """The request of a command line."""
+    """What a command line of ``gpt.train`` requests: a config, and the run folder if the command line names it."""
 
     config: TrainConfig
     folder: RunFolder | None
@@ -117,8 +117,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_request(words: argparse.Namespace) -> Request:
-    """Return the request of a parsed command line: with the config in the folder of ``--run``, or with the config that
-    the overrides compose.
+    """Return what a parsed command line requests. With ``--run``, the config is that of the run folder; otherwise Hydra
+    composes it from the overrides.
 
     Raises:
         ConfigError: the config cannot work.
@@ -221,13 +221,14 @@ class Run:
     """Description of the folder ``init_from``, if this attempt has begun with its weights; None if it has begun with
     random weights or with a checkpoint."""
     compiled: CompileCache | None = None
-    """Cache of torch's compiler whose new files this rank has to share; None if it shares none."""
+    """Cache of torch's compiler, if this rank has to copy new files of its node to the shared filesystem; else None."""
     step: int = 0
-    """Number of the last step; 0 before the first one."""
+    """Number of the step that was queued or restored last; 0 before the first step."""
     hosts: tuple[str, ...] = ()
     """Name of each rank's host; empty before ``describe_attempt``."""
     restore_s: float | None = None
-    """Seconds that the last load of a checkpoint took, until a step record has them; otherwise None."""
+    """Seconds that the last load of a checkpoint took. None if no checkpoint was loaded, or if a step record already
+    has the seconds."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -243,11 +244,11 @@ def prepare_tokens(config: TrainConfig) -> Tokens:
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
-    """Return the number of this attempt: the number that the launcher has given, or without the launcher the next free
-    number.
+    """Return the number of this attempt, and open its folder for the launcher's client. Collective.
 
-    Collective. ``launched`` is the launcher's client on this rank. After this call, it writes its records into the run
-    folder.
+    Under the launcher, the number is the one that the launcher has given; without the launcher, it is the next free
+    number. ``launched`` is the launcher's client on this rank. After this call, the client writes its records into the
+    run folder.
     """
     attempt = launched.attempt if launched.folder is not None else world.on_first(folder.create_attempt)
     launched.open_folder(folder.path, attempt)

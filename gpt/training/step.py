@@ -39,11 +39,14 @@ NO_VOTES = Votes()
 
 
 def fill_in_phases(record: StepRecord, timeline: Timeline, groups: Sequence[str] | None) -> None:
-    """Put the seconds of forward and backward, optimizer and communication into the record of a step. The device must
-    have finished the step.
+    """Put the times of the parts of a step into its record, in seconds: forward and backward, optimizer, and
+    communication. The device must have finished the step.
 
-    ``groups`` are the kinds of parallelism whose waits ``timeline`` has. None means that they are not known;
-    communication is then left out of the record.
+    Args:
+        record: record of the step.
+        timeline: times of this rank in the step, with its waits for other ranks.
+        groups: kinds of parallelism, such as ``tp``, whose waits are in ``timeline``. None means that these waits are
+            not known; the record then gets no time of communication.
     """
     data, reduced, updated = (timeline.seconds(moment) for moment in timeline.marks)
     spans = timeline.spans()
@@ -74,8 +77,8 @@ not examined."""
 
 
 GC_INTERVAL = 50
-"""Steps between runs of Python's garbage collector, on all ranks in the same step. Otherwise each rank would collect in
-another step, and the other ranks would wait each time."""
+"""Number of steps between two runs of Python's garbage collector. All ranks run it in the same step. If each rank ran
+it in another step, all other ranks would wait each time."""
 
 
 @contextmanager
@@ -162,10 +165,11 @@ class QueuedStep:
     tokens: int
     """Number of tokens of the global batch."""
     votes: Votes
-    """Status of the save in flight on this rank. The step sums its figures over all ranks."""
+    """Status of the save in flight on this rank. The step sums ``votes.figures`` over all ranks."""
     timeline: Timeline
     timed_groups: tuple[str, ...] | None
-    """``Engine.timed_groups`` of the engine that makes the step."""
+    """Kinds of parallelism, such as ``tp``, whose waits are in ``timeline``; None if some are not known
+    (``Engine.timed_groups``)."""
 
     def read(self) -> dict[str, list[float]]:
         """Wait for the end of the step. Return name of a figure -> its values."""
@@ -301,8 +305,9 @@ def queue_step(
 
 
 def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
-    """Change the balance bias of each expert by the numbers of tokens of this step, over all ranks. Collective. The
-    host does not wait for the device.
+    """Adapt the balance bias of each expert to its number of tokens in this step, over all ranks. An expert with fewer
+    tokens than the mean gets a larger bias, an expert with more tokens a smaller one. Collective. The host does not
+    wait for the device.
 
     No bias changes if ``skip``, a bool tensor (), is true.
 

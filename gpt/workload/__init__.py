@@ -103,7 +103,7 @@ EXAMPLE = 'python -m launch.project --fit "7e9 params, 1e12 tokens, 30 days" --g
 MOST_PARAMETERS = 1e15
 """Largest number of parameters of a model of a given size."""
 SHOWN = 2
-"""Number of layouts that ``GptWorkload.set_ups`` returns."""
+"""Largest number of layouts that ``GptWorkload.set_ups`` returns."""
 
 
 def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
@@ -141,9 +141,11 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
 
 
 def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> TrainConfig:
-    """Return the config with a model of the size of ``goal``. The global batch stays if ``has_batch`` is True;
-    otherwise it becomes the default of about ``TOKENS_PER_STEP`` tokens. ``optim.weak_scaling`` is false in the
-    result."""
+    """Return ``config`` with a model of the size of ``goal``, and with ``optim.weak_scaling`` set to false.
+
+    ``has_batch`` is True if the user has set the global batch, which then stays. If it is False, the global batch
+    becomes the default of about ``TOKENS_PER_STEP`` tokens.
+    """
     model = sized_model(config.model, goal.parameters)
     optim = config.optim
     if not has_batch:
@@ -153,7 +155,8 @@ def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> Tr
 
 
 def as_set_up(config: TrainConfig, choice: LayoutChoice, world_size: int, machine: Machine) -> SetUp:
-    """Return a layout as ``launch.project`` shows it: its parallelism, time, memory, utilization, and overrides."""
+    """Return the layout ``choice`` in the form that ``launch.project`` shows: parallelism, time of a step, memory of a
+    rank, utilization of the peak, and the overrides to type for it."""
     model, found = config.model, choice.estimate
     peak = peak_flops(machine.device, config.precision)
     rate = training_flops_per_token(model).palm * found.tokens_per_s / world_size
@@ -195,11 +198,12 @@ class GptWorkload(Workload):
     figures = step_figures()
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Replace relative paths in a composed config by absolute ones, in place."""
+        """Replace relative paths in a composed config by absolute ones, in place. They are relative to the current
+        folder."""
         make_paths_absolute(document)
 
     def computes_on_cpus(self, config: TrainConfig) -> bool:
-        """Return True if the config requires CPUs on every machine."""
+        """Return True if the ranks compute on CPUs on every machine, even on one with GPUs (``device=cpu``)."""
         return config.device is Device.cpu
 
     def plan(self, config: TrainConfig, request: PlanRequest) -> WorkloadPlan:
@@ -275,8 +279,12 @@ class GptWorkload(Workload):
         return estimated_step(config, dims, split_batch_over_nodes(config, dims, request), request)
 
     def rehearse(self, config: Any, folder: RunFolder) -> bool:
-        """Run ``gpt.rehearse`` for a run folder, in another process, because the launcher's process loads no torch.
-        Return True if the rehearsal has found no fault. The rehearsal prints its result."""
+        """Rehearse a run in another process, because the launcher's process loads no torch.
+
+        The process runs ``gpt.rehearse``, which makes two training steps of some ranks, without a GPU and on tensors
+        without values. The rehearsal prints its result. Return True if it has found no fault: the run would not hang,
+        wait for its GPUs, or need more memory than they have.
+        """
         stated = config.cluster
         gpu = stated.gpu_name if stated.gpu_name and expand(stated.gpu_name) else ""
         words = [*(sys.executable, "-m", "gpt_launch", "gpt.rehearse", "--run", str(folder.path), "--gpu", gpu)]

@@ -75,7 +75,7 @@ def gpu_memory(request: PlanRequest) -> int | None:
     if the memory of the named GPU is unknown.
 
     Raises:
-        ConfigError: the config states only a name, and it is unknown, or fits GPUs with different memory.
+        ConfigError: the config states only a name, and this name is unknown, or fits GPUs with different memory.
     """
     cluster = request.cluster
     if cluster.gpu_memory_gib is not None:
@@ -85,12 +85,14 @@ def gpu_memory(request: PlanRequest) -> int | None:
 
 
 def gpu_name(request: PlanRequest) -> str | None:
-    """Return the whole name of the GPUs: stated by the config, found on this machine, or reported by Slurm; None if
-    unknown. If Slurm's name means several GPUs, return the one with the least memory; the peaks of these GPUs are
-    equal.
+    """Return the whole name of the GPUs; None if it is unknown. The name in the config comes first, then that of the
+    GPUs of this machine, then that which Slurm reports.
+
+    A name that Slurm reports can mean several GPUs with equal peaks. The result is then the one with the least memory.
 
     Raises:
-        ConfigError: the config states a name without the memory, and it is unknown, or fits GPUs with different memory.
+        ConfigError: the config states a name without the memory, and this name is unknown, or fits GPUs with different
+            memory.
     """
     said = known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
     told = expand(request.gpu_type) if said is None and request.gpu_type is not None else []
@@ -404,7 +406,8 @@ def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: Pla
 
 
 def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
-    """Raise ConfigError if a run that has begun cannot continue with the number of ranks of ``request``.
+    """Raise ConfigError if a run that has begun cannot continue with the number of ranks of ``request``. With
+    ``optim.weak_scaling``, always raise it, because the global batch follows from the number of ranks.
 
     Micro-batches, accumulation and shards follow from the number of ranks. The degrees of parallelism in the config
     stay.

@@ -1,4 +1,4 @@
-"""The project's launcher and sweeper as Hydra plugins, and a refusal of other launchers that start too few agents.
+"""The project's launcher and sweeper as Hydra plugins, and a refusal of launchers that start a wrong number of agents.
 
 Hydra finds launchers only in the namespace package ``hydra_plugins``.
 """
@@ -38,11 +38,11 @@ def tasks_of(launcher: DictConfig) -> int | None:
 
 
 def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
-    """Raise ConfigError if a launcher would not start one agent for each node of every point.
+    """Raise ConfigError if another launcher of Hydra would not start one agent for each node of every point.
 
     Args:
         points: composed configs with Hydra's own keys.
-        chosen: option of the group ``hydra/launcher``.
+        chosen: name of that launcher, the chosen option of the group ``hydra/launcher``.
     """
     # Hydra imports this module in every app of the environment, even in a project with its own launch.py.
     from launch.errors import ConfigError, counted
@@ -71,7 +71,10 @@ SEARCHING = ("hydra_optuna_sweeper", "hydra_ax_sweeper", "hydra_nevergrad_sweepe
 
 
 class PerPointLauncher(Launcher):
-    """Hydra launcher that runs all points of a sweep together; for a search, all points of one batch."""
+    """Hydra launcher that runs the points of a sweep by ``launch.runner.run_sweep``.
+
+    It runs all points together that the sweeper passes in one call: the whole sweep, or one batch of a search.
+    """
 
     def __init__(self) -> None:
         self.context: HydraContext | None = None
@@ -83,11 +86,13 @@ class PerPointLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose, submit, watch and report the points, and return the objective of each.
+        """Compose, submit, watch and report the points, and return the result of each.
 
-        A point that cannot run or does not finish is a failed point. A searching sweeper gets a failed job for it, and
-        decides what follows, for example by Optuna's ``max_failure_rate``. In any other sweep, a failed point makes
-        this method raise an error.
+        The result contains the objective of the point: the figure by which the sweeper compares points.
+
+        A point that cannot run or does not finish is a failed point. If the sweeper searches (it is not in ``GRID``),
+        it gets a failed job for this point, and decides what follows, for example by Optuna's ``max_failure_rate``. In
+        any other sweep, a failed point makes this method raise an error.
 
         Args:
             job_overrides: overrides of each point.
@@ -176,14 +181,17 @@ def job_return(overrides: Sequence[str], result: PointResult | Exception | None)
 class PerPointSweeper(BasicSweeper):
     """Hydra sweeper that composes each point once.
 
-    Stock sweepers compose each batch to check it, and the launcher composes it again.
+    Other sweepers compose each batch of points to check it, and the launcher then composes the batch again.
     """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Check a batch of points as Hydra does. Does nothing if the project's launcher runs the batch and checks it.
+        """Compose the points of a batch, and check that another launcher of Hydra can run them.
+
+        Hydra calls this method before a launcher runs the batch. The method does nothing if the launcher is
+        ``PerPointLauncher``, which composes and checks the points itself.
 
         Raises:
-            ConfigError: a stock launcher would start another number of agents than a point has nodes.
+            ConfigError: the other launcher would start another number of agents than a point has nodes.
         """
         if isinstance(self.launcher, PerPointLauncher):
             return

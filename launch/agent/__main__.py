@@ -260,7 +260,10 @@ OWN_NAME = (
     *("started", "requeued", "requeue_failed", "node_lost", "node_sick", "budget_reached"),
     *("save_failed", "rolled_back", FEWER_NODES),
 )
-"""Events whose own names the user's command receives. ``event_name`` derives the names of other events."""
+"""Events that the user's command receives under the names that they have in the event log.
+
+``event_name`` selects the other events for the command, and gives them names.
+"""
 
 
 def event_name(event: Mapping[str, Any]) -> str | None:

@@ -61,7 +61,7 @@ class NodeRanks:
 
     @property
     def shell(self) -> tuple[str, ...]:
-        """Command, equal for all ranks, of a shell that opens the log of rank ``$RANK`` and becomes the program."""
+        """Command of a shell that opens the log of rank ``$RANK`` and then becomes the program; equal for all ranks."""
         return ("/bin/sh", "-c", START_RANK, "sh", self.workdir, str(self.logs), *self.args)
 
 
@@ -148,7 +148,10 @@ FAILED_RANK = re.compile(r"local_rank[:=] ?(\d+)\)?,?\s+(?:pid=(\d+), )?exitcode
 Groups: local rank, process id of ft_launcher's form, exit status, process id of torchrun's form.
 """
 ENDED_RANK = re.compile(r"Sending process (\d+) closing signal")
-"""Pattern of a rank that torchrun or ft_launcher ends because another rank has failed. Group: process id."""
+"""Pattern of the line that torchrun or ft_launcher prints when it ends a rank, because another rank has failed.
+
+Group: process id of the rank that it ends.
+"""
 
 SHIELD = """
 import ctypes, os, runpy, signal, sys
@@ -238,7 +241,9 @@ class TorchrunEngine:
         return self._ends
 
     def _kill_late_ranks(self) -> None:
-        """Kill ranks that outlast torchrun's SIGTERM by ``LAST_MESSAGES_S``. torchrun itself would wait 30 s."""
+        """Kill ranks that still run ``LAST_MESSAGES_S`` seconds after torchrun's SIGTERM. torchrun itself would wait 30
+        s.
+        """
         late = self.ranks()
         if not 0 < len(late) < len(self._numbers) or not ENDED_RANK.search(self._printed()):
             return
@@ -252,7 +257,8 @@ class TorchrunEngine:
     def _read_ends(self, status: int) -> Mapping[int, int | None]:
         """Return rank -> exit status, after torchrun has failed with ``status``; None for a rank that torchrun killed.
 
-        Without a table of failed ranks in torchrun's output, each rank gets ``status``.
+        If torchrun's output has no table of failed ranks, each rank gets ``status``, and the end of the output goes
+        into the log of the first rank.
         """
         printed = self._printed()
         ended, failed = ENDED_RANK.findall(printed), {}

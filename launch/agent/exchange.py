@@ -161,18 +161,21 @@ def connect(term: Term, answer_s: float) -> RendezvousEndpoint:
 FIRST_S, EACH_S = 0.2, 0.1
 """Node i claims the next term ``FIRST_S + i * EACH_S`` seconds after the loss of the head node."""
 ALONE_S = 2.0
-"""Additional wait in seconds unless more than half of the nodes have lost the head node.
+"""Additional wait in seconds before a node claims the next term, unless more than half of the nodes have lost the head
+node.
 
-This node may be the one that is cut off. The head node then begins a term without this node meanwhile.
+Without this majority, the waiting node may be the one that is cut off. The head node can then begin a term without the
+waiting node during the wait.
 """
 VOTERS = 16
-"""Largest number of nodes whose loss of the head node is counted."""
+"""Largest number of nodes that ``is_majority`` counts."""
 
 
 def is_majority(folder: RunFolder, node: Node, term: Term) -> bool:
-    """Return whether more than half of the nodes that ``term`` has not lost, with ``node``, have lost its head node.
+    """Return whether more than half of the nodes have lost contact with the head node of ``term``.
 
-    Only the first ``VOTERS`` of these nodes are counted: the first nodes are the first that may claim the next term.
+    ``node`` is this node, which has lost the contact. Nodes that ``term`` names as lost do not count. Of the other
+    nodes, only the first ``VOTERS`` count, because the first nodes are the first that may claim the next term.
     """
     lost = dict(term.lost)
     voters = [index for index in range(node.count) if index not in lost][:VOTERS]
@@ -231,13 +234,16 @@ class RequestState(msgspec.Struct, frozen=True):
     """
 
     wants: int = 0
-    """Largest value that a rank of the node, or its agent, has requested; 0 if none.
+    """Largest value that the ranks of the node, and its agent, have requested; 0 if none.
 
-    The value is a signal number (``FROM_FILE`` for the file STOP) for a stop, and the number of requested saves for a
-    save.
+    For a stop, the value is a signal number, or ``FROM_FILE`` for the file STOP. For a save, the value is the number of
+    saves that were requested so far.
     """
     held: int = 0
-    """Number of the ticket (``Ticket.number``) for which all ranks of the node wait at their next poll; 0 if none."""
+    """Number of the ticket for which all ranks of the node wait at their next poll; 0 if none.
+
+    A ticket is a decision of the head node (``Ticket``).
+    """
     most: int = 0
     """Largest number of polls that a rank of the node has made."""
     least: int = 0
@@ -272,7 +278,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """Number of this message, from 0; -1 if none was sent."""
     host: str = ""
     switches: tuple[str, ...] = ()
-    """Switches above this node, as in ``Node``."""
+    """Names of the switches above this node (``Node.switches``)."""
     ready: int = -1
     """Number of the round for which this node is ready; -1 if none."""
     faults: tuple[Fault, ...] = ()
@@ -286,7 +292,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     node.
     """
     bye: bool = False
-    """True if the agent is leaving."""
+    """True if the agent is leaving the group of agents."""
     agreement: int = -1
     """Number of the round to which ``reports`` and ``tickets`` apply; -1 if none."""
     reports: tuple[RequestState, ...] = ()
@@ -318,17 +324,17 @@ ROUND_KEY = "round"
 INTERVAL_S = 0.1
 LONGEST_INTERVAL_S = 0.5
 EXCHANGES_PER_S = 800
-"""Exchanges per second of all agents together, for 80 to 400 agents.
+"""Number of exchanges that 80 to 400 agents together make in a second.
 
 In one exchange, one agent reads the messages of other agents and writes its own. With fewer agents, each agent
 exchanges every ``INTERVAL_S`` seconds; with more agents, every ``LONGEST_INTERVAL_S`` seconds.
 """
 QUICK_S = 0.02
-"""Seconds between two exchanges while ranks wait for an agreement."""
+"""Seconds between two exchanges while ranks wait for an agreement on the step of a stop or save."""
 QUICK_EXCHANGES_PER_S = 8000
-"""Exchanges per second of all agents together while ranks wait for an agreement, for 160 to 4,000 agents."""
+"""Number of exchanges that 160 to 4,000 agents together make in a second while ranks wait for an agreement."""
 QUICK_READS_PER_S = 16_000
-"""Messages per second that the head node reads while ranks wait for an agreement, for 320 to 8,000 agents."""
+"""Number of messages that the head node of 320 to 8,000 agents reads in a second while ranks wait for an agreement."""
 POLL_S = 0.1
 """Seconds between two checks of an agent that waits for its ranks, or for messages of other agents."""
 
@@ -481,9 +487,10 @@ class Heartbeat:
 
 
 BARRIER_S = 0.05
-"""Seconds between setting ``hold`` in a rank's heartbeat file and reading how often the rank has polled.
+"""Seconds for which an agent waits after it has set ``hold`` in the heartbeat files of its ranks.
 
-By then the rank sees ``hold``, since a write is visible to other processors after microseconds.
+``hold`` makes a rank wait at its next poll. After these seconds every rank sees ``hold``, since a write is visible to
+other processors after microseconds. The agent then reads how often each rank has polled.
 """
 
 

@@ -138,8 +138,9 @@ class ForkServer:
     def start(self, args: Sequence[str], env: Mapping[str, str], cwd: str, log: str) -> ForkedProcess | None:
         """Fork a rank. Returns None if the agent has to execute the rank instead.
 
-        A fork needs a command ``python -m MODULE`` or ``python FILE``, a server that has imported its modules, and the
-        same variables of ``EARLY`` as during the imports; with ``-m`` also the same working directory.
+        A fork needs all of this: a command ``python -m MODULE`` or ``python FILE``; a server that has imported its
+        modules; for each variable of ``EARLY``, the value that it had during the imports; with ``-m``, also the same
+        working directory.
 
         Args:
             args: program and arguments.
@@ -399,7 +400,10 @@ def exit_status(program: Callable[..., object], *args: object) -> int:
 
 
 def leave() -> int:
-    """Do what Python does at its exit, without destroying objects. Returns 120 if output is lost, else 0."""
+    """Wait for threads, call the functions of ``atexit`` and flush the output, as Python does at its exit.
+
+    Unlike Python, the function destroys no objects. Returns 120 if output is lost, else 0.
+    """
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does it in its own forks
     atexit._run_exitfuncs()
     status = 0
@@ -425,8 +429,9 @@ def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> 
 
     ``words`` are the program and arguments to show.
 
-    Linux shows the memory that contained both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
-    This function overwrites that memory, and cuts off text that does not fit.
+    Linux shows the memory into which the kernel wrote command line and environment when the process was executed
+    (proc(5), /proc/PID/stat, fields 48 to 51). This function overwrites that memory, and cuts off text that does not
+    fit.
     """
     with suppress(OSError, ValueError, IndexError):
         fields = [int(field) for field in Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[45:49]]

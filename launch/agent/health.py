@@ -39,10 +39,10 @@ GAUGES: Mapping[str, tuple[str, float, Sequence[str]]] = {
     "temperature_c": ("nvmlDeviceGetTemperature", 1, ["NVML_TEMPERATURE_GPU"]),
     "throttle_reasons": ("nvmlDeviceGetCurrentClocksThrottleReasons", 1, []),
 }
-"""Gauge of ``launch.runs.environment`` -> function of NVML, divisor, and names of the function's constants.
+"""Gauge of ``launch.runs.environment`` -> function of NVML, divisor, and names of NVML's constants.
 
-The divisor gives the unit in the gauge's name. Drivers from 535 on have these functions, and newer drivers keep the
-names.
+The constants are arguments of the function. The divisor gives the unit in the gauge's name. Drivers from 535 on have
+these functions, and newer drivers keep the names.
 """
 
 
@@ -251,7 +251,7 @@ MIB, GIB = 2**20, 2**30
 SLACK = GIB
 """Bytes by which the memory in use on a GPU may grow between two starts without a fault.
 
-Other programs may use them.
+Other programs may use this much.
 """
 MEMORY_WAIT_S, MEMORY_POLL_S = 50.0, 0.2
 """Longest wait until GPUs have freed the memory of ended ranks, and the time between two readings, in seconds."""
@@ -274,7 +274,9 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class HealthCheck:
-    """The health checks of one node, with the state of the node at the first check, for the life of the agent.
+    """The health checks of one node, as one object for the life of the agent.
+
+    The object keeps the state of the node at the first check, and compares the later states with it.
 
     Args:
         run_dir: folder of the run, whose filesystem needs free space.

@@ -317,7 +317,10 @@ class Term(msgspec.Struct, frozen=True):
 
 
 def newest_term(folder: RunFolder, job: str) -> Term | None:
-    """Return the newest term of the start of the job that is named ``job``; None if there is no term yet."""
+    """Return the newest term of one start of the job; None if there is no term yet.
+
+    ``job`` is the name of this start (``Node.job``).
+    """
     place = folder.path / ".launch"
     # An NFS client reads the list of a folder anew, but may look up a single name in its cache.
     numbers = numbers_in(place, f"{job}.", ".json")

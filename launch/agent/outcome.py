@@ -76,7 +76,8 @@ Answer = TypeVar("Answer")
 CONTROLLER_WAIT_S = 12 * 3600.0
 """Longest time in seconds that a decision waits for Slurm's controller.
 
-A failover takes minutes, an upgrade or a restored database hours. By then the job's own time limit has mostly passed.
+A failover of the controller takes minutes. An upgrade, or the restore of its database, takes hours. After a longer
+wait, the job's own time limit has mostly passed.
 """
 ASK_AGAIN_S = 5.0
 KILLED = 128
@@ -266,11 +267,11 @@ def cancel_next_job(context: RunContext) -> None:
 
 
 def request_spare_jobs(context: AgentContext, rdzv: RendezvousRound) -> None:
-    """On the head node, submit spare jobs, of one node each, in place of the nodes that a round lacks.
+    """On the head node, submit spare jobs in place of the nodes that a round lacks. Each spare job has one node.
 
-    A round lacks a node if it has fewer members than ``nodes`` in the config. Spare jobs that still wait in the queue
-    count, and at most ``spare_jobs`` are submitted in all. Threads submit the jobs. If Slurm does not accept a job, the
-    event log says why.
+    A round lacks a node if it has fewer members than ``nodes`` in the config. A spare job that still waits in the queue
+    already replaces one of these nodes. At most ``spare_jobs`` are submitted in all. Threads submit the jobs. If Slurm
+    does not accept a job, the event log says why.
     """
     node, lacking = context.node, context.config.nodes - len(rdzv.members)
     if lacking == 0 or node.late == 0:
@@ -520,7 +521,10 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
 
 
 def events_of(folder: RunFolder, node: Node) -> list[dict[str, Any]]:
-    """Return the events since the agents of this start of the job began; empty if no agent has begun."""
+    """Return the events since the agents of this start of the job began; empty if no agent has begun.
+
+    Each requeue is another start of the job.
+    """
     events = events_since_submission(folder.read_events())
     this_start = node.job.rpartition("-")[0] + "-"  # The agents of a batch script without a step have no such event.
     began = [e for e in select_events(events, "agent_started") if e["job"].startswith(this_start)]
@@ -548,9 +552,10 @@ def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | No
 
 
 def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[int | None, Cause]:
-    """Return the number of the attempt without a recorded end, and the cause of that end.
+    """Return the number of the attempt whose end no agent has recorded, and the cause of this end.
 
-    The number is None if no ranks had started.
+    The number is None if no ranks had started. ``events`` are the events since the agents of this start of the job
+    began.
 
     Raises:
         RunFailedError: Slurm's controller did not tell the cause of a stop.
@@ -574,10 +579,9 @@ def was_signalled(events: Sequence[dict[str, Any]], attempt: int | None) -> bool
 
 
 def take_over(context: AgentContext) -> bool:
-    """Record the loss of the previous head node, and make the decision that it has not made. Runs on the next head
-    node.
+    """Record the loss of the previous head node, and make the decision that the previous head node has not made.
 
-    Returns True if the ranks start again in this allocation.
+    Runs on the next head node. Returns True if the ranks start again in this allocation.
 
     Raises:
         RunFailedError: the run ends unfinished.

@@ -107,10 +107,10 @@ FINAL = {
 LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out, Cause.requested)
 """Causes that end the allocation. The run needs the queue to get nodes again."""
 FROM_OUTSIDE = (Cause.preempted, Cause.node_failed)
-"""Causes from outside the run: before the first step, they show no fault of the run.
+"""Causes from outside the run. An attempt that such a cause ends before its first step shows no fault of the run.
 
-A time limit before the first step is not among them, since it would come again. Neither is a requeue that ranks
-request.
+A time limit is no such cause: if an attempt reaches it before its first step, the next attempt would reach it again. A
+requeue that ranks request is no such cause either.
 """
 NO_CHECKPOINT = (
     "the program is not said to have checkpoints, so it would run again from its first step "
@@ -165,8 +165,9 @@ def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float) -> 
 def attempt_ends(events: Events) -> list[dict[str, Any]]:
     """Return the first event ``attempt_ended`` of each attempt, oldest first.
 
-    An attempt can have a second end, by a head node that had lost its connection while another node took over. A start
-    of the job that ended before its first attempt also has one end, without a number.
+    An attempt can have a second such event: a head node that had lost its connection records it after another node has
+    taken over. If a start of the job ended before its first attempt, the result also has an event of this start,
+    without the number of an attempt.
     """
     ends: dict[object, dict[str, Any]] = {}
     for number, event in enumerate(events):
@@ -211,10 +212,10 @@ def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: 
 
     Slurm sends the same signals for all causes, so the cause follows from the state of the job.
 
-    If the job still runs, the signal is a warning: before the time limit, or of a preemption. If the job completes, the
-    state shows the cause (seen with Slurm 22.05). A requeue raises the number of restarts. A time limit uses up the
-    time. A failed batch script leaves a reason. Every other end counts as a cancel, so that a cancelled job does not
-    start again.
+    If the job still runs, the signal is a warning: the time limit is near, or the job is preempted. If the job is
+    ending, its state shows the cause (seen with Slurm 22.05). After a preemption, the number of restarts is higher, or
+    the job is in the queue again. At the time limit, the job has used all of its time. After a failed batch script, the
+    state has a reason. Every other end counts as a cancel, so that a cancelled job does not start again.
 
     Args:
         job: state of the job, as Slurm's controller reports it.
@@ -354,9 +355,9 @@ LEAVE_S = 5.0
 
 
 class Meter:
-    """Measures how much of its budget the allocation uses, during a ``with`` block. Only the head node measures.
+    """Measures, during a ``with`` block, how much of the budget is used. Only the head node measures.
 
-    Also records when the allocation begins and ends.
+    Also records when the allocation of this run begins and ends.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -392,13 +393,14 @@ class Meter:
             self._context.record("spare_ended", job=node.job, node=node.index, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool = False) -> str | None:
-        """Touch the heartbeat file of the run's head node, and compare the use of all points of the command with the
-        budget.
+        """Touch the heartbeat file of the run's head node, and compare the use of the budget with its caps.
 
-        If a stop that begins now would reach a cap, records the event ``budget_reached`` and returns a text that names
-        the cap; else returns None. Also returns None if ``is_leaving``: the ranks are already leaving.
+        The use of all points of the command counts together. If the run would reach a cap by the time at which a stop
+        that begins now has ended, the method records the event ``budget_reached``, and returns a text that names the
+        cap.
 
-        Acts only on the head node, and at most every ``budget_poll_s`` seconds; returns None otherwise.
+        Returns None if no cap is so near, or if ``is_leaving`` (the ranks are already leaving). Does nothing and
+        returns None except on the head node, and if the last poll was less than ``budget_poll_s`` seconds ago.
         """
         config, now = self._context.config, time.time()
         if not self._context.node.is_head or time.monotonic() - self._polled < config.budget_poll_s:
@@ -419,7 +421,11 @@ class Meter:
         return why
 
     def _close_killed_allocation(self) -> None:
-        """Record the end of an earlier allocation of the run that was killed, at the time of its last heartbeat."""
+        """Record the end of an earlier allocation of this run, if the allocation was killed before it recorded its end.
+
+        The recorded time is ``budget_poll_s`` seconds after the last heartbeat of the allocation, at most the present
+        time.
+        """
         events = self._folder.read_events()
         ended = {end["job"] for end in select_events(events, "agent_ended")}
         lost = [start for start in select_events(events, "agent_started") if start["job"] not in ended]

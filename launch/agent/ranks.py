@@ -116,10 +116,11 @@ def set_run_variables(attempt: Attempt) -> None:
 def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
     """Return the environment variables with which a rank continues its experiment of an earlier attempt in a tracker.
 
-    Weights & Biases, Neptune and Comet read their variables themselves. Comet takes keys of 32 to 50 letters and
-    digits, and ``comet_ml.start`` creates the experiment of a key or continues it
-    (https://comet.com/docs/v2/api-and-sdk/python-sdk/reference/start). Other trackers get the id from
-    LAUNCH_TRACKER_ID.
+    Weights & Biases, Neptune and Comet read their variables themselves. A program with another tracker reads the id of
+    the experiment from LAUNCH_TRACKER_ID.
+
+    The id is also a key that Comet accepts: 32 to 50 letters and digits. ``comet_ml.start`` continues the experiment
+    with this key, or creates it (https://comet.com/docs/v2/api-and-sdk/python-sdk/reference/start).
     """
     same = folder.tracker_id(rank)
     ids = dict.fromkeys(("LAUNCH_TRACKER_ID", "WANDB_RUN_ID", "NEPTUNE_CUSTOM_RUN_ID", "COMET_EXPERIMENT_KEY"), same)
@@ -127,10 +128,11 @@ def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
 
 
 def own_words(args: Sequence[str], coordinator: str) -> Sequence[str]:
-    """Return a command in which ``%{coordinator}`` is replaced by ``coordinator`` (``ADDRESS:PORT``), and each rank
-    replaces ``%{rank}`` and ``%{local_rank}`` by its own numbers.
+    """Return the command ``args`` with values in place of ``%{coordinator}``, ``%{rank}`` and ``%{local_rank}``.
 
-    A shell takes the numbers from the variables of the rank, so that the command is the same for all ranks.
+    ``coordinator`` (``ADDRESS:PORT``) replaces ``%{coordinator}``. The other two become the numbers of the rank that
+    executes the command: the command is then one of a shell, which reads RANK and LOCAL_RANK. So the returned command
+    is the same for all ranks.
     """
     args = [fill(word, {"coordinator": coordinator}) for word in args]
     shell = {"rank": "'\"$RANK\"'", "local_rank": "'\"$LOCAL_RANK\"'"}
@@ -303,7 +305,7 @@ class RankAgent:
         self._pids: dict[int, int] = {}
         """Rank -> process id, of ranks that run or have ended."""
         self.killed: set[int] = set()
-        """Ranks that this agent, or ``resilience.engine``, killed. Their exit statuses do not show why a run failed."""
+        """Ranks that this agent or its engine has killed. Their exit statuses do not show why a run failed."""
         self.is_given_up = False
         """True if waiting for other nodes is useless: a node has failed or is lost, or the grace period is over."""
         self.asks_for_requeue = False

@@ -213,10 +213,12 @@ class AgentGroup:
         return self._lose({i: self._silence_text(i) for i in rdzv.members[1:] if self._silence(i) > limit})
 
     def find_reason(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """Return the lost members of a round, after a connection between its ranks broke.
+        """Find the reason why a connection between ranks of a round broke: return the lost members; empty if none is
+        lost.
 
-        A member is lost, and is marked as lost, if it does not send two further messages. The method then waits until
-        the other members have reported how their ranks ended. Both waits together take ``ECHO_S`` seconds at most.
+        The method waits until every member has sent two further messages. A member that does not do so is marked as
+        lost. Then the method waits until the other members have reported how their ranks ended. Both waits together
+        take ``ECHO_S`` seconds at most.
 
         Raises:
             AlreadyDecidedError: another node has begun a new term.
@@ -408,10 +410,10 @@ class AgentGroup:
 
 
 def distance(switches: Sequence[str], head: Sequence[str]) -> list[tuple[bool, str]]:
-    """Return a sort key: nodes that share the most switches with the head node come first.
+    """Return a key by which nodes are sorted: nodes that share the most switches with the head node come first.
 
     Args:
-        switches: switches above a node, the topmost first.
-        head: the same for the head node.
+        switches: names of the switches above a node, the topmost first.
+        head: names of the switches above the head node, the topmost first.
     """
     return [(switch != other, switch) for switch, other in zip_longest(switches, head, fillvalue="")]
