@@ -76,7 +76,7 @@ def overrides_of(key: str, value: Any, raw_keys: Sequence[str] = ()) -> list[str
 
 
 def workload_of_program(program: Any) -> list[str]:
-    """Return the overrides that choose the workload for ``program``, as in ``submit``; empty for None."""
+    """Return the overrides that choose the workload for ``program``, an argument of ``submit``; empty for None."""
     if program is None:
         return []
     if callable(program):
@@ -181,7 +181,7 @@ class Job:
 
     Args:
         run_dir: the run folder.
-        launcher: process that runs the local points of a command; None for other runs.
+        launcher: background process that runs the runs of the command (``start_in_background``); None if there is none.
         known_events: number of events before the submission by this process. While the event log has no more events,
             the run is ``pending``: the end of an earlier submission does not count.
     """
@@ -341,7 +341,7 @@ class Sweep(list[Job]):
     def table(self) -> list[dict[str, str]]:
         """Return the scaling table: one dictionary for each point, with the columns of ``scaling.csv`` as text.
 
-        Raises ConfigError if the points are not comparable.
+        Raises ConfigError if points of one series differ in a condition, such as the hardware or the model.
         """
         from launch.report import csv_text
 
@@ -350,14 +350,14 @@ class Sweep(list[Job]):
     def report(self) -> Path:
         """Write the report of these runs into their folder, and return the path of its HTML page.
 
-        Raises ConfigError if the points are not comparable.
+        Raises ConfigError if points of one series differ in a condition, such as the hardware or the model.
         """
         from launch.report import write
 
         return next(path for path in write(self._tabulated()) if path.suffix == ".html")
 
     def _tabulated(self) -> Any:
-        """Return the ScalingTable of the newest sweep in ``folder``; of the run itself if there is only one run."""
+        """Return the ScalingTable of the newest sweep in ``folder``; the table of the run if it is the only one."""
         from launch.report import select, tabulate_selection
 
         return tabulate_selection(select(self[0].run_dir if len(self) == 1 else self.folder))
@@ -426,7 +426,7 @@ def jobs(path: str | Path = "outputs") -> list[Job]:
 def start(points: Sequence[Point], dry_run: bool) -> list[Job] | DryRun:
     """Plan runs and submit them. Returns the runs; with ``dry_run``, submits nothing and returns the plans.
 
-    If all runs are for Slurm, Slurm gets their jobs. Otherwise a process in the background runs them.
+    If all runs are for Slurm, this process submits their jobs. If not, a background process runs all runs.
     """
     output = io.StringIO()
     typed, plans = prepare_points(points, plain_console(file=output), dry_run)
@@ -499,16 +499,17 @@ def log_of(run_dir: Path) -> Path:
 
 
 def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> subprocess.Popen[bytes]:
-    """Start a process that runs the points, and wait until this process has queued or started each unfinished point.
+    """Start a background process that runs the points. Wait until it has queued or started each unfinished point.
 
-    Returns the started process.
+    Returns the background process.
 
     Args:
         plans: plan of each point.
         typed: overrides of each point.
 
     Raises:
-        JobFailedError: the process ended before it had queued or started each point. The message has its output.
+        JobFailedError: the background process ended before it had queued or started each point. The message has the
+            output of that process.
     """
     log = log_of(Path(plans[0].run_dir))
     make_folder(log.parent)

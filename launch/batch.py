@@ -1,7 +1,9 @@
-"""Preparation of a run inside a job: the job of a batch script, or a job that a stock launcher of Hydra started.
+"""Preparation of a run inside a job that the launcher of this project has not submitted.
+
+Such a job runs the user's own batch script, or was started by another launcher plugin of Hydra, such as submitit.
 
     python -m launch.batch KEY=VALUE ...                 in a batch script: plans for its nodes, prints the run folder
-    python -m launch.batch --nodes 2 KEY=VALUE ...       before sbatch: the same for a job of two nodes
+    python -m launch.batch --nodes 2 KEY=VALUE ...       before sbatch: plans for two nodes, prints the run folder
     python -m launch.batch --submitted FOLDER JOB        after sbatch: records the job, so that status shows the run
 
 The module makes the run folder; the agents then run as in any other job.
@@ -150,10 +152,10 @@ def refuse_snapshot(config: Config) -> None:
 
 
 def run_task(composed: DictConfig) -> None:
-    """Run the agent of one node, as a task of a job that a stock Hydra launcher started, for the config ``composed``.
+    """Run the agent of one node for the config ``composed``. This process is a task of another Hydra launcher's job.
 
     Raises:
-        ConfigError: the launcher started another number of tasks than the run has nodes.
+        ConfigError: that launcher has started more or fewer tasks than the run has nodes.
     """
     deny_others_writing()
     config = typed_config(composed)
@@ -201,10 +203,11 @@ def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
 
 @refusing
 def main() -> int:
-    """Plan a run for a job, and print the run folder on standard output and the plan on standard error.
+    """Plan a run for a job, and print the run folder on standard output. Without ``--nodes``, also print the plan.
 
-    With ``--submitted``, record jobs instead. With ``--agent-command``, print the arguments of srun instead. Returns
-    the exit status: 0, or 2 if the run is refused.
+    The plan goes to standard error. With ``--submitted``, the command plans nothing, but records jobs in their run
+    folders. With ``--agent-command``, it plans nothing, but prints what srun starts on each node, one word a line.
+    Returns the exit status: 0, or 2 if the run is refused.
     """
     deny_others_writing()
     parser = CommandParser(prog="python -m launch.batch", description="Plan a run for the nodes of this Slurm job.")

@@ -28,7 +28,8 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
     With ``now``, the ranks end at once. Otherwise they have time to save.
 
     Raises:
-        ConfigError: there is no run, or ``now`` would also end points that are not in ``paths``.
+        ConfigError: there is no run; or ``now`` would also end points that are not in ``paths``, but share a job with
+            a run in ``paths``.
         SlurmError: Slurm does not answer.
     """
     points = find_run_statuses(find_runs(paths))

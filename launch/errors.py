@@ -64,7 +64,10 @@ class ConfigError(ValueError):
 
 
 class RepeatedFailureError(RuntimeError):
-    """Raised if a failure came again after each roll-back of the ranks. The program is not started again."""
+    """Raised by a rank if a failure comes again, although the ranks have gone back to a checkpoint several times.
+
+    The launcher does not start the program again.
+    """
 
 
 class CommandFailedError(RuntimeError):
@@ -136,9 +139,9 @@ class CommandParser(argparse.ArgumentParser):
 
 
 EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001", "checkpoint.keep_last": "1, or null to keep all"}
-"""Key -> value that an error message proposes for the key. For other keys, the message proposes 1.
+"""Key -> value that an error message proposes for this key. For a key that is absent here, the message proposes 1.
 
-With 1, training would fail, or 1 is rarely meant.
+For the keys here, 1 would be a bad value: training would fail, or the user rarely means 1.
 """
 
 
@@ -233,7 +236,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 @cache
 def key_types(schema: type) -> dict[str, Any]:
-    """Return dotted key -> type, for all keys of a schema, groups included. The type of an Optional[X] is X."""
+    """Return dotted key -> type, for all keys and all groups of a schema. The type of an Optional[X] is X."""
     found, hints = dict[str, Any](), get_type_hints(schema)
     for field in dataclasses.fields(schema):
         inner, hint = field.default_factory, hints[field.name]
@@ -245,7 +248,7 @@ def key_types(schema: type) -> dict[str, Any]:
 
 
 def schema_keys(schema: type) -> tuple[str, ...]:
-    """Return all dotted keys of a schema, groups included."""
+    """Return the dotted names of all keys and all groups of a schema."""
     return tuple(key_types(schema))
 
 

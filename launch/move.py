@@ -27,7 +27,8 @@ LONGEST_POLL_S = 60.0
 def move(folders: Sequence[RunFolder], console: Console) -> None:
     """Move each run to the next candidate of its placement whenever it has been pending for too long.
 
-    Runs without another candidate and without a time to give up are ignored. Returns when all other runs are over.
+    A run is ignored if it has only one possible candidate, and no time after which it is given up. Returns when all
+    other runs are over.
     """
     placed = [(point, plan.placement) for point in find_run_statuses(folders) if (plan := promised(point)) is not None]
     placed = [(point, placement) for point, placement in placed if placement.is_watched]

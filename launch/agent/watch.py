@@ -48,11 +48,11 @@ STACK_BEGUN = b"(most recent call first)"
 STACK_WAIT_S = 3.0
 """Longest wait in seconds for the first line of the stacks, and for the end of an incomplete line."""
 STACK_QUIET_S = 1.0
-"""Seconds without a further line after which the stacks count as complete."""
+"""If a log gets no further line for this time in seconds, its stacks count as complete."""
 NEARLY = 0.8
-"""Share of the limit of silence for a rank after ranks of another node have failed.
+"""Share of each limit of silence that applies to the ranks of this node after ranks of another node have failed.
 
-A rank that was silent for this share of its limit is recorded as hung, since it may be the cause.
+A rank that was silent for this share of its limit may be the cause of the failure, so it is recorded as hung.
 """
 
 
@@ -79,14 +79,14 @@ class Watchdog:
     """Finds silent ranks of this node by their heartbeats and logs.
 
     Args:
-        folder: folder with the heartbeat files of the ranks, all of this attempt.
+        folder: folder with the heartbeat files of the ranks in this attempt.
         limits: ``resilience`` of the run; ``heartbeat_timeout_s``, ``hang_timeout_s`` and
             ``startup_and_save_timeout_s`` limit the silence.
         logs: rank -> path of its log.
-        must_attach: True if every rank must write a heartbeat within ``startup_and_save_timeout_s``. If False, ranks
-            may run without ``launch.worker``, and write none.
-        silence_timeout_s: longest time in seconds without growth of the log of a rank that has written no heartbeat;
-            None: no limit.
+        must_attach: True if every rank must write a heartbeat within ``startup_and_save_timeout_s``. If False, a rank
+            may run without ``launch.worker``. Such a rank writes no heartbeat.
+        silence_timeout_s: limit in seconds for ranks that have written no heartbeat: the log of such a rank must grow
+            within this time. None: no limit.
     """
 
     def __init__(
@@ -106,12 +106,13 @@ class Watchdog:
         self._printed: dict[int, tuple[int, float]] = {}
         """Rank -> size of its log in bytes, and time of the log's last growth in monotonic seconds."""
         self._ran: dict[int, float] = {}
-        """Rank without a heartbeat -> monotonic time in seconds at which its process was last seen not stopped."""
+        """Rank without a heartbeat -> monotonic seconds of the last poll that found its process not stopped."""
 
     def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
         """Return the ranks of ``ranks`` that were silent for more than ``share`` of a limit, longest silence first.
 
-        After a pause of this process itself, every limit begins again (``scontrol suspend`` stops all processes alike).
+        If this process itself was paused, the time of every limit begins again, because ``scontrol suspend`` pauses the
+        ranks and this process together.
 
         Args:
             ranks: rank -> process id.
@@ -135,11 +136,11 @@ class Watchdog:
     def _silences(
         self, rank: int, pid: int, last: RankHeartbeat | None, now: float
     ) -> Iterator[tuple[float, float, str]]:
-        """Yield (seconds of silence, longest allowed seconds, description) for each sign of life that a rank owes.
+        """Yield (seconds of silence, longest allowed seconds, description) for each sign of life that a rank must give.
 
-        A rank with a heartbeat has to write heartbeats, and to make progress. A rank without a heartbeat must not be
-        stopped (SIGSTOP). It has to write its first heartbeat if ``must_attach``, and to print within
-        ``silence_timeout_s``.
+        A rank that has written a heartbeat must write further heartbeats, and must make progress. For another rank, the
+        signs of life are: its process is not stopped by SIGSTOP; it writes its first heartbeat, if ``must_attach``; it
+        prints within ``silence_timeout_s``.
 
         Args:
             rank: number of the rank.
@@ -233,8 +234,9 @@ class Watch:
     def poll(self, agent: RankAgent) -> None:
         """Check all conditions once, and stop or kill the ranks of this node if necessary.
 
-        On request, the ranks get the signal to save and leave. They are killed if they outlast the grace period or
-        hang, if another node is lost, or if ranks of another node have failed.
+        After a request to stop the run, the ranks get the signal to save and leave. Ranks that still run after the
+        grace period are killed. Without such a request, the ranks are killed if one of them hangs, or if another node
+        is lost. In both cases, the ranks are killed if ranks of another node have failed.
         """
         stop, group, number = self._attempt.stop, self._attempt.group, self._attempt.rdzv.number
         stop.interruptible = False
@@ -288,7 +290,7 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
-        """Record ranks that were silent for too long as failed, with their stacks.
+        """Find ranks that were silent for too long. Record these ranks as failed, with their stacks.
 
         Too long is more than ``share`` of a limit of ``Watchdog``. Returns a text on the rank with the longest silence;
         None if no rank was silent for so long.
@@ -299,7 +301,7 @@ class Watch:
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
 
     def record_stacks(self, pids: Mapping[int, int], stuck: Sequence[StuckRank] = ()) -> None:
-        """Record the ranks in ``stuck`` as failed, with their stacks, and the stacks of all other ranks in ``pids``.
+        """Record the stacks of all ranks in ``pids``, and record the ranks in ``stuck`` as failed.
 
         ``pids`` is rank -> process id. A rank without a heartbeat gets no signal, and has no stacks.
         """
@@ -346,20 +348,20 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 WHAT = re.compile(r"^ *what\(\)(:.*)", re.MULTILINE)
 """Pattern of the message that C++ prints for an uncaught exception."""
 TOP = re.compile("in <module>|HYDRA_FULL_ERROR")
-"""Pattern in a traceback whose exception left the program without being caught: the frame ``<module>``.
+"""Pattern in the traceback of an uncaught exception: the frame ``<module>``, the top level of the program.
 
 Hydra leaves this frame out, and names the variable HYDRA_FULL_ERROR instead.
 """
 UNCAUGHT = re.compile(r"((?:^\[rank\d+\]:(?: .*)?\n?)+)\s*(?:\Z|^terminate called)", re.MULTILINE)
-"""Pattern of the traceback with which torch ends the log of a rank that leaves.
+"""Pattern of the traceback that torch prints at the end of a rank's log if an uncaught exception ends the rank.
 
 Only lines of such a traceback begin with ``[rank0]:`` and so on. The message of C++ about an abort may follow, because
-threads may still run when the process leaves.
+threads may still run when the process ends.
 """
 
 
 class RankRecords:
-    """Writer of those records about this node's ranks, in one attempt, that the ranks do not write themselves."""
+    """Writer of records about this node's ranks in an attempt. It writes what the ranks do not record themselves."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
@@ -367,13 +369,13 @@ class RankRecords:
         self._progress = Progress(attempt.folder, attempt.number, attempt.ranks, attempt.contract)
         self._unwritten_part: dict[str, Any] | None = None
         self._parts: list[Sequence[dict[str, Any]]] = []
-        """Entries of ranks that have been read, one list for each node, on the first node."""
+        """On the first node: rank entries of ``environment.json`` that were read so far, one list for each node."""
         self._environment: dict[str, Any] | None = None
         self._is_environment_written = False
         self._oom_kills = count_oom_kills()
 
     def begin(self) -> None:
-        """Record the start and the environment of the ranks, unless the ranks record both."""
+        """Record the start of the ranks, and their environment (``environment.json``), unless the ranks record both."""
         attempt = self._attempt
         if self._contract.records_events:
             return
@@ -385,7 +387,7 @@ class RankRecords:
             attempt.record("started", attempt=attempt.number, world_size=size, max_steps=steps)
 
     def poll(self) -> None:
-        """Record the steps that ranks have printed since the last poll. Write the environment if not yet written."""
+        """Record the steps that ranks printed since the last poll, and call ``_write_environment`` again."""
         self._progress.poll()
         self._write_environment()
 
@@ -395,9 +397,9 @@ class RankRecords:
         self._write_environment()  # A short program may end before the first poll.
 
     def _write_environment(self) -> None:
-        """Write this node's part of the environment, if not yet written.
+        """Write the entries of this node's ranks for ``environment.json``, if not yet written.
 
-        The first node also writes ``environment.json``, as soon as all parts exist.
+        The first node also writes ``environment.json`` itself, as soon as the entries of all nodes exist.
         """
         attempt, folder = self._attempt, self._attempt.folder
         if self._contract.records_events:
@@ -437,10 +439,11 @@ class RankRecords:
         }
 
     def record_end(self, asks_for_requeue: bool) -> None:
-        """Record ``stopped`` or ``finished`` for ranks that left without a failure.
+        """Record the event ``stopped`` or ``finished`` after the ranks have left without a failure.
 
         Does nothing if the ranks record their end themselves. If ranks of this node requested a requeue
-        (``asks_for_requeue``), this node records ``stopped``. Otherwise only the first node records an event.
+        (``asks_for_requeue``), this node records ``stopped``. If not, only the first node records an event: ``stopped``
+        after a request to stop, else ``finished``.
         """
         attempt, stop = self._attempt, self._attempt.stop
         if self._contract.records_events:
@@ -484,7 +487,7 @@ class RankRecords:
 
 
 def log_end(log: Path) -> str:
-    """Return the last 30 lines of a log, or a longer traceback that ends there; "" without a log.
+    """Return the last 30 lines of a log. If a longer traceback ends the log, return it instead. "" without a log.
 
     After a crash in compiled code, return the text around the crash. The prefix ``[rank0]: `` of torch's tracebacks is
     left out.

@@ -6,8 +6,8 @@
     python -m launch parallel=auto cluster.network=network.json
 
 The command takes the arguments of ``python -m launch``. It starts a short run whose ranks measure
-(``launch.bench_network.measure``), fits latency and bandwidth, and writes both into a file. The command itself does not
-import torch.
+(``launch.bench_network.measure``), fits latency and bandwidth, and writes both into a file. The last two commands
+above read this file. The command itself does not import torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from launch.runs.folder import RunFolder, deny_others_writing, read_json, write_
 from launch.runs.measured import COLLECTIVES, FASTEST, TIERS, LinkFit, Network, network_document, terms
 
 SCALE = np.array([1e-6, 1e-9])
-"""Units of the two fitted values: microseconds, and nanoseconds per byte, so that both values are near one."""
+"""Units in seconds: 1 us for the fitted latency, 1 ns for the fitted time per byte. Both values are near one then."""
 TIER_NAMES = {"intra_node": "within a node", "inter_node": "between nodes"}
 
 

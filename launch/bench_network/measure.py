@@ -34,7 +34,7 @@ SMALLEST, FACTOR = 4096, 8
 LARGEST_MIB = {"cpu": 16, "cuda": 256}
 """Device type -> default size in MiB of the largest message, which saturates the links."""
 SLOW_S = 0.5
-"""Seconds of a collective above which no larger size is measured."""
+"""If a collective takes longer than this time in seconds, larger sizes are not measured."""
 PASSES = 5
 """Number of timings of each size. Their median is the sample."""
 TIMEOUT = timedelta(minutes=3)
@@ -203,9 +203,9 @@ With up to 16 nodes, all links are measured.
 LINK_PASSES = 3
 """Number of measurements of each link, seconds apart. Other work on the machine may make a single one slow."""
 SLOW_LINK_S = 0.05
-"""Longest time, in seconds, of an exchange of SMALL bytes after which LARGE bytes are also measured.
+"""If an exchange of SMALL bytes takes this time in seconds or longer, LARGE bytes are not measured on the link.
 
-On a slower link LARGE bytes would take too long.
+On such a link, LARGE bytes would take too long.
 """
 LINK_TIMEOUT = timedelta(seconds=150)
 
@@ -243,7 +243,10 @@ class LinkBench(Bench):
                 work.wait()
 
         def agreed_s(size: int) -> float:
-            """Return the seconds of one exchange: the larger of both ranks' times, so that both decide alike."""
+            """Return the seconds of one exchange of ``size`` bytes: the larger of both ranks' times.
+
+            So both ranks make the same decision on the measurement of LARGE bytes.
+            """
             block[0] = self.own_seconds(lambda: swap(size))
             swap(4)
             return max(block[0].item(), space[0].item(), 1e-9)

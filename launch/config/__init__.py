@@ -171,8 +171,8 @@ class ResilienceConfig:
     def preload(self) -> tuple[str, ...]:
         """Modules that ``engine=fork:MODULE+MODULE`` imports before it forks the ranks; empty without such modules.
 
-        If torch is among them, ``torch._dynamo`` is added. Every optimizer of torch imports it, which takes half of the
-        time of all imports.
+        If torch is one of these modules, ``torch._dynamo`` is added. Every optimizer of torch imports this module,
+        and the import takes half of the time of all imports.
         """
         kind, _, named = self.engine.partition(":")
         modules = named.split("+") if kind == "fork" and named else []
@@ -436,7 +436,10 @@ class Config(RunConfig):
             )
 
     def validate_shared_job(self) -> None:
-        """Raise ConfigError if ``cluster.points_per_job`` is set for points that cannot share a job."""
+        """Raise ConfigError if ``cluster.points_per_job`` is set for points that cannot share a job.
+
+        A point can share a job if it has one node, srun starts its agent, and no key needs a job for the point alone.
+        """
         cluster, each = self.cluster, f"cluster.points_per_job={self.cluster.points_per_job}"
         refused = {
             f"nodes={self.nodes} spare_nodes={self.spare_nodes}": self.nodes_asked > 1,

@@ -1,6 +1,6 @@
 """Config schema of the nodes and their source: the keys under ``cluster``.
 
-Keys with a counterpart in Slurm have its name, spelled as in hydra-submitit-launcher.
+A key that sets an option of sbatch has the name of this option in hydra-submitit-launcher, such as ``cpus_per_task``.
 """
 
 from __future__ import annotations

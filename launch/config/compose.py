@@ -75,10 +75,10 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
 
 
 def refuse_other_workload(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError if a typed key belongs to another workload than ``workload``, which is launched.
+    """Raise ConfigError if a typed key is not a key of ``workload``, the launched workload, but of another workload.
 
-    The key ``experiment`` is such a key if it names a preset of this project, because presets set keys of the default
-    workload.
+    ``experiment=NAME`` is a key of the default workload if NAME is a preset of this project, because presets set keys
+    of the default workload.
     """
     is_default = workload.name == default_workload()
     other = SCRIPT if is_default else default_workload()
@@ -201,7 +201,7 @@ def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[C
 def compose_launch(
     overrides: Sequence[str], config_dir: Path | None = None, *, with_hydra: bool = False, primary: str = "config"
 ) -> DictConfig:
-    """Return the composed config of one run. Inside a Hydra run, that run's search path is used.
+    """Return the composed config of one run. Inside a run of Hydra, its config search path is used.
 
         config = typed_config(compose_launch(["nodes=2", "model=gpt2_124m"]))
 
@@ -265,7 +265,7 @@ def default_grace_period_s() -> float:
 
 
 def not_in_point(workload: Workload) -> tuple[str, ...]:
-    """Return the keys of the launcher and of a workload that are not part of the name of a run folder."""
+    """Return the keys that do not become part of the name of a run folder: keys of the launcher and of ``workload``."""
     return (*NOT_IN_POINT, *workload.not_in_point)
 
 
@@ -277,7 +277,7 @@ def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> li
         config_dir: folder of the user's own config files; None if there is none.
 
     Raises:
-        ConfigError: an override cannot be read, or names no config.
+        ConfigError: an override cannot be read, or chooses a config that does not exist.
     """
     prepared = prepare_overrides(overrides, config_dir)
     typed = [parse_override(text, Config) for text in prepared]

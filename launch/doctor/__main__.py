@@ -133,7 +133,8 @@ def examine(
         config_dir: folder of the user's own config files; None if there is none.
 
     Returns:
-        The findings about the machine, the findings about the requests, the requests, and the facts of ``gather``.
+        The findings about the machine; the findings about the requests to Slurm; these requests, one for all points
+        with equal resources; the facts of ``gather``.
     """
     configs = configs_of(points, config_dir)
     seen = findings.gather(configs)
@@ -165,12 +166,13 @@ def examine(
 def run_on_cluster(
     seen: Facts, requests: Sequence[Request], wait_min: float, console: Console
 ) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Measure the nodes of the largest request with a job. Returns findings and results; results are None if sbatch
-    refuses.
+    """Submit the doctor's job with the resources of the command's largest request, and wait until it has ended.
+
+    Returns the findings, and the results of the job. The results are None if sbatch refuses the job, or Slurm fails.
 
     Args:
         seen: facts about the login node and Slurm.
-        requests: requests of the command.
+        requests: requests to Slurm by the command, one for all points with equal resources.
         wait_min: minutes after which a pending job is cancelled.
         console: console for progress.
 

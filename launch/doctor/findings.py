@@ -103,10 +103,10 @@ def gather(configs: Sequence[Config]) -> Facts:
 
 
 def filesystem_of(path: Path) -> str:
-    """Return the kernel's name of a path's filesystem, such as nfs4 or fuse.juicefs; ``unknown`` if no mount has it.
+    """Return the kernel's name of a path's filesystem, such as nfs4 or fuse.juicefs.
 
     The name is used because statfs returns the same type number for all FUSE filesystems. The deepest mount above the
-    path counts; of several mounts at the same place, the last.
+    path counts; of several mounts at the same place, the last. Return ``unknown`` if the path is below no mount.
     """
     path.exists()  # Lets an automounter mount the filesystem first.
     real = Path(os.path.realpath(path))
@@ -293,10 +293,10 @@ def check_limits(facts: Facts, config: Config) -> Iterator[Finding]:
 Results = dict[str, Any]
 
 SLOW = 0.5
-"""Share of the usual bandwidth below which a link or node is reported.
+"""Share of the usual bandwidth. A link or node below this share is reported.
 
-Usual is, for a node, the median of all nodes; for a link, the bandwidth that both its nodes have on their best links.
-An oversubscribed network tree gives about half.
+The bandwidth of a node is that of its best link. The usual bandwidth of nodes is the median of all nodes. The usual
+bandwidth of a link is that of the slower one of its two nodes. An oversubscribed network tree gives about half.
 """
 BROKEN = 0.1
 """Share of the usual bandwidth (as for ``SLOW``) below which the finding is an error, not a warning."""
@@ -346,9 +346,11 @@ def check_job(results: Results) -> Iterator[Finding]:
 
 
 def check_node_records(results: Results) -> Iterator[Finding]:
-    """Report errors, faults, missing parts, skipped measurements and different software, from the records of the nodes.
+    """Report the problems that the records of the nodes show.
 
-    Faults concern a disk, a link, a GPU or the run folder. The health check of a run's agents finds the same faults.
+    The problems are: errors, faults, skipped measurements, different software, parts that training needs but the node
+    lacks, and low limits of open files. Faults concern a disk, a link, a GPU or the run folder. The health check of a
+    run's agents finds the same faults.
     """
     nodes = results["nodes"]
     for node in nodes:

@@ -77,11 +77,10 @@ Record = dict[str, Any]
 
 
 def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable[[str], None]) -> Record:
-    """Submit a job for the nodes of ``request`` and wait until it ends. Writes ``results.json`` and returns its
-    content.
+    """Submit a job that measures nodes, and wait until it ends. Writes ``results.json`` and returns its content.
 
     Args:
-        request: request with a plan.
+        request: request to Slurm whose resources the job also requests.
         output: output_dir of the run.
         wait_min: minutes after which a pending job is cancelled.
         say: function that prints a line of progress.
@@ -346,8 +345,8 @@ def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
     """Compare this node's clock with the clock that another node serves at ``address`` (``host:port``).
 
     Returns (error, comparison). The error is the text of a connection error; "" if there is none. The comparison is
-    None after an error. Otherwise it is a pair in seconds: by how much this node's clock is ahead, and the largest
-    error of this figure, half the round trip (Cristian 1989).
+    None after an error. Otherwise it is a pair in seconds: by how much this node's clock is ahead of the other, and the
+    largest error of this figure, half the round trip (Cristian 1989).
     """
     host, _, port = address.rpartition(":")
     start = time.time()

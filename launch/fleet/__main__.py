@@ -53,7 +53,7 @@ class Fleet:
     node_hours: float = 0.0
     gpu_hours: float = 0.0
     seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
-    """Key of ``launch.report.goodput.PARTS`` -> node-seconds; for the key ``waiting``, seconds."""
+    """Key of ``launch.report.goodput.PARTS`` -> node-seconds; seconds for ``waiting``, when a run has no nodes yet."""
     interruptions: defaultdict[str, int] = field(default_factory=partial(defaultdict, int))
     """Key of ``launch.report.goodput.CAUSES`` -> number of interruptions."""
     lost_node_hours: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
@@ -93,7 +93,7 @@ class Fleet:
 
 
 def add_run(fleets: Sequence[Fleet], folder: RunFolder, now: float) -> None:
-    """Add a run to the sums of each fleet. ``now`` is the Unix time at which a running allocation is taken to end."""
+    """Add a run to the sums of each fleet. ``now`` is the Unix time until which a running allocation counts."""
     events = folder.read_events()
     measured = measure_goodput(folder, events)
     if measured is None:
@@ -144,7 +144,7 @@ def rate_interval(count: int, exposure: float) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
 
     def mean_where(most: int, probability: float) -> float:
-        """Return the mean of the Poisson distribution in which at most ``most`` events have this probability."""
+        """Return the mean of the Poisson distribution that gives at most ``most`` events this probability."""
         low, high = 0.0, 10.0 * (most + 10)
         for _ in range(100):
             mean = (low + high) / 2
@@ -259,7 +259,7 @@ Sample = tuple[str, dict[str, str], float]
 
 
 def samples(point: RunStatus, now: float) -> Iterator[Sample]:
-    """Yield the known metrics of a run. ``now`` is the Unix time at which a running allocation is taken to end."""
+    """Yield the known metrics of a run. ``now`` is the Unix time until which a running allocation counts."""
     job = {} if point.job is None else {"job_id": point.job.job_id}
     yield "state", {"state": point.state, **job}, 1
     figures = {"step": "step", "loss": "loss", **{f"{unit}_per_second": f"{unit}_per_s" for unit in UNITS}}

@@ -1,8 +1,8 @@
-"""Budget of a run: hours used so far, their worst case, and the time to stop. Pure functions of event logs.
+"""Budget of a command: what its runs have used so far and may use at most, and when they must stop.
 
-An allocation counts from the start of its job to the end, even while no ranks run. The event log has ``agent_started``
-and ``agent_ended`` for each allocation; a killed allocation lasted until its last heartbeat. The caps apply to all
-points of one command together, over all attempts.
+The use is computed from the event logs of the runs. An allocation counts from the start of its job to the end, even
+while no ranks run. The event log has ``agent_started`` and ``agent_ended`` for each allocation; a killed allocation
+lasted until its last heartbeat. The caps apply to all points of one command together, over all attempts.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class Rates:
 def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
     """Return the use of all allocations of several runs together, until the time ``now``.
 
-    A lost node counts until its allocation ends. Slurm bills a dead node at least until ``SlurmdTimeout``, and a node
-    that has lost only its agent until the end. So the result is never below the bill.
+    A lost node counts until its allocation ends, so the result is never below Slurm's bill. If only the agent of a
+    node is dead, Slurm bills the node until the allocation ends. Slurm bills a dead node at least until
+    ``SlurmdTimeout``.
 
     Args:
         event_logs: event log of each run.
@@ -136,11 +137,11 @@ def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[di
 def spare_allocations(
     event_log: EventLog, found: Sequence[tuple[dict[str, Any], float]]
 ) -> list[tuple[dict[str, Any], float]]:
-    """Return (event, Unix time of the end) for each node of a spare job.
+    """Return (event, Unix time of the end) for each node of a spare job that has joined a job of the run.
 
-    The event is the ``agent_started`` of the job that the node joined, changed to one node and to the time when the
-    node joined. If the end of the node was not recorded, it is the end of that job. ``found`` is the result of
-    ``allocations`` for the run's own jobs.
+    The event is the ``agent_started`` of the joined job, with one node, and with the time when the node joined. If the
+    end of the node was not recorded, the node ends with the joined job. ``found`` is the result of ``allocations``
+    for the run's own jobs.
     """
     jobs = {started["job"]: (started, ended) for started, ended in found}
     nodes = []
@@ -213,7 +214,7 @@ def use_text(use: Use) -> str:
 
 
 def amount(value: float) -> str:
-    """Return hours or cost as text with four significant digits."""
+    """Return hours or cost as text: four significant digits, a whole number from 10,000, or ``less than 0.001``."""
     if 0 < value < 0.001:
         return "less than 0.001"
     return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"

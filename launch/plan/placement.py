@@ -1,5 +1,6 @@
-"""Placement of a job: the places that are tried one after another, with the resources to request from Slurm; the
-job's container, and its copy of the code.
+"""Placement of a job: the places where it may run, and the resources to request from Slurm at each of them.
+
+The places are tried one after another. The resources include the job's container and its copy of the code.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from launch.workload import CodeTree
 OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
 """Names of the events that are recorded while a point is pending.
 
-The point moves to another candidate, stays because it has started, is given up, refused by sbatch, or cancelled.
+In this order: the point moves to another candidate; it stays, because it has started; it is given up; sbatch refuses
+it; it is cancelled.
 """
 
 
@@ -96,7 +98,7 @@ def decide(placement: Placement, at: int, here_s: float, all_s: float) -> tuple[
 
     Args:
         placement: placement of the plan.
-        at: index of the candidate.
+        at: index of the present candidate.
         here_s: seconds that the point has been pending at this candidate.
         all_s: seconds since the point last ran, or was first submitted.
     """
@@ -118,8 +120,8 @@ def next_candidate(placement: Placement, at: int) -> int | None:
 def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> float:
     """Return the Unix time since which a point has been pending, over all candidates.
 
-    If the point was moved, this is the time when it became pending at its first candidate. If its job has run and was
-    requeued, or was never moved, it is ``since_here``.
+    If the point was moved, and its job has not run since then, return the time when the point became pending at its
+    first candidate. In all other cases, return ``since_here``.
 
     Args:
         events: events of the run since the command was typed.
@@ -132,7 +134,10 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
 
 
 def placement_lines(placement: Placement) -> list[str]:
-    """Return lines of text on the candidates and their times, for people; empty for one candidate without limit."""
+    """Return lines of text on the candidates and their times, for people; empty if no line is needed.
+
+    No line is needed for a single candidate without a name and without a time after which the point is given up.
+    """
     lines = []
     for number, candidate in enumerate(placement.candidates, start=1):
         head = "  placement  " if number == 1 else " " * 13
@@ -155,7 +160,7 @@ def placement_lines(placement: Placement) -> list[str]:
 def configs(config: Config) -> list[tuple[str, Config]]:
     """Return (name, config) of each candidate of ``cluster.placement``.
 
-    Without a list, the only candidate has an empty name and the config itself.
+    If this list is empty, the only candidate has an empty name, and its config is ``config``.
     """
     found = []
     for candidate in config.cluster.placement:
@@ -299,9 +304,9 @@ SLURM_PATHS = ("/etc/slurm", "/run/munge")
 def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tuple[list[str], list[str] | None]:
     """Return srun's options for the container, and the words of the command that starts the agent's Python.
 
-    Without a container, there are no options, and the command is ``cluster.python``. It is None if agents use the same
-    Python as the process that submits. In a container, the working directory ``workdir`` and the parent folder of
-    ``run_dir`` have the same paths as outside.
+    Without a container, there are no options, and the command is ``cluster.python``. If ``cluster.python`` is not set
+    either, the command is None, and the agents use the Python of the process that submits. In a container, the working
+    directory ``workdir`` and the parent folder of ``run_dir`` have the same paths as outside.
     """
     if cluster.container is None:
         return [], None if cluster.python is None else [cluster.python]

@@ -1,4 +1,7 @@
-"""Plan of one point: node-hours and cost, refusals if it cannot work, run folder, and submission in the event log."""
+"""Plan of one point: its nodes, its resources, and its worst case in node-hours and cost.
+
+The module also refuses a point that cannot work, writes the run folder, and records submissions in the event log.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ class Plan:
     code: str | None = None
     """Path of the copy of the code from which the job runs; None if the job runs from the checkout."""
     warnings: tuple[str, ...] = ()
-    """Warnings of the workload, and of the launcher from earlier attempts."""
+    """Warnings of the workload, and warnings of the launcher about earlier attempts."""
     label: str = ""
     """Text that distinguishes the point from the other points of its command, for people."""
     finished: bool = False
@@ -237,7 +240,7 @@ def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> Non
 def write_settled(plan: Plan, folder: RunFolder, composed: DictConfig, overrides: Sequence[str]) -> None:
     """Write the config of a point into ``folder``, with the values that the workload's plan has chosen (``settled``).
 
-    ``composed`` is the composed config of the point. The values are also set in this object.
+    ``composed`` is the composed config of the point. This function also sets the values in ``composed``.
     """
     for key, value in plan.promised.settled.items():
         OmegaConf.update(composed, key, value, merge=True)
@@ -254,7 +257,7 @@ SLURM_JOBS = "slurm"
 
 
 def refuse_slurm_only(config: Config) -> None:
-    """Raise ConfigError if the config has spares or a container, which need Slurm. For agents on this machine."""
+    """Raise ConfigError if the config of a run on this machine has spares or a container, because both need Slurm."""
     for key, number in {"spare_nodes": config.spare_nodes, "spare_jobs": config.spare_jobs}.items():
         if number:
             raise ConfigError(

@@ -161,7 +161,7 @@ def add_expected(plan: Plan) -> Plan:
 
 
 def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]:
-    """Return the plans with the run folders of all points, which share one budget.
+    """Return the plans. Each gets the list of the run folders of all points, because all points share one budget.
 
     Raises:
         ConfigError: the caps differ between points, or the worst case exceeds a cap.
@@ -221,7 +221,7 @@ def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
     """Return lines of text on the node-hours, GPU-hours and cost of the points.
 
     The lines are: the worst case, if each unfinished point is started once and runs until its time limit; the expected
-    use; the use so far; and the limit of all attempts.
+    use; the use so far; and the caps of the budget, which apply to all attempts together.
     """
     ahead = unfinished(plans)
     if not ahead:

@@ -128,7 +128,8 @@ def run_remotely(words: Sequence[str], command: str | None = None) -> int:
     """Run a command on the login node that its arguments name. Returns the exit status of the command.
 
     Before a submission, the code is copied to the login node. After a submission or ``report``, the files of reports
-    are copied back. Returns 2 if ssh fails or the login node has no launcher.
+    are copied back, unless ``output_dir`` is an absolute path or the command was refused. Returns 2 if ssh fails or the
+    login node has no launcher.
 
     Args:
         words: arguments of the command, with ``launch.on``.

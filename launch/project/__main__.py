@@ -176,9 +176,10 @@ class Projection:
     rows: tuple[ProjectedRow, ...]
     held_out: HeldOut
     interval: float
-    """Half width of every interval, as the natural logarithm of a factor on the step time.
+    """Half width of the interval of each projected step time, as a natural logarithm.
 
-    It is the error of the held-out point, or the spread of that point's step times if that is larger.
+    The interval is from ``step_s`` / e^``interval`` to ``step_s`` * e^``interval``. The half width is the larger of two
+    figures: the error of the held-out point, and half the distance of its quartiles as a share of its step time.
     """
     model: str
     unit: str

@@ -177,7 +177,7 @@ class Model:
     """Function that returns the time of a step on a number of nodes. Raises ConfigError if such a run cannot work."""
 
     def with_stragglers(self, spread: RankSpread, ranks_per_node: int, reference_s: float) -> Model:
-        """Return this model with the time that the slowest rank adds. This model itself assumes equally fast ranks.
+        """Return a new model: this model, which assumes equally fast ranks, plus the time that the slowest rank adds.
 
         Args:
             spread: spread of the own times at a measured point.

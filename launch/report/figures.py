@@ -205,7 +205,7 @@ MAX_INSIDE = 4
 class DrawnFigure:
     """A field of ``Row`` to draw over the number of ranks.
 
-    Its interval is in the two fields with the same name and the ending ``_low`` or ``_high``.
+    The interval of the figure is in two other fields of ``Row``: the same name with the ending ``_low`` or ``_high``.
     """
 
     title: str
@@ -221,9 +221,10 @@ STEP_TIME = DrawnFigure("Step time", "seconds", "step_time_s", lambda row: time_
 
 
 def scaling_panels(table: ScalingTable) -> list[Panel]:
-    """Return at most two panels over the number of ranks: the first two of throughput, efficiency and step time.
+    """Return at most two panels, each with one figure over the number of ranks.
 
-    A figure that no point has is passed over. Empty if the report has only one run, or no point with a step time.
+    The figures are the first two of throughput, efficiency and step time that are known for at least one point. Empty
+    if the report has only one run, or no point with a step time.
     """
     rows = [row for row in table.rows if row.ranks is not None and row.step_time_s is not None]
     if len(table.rows) < 2 or not rows:
@@ -300,7 +301,7 @@ PART_COLORS = {
     "restarts": "c3",
     "other": "c6",
 }
-"""Part of the time -> name of its color in ``PALETTE``. Other parts have colors of their own names."""
+"""Part of the time -> name of its color in ``PALETTE``. For a part that is absent here, both names are the same."""
 MAX_BARS = 16
 """Largest number of runs in the bar chart of ``times_panels``. The table and scaling.csv have all runs."""
 LEAST_LABELLED = 0.09

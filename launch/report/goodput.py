@@ -83,7 +83,7 @@ class Failures:
     """Seconds from a failure to the next step."""
 
     def interval_s(self, nodes: int) -> float:
-        """Return the best interval between saves, in seconds, by Young's formula. Nodes fail independently."""
+        """Return the best interval between saves, in seconds, by Young's formula for nodes that fail independently."""
         return best_interval_s(self.save_s, 3600 * self.mtbf_node_h / nodes)
 
     def goodput(self, nodes: int) -> float:
@@ -125,8 +125,8 @@ class Goodput:
     stretches: Sequence[Stretch] = ()
     """Sections of the time in ``seconds``, in the order in which they happened.
 
-    Successive steps are joined to one section. The unexplained time between these steps (``other``) is joined to one
-    section that follows the section of the steps. The save of a step is placed before its evaluation.
+    Some sections are joined: successive steps are one section, and the unexplained times between these steps
+    (``other``) are one section after it. The save of a step is always placed before the evaluation of the step.
     """
 
     @property
@@ -179,10 +179,10 @@ def measure_goodput(run: RunFolder, events: Events) -> Goodput | None:
 
 @dataclass(frozen=True)
 class RunInterruption:
-    """An interruption: an attempt ended, a start ended without an attempt, or an attempt rolled back."""
+    """An interruption: an attempt ended, a start ended before an attempt began, or an attempt rolled back."""
 
     since: float
-    """Unix time after which lost time belongs to this interruption.
+    """Unix time from which lost time counts as caused by this interruption.
 
     For the end of an attempt, this is the start of its first step, or of the attempt if it made no step. For a start
     without an attempt, and for a roll-back, this is the time of the recorded event.
@@ -203,7 +203,7 @@ class _Record:
     ended: float
     begun: float
     compile_s: float
-    """Seconds of compilation inside the step, or before it if the record does not say when the step began."""
+    """Seconds of compilation inside the step. If the record has no step time, they count as time before the step."""
     val_compile_s: float
     """Seconds of compilation inside the evaluation after the step."""
     restore_s: float
@@ -223,14 +223,14 @@ class _Division:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         """Key of ``PARTS`` -> seconds."""
         self.stretches: list[Stretch] = []
-        """The same seconds as sections of time, in order.
+        """The time in ``seconds`` as sections, in the order in which they happened.
 
         When ``add`` begins, the last section is the wait for the allocation that ``add`` divides.
         """
         self.lost_s = defaultdict[str, float](float)
         self.lost_h = defaultdict[str, float](float)
         self.causes: dict[float, str] = {}
-        """Field ``since`` of each interruption that cost time, in Unix seconds -> its cause."""
+        """``RunInterruption.since`` of each interruption that cost time -> cause of this interruption."""
         self._size = 0
         self._has_stepped = False
         self._rollbacks: list[RunInterruption] = []
@@ -267,7 +267,7 @@ class _Division:
                 self._fewer.add(attempt)
         records: list[_Record] = []
         aside: list[_Record] = []
-        """Records of steps after the checkpoint of a ``resume_from``, which moved these records aside."""
+        """Records of steps after the checkpoint that a ``resume_from`` named; ``resume_from`` has moved them aside."""
         for rank in run.metric_ranks():
             if records := self._records_in(run.metrics(rank)):
                 aside = [record for path in aside_records(run, rank) for record in self._records_in(path)]
@@ -338,9 +338,9 @@ class _Division:
                 record.lost_to = end if end.cause == "continued" else RunInterruption(end.since, "continued")
 
     def _spend(self, part: str, seconds: float, lost_to: RunInterruption | None = None) -> float:
-        """Add seconds to a part of ``PARTS``, and to the losses of the cause of ``lost_to`` if it is given.
+        """Add ``seconds`` to the part ``part`` of ``PARTS``. Returns ``seconds``.
 
-        Returns the seconds.
+        If ``lost_to`` is given, the seconds also count as lost by the cause of this interruption.
         """
         self.seconds[part] += seconds
         if seconds <= 0:
@@ -366,7 +366,7 @@ class _Division:
         Args:
             begun: start of the allocation, Unix seconds.
             ended: end of the allocation, Unix seconds.
-            size: number of GPUs, or of nodes.
+            size: number of GPUs of the allocation; number of its nodes if the run has no GPUs.
             is_last: True if no other allocation follows.
         """
         self._size = size
@@ -451,7 +451,7 @@ _since, _end = attrgetter("since"), attrgetter("ended")
 
 
 def _cause(event: Mapping[str, Any]) -> str:
-    """Return the key of ``CAUSES`` for the cause in an event; ``unknown`` if the event has no such cause.
+    """Return the key of ``CAUSES`` that an event has as its cause; ``unknown`` if it has no cause, or another one.
 
     The cause ``finished`` gives ``continued``: a finished run loses time only if a later command continues the run.
     """

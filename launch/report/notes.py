@@ -112,7 +112,7 @@ def _named(texts: Sequence[str]) -> str:
 def _sources(points: Sequence[Point]) -> Iterator[str]:
     """Yield notes on the conditions that differ between the folders of a comparison."""
     sources: dict[str, dict[str, list[str]]] = {}
-    """Source -> property -> its values, sorted."""
+    """Label of a folder -> condition, such as the hardware -> its sorted values among the folder's points."""
     for source in dict.fromkeys(point.source for point in points):
         inside = [point for point in points if point.source == source]
         known = [point.environment for point in inside if point.environment is not None]
@@ -170,7 +170,10 @@ def _apart(every: Sequence[Series]) -> Iterator[str]:
 
 
 def _comparison(series: Series) -> Iterator[str]:
-    """Yield notes on the point to which a series is compared, and on a speedup that is a ratio of step times."""
+    """Yield notes on the baseline of a series, and on a speedup that is only a ratio of step times.
+
+    The baseline is the point to which the other points of the series are compared.
+    """
     base, measured = series.smallest, [point for point in series.members if point.figures is not None]
     if base is not None and series.compares:
         passed_over = [point.title for point in series.members[: series.members.index(base)]]

@@ -1,4 +1,4 @@
-"""The points of a report, each read from one run folder, and the use of its GPUs by telemetry."""
+"""The points of a report, each read from one run folder, and the figures of its GPUs from telemetry."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GpuFigures:
 
     gpus: int
     energy_j: float | None
-    """Energy in joules; None if a GPU has neither energy nor power for a part of the time."""
+    """Energy in joules; None if a GPU has fewer than two samples, or unknown energy between two of its samples."""
     mean_power_w: float | None
     """Mean power of one GPU in watts, over the sampled time."""
     throttled: float | None
@@ -50,7 +50,7 @@ class HostGpus(GpuFigures):
 
 @dataclass(frozen=True, kw_only=True)
 class GpuUse(GpuFigures):
-    """Figures of all GPUs of a run, while ranks ran. The energy is None if a host lacks samples."""
+    """Figures of all GPUs of a run, while ranks ran. The energy is also None if ``unsampled`` names a host."""
 
     hosts: tuple[HostGpus, ...]
     """Hosts by name; numbers in names are sorted as numbers."""
@@ -68,7 +68,7 @@ class _Gpu:
     energy_j: float = 0.0
     seconds: float = 0.0
     is_whole: bool = True
-    """False if the energy of a part of the time is unknown."""
+    """False if the energy between two successive samples is unknown."""
     samples: int = 0
     """Number of samples that show whether clocks were lowered."""
     throttled: int = 0
@@ -153,7 +153,7 @@ def _figures(gpus: Sequence[_Gpu]) -> dict[str, Any]:
 
 
 class PointState(StrEnum):
-    """How the run of a point has ended; or that it has not ended, or not started."""
+    """State of a point's run: how it has ended, or that it runs, has no records, or has not started."""
 
     FINISHED = "finished"
     FAILED = "failed"
@@ -175,8 +175,8 @@ REASONS = {"cancelled": PointState.CANCELLED, "budget_reached": PointState.BUDGE
 class Point(StepReading):
     """Point of a scaling curve: what a report reads from one run folder.
 
-    ``environment`` is the environment of the last attempt with steps on all nodes; ``steps`` are the steps of all
-    attempts with an equal environment.
+    The attempts of a run may have different environments. ``environment`` is that of the last attempt with steps on all
+    nodes. ``steps`` are the steps of all attempts with an environment equal to this one.
     """
 
     path: Path
@@ -186,7 +186,7 @@ class Point(StepReading):
     label: str = ""
     """Name of the point among the points of a report, for people; empty to use the name of its folder."""
     run_time_s: float | None = None
-    """Seconds that the ranks ran, from start to end, over all attempts; None while an attempt runs."""
+    """Seconds that the ranks ran, from start to end, over all attempts; None if the end of one is unknown."""
     attempts: int = 0
     goodput: Goodput | None = None
     """Wall time of the run, divided into parts such as steps, starts and saves, and the cost of its allocations.
@@ -202,7 +202,7 @@ class Point(StepReading):
     others.
     """
     cluster: str | None = None
-    """Cluster of the last submission, ``local`` or ``slurm``; None if the run was not submitted."""
+    """Name of the ``ClusterKind`` of the last submission, such as ``slurm``; None if the run was not submitted."""
     shared_job: str | None = None
     """Id of the job that other points of the sweep shared; None if the point had a job of its own."""
     source: str = ""
@@ -265,15 +265,15 @@ class Point(StepReading):
 
     @property
     def is_coarse(self) -> bool:
-        """True if step times are means between readings of a log, and there are too few readings for an efficiency.
+        """True if step times are means between two readings of a log, and the readings are fewer than ``MIN_STEPS``.
 
-        ``MIN_STEPS`` readings are enough.
+        A point with so few readings gets no efficiency.
         """
         return self.figures is not None and self.figures.intervals < MIN_STEPS
 
     @property
     def has_efficiency(self) -> bool:
-        """True if the point is measured well enough for an efficiency: its own, or that of a point compared with it.
+        """True if the point is measured well enough for its own efficiency, and as the baseline of other points.
 
         The point must have figures, its steps must be timed finely enough, and its ranks must not have shared cores or
         a GPU.
@@ -341,7 +341,7 @@ def _attempt_times(events: Events) -> dict[int, tuple[float, float | None]]:
 
 
 def _end(event_log: Events, last: int) -> PointState | None:
-    """Return the state of a point by the end of attempt number ``last``; None if no event records an end.
+    """Return the state of a point from the events that ended attempt number ``last``; None if there are none.
 
     An event that names no attempt counts as an event of attempt ``last``.
     """
