@@ -1,4 +1,6 @@
-"""Common parts of the pages of benchmarks: date, versions, machine and commit, the table, and the file."""
+"""Common parts of the result pages of benchmarks: a line with date, versions, machine and commit, the table, and the
+file.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,13 @@ def stamp(machine: str) -> str:
 def keep(script: Path, title: str, document: str | None, text: str, words: str = "--write") -> None:
     """Write the result page of a benchmark next to its script.
 
-    The page contains ``title``, the command with the options ``words``, the paragraphs after the commands in the
-    script's docstring ``document`` (None: no paragraphs), and the result ``text``.
+    Args:
+        script: path of the script.
+        title: title of the page.
+        document: docstring of the script, of at least three paragraphs: summary, commands, and the paragraph for the
+            page.
+        text: the result.
+        words: options of the command that the page shows.
     """
     about = (document or "").split("\n\n")[2].strip()
     page = f"# {title}\n\n`python -m benchmarks.{script.parent.name}.{script.stem} {words}`.\n\n{about}\n\n{text}"

@@ -1,7 +1,7 @@
-"""Contestants that step in turn: each has its own process, and a referee starts each turn.
+"""Comparison of training steps in turns: each contestant has its own process, and makes steps when the referee asks.
 
-A contestant prints a line of JSON when it is warm, then answers each line that it gets. So a comparison has both
-sides in one run on one machine, and other load of the machine affects both.
+The referee is the program that compares. A contestant prints a line of JSON when it is warm, then answers each line
+that it gets. So a comparison has both sides in one run on one machine, and other load of the machine affects both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ WARM = 4
 
 @dataclass
 class Contestant:
-    """A process that trains when the referee asks for steps."""
+    """One of the processes that are compared. It makes training steps when the referee, the program that compares, asks
+    for them."""
 
     name: str
     process: subprocess.Popen[str]
@@ -77,7 +78,7 @@ class Contestant:
 def opened(
     name: str, command: Sequence[str], environment: Mapping[str, str], *, log: Path | None = None, verbose: bool = False
 ) -> Iterator[Contestant]:
-    """Start a contestant's process, yield the contestant, and kill the process at the end.
+    """Start the process of a contestant, yield the contestant, and kill the process at the end.
 
     Args:
         name: name of the contestant.
@@ -118,10 +119,11 @@ def python_path() -> str:
 def take_turns(
     contestants: Sequence[Contestant], rounds: int, steps: Callable[[Contestant], int], left_s: Callable[[], float]
 ) -> None:
-    """Let each contestant make its steps in each round, in a different order in each round, until the time is over.
+    """Let each contestant make steps in each round, in another order each time, until the rounds or the time are over.
+    A contestant is a process that makes training steps.
 
     Args:
-        contestants: contestants after their warm-up. One that fails takes no further turn.
+        contestants: contestants after their warm-up. A contestant that fails takes no further turn.
         rounds: number of rounds.
         steps: function that returns the number of steps in a turn of a contestant.
         left_s: function that returns the seconds until the deadline. They are the time limit of a turn, and no round
@@ -151,13 +153,15 @@ class Served:
     """Properties that the process reports after its warm-up."""
     device: str
     commands: Mapping[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)
-    """Request -> function that returns the answer, in addition to the number of steps."""
+    """Request of the referee -> function that returns the answer. ``serve`` itself handles a number of steps, the other
+    kind of request."""
     hear: Callable[[], str] = sys.stdin.readline
     """Returns the next line of the referee. With several ranks, every rank gets the same line."""
 
 
 def serve(build: Callable[[], Served]) -> None:
-    """Call ``build``, make ``WARM`` steps, then make as many steps as each input line says. Only rank 0 answers.
+    """Call ``build``, and make ``WARM`` steps. Then answer each line of the referee: a number of steps to make, or a
+    request in ``Served.commands``. Only rank 0 prints answers.
 
     The caller ends the process by ``os._exit``, because this function ends neither the process group nor the threads of
     a run.

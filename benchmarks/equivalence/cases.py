@@ -269,16 +269,15 @@ done ;;
 esac
 """
 OTHERS_OF_SLURM = ("sbatch", "srun", "sinfo", "squeue", "sacct", "scancel", "sacctmgr")
-"""Slurm commands that must exist and print nothing."""
+"""Slurm commands whose replacements print nothing and end with status 0."""
 
 TINY = (
     "model.n_layer=2 model.n_embd=64 model.n_head=4 model.n_kv_head=2 model.block_size=32 data.max_bytes=200000 "
     "optim.global_batch=8 optim.max_micro_batch=2 optim.max_steps=12 eval.sequences=6 eval.interval=6 "
     "checkpoint.interval=6 device=cpu"
 )
-"""Overrides of a training run of a few seconds, with gradient accumulation and grouped queries. No number of ranks
-divides its evaluation sequences.
-"""
+"""Overrides of a training run of a few seconds, with gradient accumulation and grouped queries. Each evaluation has 6
+sequences; on two ranks, 3 for each rank."""
 
 RECORDED = {
     "training": f"launch -m nodes=1,2 name=swept {HERE} {TINY}",

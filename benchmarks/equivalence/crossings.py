@@ -3,13 +3,13 @@
     python -m benchmarks.equivalence.crossings                 # all rows, about a quarter of an hour on two cores
     python -m benchmarks.equivalence.crossings --only fsdp,pp  # some rows
     python -m benchmarks.equivalence.crossings --tables Muon   # some tables
-    python -m benchmarks.equivalence.crossings --write         # and keep them in the page
+    python -m benchmarks.equivalence.crossings --write         # and write crossings.md
 
-Every row trains two steps on four real processes (gloo) under its parallelism, saves a checkpoint, and trains two
-more steps. Every column starts new ranks under its own parallelism, loads that checkpoint, and trains the same two
-steps. The figure is the largest relative difference between the two losses; `=` means that all bits are equal. Muon
-orthogonalizes in bf16, so a rounding that differs in its first step shows in the second loss. The
-exit status is 1 if a figure exceeds 1e-5, or if a run fails.
+Each row is a parallelism in which a run trains two steps on four real processes (gloo), saves a checkpoint, and trains
+two more steps. Each column is a parallelism in which new ranks load that checkpoint and train the same two steps. The
+figure is the largest relative difference between the losses of the column and those of the row in these two steps; `=`
+means that all bits are equal. Muon orthogonalizes in bf16, so a rounding that differs in its first step shows in the
+second loss. The exit status is 1 if a figure exceeds 1e-5, or if a run fails.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from tests.support.learning import MODELS, save, start, step
 TOLERANCE = 1e-5
 RANKS = 4
 AT_ONCE = 8
-"""Largest number of runs that one process makes. The process groups of each run keep their threads, which slow later
-runs down.
-"""
+"""Largest number of runs that one group of processes makes, one after another. The process groups of each run keep
+their threads, which slow later runs down."""
 LAYOUTS = {
     "ddp": "parallel=ddp",
     "zero1": "parallel=zero1",
@@ -98,8 +97,8 @@ def losses(rank: int, size: int, folder: Path, model: str, layouts: Sequence[str
         rank: number of this rank.
         size: number of ranks.
         folder: run folder.
-        model: name of the model.
-        layouts: names of the layouts.
+        model: key of ``MODELS`` or ``OPTIONS``: a model, or training options.
+        layouts: keys of ``LAYOUTS``.
         saves: True to make two steps and save a checkpoint before the two steps; False to resume from the checkpoint in
             ``folder``.
     """
@@ -116,8 +115,8 @@ def losses(rank: int, size: int, folder: Path, model: str, layouts: Sequence[str
 
 
 def row(name: str, table: Table, folder: Path) -> list[str]:
-    """Return the cells of the row for the layout ``name``, which saves the checkpoint. A cell is the difference as
-    text, or ``**failed**``. ``folder`` is the run folder."""
+    """Save a checkpoint under the layout ``name``, resume it under each layout of the table, and return the cells of
+    the row. A cell is a text of ``shown``, or ``**failed**``. ``folder`` is the run folder."""
     cells: dict[tuple[str, int], str] = {}
     try:
         to_come = run_distributed(losses, RANKS, folder, table.model, [name], True, timeout_s=600)[0][0]

@@ -5,12 +5,12 @@
     PIP_EXTRA_INDEX_URL=... python -m benchmarks.equivalence.matrix        # with a package index that has more builds
     python -m benchmarks.equivalence.matrix --any-build 3.11=2.11.0        # CUDA builds too
 
-Each combination gets its own virtual environment, with the constraints except the one of torch. There the script runs
-the commands of the login node, the quick tests, and then the tests of ``SUITE``, which start ranks and launches. It
-installs CPU builds of torch. It skips a combination that has no CPU build, and the page says so. With ``--any-build``
-it installs CUDA builds there, gigabytes in size; they run on CPUs as well. ``none`` in place of a version of torch
-tries the commands of the login node alone, which load no torch. The result is a dated table. The script deletes the
-environments at its end.
+Each combination of a Python and a torch version gets its own virtual environment. All packages except torch have the
+versions of constraints.txt. In each environment the script runs the commands of the login node, a launch of two nodes,
+the quick tests, and the tests of ``SUITE``, which start ranks and launches. It installs a CPU build of torch. Without a
+CPU build it skips the combination, and the table says so. With ``--any-build`` it installs a CUDA build instead, which
+runs on CPUs as well and has a size of gigabytes. With ``none`` as the version of torch it tries only the commands of
+the login node, which load no torch. The script prints a dated table, and deletes each environment after its use.
 """
 
 from __future__ import annotations

@@ -3,17 +3,18 @@
     python -m benchmarks.equivalence.parallelisms                        # all rows, about an hour on two cores
     python -m benchmarks.equivalence.parallelisms --only 'tp,fsdp x tp'  # some rows
     python -m benchmarks.equivalence.parallelisms --tables options       # some tables
-    python -m benchmarks.equivalence.parallelisms --write                # and keep them in the page
+    python -m benchmarks.equivalence.parallelisms --write                # and write parallelisms.md
 
-Every cell trains five steps on real processes (gloo) and compares with one process that takes the same global batch
-in one fp32 pass. It compares losses and gradient norms of all steps, every gradient of the first step, and every
-parameter after the last step. DeepSpeed shows gradients before clipping; there the script applies the norm by which
-DeepSpeed clips. The figure is the largest relative error; tests demand 1e-5. AdamW's eps is 1e-6, because with a
-smaller eps AdamW makes a whole step of a gradient that is nothing but rounding. A second table shows the same for
-blocks that are compiled, or recomputed in the backward pass. A third table has other optimizers, adapters, data and
-attention; its process alone has the same option, except the chunked loss. There Muon orthogonalizes in fp32, because
-one rounding to bf16 that differs changes a weight by 0.4 %. Schedule-free AdamW overwrites gradients, so these are not
-compared. With LoRA, eps is 1e-5, because adapters begin at zero. The exit status is 1 if a cell fails.
+Every cell is a run of five steps on real processes (gloo). The script compares it with a run on one process that takes
+the same global batch in one fp32 pass. It compares losses and gradient norms of all steps, every gradient of the first
+step, and every parameter after the last step. The figure is the largest relative error; tests demand 1e-5. The second
+table shows the same for blocks that are compiled, or recomputed in the backward pass. The third table has other
+optimizers, adapters (LoRA), data and attention. There the run on one process has the same option as the cell; only the
+chunked loss is compared with the usual loss. The script clips DeepSpeed's gradients itself, by DeepSpeed's norm,
+because DeepSpeed shows gradients before clipping. Schedule-free AdamW overwrites gradients, so these are not compared.
+AdamW's eps is 1e-6, because with a smaller eps AdamW makes a whole step of a gradient that is nothing but rounding.
+With LoRA, eps is 1e-5, because adapters begin at zero. In the third table Muon orthogonalizes in fp32, because one
+rounding to bf16 that differs changes a weight by 0.4 %. The exit status is 1 if a cell fails.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ compared with.
 
 @dataclass(frozen=True)
 class Column:
-    """A model and training options."""
+    """Column of a table: a model and training options."""
 
     name: str
     model: str
@@ -195,7 +196,8 @@ def cells(rank: int, size: int, folder: Path, words: str, columns: Sequence[Colu
 
 
 def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    """Return the largest relative error of losses, gradient norms, gradients and parameters."""
+    """Return the largest relative error of ``found`` against ``expected``, two results of ``cell``: over losses,
+    gradient norms, gradients and parameters."""
     errors = [
         abs(a - b) / abs(b) for what in ("losses", "norms") for a, b in zip(found[what], expected[what], strict=True)
     ]

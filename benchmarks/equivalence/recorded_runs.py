@@ -1,6 +1,7 @@
-"""Run folders with fixed contents, whose reports ``same_results`` compares: four written here, two recorded by a run.
+"""Run folders with fixed contents, whose reports ``same_results`` compares. Runs of ``cases.RECORDED`` add others.
 
-The files have the format of today's run folders, as plain JSON. A checkout with another reader must still read them.
+The files are plain JSON in the format of today's run folders. Both checkouts that are compared must be able to read
+them.
 """
 
 from __future__ import annotations

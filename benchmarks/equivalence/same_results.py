@@ -5,16 +5,17 @@
     python -m benchmarks.equivalence.same_results ../before . --only plans,refusals  # about a minute
 
 Use it after a refactoring, with the checkout from before and the one from after. A checkout that has a ``.venv`` uses
-the interpreter of it; otherwise it uses the interpreter of this script. The command lines are in ``cases.py``, the
-written run folders in ``recorded_runs.py``.
+the interpreter of that environment; a checkout without one uses the interpreter of this script. The command lines are
+in ``cases.py``, the written run folders in ``recorded_runs.py``.
 
 Prints a line for each comparison, "the same" or "DIFFERS" with a diff. The exit status is 1 if anything differs.
 
 - plans: exit status and text of dry runs, byte for byte. Paths of checkouts, folders and interpreters are replaced.
-- refusals: exit status, found/expected/type next, and the key and the value that each refusal must name. The texts
-  may differ; ``--texts`` shows how.
+- refusals: exit status, the three parts of the message (found, expected, type next), and the key and the value that
+  each refusal must name. The texts may differ; ``--texts`` shows how.
 - figures: output and files of the report, the projection and the status of six runs or sweeps. Values of CSV and JSON
-  files are compared by name to the last digit. Names that AFTER lacks are listed as gone; with ``--strict`` they fail.
+  files are compared by name to the last digit. Names that only the first checkout has are listed as gone; with
+  ``--strict`` they count as differences.
 - losses: step records of 2-rank training runs, bit for bit, without the fields that depend on the clock.
 """
 
@@ -211,7 +212,7 @@ def compare_plans(lines: Mapping[str, str], before: Sequence[str], after: Sequen
 
 
 def status_of(text: str) -> str:
-    """Return the line of a collected text that contains the exit status."""
+    """Return the line with the exit status in a text of ``collected``; ``no exit status`` if there is none."""
     return next((line for line in text.splitlines()[::-1] if line.startswith("exit status ")), "no exit status")
 
 
@@ -237,8 +238,8 @@ def compare_refusals(
 
     Args:
         cases: the command lines.
-        before: their collected texts in the first checkout.
-        after: their collected texts in the second checkout.
+        before: texts of ``collected`` from the first checkout, one for each command line.
+        after: the same from the second checkout.
         texts: True also shows the differences between the texts.
     """
     for case, one, other in zip(cases, before, after, strict=True):
@@ -269,8 +270,8 @@ def plans_and_refusals(sides: Sides, parts: set[str], args: argparse.Namespace) 
 
 
 def make_runs(checkout: Path, folder: Path, args: argparse.Namespace) -> dict[str, Path]:
-    """Write the run folders of ``WRITTEN``, and run the sweeps of ``RECORDED`` with ``checkout``, which also composes
-    the configs of the written runs. Return name -> folder of its runs.
+    """Write the run folders of ``WRITTEN``, and run the sweeps of ``RECORDED``. The checkout ``checkout`` runs these
+    sweeps, and composes the configs of the written runs. Return name -> folder that contains the runs of this name.
 
     Raises:
         SystemExit: a command line fails.

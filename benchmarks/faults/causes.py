@@ -6,15 +6,18 @@
     python -m benchmarks.faults.causes --program tests/support/programs/held_out.py --keep FOLDER    # other faults
     python -m benchmarks.faults.causes --again FOLDER               # verdicts of kept runs once more, in seconds
 
-A run is two or three processes over gloo, one node, 12 steps of a tiny model (`tests/support/programs/faulty.py`), and
-a limit of 5 s for ranks without progress (`--limit`: more on a busy machine). A seed chooses ranks, rank and step of
-each fault. The verdict is that of the event log, which the failed command also prints. A verdict is right if its kind
-is the expected one. The rank of a verdict is judged if the fault is on one rank, and its place (the line of the
-program) if the fault is in a line. `full_disk` mounts a tmpfs and `oom_kill` makes a cgroup of 1.6 GB, so both need
-root. A quiet run must end with status 0 and without a verdict.
+A run has two or three ranks over gloo on one node and makes 12 steps of a tiny model
+(`tests/support/programs/faulty.py`). A rank without progress for 5 s counts as hung (`--limit`: more on a busy
+machine). A seed chooses the number of ranks, and the rank and the step of each fault. The verdict is the cause of the
+failure that the launcher finds, writes into the event log, and prints at the end of the failed command. A verdict is
+right if its kind is the expected one. If the fault is on one rank, the rank of the verdict is judged, too. If the fault
+is in a line of the program, the place of the verdict is judged, too. `full_disk` mounts a tmpfs and `oom_kill` makes a
+cgroup of 1.6 GB, so both need root. A quiet run is a run without a fault; it must end with status 0 and without a
+verdict.
 
-Launcher and agent are forked from a process that has imported them, ranks are interpreters of their own. `--again`
-applies the present rules to the files of kept runs; a change of the files that agents and ranks write needs new runs.
+The script forks launcher and agent from a process that has imported them; ranks are interpreters of their own.
+`--again` applies today's rules to the files of kept runs. If the files that agents and ranks write have changed, new
+runs are needed.
 """
 
 from __future__ import annotations
@@ -84,8 +87,8 @@ FAULTS = {
 
 @dataclass(frozen=True)
 class Planted:
-    """The fault that is planted in one run, and the end of the command: the content of the file ``PLANTED`` in the
-    run's folder."""
+    """The fault that is planted in one run, and how the command ended. The file ``PLANTED`` in the folder of the run
+    has this object as JSON."""
 
     program: str
     fault: str
@@ -146,7 +149,8 @@ class Trial:
 
 @contextmanager
 def small_disk(files: Path) -> Iterator[str]:
-    """Context with a tmpfs of 16 MiB that is mounted at ``files``."""
+    """Context with a tmpfs of 16 MiB that is mounted at ``files``. It yields an empty string, because the command needs
+    no shell code."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(files)], check=True)
     try:
         yield ""
@@ -156,7 +160,8 @@ def small_disk(files: Path) -> Iterator[str]:
 
 @contextmanager
 def frozen_disk(files: Path) -> Iterator[str]:
-    """Context with an ext4 filesystem that is mounted at ``files`` and that the fault freezes."""
+    """Context with an ext4 filesystem that is mounted at ``files``. The fault freezes it, and ``THAW_S`` seconds after
+    the mount it thaws. The context yields an empty string, because the command needs no shell code."""
     image = files.with_suffix(".img")
     with image.open("wb") as file:
         file.truncate(16 << 20)
@@ -176,8 +181,8 @@ def frozen_disk(files: Path) -> Iterator[str]:
 @contextmanager
 def small_memory(files: Path) -> Iterator[str]:
     """Context with a cgroup (version 1) that limits the memory of the command to ``MEMORY_BYTES``. It yields the shell
-    code that moves the command into the cgroup. ``files`` is a folder in that of the run, after which the cgroup is
-    named."""
+    code that moves the command into the cgroup. ``files`` is a folder in the folder of the run; the cgroup has the name
+    of the latter."""
     group = CGROUPS / "memory" / files.parent.name
     group.mkdir()
     try:
@@ -189,8 +194,8 @@ def small_memory(files: Path) -> Iterator[str]:
 
 @contextmanager
 def freezer(files: Path) -> Iterator[str]:
-    """Context with a cgroup (version 1) in which the fault freezes its rank. It yields the shell code that sets
-    ``$FREEZER``, the path of the cgroup. ``files`` as in ``small_memory``."""
+    """Context with a cgroup (version 1) in which the fault freezes the rank that it hits. It yields the shell code that
+    sets ``$FREEZER``, the path of the cgroup. ``files`` is as in ``small_memory``."""
     group = CGROUPS / "freezer" / files.parent.name
     group.mkdir()
     timer = threading.Timer(THAW_S, (group / "freezer.state").write_text, ["THAWED"])
@@ -222,7 +227,8 @@ PLACES: dict[str, Callable[[Path], AbstractContextManager[str]]] = {
 
 
 def faults_of(program: Path) -> Mapping[str, Fault]:
-    """Return the faults of a program."""
+    """Return name -> fault of the program ``program``: ``FAULTS``, or for another program than ``PROGRAM`` the
+    dictionary ``FAULTS`` in its file."""
     if program == PROGRAM:
         return FAULTS
     spec = importlib.util.spec_from_file_location(program.stem, program)
@@ -252,9 +258,9 @@ def places_of(fault: Fault, program: Path) -> list[str]:
 
 
 def run_planted(planted: Planted, fault: Fault, folder: Path, limit_s: int = LIMIT_S) -> None:
-    """Run the program with a fault in ``folder``, and write there the planted fault and the end of the command
-    (``PLANTED``). A rank without progress for ``limit_s`` seconds counts as hung.
-    """
+    """Run the program with the fault ``fault`` in ``folder``, and wait for its end. Write the planted fault, the exit
+    status and the last printed lines into the file ``PLANTED`` there. A rank without progress for ``limit_s`` seconds
+    counts as hung."""
     (files := folder / "files").mkdir(parents=True)
     told = folder / PLANTED
     told.write_text(json.dumps(asdict(planted), indent=1))

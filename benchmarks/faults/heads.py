@@ -1,18 +1,19 @@
 """Seconds until ranks run again after the head node of a job has lost power, on a Slurm sandbox.
 
-    python -m benchmarks.faults.heads --times 10            # prints a line for each loss
+    python -m benchmarks.faults.heads --times 10            # prints a line for each power cut
     python -m benchmarks.faults.heads --times 10 --write    # and writes the page
     python -m benchmarks.faults.heads --times 10 --two      # the head node and another node at once
 
-Each run counts on two nodes with one spare node, `resilience.node_timeout_s=5`, and saves every 20 steps of 50 ms. At a
-random moment of 0 to 3 seconds after its first save, the power of the head node is cut. Notice is the first moment at
-which an agent shows that it has lost the head node. The seconds count from there to the event `started` of the next
-attempt, and from the cut to the first new step. A loss counts as survived if the run ends in the same job with the sum
-of all steps, without a requeue. The exit status is 1 if a loss is not survived.
+Each run has two nodes and one spare node, `resilience.node_timeout_s=5`, and a program that only adds up a sum. A step
+of the program takes 50 ms, and it saves every 20 steps. At a random moment of 0 to 3 seconds after the first save, the
+script cuts the power of the head node. Notice is the first moment at which an agent shows that it has lost the head
+node. The script measures the seconds from the notice to the event `started` of the next attempt, and from the cut to
+the first new step. A run has survived the loss of its head node if it ends in the same job with the sum of all steps,
+without a requeue. The exit status is 1 if a run does not survive.
 
-With `--two`, a small GPT trains with dropout on four nodes with two spare nodes, and the head node and another node of
-the run, drawn at random, lose power together. Such a loss counts as survived if the weights of the last step also equal
-those of an undisturbed run, bit for bit.
+With `--two`, a small GPT trains with dropout on four nodes with two spare nodes. The head node and another node of the
+run, drawn at random, lose power together. Such a run has survived if also the weights of the last step equal those of
+an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def train_whole(folder: Path) -> Path:
 
 
 def start_run(sandbox: Cluster, folder: Path, two: bool) -> tuple[StormyRun, Path]:
-    """Start a run: the GPT of ``--two`` if ``two`` is True, else the program that counts. Return the run, and the path
-    of a file. When this file exists, the run no longer pauses between steps."""
+    """Start a run: the GPT of ``--two`` if ``two`` is True, else the program that adds up a sum. Return the run, and
+    the path of a file. When this file exists, the run no longer pauses between steps."""
     if two:
         slowly, hurry = paced(folder)
         return StormyRun(sandbox, folder, *GPT, *slowly, *WORDS, "spare_nodes=2", nodes=4), hurry
@@ -80,7 +81,8 @@ def lose_head(sandbox: Cluster, folder: Path, wait_s: float, other: int = 0, who
         folder: folder for the run and its log.
         wait_s: seconds from the first save to the cut.
         other: index of a second node of the run that loses power together with the head node; 0: none.
-        whole: run folder of an undisturbed run whose final weights must be equal; None runs the program that counts.
+        whole: run folder of an undisturbed run whose final weights must be equal; None runs the program that adds up a
+            sum.
     """
     run, hurry = start_run(sandbox, folder, two=whole is not None)
     run.wait(lambda: run.of("saved"), "a checkpoint")
@@ -110,7 +112,7 @@ def lose_head(sandbox: Cluster, folder: Path, wait_s: float, other: int = 0, who
 
 
 def main() -> int:
-    """Run all losses. Returns the exit status: 1 if a run did not survive."""
+    """Make all runs, each with a power cut, and print the times. Returns the exit status: 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--times", type=int, default=10, metavar="N", help="losses (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (%(default)s)")

@@ -1,4 +1,4 @@
-"""The runs of the league whose engine is a library: submitit, torchft, and Lightning's Trainer."""
+"""Runs of ``benchmarks.faults.league`` whose engine is a library: submitit, torchft, or Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def train_by_torchft(folder: Path) -> None:
 
     class Group(ProcessGroupGloo):
         since = START
-        """Unix time of the last change of the replicas."""
+        """Unix time at which the set of replicas that train together last changed; before a change, the start of the
+        process."""
 
         def reconfigure(self, *args: Any, **options: Any) -> Any:
             self.since = time.time()
@@ -158,7 +159,8 @@ def train_by_torchft(folder: Path) -> None:
 
 
 def main() -> int:
-    """Submit with submitit, or run as a rank of Lightning or torchft. Returns the exit status."""
+    """Do the part that the command line names: submit with submitit, or run as a rank of Lightning or torchft. Returns
+    the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=("submitit", "lightning", "torchft"))
     parser.add_argument("--folder", type=Path, required=True, help="folder of the run, shared by all ranks")

@@ -47,7 +47,8 @@ def samples_of(step: int) -> torch.Tensor:
 
 
 def record(folder: Path, step: int, start: float) -> None:
-    """Append a step to ``steps.jsonl``. ``start`` is the Unix time at which the process, or its group, started."""
+    """Append a step to ``steps.jsonl`` in ``folder``. ``start`` is the Unix time at which the process started, or with
+    torchft at which the set of replicas last changed."""
     with (folder / "steps.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "time": time.time(), "start": start}) + "\n")
 
@@ -59,9 +60,9 @@ def record_end(folder: Path, model: torch.nn.Module) -> None:
 
 
 def pause(folder: Path, rank: int) -> None:
-    """Sleep for ``STEP_S`` seconds, unless the file ``hurry`` exists in the folder of the run.
+    """Sleep for ``STEP_S`` seconds, unless the file ``hurry`` exists in ``folder``, the folder of the run.
 
-    Rank 1 then allocates 2 GiB if the file ``hog`` is younger than the process.
+    Before that, rank 1 allocates 2 GiB if the file ``hog`` in this folder is younger than the process.
     """
     hog = folder / "hog"
     if rank == 1 and hog.exists() and hog.stat().st_mtime > START:

@@ -50,7 +50,8 @@ END_S = 1200.0
 
 
 def nanogpt_text(code: Path, _data: Path) -> None:
-    """Write random words from a fixed seed as the text for nanoGPT's character-level preparation."""
+    """Write random words from a fixed seed into nanoGPT's checkout, as the text that its character-level preparation
+    reads."""
     words(code / "data" / "shakespeare_char" / "input.txt")
 
 
@@ -62,7 +63,8 @@ def words(path: Path, count: int = 40_000) -> None:
 
 
 def images(_code: Path, data: Path) -> None:
-    """Write images of 64 x 64 pixels in four classes. Each class has a folder and a color of its own."""
+    """Write 128 JPEG images of 64 x 64 pixels in four classes into ``data/train`` and ``data/val``. Each class has a
+    folder and a color of its own."""
     from PIL import Image
 
     draw = random.Random(0)
@@ -77,9 +79,8 @@ def images(_code: Path, data: Path) -> None:
 
 
 def boxes(code: Path, data: Path) -> None:
-    """Write images with a label file for each, the file that describes the dataset, and the font that YOLOv5 would
-    download.
-    """
+    """Write the data of YOLOv5 into ``data``: the images of ``images``, a label file with one box for each, the file
+    that describes the dataset, and the font that YOLOv5 would download."""
     from matplotlib import get_data_path
 
     images(code, data)
@@ -92,7 +93,8 @@ def boxes(code: Path, data: Path) -> None:
 
 
 def diffusers_files(code: Path, data: Path) -> None:
-    """Write images, and the config of a model of two blocks."""
+    """Write the data of diffusers' program into ``data``: the images of ``images``, and the config of a UNet with two
+    blocks on each side."""
     images(code, data)
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     sizes = {"sample_size": 16, "layers_per_block": 1, "block_out_channels": [32, 32]}
@@ -155,7 +157,8 @@ def litgpt_text(_code: Path, data: Path) -> None:
 
 
 def translation(_code: Path, data: Path) -> None:
-    """Write a text to train on and one to validate on. The task is to copy a line."""
+    """Write the data of Sockeye into ``data``: a text to train on and a text to validate on. The task is to copy a
+    line."""
     words(data / "train.txt", 24_000)
     words(data / "dev.txt", 1_200)
 
@@ -180,7 +183,7 @@ def nanochat_shards(_code: Path, data: Path) -> None:
 
 
 def easylm_text(code: Path, data: Path) -> None:
-    """Write the texts and the tokenizer of ``litgpt_text``, and the first text as lines of JSON."""
+    """Write the texts and the tokenizer of ``litgpt_text`` into ``data``, and the first text also as lines of JSON."""
     litgpt_text(code, data)
     lines = (data / "text" / "0.txt").read_text().splitlines()
     (data / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
@@ -241,7 +244,7 @@ def sounds(_code: Path, data: Path) -> None:
 
 
 def llama(folder: Path, vocab_size: int) -> None:
-    """Write a model of two layers into ``folder``, as transformers saves it."""
+    """Write an untrained Llama of two layers and ``vocab_size`` tokens into ``folder``, in transformers's format."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -258,7 +261,8 @@ def llama(folder: Path, vocab_size: int) -> None:
 
 
 def peft_files(code: Path, data: Path) -> None:
-    """Write lines of text to train and to test on, and a model of two layers with its tokenizer."""
+    """Write the data of PEFT's program into ``data``: lines of text to train and to test on, and a Llama of two layers
+    with its tokenizer."""
     litgpt_text(code, data)
     lines = (data / "text" / "0.txt").read_text().splitlines()
     (data / "lines").mkdir()
@@ -268,9 +272,8 @@ def peft_files(code: Path, data: Path) -> None:
 
 
 def torchtune_files(_code: Path, data: Path) -> None:
-    """Write lines of text, a SentencePiece tokenizer that is trained on this text, a model of two layers, and the
-    config of a recipe.
-    """
+    """Write the data of torchtune into ``data``: lines of text, a SentencePiece tokenizer that is trained on this text,
+    a Llama of two layers, and the config of a recipe."""
     import sentencepiece
 
     words(data / "text.txt", 3_000)

@@ -3,18 +3,19 @@
     python -m benchmarks.faults.storm --faults 50 --seeds 4         # one drill of 50 faults: most of an hour
     python -m benchmarks.faults.storm --faults 10 --seeds 11,12,13  # one drill for each seed, one after another
     python -m benchmarks.faults.storm --here SHARED --seeds 1,2,3   # on the Slurm of this machine; needs no root
-    python -m benchmarks.faults.storm --write FOLDER...             # make the page from those folders
+    python -m benchmarks.faults.storm --write FOLDER...             # make the page from finished drills
 
-A drill is one run of two nodes and one spare node. The seed decides the order of the faults, their ranks, steps and
-seconds; each kind occurs equally often. The sandbox has four nodes and no accounting (SlurmdTimeout=20, KillWait=5),
-and gets every kind. On a cluster, the drill does not cut power and does not stop the controller.
-The cluster needs one shared folder, on which the nodes can read the checkout and its Python. The program is a chain
-of hashes. Each rank saves it every 25 steps, in files of a few hundred bytes, and sleeps in its steps until all
-faults have occurred. The final files of both ranks must equal those of an undisturbed run of the same command, byte
-by byte. The records must hold every step of both ranks once, with the same loss and samples. Nothing of the run may
-remain on the host or in the queue. Goodput is the share of the allocated time in steps that count, without the first
-start. The predicted goodput is Young and Daly's, from the run's own save time, interval and cost of a restart. Load
-is the highest one-minute load average. The exit status is 1 if a drill fails.
+A drill is one run of two nodes and one spare node, with many faults. The seed decides the order of the faults, their
+ranks, steps and seconds; each kind of fault occurs equally often. On the sandbox, all kinds of faults occur. It has
+four nodes and no accounting (SlurmdTimeout=20, KillWait=5). On your own cluster, the drill neither cuts power nor stops
+Slurm's controller. The cluster needs one shared folder, on which the nodes can read the checkout and its Python. The
+program of the run is a chain of hashes. Each rank saves its hash every 25 steps, in files of a few hundred bytes, and
+sleeps in its steps until all faults have occurred. A drill passes if three things hold. The final files of both ranks
+equal those of an undisturbed run of the same command, byte by byte. The step records have every step of both ranks
+once, with the same loss and samples. Nothing of the run remains on the host or in the queue. Goodput is the share of
+the allocated time, without the first start, that steps take which count at the end. The predicted goodput is that of
+Young and Daly's model, for the save time, the interval and the cost of a restart of this run. Load is the highest
+one-minute load average. The exit status is 1 if a drill fails.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Training runs on a Slurm sandbox that end with the same weights in spite of faults, one line for each case.
+"""Training runs with faults on a Slurm sandbox, which must end with the same weights as an undisturbed run.
 
     python -m benchmarks.faults.storm_on_sandbox                         # all cases: 40 minutes on two cores, as root
     python -m benchmarks.faults.storm_on_sandbox --only srun,controller  # cases with one of these words in their names
-    python -m benchmarks.faults.storm_on_sandbox --write                 # and keep the page
+    python -m benchmarks.faults.storm_on_sandbox --write                 # and write the page
 
-Every case is a training run of two nodes on a Slurm sandbox of four (SlurmdTimeout=20, KillWait=5, no accounting),
-with the default limits of `resilience.max_restarts`. A node that "is back after
-3 s" has no power for 3 s. With `spare` there is a third node, and `resilience.node_timeout_s=5` lets it replace a
-node that is back after 8 s. The controller stops at the moment at which the agents receive SIGTERM and must ask it
-for the reason. The script compares weights and optimizer after the last step with those of an undisturbed run, tensor
-by tensor. The exit status is 1 if a run does not finish, or if a bit differs.
+Every case is a training run of two nodes on a Slurm sandbox of four (SlurmdTimeout=20, KillWait=5, no accounting), with
+the default limits of `resilience.max_restarts`. In a case "back after 3 s" a node has no power for 3 s. A case with
+"spare" in its name has a third node, and `resilience.node_timeout_s=5` lets it replace a node that is back after 8 s.
+In a case "controller away" the controller stops just before the agents receive SIGTERM, so that they cannot yet ask it
+for the reason of the signal. The script compares weights and optimizer after the last step with those of the
+undisturbed run, tensor by tensor. It prints a line for each case. The exit status is 1 if a run does not finish, or if
+a bit differs.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ Row = tuple[str, str, str, str, str]
 
 
 def weather(folder: Path, name: str, whole: dict[str, torch.Tensor]) -> Row:
-    """Run one case on a new sandbox, and return its row. ``whole`` has the weights of an undisturbed run."""
+    """Run the case ``name`` on a new sandbox, and return its row. ``folder`` is the folder for the sandbox and the run,
+    and ``whole`` has the weights of an undisturbed run."""
     words, fault = CASES[name]
     began, same, restarts = time.monotonic(), "no", "none"
     with Cluster(folder / "sandbox") as sandbox:

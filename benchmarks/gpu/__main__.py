@@ -1,21 +1,22 @@
-"""Throughput, memory and waits of our step on the GPUs of this machine, and the gain of each default.
+"""Throughput, memory and host waits of training steps on the GPUs of this machine, and the gain of each default.
 
     python -m benchmarks.gpu --nanogpt PATH            # all groups within eight minutes, the most important first
     python -m benchmarks.gpu --only models,peers       # some groups
-    python -m benchmarks.gpu --device cpu --to FOLDER  # rehearse the same lists: tiny sizes, no waits
+    python -m benchmarks.gpu --device cpu --to FOLDER  # the same groups without a GPU: tiny sizes, no waits
 
-The models train on all GPUs at their defaults, bf16 and compiled. Every other group compares its first entry with the
-others on one GPU; the engines use all. Each contestant has its own process. Contestants that fit into the memory
-together, by their plans, warm up together. Then they take turns of about ``TURN_S`` seconds, in another order in each
-of ``--rounds`` rounds. Ours is the whole step of ``gpt.train``. The ratio is the contestant's time for a token over
-that of the first contestant in the same round; the page has the median over the rounds. Above 1, the first contestant
-is faster.
+A group is a list of training steps to compare, its entries. A contestant is the process that makes the steps of one
+entry. The entries of the group `models` train on all GPUs at their defaults, in bf16 and compiled. Every other group
+compares its first entry with the others. The group `engines` uses all GPUs, the other groups use one. Contestants whose
+planned memory fits into the GPU together warm up together. Then they take turns of about ``TURN_S`` seconds, one turn
+in each of ``--rounds`` rounds, in another order in each round. A contestant of this project makes whole steps of
+``gpt.train``. The ratio is the contestant's time for a token over that of the first contestant in the same round; the
+page has the median over the rounds. Above 1, the first contestant is faster.
 
-MFU follows the PaLM convention, against the peak in the precision of the row. The next column is the share of the
-rate that a product of two square matrices reached on this GPU immediately before. Waits are the places at which the
-host waits for the device in ten steps, found by ``torch.cuda.set_sync_debug_mode``. If there are none, the script
-checks this in mode ``error``. It writes the page and its JSON after each row. The exit status is 0, 1 if a contestant
-failed, or 2 if there is no GPU.
+MFU follows the PaLM convention, against the peak in the precision of the row. The next column compares with the rate
+that a product of two square matrices reached on this GPU before the first contestant started. Waits are the places at
+which the host waits for the device in ten steps, found by ``torch.cuda.set_sync_debug_mode``. If this finds none, the
+contestant makes ten more steps in mode ``error`` to check it. The script writes the page and its JSON after each row.
+The exit status is 0, 1 if a contestant failed, or 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ from launch.errors import ConfigError
 NAMES = ("models", "peers", "engines", "changes", "experts", "float8")
 TURN_S = 1.0
 MOST_STEPS = 20
-"""Largest number of steps in a turn."""
+"""Largest number of training steps that the process of an entry makes in one turn."""
 AT_ONCE = 7
-"""Largest number of contestants that share the GPUs. Each of them compiles, and its CUDA context takes half a GiB."""
+"""Largest number of entries whose processes share the GPUs. Each process compiles, and its CUDA context takes half a
+GiB."""
 SQUARE = {"cuda": 8192, "cpu": 512}
 """Device -> number of rows and columns of the square matrices whose product gives the measured rate."""
 ASKED_S = 10.0
-"""Time limit in seconds for a contestant's answer to a question that it can answer without a training step."""
+"""Time limit in seconds for the answer of an entry's process to a request without a training step, such as its peak
+memory."""
 CPU_GIB = 8.0
 """Memory in GiB that ``--device cpu`` assumes for each device."""
 TITLES = (
@@ -67,7 +70,7 @@ class Row:
     entry: Entry
     outcome: str = "ok"
     told: dict[str, Any] = field(default_factory=dict)
-    """Properties that the contestant reports about itself: model, device, FLOPs per token, planned memory."""
+    """Properties that the process of the entry reports about itself: model, device, FLOPs per token, planned memory."""
     step_s: float | None = None
     """Median step time over the rounds, in seconds; None if it was not measured."""
     best_s: float | None = None
@@ -144,7 +147,8 @@ class Measurement:
 
 
 def measure_rates(found: Measurement, folder: Path) -> None:
-    """Measure the rate of a product of two large matrices in each precision that the device supports."""
+    """Measure the rate of a product of two large matrices in each precision that the device supports, and add the rates
+    to ``found.rates``. ``folder`` is for the result file of ``gpt.bench_matmul``."""
     side, output = SQUARE[found.machine.device], folder / "matmul.json"
     words = [f"--device={found.machine.device}", f"--sizes={side}", f"--output={output}", "--budget-s=0.3"]
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -156,7 +160,14 @@ def measure_rates(found: Measurement, folder: Path) -> None:
 
 
 def command(entry: Entry, group: Group, found: Measurement, folder: Path) -> list[str]:
-    """Return the command line that starts the process of a contestant."""
+    """Return the command line that starts the contestant of an entry, the process that makes its training steps.
+
+    Args:
+        entry: the entry.
+        group: group of the entry, with the shape of its model.
+        found: results so far, with the machine and the checkout of nanoGPT.
+        folder: folder for prepared data and runs.
+    """
     kept = [f"data.cache_dir={folder / 'data'}", f"output_dir={folder}"]
     shape = None if group.shape is None else asdict(replace(group.shape, batch=entry.micro_batch))
     told = {
@@ -177,7 +188,8 @@ def command(entry: Entry, group: Group, found: Measurement, folder: Path) -> lis
 
 
 def measure_pack(group: Group, pack: Sequence[Entry], found: Measurement, folder: Path) -> None:
-    """Run the contestants of the entries in ``pack`` in turns, and add a row for each entry that has no row yet."""
+    """Start a process for each entry in ``pack``, let the processes make training steps in turns, and add a row for
+    each entry that has no row yet. ``found`` has the rows, and ``folder`` is for the runs."""
     known = {row.entry.name for row in found.rows if row.group == group.name}
     with contextlib.ExitStack() as stack:
         everybody = {
@@ -202,19 +214,19 @@ def measure_pack(group: Group, pack: Sequence[Entry], found: Measurement, folder
 
 
 def steps_of_turn(one: Contestant) -> int:
-    """Return the number of steps of a contestant that take about ``TURN_S`` seconds, at least 1 and at most
-    ``MOST_STEPS``."""
+    """Return the number of training steps that the process ``one`` makes in about ``TURN_S`` seconds, at least 1 and at
+    most ``MOST_STEPS``."""
     return max(1, min(MOST_STEPS, round(TURN_S / one.told["step_s"])))
 
 
 def row_of(group: Group, entry: Entry, one: Contestant, base: Contestant | None, found: Measurement) -> Row:
-    """Return the row of an entry, after asking its contestant for peak memory and waits.
+    """Ask the contestant of an entry, which is its process, for peak memory and waits. Return the row of the entry.
 
     Args:
         group: group of the entry.
         entry: the entry.
-        one: contestant of the entry, after its turns.
-        base: contestant that the entry is compared with; None gives the row no ratio.
+        one: contestant of the entry, after its last turn.
+        base: contestant of the group's first entry, which the entry is compared with; None gives the row no ratio.
         found: results so far, with the deadline.
     """
     first = {} if base is None else base.told
@@ -236,7 +248,7 @@ def row_of(group: Group, entry: Entry, one: Contestant, base: Contestant | None,
 
 
 def outcome_of(one: Contestant, found: Measurement) -> str:
-    """Return the outcome as text: ``ok``, the failure, or that no time was left."""
+    """Return the outcome of the process ``one`` as text: ``ok``, the failure, or that no time was left."""
     if found.left_s() <= 0 and (one.failure or not one.wall):
         return "no time was left"
     return f"failed: {one.failure}" if one.failure else "ok"

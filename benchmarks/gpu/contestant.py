@@ -1,7 +1,7 @@
-"""One contestant of benchmarks.gpu, in its own process: a run of ours, or the step of another library.
+"""One contestant of benchmarks.gpu: the process that makes the training steps of this project or of another library.
 
-Has the parts of our loop that a comparison leaves out (``WITHOUT``), and finds the places at which the host waits for
-the device.
+Some comparisons leave out a part of this project's training loop; the functions in ``WITHOUT`` remove these parts. The
+function ``waits`` finds the places at which the host waits for the device.
 """
 
 from __future__ import annotations
@@ -204,8 +204,8 @@ def place(file: Path, line: int) -> str:
 
 
 def serve_other(told: dict[str, Any]) -> Served:
-    """Build the training step of another library. ``told`` is the JSON object that the only argument of the program
-    contains."""
+    """Build the training step of another library. ``told`` is the JSON object from the command line of this process:
+    library, checkout, shape of the model, device, data, and whether to compile."""
     checkout = None if told["checkout"] is None else Path(told["checkout"])
     shape, device = Shape(**told["shape"]), told["device"]
     served = serve_peer(told["peer"], shape, checkout, told["compiled"], True, device, told["data"])
@@ -214,7 +214,8 @@ def serve_other(told: dict[str, Any]) -> Served:
 
 
 def main() -> None:
-    """Build the contestant that the only argument describes in JSON, and run its turns."""
+    """Build the training step that the only argument describes in JSON. Then make steps and answer requests, as
+    benchmarks.gpu asks on standard input."""
     die_with_parent(os.getppid())
     told = json.loads(sys.argv[1])
     with tempfile.TemporaryDirectory(prefix="gpu_") as folder:

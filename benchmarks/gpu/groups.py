@@ -1,4 +1,6 @@
-"""Groups of contestants that benchmarks.gpu compares, with their sizes, the most important first."""
+"""Groups of training steps that benchmarks.gpu compares, the most important group first, with the sizes of their
+models.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,14 @@ TINY = (
     *("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "model.vocab_size=256"),
     *("model.n_kv_head=null", "model.ffn_hidden=64"),
 )
-"""Sizes of every model on a CPU, where ``--device cpu`` only tries the lists."""
+"""Sizes of every model on a CPU. There ``--device cpu`` only tries whether all entries run."""
 WHOLE_LOGITS = 12
 """Additional bytes for each logit in a loss that is not fused: fp32 copies of the logits, of their log-softmax, and of
 the gradient.
 """
 FULLEST = 0.85
-"""Largest share of a GPU's memory that plans may use. CUDA contexts, NCCL and fragmentation need the rest."""
+"""Largest share of a GPU's memory that the planned memory of all processes may take. CUDA contexts, NCCL and
+fragmentation need the rest."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Entry:
     words: tuple[str, ...] = ()
     """Overrides of ``gpt.train``."""
     without: str = ""
-    """Name of the part of our training loop that the contestant leaves out (``contestant.WITHOUT``); empty: none."""
+    """Name of the part of this project's training loop that is left out, a key of ``contestant.WITHOUT``; empty: none.
+    """
     peer: str = ""
     """Name of the other library whose step is measured; empty for a step of this project."""
     environment: tuple[tuple[str, str], ...] = ()
@@ -73,7 +77,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Machine:
-    """Device type, number of ranks and memory for which the lists are made."""
+    """Device type, number of ranks and memory of a device, for which the groups are made."""
 
     device: str
     """``cuda`` or ``cpu``."""
@@ -161,9 +165,8 @@ def peers(machine: Machine, with_nanogpt: bool) -> Group:
 
 
 def engines(machine: Machine) -> Iterator[Entry]:
-    """Yield an entry for each engine in eager mode on all GPUs. Each dimension of a preset has two ranks. Leaves out
-    engines that do not fit this machine or whose package is missing.
-    """
+    """Yield an entry for each engine in eager mode on all GPUs. Each parallel dimension in the name of a preset, such
+    as tp or pp, has two ranks. Leaves out engines that do not fit this machine or whose package is missing."""
     dims = {"tp": "tp", "pp": "pp", "cp": "cp", "ep": "ep", "hsdp": "dp_shard"}
     names = ["ddp", "zero1", "fsdp", "hsdp", "tp", "fsdp_tp", "pp", "pp_fsdp", "cp", "fsdp_cp", "ep", "fsdp_ep"]
     if is_importable("deepspeed"):
@@ -214,9 +217,9 @@ def float8_changes(machine: Machine) -> Iterator[Entry]:
 
 
 def packs(group: Group, machine: Machine, at_once: int) -> Iterator[list[Entry]]:
-    """Yield lists of at most ``at_once`` entries whose plans fit into the memory together. If the group compares, each
-    list begins with the first entry where this entry fits, too.
-    """
+    """Yield lists of at most ``at_once`` entries whose planned memory fits into one device together. If the entries are
+    compared with the first entry of the group, each list begins with that entry. A list without room for it begins with
+    another entry."""
     base = group.entries[0] if group.compares else None
     pack: list[Entry] = []
     for entry in group.entries:

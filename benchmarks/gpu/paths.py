@@ -1,15 +1,14 @@
-"""Every path that only a GPU takes, on the GPUs of this machine, compared with the plain fp32 path.
+"""Runs through all code that only a GPU uses, compared with a plain fp32 run on the same device.
 
     python -m benchmarks.gpu.paths                           # all entries; one GPU is enough
     python -m benchmarks.gpu.paths --only bf16,flash         # entries whose names begin so
-    python -m benchmarks.gpu.paths --device cpu --only fsdp  # rehearse the same list: gloo, tiny sizes, two ranks
+    python -m benchmarks.gpu.paths --device cpu --only fsdp  # the same runs without a GPU: gloo, tiny sizes, two ranks
 
 Each entry is a short run of ``gpt.train`` under torchrun, as users start it. The reference is one rank in fp32 with
 attention written out, experts multiplied one by one, and nothing compiled. The losses of all steps and the gradient
 norm of the first step must be near those of the reference; the table has the tolerance. After each entry the script
 writes a dated page and its JSON: hardware, versions, commit, tokens/s, MFU, memory. benchmarks.gpu measures the speed
-of a step and its causes. The exit status is 0, 1 if an entry failed or exceeds the tolerance, or 2 if there is no
-GPU.
+of a step and its causes. The exit status is 0, 1 if an entry failed or exceeds the tolerance, or 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ ONE_BY_ONE = ("model.expert_matmul=loop",)
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of the list."""
+    """One training run of this script: its name, its overrides, and how it is compared with the reference run."""
 
     name: str
     words: tuple[str, ...]
@@ -269,7 +268,8 @@ def plain_paths(chosen: Sequence[Entry]) -> list[Entry]:
 
 
 def main() -> int:
-    """Run the list. Returns the exit status, which the docstring of the module explains."""
+    """Train all chosen entries and their references. Returns the exit status, which the docstring of the module
+    explains."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=list(SIZES), default="cuda", help="cpu rehearses the list with tiny sizes")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="entries whose names begin so; default: all")

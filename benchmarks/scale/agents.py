@@ -3,20 +3,20 @@
     python -m benchmarks.scale.agents --write
     python -m benchmarks.scale.agents --agents 8,64
 
-All agents run on this machine. The head node's agent is a process of its own. It has the threads and connections that
-it has on a cluster, and polls for failed and silent nodes as it does while ranks run. The other agents are in
-processes of up to 512 agents. Real for each of these agents: the look for the head node's file, a connection of its
-own to the store, signed messages, the code and the intervals of the exchanges, the part in the agreement, and the
-heartbeat file of one rank. Not real: the network, the ranks, the health checks, and the threads. One thread of a
-process makes the exchanges of all its agents, each when it is due; the polls of these agents for their ranks are
-missing. The other agents share the cores with the head node's process, which on a cluster has its node for itself:
-times are upper bounds. "Load" is the load average of the machine before the measurement. "Meet" is the time from the
-start of the processes until the head node begins the first round with all agents. "Stop" is the time from a request to
-stop on the head node until the last agent has set the step of the stop for its rank. "Lost" is the time from the last
-sign of life of one node until the head node calls it lost, beyond `resilience.node_timeout_s=30`; it is below zero if
-the head node's clock of the silence, which ticks each half second, is ahead. CPU, memory, open files and connections
-are those of the head node's process. Messages, from all other agents, and CPU are those of ten seconds in which
-nothing happens; 4,096 agents on free cores send up to 8,190 messages/s. Where fewer arrive, other programs had the
+All agents run on this machine. The head node's agent is a process of its own, with the threads and connections that it
+has on a cluster. It polls for failed and silent nodes as it does while ranks run. The other agents are in processes of
+up to 512 agents. For each of these agents, the following is real: the search for the head node's file, its own
+connection to the store, signed messages, the code and the intervals of the exchanges, the part in the agreement, and
+the heartbeat file of one rank. The following is missing: the network, the ranks, the health checks, the threads, and
+the polls of these agents for their ranks. One thread of a process makes the exchanges of all its agents, each when it
+is due. The other agents share the cores with the head node's process, which on a cluster has its node for itself: times
+are upper bounds. "Load" is the load average of the machine before the measurement. "Meet" is the time from the start of
+the processes until the head node begins the first round with all agents. "Stop" is the time from a request to stop on
+the head node until the last agent has set the step of the stop for its rank. "Lost" is the time from the last sign of
+life of one node until the head node calls it lost, minus `resilience.node_timeout_s=30`. It can be below zero, because
+the head node counts the silence in ticks of half a second. CPU, memory, open files and connections are those of the
+head node's process. "Messages" are those from all other agents. Messages and CPU are measured in ten seconds in which
+nothing happens. 4,096 agents on free cores send up to 8,190 messages/s. Where fewer arrive, other programs had the
 cores, and all times are longer.
 """
 
@@ -92,16 +92,16 @@ def attach_rank(folder: RunFolder, group: rendezvous.AgentGroup, index: int, rdz
 
 
 class CalledHeartbeat(Heartbeat):
-    """Heartbeat without a thread: ``follow`` calls its exchanges."""
+    """Heartbeat of an agent that has no thread of its own: ``follow`` makes the exchanges with the head node."""
 
     def _run(self) -> None:
         pass
 
 
 def follow(folder: RunFolder, first: int, end: int, count: int) -> None:
-    """Run the agents ``first`` to ``end - 1`` in this thread until the process is killed. Writes two monotonic times:
-    when the last agent has received the stop, and when agent 1 has sent its last message.
-    """
+    """Run the agents ``first`` to ``end - 1`` of ``count`` agents in this thread until the process is killed. Write two
+    files with a monotonic time into ``folder``: in ``stopped_FIRST.json``, when the last of these agents has received
+    the stop; in ``silent.json``, when agent 1 has sent its last message."""
     config, clock = config_of(count), RunningClock()
     groups, files = dict[int, rendezvous.AgentGroup](), dict[int, HeartbeatFile]()
     waiting = set(range(first, end))
@@ -215,7 +215,7 @@ def measure(count: int) -> list[str]:
 
 
 def main() -> int:
-    """Measure each size. Returns 0."""
+    """Measure a group of each size, and print the table. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--agents", default="8,64,512,1024,4096", help="numbers of agents")
     parser.add_argument("--write", action="store_true", help="keep the page")

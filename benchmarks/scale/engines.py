@@ -108,15 +108,15 @@ def loss_traffic() -> tuple[str, bool]:
 
 
 def watched_loop() -> dict[str, Any]:
-    """Return the measurements of a run of 200 steps on two ranks. One rank gets requests to save and to stop."""
+    """Make a run on two ranks until it is stopped, and return rank 0's measurements by name, such as ``messages`` and
+    ``collected``. One rank gets requests to save and to stop."""
     with tempfile.TemporaryDirectory() as folder:
         return dict(run_distributed(loop.watch, 2, Path(folder) / "run")[0])
 
 
 def messages_of_steps() -> tuple[str, bool]:
-    """Return row A4: the messages through the control group in the first 100 steps, and the steps from the request to
-    stop until the stop.
-    """
+    """Return row A4: the number of messages between the ranks through the gloo group ``World.control`` in the first 100
+    steps, and the number of steps from the request to stop until the stop."""
     found = watched_loop()
     messages = len([step for step in found["messages"] if step <= 100])
     steps = found["step"] - loop.STOP_AT
@@ -124,7 +124,8 @@ def messages_of_steps() -> tuple[str, bool]:
 
 
 def collections() -> tuple[str, bool]:
-    """Return row A14: the garbage collections during steps that do not occur at multiples of ``GC_INTERVAL``."""
+    """Return row A14: the number of garbage collections after a step that is not a multiple of ``GC_INTERVAL``, and the
+    steps of all collections. Only the steps before the save count."""
     during = [step for step, _ in watched_loop()["collected"] if 0 < step < loop.SAVE_AT]
     others = [step for step in during if step % GC_INTERVAL]
     return f"{len(others)}, others after steps {', '.join(map(str, during))}", not others and bool(during)
@@ -229,9 +230,8 @@ def memory_of_a_start() -> tuple[str, bool]:
 
 
 def slow_steps(rank: int, size: int, folder: Path) -> list[float]:
-    """Return for each step the seconds that the step waits for its batch. Reading a window takes ``READ_S`` seconds,
-    and computing takes ``COMPUTE_S`` seconds.
-    """
+    """Return for each step the seconds that the step waits for its batch. Reading a window, the tokens of one sequence,
+    takes ``READ_S`` seconds, and computing takes ``COMPUTE_S`` seconds."""
     run: Run = start(rank, size, folder, "parallel=ddp", "optim.max_steps=40", "eval.interval=0")
     read = Windows.read
     waited = []
@@ -256,7 +256,7 @@ def slow_steps(rank: int, size: int, folder: Path) -> list[float]:
 
 
 def data_wait() -> tuple[str, bool]:
-    """Return row A12: the median wait for a batch on one rank with 16 windows in each step."""
+    """Return row A12: the median wait for a batch on one rank with 16 sequences in each step."""
     with tempfile.TemporaryDirectory() as folder:
         waited = run_distributed(slow_steps, 1, Path(folder) / "runs" / "run")[0]
     median = statistics.median(waited)

@@ -2,13 +2,13 @@
 
     python -m benchmarks.scale.growth               # all rows, about a quarter of an hour on two quiet cores
     python -m benchmarks.scale.growth --only A6,A9  # some rows
-    python -m benchmarks.scale.growth --write       # and keep the page
+    python -m benchmarks.scale.growth --write       # and write growth.md
 
-Every row is measured by its own process. A row uses torch's fake process group with one real rank, a GPU that has
-shapes but no values, a few real processes over gloo, strace, or records that were written for the purpose. "Before"
-is commit c045bd7 on two quiet cores. A row that could not be measured counts as not reached. The exit status is 1 if
-a row is not reached. The numbers of the rows have gaps: tests measure A10, A16 and A17, which are about asynchronous
-saves, cost and breakdown.
+Every row is measured by its own process. A row uses torch's fake process group with one real rank, fake GPU tensors
+with shapes but no values, a few real processes over gloo, strace, or records that were written for the purpose. The
+column "before" has the values of commit c045bd7 on two quiet cores. A row is reached if its value meets the demand. A
+row that could not be measured counts as not reached. The exit status is 1 if a row is not reached. The numbers of the
+rows have gaps: tests measure A10, A16 and A17, which are about asynchronous saves, cost and breakdown.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ LIMIT_S = 900.0
 
 @dataclass(frozen=True)
 class Row:
-    """A measure, its value before, the demanded value, and a function that returns the measured value as text and True
-    if it meets the demand.
-    """
+    """One row of the table: what is measured, the value of an earlier commit, the demanded value, and a function. The
+    function returns the measured value as text, and True if the value meets the demand."""
 
     what: str
     before: str

@@ -2,17 +2,18 @@
 
     python -m benchmarks.scale.projection                                     # all: ten minutes, as root
     python -m benchmarks.scale.projection --only links --network FILE         # measure the links only
-    python -m benchmarks.scale.projection --only fsdp --network FILE --write  # one parallelism, its row into the page
+    python -m benchmarks.scale.projection --only fsdp --network FILE --write  # one parallelism; writes its row
     python -m benchmarks.scale.projection --keep FOLDER                       # and keep the runs and the links
     python -m benchmarks.scale.projection --again FOLDER --network FILE       # predict kept runs with today's model
     python -m benchmarks.scale.projection --cables 40,5                       # other cables: Mbit/s, ms each way
 
 The cables of the nodes are limited in bandwidth and latency, so that tiny models wait for them most of the time.
 `launch.bench_network` measures the links over all four nodes. Then each parallelism runs on fewer nodes and on four.
-The cost model gets the measured links and the steps on fewer nodes, and predicts the steps on four. The interval is
-that of the measured steps, from their first to their third quartile. The nodes of a sandbox share the cores of one
-machine: a rank that computes slows the other ranks, which no model of separate nodes includes. A row is blind if these
-cables had no row of this parallelism before, so that the cost model cannot be fitted to it.
+The cost model gets the measured links and the steps on fewer nodes, and predicts the step time on four. The column
+"interval" has the error against the third and against the first quartile of the measured step times. The nodes of a
+sandbox share the cores of one machine: a rank that computes slows the other ranks, which no model of separate nodes
+includes. The column "blind" says yes if the page had no row of this parallelism with these cables before: then the cost
+model cannot have been fitted to this row.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def predict(
         folder: folder of the sweep.
         network: file with the measured links; None uses the file that the runs name.
         cables: limits of the cables, which are copied into the result.
-        is_blind: copied into the result.
+        is_blind: True if the page had no row of this parallelism with these cables before; copied into the result.
     """
     points = label_points([*map(read_point, select(folder).runs)])
     (series,) = split(points)

@@ -1,11 +1,11 @@
 """Published throughput compared with the prediction of the cost model at its defaults.
 
     python -m benchmarks.scale.published          # half a minute on one core; trains nothing
-    python -m benchmarks.scale.published --write  # and keep the page
+    python -m benchmarks.scale.published --write  # and write published.md
 
 Nothing is fitted. Devices and links have the figures of the vendors' data sheets (gpt/accounting/accelerators.csv), and
-a rank computes at half of its peak in every shape. The error is predicted over published, minus one. A sweep of your
-own takes that rate from its smallest point; then only the error of the scaling remains.
+a rank computes at half of its peak in every shape. The error is predicted over published, minus one. A projection of
+your own sweep measures this rate on the smallest point of the sweep, so that only the error of the scaling remains.
 """
 
 from __future__ import annotations
@@ -114,11 +114,12 @@ WHOLE = ("parallel.sequence_parallel=false",)
 
 
 def interleaved(layers: int) -> tuple[str, ...]:
-    """Return overrides for the interleaved schedule of the paper's section 5.1, with the smallest number of stages of a
-    rank that divides its layers.
+    """Return overrides for the interleaved schedule of the paper's section 5.1. ``layers`` is the number of layers of a
+    rank. A rank gets the smallest number of stages, at least 2, that divides its layers.
 
-    Sequence parallelism replaces the scatter and gather between stages (section 4.1): with both, a rank sends only its
-    part of the hidden states, and tensor parallelism sends the same number of bytes.
+    The overrides set sequence parallelism in place of the paper's scatter and gather between stages (section 4.1). With
+    either of the two, a rank sends only its part of the hidden states to the next stage. The number of bytes for tensor
+    parallelism is the same, too.
     """
     stages = next(count for count in range(2, layers + 1) if layers % count == 0)
     return ("parallel.schedule=interleaved", f"parallel.stages_per_rank={stages}", "parallel.sequence_parallel=true")

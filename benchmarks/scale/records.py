@@ -22,9 +22,9 @@ from tests.support.commands import ROOT, TINY, environment
 
 STEPS = 1000
 RECORDED_S = 23.5
-"""Time in seconds until a rank is killed, just before its writer writes again. The writer of a rank above 0 waits a
-quarter second first; each wait is twice as long as the one before, up to 8 s.
-"""
+"""Time in seconds from the first record until the rank is killed. This is just before its writer thread writes again,
+so that most records are lost. The writer of a rank above 0 waits a quarter second before its first write; each further
+wait is twice as long as the one before, up to 8 s."""
 HANG_S = 5.0
 BASE_S, SLOW_S = 0.5, 0.03
 SEQUENCES, TOKENS, PER_NODE = 8, 2048, 8
@@ -237,7 +237,8 @@ def report_of_many() -> tuple[str, bool]:
 
 
 def slow_rank() -> tuple[str, bool]:
-    """Return row A8: which of rank, host, delay and share a report on 256 ranks names."""
+    """Return row A8: which facts about the slow rank a report on 256 ranks names. The facts are its number, its host,
+    its delay, and the share of the delay in a step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "nodes=32"
         write_run(folder, 256, 300, slow_rank=17)

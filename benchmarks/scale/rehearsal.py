@@ -1,15 +1,16 @@
-"""Rehearsals of one step in 24 set-ups: memory compared with the plan, hangs, waits of the host, time and memory they
-took.
+"""Rehearsals of one step in 24 set-ups: memory compared with the plan, hangs, waits of the host, and their cost.
 
     python -m benchmarks.scale.rehearsal                          # all: about 25 minutes on two cores
     python -m benchmarks.scale.rehearsal --only fsdp-8,ep-8       # some
-    python -m benchmarks.scale.rehearsal --write                  # and keep the page
+    python -m benchmarks.scale.rehearsal --write                  # and write rehearsal.md
 
-Eight layouts on 8, 64 and 512 ranks, in bf16, for H100 GPUs of 80 GB. One rank of each kind is rehearsed, as by
-`python -m gpt.rehearse`. The difference is the plan's peak of a rank over the rehearsed one, minus one, for the ranks
-where it is smallest and largest. Other programs shared the cores, so the seconds are upper bounds. The last column is
-the largest process of the command so far. A rehearsal counts tensors and no more: no workspace of a kernel, no fragment
-of an allocator, no buffer of NCCL. Nothing here was measured on a GPU.
+The set-ups are eight layouts on 8, 64 and 512 ranks, in bf16, for H100 GPUs of 80 GB. A rehearsal makes training steps
+of a rank on tensors that have shapes but no values (`python -m gpt.rehearse`). One rank of each kind is rehearsed; the
+column "taken" has their number. The column "plan" has the difference (planned peak) / (rehearsed peak) - 1, from the
+rank where it is smallest to the rank where it is largest. The column "s" has the seconds of the rehearsal. Other
+programs shared the cores, so the seconds are upper bounds. The last column has the memory of the largest process that
+the script has used so far. A rehearsal counts tensors and no more: no workspace of a kernel, no fragment of an
+allocator, no buffer of NCCL. Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def command(layout: str, ranks: int) -> str:
 
 
 def row(name: str, processes: int) -> list[str]:
-    """Rehearse a set-up and return its row of the table."""
+    """Rehearse a training step of the set-up ``name`` (LAYOUT-RANKS, such as ``fsdp-8``), and return its row of the
+    table. ``processes`` ranks are rehearsed at the same time."""
     layout, _, ranks = name.partition("-")
     began = time.monotonic()
     config, _ = settle(parse_words(shlex.split(command(layout, int(ranks)))))
@@ -74,7 +76,7 @@ def row(name: str, processes: int) -> list[str]:
 
 
 def main() -> int:
-    """Print the table. With ``--write``, also write the page. Returns the exit status."""
+    """Print the table. With ``--write``, also write the page. Returns the exit status 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--only", default="", metavar="LAYOUT-RANKS,...", help="some set-ups")
     parser.add_argument("--write", action="store_true", help="keep the result beside this program")

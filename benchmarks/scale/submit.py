@@ -3,13 +3,14 @@
     python -m benchmarks.scale.submit  # prints the table, about two minutes, as root
     python -m benchmarks.scale.submit --rounds 9 --write
 
-66 points in three shapes (one, two and four nodes, 22 seeds each) go to a Slurm sandbox of four nodes by `python -m
-launch -m` with `launch.detach=true`. 64 points of one shape go there by Hydra's stock `submitit_slurm` launcher,
-which has one shape for all points, from an app that does nothing. Seconds are from the start of the command to the
-end of its last sbatch; a script in front of the real sbatch records them. The two take turns, in another order each
-round. A job that uses all nodes keeps the jobs of the sweeps in the queue; the benchmark cancels them after each
-round. Ours composes, plans and checks each point against the limits of Slurm and the memory of a rank, and writes a
-run folder for each. The table also has a dry run of 100 points.
+Our launcher submits 66 points in three shapes (one, two and four nodes, 22 seeds each) to a Slurm sandbox of four
+nodes, by `python -m launch -m` with `launch.detach=true`. Hydra's launcher `submitit_slurm` submits 64 points there
+from an app that does nothing. All these points have one shape, because that launcher has one shape for all points.
+Seconds are from the start of the command to the end of its last sbatch; a script in front of the real sbatch records
+them. The commands take turns, in reverse order in every second round. A job that uses all nodes keeps the jobs of the
+sweeps in the queue; the benchmark cancels them after each command. Our launcher composes, plans and checks each point
+against the limits of Slurm and the memory of a rank, and writes a run folder for each. The table also has a dry run of
+100 points.
 """
 
 from __future__ import annotations

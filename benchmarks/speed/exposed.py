@@ -1,16 +1,17 @@
-"""Exposed communication in the records compared with the collectives, on two nodes of a sandbox with a slower link.
+"""Exposed communication in step records compared with the time of the collectives alone, over a slow link.
 
     python -m benchmarks.speed.exposed          # about two minutes on two quiet cores, as root
-    python -m benchmarks.speed.exposed --write  # and keep the page
+    python -m benchmarks.speed.exposed --write  # and write exposed.md
 
-A tiny GPT takes ddp steps over two ranks, each on its own node: once with fast cables and once with cables that add
-25 ms. A step has two all-reduces, one after the other, which no computation hides: that of its gradients, all in one
-bucket of DDP, and that of its figures. A separate loop without steps or records measures by how much `comm_s`, summed
-over a step, must grow: it pauses as long as the computation, then makes two all-reduces of as many numbers. By
-arithmetic: a ring of two ranks all-reduces by two messages, one after the other. gloo sends a message after the
-receiver has said that it waits for it, so each message takes two ways. A way passes the cables of both nodes: 2 x 2 x
-2 x 2 x 25 ms. The gradients are a few kilobytes, so each message fits the window with which TCP begins after a pause
-(ten segments, RFC 6928). A larger message waits for one more round trip each time that the window doubles.
+A tiny GPT takes ddp steps over two ranks, each on its own node of a Slurm sandbox: once with fast cables and once with
+cables that add 25 ms in each direction. A step has two all-reduces, one after the other, which no computation hides:
+that of its gradients, all in one bucket of DDP, and that of its figures. A separate loop without steps or records
+measures by how much `comm_s`, summed over a step, must grow. It pauses as long as the computation of a step, then makes
+two all-reduces of as many numbers. By arithmetic, the growth is 2 x 2 x 2 x 2 x 25 ms: two all-reduces of two messages,
+each with two ways over two cables. A ring of two ranks all-reduces by two messages, one after the other. gloo sends a
+message after the receiver has said that it waits for it, so each message takes two ways. A way passes the cables of
+both nodes. The gradients are a few kilobytes, so each message fits the window with which TCP begins after a pause (ten
+segments, RFC 6928). A larger message waits for one more round trip each time that the window doubles.
 """
 
 from __future__ import annotations
@@ -61,9 +62,8 @@ dist.destroy_process_group()
 
 
 def main() -> int:
-    """Measure and print. Returns the exit status: 1 if the growth differs from the expected growth by more than
-    demanded.
-    """
+    """Measure and print. Returns the exit status: 1 if the growth of ``comm_s`` differs from the growth of the separate
+    loop by more than ``DEMANDED``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--write", action="store_true", help="keep the result beside this program")
     given = parser.parse_args()

@@ -58,7 +58,7 @@ def hold(rank: int, size: int, folder: Path, strategies: list[str]) -> dict[str,
 
 
 def planned(strategy: str, size: int) -> RankMemory:
-    """Return the planned memory of a rank."""
+    """Return the planned memory of one rank under ``strategy`` on ``size`` ranks."""
     config = to_schema(compose_train([*TINY, *words_of(strategy)]), TrainConfig)
     dims = check_parallel_dims(config, size)
     return per_rank(config, dims, split_batch(config.optim, dims.data_ranks))

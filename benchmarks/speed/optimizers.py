@@ -42,7 +42,14 @@ Curve = tuple[list[int], list[float]]
 
 
 def train(optimizer: str, rate: str, data: list[str], folder: Path) -> Curve:
-    """Train one run on the prepared ``data``, and return its validation losses."""
+    """Train one run, and return its validation losses.
+
+    Args:
+        optimizer: name of the optimizer.
+        rate: learning rate.
+        data: overrides for the data.
+        folder: folder for the run folders.
+    """
     words = [
         *TRAINING,
         *data,

@@ -6,10 +6,11 @@
 
 The bare loop is the one that a user writes by hand: DistributedDataParallel, ``fully_shard`` or
 ``deepspeed.initialize`` around the model, forward, backward, clipping, AdamW, and the loss, read one step late. With
-``--mean-loss`` the loss is that of all ranks, by an all-reduce in each step. Ours is the whole turn of ``gpt.train``,
-with batches, figures of all ranks and records. Both run in the same processes and step in turn, in another order each
-round, so that other load of the machine affects both. Figures are of rank 0. The ratio is ours over bare in the same
-round, its median over the rounds, of wall time and of the processor time of the rank.
+``--mean-loss`` the loss is that of all ranks, by an all-reduce in each step. Ours is the whole iteration of
+``gpt.train``'s loop, with batches, figures of all ranks and records. Both run in the same processes and step in turn,
+in another order each round, so that other load of the machine affects both. Figures are of rank 0. A ratio is the time
+of our step over that of the bare step in the same round. The table has the median ratio over the rounds, once for wall
+time and once for the processor time of the rank.
 """
 
 from __future__ import annotations

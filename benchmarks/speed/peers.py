@@ -4,15 +4,16 @@
     python -m benchmarks.speed.peers --shapes llama --modes eager   # against transformers alone
     python -m benchmarks.speed.peers --layers 2 --width 256 --batch 2 --fused --write  # smaller; keep the table
 
-Each contestant has its own process. The contestants take turns of ``--steps`` steps, in another order in each of
-``--rounds`` rounds; the other contestants sleep meanwhile. Ours is the whole step of ``gpt.train``: batches, figures
-and records included. The step of a peer is forward, backward, clipping and AdamW on batches that are ready. Tokens,
-shapes and number of parameters are the same; precision is fp32 on CPUs and bf16 on GPUs. AdamW is fused where a peer's
-own training script fuses it (transformers always, nanoGPT and litgpt on GPUs only), and everywhere with ``--fused``.
+A contestant is our training loop or the step of another library; each has its own process. The contestants take turns
+of ``--steps`` steps, in another order in each of ``--rounds`` rounds; the other contestants sleep meanwhile. Ours is
+the whole step of ``gpt.train``: batches, figures and records included. The step of a peer, another library, is forward,
+backward, clipping and AdamW on batches that are ready. Tokens, shapes and number of parameters are the same; precision
+is fp32 on CPUs and bf16 on GPUs. AdamW is fused where a peer's own training script fuses it (transformers always,
+nanoGPT and litgpt on GPUs only), and everywhere with ``--fused``.
 
-The ratio is the peer's time over ours in the same round, its median over the rounds: above 1, ours is faster. Where
-other programs use the machine, the ratio of processor time is more reliable. A library that is not given, or cannot
-be imported, is left out, and the page says so. The exit status is 0, or 1 if a contestant failed.
+The ratio is the peer's time over ours in the same round; the table has its median over the rounds. Above 1, ours is
+faster. Where other programs use the machine, the ratio of processor time is more reliable. A library that is not given,
+or cannot be imported, is left out, and the page says so. The exit status is 0, or 1 if a contestant failed.
 """
 
 from __future__ import annotations
@@ -46,9 +47,8 @@ SIZES = {
     "batch": ("sequences of a step", 8),
 }
 START_S = 900
-"""Time limit for the start of a contestant, in seconds. A mixture whose graph breaks at each expert compiles for
-minutes.
-"""
+"""Time limit in seconds for the start of the process of one library. A mixture of experts whose graph breaks at each
+expert compiles for minutes."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def parameters_of(module: torch.nn.Module) -> int:
 
 
 def serve_as_told(words: argparse.Namespace) -> None:
-    """Build the contestant of ``--serve``, make as many steps as each input line says, and end the process at last."""
+    """Build the training step of the library in ``--serve``, and make as many steps as each line of standard input
+    says. End this process when the input ends."""
     torch.set_num_threads(words.one_thread_count)
     shape, compiled = Shape(**json.loads(words.shape)), words.mode == "compiled"
     checkout = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt}.get(words.serve)
@@ -142,7 +143,7 @@ def serve_as_told(words: argparse.Namespace) -> None:
 
 
 def command(name: str, setting: Setting, words: argparse.Namespace) -> list[str]:
-    """Return the command line that starts a contestant's process."""
+    """Return the command line that starts the process of ``name``, our loop or another library."""
     arguments = ["--serve", name, "--shape", json.dumps(vars(setting.shape)), "--mode", setting.mode]
     arguments += ["--one-thread-count", str(setting.threads), "--device", setting.device]
     arguments += ["--fused"] * setting.fuses(name)
@@ -153,8 +154,9 @@ def command(name: str, setting: Setting, words: argparse.Namespace) -> list[str]
 
 
 def compare(setting: Setting, names: Sequence[str], words: argparse.Namespace) -> list[Contestant]:
-    """Run the contestants ``names`` in turns, and return them with their times. A contestant that cannot be built takes
-    no turn; its ``failure`` has the reason."""
+    """Start a process for each of ``names`` (our loop and other libraries), let the processes step in turns, and return
+    them with their times. A process that cannot build its training step makes no steps; its ``failure`` has the reason.
+    """
     threads = {"OMP_NUM_THREADS": str(setting.threads)}
     with contextlib.ExitStack() as stack:
         everybody = [
@@ -189,8 +191,8 @@ def rows(setting: Setting, found: Sequence[Contestant]) -> list[str]:
 
 
 def contestants(kind: str, words: argparse.Namespace) -> list[str]:
-    """Return the names of the contestants for a shape of the kind ``kind``: our loop, and each library that has the
-    shape and is available."""
+    """Return the names of what is compared in a shape of the kind ``kind``: our loop, and each other library that has
+    this shape and is available."""
     given = {"nanoGPT": words.nanogpt, "litgpt": words.litgpt, "transformers": Path()}
     return [OURS, *(name for name, kinds in KINDS.items() if kind in kinds and given[name] is not None)]
 
@@ -220,7 +222,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run all comparisons and print the table. Return the exit status: 0, or 1 if a contestant failed."""
+    """Run all comparisons and print the table. Return the exit status: 1 if our loop or a library failed, else 0."""
     words = parse()
     if words.serve:
         serve_as_told(words)

@@ -5,13 +5,14 @@
     python -m benchmarks.speed.saves --threads 2 --write  # leaves no core
 
 A GPT with more than 1 GB of weights and moments takes steps on this machine's two cores and saves in between, by the
-parts of our loop, onto the disk of the temporary folder (TMPDIR). `stall` is the time of the steps from a save to its
-commit, the save included, minus the time of as many undisturbed steps. An undisturbed step is the median of eight
-before and eight after. `held` is the part for which the loop waits inside the save. The ways take turns. In the last
-way the writer sleeps ten seconds before it writes. With one thread a step leaves a core to the writer, as a rank does
-that computes on a GPU. With two threads it leaves none, and the writer's sums of all bytes take time from the steps.
-The demand, with one thread: in the background at most a tenth of the stall of waiting, and at most 0.3 s with the
-slow writer.
+parts of our loop, onto the disk of the temporary folder (TMPDIR). There are three ways to save: the loop waits for the
+writer; the writer writes in the background; the writer writes in the background after a sleep of ten seconds. The three
+ways take turns. `stall` is the time of the steps from a save to its commit, the save included, minus the time of as
+many undisturbed steps. The time of an undisturbed step is the median of eight steps before the save and eight after its
+commit. `held` is the time for which the loop waits inside the save. With one thread a step leaves a core to the writer,
+as a rank does that computes on a GPU. With two threads it leaves none, and the checksums of the writer take time from
+the steps. The demand, with one thread: the stall of the second way is at most a tenth of the first, and the stall of
+the third is at most 0.3 s.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ SHARE, LATE_LIMIT_S = 0.1, 0.3
 
 @dataclass(frozen=True)
 class Stall:
-    """Measured cost of one save, in seconds."""
+    """Cost of one save, in seconds, except ``steps``: the number of steps from the save to its commit."""
 
     way: str
     held_s: float
@@ -67,13 +68,13 @@ class Stall:
 
 
 def write_late(content: part.RankPart, folder: Path) -> None:
-    """Write the part of this rank ten seconds late."""
+    """Write the file with this rank's part of a checkpoint ten seconds late."""
     time.sleep(LATE_S)
     part.write_part(content, folder)
 
 
 def writer_of(way: str) -> Writer:
-    """Return the checkpoint writer for one way to save."""
+    """Return the checkpoint writer for the way ``way`` to save, one of ``WAYS``."""
     if way == WAYS[0]:
         return Writer()
     with mock.patch("gpt.checkpoint.writer.write_part", write_late if way == WAYS[2] else part.write_part):
@@ -90,7 +91,8 @@ def step(run: Run, saving: CheckpointSchedule) -> float:
 
 
 def measure(run: Run, saving: CheckpointSchedule, way: str) -> Stall:
-    """Save once between steps, and return the cost."""
+    """Make undisturbed steps, save once in the way ``way``, make steps until the save is committed, and make
+    undisturbed steps again. Return the cost of the save."""
     quiet = [step(run, saving) for _ in range(QUIET)]
     started = time.perf_counter()
     held = saving.save(None, is_last=False, is_stop=False)

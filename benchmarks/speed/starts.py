@@ -5,16 +5,17 @@
     python -m benchmarks.speed.starts                              # prints starts of ranks, executed and forked
 
 `--roads` measures the seconds from a fault to the first step that the run had not made before, and their parts. The
-kinds of restart are: in place, on a spare node, through the queue, on fewer nodes, and with the state in the memory
-of the nodes. It uses drills of `launch.storm` on a Slurm sandbox of four nodes whose SlurmdTimeout is 20 s. The run
-is a GPT of 0.1 million parameters on two nodes of one rank, with a checkpoint every 25 steps. The faults kill a rank
+kinds of restart are: in place, on a spare node, through the queue, on fewer nodes, and with the state that nodes keep
+in memory. It uses drills of `launch.storm` on a Slurm sandbox of four nodes whose SlurmdTimeout is 20 s. The run is a
+GPT of 0.1 million parameters on two nodes of one rank, with a checkpoint every 25 steps. The faults kill a rank
 (`sigkill_rank`), cut the power of a node (`power_cut`), kill an agent (`sigkill_agent`), or requeue the job
 (`requeue`). `until noticed` ends with the end of the attempt in the event log. For a node without power it includes
-`resilience.node_timeout_s`, 5 s here, after which a silent node counts as lost. The demand: 2.5 s in place, and 5 s
-on a spare after the loss is noticed.
+`resilience.node_timeout_s`, 5 s here, after which a silent node counts as lost. The demand: 2.5 s in place, and 5 s on
+a spare node after the loss of a node is noticed.
 
-Without `--roads`: starts of a local run of two ranks, and restarts in place after `kill -9` of a rank, in turn with
-and without `resilience.engine=fork`; then, with strace, the files that are opened on a node of one rank and of eight.
+Without `--roads`: the script measures starts of a local run of two ranks, and restarts in place after `kill -9` of a
+rank, in turn with and without `resilience.engine=fork`. Then it counts, with strace, the files that a node of one rank
+and a node of eight ranks open.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ TITLES = ("road, state from", "faults", *PARTS.values(), "measured")
 def seed_of(kinds: Sequence[str], count: int) -> int:
     """Return the first seed for ``make_schedule`` whose faults all hit rank 1, and whose power cuts all last ``CUT_S``.
 
-    The schedule has ``count`` faults of the given kinds. Rank 1 is not on the head node. The loss of the head
-    node ends the job, which the kind ``requeue`` measures.
+    The schedule has ``count`` faults of the given kinds. Rank 1 is not on the head node, whose loss
+    ``benchmarks.faults.heads`` measures.
     """
 
     def fits(seed: int) -> bool:
