@@ -4,9 +4,10 @@ folders.
     python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --output comparison
     python -m gpt.compare --presets model=gpt2_124m model=llama_124m 'model=gpt2_124m model.position=rope'
 
-Prints a table, and writes it as ``compare.csv``. Reads the folders of finished and unfinished runs. With ``--presets``
-each argument has the overrides of a model that was not run. Needs no torch and no GPU. TensorBoard shows the curves:
-``tensorboard --logdir outputs``.
+Prints a table with a column for each run, and writes it as ``compare.csv``. Reads the folders of finished and
+unfinished runs. With ``--presets`` no run is read: each argument has the overrides of a model, and the table has its
+sizes and FLOPs. ``compare.csv`` is then written only with ``--output``. Needs no torch and no GPU. TensorBoard shows
+the curves: ``tensorboard --logdir outputs``.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from launch.runs.folder import RunFolder
 
 
 WINDOW = 0.05
-"""Share of the compared tokens, 0 to 1. The training loss of a run is the mean over the last tokens, this share of
-them, because single steps are noisy."""
+"""The training loss of a run is the mean over the last steps before the compared number of tokens, because single steps
+are noisy. These steps have this share of the tokens, 0 to 1."""
 SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recompute", "init_from")
 """Parts of the config whose differences are listed, in addition to the model."""
 COLUMNS = {
@@ -156,8 +157,9 @@ def curve(points: Sequence[tuple[int, float]]) -> Curve:
 
 
 def add_equal_losses(runs: Sequence[RunMetrics]) -> str | None:
-    """Add to ``values`` of each run its losses at the largest number of tokens that all runs have reached. Runs without
-    a step do not count.
+    """Add to ``values`` of each run its training loss and its validation loss at the same number of tokens: the largest
+    number that all runs have reached. Runs without a step do not count. Add nothing if the runs were trained on
+    different data.
 
     Returns:
         A note for the table: the number of tokens, or the reason why losses are not compared. None if fewer than two
@@ -190,9 +192,15 @@ def interpolate(losses: Curve, tokens: int) -> float | None:
 
 
 def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[str, list[str]]:
-    """Return the keys of the config whose values differ between runs: dotted key -> value of each run, as text. Only
-    keys in ``parts`` count, without ``model.name``. A run that lacks a key has the text ``-``, which is no
-    difference."""
+    """Return the keys of the config whose values differ between runs: dotted key -> value of each run, as text.
+
+    A run without the key has the text ``-``. A key that some runs lack is returned only if its value differs between
+    runs that have it. ``model.name`` is not compared.
+
+    Args:
+        runs: the runs.
+        parts: first words of the keys that are compared, such as ``optim``.
+    """
     keys = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] in parts)
     found = {}
     for key in keys:
@@ -207,8 +215,8 @@ def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[s
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Return a name for each run folder: its parent folder, relative to the common parent of all runs, and its label,
-    which is made of its overrides."""
+    """Return a name for each run folder: the parent folder of the run, relative to the common parent of all runs, and
+    then the label of the run, which is made of its overrides."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
     groups: dict[Path, list[Path]] = {}
     for run in runs:

@@ -72,18 +72,20 @@ class LoadedCheckpoint:
     world_size: int
     """Number of ranks that saved the checkpoint."""
     rank_state: dict[str, Any] | None
-    """The argument ``rank_state`` of the save on this rank; None if the number of ranks has changed."""
+    """State of this rank alone, such as that of its random generators, as it was saved. None if the number of ranks has
+    changed."""
     set_aside: tuple[str, ...] = ()
-    """One line, with name and damage, for each newer checkpoint that is damaged: on disk, where it was renamed, or as a
-    copy in ``checkpoint.copy_to``."""
+    """One line, with name and damage, for each damaged checkpoint that the load found before this one. Those on disk
+    were renamed. Damaged copies in ``checkpoint.copy_to`` also have a line."""
     is_from_memory: bool = False
     """True if the checkpoint was loaded from the memory of the nodes."""
     fetched_for: str | None = None
-    """Reason why a copy was fetched from ``checkpoint.copy_to``; None if the checkpoint was on the disk or
-    in memory."""
+    """If the checkpoint is a copy that was fetched from ``checkpoint.copy_to``: the reason why none on the disk was
+    loaded. None if the checkpoint was on the disk or in memory."""
     memory_damage: str | None = None
-    """For a checkpoint from disk: the reason why no checkpoint in memory was loaded. For a checkpoint from memory: the
-    damaged copies of its parts, as text. None if no copy was damaged, or if the run keeps no checkpoints in memory."""
+    """What was wrong with the checkpoints in the memory of the nodes, as text. For a checkpoint from disk this is the
+    reason why none in memory was loaded. For a checkpoint from memory it names the damaged parts, whose other copies
+    were loaded. None if no part was damaged, or if the run keeps no checkpoints in memory."""
 
 
 # The manifest of a checkpoint: the size and checksum of every file, and its run and step.
@@ -198,8 +200,8 @@ def find_difference(name: str, found: FileSum, expected: FileSum) -> str | None:
 
 
 def sync_folder(path: Path) -> None:
-    """Sync a folder's list of names to disk, so that new and renamed files survive a power failure. Do nothing on
-    filesystems that do not support this."""
+    """Sync the list of names in a folder to disk, so that new and renamed files survive a power failure. Do nothing if
+    the filesystem does not support this."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -218,8 +220,9 @@ def _encode(body: dict[str, Any]) -> bytes:
 
 
 def damage_or_raise(error: OSError, name: str) -> str:
-    """Return text on the damage of the file ``name``, whose reading has raised ``error``: the file is missing, or the
-    disk cannot return its bytes. Raise ``error`` again if it has another cause, which may be temporary."""
+    """Return the damage of a file as text if ``error`` shows damage: the file is missing, or the disk cannot return its
+    bytes. Raise ``error`` again if it has another cause, which may be temporary. ``error`` was raised when the file
+    ``name`` was read."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
     if error.errno == errno.EIO:  # the disk cannot return the bytes, now or later
@@ -287,8 +290,10 @@ def step_of(path: Path) -> int:
 
 
 def begin(temporary: Path, step: int) -> None:
-    """Create the folder ``temporary``, in which the checkpoint of ``step`` is written. First remove the temporary
-    folders of killed saves. A folder of this step without a manifest is renamed, as if it were damaged.
+    """Create the folder ``temporary``, in which the checkpoint of ``step`` is written.
+
+    First, delete the temporary folders of killed saves. If the final folder of the step exists and has no manifest,
+    rename it to ``NAME.corrupt``, as ``set_aside`` does.
 
     Raises:
         FileExistsError: the step already has a checkpoint.
@@ -381,7 +386,7 @@ def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> No
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints in ``folder`` of all steps after ``step``, from which the run continues."""
+    """Delete the checkpoints in ``folder`` of all steps after ``step``. The run continues from ``step``."""
     for path in list_committed(folder):
         if step_of(path) > step:
             _delete(path)
@@ -395,8 +400,8 @@ def _delete(path: Path) -> None:
 
 
 def sweep(folder: Path, keep: Path | None = None) -> None:
-    """Delete the temporary folders in ``folder`` that killed processes have left, except the folder ``keep``; None
-    keeps none."""
+    """Delete the temporary folders in ``folder`` that killed processes have left. The folder ``keep`` is not deleted;
+    with None all are deleted."""
     for path in _entries(folder):
         if LEFT_OVER.fullmatch(path.name) and path != keep:
             remove_folder(path)

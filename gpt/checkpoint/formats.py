@@ -53,10 +53,15 @@ def deepspeed_tag(step: int) -> str:
 
 @contextlib.contextmanager
 def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | None) -> Iterator[Path]:
-    """Return a context that yields a folder which torch.distributed.checkpoint can read: ``folder`` itself, or a
-    temporary conversion if DeepSpeed has written the checkpoint. Collective.
+    """Return a context that yields a folder which torch.distributed.checkpoint can read. Collective.
 
-    The conversion is deleted at the end of the context.
+    This is ``folder`` itself, or a temporary conversion if DeepSpeed has written the checkpoint. The conversion is
+    deleted at the end of the context.
+
+    Args:
+        folder: folder of the checkpoint.
+        saved: manifest of the checkpoint, which names the format of its files.
+        group: gloo group of the ranks; None means the default group.
 
     Raises:
         ConfigError: DeepSpeed has written the checkpoint, and is not installed.
@@ -74,8 +79,8 @@ def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | No
 
 
 def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
-    """Convert the DeepSpeed checkpoint in ``folder`` to whole tensors, inside of ``scratch``. Return the folder of the
-    tensors. Not collective."""
+    """Convert the DeepSpeed checkpoint in ``folder`` to whole tensors. Return the new folder of the tensors, which is
+    inside of ``scratch``, a temporary folder. ``saved`` is the manifest of the checkpoint. Not collective."""
     universal = to_universal(folder / deepspeed_tag(saved.step), scratch / "universal")
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     model: dict[str, Tensor] = dict(about["buffers"])
@@ -214,8 +219,12 @@ class TensorFiles:
         return dict(TENSORS)
 
     def collect(self, step: int, state: Any, group: dist.ProcessGroup | None) -> RankPart:
-        """Return what this rank writes for a checkpoint of ``state`` after ``step``. Its tensors may share memory with
-        ``state``. Collective.
+        """Return what this rank writes for a checkpoint. Collective.
+
+        Args:
+            step: step of the checkpoint.
+            state: state of the run. The tensors of the result may share memory with it.
+            group: gloo group of the ranks; None means the default group.
 
         Raises:
             CheckpointError: torch cannot plan the save; raised on every rank.
@@ -236,7 +245,17 @@ class TensorFiles:
         return RankPart(rank, self._plan, [planner.resolve_data(item) for item in self._plan.items.items])
 
     def _agree(self, planner: DefaultSavePlanner, local: SavePlan, group: dist.ProcessGroup | None) -> WritePlan:
-        """Plan the save on rank 0 for all ranks, as torch.distributed.checkpoint does. Return the plan of this rank."""
+        """Plan on rank 0 which rank writes which tensors, as torch.distributed.checkpoint does. Return the plan of this
+        rank. Collective.
+
+        Args:
+            planner: torch's planner of this rank. Only that of rank 0 makes the plan.
+            local: list of the tensors that this rank has.
+            group: gloo group of the ranks; None means the default group.
+
+        Raises:
+            CheckpointError: torch cannot plan the save; raised on every rank.
+        """
         found: list[Metadata] = []
 
         def plan_for_all(plans: list[SavePlan]) -> list[SavePlan]:

@@ -8,8 +8,8 @@ At most one save is in flight. Its state is staged while all ranks wait, and wri
     step n + 2    every rank   advance: the commit is done, and the save has an outcome
 
 The sums of a step tell every rank that all ranks have written, so a save during training sends no messages of its own.
-``finish`` waits for the outcome, without steps. A failed write to disk is tried again, into another folder and from the
-same copy.
+``finish`` waits for the outcome when no training step follows; then the ranks exchange messages. A failed write to disk
+is tried again, into another folder and from the same copy.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class CheckpointManager:
         group: gloo group of all ranks, for messages. None means the default group, which must then be gloo.
         fmt: format of checkpoints on disk; None means whole tensors by name.
         writer: writes what this rank saves; None means this process, while training waits.
-        give_up_after_s: seconds from the first failed try of a save, after which the next failure is raised. With 0
-            every failure is raised.
+        give_up_after_s: seconds, from the first failed try of a save, for which the save is tried again. A failure
+            after this time is raised. With 0 every failure is raised.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class CheckpointManager:
         """Checkpoints in the memory of the nodes, which a load prefers to older checkpoints on disk. None if the run
         keeps none in memory."""
         self.connect: Callable[[], Target] | None = None
-        """Function that connects to the copies of checkpoints, for a load that finds no undamaged checkpoint on disk.
-        None if there are no copies."""
+        """Function that returns the ``Target`` with the copies of the run's checkpoints. A load calls it if there is no
+        undamaged checkpoint on disk. None if there are no copies."""
         self.beat: Callable[[], None] = lambda: None
-        """Called about once a second while a copy is fetched."""
+        """Called about once a second while a copy is fetched, to report that this rank is alive."""
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         self.keeps = keeps
         self.writer = writer or Writer()
@@ -193,15 +193,16 @@ class CheckpointManager:
         return Votes(self._phases, {"done": is_over and not has_failed, "failed": is_over and has_failed})
 
     def advance(self, phase: int, sums: Mapping[str, float]) -> Saved | FailedSave | None:
-        """Advance the save in flight by the status of all ranks. All ranks must call this with the same arguments.
+        """Advance the save in flight to its next phase, or to its outcome, if all ranks have completed the phase. All
+        ranks must call this with the same arguments.
 
         Args:
-            phase: ``phase`` of the results of ``poll`` that were summed.
-            sums: ``figures`` of these results, summed over all ranks.
+            phase: ``Votes.phase`` of the votes that were summed.
+            sums: ``Votes.figures``, summed over all ranks.
 
         Returns:
-            The outcome of the save or of a failed try, once; None if some rank is still at work, or if ``phase`` has
-            ended.
+            ``Saved`` when the checkpoint is committed; ``FailedSave`` when a try has failed. Each outcome is returned
+            once. None while the save goes on, and if the votes are of an earlier phase.
 
         Raises:
             CheckpointError: saves have failed for ``give_up_after_s`` seconds; raised on every rank.
@@ -216,7 +217,10 @@ class CheckpointManager:
         return self._end_phase(pending, sums["failed"] > 0, hurries=False)
 
     def finish(self, hurries: bool = True) -> Saved | FailedSave | None:
-        """Wait for the save in flight, and return its outcome or that of a failed try; None if no save is in flight.
+        """Wait until the save in flight is committed, or until a try of it has failed. Return this outcome; None if no
+        save is in flight.
+
+        After the failed try of a save to disk, the save is still in flight: the next call tries it again.
 
         Args:
             hurries: True to try again ``HURRIED_RETRY_S`` seconds after a failure; False to wait longer each time.
@@ -352,8 +356,10 @@ class CheckpointManager:
     # Return of the run to an earlier step.
 
     def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of all steps after ``step``, from which the run continues. Those on disk are deleted
-        by this call, and their copies later by the upkeep. All checkpoints in the memory of the nodes are deleted, too.
+        """Delete the checkpoints of all steps after ``step``, because the run continues from ``step``.
+
+        This call deletes those on disk; the upkeep deletes their copies later. All checkpoints in the memory of the
+        nodes are deleted, also those of earlier steps.
 
         Raises:
             CheckpointError: a checkpoint cannot be deleted; raised on every rank.
@@ -364,11 +370,13 @@ class CheckpointManager:
         self.tend(None, step)
 
     def tend(self, committed: int | None, back_to: int | None) -> None:
-        """Make rank 0's writer do the upkeep of checkpoints: delete, verify and copy them, as ``upkeep`` requests.
+        """Make rank 0's writer do the upkeep of checkpoints: delete, verify and copy them, as the settings in
+        ``self.upkeep`` request.
 
         Args:
             committed: step of a newly committed checkpoint; None if there is none.
-            back_to: step from which the run continues: copies of later steps are deleted. None if it does not go back.
+            back_to: step to which the run has gone back; copies of later steps are deleted. None if the run has not
+                gone back.
         """
         self._on_first(partial(jobs.tend_saved, self.folder, self.keeps, self.upkeep, committed, back_to))
 
@@ -386,14 +394,15 @@ class CheckpointManager:
         return run_on_first_rank(lambda: not any(self.folder.glob("*")), self.group)
 
     def load(self, state: Any) -> LoadedCheckpoint | None:
-        """Load the newest undamaged checkpoint into ``state``, and return its description; None if there is no
-        checkpoint.
+        """Load the newest undamaged checkpoint into ``state``, and return a description of the checkpoint; None if the
+        run has no checkpoint.
 
-        The checkpoint may be in the memory of the nodes, on disk, or a copy elsewhere. Damaged checkpoints on disk are
-        renamed. ``state`` must have the names and shapes that were saved; parallelism and number of ranks may differ.
+        The checkpoint may be in the memory of the nodes, on disk, or a copy in ``checkpoint.copy_to``. Damaged
+        checkpoints on disk are renamed. ``state`` must have the names and shapes that were saved; parallelism and
+        number of ranks may differ.
 
         Raises:
-            ConfigError: all checkpoints are damaged, or the undamaged one is of another model.
+            ConfigError: all checkpoints are damaged, or the newest undamaged one is of another model.
             CheckpointError: the filesystem failed.
         """
 
@@ -478,7 +487,7 @@ class CheckpointManager:
     def _fetch(self) -> Fetched:
         """Fetch the newest undamaged copy of a checkpoint on rank 0; return the result on every rank.
 
-        The ranks communicate each second meanwhile, so that no collective times out.
+        During the fetch, all ranks exchange a message each second, so that no collective times out.
 
         Raises:
             CheckpointError: the copies cannot be read.
@@ -493,8 +502,8 @@ class CheckpointManager:
             self.beat()
 
     def _fill(self, path: Path, manifest: Manifest, state: Any, damaged: list[str]) -> LoadedCheckpoint:
-        """Read a verified checkpoint into ``state``, and return its description. ``damaged`` has a line for each newer
-        checkpoint that is damaged.
+        """Read a verified checkpoint into ``state``, and return its description. ``damaged`` has a line for each
+        damaged checkpoint that was found before this one.
 
         Raises:
             ConfigError: the checkpoint does not fit ``state``. Its files are undamaged, so it is of another model.

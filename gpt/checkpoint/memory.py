@@ -28,9 +28,9 @@ from launch.errors import ConfigError
 from launch.worker.memory import Place, StoreClient, Upload, own_store
 
 REPORT = "report.json"
-"""Name of the file, in the part of each rank, with the positions of the rank's tensors in its files. The report of rank
-0 also has the ``meta`` of the save and the index of all tensors. The stores themselves record step, number of ranks,
-files and checksums."""
+"""Name of a rank's report, which is one of the files in its part. The report says in which file, and at which position,
+each tensor of the part is. The report of rank 0 also has the ``meta`` of the save and the index of all tensors. The
+stores themselves record step, number of ranks, files and checksums."""
 
 
 # Saving: the jobs of a rank's writer.
@@ -82,8 +82,13 @@ def confirm(about: MemorySave, state: WriterState) -> None:
 
 
 class SentFiles(FileSystem):
-    """File system for torch.distributed.checkpoint that sends each written file to the memory stores ``stores``. There
-    the file belongs to the part of ``rank`` in the checkpoint ``save``."""
+    """File system for torch.distributed.checkpoint that sends each written file to memory stores.
+
+    Args:
+        stores: connections to the stores that get the files.
+        save: name of the checkpoint in the stores.
+        rank: rank of this process; its part of the checkpoint gets the files.
+    """
 
     def __init__(self, stores: Sequence[StoreClient], save: str, rank: int) -> None:
         self._to = (stores, save, rank)
@@ -118,12 +123,15 @@ class MemoryStores:
         """Addresses of the memory stores that get this rank's part."""
 
     def load(self, state: Any, at_least: int) -> tuple[LoadedCheckpoint | None, str | None]:
-        """Load the newest checkpoint in memory into ``state``, and then delete all other checkpoints in memory. If none
-        can be loaded, none is deleted.
+        """Load the newest checkpoint in memory into ``state``, and then delete all other checkpoints in memory. If no
+        checkpoint can be loaded, nothing is deleted.
+
+        Args:
+            state: tensors that are filled in place.
+            at_least: lowest step that is loaded: that of the newest checkpoint on disk.
 
         Returns:
-            (description of the checkpoint, None); or (None, reason as text) if no checkpoint of the step ``at_least``
-            or a later step can be loaded.
+            (description of the checkpoint, None); or (None, reason as text) if no checkpoint was loaded.
         """
         try:
             held = self._find()
@@ -174,8 +182,8 @@ class MemoryStores:
         """Verify some of the parts in the memory store of this node; the ranks of the node share the work.
 
         Returns:
-            For each part: name of its checkpoint, step, number of ranks that saved it, rank of the part, name of a file
-            -> size in bytes, and the names of damaged files as text, empty if there are none.
+            A tuple for each part: name of the checkpoint; its step; number of ranks that saved it; rank that saved the
+            part; files of the part, name -> size in bytes; names of its damaged files as text, empty if there are none.
         """
         on_node = [rank for rank, place in enumerate(self.of_ranks) if place == self.own]
         share = slice(on_node.index(dist.get_rank(self.group)), None, len(on_node))
@@ -221,8 +229,8 @@ class MemoryStores:
 
 
 def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
-    """Return the addresses of the memory stores that get a rank's part: that of its node, and that of the next node. If
-    there is one node only, that of this node.
+    """Return the addresses of the memory stores that get a rank's part: the store of the rank's node, and the store of
+    the next node. If there is only one node, the result has only the store of this node.
 
     Args:
         own: address of the store of the rank's node.
@@ -234,7 +242,11 @@ def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
 
 
 def open_memory(group: dist.ProcessGroup | None, writer: Writer | None) -> MemoryStores | None:
-    """Return the memory stores of all nodes; None if only some of the nodes have a store. Collective.
+    """Return the memory stores of all nodes; None if some nodes have a store, and others have none. Collective.
+
+    Args:
+        group: gloo group of all ranks; None means the default group.
+        writer: writer of this rank's checkpoints. It must be a process of its own.
 
     Raises:
         ConfigError: no node has a memory store; or ``writer`` is None, or writes in this process.
@@ -276,13 +288,15 @@ class _HeldSave:
 
 
 class HeldFiles(FileSystem):
-    """File system for torch.distributed.checkpoint that reads the files of a checkpoint in memory. A part is read from
-    the memory store of this node if it has the part, else from another one.
+    """File system for torch.distributed.checkpoint that reads the files of a checkpoint in memory.
+
+    The part of rank N is read from the memory store of the node on which rank N now runs, if this store has an
+    undamaged copy of the part. If not, the part is read from another store.
 
     Args:
         held: the checkpoint.
         stores: the memory stores of all nodes.
-        stack: closes the connections to the stores when the caller closes the stack.
+        stack: context that keeps the connections to the stores open. They are closed when the caller closes it.
     """
 
     def __init__(self, held: _HeldSave, stores: MemoryStores, stack: ExitStack) -> None:
@@ -311,8 +325,8 @@ class HeldFiles(FileSystem):
 
 
 class HeldReader(FileSystemReader):
-    """torch's reader of checkpoints for checkpoints in memory: it gets the index as the argument ``metadata`` instead
-    of a file."""
+    """torch's reader of checkpoints, for a checkpoint in memory. The index of the tensors is not read from a file: it
+    is the argument ``metadata`` of the constructor. ``files`` reads the files with the tensors."""
 
     def __init__(self, metadata: Metadata, files: FileSystem) -> None:
         super().__init__(".")

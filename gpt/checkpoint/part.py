@@ -78,7 +78,8 @@ class Report:
     """
 
     def encode(self) -> bytes:
-        """Return the report as JSON, whose reading runs no code: rank 0 reads the reports of other ranks."""
+        """Return the report as JSON. Rank 0 reads the reports of other ranks, and reading JSON runs no code that a file
+        may contain."""
         items = [
             [i.index.fqn, i.index.offset, i.index.index, i.storage_data.relative_path, i.storage_data.offset,
              i.storage_data.length]
@@ -135,13 +136,13 @@ def write_items(
     part: RankPart, plan: WritePlan, folder: Path, files: FileSystem, syncs: bool = True
 ) -> list[WriteResult]:
     """Write the planned tensors of a part, as torch.distributed.checkpoint does. Return file, position and length of
-    each.
+    each tensor.
 
     Args:
         part: the part.
         plan: plan of its tensors.
-        folder: folder of the files.
-        files: file system that opens the files.
+        folder: folder into which ``files`` writes; an empty path if the files have no folder.
+        files: file system that opens each file, such as ``SummingFiles``.
         syncs: True to sync each file to disk.
     """
     # Copies ahead are only for GPUs. In a process without a GPU they would start one.
@@ -186,7 +187,7 @@ def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
     The values are tensors and plain Python values, which ``torch.load`` with ``weights_only=True`` can read.
 
     Raises:
-        Exception: torch's error, if it cannot read the bytes in this way.
+        Exception: torch's error, if ``torch.load`` with ``weights_only=True`` cannot read the bytes.
     """
     stream = io.BytesIO()
     torch.save(rank_state, stream)
@@ -242,7 +243,8 @@ class _SummingStream:
 
 
 def probe(folder: Path, rank: int) -> None:
-    """Write and delete a small file in ``folder``. Raise OSError if the filesystem is full or broken."""
+    """Write and delete a small file in ``folder``. Raise OSError if the filesystem is full or broken. The name of the
+    file has ``rank``, so that each rank has a file of its own."""
     path = folder / f".probe_{rank:05d}"
     with path.open("wb") as file:
         file.write(bytes(PROBE_BYTES))
@@ -260,7 +262,7 @@ log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 ROOM_FOR_TEXT = 1 << 16
-"""Additional bytes of shared memory, for pickled text that becomes longer in later saves."""
+"""Bytes that new shared memory has in addition, because the pickled text of a part may become longer in later saves."""
 TENSOR, PLAN = "tensor", "plan"
 
 

@@ -181,7 +181,7 @@ class Target:
                 self.remove(step)
 
     def discard_after(self, step: int) -> None:
-        """Delete the copies, also incomplete ones, of all steps after ``step``, from which the run continues."""
+        """Delete the copies of all steps after ``step``, also incomplete copies. The run continues from ``step``."""
         for later in self._begun():
             if later > step:
                 self.remove(later)
@@ -211,7 +211,8 @@ class Target:
 
     @property
     def _has_folders(self) -> bool:
-        """True if the filesystem has folders. In an object store a folder is only a part of a name, or a bucket."""
+        """True if the filesystem has folders that must be made and can be deleted. An object store has none: only
+        buckets, and names of objects that look like paths."""
         return self.url.partition("://")[0] not in INSTALLS
 
     def _make_folder(self, place: str) -> None:
@@ -265,8 +266,8 @@ def start_aside(action: Callable[[], T]) -> Future[T]:
 
 
 def check_target(url: str, run_folder: Path) -> None:
-    """Raise ConfigError unless a small file can be written to the place of a run's copies, read and deleted, within
-    ``ANSWER_S`` seconds."""
+    """Write, read and delete a small file at the place for a run's copies, as a test. Raise ConfigError if this fails,
+    or takes longer than ``ANSWER_S`` seconds. ``url`` is the ``checkpoint.copy_to`` of the run."""
     probe = start_aside(lambda: target_of(url, run_folder).probe())
     wait([probe], ANSWER_S)
     failure = probe.exception() if probe.done() else TimeoutError(f"no answer in {ANSWER_S:.0f} s")
@@ -354,6 +355,6 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
 
 
 def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
-    """Return ``damage`` if the folder ``path`` still exists; else None, because files are then missing from a deleted
-    checkpoint, not from a damaged one."""
+    """Return ``damage``, the damage that was found in the folder ``path``, if the folder still exists. Return None if
+    not: the checkpoint was deleted while its files were read, and is not damaged."""
     return damage if path.exists() else None

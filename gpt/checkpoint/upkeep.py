@@ -46,8 +46,8 @@ class UpkeepPlan:
 
 
 class Upkeep:
-    """Thread that verifies, deletes and copies checkpoints as ``plan`` requests. If several checkpoints wait for the
-    thread, only the newest of them is verified and copied."""
+    """Thread that verifies, deletes and copies checkpoints as the settings ``plan`` request. If several checkpoints
+    wait for the thread, only the newest of them is verified and copied."""
 
     def __init__(self, plan: UpkeepPlan) -> None:
         self._plan = plan
@@ -76,7 +76,8 @@ class Upkeep:
 
         Args:
             committed: step of a newly committed checkpoint; None if there is none.
-            back_to: step from which the run continues: copies of later steps are deleted. None if it does not go back.
+            back_to: step to which the run has gone back; copies of later steps are deleted. None if the run has not
+                gone back.
         """
         if committed is not None:
             # Deletion waits until a new checkpoint is known to be whole. If the reading is behind, the checkpoints
@@ -134,7 +135,8 @@ class Upkeep:
 
     def _scrub(self, step: int) -> None:
         """Verify the checkpoint of ``step``, and rename it if it is damaged. Then delete the checkpoints that the rule
-        does not keep. If the checkpoint cannot be read, keep one more."""
+        does not keep. If the checkpoint of ``step`` cannot be read, the rule keeps one more of the newest
+        checkpoints."""
         path = folders.final_for(self._folder, step)
         try:
             manifest = read_manifest(path)
@@ -170,8 +172,12 @@ class Upkeep:
             folders.retire(self._folder, keeps, spared)
 
     def _copy(self, url: str) -> None:
-        """Copy the newest checkpoint to ``url``, and delete copies at ``url``, as requested. If this fails, the
-        requests stay for the next try, unless the checkpoint is damaged."""
+        """Do the waiting work on the copies at ``url``: delete copies of steps after the one to which the run has gone
+        back, copy the newest checkpoint, and delete copies that the rule does not keep.
+
+        If this fails, the remaining work is done at the next try. There is no next try if the checkpoint is damaged. If
+        a later attempt of the run has started, nothing is done.
+        """
         step = self._copying = self._uncopied
         may_commit = partial(is_newest_attempt, self._plan.folder, self._plan.attempt)
         try:
@@ -236,8 +242,8 @@ class Fetched:
 
 
 def look_for(search: Future[Fetched]) -> Fetched | None:
-    """Wait at most ``BEAT_S`` seconds for ``fetch_newest``, which runs as ``search``. Return its result; None if it is
-    not finished.
+    """Wait at most ``BEAT_S`` seconds for the result of ``fetch_newest``, and return it; None if it is not there yet.
+    ``search`` is the future of this result.
 
     Raises:
         OSError: the copies cannot be read, or the disk cannot be written.

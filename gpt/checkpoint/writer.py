@@ -137,7 +137,8 @@ def tend_saved(
         keeps: rule for the checkpoints to keep.
         plan: settings of the upkeep. With None, only the checkpoints that ``keeps`` does not keep are deleted.
         committed: step of a newly committed checkpoint; None if there is none.
-        back_to: step from which the run continues: copies of later steps are deleted. None if it does not go back.
+        back_to: step to which the run has gone back; copies of later steps are deleted. None if the run has not gone
+            back.
         state: state of the writer.
     """
     if plan is None:
@@ -212,7 +213,8 @@ class Writer:
         self._result = do(job, self._state)
 
     def poll(self) -> Result | None:
-        """Return the result of the last submitted job once, if it has ended; otherwise None."""
+        """Return the result of the last submitted job. Return None if the job has not ended, or if its result was
+        already returned."""
         result, self._result = self._result, None
         return result
 

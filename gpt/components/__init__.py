@@ -4,8 +4,8 @@ memory.
     model.norm=mypkg.norms:MyNorm         a class of a module that Python finds: installed, or in the current folder
     model.norm=dyt                        an entry point of the group gpt.norm
 
-Imports no torch by itself. Importing or counting a class of the user imports torch. For a model of built-in parts
-nothing is imported.
+Imports no torch by itself. Torch is imported only when a class of the user is imported, or its parameters and FLOPs are
+counted. A model of built-in parts has no such class.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class PartCounts:
     """Precision of matrix products, ``fp32`` or ``half`` (16 bits) -> bytes of the activations that the backward pass
     needs in this precision, including the input of the part."""
     products: dict[str, int] = field(default_factory=dict)
-    """Precision of matrix products, ``fp32`` or ``half`` (16 bits) -> bytes of their results, which selective
-    recomputation keeps."""
+    """Precision of matrix products, ``fp32`` or ``half`` (16 bits) -> bytes of the results of these products. Selective
+    recomputation keeps these results."""
     parallel: tuple[str, ...] = ()
     """Kinds of parallelism that the class states to support, such as ``tp``."""
     on_heads: bool = False
@@ -226,8 +226,8 @@ def build_custom_optimizer(config: OptimConfig, groups: Any) -> Any:
     given = {argument: value for argument, value in ours.items() if argument in takes} | dict(config.options)
 
     class Skippable(found):  # type: ignore[valid-type, misc]
-        """The user's optimizer. It skips a step if its attribute ``found_inf`` is a true tensor, as torch's fused
-        optimizers do."""
+        """The user's optimizer, with a way to skip a step: ``step`` does nothing while the attribute ``found_inf`` is a
+        tensor with a value other than 0. torch's fused optimizers have the same attribute."""
 
         def step(self, closure: Any = None) -> Any:
             skip = getattr(self, "found_inf", None)
@@ -282,9 +282,11 @@ def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
 def count_part(model: ModelConfig, key: str, shape: tuple[int, ...], *arguments: int) -> PartCounts:
     """Build the user's class for one part on the meta device, call it once, and return its shapes, FLOPs and bytes.
 
-    A class may have the methods ``forward_flops(config)`` and ``saved_bytes(config, width)``, whose results then count.
-    Without ``forward_flops``, each element of a matrix counts two FLOPs a token. Without ``saved_bytes``, the backward
-    pass is assumed to keep the input and twice the results of the matrices.
+    A class may state its own numbers, which are then returned: ``forward_flops(config)`` returns the FLOPs of a forward
+    pass, and ``saved_bytes(config, width)`` the bytes that are kept for the backward pass. ``width`` is the number of
+    bytes of a number in matrix products: 2 or 4. Without ``forward_flops``, each element of a matrix counts two FLOPs a
+    token. Without ``saved_bytes``, the backward pass is assumed to keep the input and twice the results of the
+    matrices.
 
     Args:
         model: the config of the model.
@@ -378,8 +380,9 @@ OWNERS = (
     ("position", r"(?:position|blocks\.\d+\.attention\.rope)\.(.+)"),
     ("ffn", r"blocks\.\d+\.ffn\.(.+)"),
 )
-"""Pairs of a part of the model, and a pattern of the names of its tensors. Of the parts that are classes of the user,
-the first that matches owns a tensor: norms and positions inside the user's attention belong to the attention."""
+"""Pairs: a part of the model, and a pattern for the names of its tensors. A tensor belongs to the first part that is a
+class of the user and whose pattern matches. So norms and positions inside the user's attention belong to the
+attention."""
 
 
 def owner_of(name: str, model: ModelConfig) -> tuple[str, str] | None:

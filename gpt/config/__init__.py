@@ -289,8 +289,8 @@ class TrainConfig(RunConfig):
 
     @property
     def compiles(self) -> bool:
-        """True if ``compile`` names a mode of ``torch.compile``; False for ``none``, and for ``auto`` as long as the
-        mode is not chosen."""
+        """True if ``compile`` names a mode of ``torch.compile``. False for ``none``. False also for ``auto``, which the
+        run later replaces by ``default`` or ``none``."""
         return self.compile.name not in ("none", "auto")
 
     @property

@@ -18,8 +18,8 @@ from launch.errors import ConfigError
 
 BYTE_VOCAB = 256
 NEXT_DOCUMENT = -1
-"""Number that replaces the target of a token that ends a document. The loss ignores every target below 0; only this
-number also marks the end of a document."""
+"""Target of a token that ends a document; this number replaces the next token. The loss ignores every target below 0,
+but only this number also marks the end of a document."""
 SUCCESSORS = 8
 """Number of different tokens that can follow each token of a Markov chain, with random probabilities."""
 
@@ -42,7 +42,8 @@ class Source(Enum):
 
 
 class TokenizerKind(Enum):
-    """Kind of a token: a byte, a character, or a piece of a word that one of three libraries has learned."""
+    """Kind of a token. ``byte``: a byte. ``char``: a character. ``sentencepiece``, ``hf`` (Hugging Face's tokenizers)
+    and ``tiktoken``: a piece of text, by a tokenizer of this library."""
 
     byte = "byte"
     char = "char"
@@ -118,13 +119,14 @@ class DataConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Settings for a source of your own, which reads this dictionary as ``config.options``."""
     path: Optional[str] = None
-    """The text file (text, shakespeare), a pattern of files (files: text, .jsonl, .jsonl.gz or .parquet), or the token
-    files (tokens: a prepared folder, a .bin, a Megatron prefix, or a pattern of shards). null with other built-in
-    sources and with ``sources``; with shakespeare, null downloads the text. A source of your own may read the path."""
+    """Files of the corpus. source=text: a text file. source=shakespeare: a text file; null downloads it. source=files:
+    a pattern of files (text, .jsonl, .jsonl.gz or .parquet). source=tokens: a prepared folder, a .bin, a Megatron
+    prefix, or a pattern of shards; null with ``sources``. null with the other built-in sources. A source of your own
+    may read the path."""
     val_path: Optional[str] = None
-    """Separate validation files, of the same kind as ``path`` (text, files, tokens); training then uses all of
-    ``path``. null keeps ``val_fraction`` of a text for validation. For tokens, null means val.bin next to train.bin, or
-    else the end of the files."""
+    """Separate validation files, of the same kind as ``path``, for source=text, files and tokens; training then uses
+    all of ``path``. null keeps ``val_fraction`` of the corpus for validation. With source=tokens, null takes the
+    val.bin next to train.bin if there is one."""
     sources: list[WeightedPath] = field(default_factory=list)
     """source=tokens only: several paths with weights, instead of ``path``."""
     dataset: Optional[str] = None
@@ -139,9 +141,9 @@ class DataConfig:
     text_key: str = "text"
     """Field (jsonl), column (parquet) or feature (dataset) with a document's text, or a conversation's messages."""
     conversation_tokens: Optional[int] = None
-    """Number of tokens of a sequence of conversations; null means that documents are texts. Sequences are filled with
-    whole conversations; a longer conversation is cut. Only tokens of the assistant's answers count in the loss.
-    ``model.block_size`` must be a multiple of this."""
+    """Length, in tokens, of the training sequences of conversations; null means that documents are texts. Each sequence
+    is filled with whole conversations; a longer conversation is cut. Only tokens of the assistant's answers count in
+    the loss. ``model.block_size`` must be a multiple of this length."""
     max_bytes: Optional[int] = None
     """Read at most this many bytes of text, rounded up to whole documents if the source has documents; null reads all.
     The files of ``val_path`` are always read whole."""
@@ -314,7 +316,8 @@ NEEDED = (
     (Source.files, "path", "a pattern of files", "'data.path=FOLDER/*.jsonl'"),
     (Source.dataset, "dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"),
 )
-"""Each row: a source, a key that it requires, and ``expected`` and ``fix`` of the ConfigError without this key."""
+"""Each row: a source, a key that the source requires, and two texts of the ConfigError that is raised without this key:
+``expected`` (what was expected) and ``fix`` (what to type)."""
 SOURCES_OF_KEY: dict[str, tuple[tuple[Source, ...], str, str]] = {
     "path": (
         (Source.text, Source.shakespeare, Source.files, Source.tokens),
@@ -329,4 +332,5 @@ SOURCES_OF_KEY: dict[str, tuple[tuple[Source, ...], str, str]] = {
     "revision": ((Source.dataset,), "a dataset of the hub, which alone has revisions", "data.revision=null"),
     "sources": ((Source.tokens,), "data=tokens, which mixes prepared corpora", "data=tokens"),
 }
-"""Key -> the sources that read the key, and ``expected`` and ``fix`` of the ConfigError with another source."""
+"""Key -> the sources that read the key, and two texts of the ConfigError that is raised if another source is chosen:
+``expected`` (what was expected) and ``fix`` (what to type)."""

@@ -22,10 +22,12 @@ class Norm(Enum):
 
 
 class NormPosition(Enum):
-    """Place of a block's norms: ``pre`` before attention and ffn (arXiv 2002.04745; GPT-2 and later), with one more
-    norm before the output matrix; ``post`` after each addition to the residual stream (arXiv 1706.03762, section 5.4);
-    ``both`` as ``pre``, with one more norm on the result of attention and of ffn (Gemma 2, arXiv 2408.00118, section
-    2)."""
+    """Place of a block's norms.
+
+    ``pre``: before attention and before ffn, and one more norm before the output matrix (arXiv 2002.04745; GPT-2 and
+    later). ``post``: after each addition to the residual stream (arXiv 1706.03762, section 5.4). ``both``: as ``pre``,
+    and one more norm on the result of attention and on that of ffn (Gemma 2, arXiv 2408.00118, section 2).
+    """
 
     pre = "pre"
     post = "post"
@@ -59,8 +61,9 @@ class RopeScaling(Enum):
 
 
 class Ffn(Enum):
-    """Feed-forward layer: two matrices and an activation; gated by SiLU (SwiGLU) or GELU (GEGLU; both arXiv
-    2002.05202); or ``moe``, several such layers (experts), of which a router picks a few for each token."""
+    """Feed-forward layer. ``standard`` is two matrices and an activation between them. ``swiglu`` and ``geglu`` are
+    gated by SiLU and by GELU (arXiv 2002.05202). ``moe`` is several such layers (experts), of which a router picks a
+    few for each token."""
 
     standard = "standard"
     swiglu = "swiglu"
@@ -168,8 +171,8 @@ class ModelConfig:
     head_width: Optional[int] = None
     """Width of one head; null means n_embd / n_head."""
     kv_lora_rank: Optional[int] = None
-    """Width of the latent that the keys and values of all heads are computed from, and that a cache keeps (multi-head
-    latent attention, arXiv 2405.04434, section 2.1); null means no latent."""
+    """Width of the latent of multi-head latent attention (arXiv 2405.04434, section 2.1). The keys and values of all
+    heads are computed from this latent, and a cache keeps the latent in place of them. null means no latent."""
     q_lora_rank: Optional[int] = None
     """With kv_lora_rank: width of a latent that the queries are computed from; null means no such latent."""
     rope_head_width: Optional[int] = None
@@ -296,8 +299,8 @@ class ModelConfig:
 
     @property
     def value_width(self) -> int:
-        """Width of the values of one head: in latent attention that of the part of a head that is not rotated, else
-        that of the whole head."""
+        """Width of the values of one head. In latent attention this is the width of the part of a head that is not
+        rotated; otherwise it is the width of the whole head."""
         return self.head_dim if self.rope_head_width is None else self.head_dim - self.rope_head_width
 
     @property

@@ -42,8 +42,11 @@ class LrSchedule(Enum):
 
 
 class DecayShape(Enum):
-    """Curve of a decay: the share of the decrease that is left after a share *p* of its steps. ``linear`` is 1 - *p*,
-    ``sqrt`` is 1 - sqrt(*p*) (arXiv 2405.18392), ``cosine`` is half a cosine. The names are those of torchtitan."""
+    """Curve of the decay from ``lr`` to ``min_lr``. The names are those of torchtitan.
+
+    After a share *p* of the steps of the decay, the learning rate is min_lr + *s* (lr - min_lr). The factor *s* goes
+    from 1 to 0: 1 - *p* for ``linear``, 1 - sqrt(*p*) for ``sqrt`` (arXiv 2405.18392), half a cosine for ``cosine``.
+    """
 
     linear = "linear"
     sqrt = "sqrt"
@@ -206,8 +209,8 @@ CURVES: dict[DecayShape, Callable[[float], float]] = {
     DecayShape.sqrt: lambda done: 1 - math.sqrt(done),
     DecayShape.cosine: lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
-"""Shape of a decay -> function from the share of its steps that are done, 0 to 1, to the share of the decrease that is
-left, 1 to 0."""
+"""Shape of a decay -> function. Its argument is the share of the decay's steps that are done, 0 to 1. Its result is the
+factor *s* of ``DecayShape``, 1 to 0."""
 
 
 def decay_start(config: OptimConfig) -> int:
@@ -261,8 +264,8 @@ def describe_schedule(config: OptimConfig) -> str:
 
 
 def describe_extended_schedule(config: OptimConfig, before: OptimConfig) -> str:
-    """Return text on the learning rates of an extended run: that of the last step before the extension, and that of the
-    first step after it.
+    """Return text on an extended run: the learning rate of the last step before the extension, and the learning rate of
+    the first additional step.
 
     ``before`` is the config of the run before the extension, and ``config`` the new config.
     """

@@ -29,11 +29,14 @@ class Strategy(Enum):
 
 
 Schedule = Enum("Schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
-"""Order in which the stages of a pipeline work on the micro-batches: ``gpipe`` (all forward passes, then all backward
-ones; arXiv 1811.06965), ``1f1b`` (in turn, which keeps fewer activations; arXiv 2006.09503), ``interleaved`` (1F1B with
-several stages on each rank, which idles less and sends more; arXiv 2104.04473), ``zbv`` (zero bubble: the backward pass
-is split, and its second half fills the gaps; arXiv 2401.10241) or ``dualpipev`` (DualPipe of arXiv 2412.19437, cut in
-half: each stage is on one rank instead of two)."""
+"""Order in which the stages of a pipeline work on the micro-batches.
+
+``gpipe``: all forward passes, then all backward passes (arXiv 1811.06965). ``1f1b``: forward and backward passes in
+turn, which keeps fewer activations (arXiv 2006.09503). ``interleaved``: 1f1b with several stages on each rank, which
+idles less and sends more (arXiv 2104.04473). ``zbv`` (zero bubble): the backward pass is split, and its second half
+fills the gaps (arXiv 2401.10241). ``dualpipev``: DualPipe (arXiv 2412.19437) cut in half, so that each stage is on one
+rank instead of two.
+"""
 
 
 class CpMethod(Enum):
@@ -68,8 +71,8 @@ class ParallelConfig:
     """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather). The
     last block, norm and output matrix are kept, since the backward pass begins with them."""
     fsdp_min_num_params: Optional[int] = None
-    """fsdp only, without ep: least number of parameters that one collective gathers or reduces (a unit). Consecutive
-    blocks are joined to a unit until it has that many parameters. null makes each block a unit. Larger units mean fewer
+    """fsdp only, without ep: least number of parameters of a unit, which one collective gathers or reduces. Consecutive
+    blocks are joined to a unit until it has this many parameters. null makes each block a unit. Larger units mean fewer
     and larger collectives, and need more memory, because about two units are gathered at a time."""
     reduce_each_micro_batch: bool = False
     """fsdp only, without pp: reduce-scatter gradients after each micro-batch, not only after the last one of a step. A
@@ -222,5 +225,5 @@ STRATEGIES_OF_KEY = {
         )
     },
 }
-"""Key of ``parallel`` -> the strategies that use the key, and ``expected`` and ``fix`` of the ConfigError with another
-strategy."""
+"""Key of ``parallel`` -> the strategies that use the key, and two texts of the ConfigError that is raised if another
+strategy is chosen: ``expected`` (what was expected) and ``fix`` (what to type)."""

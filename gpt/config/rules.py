@@ -28,7 +28,7 @@ from launch.errors import ConfigError, closest, require_positive, require_range
 
 
 def nearest_divisor(number: int, wish: int) -> int:
-    """Return the divisor of ``number`` that is nearest to ``wish``."""
+    """Return the divisor of ``number`` that is nearest to ``wish``; the smaller one if two are equally near."""
     return min(divisors(number), key=lambda d: (abs(d - wish), d))
 
 
@@ -123,8 +123,8 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_custom_parts(model: ModelConfig) -> None:
-    """Raise ConfigError unless every part is built in or can be the name of a class of the user; also if ``options`` is
-    set and no part is a class of the user. The module of the class is not imported."""
+    """Raise ConfigError if a part is not built in, and its name has not the form of the name of a user's class. Also
+    raise it if ``options`` is set, but no part is a class of the user. The module of the class is not imported."""
     for key, name in model.custom_parts.items():
         check_custom_name(f"model.{key}", name, PARTS[key].__members__)
     if model.options and not model.custom_parts:
@@ -176,8 +176,8 @@ def check_latent(model: ModelConfig) -> None:
 
 
 def check_rope(model: ModelConfig) -> None:
-    """Raise ConfigError if the head width is odd with rotary embeddings, or if keys of the scaling of their frequencies
-    are missing or contradict each other."""
+    """Raise ConfigError if positions are rotary, and the width of the rotated part of a head is odd. Also raise it if
+    keys of the scaling of rotary frequencies are missing or contradict each other."""
     if model.position is Position.rope and model.rotary_width % 2:
         raise ConfigError(
             f"model.position=rope with heads {model.rotary_width} wide",

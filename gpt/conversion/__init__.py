@@ -48,15 +48,17 @@ YARN: dict[str, list[Any]] = {
 }
 """Key of config.json with rope_scaling=yarn -> its values that this project supports."""
 NULLABLE = ("window", "attention_softcap", "logit_softcap", "q_lora_rank")
-"""Fields of ModelConfig for which null in config.json does not mean the default, but None."""
+"""Fields of ModelConfig that become None if their key in config.json is null. For all other fields, null counts as a
+missing key."""
 EXPERT_FIELDS = {
     *("n_expert", "n_expert_per_token", "n_shared_expert", "expert_ffn", "router_normalize", "expert_balance"),
 }
 
 
 def architecture_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields of a ModelConfig that change the output of a trained model, name -> value. A field that is None
-    and follows from other fields, such as ``n_kv_head``, has the value that follows."""
+    """Return the fields of a ModelConfig that change the output of a trained model: name -> value. For a field that may
+    be None and then has a default from other fields, such as ``n_kv_head``, the value is this default instead of
+    None."""
     idle = set(NOT_LEARNED)
     if config.position is not Position.rope:
         idle |= {"rope_base", "rope_scaling"}
@@ -115,8 +117,8 @@ class StateDictAdapter:
     parts: str
     """Text on the parts of the architecture, as settings of ModelConfig, for messages."""
     keys: dict[str, list[Any]]
-    """Field of ModelConfig -> its key in config.json, and as an optional second item the value for a missing key.
-    Without a second item, a config.json without the key is refused."""
+    """Field of ModelConfig -> [key in config.json], or [key in config.json, value if the key is missing]. With the
+    first form, a config.json without the key is refused."""
     dropout: list[str]
     """Keys of config.json with the share of values that dropout sets to zero."""
     only: dict[str, list[Any]]
@@ -125,9 +127,9 @@ class StateDictAdapter:
     """Name of an activation in config.json -> its name in this project. If several names in config.json mean the same
     activation, the first of them is written."""
     names: dict[str, str]
-    """Name of a module in this project -> its name in transformers; for modules of a block, inside the block. Modules
-    with the same name in transformers are one tensor of transformers, stacked by rows. ``{}`` is replaced by the number
-    of an expert."""
+    """Name of a module in this project -> its name in transformers. For a module of a block, both names begin inside
+    the block. If several modules have the same name in transformers, their matrices are one tensor there, stacked by
+    rows. ``{}`` is replaced by the number of an expert."""
     layers: str
     """Beginning of the names of all tensors of blocks in transformers: the part before the number of the block."""
     buffers: str
@@ -137,7 +139,8 @@ class StateDictAdapter:
     gain_offset: float = 0.0
     """Number that transformers adds to the stored gain of a norm: 1 in Gemma."""
     even_heads: bool = False
-    """True if the number of heads must divide the width, although config.json may have a head_dim."""
+    """True if the number of heads must divide the width of the model, even if config.json has a ``head_dim``, which
+    states the width of a head."""
     requires_bias: bool = False
     """True if every layer of the architecture has a bias. A model without biases is written with biases of zeros."""
 
@@ -146,7 +149,8 @@ class StateDictAdapter:
         return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        """Return the keys of config.json for a model, with values. Parts that the architecture lacks have no key."""
+        """Return the content of config.json for a model: key -> value. Parts that the architecture lacks have no
+        key."""
         config = self.equivalent(config)
         fields = {**vars(config), **architecture_fields(config)}
         written = {key: fields[field] for field, (key, *_) in self.keys.items()}
@@ -155,10 +159,11 @@ class StateDictAdapter:
         return written | dict.fromkeys(self.dropout, config.dropout) | PARTS[self.name][0](config)
 
     def equivalent(self, config: ModelConfig) -> ModelConfig:
-        """Return a config with parts that the architecture has, whose model computes the same as that of ``config``.
+        """Return a config whose model computes the same as the model of ``config``. Some parts that the architecture
+        lacks are replaced by parts that it has.
 
-        Biases are added if the architecture requires them. NTK-aware scaling of rotary frequencies becomes another
-        base.
+        If the architecture requires biases, biases are added. Otherwise NTK-aware scaling of rotary frequencies becomes
+        another base.
         """
         if self.requires_bias:
             norm = Norm.layernorm if config.norm is Norm.layernorm_nobias else config.norm
@@ -217,7 +222,8 @@ class StateDictAdapter:
         }
 
     def peft_targets(self, config: ModelConfig) -> dict[str, Any]:
-        """Return the keys of peft's adapter_config.json for the layers of a model's adapters, with values.
+        """Return the entries of peft's adapter_config.json that name the layers with adapters, their ranks and their
+        alphas.
 
         If several modules with adapters are one stacked module of transformers, the rank and alpha of its adapter are
         multiplied by their number, so that the scale is the same.
@@ -280,13 +286,13 @@ def no_parts(*_: Any) -> dict[str, Any]:
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a Llama's config.json that architectures.yaml does not have, with values."""
+    """Return the entries of a Llama's config.json whose keys are not in architectures.yaml."""
     biases = {"attention_bias": config.bias, "mlp_bias": config.bias}
     return write_rope(config) | biases
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json for rotary embeddings, with values."""
+    """Return the entries of config.json for rotary embeddings."""
     base, scaling = config.rope_base, config.rope_scaling
     if scaling is RopeScaling.none:
         return {"rope_theta": base, "rope_scaling": None}
@@ -299,7 +305,8 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_llama(hf: dict[str, Any], fields: dict[str, Any], rope_base: float = 10000.0) -> dict[str, Any]:
-    """Return the fields of ModelConfig from a Llama's config.json that architectures.yaml does not have.
+    """Return those fields of ModelConfig for a Llama's config.json that have no key in architectures.yaml: name ->
+    value.
 
     Args:
         hf: content of the config.json.
@@ -347,14 +354,14 @@ def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
 
 
 def write_plain(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json that architectures.yaml does not have, with values, for an architecture like Llama
-    that has no keys for biases."""
+    """Return the entries of config.json whose keys are not in architectures.yaml. The architecture is like Llama, but
+    its config.json has no keys for biases."""
     return {key: value for key, value in write_llama(config).items() if not key.endswith("_bias")}
 
 
 def write_phi3(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a Phi-3's config.json that architectures.yaml does not have. ``rope_scaling`` is null, because
-    this project supports no scaling of Phi-3."""
+    """Return the entries of a Phi-3's config.json whose keys are not in architectures.yaml. ``rope_scaling`` is null,
+    because this project supports no scaling of Phi-3."""
     return write_plain(config) | {"rope_scaling": None}
 
 
@@ -366,7 +373,7 @@ def read_phi3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a Mixtral's config.json that architectures.yaml does not have, with values."""
+    """Return the entries of a Mixtral's config.json whose keys are not in architectures.yaml."""
     experts = {"router_aux_loss_coef": config.balance_weight, "output_router_logits": False}
     return write_plain(config) | experts
 
@@ -383,8 +390,8 @@ def read_qwen3(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_deepseek(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a DeepSeek V3's config.json that architectures.yaml does not have, for a model without
-    experts, with values."""
+    """Return the entries of a DeepSeek V2's or V3's config.json whose keys are not in architectures.yaml. The model has
+    no experts."""
     widths = dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), config.value_width)
     return write_plain(config) | widths | {"first_k_dense_replace": config.n_layer, "num_nextn_predict_layers": 0}
 
@@ -409,8 +416,8 @@ def layer_kinds(config: ModelConfig) -> list[str]:
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json that architectures.yaml does not have, with values, for a Gemma 2, or a Gemma 3
-    for text only."""
+    """Return the entries of the config.json of a Gemma 2, or of a Gemma 3 for text only, whose keys are not in
+    architectures.yaml."""
     base = 1e4 if config.rope_base_local is None else config.rope_base_local
     kinds = {"layer_types": layer_kinds(config), "query_pre_attn_scalar": config.head_dim}
     return write_plain(config) | kinds | ({"rope_local_base_freq": base} if config.qk_norm else {})

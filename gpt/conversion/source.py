@@ -255,11 +255,12 @@ def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, na
 
 
 def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
-    """Return the differences of two models as overrides: those that make the requested model ``asked`` equal to
-    ``found``, the model of existing weights. Empty if these weights fit ``asked``.
+    """Return the overrides that make the model ``asked`` equal to the model ``found``. Empty if the weights of
+    ``found`` fit ``asked``.
 
-    The weights also fit if ``asked`` has a larger vocabulary, shorter sequences, or longer sequences and no table of
-    positions. An adapter (LoRA) of ``found`` must equal that of ``asked``, unless ``asked`` has none.
+    ``asked`` is the model of the run, and ``found`` the model of existing weights. The weights also fit if ``asked``
+    has a larger vocabulary, shorter sequences, or longer sequences and no table of positions. If both models have
+    adapters (LoRA), these must be equal, except for their dropout.
     """
     there = architecture_fields(found)
     if asked.vocab_size >= found.vocab_size:

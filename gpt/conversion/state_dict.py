@@ -46,7 +46,14 @@ VOCABULARY = ("token_embedding.weight", "head.weight")
 
 
 def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor for all tensors that an architecture of transformers has for the model of ``state``."""
+    """Convert a state of this project to tensors of transformers. Yield the name in transformers and the tensor, one
+    after another.
+
+    Args:
+        state: weights of the model, without adapters (LoRA).
+        adapter: conversion to the architecture of transformers.
+        config: config of the model.
+    """
     # Padding rows of the vocabulary are left out, because transformers would use them as tokens.
     state = {name: tensor[: config.vocab_size] if name in VOCABULARY else tensor for name, tensor in state.items()}
     if adapter.requires_bias:
@@ -92,7 +99,7 @@ def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, 
 
 
 def fit_shapes(state: State, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
-    """Return ``state`` with a vocabulary and a table of positions of the sizes in ``shapes``.
+    """Return ``state`` with the vocabulary and the table of positions changed to the sizes in ``shapes``.
 
     The table of positions may be shortened, and the vocabulary extended. The row of a new token is the mean of the rows
     of existing tokens, so that the new token has little probability. With a row of zeros it could have nearly all, if
@@ -151,9 +158,9 @@ def to_peft(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Ite
 def read_peft(folder: Path, adapter: StateDictAdapter, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
     """Return the tensors of the adapters (LoRA) in a folder of peft, in fp32, with their names in this project.
 
-    The adapter of stacked matrices is split into one adapter for each matrix; ``to_peft`` does the reverse. If the
-    adapter of the stack has the rank ``lora.rank``, each split adapter gets a copy of the first matrix (``lora_A``) of
-    that adapter.
+    If transformers stacks several matrices, peft has one adapter for all of them. It is split into one adapter for each
+    matrix; ``to_peft`` does the reverse. If the rank of peft's adapter is only ``lora.rank``, each of the split
+    adapters gets a copy of its first matrix (``lora_A``).
 
     Raises:
         ConfigError: the rows of an adapter are not those of its stacked matrices, or its second matrix is not
@@ -318,10 +325,11 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
 
 
 def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
-    """Return the folder of the checkpoint of ``step``, or if that is None of the newest undamaged checkpoint of a run.
+    """Return the folder of a run's checkpoint of ``step``. If ``step`` is None, return the folder of the newest
+    undamaged checkpoint.
 
     Raises:
-        ConfigError: no such checkpoint exists.
+        ConfigError: there is no such checkpoint, or it is damaged.
     """
     there = {folders.step_of(path): path for path in folders.list_committed(folder.checkpoints)}
     wanted = [path for each, path in there.items() if step in (None, each)]
