@@ -170,7 +170,10 @@ def show_statuses(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0; 1 if Slurm did not answer, so that only event logs were read; 2 if there is no run."""
+    """Print the states of runs, as a table or as JSON.
+
+    Returns the exit status: 0; 1 if Slurm did not answer, so that only event logs were read; 2 if there is no run.
+    """
     parser = CommandParser(prog="python -m launch.status", description="Show the state of runs.")
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[Path("outputs")], metavar="PATH",

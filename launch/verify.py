@@ -70,7 +70,10 @@ def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool,
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0 all checkpoints are sound, 1 some are damaged, 2 there is no such run."""
+    """Check the checkpoints of runs, and print the results.
+
+    Returns the exit status: 0 all checkpoints are sound, 1 some are damaged, 2 there is no such run.
+    """
     parser = CommandParser(
         prog="python -m launch.verify",
         description="Read every checkpoint of runs and compare it with what was saved. Changes nothing.",

@@ -178,8 +178,9 @@ class RankCommand:
     args: tuple[str, ...]
     """Program and arguments.
 
-    In these and in the values of ``env``, ``%{rank}`` and ``%{local_rank}`` are replaced by the rank's own numbers, and
-    ``%{coordinator}`` by ``ADDRESS:PORT``: the node of rank 0, and a port that was free there when the start began.
+    Placeholders in the arguments, and in the values of ``env``, are replaced: ``%{rank}`` and ``%{local_rank}`` by the
+    numbers of the rank, ``%{coordinator}`` by ``ADDRESS:PORT``. ADDRESS is that of the node of rank 0. PORT was free
+    there when the start of the ranks began.
     """
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables that are added to those of the agent."""
@@ -205,7 +206,7 @@ class RankContract:
     records_events: bool = True
     """True if the ranks record their start and end in the event log through ``launch.worker``.
 
-    Otherwise the agent records both: exit status 0 means finished.
+    If False, the agent records both. Exit status 0 of a rank then means finished.
     """
     stop_signal: str = "SIGTERM"
     """Signal that requests the ranks to save and leave."""
@@ -268,11 +269,14 @@ class Workload:
     raw_keys: Sequence[str] = ()
     """Keys whose value is taken exactly as typed, such as a regular expression."""
     length: Sequence[str] = ()
-    """Keys for the number of steps, if a finished run can continue with more steps. They are also in ``resumable``."""
+    """Keys that set the number of steps, with which a finished run can continue; empty if it cannot.
+
+    They are also in ``resumable``.
+    """
     figures: Sequence[str] | None = None
     """Names of the figures in step records that ``objective`` may name; None if not known."""
     goal_words: Sequence[str] = ()
-    """Overrides of ``launch.project --fit`` for keys that the user does not set.
+    """Overrides that ``launch.project --fit`` adds for keys that the user does not set, such as a family of models.
 
     Empty if the workload cannot plan a model of a given size.
     """
@@ -308,10 +312,11 @@ class Workload:
         return RankContract(records_events=False, resumes=False)
 
     def code(self, config: Any) -> CodeTree:
-        """Return the code files. A change between attempts is reported, and ``copy_code=true`` copies the files.
+        """Return the code files of the program. The launcher reports files that change between attempts.
 
-        The default is the folder of the module that defines the class. ``command`` finds the copy under ``code`` in the
-        run's ``plan.json``.
+        With ``copy_code=true``, it also copies the files. ``command`` finds the path of the copy under ``code`` in the
+        run's ``plan.json``, and starts the ranks from the copy. The default is the folder of the module that defines
+        the class.
         """
         folder = Path(inspect.getfile(type(self))).absolute().parent
         return CodeTree(folder, code_files, has_launcher=False)
@@ -339,12 +344,13 @@ class Workload:
         return None
 
     def rehearse(self, config: Any, folder: RunFolder) -> bool:
-        """Run a step of a point on this machine without GPUs, for ``dry_run=deep``. Returns whether it found no fault.
+        """Try a training step of a point on this machine, without GPUs, for ``dry_run=deep``.
 
-        Prints the findings. ``folder`` is a temporary folder that contains only the config of the point.
+        Prints the findings. Returns True if there is no fault. ``folder`` is a temporary folder that contains only the
+        config of the point.
 
         Raises:
-            ConfigError: the workload, or this point of it, cannot be rehearsed.
+            ConfigError: the workload, or this point of it, cannot be tried in this way.
         """
         raise ConfigError(
             f"dry_run=deep with workload={self.name}",
@@ -371,7 +377,8 @@ def code_files(root: Path, script: str | None = None) -> Iterator[tuple[str, Pat
     """Yield (name relative to ``root``, path) for each file of a program's folder ``root``, in the order of the names.
 
     In a git checkout, these are the files that git tracks, and code files that git does not ignore. In a copy of the
-    code, all files. In another folder, all code files, or only ``script`` if there are more than ``MAX_FILES``.
+    code, these are all files. In another folder, these are all code files; if there are more than ``MAX_FILES``, only
+    ``script``.
     """
     if (root / ORIGIN).is_file():
         # A program that runs from the copy leaves compiled files in it.

@@ -1,7 +1,8 @@
 """Checks of the requests of a command against Slurm's limits: partition, nodes, time, CPUs, GPUs, memory.
 
-Each check yields findings: the fact, its consequence, and the remedy to type. ``check_before_submitting`` refuses
-requests that Slurm would never start, and skips candidates that cannot run a point.
+Each check yields findings: the fact, its consequence, and the remedy to type. ``check_before_submitting`` refuses a
+point that Slurm would never start. If the point has several candidates (places where its job may run), those that
+cannot run the point are skipped.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding(Problem):
-    """Result of one check. ``expected`` (the consequence) and ``fix`` are empty if the check found no problem.
+    """Result of one check: a fact (``found``), its consequence (``expected``), and what to type next (``fix``).
+
+    ``expected`` and ``fix`` are empty if the check found no problem.
 
     Attributes:
         level: severity.
         check: short name of the check.
-        unless: condition, unknown here, under which the error does not occur; empty if the error is certain.
+        unless: condition under which the error does not occur. The check does not know whether the condition holds.
+            Empty if the error is certain.
     """
 
     level: Level
@@ -79,7 +83,10 @@ def fail(check: str, found: str, why: str, fix: str) -> Finding:
 
 
 def doubt(finding: Finding, unless: str) -> Finding:
-    """Return the finding; if it is a certain error, with ``unless``, the condition under which it does not occur."""
+    """Return ``finding`` as an uncertain error, which does not occur if the condition ``unless`` holds.
+
+    A finding that is no error, or is already uncertain, is returned unchanged.
+    """
     return replace(finding, unless=unless) if finding.level is Level.error and not finding.unless else finding
 
 
@@ -104,7 +111,14 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Request:
-    """Request to Slurm for points with equal resources: one job, or one array of ``len(points)`` elements."""
+    """Request to Slurm for points with equal resources: one job, or one array of ``len(points)`` elements.
+
+    Attributes:
+        config: config of the first point.
+        plan: plan of the first point.
+        points: titles of all points, for messages.
+        batch_text: batch script of the job or array.
+    """
 
     config: Config
     plan: Plan
@@ -145,8 +159,9 @@ class Case:
     def exceeds(self, check: str, found: str, fix: str) -> Finding:
         """Return the error that the request exceeds a limit of the partition. The arguments are those of ``fail``.
 
-        The error is uncertain if the job names a QOS or the partition has one, because a QOS may lift the limit. It is
-        certain if Slurm enforces the limits of partitions at submission (EnforcePartLimits).
+        A QOS of the job or of the partition may lift the limit. Therefore the error is uncertain if there is such a
+        QOS, and if Slurm does not enforce the limits at submission (EnforcePartLimits). In all other cases the error is
+        certain.
         """
         qos = self.config.cluster.qos or self.partition.qos
         is_strict = self.limits.config.get("EnforcePartLimits", "NO") not in ("NO", "0")
@@ -173,16 +188,20 @@ def partition_names(config: Config) -> list[str]:
 
 
 def features(config: Config) -> frozenset[str]:
-    """Return the features that every node must have.
+    """Return the features that cluster.constraint requests. Every node of the job must have all of them.
 
-    Empty if cluster.constraint is more than plain names joined by &.
+    Empty if cluster.constraint is not set, or has another form than plain names joined by &.
     """
     text = config.cluster.constraint or ""
     return frozenset(text.split("&")) if re.fullmatch(r"[\w.-]+(&[\w.-]+)*", text) else frozenset()
 
 
 def why_unsure(limits: Limits, config: Config) -> str:
-    """Return why the config alone does not show what a job requests or where it runs; "" if it shows both."""
+    """Return why a job may request other resources, or run on other nodes, than its config shows; "" if it does not.
+
+    The cause is an option in cluster.additional_parameters, or a plugin of the site. The text is a condition for
+    ``doubt``.
+    """
     others = sorted(typed_options(config.cluster) & OPTIONS)
     if others:
         return f"cluster.additional_parameters ({', '.join(others)}) makes it fit"
@@ -193,14 +212,18 @@ def why_unsure(limits: Limits, config: Config) -> str:
 
 
 def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether a job with these keys gets whole nodes in a partition: all their CPUs, and no other jobs there."""
+    """Return whether a job gets whole nodes in a partition: all CPUs of the nodes, and no other jobs on them.
+
+    Either the partition always gives whole nodes, or ``cluster`` requests exclusive nodes.
+    """
     return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
 
 
 def request_fewer_nodes(config: Config, most: int) -> str:
-    """Return the overrides that request at most ``most`` nodes, spare nodes included.
+    """Return the overrides with which the config requests at most ``most`` nodes, spare nodes included.
 
-    They reduce ``spare_nodes`` if that is enough, else ``nodes``; both if ``most`` is not above ``spare_nodes``.
+    If fewer spare nodes are enough, only ``spare_nodes`` is reduced. Otherwise ``nodes`` is reduced. If ``most`` is not
+    above ``spare_nodes``, ``spare_nodes`` also becomes 0.
     """
     if config.spare_nodes and config.nodes <= most:
         return f"spare_nodes={most - config.nodes}"
@@ -298,9 +321,9 @@ def check_node_count(case: Case) -> Iterator[Finding]:
 def wants(case: Case) -> Iterator[tuple[str, str, float, str, Callable[[NodeLimits], float]]]:
     """Yield the resources that a job requests on each node.
 
-    Each is (key, beginning of the value, requested amount, unit, function). The beginning is the text before the
-    amount: ``gpu:a100:`` for ``cluster.gres=gpu:a100:4``, mostly empty. The function returns the amount that a node can
-    give to a job.
+    Each is a tuple: key of the config, prefix, requested amount, unit of the amount, function. The prefix is the part
+    of the key's value before the amount: ``gpu:a100:`` for ``cluster.gres=gpu:a100:4``. It is empty for other keys. The
+    function returns the amount that a given node can give to a job.
     """
     cluster, partition = case.config.cluster, case.partition
     if cluster.gpus_per_node:
@@ -338,7 +361,11 @@ def check_resources(case: Case) -> Iterator[Finding]:
 
 
 def check_defaults(case: Case) -> Iterator[Finding]:
-    """Warn of too few CPUs for the ranks of a node, and of the site's default memory, which would limit the job."""
+    """Warn if a job requests fewer CPUs on a node than ranks, and if it requests no memory.
+
+    A job without a request gets the site's default memory, and is killed if it uses more. There is no warning for jobs
+    that get whole nodes.
+    """
     limits, partition, cluster = case.limits, case.partition, case.config.cluster
     ranks = case.config.ranks_on_node
     if gives_whole_nodes(partition, cluster):
@@ -397,10 +424,10 @@ def check_request(limits: Limits, request: Request) -> list[Finding]:
 
 
 def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of all alternatives, of which a job needs only one: partitions or candidates.
+    """Yield the findings of all alternatives: partitions or candidates. A job needs only one of them.
 
-    If at least one alternative has no error, the errors of the other alternatives become warnings. ``each`` has the
-    findings of each alternative.
+    If at least one alternative has no error, the errors of the other alternatives become warnings. ``each`` has one
+    sequence of findings for each alternative.
     """
     some_fit = any(not has_errors(findings) for findings in each)
     for finding in (finding for findings in each for finding in findings):
@@ -470,10 +497,10 @@ def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Findi
 
 
 def possible_places(facts: SlurmFacts, request: Request) -> tuple[Placement, list[list[Finding]]]:
-    """Return the placement of a request without impossible candidates, and the list of errors of each candidate.
+    """Return the placement of a request, in which the impossible candidates are ruled out, and each candidate's errors.
 
-    A candidate with an error is impossible. If all candidates have errors, those whose errors are all uncertain stay
-    possible, and Slurm decides.
+    A candidate with an error is impossible. There is one exception: if all candidates have errors, a candidate whose
+    errors are all uncertain stays possible, and Slurm decides.
     """
     errors = [[f for f in findings if f.level is Level.error] for _, findings in check_candidates(facts, request)]
     some_fit = any(not found for found in errors)
@@ -488,9 +515,10 @@ def possible_places(facts: SlurmFacts, request: Request) -> tuple[Placement, lis
 
 
 def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, errors: Sequence[Finding]) -> None:
-    """Raise ConfigError if a job could start at no candidate of ``places``.
+    """Raise ConfigError if all candidates of ``places`` are ruled out, so that the job could never start.
 
-    ``errors`` are the errors that the checks found for the first candidate.
+    ``errors`` are the errors of the first candidate. Without cluster.placement, this is the only candidate, and the
+    message has the remedies of these errors.
     """
     if places.possible:
         return
@@ -531,10 +559,12 @@ def room_in(limits: Limits, partition: Partition) -> str:
 def check_before_submitting(
     facts: SlurmFacts, plans: Sequence[Plan], configs: Sequence[Config], console: Console
 ) -> list[Plan]:
-    """Compare the requests of a command with Slurm's limits, and print the candidates that are ruled out.
+    """Compare the requests of a command with Slurm's limits, and print each candidate that is ruled out.
+
+    If the limits are not known, only a warning is printed.
 
     Returns:
-        The plans. Their placements lack the candidates where they could never run.
+        The plans. In their placements, the candidates that could never run the point are ruled out.
 
     Raises:
         ConfigError: a point could start nowhere.

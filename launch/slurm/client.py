@@ -202,10 +202,11 @@ class JobState:
 
     @property
     def detail(self) -> str:
-        """Return a text on the job: in phase ``pending`` or ``unknown``, why it waits and when it should start.
+        """Return a text on the job.
 
-        For other jobs, the text is Slurm's state, with the reason if a dependency can never be satisfied. Without this
-        reason, it is empty for the states RUNNING, COMPLETED and GONE.
+        In phase ``pending`` or ``unknown``: why the job waits, and when it should start. If a dependency of the job can
+        never be satisfied: Slurm's state and this reason. For other jobs: Slurm's state, but an empty text for RUNNING,
+        COMPLETED and GONE.
         """
         if self.phase in ("pending", "unknown"):
             return ", ".join(part for part in (self.reason, f"starts {self.start}" if self.start else "") if part)
@@ -310,7 +311,7 @@ class JobDetails:
 
     @property
     def is_running(self) -> bool:
-        """Return whether the job has its nodes and is not at its end.
+        """Return whether the job has its nodes and has not begun to end.
 
         Slurm shows the state SIGNALING, in place of RUNNING, while it sends a signal to the job.
         """
@@ -397,7 +398,10 @@ def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
 
 
 def held_job() -> str | None:
-    """Return the id of the Slurm job in which this process runs; None outside of a job, and in a rank."""
+    """Return the id of the Slurm job in which this process runs.
+
+    None if it runs in no job, or if an agent of the launcher started it, as a rank.
+    """
     return None if "LAUNCH_AGENT_PID" in os.environ else os.environ.get("SLURM_JOB_ID")
 
 

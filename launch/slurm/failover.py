@@ -1,10 +1,11 @@
 """Further jobs of a run: placement failover, the next job of a chain, and spare jobs.
 
-Placement failover: a job that is pending too long is cancelled, and its run is submitted at the next candidate.
+Placement failover moves a run to another place: a job that is pending too long is cancelled, and its run is submitted
+at its next candidate, such as another partition. ``launch.plan.placement`` decides when, and to which candidate. The
+run folder and Slurm's queue contain all that a move needs. So any process can continue a move that another process has
+begun: the launcher that watches the run, or ``launch.move``. A lock admits one process at a time.
 
-The run folder and the queue have all that a move needs, so any process can continue a move: the launcher that watches
-its points, or ``launch.move``. A lock admits one process at a time. ``launch.plan.placement`` decides when and to which
-candidate.
+A chain continues a run in a next job, in place of a requeue. A spare job has one node, which joins a running job.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ LEAVE_POLL_S = 0.5
 
 
 def fail_over(points: Sequence[RunStatus], console: Console) -> SlurmError | None:
-    """Move each run to the next candidate of its placement, or give it up, if it has been pending for too long.
+    """Move each run that has waited too long at its candidate to the next candidate of its placement.
 
-    Returns None, or the error of Slurm that interrupted the moves; the next call then continues them.
+    A run that has waited too long in all is given up. Returns None, or the error of Slurm that interrupted the moves;
+    the next call then continues them.
     """
     try:
         for point in points:
@@ -157,9 +159,10 @@ def has_left(job: SlurmJob) -> bool:
 
 
 def promised(point: RunStatus) -> Plan | None:
-    """Return the plan of a point, without candidates that sbatch has refused and without hosts that failed in the run.
+    """Return the plan with which a point may be submitted again: its own plan, or else the plan in its run folder.
 
-    None if no plan with a possible candidate exists. Raises ConfigError if the plan is damaged.
+    In this plan, the candidates that sbatch has refused are ruled out, and the hosts that failed in the run are
+    excluded. None if there is no plan, or if no candidate is left. Raises ConfigError if the plan is damaged.
     """
     plan = point.plan
     if plan is None:
@@ -228,7 +231,7 @@ def no_interrupt() -> Iterator[None]:
 
 
 def plan_of(folder: RunFolder) -> Plan:
-    """Return the plan for a further job of a run.
+    """Return the plan for a further job of a run, without refused candidates and failed hosts (``promised``).
 
     Raises:
         SlurmError: no candidate is left for the job.
@@ -286,9 +289,10 @@ def submit_spare_job(folder: RunFolder, job_id: str, node: Node) -> None:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submit the next job of a chain; with ``--spare``, a spare job.
+    """Submit a further job of a run: the next job of a chain, or with ``--spare NODE`` a spare job.
 
-    Returns the exit status: 0, 1 if Slurm does not accept the job, 2 if the arguments are wrong.
+    The arguments are the run folder and the id of the run's present job. Returns the exit status: 0, 1 if Slurm does
+    not accept the job, 2 if the arguments are wrong.
     """
     parser = CommandParser(prog="launch.slurm.failover", description="Submit a further job of a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")

@@ -234,7 +234,8 @@ class Stop:
     def mark(self) -> None:
         """Record the cancel in the event log, once for each job of the run.
 
-        If the event log cannot be written, set ``unmarked`` to the reason, and end the job without a save.
+        Without this record, agents would take the request to stop for a preemption. So if the event log cannot be
+        written, ``unmarked`` gets the reason, and the job is ended at once, without a save.
         """
         job_id = None if self.point.job is None else self.point.job.job_id
         if not select_events(self.point.events(), "cancelled", job_id=job_id):
@@ -249,7 +250,8 @@ class Stop:
     def push(self) -> None:
         """Do the next step of the cancel: request a save once, and end the job after its grace period.
 
-        Raises SlurmError if Slurm does not answer.
+        A job that several points share is not ended while another of these points uses it. Raises SlurmError if Slurm
+        does not answer.
         """
         self.mark()
         job = self.point.job
@@ -347,7 +349,7 @@ def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
 
 
 def leaving_text(points: Sequence[RunStatus]) -> str:
-    """Return a text on how long running programs take to leave, and what they save before."""
+    """Return a text: the longest time that points need to leave after a request to stop, and what they save before."""
     longest = max((grace_period_s(point) for point in points), default=0.0) + AGENT_S
     return f"the runs leave within {longest:g} s, and those that can resume save a checkpoint before"
 

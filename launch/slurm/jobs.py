@@ -40,7 +40,7 @@ class SlurmJob:
 
     job_id: str
     points: tuple[str, ...] = ()
-    """Names of the run folders of the points that share the job, in the order of the numbers of their tasks.
+    """Names of the run folders of the points that share the job. Task i of the job is the agent of ``points[i]``.
 
     Empty for a job of one point.
     """
@@ -161,9 +161,9 @@ class LocalQueueEntry:
         self._note = folder.path / ".launch" / "waiting"
 
     def enter(self, events_before: int) -> None:
-        """Write the file: this process will start the point.
+        """Write the file. It says that this process will start the point later.
 
-        ``events_before`` is the number of events before the point was submitted.
+        ``events_before`` is the number of events that the event log had before the point was submitted.
         """
         self._note.parent.mkdir(parents=True, exist_ok=True)
         pid = os.getpid()
@@ -174,7 +174,7 @@ class LocalQueueEntry:
         self._note.unlink(missing_ok=True)
 
     def events_before(self) -> int | None:
-        """Return the number of events before the point was submitted.
+        """Return the number that ``enter`` has stored: the events before the point was submitted.
 
         None if the point does not wait, or if its launcher has ended.
         """
@@ -221,7 +221,10 @@ def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
 SUBMISSION = "submitit.core._submit"
 """Module that submitit's batch scripts run on every node."""
 AFTER_STEP = "gpt_launch launch.agent.after_step"
-"""Command that batch scripts run after srun has failed; in a job that several points share, after any end of srun."""
+"""Command that requeues the runs of a job after a fault. A batch script runs it if srun has failed.
+
+In a job that several points share, the batch script also runs it after a success of srun.
+"""
 
 
 SETUP_FAILED = (
@@ -271,10 +274,10 @@ SUBMITTED = "_submitted.pkl"
 
 
 def refuse_running(plan: Plan, own: str | None = None) -> None:
-    """Raise ConfigError if a job works on the run folder, or is pending for it.
+    """Raise ConfigError if a job other than ``own`` works on the run folder, or is pending for it.
 
-    ``own`` is the id of a job that may do so; None if no job may. If the run is to resume from an earlier step, ranks
-    that a user has started without the launcher are also refused.
+    ``own`` is the id of a job; None to refuse every job. If the plan takes the run back to an earlier step, ranks on
+    this machine that a user has started without the launcher are also refused.
 
     Raises:
         SlurmError: Slurm does not answer.

@@ -15,7 +15,7 @@ from launch.slurm.client import parse_fields
 
 NOTHING = ("", "(null)", "N/A", "NONE", "none")
 TIMEOUT_S = 10.0
-"""Longest wait in seconds for one answer."""
+"""Longest wait in seconds for the answer to one scontrol command."""
 UNITS = " KMGTP"
 GRES_COUNT = re.compile(r"\d+[KMGTP]?", re.IGNORECASE)
 UNLIMITED = ("UNLIMITED", "INFINITE", "4294967295")
@@ -170,7 +170,7 @@ class Limits:
     nodes: tuple[NodeLimits, ...]
 
     def number(self, key: str) -> int | None:
-        """Return a number of slurm.conf without its unit; None if the number is unlimited or absent."""
+        """Return the number of ``key`` in slurm.conf, without its unit; None if the number is unlimited or absent."""
         return whole_number(self.config.get(key, "").split(" ")[0])
 
     def nodes_of(self, partition: Partition) -> list[NodeLimits]:
@@ -188,10 +188,13 @@ class NoControllerError(scheduler.SlurmError):
 
 
 def read_limits() -> Limits:
-    """Return the limits of the cluster. Raises SlurmError if no controller answers.
+    """Return the limits of the cluster.
 
-    Each command is tried once, for TIMEOUT_S seconds at most, because a submission waits for the answers. The
-    submission continues without them.
+    Each scontrol command is tried once, for TIMEOUT_S seconds at most, because a submission waits for the answers.
+
+    Raises:
+        NoControllerError: no controller answers, so nothing can be submitted.
+        SlurmError: a later command fails. A submission then continues without the limits.
     """
 
     def ask(*words: str) -> str:
@@ -233,17 +236,17 @@ class SlurmFacts:
     """What the checks of a request know about the cluster: Slurm's limits, and the torch of the job."""
 
     limits: Limits | None
-    """Limits of the cluster; None if no controller answers."""
+    """Limits of the cluster; None if Slurm did not report them."""
     slurm_problem: str = ""
     """Reason why the limits are not known; empty if they are known."""
     is_away: bool = False
-    """True if the cluster's controller does not answer, so that nothing can be submitted."""
+    """True if no controller of the cluster answers, so that nothing can be submitted."""
     torch: str = ""
     """Version and build of torch that the job uses; empty if torch is not installed."""
 
 
 def ask_slurm() -> SlurmFacts:
-    """Return the limits of the cluster, or the reason why they are not known."""
+    """Return the limits of the cluster, or the reason why they are not known, and the version of torch."""
     try:
         return SlurmFacts(limits=read_limits(), torch=torch_version())
     except scheduler.SlurmError as error:

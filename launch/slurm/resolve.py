@@ -67,14 +67,16 @@ class OpenPoint:
         self.config = typed_config(self.document)
 
     def store(self, *keys: str) -> None:
-        """Copy these keys of ``cluster`` from ``config``, where their values were chosen, into ``document``."""
+        """Copy the values of ``keys`` under ``cluster`` from ``config``, where they were chosen, to ``document``."""
         for key in keys:
             self.document.cluster[key] = getattr(self.config.cluster, key)
 
     def fit_nodes(self) -> str:
-        """Fit the point to the job in which this process runs, or to the hosts of ``cluster.hostfile``.
+        """Set the keys of the point that depend on the nodes that the user already has.
 
-        Returns a text on these nodes for people.
+        The keys are those for ranks, GPUs, time limit, placement and requeue. The nodes are the hosts of
+        ``cluster.hostfile``, or those of the Slurm job in which this process runs. Returns a text on these nodes for
+        people.
         """
         described = (fit_hosts if self.kind is ClusterKind.hosts else fit_job)(self.config)
         self.document.ranks_per_node = self.config.ranks_per_node
@@ -206,7 +208,10 @@ def fit_hosts(config: Config) -> str:
 
 
 def refuse_without_srun(config: Config) -> None:
-    """Raise ConfigError if a run inside the user's own job has another way than srun to start its agents."""
+    """Raise ConfigError if a run inside the user's own job does not start its agents by srun.
+
+    Such a run sets ``cluster.hostfile``, or sets ``cluster.start`` to another way.
+    """
     if not config.cluster.by_srun:
         raise ConfigError(
             "cluster.start or cluster.hostfile in a batch script of your own, or cluster.start in a job that you hold",
@@ -261,11 +266,14 @@ def choose_exclusive(points: Sequence[OpenPoint]) -> list[str]:
 
 
 def choose_local_ranks(points: Sequence[OpenPoint], gpus: int) -> list[str]:
-    """Set one rank for each of this machine's ``gpus`` in points that set no number of ranks. Returns the lines to
-    print.
+    """Set ``ranks_per_node=gpus`` in local points that leave it open. ``gpus`` is the number of this machine's GPUs.
 
-    The local nodes of a point share the GPUs of this machine. Therefore nothing is chosen if any point of the command
-    has several local nodes. Otherwise the points of a sweep over nodes would differ in the ranks on a node.
+    A point that sets its GPUs, or computes on CPUs, does not change. Nothing is chosen if any point of the command has
+    several local nodes, because these nodes share the GPUs of this machine: a value for the other points alone would
+    give the points of a sweep different numbers of ranks on a node.
+
+    Returns:
+        The lines to print.
     """
     if gpus < 2 or limits.torch_version().endswith("+cpu") or any(point.config.nodes > 1 for point in points):
         return []
@@ -294,9 +302,9 @@ def choose_on_slurm(config: Config, slurm: SlurmFacts) -> list[Finding]:
 
 
 def partitions_there(config: Config, slurm: SlurmFacts) -> list[tuple[Partition, Config]]:
-    """Return (partition, config of the point there) for each partition that a point may use.
+    """Return (partition, config) for each partition that a point may use.
 
-    Empty if no controller answers.
+    The config is that of the candidate with this partition. Empty if no controller answers.
     """
     if slurm.limits is None:
         return []
@@ -330,11 +338,12 @@ def gpu_type(config: Config, slurm: SlurmFacts) -> str | None:
 
 
 def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
-    """Return the number of GPUs to request on each node, and a finding to report.
+    """Return the number of GPUs that a point requests on each node, and a finding to report.
 
-    The number is ``ranks_per_node``; if that is not set, the smallest number of GPUs of a node. The number is None, and
-    the finding a warning, if torch is built for CPUs or some nodes have no GPU. Number and finding are both None if the
-    config sets the GPUs, if the ranks need none, or if no node has one.
+    The number is ``ranks_per_node``. If that is not set, it is the smallest number of GPUs of a node, divided by the
+    number of points that share a job. If torch is built for CPUs, or some nodes have no GPU, the number is None, and
+    the finding is a warning. Both are None if the config sets the GPUs, if the ranks need none, or if no node is known
+    to have one.
 
     Raises:
         ConfigError: the config requests more ranks on a node than its GPUs.
@@ -366,10 +375,11 @@ def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 
 
 def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
-    """Return the number of CPUs to request on each node for its ranks, and a finding to report.
+    """Return the number of CPUs that a point requests on each node for its ranks, and a finding to report.
 
-    Every node with the requested GPUs has this many CPUs, in every partition that the point may use. Both are None if
-    Slurm gives more than one CPU by itself, or if no such node is usable.
+    Each usable node with the requested GPUs has this many CPUs, in every partition that the point may use. Number and
+    finding are None if Slurm gives more than one CPU without a request, if no such node exists, or if Slurm's limits
+    are not known.
     """
     there, known = partitions_there(config, slurm), slurm.limits
     if known is None or not all(is_given_one_cpu(known, partition, place.cluster) for partition, place in there):
@@ -396,9 +406,11 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 
 
 def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether Slurm would give only one CPU to each node's agent and its ranks, which are one task of Slurm.
+    """Return whether a job without a number of CPUs gets only one CPU on each node, for its agent and all its ranks.
 
-    Slurm does so if it allocates single CPUs or cores instead of nodes, and neither request nor default sets a number.
+    For Slurm, the agent and its ranks are one task. The task gets one CPU under three conditions: Slurm allocates
+    single CPUs or cores, not whole nodes; the config requests no number of CPUs; and Slurm has no default number for
+    each GPU.
     """
     unit = limits.config.get("SelectTypeParameters", "").upper()
     by_core = "CR_CPU" in unit or "CR_CORE" in unit

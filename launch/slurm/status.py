@@ -39,9 +39,9 @@ OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placem
 NO_MORE_STEPS = ("attempt_ended", "started", "finished", "stopped")
 """Events after which no further step of the attempt is expected."""
 QUIET_S, QUIET_STEPS = 15.0, 10
-"""Smallest silence that a status reports: QUIET_S seconds, or the time of QUIET_STEPS steps if that is longer.
+"""Shortest time without a new step that a status reports: QUIET_S seconds, or the time of QUIET_STEPS steps.
 
-The agents need longer to be sure that a node is lost (``resilience.node_timeout_s``).
+The longer of the two counts. The agents need longer to be sure that a node is lost (``resilience.node_timeout_s``).
 """
 
 # Outcome of a run by its event log alone.
@@ -49,7 +49,7 @@ The agents need longer to be sure that a node is lost (``resilience.node_timeout
 DECISIVE = ("submitted", "moved", "requeued", "agent_started", "started", "agent_ended")
 """Events of which the last one shows whether an agent works on the run, or will do so."""
 PLACED = ("submitted", "moved", "gave_up", "stayed")
-"""Events on the candidate at which a point waits in the queue. The last of these events is the current state."""
+"""Events on the candidate (place of its job) at which a point waits in the queue. The last of these events is valid."""
 
 
 def outcome(events: Events) -> str:
@@ -197,9 +197,9 @@ class RunStatus:
         return "" if problem is None else problem.warning().removeprefix("warning: ")
 
     def fewer_nodes(self) -> dict[str, Any] | None:
-        """Return the present and the requested number of nodes, and the cause, from the event ``fewer_nodes``.
+        """Return the fields ``nodes``, ``asked`` and ``cause`` of the newest attempt's event ``fewer_nodes``.
 
-        None if the newest attempt runs on all requested nodes.
+        ``asked`` is the requested number of nodes. None if the newest attempt runs on all requested nodes.
         """
         event = fewer_nodes(self.events()).get(max(self.attempts(), default=0))
         return event and {key: event[key] for key in ("nodes", "asked", "cause")}
@@ -273,8 +273,9 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
     Args:
         points: status objects, which are changed.
         retries: number of tries of squeue; 1 for callers that poll again anyway.
-        trust_log: True to skip runs that ended by their event log, since Slurm's queue forgets jobs. For commands
-            that show runs, not for commands that wait until jobs are gone.
+        trust_log: True to take the state of a run from its event log alone, if its agents have recorded the end there.
+            Slurm's queue soon forgets such jobs. Commands that show runs set True; commands that wait until jobs are
+            gone set False.
 
     Returns:
         The error if Slurm did not answer, else None. Without an answer, points keep their states.

@@ -51,10 +51,10 @@ from launch.slurm.status import RunStatus, find_run_statuses, poll
 
 
 def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """Return the plans in groups that one job array can have: plans that request the same resources at every candidate.
+    """Return the plans in groups. The plans of a group request the same resources at every candidate.
 
-    Plans that share a job are a group of their own. The groups are in order of first appearance. No array is larger
-    than Slurm's MaxArraySize.
+    So one job array can run a group. Plans that share one job are a group of their own. The groups are in order of
+    first appearance. No array is larger than Slurm's MaxArraySize.
     """
     groups: dict[str, list[Plan]] = {}
     for plan in plans:
@@ -217,8 +217,8 @@ KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 def clean_environment() -> Iterator[None]:
     """Hide environment variables of an enclosing job or launcher during a ``with`` block.
 
-    Otherwise the new job would inherit its names and CPU binding. An inherited SLURM_CPU_BIND alone made runs three
-    times slower.
+    Without this, a new job would inherit the names and the CPU binding of the enclosing job. An inherited
+    SLURM_CPU_BIND alone made runs three times slower.
     """
     hidden = {
         name: os.environ.pop(name)
@@ -232,9 +232,10 @@ def clean_environment() -> Iterator[None]:
 
 
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
-    """Submit plans with equal resources as a job array, or as the one job that they share; one plan as a plain job.
+    """Submit plans with equal resources.
 
-    Returns the jobs, in the order of the plans.
+    One plan becomes a plain job. Several become a job array, or the one job that they share. Returns one job for each
+    plan, in the order of the plans. Plans that share a job get the same job.
 
     Raises:
         SlurmBusyError: the controller did not answer.
@@ -255,9 +256,9 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
 def submit_calls(
     folder: Path, resources: Mapping[str, Any], function: Callable[..., object], arguments: Sequence[Sequence[str]]
 ) -> list[SlurmJob]:
-    """Submit calls of a function as a job array, or one call as a plain job. Every task of a job makes the call.
+    """Submit calls of a function: several calls as a job array, one call as a plain job.
 
-    Returns the jobs, in the order of ``arguments``.
+    Every task of a job makes the call of this job. Returns the jobs, in the order of ``arguments``.
 
     Args:
         folder: folder for submitit's files; made before sbatch runs, since a job may start at once.
@@ -364,8 +365,8 @@ def side_by_side(typed: Any, plans: Sequence[Plan]) -> int:
     """Return the number of points that run at the same time on this machine.
 
     Args:
-        typed: value of ``launch.parallel``: a number, or ``auto`` for as many points as have a GPU (without GPUs, a
-            CPU) for each of their ranks.
+        typed: value of ``launch.parallel``: a number, or ``auto``. With ``auto``, as many points run as fit on this
+            machine, if each rank needs one GPU; on a machine without GPUs, one CPU.
         plans: plans of the command.
 
     Raises:
@@ -395,9 +396,9 @@ def on_cpus(cpus: Sequence[int]) -> Iterator[None]:
 def start_local(plan: Plan, part: int = 0, parts: int = 1) -> LocalJob:
     """Start the agents of a point that gets no Slurm job of its own.
 
-    The agents run on this machine, on the hosts of the hostfile, or on the nodes of the Slurm job of this process, by
-    the cluster of ``plan``. They ignore Ctrl-C, which the launcher handles. Returns the handle of the controller
-    process, which submitit starts for the agents.
+    ``plan.cluster`` decides where the agents run: on this machine (``local``), on the hosts of the hostfile
+    (``hosts``), or on the nodes of the Slurm job in which this process runs (``allocation``). The agents ignore Ctrl-C,
+    which the launcher handles. Returns the handle of the controller process, which submitit starts for the agents.
 
     Args:
         plan: plan of the point.

@@ -1,8 +1,9 @@
-"""``python -m launch.storm KEY=VALUE...``: a chaos drill, which repeats a run with injected faults and compares both.
+"""``python -m launch.storm KEY=VALUE...``: a chaos drill compares a run with injected faults with an undisturbed run.
 
-The arguments are those of ``python -m launch``, or the folder of a finished run, which the drill repeats. ``--seed``
-decides the faults. The run with faults must end with the same state and samples as the undisturbed run. The drill
-repeats the run's command whenever the command ends before the run. ``faults.jsonl`` records the faults.
+The drill makes the undisturbed run first. The arguments of both runs are those of ``python -m launch``. A finished run
+can be used as the undisturbed run: its folder is then the only argument, or follows ``--quiet``. ``--seed`` decides the
+faults. The run with faults must end with the same state and samples as the undisturbed run. If the command of the run
+with faults ends before this run has finished, the drill starts the command again. ``faults.jsonl`` records the faults.
 """
 
 from __future__ import annotations
@@ -85,10 +86,11 @@ def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
 
     Args:
         asked: names as typed; empty for all kinds that are possible.
-        has: what the run of the drill has of ``SLURM`` and ``SANDBOX``, which some kinds of faults need.
+        has: ``SLURM`` if the run of the drill is in Slurm, and ``SANDBOX`` if it is in a sandbox. Some kinds of faults
+            need one of them.
 
     Raises:
-        ConfigError: there is no such kind, or the drill does not fulfil the need of the kind.
+        ConfigError: there is no such kind, or the kind needs what the run does not have.
     """
     possible = [name for name, kind in KINDS.items() if not kind.needs or kind.needs in has]
     for name in asked:
@@ -197,7 +199,8 @@ class Drill:
     def _wait_recovered(self, fault: PlannedFault, last: LastFault) -> bool:
         """Wait until the run has saved after the last fault, and then has made ``fault.after_steps`` more steps.
 
-        ``fault`` is the next fault. Returns True if it can be injected, False if the run has finished.
+        ``fault`` is the next fault. If it damages the newest checkpoint, also wait until there is an older one. Returns
+        True if ``fault`` can be injected, False if the run has finished.
         """
 
         def has_recovered() -> bool:
@@ -250,11 +253,12 @@ class Drill:
 
 
 def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float) -> int | None:
-    """Return the step of the first checkpoint that the resumed attempt saved after a fault; None if there is none yet.
+    """Return the step of the first checkpoint that shows that the run works again after a fault; None without one.
 
     A checkpoint that an attempt saves while it stops does not count, because the next fault would hit a run that is
-    leaving. If the fault should end an attempt and has not done so for ``FELT_S`` seconds, it counts as harmless, and
-    any checkpoint counts. If all agents were killed, only the event of the next start shows the end of the attempt.
+    leaving. If faults of this kind end an attempt, no checkpoint counts before the event log shows that end. If all
+    agents were killed, only the event of the next start shows it. Without such an event, the fault counts as harmless
+    after ``FELT_S`` seconds, and any later checkpoint counts.
 
     Args:
         events: the event log.
@@ -309,16 +313,22 @@ def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Cost of one fault: seconds until the first new step, and the parts of this time.
+    """Cost of one fault: the time until the first step that the run had not made before, and the parts of this time.
 
-    If the fault ended no attempt, the cost is the longest pause between two steps until the next fault.
+    If no attempt ended before this step, the cost is the longest pause between two steps. The pauses from the fault to
+    the next fault, or to the next end of an attempt, are compared.
     """
 
     kind: str
     road: str
-    """How the run continued: undisturbed, in place, spare, fewer nodes, requeue, or typed again."""
+    """How the run continued after the fault.
+
+    ``undisturbed``: no attempt ended. ``in place``: the agents restarted the ranks on the same hosts. ``spare``: the
+    hosts changed. ``fewer nodes``: without the lost nodes. ``requeue``: Slurm requeued the job. ``typed again``: the
+    drill repeated the command.
+    """
     total_s: float
-    """Seconds from the fault to the first new step."""
+    """Seconds from the fault to the first new step; for ``undisturbed``, the longest pause between two steps."""
     noticed_s: float = 0.0
     """Seconds from the fault to the end of the attempt in the event log, or until the command was repeated."""
     started_s: float = 0.0
@@ -326,7 +336,7 @@ class Recovery:
     first_step_s: float = 0.0
     """Seconds from the start of the ranks to the first step."""
     again_s: float = 0.0
-    """Seconds for steps that had been made before the fault, and were lost."""
+    """Seconds in which the run repeated steps that it had made before the fault."""
 
 
 def recoveries(
@@ -383,7 +393,11 @@ def _road(events: Sequence[Mapping[str, Any]], end: float, until: float) -> str:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a drill. Returns the exit status: 0 if the run survived, 1 if it did not, 2 if the drill was refused."""
+    """Run a drill; with ``--dry-run``, only list its faults.
+
+    Returns the exit status: 0 if the run survived or was not started, 1 if it did not survive, 2 if the drill was
+    refused.
+    """
     args = _parser().parse_args(arguments)
     deny_others_writing()
     # Also ends the drill's run.

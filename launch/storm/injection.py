@@ -1,8 +1,9 @@
 """The faults of a chaos drill: one table of kinds, and a function for each kind.
 
-``python -m launch.storm.injection RUN SIGNAL WHAT WHICH`` signals processes of a run on this host. A drill starts this
-command by srun on nodes whose processes it cannot see. The command signals only processes of the run that belong to
-this user.
+``python -m launch.storm.injection RUN SIGNAL WHAT WHICH`` sends a signal to processes of a run on this host. RUN is the
+run folder, and SIGNAL a name such as SIGKILL. WHAT and WHICH choose the processes (``processes_to_signal``). A drill
+cannot see the processes of other nodes, and starts this command there by srun. Only processes of this user get the
+signal.
 """
 
 from __future__ import annotations
@@ -125,9 +126,10 @@ def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Pro
 
     Args:
         run_dir: folder of the run.
-        what: ``rank`` or ``agent`` for the rank ``which``; ``agents`` or ``srun`` for the job ``which``. ``srun``
-            includes the helper process that would end srun's step.
-        which: number of the rank or job.
+        what: kind of the processes. ``rank`` is the rank ``which``; ``agent`` is the agent that started this rank.
+            ``agents`` are all agents of the job ``which``. ``srun`` is the srun that started the agents of the job,
+            with the helper process that would end srun's step.
+        which: number of the rank, or Slurm's id of the job.
     """
     if what in ("agents", "srun"):
         return of_job(which, "python" if what == "agents" else "srun", os.environ.get("SLURM_CONF"))
@@ -241,9 +243,10 @@ class Site:
         return rank % sizes[-1] if sizes else rank
 
     def command(self, *words: str) -> str:
-        """Run a command that causes a fault: program and arguments.
+        """Run a command that causes the fault. ``words`` are the program and its arguments.
 
-        Returns the first line of its output. Raises FaultError if the command fails.
+        The first call for a fault sets ``struck``. Returns the first line of the output. Raises FaultError if the
+        command fails.
         """
         self.struck = self.struck or time.time()
         try:
@@ -280,7 +283,8 @@ class Site:
         Args:
             number: the signal.
             what: kind of processes, as for ``processes_to_signal``.
-            rank: rank whose node has the processes.
+            rank: number of the rank for ``rank`` and ``agent``. On a real Slurm cluster, all processes are on the node
+                of this rank.
             seconds: seconds after which SIGSTOP is undone; 0 for never.
             in_save: True to wait until a save begins.
 
@@ -353,9 +357,10 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
 
 
 def _in_sandbox(fault: PlannedFault, site: Site) -> str:
-    """Inject a fault into the node of the rank, or into Slurm's controller, by a command of the sandbox.
+    """Inject a fault by a command of the sandbox, and undo the fault after ``fault.seconds``.
 
-    The fault is undone after ``fault.seconds``. Returns a description of the injection.
+    The fault hits Slurm's controller, the head node (kinds in ``OF_HEAD``), or else the node of ``fault.rank``. Returns
+    a description of the injection.
     """
     host = [] if fault.kind == "stop_controller" else [site.host_of(0 if fault.kind in OF_HEAD else fault.rank)]
     try:

@@ -29,15 +29,16 @@ from launch.runs.folder import RunFolder, deny_others_writing, read_json_lines
 from launch.runs.records import is_number, is_record
 
 MOST_RANKS, MOST_STEPS = 16, 200_000
-"""Largest number of ranks by default, slow ranks not counted, and of steps of all ranks together.
+"""Largest numbers of ranks and of steps in the file.
 
-Perfetto loads the whole file into memory. A step takes about 1 kB.
+MOST_RANKS is the number of ranks without ``--ranks``; slow ranks are added to these. MOST_STEPS is for all ranks
+together. Perfetto loads the whole file into memory. A step takes about 1 kB.
 """
 HOUR_US = 3_600_000_000
-"""Time in microseconds at which the first event of the run is in the file.
+"""Time in microseconds that the first event of the run gets in the file.
 
-It is not 0, because clocks of hosts differ, and Perfetto drops times below 0. It is no Unix time, because Perfetto
-reads times as doubles, and would round a Unix time.
+It is not 0, because clocks of hosts differ, and Perfetto drops times below 0. It is not the Unix time of the event,
+because Perfetto reads times as doubles, and would round this time.
 """
 PHASES = {
     "data_wait_s": "waiting for data",
@@ -57,8 +58,9 @@ def event_of(process: str, track: str, name: str, since: float, until: float, **
     slices that overlap by a rounding error would be lost.
 
     Args:
-        process: name of the process in Perfetto, used in place of its number, as in the traces of torch's profiler.
-        track: name of the row below this process, used in place of the number of a thread.
+        process: name of the process in Perfetto. The event has this name where the format has the number of a process.
+            The traces of torch's profiler do the same.
+        track: name of the row below this process. The event has this name where the format has the number of a thread.
         name: name of the event.
         since: begin.
         until: end.
@@ -70,10 +72,10 @@ def event_of(process: str, track: str, name: str, since: float, until: float, **
 
 
 def run_events(run: RunFolder, events: Events, measured: Goodput | None) -> Iterator[Fields]:
-    """Yield a slice for each section of the run's time, and a mark for each event of the event log.
+    """Yield a slice for each section of the run's wall time, and a mark for each event of the event log.
 
-    ``measured`` has the sections, each of which belongs to one part of the goodput. It is None if they are not known;
-    then only the marks are yielded.
+    A section belongs to one part of the goodput, such as start, steps or saves. ``measured`` has the sections; if it is
+    None, only the marks are yielded.
     """
     process, at = f"run {run.point}", 0.0
     for stretch in () if measured is None else measured.stretches:
@@ -145,7 +147,10 @@ def gpu_events(run: RunFolder, hosts: Collection[str]) -> Iterator[Fields]:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file. Returns the exit status: 0, or 2 if there is no such run, or no such rank with step records."""
+    """Write the times of a run to ``trace.json`` in its folder, or to the file after ``-o``.
+
+    Returns the exit status: 0, or 2 if there is no such run, or no such rank with step records.
+    """
     parser = CommandParser(prog="python -m launch.trace", description="The times of a run as a file for Perfetto.")
     add_run(parser)
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: trace.json in the run folder")

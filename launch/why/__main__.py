@@ -41,7 +41,10 @@ def verdict_now(point: RunStatus) -> Verdict | None:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0, 1 if Slurm did not answer, 2 if there is no such run."""
+    """Print the verdict on a run, with the facts that show it.
+
+    Returns the exit status: 0, 1 if Slurm did not answer, 2 if there is no such run.
+    """
     parser = CommandParser(prog="python -m launch.why", description="Say why a run failed, or why it hangs.")
     add_run(parser)
     args = parser.parse_args(arguments)

@@ -203,7 +203,8 @@ OWN_CAUSE = re.compile(
     r"^raised (?!RuntimeError|torch\.|Dist).*(connect|Errno 32|timed out)|No space left|out of memory|Cannot allocate",
     re.IGNORECASE | re.MULTILINE,
 )
-"""Pattern in ``RankFacts.said`` of a rank that failed for its own reason, not only because it lost another rank."""
+"""Pattern that ``RankFacts.said`` contains if a rank failed for its own reason, not only because it lost another rank.
+"""
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class AttemptFacts:
     ranks: Sequence[RankFacts]
     """Ranks that failed, hung, left early or gave stacks, by number."""
     first: RankFacts | None
-    """Rank that failed first; a rank that only lost another rank, if there is no other failure.
+    """Rank that failed first. A rank that only lost another rank counts only if no rank failed for another reason.
 
     None without a failure.
     """
@@ -229,13 +230,14 @@ class AttemptFacts:
 
     @cached_property
     def others(self) -> list[RankFacts]:
-        """Ranks outside of collectives, longest silence first.
+        """Ranks that are not in a collective, longest silence first. The other ranks probably wait for them.
 
-        Such a rank gave a stack, or could not give one because its process is stopped or frozen, or waits in the kernel
-        (state D). Ranks that failed only because they lost another rank are left out.
+        A rank is one of these if its stack shows a place outside of collectives. A rank without a stack is one if its
+        process is stopped or frozen, or waits in the kernel (state D). Ranks that failed only because they lost another
+        rank are left out.
 
-        If no rank is outside: waiting ranks whose last collective in the flight recorder comes before that of another
-        rank in the same group.
+        If there are no such ranks, the result has ranks that wait in a collective behind the others: their last
+        collective in the flight recorder comes before that of another rank in the same group.
         """
         silent = re.compile(r"stopped|frozen.*\nstate [SD] .*free?z|.*\nstate D")  # these cannot give a stack
         able = [rank for rank in self.ranks if rank.frames or silent.match(rank.activity)]
@@ -290,7 +292,7 @@ TELLING = (
     "straggler",
     JOB,
 )
-"""Names of events whose cause, or rank, is evidence."""
+"""Names of events that are evidence. The evidence shows the cause of such an event; if it has no cause, its rank."""
 CLOCK_S = 5.0
 """Seconds by which an event may be earlier than the event before it, because clocks of hosts differ."""
 

@@ -81,7 +81,7 @@ def failed_with(pattern: str, only_first: bool = False) -> Find:
 def has_event(*names: str, cause: str = "") -> Find:
     """Return a function that finds the last event with one of ``names`` whose cause begins with the pattern ``cause``.
 
-    The function blames the host of the event.
+    The function returns ``RankFacts`` with the host of the event and without a rank, since it blames the host.
     """
 
     def find(facts: AttemptFacts) -> RankFacts | None:
@@ -96,7 +96,7 @@ def has_event(*names: str, cause: str = "") -> Find:
 def elsewhere(pattern: str) -> Find:
     """Return a function that finds the first of ``AttemptFacts.others`` if its ``activity`` contains ``pattern``.
 
-    This rank is mostly the one outside of collectives with the longest silence.
+    Mostly, this rank is outside of collectives, and has made no progress for the longest time.
     """
     wanted = re.compile(pattern, re.MULTILINE)
     return lambda facts: next((one for one in facts.others[:1] if wanted.search(one.activity)), None)

@@ -40,7 +40,9 @@ from ..runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
 __all__ = ["STORE_PREFIX", "OutdatedAttemptError", "Run", "attach", "is_child", "run_of_environment"]
 
 STORE_PREFIX = "LAUNCH_STORE_PREFIX"
-"""Environment variable with a secret prefix, equal on all ranks, for the keys of the ranks in the store at MASTER_PORT.
+"""Environment variable with a secret text, equal on all ranks.
+
+The keys of the ranks in torch's store at MASTER_PORT begin with this text, since the store answers any process.
 """
 PAUSES = (Phase.evaluating, Phase.saving)
 """Phases whose time is not part of a step."""
@@ -68,8 +70,8 @@ def attach(handle_signals: bool = True) -> Run:
     call, a request to stop ends the process.
 
     Args:
-        handle_signals: True to handle SIGTERM, SIGUSR2 and SIGINT as requests to stop. If False, the Run still receives
-            the requests of the launcher, but the script has to handle the signal that the launcher sends with them.
+        handle_signals: True to handle SIGTERM, SIGUSR2 and SIGINT as requests to stop. If False, the script has to
+            handle the signal that the launcher sends with a request to stop. The Run still receives the request itself.
     """
     global _attached
     if _attached is None:
@@ -127,7 +129,8 @@ def run_of_environment(environment: Mapping[str, str]) -> Run:
 def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
     """Write heartbeats as long as this process runs.
 
-    If ``parent`` is not None, and this process gets another parent, kill this process.
+    ``parent`` is the process id of a program between the agent and this rank, such as a shell; None if there is none.
+    If this program ends, kill this process.
     """
     while True:
         if parent is not None and os.getppid() != parent:
@@ -227,13 +230,15 @@ class Run:
     # Reports of a step.
 
     def record(self, step: int, **figures: object) -> None:
-        """Add a step record, which a thread writes within eight seconds. This method never blocks and never raises.
+        """Add a step record, which a thread writes within eight seconds. This method never raises.
 
-        Missing values of ``time``, ``attempt`` and ``step_time_s`` are filled in. ``step_time_s`` is the time since the
-        previous record, without evaluations and saves, divided by the number of steps since that record. A figure is a
-        real number, or a list or mapping of real numbers. A figure that is None is left out. A figure of another type
-        is dropped, with one warning. The value of a scalar of numpy or torch is read at once, so the call waits for a
+        It does not wait for the filesystem. It reads the value of a scalar of numpy or torch at once, so it waits for a
         GPU that still computes the scalar.
+
+        ``figures`` are the values of the record by name. A figure is a real number, or a list or mapping of real
+        numbers. A figure that is None is left out. A figure of another type is dropped, with one warning. Missing
+        values of ``time``, ``attempt`` and ``step_time_s`` are filled in. ``step_time_s`` is the time since the
+        previous record, without evaluations and saves, divided by the number of steps since that record.
         """
         now = time.perf_counter()
         try:

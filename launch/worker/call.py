@@ -1,4 +1,4 @@
-"""A function call that every rank of a run makes: its file, the rank's part, and the results in the run folder.
+"""A function call that every rank of a run makes: the file of the call, the program of a rank, and the stored results.
 
     python -m gpt_launch.launch.worker.call FILE      run by each rank: call the function of FILE, store the result
 
@@ -140,11 +140,13 @@ def store_result(run_dir: Path, rank: int, result: Result) -> None:
 
 
 def requeue_by_checkpoint(call: Call, run_dir: Path, rank: int) -> None:
-    """Handle SIGTERM and SIGUSR2: store the call that ``call.function.checkpoint`` returns, and request a requeue.
+    """Install a handler of SIGTERM and SIGUSR2 that lets a rank request a requeue with a new call.
 
-    The requeued run makes the stored call. This is submitit's protocol: the function is an object with ``__call__`` and
-    ``checkpoint``, which take the same arguments. ``checkpoint`` returns a ``DelayedSubmission``, or None to end
-    without a requeue.
+    The handler calls ``call.function.checkpoint`` with the arguments of ``call``. If the method returns a
+    ``DelayedSubmission``, rank 0 stores this new call in the run folder, and the rank ends with the status
+    ``REQUEUE_EXIT``. The requeued run makes the stored call. If the method returns None, the rank ends without a
+    requeue. This is submitit's protocol: the function is an object with ``__call__`` and ``checkpoint``, which take the
+    same arguments.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -163,9 +165,10 @@ def requeue_by_checkpoint(call: Call, run_dir: Path, rank: int) -> None:
 
 
 def main() -> int:
-    """Call the function of ``launch.api.submit`` as one rank, and store its result in the run folder.
+    """Run one rank: make the call of ``launch.api.submit``, and store its result in the run folder.
 
-    Returns the exit status, 0. An exception of the function is stored, too, and then ends the process.
+    A requeued run makes the call that was stored before. Returns the exit status, 0. An exception of the function is
+    stored, too, and then ends the process.
     """
     run_dir, rank = Path(os.environ["LAUNCH_RUN_DIR"]), int(os.environ["RANK"])
     attempt = int(os.environ["LAUNCH_ATTEMPT"])

@@ -283,7 +283,10 @@ class Upload:
     def close(self) -> None: ...
 
     def end(self) -> None:
-        """Send the last chunk of the file, which may be empty. The request ``finish`` makes the stores accept it."""
+        """Send the last chunk of the file, which may be empty. Does not wait for an answer.
+
+        The caller then sends the request ``finish``. Its answer shows that the stores have received the file.
+        """
         self._send(memoryview(self._pending))
         self._pending = bytearray()
 
@@ -460,7 +463,10 @@ def answer_rank(store: Store, channel: Channel) -> None:
 
 
 def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
-    """Accept connections without end, and answer each rank that knows the secret in a thread."""
+    """Accept connections without end, each in a thread of its own.
+
+    The thread answers a rank that knows the secret, and closes every other connection.
+    """
 
     def meet(connection: socket.socket) -> None:
         with suppress(OSError, EOFError, ValueError), connection:

@@ -323,7 +323,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxNode]:
-    """Yield the node ``name`` for a fault.
+    """Lock the sandbox during a ``with`` block, and yield its node ``name``. ``fault`` is the name of the command.
 
     Raises ConfigError if there is no such node, or if it is off; only ``heal`` accepts a node that is off.
     """

@@ -74,7 +74,7 @@ def _free_network() -> ipaddress.IPv4Network:
 
 
 def assign_addresses(state: SandboxState) -> None:
-    """Assign addresses on a new bridge to the controller and all nodes."""
+    """Create the bridge of a sandbox, and choose the addresses of the controller and all nodes, and the port."""
     names = [f"n{index}" for index in range(1, state.settings.nodes + 1)]
     # One sandbox at a time chooses its network.
     with FileLock("/run/lock/slurm-sandbox", timeout=60.0):
@@ -152,9 +152,9 @@ class SandboxNode:
 
     @property
     def delay_ends(self) -> tuple[str, str]:
-        """Return the names of the two joined interfaces between the program that delays frames and the bridge.
+        """Return the names of the two ends of a veth pair, which joins the program that delays frames to the bridge.
 
-        The first is at the program, the second at the bridge. The names are as long as the cable's name, which may
+        The first end is at the program, the second at the bridge. Each name is as long as the cable's name, which may
         already have the 15 letters that Linux permits.
         """
         rest = self.cable.removeprefix("ssb")
@@ -226,9 +226,9 @@ class SandboxNode:
         return first is not None and first.status() == psutil.STATUS_STOPPED
 
     def register_again(self) -> None:
-        """Make the node's slurmd register again.
+        """Make the node's slurmd register with the controller at once.
 
-        Otherwise the controller polls a lost node only after about a minute.
+        Without this, the controller polls a lost node only after about a minute.
         """
         first = self.process_one()
         for child in first.children() if first else []:

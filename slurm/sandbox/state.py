@@ -60,7 +60,8 @@ def run_program(
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str | Callable[[], str]) -> None:
     """Poll until ``condition`` returns True.
 
-    Raises SandboxError after ``timeout_s`` seconds. Its message has ``what``, a text or a function that returns a text.
+    Raises SandboxError after ``timeout_s`` seconds. ``what`` names the condition in the message: a text, or a function
+    that returns the text.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -107,8 +108,8 @@ def require_packages(needs: Mapping[str, str]) -> None:
 def why_no_namespaces(probe_interface: str) -> str:
     """Return the kernel's reason why nodes cannot have namespaces of their own; "" if they can.
 
-    The function tries both rights: new namespaces with mounts in them, and a bridge (``probe_interface``, removed
-    again) in the network namespace of this process.
+    The function tries what the nodes need: a process with new namespaces and with mounts in them, and a bridge in the
+    network namespace of this process. The bridge has the name ``probe_interface``, and is removed again.
     """
     mounts = "mount -t tmpfs tmpfs /dev/shm && mount -t sysfs sysfs /sys && ip link set lo up"
     unshare = "unshare --net --uts --mount --ipc --pid --fork --mount-proc sh -c"
@@ -307,10 +308,10 @@ class SandboxState:
             name: name of the daemon or node, in the record and for the log.
             command: the program and its arguments.
             inside: prefix of the command, such as ``unshare --net``.
-            before: function that is called with the process id before the program runs. If it raises, the program
-                never runs.
-            variables: environment variables of the program. Others of this process are not inherited, except HOME,
-                locale and time zone, so a sandbox can start inside a job.
+            before: function that is called with the process id before the program runs. If it raises, the program never
+                runs.
+            variables: environment variables of the program. Of this process, the program inherits only HOME, locale and
+                time zone, so that a sandbox can start inside a job.
 
         Raises:
             SandboxError: the program does not start, or its log cannot be written.
