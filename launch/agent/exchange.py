@@ -365,9 +365,10 @@ class Heartbeat:
     def __init__(self, index: int, count: int, store: SignedStore, head: int = 0) -> None:
         self._index = index
         self._interval_s = exchange_interval_s(count)
-        quick = QUICK_READS_PER_S if index == head else QUICK_EXCHANGES_PER_S
+        self._is_head = index == head
+        quick = QUICK_READS_PER_S if self._is_head else QUICK_EXCHANGES_PER_S
         self._quick_s = min(max(QUICK_S, count / quick), self._interval_s)
-        self._others = [i for i in range(count) if i != head] if index == head else [head]
+        self._others = [i for i in range(count) if i != head] if self._is_head else [head]
         self.store = store
         self._own = Message()
         self.agreement: Agreement | None = None
@@ -429,14 +430,20 @@ class Heartbeat:
     def exchange(self) -> float:
         """Receive the messages of the other agents, and send this agent's message.
 
+        During an agreement, thousands of agents wait for one store. So an agent, unless it is the head node's, does
+        only what the agreement needs: it sends nothing until its ranks wait, reads nothing when it then reports this,
+        and sends nothing when it receives the step.
+
         Returns the seconds until the next exchange.
         """
-        self._receive()
         agreement = self.agreement
-        self._send({} if agreement is None else agreement.turn(self.received))
-        with self._sent:
-            self._rounds += 1
-            self._sent.notify_all()
+        waited, reports = (agreement.is_under_way, agreement.has_to_report) if agreement else (False, False)
+        if self._is_head or not reports:
+            self._receive()
+        fields = agreement.turn(self.received) if agreement else {}
+        needless = agreement is not None and (agreement.has_to_report or (waited and not agreement.is_under_way))
+        if self._is_head or not needless:
+            self._send(fields)
         if agreement is None or not agreement.is_under_way:
             return self._interval_s
         return min(self._quick_s, BARRIER_S) if agreement.has_to_report else self._quick_s
@@ -481,6 +488,9 @@ class Heartbeat:
             self.store.set(ROUND_KEY, msgspec.json.encode(own.round).decode())
             own = replace(own, begun=own.round.number, round=None)
         self.store.set(heartbeat_key(self._index), msgspec.json.encode(own).decode())
+        with self._sent:
+            self._rounds += 1
+            self._sent.notify_all()
 
 
 # The agents' part in a request that all ranks obey at the same step: a stop, or a save.

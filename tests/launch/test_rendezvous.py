@@ -21,6 +21,7 @@ from launch.agent.exchange import (
     Heartbeat,
     RendezvousEndpoint,
     SignedStore,
+    heartbeat_key,
     next_endpoint,
     open_endpoint,
     open_tcp_store,
@@ -246,6 +247,12 @@ def test_many_agents_exchange_less_often() -> None:
     assert rates == pytest.approx([20, 800, 800, 8000])
 
 
+def node_message(store: SignedStore) -> str | None:
+    """Return the message of node 1 in the store."""
+    (message,) = store.read([heartbeat_key(1)])
+    return message
+
+
 def test_a_stop_of_4096_nodes_needs_two_waits_of_a_node_and_messages_do_not_grow_with_them(tmp_path: Path) -> None:
     """Time line of a node: sees the request, at most 0.5 s; its ranks wait, 0.05 s; sees the step, at most 0.5 s."""
 
@@ -264,14 +271,21 @@ def test_a_stop_of_4096_nodes_needs_two_waits_of_a_node_and_messages_do_not_grow
     assert rdzv is not None and len(rdzv.members) == 4096
     head.agreement.request_stop(15)
     head.exchange()
+    said = [node_message(store)]
     report_s = node.exchange()
     assert report_s <= 0.05, "the node reports as soon as its ranks are known to wait"
+    said.append(node_message(store))
     time.sleep(report_s)
     step_s = node.exchange()
     assert step_s <= 0.5 and file.cause == 0
+    said.append(node_message(store))
     head.exchange()
     node.exchange()
     assert file.cause == 15 and file.ask(Request.stop, 0)
+    said.append(node_message(store))
+    assert said[0] == said[1] != said[2] == said[3], "the node sends only that its ranks wait"
+    node.exchange()
+    assert node_message(store) != said[3]
     for one in (head, node):
         one.close()
 
