@@ -360,7 +360,7 @@ TOKENS = {
     "gpt/metrics": 4_750,
     "gpt_launch": 740,
     "hydra_plugins": 2_500,
-    "launch/agent": 33_080,
+    "launch/agent": 33_150,
     "launch/bench_network": 3_710,
     "launch/config": 4_310,
     "launch/doctor": 7_090,
