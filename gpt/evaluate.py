@@ -91,8 +91,9 @@ def evaluate_run(
     share = EvaluationShare(wanted, config.optim.max_micro_batch, world.rank, world.size)
     rounds = math.ceil(math.ceil(share.sequences / share.parts) / share.batch)
     shown = shows_progress and world.is_first
-    # Print a line for each slow batch, or every half second. The remaining time is known after the first batch.
-    with tqdm(desc="evaluate", total=rounds, unit="batch", miniters=1, mininterval=0.5, disable=not shown) as bar:
+    # On a terminal, the bar changes every half second, or after each slow batch; a log gets a line every 10 seconds.
+    every_s = 0.5 if sys.stderr.isatty() else 10.0
+    with tqdm(desc="evaluate", total=rounds, unit="batch", miniters=1, mininterval=every_s, disable=not shown) as bar:
 
         def counted_loss(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
             summed = summed_loss(model, config, tokens_BT, targets_BT, device=world.device)

@@ -319,7 +319,7 @@ class CheckpointManager:
                 f"the checkpoint of step {step} cannot be written into {self.folder}: {no_room}",
                 f"room for {needed}",
                 f"df -h {self.folder.parent}, remove what is not needed, or checkpoint.keep_last=1; then the same "
-                f"command, which {'begins anew' if before is None else f'goes on from step {before}'}",
+                f"command, which {'begins anew' if before is None else f'continues from step {before}'}",
             )
         delay_s = HURRIED_RETRY_S if hurries else min(LONGEST_RETRY_S, RETRY_S * 2 ** (self.failures - 1))
         pending.to, pending.commits, pending.result = self._new_folder(step), False, None

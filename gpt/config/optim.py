@@ -382,7 +382,7 @@ class CheckpointConfig:
         self._validate_copies()
         check_numbers("checkpoint.", self, ("keep_last",), ("keep_best", "memory_interval", "give_up_after_min"))
         beside = {
-            "scrub": ("false", "reads while training goes on"),
+            "scrub": ("false", "reads while training continues"),
             "memory_interval": ("0", "sends the copy to the other nodes"),
         }
         for key, (off, does) in beside.items():

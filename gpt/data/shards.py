@@ -258,7 +258,7 @@ def readable(where: object) -> Iterator[None]:
         raise ConfigError(
             f"{where} cannot be read ({type(error).__name__}: {error})",
             "a file that this user may read, or a dataset on the hub and a network, to the end",
-            "the same command again, which goes on where it stopped; or another data.path or data.dataset",
+            "the same command again, which continues where it ended; or another data.path or data.dataset",
         ) from error
 
 

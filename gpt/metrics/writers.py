@@ -184,7 +184,7 @@ class View:
                 self._since = missed["step"]
 
     def _give_up(self, error: OSError) -> None:
-        say(f"{self._name}: {error}; training goes on, and it is made again from the step records")
+        say(f"{self._name}: {error}; training continues, and this is written again from the step records")
         self._tried = time.monotonic()
         if self._writer is not None:
             with contextlib.suppress(OSError):
@@ -353,7 +353,7 @@ class WeightsAndBiases:
             )
         except (wandb.Error, OSError) as error:
             # A compute node without network, or an unavailable service, must not end the run.
-            log.warning("Weights & Biases: %s; training goes on without it (WANDB_MODE=offline keeps it here)", error)
+            log.warning("Weights & Biases: %s; training continues without it (WANDB_MODE=offline keeps it here)", error)
 
     def write(self, record: StepRecord) -> None:
         """Send one record."""

@@ -313,7 +313,7 @@ def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
     # All ranks wait until the event is written, because an agent ends all ranks as soon as one has failed.
     run.world.on_first(lambda: run.folder.record_event("replicas_differ", attempt=run.attempt, step=run.step, **told))
     raise ReplicaDriftError(
-        f"{cause}: a device or a memory has changed them; the run goes on from its last checkpoint, which was "
+        f"{cause}: a device or a memory has changed them; the run continues from its last checkpoint, which was "
         "compared before it was saved"
     )
 

@@ -365,6 +365,7 @@ ELSEWHERE = {
     "gpus": "cluster.gpus_per_node",
     "gpu": "cluster.gpu_name",
     "job_name": "name",
+    "dry_run": "dry_run=true",
     # transformers' Trainer
     "resume_from_checkpoint": "resume_from",
     "bf16": "precision=bf16",

@@ -401,7 +401,7 @@ def test_a_disk_that_fails_is_told_counted_and_tried_again(tmp_path: Path) -> No
         assert during == [2], "what the third would have replaced made room for it"
         assert after == [2, 3]
         assert f"step 4 cannot be written into {tmp_path / 'run'}: {os.strerror(number)}" in refusal
-        assert "goes on from step 3" in refusal
+        assert "continues from step 3" in refusal
 
 
 @pytest.mark.parametrize("failing", ["cudaHostRegister", "cudaHostUnregister"])

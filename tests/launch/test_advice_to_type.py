@@ -240,6 +240,7 @@ def test_every_command_helps_and_refuses_a_flag_that_it_does_not_have(
         (["--nodes", "4"], "nodes=4"),
         (["--gpus-per-node", "nodes=2"], "cluster.gpus_per_node=NUMBER"),
         (["--max-steps", "3"], "optim.max_steps=3"),
+        (["--dry-run"], "dry_run=true"),
         (["workload=script", "--max-steps=3"], "script.max_steps=3"),
         (["workload=of_a_folder", "--nodes=3"], "nodes=3"),
         (["--multrun", "nodes=1"], "--multirun"),
