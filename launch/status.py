@@ -39,8 +39,8 @@ COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "l
 SLOW = ("rank", "host", "step", "own_s", "median_s", "steps")
 """Fields of a slow rank in ``--json``.
 
-``own_s`` is the mean own time of the rank in seconds, over ``steps`` steps; ``median_s`` is the median of the
-same means of the other ranks, in seconds.
+``own_s`` is the mean own time of the rank in seconds, over ``steps`` steps: step time without waits for other ranks.
+``median_s`` is the median of the same means of the other ranks, in seconds.
 """
 
 

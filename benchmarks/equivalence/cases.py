@@ -94,7 +94,7 @@ ON_A_CLUSTER = {
     "places it refuses": "nodes=2 'cluster.placement=[{partition: short},{partition: low},{partition: closed}]'",
     "script on a cluster": f"-m nodes=1,2 {SCRIPT} cluster.timeout_min=100 cluster.constraint=fast",
 }
-"""Like ``PLANS``, for command lines that need a Slurm cluster. Replacements of Slurm's commands answer with the limits
+"""Like ``PLANS``, for command lines that need a Slurm cluster. Scripts that imitate Slurm's commands print the limits
 of a small cluster (``SCONTROL``).
 """
 

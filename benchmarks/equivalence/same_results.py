@@ -72,7 +72,8 @@ class Line:
 
     words: tuple[str, ...]
     on_a_cluster: bool = False
-    """True if replacements of Slurm's commands answer for a small cluster."""
+    """True to put scripts that imitate Slurm's commands on the PATH of the command line: they describe a small cluster.
+    With False, the command line finds no Slurm."""
     runs: Path | None = None
     """Folder that is copied to ``runs`` before the command starts; None: no such folder."""
 
@@ -186,8 +187,8 @@ def run_lines(sides: Sequence[Side], lines: Sequence[Line], seconds: int = 120) 
 
 
 def collected(side: Side, number: int) -> str:
-    """Return, as one text, the output of command line ``number``, its exit status, and the files that the command has
-    written."""
+    """Return what command line ``number`` did, as one text: its output, then the line ``exit status N``, then a line
+    ``left behind: PATH`` for each file that it has written."""
     cwd = side.folder / f"{number:03d}"
     left = sorted(str(path.relative_to(cwd)) for path in cwd.rglob("*") if path.is_file())
     left = [name for name in left if name not in FILES and not name.startswith("runs/")]
@@ -212,7 +213,8 @@ def compare_plans(lines: Mapping[str, str], before: Sequence[str], after: Sequen
 
 
 def status_of(text: str) -> str:
-    """Return the line with the exit status in a text of ``collected``; ``no exit status`` if there is none."""
+    """Return the line ``exit status N`` from ``text``, a result of ``collected`` for one command line. If ``text`` has
+    no such line, return ``no exit status``."""
     return next((line for line in text.splitlines()[::-1] if line.startswith("exit status ")), "no exit status")
 
 

@@ -124,8 +124,11 @@ class Trial:
 
     @property
     def outcome(self) -> str:
-        """Return ``right``, ``unknown`` or ``wrong``. ``unknown`` is the outcome of a fault without a verdict, or with
-        a verdict of that kind. A quiet run is right if it has no verdict and ends with status 0."""
+        """Return ``right``, ``unknown`` or ``wrong``.
+
+        A run with a fault is ``right`` if the verdict has an expected kind. It is ``unknown`` if the launcher gave no
+        verdict, or a verdict of the kind ``unknown``. A quiet run, which has no fault, is ``right`` if it has no
+        verdict and ends with status 0. All other runs are ``wrong``."""
         if not self.planted.kinds:
             return "right" if self.kind == "-" and self.planted.status == 0 else "wrong"
         if self.kind in ("unknown", "-"):

@@ -188,8 +188,16 @@ def command(entry: Entry, group: Group, found: Measurement, folder: Path) -> lis
 
 
 def measure_pack(group: Group, pack: Sequence[Entry], found: Measurement, folder: Path) -> None:
-    """Start a process for each entry in ``pack``, let the processes make training steps in turns, and add a row for
-    each entry that has no row yet. ``found`` has the rows, and ``folder`` is for the runs."""
+    """Measure the entries of a pack at the same time: start a process for each entry, let the processes make training
+    steps in turns, and add a row of results for each entry. An entry that has a row already, from an earlier pack, gets
+    no second row: the first entry of the group is measured in several packs, because others are compared with it.
+
+    Args:
+        group: group of the entries.
+        pack: entries of the group whose planned memory fits into one device together.
+        found: results so far, to which the rows are added.
+        folder: folder for prepared data and runs.
+    """
     known = {row.entry.name for row in found.rows if row.group == group.name}
     with contextlib.ExitStack() as stack:
         everybody = {

@@ -214,8 +214,8 @@ def serve_other(told: dict[str, Any]) -> Served:
 
 
 def main() -> None:
-    """Build the training step that the only argument describes in JSON. Then make steps and answer requests, as
-    benchmarks.gpu asks on standard input."""
+    """Build the training step that the only argument of the command line describes in JSON. Then make steps and answer
+    requests, as the process of benchmarks.gpu asks on standard input."""
     die_with_parent(os.getppid())
     told = json.loads(sys.argv[1])
     with tempfile.TemporaryDirectory(prefix="gpu_") as folder:

@@ -155,7 +155,8 @@ def measured(name: str) -> tuple[str, bool]:
 
 
 def main() -> int:
-    """Measure and print the rows. Returns the exit status: 0 if every row meets its demand, else 1."""
+    """Measure the rows of the table (``ROWS``), and print them. Returns the exit status: 0 if every measured value
+    meets the demanded value, else 1."""
     parser = argparse.ArgumentParser(description="Acceptance measures of scale, measured on this machine.")
     parser.add_argument("--only", default="", metavar="ROW,ROW", help="rows; default: all")
     parser.add_argument("--write", action="store_true", help="keep the page, benchmarks/scale/growth.md")

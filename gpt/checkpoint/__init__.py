@@ -94,9 +94,9 @@ class LoadedCheckpoint:
 NAME = "manifest.json"
 FORMAT = 1
 TENSORS = {"kind": "tensors"}
-"""``Manifest.contents`` of a checkpoint in the default format: whole tensors by name."""
+"""Value of ``Manifest.contents`` for a checkpoint in the default format: its files have whole tensors by name."""
 DEEPSPEED = "deepspeed"
-"""``kind`` in ``Manifest.contents`` of a checkpoint in files of DeepSpeed."""
+"""Value of the key ``kind`` in ``Manifest.contents`` for a checkpoint in DeepSpeed's own files."""
 
 
 class DamagedError(Exception):
@@ -126,7 +126,9 @@ class Manifest:
     files: dict[str, FileSum]
     """Path in the folder of the checkpoint -> size and checksum."""
     contents: dict[str, Any] = field(default_factory=lambda: dict(TENSORS))
-    """Format of the files: the key ``kind``, and further keys that depend on it."""
+    """What the files contain. The key ``kind`` has the format: ``tensors`` (whole tensors by name, the default) or
+    ``deepspeed`` (DeepSpeed's own files). For ``deepspeed``, further keys have the settings of DeepSpeed on which the
+    sharding depends; for ``tensors``, there are none."""
 
 
 def sum_file(path: Path) -> FileSum:

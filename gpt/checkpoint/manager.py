@@ -7,7 +7,9 @@ At most one save is in flight. Its state is staged while all ranks wait, and wri
                   every rank   advance: once all ranks have written, rank 0's writer commits
     step n + 2    every rank   advance: the commit is done, and the save has an outcome
 
-The sums of a step tell every rank that all ranks have written, so a save during training sends no messages of its own.
+The votes of a rank are two numbers, each 0 or 1: its work on the save is done, or has failed (``Votes``). The
+all-reduce that each training step makes anyway also sums the votes. The sums tell every rank that all ranks have
+written, so a save during training sends no messages of its own.
 ``finish`` waits for the outcome when no training step follows; then the ranks exchange messages. A failed write to disk
 is tried again, into another folder and from the same copy.
 """
@@ -223,7 +225,8 @@ class CheckpointManager:
         After the failed try of a save to disk, the save is still in flight: the next call tries it again.
 
         Args:
-            hurries: True to try again ``HURRIED_RETRY_S`` seconds after a failure; False to wait longer each time.
+            hurries: True for a next try ``HURRIED_RETRY_S`` seconds after a failure. False for a longer wait, which
+                grows with each failure.
 
         Raises:
             CheckpointError, ConfigError: saves have failed for ``give_up_after_s`` seconds; raised on every rank.
@@ -285,8 +288,14 @@ class CheckpointManager:
         return Saved(step, ended - pending.started, in_memory=False)
 
     def _fail(self, pending: InFlight, temporary: Path, hurries: bool) -> FailedSave:
-        """Prepare the next try of a save that has failed, and return the failure. Collective. ``temporary`` is the
-        folder of the failed try; ``hurries`` as in ``finish``.
+        """Handle the failed try of a save to disk, and return the failure: remove the folder of the try, choose a new
+        folder, and set the time of the next try, which ``poll`` or ``finish`` begins. Collective.
+
+        Args:
+            pending: the save in flight.
+            temporary: folder of the failed try.
+            hurries: True for a next try after ``HURRIED_RETRY_S`` seconds. False for a longer wait, which grows with
+                each failure.
 
         Raises:
             OutdatedAttemptError: a later attempt of the run has started.
@@ -485,7 +494,9 @@ class CheckpointManager:
         )
 
     def _fetch(self) -> Fetched:
-        """Fetch the newest undamaged copy of a checkpoint on rank 0; return the result on every rank.
+        """Fetch the newest undamaged copy from ``checkpoint.copy_to``, the second place of the run's checkpoints, into
+        the folder of its checkpoints on disk. Collective: rank 0 fetches, and every rank returns the result. If there
+        are no copies (``connect`` is None), the result has no path.
 
         During the fetch, all ranks exchange a message each second, so that no collective times out.
 

@@ -98,9 +98,9 @@ class SyntheticConfig:
     """Corpus of source=synthetic: a Markov chain, in which the next token depends on the last token only."""
 
     vocab_size: int = 64
-    """Number of states, which are the tokens."""
+    """Number of states of the Markov chain. Each state is one token of the vocabulary."""
     tokens: int = 4_194_304
-    """Length of the walk, in tokens."""
+    """Number of tokens of the whole corpus."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""

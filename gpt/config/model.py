@@ -349,30 +349,30 @@ class ModelConfig:
 
     @property
     def ffn_width(self) -> int:
-        """Inner width of the feed-forward layer or of one expert: ``ffn_hidden``, or if that is None the default that
-        ``ffn_hidden`` names."""
+        """Inner width of the feed-forward layer or of one expert: ``ffn_hidden`` if it is set. Otherwise 4 ``n_embd``;
+        with a gated layer 8/3 ``n_embd``, rounded up to a multiple of 64."""
         if self.ffn_hidden is not None:
             return self.ffn_hidden
         return -(-8 * self.n_embd // (3 * 64)) * 64 if self.gated else 4 * self.n_embd
 
     @property
     def ffn_activation(self) -> Activation:
-        """Activation of the feed-forward layer: ``activation``, or if that is None the default that ``activation``
-        names."""
+        """Activation of the feed-forward layer: ``activation`` if it is set. Otherwise silu with swiglu, and gelu with
+        every other layer."""
         if self.activation is not None:
             return self.activation
         return Activation.silu if self.dense_ffn is Ffn.swiglu else Activation.gelu
 
     @property
     def normalizes_experts(self) -> bool:
-        """True if the weights of a token's experts are scaled to a sum of 1: ``router_normalize``, or if that is None
-        the default that ``router_normalize`` names."""
+        """True if the weights of a token's experts are scaled to a sum of 1: ``router_normalize`` if it is set.
+        Otherwise True if a token has more than one expert."""
         return self.n_expert_per_token > 1 if self.router_normalize is None else self.router_normalize
 
     @property
     def balance_weight(self) -> float:
-        """Weight of the balance loss: ``balance_coefficient``, or if that is None the default that
-        ``balance_coefficient`` names."""
+        """Weight of the balance loss: ``balance_coefficient`` if it is set. Otherwise 0.01 with expert_balance=loss,
+        and 0 with bias or none."""
         if self.balance_coefficient is not None:
             return self.balance_coefficient
         return 0.01 if self.expert_balance is ExpertBalance.loss else 0.0

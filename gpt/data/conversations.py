@@ -1,6 +1,6 @@
-"""Turn conversations into tokens with the chat template of a tokenizer. The loss counts only the answers of the
-assistant. So the high bits of each token have its kind: token of an answer, or other text
-(``gpt.data.prepared.KIND_BIT``).
+"""Turn conversations into tokens with the chat template of a tokenizer. Only the tokens of the assistant's answers
+count in the loss. To mark them, a stored token has two parts: the low bits are its id, and the high bits are its kind,
+answer or other text (``gpt.data.prepared.KIND_BIT``).
 
     messages -> text and places of answers -> tokens with kinds, in sequences -> token files -> targets of the loss
 

@@ -299,8 +299,8 @@ class BatchPrefetcher:
         self._group = max(1, min(TOGETHER // batch.per_rank, AHEAD_BYTES // batch_bytes))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._read: dict[int, Tensor] = {}
-        """Number of a batch -> ids of its samples, (B, T + 1). It has the batches that were read together with the
-        batch of this step (one group), and that no step has used yet."""
+        """Number of a batch -> token ids of this rank's samples in it, (B, T + 1). It has the batches of the group in
+        use, without those that a step has used."""
         self._ahead: tuple[int, Future[dict[int, Tensor]]] | None = None
         """Number of the first batch of the next group, and the future result of reading this group. The result has the
         form of ``_read``. None if no group follows."""

@@ -1,7 +1,7 @@
 """Preprocessing spec: the inputs that determine the tokens of a corpus. Imports no torch.
 
-It is quick, because the login node makes it before it submits: only sizes and times of files are read, and the file of
-the tokenizer.
+The login node makes the spec before it submits a run, so this must be quick. Therefore the content of the corpus is not
+read. Of each corpus file, the spec has size and time of change; of the tokenizer, the content of its file.
 """
 
 from __future__ import annotations

@@ -140,9 +140,14 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
 
 def part_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor | None:
-    """Return the initial value of the tensor ``name`` that a user's class defines.
+    """Return the initial value of a tensor of the model, if a user's class chooses this value. None if the tensor
+    belongs to a built-in part, or if the class leaves the choice to ``gpt``.
 
-    None if the tensor belongs to a built-in part, or if the class defines none.
+    Args:
+        name: name of the parameter or buffer in the model.
+        shape: shape of the whole tensor.
+        config: config of the model, which names the user's classes.
+        seed: seed of the run. The random generator that the class gets follows from it and from ``name``.
     """
     owner = owner_of(name, config)
     if owner is None:
@@ -411,8 +416,11 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Return the probability of each token, (B, V): of the logits divided by the temperature, restricted to ``top_k``,
-    then to ``top_p``."""
+    """Return the probability with which each token of the vocabulary is drawn next, (B, V).
+
+    It is the softmax of the logits divided by the temperature. Tokens outside of ``top_k`` and ``top_p`` have
+    probability 0, and the others add up to 1. With temperature 0, the most likely token has probability 1.
+    """
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
     logits_BV = logits_BV / sampling.temperature

@@ -263,11 +263,12 @@ class DDPEngine(TorchEngine):
         return clip_replica(self._parameters, self.config.optim.grad_clip, self.world, figures_N, meanwhile)
 
     def _run_backward(self, loss: Tensor, last: bool) -> None:
-        """Run the backward pass. If ``last`` is True, it is the last backward pass of a step: then record the time for
-        which DDP waits after all gradients are computed.
+        """Run the backward pass. If ``last`` is True, it is the last backward pass of a step: then record how long DDP
+        waits for its all-reduces after all gradients are computed.
 
-        Autograd runs its callbacks in the order in which they were queued. The callback of this method is queued when
-        the backward pass begins, so it runs before the callback in which DDP waits.
+        DDP waits in a callback that autograd runs at the end of the backward pass. To know when this wait begins, this
+        method queues a callback of its own, which takes the time. Autograd runs callbacks in the order in which they
+        were queued. This one is queued when the backward pass begins, and DDP's later, so this one runs first.
         """
         timeline = current()
         if timeline is None or not last or self.timed_groups is None:

@@ -132,16 +132,18 @@ class Timeline:
 
 
 def schedule_waits(begin: float, works: Sequence[Span], waits: Sequence[Span]) -> list[Span]:
-    """Return the spans of a run of a pipeline's schedule in which the stages of this rank did not work.
+    """Return the spans between the passes of this rank in one run of a pipeline's schedule: in these spans, no stage of
+    the rank works.
 
-    Time before a pass that needs data from another rank is ``bubble``: the transfer and the wait for the sender cannot
-    be distinguished. Time before any other pass is ``pp``: the rank sends its own data.
+    A span has the name of the pass that follows it. If this pass needs data from another rank, the name is ``bubble``.
+    The span then contains the wait for the sender and the transfer, which cannot be distinguished. Otherwise the name
+    is ``pp``: in the span, the rank sends its own data.
 
     Args:
         begin: begin of the schedule, in seconds since the step began.
-        works: forward and backward passes, by time, each named ``bubble`` if it begins with data from another rank,
-            else ``pp``. The last one has no length, and marks the end of the schedule.
-        waits: waits in other collectives, whose time between two passes is left out.
+        works: forward and backward passes of this rank, by time, each named ``bubble`` if it begins with data from
+            another rank, else ``pp``. The last one has no length, and marks the end of the schedule.
+        waits: recorded waits of this rank in other collectives. The time of such a wait is cut out of the result.
     """
     found, since = [], begin
     waits = sorted(waits, key=lambda span: span.begin)

@@ -118,8 +118,10 @@ class RankStep:
 
     @property
     def hidden_width(self) -> int:
-        """Number of bytes of an element of hidden states: 4 (fp32), except with FSDP, which uses no autocast and has
-        the width of products."""
+        """Number of bytes of an element of hidden states.
+
+        With FSDP, which uses no autocast, it is ``width``. With every other strategy, hidden states are fp32: 4 bytes.
+        """
         return self.width if self.config.parallel.strategy is Strategy.fsdp else FP32
 
     @property

@@ -217,7 +217,8 @@ class ParallelFactors:
     """True if experts are sharded over ranks (ep), so that rows are sent to the ranks of their experts and back."""
 
     def tokens(self, model: ModelConfig, sequences: int) -> int:
-        """Return the number of tokens of ``sequences`` sequences on one rank."""
+        """Return the number of tokens that one rank has of ``sequences`` whole sequences: each is sharded over ``cp``
+        ranks."""
         return sequences * model.block_size // self.cp
 
 

@@ -319,7 +319,7 @@ FIRST = 2
 MEASURED = 3
 """Number of steps after the first ``FIRST`` steps. The timeout follows from the times of these steps."""
 FACTOR = 20
-"""Timeout as a multiple of the longest time of the ``MEASURED`` steps."""
+"""The timeout of collectives is the longest time of the ``MEASURED`` steps, times this factor."""
 LEAST_S = 100.0
 """Shortest timeout in seconds, as in torchtitan: ranks may wait for one that writes a profile or waits for files."""
 

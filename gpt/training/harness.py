@@ -116,10 +116,15 @@ class Harness(TemplateLM):
         }
 
     def _request(self, generates: bool, rows: list[Any]) -> list[Any]:
-        """Send requests to all ranks, and return their answers. Only rank 0 calls this method.
+        """Send requests of lm-eval to all ranks, and return one answer for each row, in the order of ``rows``. Only
+        rank 0 calls this method.
 
-        ``generates`` is True for requests to generate text (rows for ``_generate``), False for requests of
-        log-probabilities (rows for ``_score``).
+        Args:
+            generates: True for requests to generate text, False for requests of log-probabilities.
+            rows: one row for each request. To generate: [ids of the context, lm-eval's settings, seed]; the answer is
+                the generated text. Log-probabilities: [ids of context and continuation, number of tokens of the
+                continuation]; the answer is (log-probability of the continuation in nats, True if each of its tokens
+                is the most likely one).
         """
         self._world.on_first(lambda: (generates, rows))
         return self._compute(generates, rows)

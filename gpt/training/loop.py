@@ -154,8 +154,8 @@ class Loop:
         self._pending_metrics: QueuedStep | None = None
         """The queued step whose record is not complete yet; None if there is none."""
         self._divergence: BadSteps | None = None
-        """Steps because of which the run has to roll back, found after the next step was queued; None if there are
-        none."""
+        """The bad steps that were found last. Because of them, the run goes back to a checkpoint. The record of a step
+        is read only after the next step was queued, so this next step is then discarded. None if no step is bad."""
         self._pending_requests: QueuedStep | None = None
         """The queued step whose requests are not read yet; None if there is none. This is mostly the step of
         ``_pending_metrics``. When the profiler starts or stops after a step, the record of the step is completed first,

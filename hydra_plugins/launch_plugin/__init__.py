@@ -185,13 +185,14 @@ class PerPointSweeper(BasicSweeper):
     """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose the points of a batch, and check that another launcher of Hydra can run them.
+        """Compose the points of a batch, and check them, if they run in a launcher that Hydra or another project
+        provides (``hydra/launcher=...``).
 
         Hydra calls this method before a launcher runs the batch. The method does nothing if the launcher is
-        ``PerPointLauncher``, which composes and checks the points itself.
+        ``PerPointLauncher`` of this project, which composes and checks the points itself.
 
         Raises:
-            ConfigError: the other launcher would start another number of agents than a point has nodes.
+            ConfigError: the launcher would start more or fewer agents than a point has nodes.
         """
         if isinstance(self.launcher, PerPointLauncher):
             return

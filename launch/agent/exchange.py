@@ -265,7 +265,10 @@ class Ticket(msgspec.Struct, frozen=True):
     at: int = 0
     """Number of the poll at which all ranks obey. Smaller than ``number`` until the agents have agreed on the poll."""
     cause: int = 0
-    """Value of ``RequestState.wants`` for which the head node made the ticket."""
+    """Request that the ticket grants, as a number: the largest ``RequestState.wants`` of all nodes.
+
+    For a stop, it is a signal number, or ``FROM_FILE``. For a save, it is the number of saves requested so far.
+    """
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -282,7 +285,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     ready: int = -1
     """Number of the round for which this node is ready; -1 if none."""
     faults: tuple[Fault, ...] = ()
-    """Results of the node's health check before the round ``ready``."""
+    """Faults that the health check of this node found before the agent set ``ready``; empty for a healthy node."""
     failed: int = -1
     """Newest round in which ranks of this node have failed; -1 if none."""
     left: int = -1
@@ -294,10 +297,11 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     bye: bool = False
     """True if the agent is leaving the group of agents."""
     agreement: int = -1
-    """Number of the round to which ``reports`` and ``tickets`` apply; -1 if none."""
+    """Number of the round whose ranks are meant in ``reports`` and ``tickets``; -1 if there are no such ranks."""
     reports: tuple[RequestState, ...] = ()
-    """One report for each kind of ``Request``."""
+    """One report for each kind of ``Request``, in the order of this enumeration."""
     tickets: tuple[Ticket, ...] = ()
+    """Newest ticket for each kind of ``Request``, in the same order; empty on all but the head node."""
     begun: int = -1
     """Number of ``round``; -1 if none has begun."""
     round: RendezvousRound | None = None

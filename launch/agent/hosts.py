@@ -192,7 +192,9 @@ def start_on(
         host: name of the host.
         words: program and arguments.
         env: environment of the command.
-        script: ``BECOME`` or ``KEEP``.
+        script: ``BECOME`` for a command that ends by itself. ``KEEP`` for an agent, which must also get signals: for
+            each number that is written as a line to the standard input of the returned process, the agent gets the
+            signal with this number. At the end of that input, the agent is killed.
         logs: files for standard output and error; by default, both are pipes of the returned process.
     """
     lines = [f"cd {quote(str(Path.cwd()))} || exit", f"set -- {join(words)}"]

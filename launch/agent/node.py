@@ -208,7 +208,10 @@ class Node:
     index: int
     count: int
     job: str
-    """Name of this start of the job. Another start of the job, such as a requeue, has another name."""
+    """Name of one start of the job, the same on all its nodes: after a requeue, the job starts again with a new name.
+
+    Slurm's id of the job, which a requeue does not change, is ``slurm_job``.
+    """
     is_slurm: bool
     slurm_job: str = ""
     """Slurm's id of this job; empty outside of Slurm.

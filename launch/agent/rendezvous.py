@@ -52,7 +52,10 @@ FLUSH_S = 5.0
 JOIN_S = 1.5
 """Seconds for which the next head node waits for nodes that have not yet noticed the loss of the previous head node."""
 MINORITY_S = 2.0
-"""Seconds for which a head node waits after it has lost most nodes at once, so that one of them can take over."""
+"""Seconds for which a head node waits after it has lost the connection to most nodes at once.
+
+Then the head node itself is probably cut off. While it waits, one of the other nodes can become the head node.
+"""
 TERM_POLL_S = 1.0
 
 

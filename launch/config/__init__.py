@@ -321,8 +321,8 @@ class Config(RunConfig):
     )
     spare_jobs: int = key(
         0,
-        "On Slurm, jobs of one node that replace lost nodes, at most this number for each start of the job. Such a job"
-        " is submitted when a node is lost, no spare is left and the run continues with fewer nodes"
+        "On Slurm, largest number of one-node jobs that replace lost nodes, for each start of the job. Such a job is"
+        " submitted when a node is lost, no spare is left and the run continues with fewer nodes"
         " (resilience.min_nodes).",
         least=0,
     )

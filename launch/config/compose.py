@@ -31,9 +31,9 @@ from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 CONFIGS = Path(configs.__file__).parent
 SCRIPT = "script"
-"""Option of the group ``workload`` for a user's own program, and name of the group with the keys of such a program."""
+"""Value of ``workload`` that launches a user's own program: ``workload=script``."""
 CUSTOM = "custom"
-"""Option of the group ``workload`` for a class that ``workload._target_`` names."""
+"""Value of ``workload`` that launches the program of a class of the user, which ``workload._target_`` names."""
 
 
 def require_config_dir(path: str | None) -> Path | None:

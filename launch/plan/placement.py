@@ -109,9 +109,9 @@ def decide(placement: Placement, at: int, here_s: float, all_s: float) -> tuple[
 
 
 def next_candidate(placement: Placement, at: int) -> int | None:
-    """Return the index of the next possible candidate after ``at``; after the last, the first.
+    """Return the index of the next candidate after index ``at`` at which the point can run.
 
-    None if there is no other.
+    After the last candidate comes the first. None if the point can run at no candidate other than ``at``.
     """
     others = [index for index in placement.possible if index != at]
     return next((index for index in others if index > at), min(others, default=None))

@@ -67,7 +67,7 @@ class Plan:
     promised: WorkloadPlan
     """What the workload plans, such as steps and memory. Its ``facts`` are keys at the root of ``plan.json``."""
     spare_jobs: int = 0
-    """Largest number of jobs of one node that may replace lost nodes."""
+    """Largest number of spare jobs. A spare job has one node, which replaces a lost node of this job."""
     command_run_dirs: tuple[str, ...] = ()
     """Run folders of all points of the command. These points share its budget."""
     job_points: tuple[str, ...] = ()

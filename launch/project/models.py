@@ -102,10 +102,10 @@ class RankSpread:
 
 
 def spread_of(own: Floats, has_stages: bool = False) -> RankSpread:
-    """Return the spread of own times.
+    """Return the spread of the ranks' own times in one run.
 
     Args:
-        own: own times in seconds, [steps, ranks]; two ranks or more.
+        own: time of each step without waits for other ranks, in seconds, [steps, ranks]; two ranks or more.
         has_stages: True for a pipeline. Its stages differ by design, so each rank is only compared with itself.
     """
     deviations = own - own.mean(axis=1, keepdims=True)
@@ -180,9 +180,9 @@ class Model:
         """Return a new model: this model, which assumes equally fast ranks, plus the time that the slowest rank adds.
 
         Args:
-            spread: spread of the own times at a measured point.
+            spread: spread of the ranks' own times (step time without waits for other ranks), as measured in one run.
             ranks_per_node: number of ranks on each node, at every size.
-            reference_s: own time of this model at the measured point, seconds.
+            reference_s: own time in seconds that this model returns for the number of nodes of that run.
         """
 
         def at(nodes: int) -> StepParts:
@@ -330,14 +330,14 @@ class SweepPoints:
     left_out: tuple[str, ...] = ()
     """Titles of points whose ranks shared cores or a GPU. They do not show how separate nodes behave."""
     spreads: Mapping[int, RankSpread] = field(default_factory=dict)
-    """Number of nodes -> spread of the ranks' own times, for points with several ranks.
+    """Number of nodes of a point with several ranks -> measured spread of the own times of its ranks.
 
-    Empty if one spread is unknown.
+    Empty if the spread of at least one such point is unusable (``untold``).
     """
     untold: str = ""
-    """Title of a point with several ranks whose spread of own times is unknown, or at least as long as a step.
+    """Title of a point with several ranks whose spread of own times is unusable; "" if there is no such point.
 
-    "" if there is no such point. If there is one, ``spreads`` is empty.
+    A spread is unusable if it is unknown, or if the slowest rank exceeds the mean rank by at least the time of a step.
     """
 
     @property

@@ -31,9 +31,11 @@ def _model(environment: Environment) -> str | None:
 
 
 def batch_text(environment: Environment) -> str | None:
-    """Return the batch size, or the work of a step in the unit of the program, as text; None if not recorded.
+    """Return the batch size as text, such as ``a global batch of 64 sequences``.
 
-    In weak scaling, the text is about one rank, otherwise about all ranks together.
+    If the run recorded no number of sequences, the text is the recorded work of a step in the unit of the program, such
+    as ``1,024 samples per step``. None if neither is recorded. In weak scaling, the text is about one rank, otherwise
+    about all ranks together.
     """
     work, batch = environment.work_per_step, environment.global_batch
     if environment.weak_scaling:

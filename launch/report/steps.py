@@ -89,7 +89,7 @@ class Steps:
     resolution_s: Floats
     """Seconds between two readings of a log, if ``time_s`` is a mean over this time; 0 if the step itself was timed."""
     phases: Mapping[str, Floats]
-    """Phase of ``LOSSES`` -> seconds of ``time_s`` on the rank with the longest own time.
+    """Phase of ``LOSSES`` -> seconds of ``time_s`` on the rank that waits least for other ranks (longest own time).
 
     The phases add up to ``time_s``. The phase ``computation`` is NaN in a step whose ranks recorded different
     phases.

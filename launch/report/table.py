@@ -152,7 +152,10 @@ class RankRow:
     time: RankTime
     host: str | None
     share: float
-    """Excess of the rank's own time over the median of the other ranks, as a share of the median step time."""
+    """Excess of the rank's own time (step time without waits for other ranks) over the median of the other ranks.
+
+    It is a share of the median step time.
+    """
 
 
 @dataclass(frozen=True)

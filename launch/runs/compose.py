@@ -365,7 +365,7 @@ def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
     ``overrides`` name the point, without those of the keys in ``not_in_point``.
 
     Raises:
-        ConfigError: Slurm cannot use the path, or the folder cannot be created.
+        ConfigError: Slurm cannot use the path, or this user may not create or use such a folder.
     """
     above = Path(config.output_dir).expanduser() / config.name  # a ~ in the name is part of it
     own = above / point_name(overrides, not_in_point)

@@ -80,10 +80,11 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def alone(path: Path, overrides: Sequence[str]) -> str:
-    """Return the label of a single run: the name of its folder ``path``, or of the parent folder.
+    """Return the label of a single run, for people: mostly the name of its folder ``path``.
 
-    The parent folder names a run without overrides, and a run with so many overrides that the name of its folder is
-    cut. With ``run_dir`` among its ``overrides``, a run always has the name of its folder.
+    Two names of folders say little: that of a run without overrides, and one that is cut because the overrides are
+    long. In these two cases, the label is the name of the parent folder, with the number of a fresh run such as ``~2``.
+    If ``run_dir`` is among ``overrides``, the user has named the folder, and the label is always its name.
     """
     number = generation(path.name)
     of_folder = path.name.removesuffix(number)

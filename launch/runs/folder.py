@@ -217,7 +217,7 @@ _keeps = False
 
 
 def keep_unwritten() -> None:
-    """Make ``append_lines`` keep lines in memory while they cannot be written for a reason in ``NO_ROOM``.
+    """Make ``append_lines`` keep lines in memory while the filesystem is full, over its quota or failing (``NO_ROOM``).
 
     Agents and ranks call this function. At their end, they try to write the lines a last time.
     """
@@ -228,10 +228,13 @@ def keep_unwritten() -> None:
 
 
 def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    """Append ``values`` as JSON lines. Lines for the same file that are kept in memory come first.
+    """Append each of ``values`` to the file ``path``, as a line of JSON.
+
+    After ``keep_unwritten``, lines are kept in memory while the filesystem is full, over its quota or failing
+    (``NO_ROOM``). The next call for the same file writes the kept lines first.
 
     Raises:
-        OSError: the lines cannot be written. If ``keep_unwritten`` was called, only for reasons not in ``NO_ROOM``.
+        OSError: the lines can neither be written nor be kept in memory.
     """
     with _lock:
         waiting = _kept.get(path, deque(maxlen=KEPT))
@@ -250,12 +253,13 @@ def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
-    """Write a JSON file. Returns True if the file was written, False if it was not for a reason in ``NO_ROOM``.
+    """Write a JSON file, and return True. Return False if it cannot be written because of an error in ``NO_ROOM``: the
+    filesystem is full, over its quota, or failing.
 
     ``mode`` has the permissions of the file, minus the umask.
 
     Raises:
-        OSError: the file cannot be written for a reason that is not in ``NO_ROOM``.
+        OSError: the file cannot be written because of another error.
     """
     try:
         write_json(path, value, mode)

@@ -266,11 +266,12 @@ def choose_exclusive(points: Sequence[OpenPoint]) -> list[str]:
 
 
 def choose_local_ranks(points: Sequence[OpenPoint], gpus: int) -> list[str]:
-    """Set ``ranks_per_node=gpus`` in local points that leave it open. ``gpus`` is the number of this machine's GPUs.
+    """Set ``ranks_per_node=gpus`` in ``points``, which run on this machine. ``gpus`` is the number of its GPUs.
 
-    A point that sets its GPUs, or computes on CPUs, does not change. Nothing is chosen if any point of the command has
-    several local nodes, because these nodes share the GPUs of this machine: a value for the other points alone would
-    give the points of a sweep different numbers of ranks on a node.
+    A point that sets ``ranks_per_node`` or its GPUs, or computes on CPUs, does not change. No point changes in three
+    cases: the machine has fewer than two GPUs, torch is built for CPUs only, or any point has several local nodes.
+    Several local nodes share the GPUs of this machine. A value for the other points alone would give the points of a
+    sweep different numbers of ranks on a node.
 
     Returns:
         The lines to print.

@@ -47,9 +47,15 @@ The longer of the two counts. The agents need longer to be sure that a node is l
 # Outcome of a run by its event log alone.
 
 DECISIVE = ("submitted", "moved", "requeued", "agent_started", "started", "agent_ended")
-"""Events of which the last one shows whether an agent works on the run, or will do so."""
+"""Names of events that say whether an agent works on the run, or will do so.
+
+The newest such event in the log counts.
+"""
 PLACED = ("submitted", "moved", "gave_up", "stayed")
-"""Events on the candidate (place of its job) at which a point waits in the queue. The last of these events is valid."""
+"""Names of events that say at which candidate (such as a partition) the job of a point waits, or that it was given up.
+
+The newest such event in the log counts, until an agent starts.
+"""
 
 
 def outcome(events: Events) -> str:
@@ -108,7 +114,7 @@ def state_between_places(events: Events, is_out: bool) -> tuple[str, str] | None
 
 
 def last_placed(events: Events) -> dict[str, Any]:
-    """Return the last event on where a point waits; empty if there is none, or if the point ran afterwards."""
+    """Return the newest event of ``PLACED``; empty if there is none, or if an agent of the point started afterwards."""
     last = last_event(events, *PLACED, "agent_started", "started")
     return last if last.get("event") in PLACED else {}
 

@@ -91,10 +91,12 @@ class RankFacts:
 
     @cached_property
     def said(self) -> str:
-        """Lines of text on why the rank failed, which rules search for patterns.
+        """Text on why the rank failed, in which the rules of a verdict search for patterns.
 
-        The lines are: the cause; ``raised`` and each exception that led to it, with the code of an assertion;
-        ``handled`` and each exception that the program was handling when it raised another one.
+        The first line is the cause. Then each exception of the failure has a line: the word ``raised``, its class and
+        its message. For an exception that the program was handling when it raised another one, the first word is
+        ``handled``. The line of an AssertionError also has the source line of the failed assertion. A rank that hung,
+        was killed or exited with a status has no lines of exceptions.
         """
         lines = [self.cause]
         if not self.hung and not self.cause.startswith(("killed", "exit")):
