@@ -83,7 +83,7 @@ class LoadedCheckpoint:
     """If the checkpoint is a copy that was fetched from ``checkpoint.copy_to``: the reason why none on the disk was
     loaded. None if the checkpoint was on the disk or in memory."""
     memory_damage: str | None = None
-    """What was wrong with the checkpoints in the memory of the nodes, as text. For a checkpoint from disk this is the
+    """Damage of the checkpoints in the memory of the nodes, as text. For a checkpoint from disk this is the
     reason why none in memory was loaded. For a checkpoint from memory it names the damaged parts, whose other copies
     were loaded. None if no part was damaged, or if the run keeps no checkpoints in memory."""
 
@@ -126,7 +126,7 @@ class Manifest:
     files: dict[str, FileSum]
     """Path in the folder of the checkpoint -> size and checksum."""
     contents: dict[str, Any] = field(default_factory=lambda: dict(TENSORS))
-    """What the files contain. The key ``kind`` has the format: ``tensors`` (whole tensors by name, the default) or
+    """Contents of the files. The key ``kind`` has the format: ``tensors`` (whole tensors by name, the default) or
     ``deepspeed`` (DeepSpeed's own files). For ``deepspeed``, further keys have the settings of DeepSpeed on which the
     sharding depends; for ``tensors``, there are none."""
 

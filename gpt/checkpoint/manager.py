@@ -204,7 +204,7 @@ class CheckpointManager:
 
         Returns:
             ``Saved`` when the checkpoint is committed; ``FailedSave`` when a try has failed. Each outcome is returned
-            once. None while the save goes on, and if the votes are of an earlier phase.
+            once. None while the save is in flight, and if the votes are of an earlier phase.
 
         Raises:
             CheckpointError: saves have failed for ``give_up_after_s`` seconds; raised on every rank.

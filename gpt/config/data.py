@@ -317,7 +317,7 @@ NEEDED = (
     (Source.dataset, "dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"),
 )
 """Each row: a source, a key that the source requires, and two texts of the ConfigError that is raised without this key:
-``expected`` (what was expected) and ``fix`` (what to type)."""
+``expected`` and ``fix`` (the text to type)."""
 SOURCES_OF_KEY: dict[str, tuple[tuple[Source, ...], str, str]] = {
     "path": (
         (Source.text, Source.shakespeare, Source.files, Source.tokens),
@@ -333,4 +333,4 @@ SOURCES_OF_KEY: dict[str, tuple[tuple[Source, ...], str, str]] = {
     "sources": ((Source.tokens,), "data=tokens, which mixes prepared corpora", "data=tokens"),
 }
 """Key -> the sources that read the key, and two texts of the ConfigError that is raised if another source is chosen:
-``expected`` (what was expected) and ``fix`` (what to type)."""
+``expected`` and ``fix`` (the text to type)."""

@@ -226,4 +226,4 @@ STRATEGIES_OF_KEY = {
     },
 }
 """Key of ``parallel`` -> the strategies that use the key, and two texts of the ConfigError that is raised if another
-strategy is chosen: ``expected`` (what was expected) and ``fix`` (what to type)."""
+strategy is chosen: ``expected`` and ``fix`` (the text to type)."""

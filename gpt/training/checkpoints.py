@@ -167,7 +167,7 @@ def judge_step(run: Run, done: StepRecord) -> BadSteps | None:
 
 def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
     """Roll the run back: load the newest checkpoint from before the steps ``bad``. Later checkpoints are discarded.
-    Training goes on from there without the batches of these steps. Collective.
+    Training continues from there without the batches of these steps. Collective.
 
     Raises:
         RepeatedFailureError: the run has rolled back ``MAX_ROLLBACKS`` times without a newer checkpoint.

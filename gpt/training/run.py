@@ -87,7 +87,7 @@ def machine_of_rank(config: TrainConfig, world: World) -> Machine:
 
 @dataclass
 class Request:
-    """What a command line of ``gpt.train`` requests: a config, and the run folder if the command line names it."""
+    """Request of a command line of ``gpt.train``: a config, and the run folder if the command line names it."""
 
     config: TrainConfig
     folder: RunFolder | None

@@ -434,9 +434,9 @@ class Heartbeat:
     def exchange(self) -> float:
         """Receive the messages of the other agents, and send this agent's message.
 
-        During an agreement, thousands of agents wait for one store. So an agent, unless it is the head node's, does
-        only what the agreement needs: it sends nothing until its ranks wait, reads nothing when it then reports this,
-        and sends nothing when it receives the step.
+        During an agreement, thousands of agents wait for one store. So an agent, unless it is the head node's, leaves
+        out three messages: it sends nothing until its ranks wait, reads nothing when it then reports this, and sends
+        nothing when it receives the step.
 
         Returns the seconds until the next exchange.
         """

@@ -1,4 +1,4 @@
-"""What all commands share: the search of run folders, the labels of runs, the record of sweeps, printed tables."""
+"""The search of run folders, the labels of runs, the record of sweeps, and printed tables, for all commands."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ class Recovery:
 
     kind: str
     road: str
-    """How the run continued after the fault.
+    """Way in which the run continued after the fault.
 
     ``undisturbed``: no attempt ended. ``in place``: the agents restarted the ranks on the same hosts. ``spare``: the
     hosts changed. ``fewer nodes``: without the lost nodes. ``requeue``: Slurm requeued the job. ``typed again``: the
